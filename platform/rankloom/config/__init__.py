@@ -1,0 +1,10 @@
+"""Every setting of the product, checked on a laptop: frozen pydantic models, no torch, no ray.
+
+`base.load(TrialConfig, path, overrides)` is the way in; `compatible.COMPATIBLE` says what goes with what.
+"""
+
+from rankloom.config.base import dump, load, parse
+from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.trial import TrialConfig
+
+__all__ = ["COMPATIBLE", "TrialConfig", "dump", "load", "parse"]

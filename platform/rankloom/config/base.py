@@ -1,0 +1,198 @@
+"""What every config class shares: frozen, strict on keys, loaded from YAML with dotted overrides.
+
+`load` is the one way from a file to a config; it turns each of pydantic's complaints into one line that names
+the key, the value, what is allowed and the nearest known key. Nothing here, nor anywhere in
+`rankloom.config`, imports torch or ray. Read `trial.py` next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from rankloom.errors import ConfigError, IncompatibleError
+
+
+class Frozen(BaseModel):
+    """An immutable config node; the docstring under a field is its help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Frozen)
+
+
+def load(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply `key.path=value` overrides and validate.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong. IncompatibleError: two settings exclude each other.
+    """
+    return parse(cls, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -> ConfigT:
+    """Validate a plain mapping; `origin` is named in the error."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors()
+        lines = [_explain(cls, detail) for detail in details]
+        causes = [detail.get("ctx", {}).get("error") for detail in details]
+        kind = IncompatibleError if any(isinstance(c, IncompatibleError) for c in causes) else ConfigError
+        raise kind(f"{origin}: " + "\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(config: Frozen) -> dict[str, Any]:
+    """The config as plain data that `parse` reads back."""
+    return config.model_dump(mode="json")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping; duplicate keys are refused."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, _siblings(file), n=1)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {file.with_name(near[0])}?" if near else ""))
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `tree` with each `key.path=value` applied; values are read as YAML."""
+    result = _copy(tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, for example optim.learning_rate=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from None
+        node, *rest = result, *key.split(".")
+        for part in rest[:-1]:
+            if not isinstance(node.get(part), dict):
+                # a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) is spelt out before one part changes
+                node[part] = _SPELT_OUT.get(part, lambda old: {})(node.get(part))
+            node = node[part]
+        node[rest[-1]] = value
+    return result
+
+
+_SPELT_OUT: dict[str, Any] = {
+    "quantization": lambda old: {"type": old} if isinstance(old, str) else {},
+    "train": lambda old: {"path": old} if isinstance(old, str) else {},
+    "validation": lambda old: {"path": old} if isinstance(old, str) else {},
+    "test": lambda old: {"path": old} if isinstance(old, str) else {},
+    "retention": lambda old: {"path": old} if isinstance(old, str) else {},
+}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str) else repr(key))
+        return super().construct_mapping(node, deep)
+
+
+def _siblings(file: Path) -> list[str]:
+    return [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+
+
+def _copy(tree: Any) -> Any:
+    return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
+    """One line for one of pydantic's complaints."""
+    cause = detail.get("ctx", {}).get("error")
+    # inside a tagged union pydantic's location also holds the tag: it is no key of the user's
+    keys, models = _walk(cls, detail["loc"])
+    known = {name for model in models for name in model.model_fields}
+    path = ".".join(keys) or "the config"
+    value = detail["input"]
+    shown = f" (given {value!r})" if not isinstance(value, (dict, BaseModel)) and detail["type"] != "missing" else ""
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{path}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: required, but not given"
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        expected = detail["ctx"].get("expected_tags", "")
+        given = detail["ctx"].get("tag")
+        if given is None:
+            return f"{path}.type: required, but not given; allowed: {', '.join(_tags(cls, detail['loc']))}"
+        return f"{path}.type: unknown type {given!r}; {_TYPE_HINTS.get(str(given), f'allowed: {expected}')}"
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: expected a mapping of settings{shown}"
+    if isinstance(cause, ConfigError):
+        return f"{path}: {cause}" if keys else str(cause)
+    return f"{path}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+_TYPE_HINTS = {
+    "qlora": "QLoRA is `method: {type: lora}` with `quantization: nf4`",
+    "qdora": "QDoRA is `method: {type: dora}` with `quantization: nf4`",
+    "lora+": "LoRA+ is `method: {type: lora}` with `optim.loraplus_ratio: 16`",
+    "loraplus": "LoRA+ is `method: {type: lora}` with `optim.loraplus_ratio: 16`",
+    "rslora": "rsLoRA is `method: {type: lora, rslora: true}`",
+}
+
+
+def _tags(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The `type`s of the tagged union at `loc`."""
+    return [repr(tag) for model in _walk(cls, loc)[1] if (tag := _tag(model))]
+
+
+def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The user's keys along `loc` (without union tags), and the config classes that may stand where it ends."""
+    keys: list[str] = []
+    models: list[type[BaseModel]] = [cls]
+    for part in map(str, loc):
+        tagged = [m for m in models if _tag(m) == part or m.__name__ == part]
+        if tagged and not any(part in m.model_fields for m in models):
+            models = tagged
+            continue
+        known = sorted({name for m in models for name in m.model_fields})
+        if part in known or part == str(loc[-1]) or part.isdigit():
+            keys.append(part)
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if fields:
+            models = [m for annotation in fields for m in _models_in(annotation)] or models
+    return keys, models
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return str(get_args(field.annotation)[0]) if field and get_args(field.annotation) else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]

@@ -1,0 +1,52 @@
+"""Which base model, and how its frozen weights are held."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rankloom.config.base import Frozen
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class ModelConfig(Frozen):
+    """A base model that `transformers.AutoModelForCausalLM` loads."""
+
+    id: str = "builtin:smollm2"
+    """A hub id, a local folder, a `.gguf` file, or `builtin:smollm2` (SmolLM2-135M-Instruct from the demo extra)."""
+    revision: str | None = None
+    """A hub branch, tag or commit; only for hub ids."""
+    dtype: Dtype = "auto"
+    """How the weights are stored. auto: fp32 on a CPU or where all weights train, else bf16."""
+
+
+class NoQuantization(Frozen):
+    """The weights as they are."""
+
+    type: Literal["none"] = "none"
+
+
+class Int8(Frozen):
+    """LLM.int8() through bitsandbytes (arXiv 2208.07339)."""
+
+    type: Literal["int8"] = "int8"
+
+
+class Nf4(Frozen):
+    """4-bit NormalFloat through bitsandbytes (QLoRA, arXiv 2305.14314)."""
+
+    type: Literal["nf4"] = "nf4"
+    double: bool = True
+    """Quantise the quantisation constants too: about 0.4 bits a weight less."""
+    compute_dtype: Dtype = "auto"
+    """The type weights are dequantised to. auto: the run's precision."""
+
+
+def _spell_out(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+Quantization = Annotated[NoQuantization | Int8 | Nf4, Field(discriminator="type"), BeforeValidator(_spell_out)]
+"""`none`, `int8`, `nf4`, or a mapping with the same as `type`."""

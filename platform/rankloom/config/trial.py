@@ -1,0 +1,188 @@
+"""A trial: one configuration, trained once. This is what `rankloom train` reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rankloom.config.base import Frozen
+from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.data import AnySource, DataConfig
+from rankloom.config.method import GaLoreConfig, LoraConfig, Method
+from rankloom.config.model import Dtype, ModelConfig, NoQuantization, Quantization
+from rankloom.errors import ConfigError, IncompatibleError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class OptimConfig(Frozen):
+    """AdamW, its schedule and the batch."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """Peak learning rate; with LoRA+ it is A's."""
+    loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """B's learning rate over A's (LoRA+, arXiv 2402.12354); 1 is plain LoRA, 16 the usual start."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's moment decays."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape after the warm-up; linear and cosine end at zero."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the rate rises."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows of one optimiser step, over all workers and micro-batches."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches that a step's rows are cut into, to save memory; it does not change the result."""
+    group_by_length: bool = True
+    """Batch rows of like lengths together; off: batches are uniformly random."""
+
+
+class BudgetConfig(Frozen):
+    """How long to train: `epochs` or `steps`."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows (3 where neither is given)."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> BudgetConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError(f"give epochs ({self.epochs}) or steps ({self.steps}), not both")
+        return self
+
+
+class EvalConfig(Frozen):
+    """What is measured during training, and at its end."""
+
+    every: Annotated[int, Field(ge=1)] = 50
+    """Steps between two evaluations on the validation rows; each also writes a checkpoint."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What chooses the best checkpoint; accuracy needs classification data."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations without a better metric; null: never."""
+    max_rows: Annotated[int, Field(ge=1)] | None = 256
+    """Validation rows of one evaluation; null: all."""
+    max_test_rows: Annotated[int, Field(ge=1)] | None = None
+    """Test rows of the scorecard; null: all."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Rows of one evaluation batch; it does not change the result."""
+    retention: AnySource | None = None
+    """A second data set (text or chat): the scorecard tells the loss on it beside the base's."""
+    base: bool = True
+    """Score the untuned base beside the result."""
+    latency: bool = True
+    """Measure generation latency and throughput."""
+
+
+class ComputeConfig(Frozen):
+    """Where and how it runs; it changes the speed, not the result."""
+
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    """Ray Train workers; 0: in this process, without Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where the cluster has GPUs."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """CPU cores reserved for a worker, and its torch threads; null: the cores shared evenly, on a GPU 1."""
+    precision: Dtype = "auto"
+    """What the arithmetic runs in. auto: bf16 on CUDA, else fp32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about half as much time again."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts from the last checkpoint when a worker dies."""
+
+
+class OutputConfig(Frozen):
+    """Where results go; `s3://` and other pyarrow filesystems are allowed."""
+
+    root: str = "~/rankloom"
+    """Holds `runs/<name>` and `registry/`."""
+    publish: bool = True
+    """Put the result into the registry under the trial's name."""
+    keep_model: bool = False
+    """full, galore and lisa: also save the tuned model, whole, in `runs/<name>/model` (a local root only)."""
+
+
+class TrackingConfig(Frozen):
+    """Beside TensorBoard, which is always written."""
+
+    mlflow: str | None = None
+    """An MLflow tracking URI."""
+    wandb_project: str | None = None
+    """A Weights & Biases project; the key comes from WANDB_API_KEY."""
+
+
+class TrialConfig(Frozen):
+    """One configuration, trained once."""
+
+    name: Name
+    """Names the run and the adapter: lower-case letters, digits, '.', '_' and '-'."""
+    model: ModelConfig = ModelConfig()
+    quantization: Quantization = NoQuantization()
+    data: DataConfig = DataConfig()
+    method: Method = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    budget: BudgetConfig = BudgetConfig()
+    eval: EvalConfig = EvalConfig()
+    compute: ComputeConfig = ComputeConfig()
+    output: OutputConfig = OutputConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds initialisation, data order and dropout."""
+
+    @model_validator(mode="after")
+    def _knobs_agree(self) -> TrialConfig:
+        for reason in conflicts(self):
+            raise IncompatibleError(reason)
+        return self
+
+
+def conflicts(trial: TrialConfig) -> list[str]:
+    """Why this combination is refused; empty where it holds."""
+    method, optim, compute = trial.method, trial.optim, trial.compute
+    row = COMPATIBLE[method.type]
+    found = []
+    if trial.quantization.type not in row.quantization:
+        found.append(
+            f"method.type={method.type} changes the base's weights, so quantization={trial.quantization.type} is "
+            f"refused; use quantization: none, or lora, dora or adalora"
+        )
+    if optim.loraplus_ratio != 1 and not row.loraplus:
+        found.append(f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B; {method.type} has none: set it to 1")
+    if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and trial.quantization.type != "none":
+        found.append(
+            f"method.init={method.init} rewrites the base's weights, so quantization={trial.quantization.type} is "
+            f"refused; use init: default"
+        )
+    if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and method.rslora:
+        found.append(f"method.init={method.init} doubles the rank on export, which rslora's scaling does not survive")
+    if isinstance(method, GaLoreConfig) and method.layerwise:
+        for setting, sound in (
+            ("optim.accumulation", optim.accumulation == 1),
+            ("optim.clip_norm", optim.clip_norm is None),
+            ("compute.num_workers", compute.num_workers <= 1),
+            ("compute.precision", compute.precision != "fp16"),
+        ):
+            if not sound:
+                found.append(
+                    f"method.layerwise frees each gradient during the backward pass, before {setting} could act on "
+                    f"it; set optim.accumulation=1, optim.clip_norm=null, compute.num_workers<=1, no fp16"
+                )
+    if trial.output.keep_model and (row.servable != "extracted" or "://" in trial.output.root):
+        found.append(
+            f"output.keep_model saves the whole tuned model, for full, galore and lisa under a local output.root; "
+            f"with method.type={method.type} and output.root={trial.output.root} leave it off"
+        )
+    if optim.batch_size < optim.accumulation * max(1, compute.num_workers):
+        found.append(
+            f"optim.batch_size={optim.batch_size} leaves some of {compute.num_workers} worker(s) x "
+            f"{optim.accumulation} micro-batch(es) without a row; raise it or lower optim.accumulation"
+        )
+    return found

@@ -1,0 +1,169 @@
+"""The one way to load an adapter folder into a base: nothing is unpickled, imported, downloaded or guessed.
+
+An adapter may come from anyone, so its config is held to what plain LoRA and DoRA need (PEFT's other settings can
+import modules, read files or rewrite the base), and every tensor's name and shape is compared with what the config
+asks for, before PEFT gets to see a value. PEFT alone would ignore a tensor too many and start a missing one afresh.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import peft
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankloom.errors import RegistryError
+from rankloom.models import is_linear
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Stands before each module's name in a PEFT folder's tensors."""
+
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
+"""Settings that do nothing here: the base is the one given, and it is never looked up."""
+
+_Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT takes some names for regular expressions
+_Rank = Annotated[int, Field(ge=1)]
+
+
+class _AdapterConfig(BaseModel):
+    """What of PEFT's LoraConfig an adapter may set; anything else must be at PEFT's default."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    r: _Rank
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: Annotated[list[_Name], Field(min_length=1)]
+    rank_pattern: dict[_Name, _Rank] = {}
+    alpha_pattern: dict[_Name, float] = {}
+    modules_to_save: list[_Name] | None = None
+    fan_in_fan_out: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none"] = "none"
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+
+
+def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """Put an adapter folder onto a base, frozen and in eval mode. The base's modules are wrapped in place.
+
+    Raises:
+        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit; the base is as before.
+    """
+    config = _read_config(folder)
+    shapes = _read_shapes(folder)
+    _check_modules(base_model, config, folder)
+    with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
+        warnings.simplefilter("ignore")
+        # on the meta device a config that claims a huge rank costs nothing before it is refused
+        model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
+        try:
+            _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
+            set_peft_model_state_dict(model, _read_tensors(base_model, folder), low_cpu_mem_usage=True)
+        except Exception:
+            model.unload()
+            raise
+    return model.requires_grad_(False).eval()
+
+
+def _read_config(folder: Path) -> peft.LoraConfig:
+    if not folder.is_dir():
+        raise RegistryError(f"{folder}: no such adapter folder")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _PICKLED:
+            raise RegistryError(f"{file}: pickled weights can run code; remove the file, only {WEIGHTS} is read")
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        config = _AdapterConfig.model_validate(raw)
+    except FileNotFoundError:
+        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RegistryError(f"{file}: not readable as JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RegistryError(f"{file}: {key}: {first['msg']} (given {first['input']!r:.80})") from None
+    defaults = peft.LoraConfig().to_dict()
+    for key, value in (config.model_extra or {}).items():
+        if key not in _IGNORED and value and value != defaults.get(key):
+            raise RegistryError(f"{file}: {key}: {value!r:.80} is not allowed; only plain LoRA and DoRA are loaded")
+    settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
+    # every value comes from the file, so none is drawn
+    return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape, off the file's header alone."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
+    except (SafetensorError, OSError) as error:
+        raise RegistryError(f"{file}: corrupt or truncated: {error}; publish or fetch the adapter again") from None
+
+
+def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
+    """Refuse what PEFT would find out half-way, with a part of the base already wrapped."""
+    modules = dict(base_model.named_modules())
+    for target in config.target_modules:
+        found = {name: m for name, m in modules.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            raise RegistryError(f"{folder / CONFIG}: target_modules: the base has no module {target!r}")
+        for name, module in found.items():
+            if not is_linear(module) and not (isinstance(module, nn.Embedding) and not config.lora_bias):
+                raise RegistryError(
+                    f"{folder / CONFIG}: target_modules: {name} is a {type(module).__name__}, which this adapter "
+                    f"can't be put on; allowed: linear layers, and embeddings where lora_bias is off"
+                )
+    for target in config.modules_to_save or []:
+        if not any(name.endswith(target) for name in modules):
+            raise RegistryError(f"{folder / CONFIG}: modules_to_save: the base has no module {target!r}")
+
+
+def _check_shapes(expected: dict[str, torch.Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    file = folder / WEIGHTS
+    for name, tensor in expected.items():
+        if name not in found:
+            raise RegistryError(f"{file}: tensor {name} is missing, though {CONFIG} asks for it")
+        if found[name] != tuple(tensor.shape):
+            raise RegistryError(
+                f"{file}: tensor {name} has shape {list(found[name])}, but the base and {CONFIG} ask for "
+                f"{list(tensor.shape)}; is it another base's adapter?"
+            )
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise RegistryError(f"{file}: tensor {unexpected[0]} has no place in the base with this {CONFIG}")
+
+
+def _read_tensors(base_model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / WEIGHTS
+    device = next(base_model.parameters()).device
+    try:
+        tensors = load_file(file, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise RegistryError(f"{file}: corrupt or truncated: {error}; publish or fetch the adapter again") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise RegistryError(f"{file}: tensor {name} holds values that are no finite numbers")
+        if ".lora_" in name:
+            tensors[name] = tensor.float()  # PEFT too keeps LoRA in fp32, whatever the base is in
+        else:
+            tensors[name] = tensor.to(base_model.dtype)
+    return tensors

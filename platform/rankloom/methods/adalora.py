@@ -1,0 +1,81 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), through PEFT: W + (alpha/r) P·diag(lambda)·Q with a budget of rank.
+
+Starts every layer at `initial_rank`, scores each singular triplet by sensitivity and uncertainty, and cuts the least
+important until `target_rank` is left on average. The schedule is laid over the run's real number of steps. PEFT adds
+the orthogonality penalty only where the model computes the loss itself; our loop does, so it is added here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+
+from rankloom.adapters.extract import adalora_to_lora
+from rankloom.config.method import AdaLoraConfig
+from rankloom.errors import ConfigError
+from rankloom.methods.base import Method, State, has_conv1d, peft_targets
+from rankloom.models import Base
+
+
+class AdaLora(Method[AdaLoraConfig]):
+    """LoRA in singular value form, whose ranks differ between layers at the end."""
+
+    def attach(self, base: Base) -> nn.Module:
+        config = self.config
+        warmup = int(self.num_steps * config.warmup_fraction)
+        final = max(1, int(self.num_steps * config.final_fraction))
+        if self.num_steps - warmup - final < config.interval:
+            raise ConfigError(
+                f"budget: {self.num_steps} steps leave AdaLoRA {max(0, self.num_steps - warmup - final)} between its "
+                f"warm-up ({warmup}) and its final phase ({final}), fewer than method.interval={config.interval}: no "
+                f"rank would be moved; train longer or lower method.interval"
+            )
+        adalora = peft.AdaLoraConfig(
+            task_type="CAUSAL_LM",
+            init_r=config.initial_rank,
+            target_r=config.target_rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            tinit=warmup,
+            tfinal=final,
+            deltaT=config.interval,
+            orth_reg_weight=config.orthogonal_weight,
+            total_step=self.num_steps,
+            target_modules=peft_targets(base, config),
+            fan_in_fan_out=has_conv1d(base),
+        )
+        model = peft.get_peft_model(base.model, adalora)
+        adalora.base_model_name_or_path = base.id
+        self._peft = adalora
+        self._allocator = model.base_model.rankallocator
+        return model
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        if self.config.orthogonal_weight == 0:
+            return None
+        norms = []
+        for name, factor in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.config.orthogonal_weight * torch.stack(norms).mean()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
+
+    def state(self) -> State:
+        scores = {name: dict(getattr(self._allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {"scores": scores, "rank_pattern": self._peft.rank_pattern}
+
+    def load_state(self, state: State) -> None:
+        for name, values in state["scores"].items():
+            setattr(self._allocator, name, values)
+        self._peft.rank_pattern = state["rank_pattern"]
+
+    def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:
+        assert isinstance(model, peft.PeftModel)
+        adalora_to_lora(model, folder)
+        return None

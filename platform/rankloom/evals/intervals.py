@@ -1,0 +1,23 @@
+"""How far a proportion measured on n rows can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rankloom.scorecard import Share
+
+NUM_RESAMPLES = 2000
+
+
+def share(right: Sequence[bool], *, seed: int = 0) -> Share:
+    """The share of `right`, with its 95 % bootstrap interval.
+
+    The number of right rows in a resample of n rows with replacement is binomial, so it is drawn directly.
+    """
+    n = len(right)
+    value = sum(right) / n
+    resampled = np.random.default_rng(seed).binomial(n, value, size=NUM_RESAMPLES) / n
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Share(value=value, low=float(low), high=float(high))

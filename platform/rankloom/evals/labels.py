@@ -1,0 +1,157 @@
+"""Classification by constrained decoding: greedy over a trie of the labels' tokens.
+
+At each step a row takes the likeliest of the tokens that still lead to a label. It is done once a single label is
+left, and leaves the batch; tokens without an alternative are fed along with the choice before them, not decoded.
+
+Shapes: B rows, T positions, V vocabulary, C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankloom.data.render import Row
+from rankloom.errors import DataError
+from rankloom.evals.batches import device_of, evaluating, left_padded, positions, prompt_of, unwrapped
+
+
+@dataclass
+class Node:
+    """What may follow a prefix."""
+
+    labels: list[str] = field(default_factory=list)
+    """All labels below; a row that gets here with only one left is done."""
+    children: dict[int, Node] = field(default_factory=dict)
+
+
+class LabelTrie:
+    """All labels' token ids as a tree; no label's tokens begin another's."""
+
+    def __init__(self, labels: dict[str, list[int]]) -> None:
+        """Raises DataError where there is no label, or where decoding could not tell two apart."""
+        if not labels:
+            raise DataError("there is no label to choose from")
+        by_tokens = sorted(labels, key=labels.__getitem__)
+        for label, following in pairwise(by_tokens):  # who begins another begins the next
+            if labels[following][: len(labels[label])] == labels[label]:
+                raise DataError(f"labels {label!r} and {following!r}: the tokens of one begin the other's; rename one")
+        self.root = Node()
+        for label, tokens in labels.items():
+            node = self.root
+            node.labels.append(label)
+            for token in tokens:
+                node = node.children.setdefault(token, Node())
+                node.labels.append(label)
+        self.longest = max(map(len, labels.values()))
+        self.num_decisions = _num_decisions(self.root)
+        """The most choices on the way to a label: the forwards that a batch takes at most."""
+
+
+def _num_decisions(node: Node) -> int:
+    below = max((_num_decisions(child) for child in node.children.values()), default=0)
+    return below + (len(node.children) > 1)
+
+
+def predict_labels(
+    model: nn.Module,
+    rows: Sequence[Row],
+    trie: LabelTrie,
+    *,
+    pad_id: int,
+    batch_size: int,
+    lockstep: bool = False,
+) -> list[str]:
+    """The label that greedy decoding over the trie gives each row's prompt.
+
+    Args:
+        lockstep: take `trie.num_decisions` forwards a batch whatever the rows choose, as workers that share a
+            sharded model have to.
+    """
+    bare = unwrapped(model)
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
+    found: dict[int, str] = {}
+    with evaluating(bare):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            prompts = [prompt_of(rows[i], bare, trie.longest) for i in indices]
+            labels = _predict_batch(bare, prompts, trie, pad_id, lockstep)
+            found.update(zip(indices, labels, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def _predict_batch(
+    model: PreTrainedModel, prompts: list[list[int]], trie: LabelTrie, pad_id: int, lockstep: bool
+) -> list[str]:
+    device = device_of(model)
+    forced, root = _follow(trie.root)
+    labels = [trie.root.labels[0]] * len(prompts)
+    active = list(range(len(prompts))) if trie.num_decisions else []
+    nodes, feed = [root] * len(active), [prompt + forced for prompt in prompts]
+    cache, mask_BT = None, torch.zeros(len(active), 0, dtype=torch.long, device=device)
+    for _ in range(trie.num_decisions):
+        if not active:
+            if not lockstep:
+                break
+            model(input_ids=torch.tensor([[pad_id]], device=device), use_cache=False)
+            continue
+        # rows that are fed less get padding amid their tokens: it is masked, and counts as no position
+        new = left_padded(feed, pad_id, device)
+        mask_BT = torch.cat([mask_BT, new.attention_mask_BT], dim=1)
+        output = model(
+            input_ids=new.input_ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions(mask_BT)[:, -new.input_ids_BT.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        chosen = _likeliest(output.logits[:, -1], [list(node.children) for node in nodes])
+        reached = [node.children[token] for node, token in zip(nodes, chosen, strict=True)]
+        left = [b for b, node in enumerate(reached) if len(node.labels) > 1]
+        for b in set(range(len(active))) - set(left):
+            labels[active[b]] = reached[b].labels[0]
+        if left and len(left) < len(active):
+            kept = torch.tensor(left, device=device)
+            cache.batch_select_indices(kept)
+            mask_BT = mask_BT[kept]
+        paths = [_follow(reached[b]) for b in left]
+        active = [active[b] for b in left]
+        feed = [[chosen[b], *forced] for b, (forced, _) in zip(left, paths, strict=True)]
+        nodes = [node for _, node in paths]
+    return labels
+
+
+def _follow(node: Node) -> tuple[list[int], Node]:
+    """The tokens without an alternative from here on, and the node of the next choice."""
+    forced = []
+    while len(node.children) == 1:
+        ((token, node),) = node.children.items()
+        forced.append(token)
+    return forced, node
+
+
+def _likeliest(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
+    """Each row's choice with the highest logit."""
+    most = max(map(len, choices))
+    choices_BC = torch.tensor([c + c[:1] * (most - len(c)) for c in choices], device=logits_BV.device)
+    best_B1 = logits_BV.gather(1, choices_BC).argmax(dim=1, keepdim=True)
+    found: list[int] = choices_BC.gather(1, best_B1)[:, 0].tolist()
+    return found
+
+
+def macro_f1(truths: Sequence[str], predictions: Sequence[str]) -> float:
+    """The mean F1 over all labels that occur among the truths or the predictions, as scikit-learn's default."""
+    pairs = list(zip(truths, predictions, strict=True))
+    labels = {label for pair in pairs for label in pair}
+    scores = []
+    for label in labels:
+        right = sum(t == p == label for t, p in pairs)
+        scores.append(2 * right / sum((t == label) + (p == label) for t, p in pairs))
+    return sum(scores) / len(scores)

@@ -1,0 +1,67 @@
+"""How fast the model generates: one decode step at batch 1, and tokens a second at batch 8, with a KV cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankloom.data.render import Row
+from rankloom.evals.batches import device_of, evaluating, left_padded, positions, prompt_of, unwrapped
+
+NUM_WARMUP = 4
+NUM_STEPS = 32
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Decode steps only; the prompt's prefill is not counted."""
+
+    latency_ms: float
+    """Median of one step at batch 1, in milliseconds."""
+    generated_tokens_per_s: float
+    """At batch 8, from the median step."""
+
+
+def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency:
+    """Time greedy decoding after prompts of about the median length."""
+    bare = unwrapped(model)
+    by_length = sorted(rows, key=lambda row: row.prompt_length)
+    first = max(0, (len(by_length) - BATCH_SIZE) // 2)
+    middle = by_length[first : first + BATCH_SIZE]
+    prompts = [prompt_of(row, bare, NUM_WARMUP + NUM_STEPS + 1) or row.input_ids[:1] for row in middle]
+    prompts = [prompts[i % len(prompts)] for i in range(BATCH_SIZE)]
+    with evaluating(bare):
+        alone_s = statistics.median(_step_times(bare, prompts[BATCH_SIZE // 2 :][:1], pad_id))
+        together_s = statistics.median(_step_times(bare, prompts, pad_id))
+    return Latency(latency_ms=1000 * alone_s, generated_tokens_per_s=BATCH_SIZE / together_s)
+
+
+def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float]:
+    """Seconds of each decode step after the warm-up; generation goes on past any end token."""
+    device = device_of(model)
+    prompts = left_padded(sequences, pad_id, device)
+    ids_BT, mask_BT, cache = prompts.input_ids_BT, prompts.attention_mask_BT, None
+    times = []
+    for _ in range(1 + NUM_WARMUP + NUM_STEPS):  # the first is the prefill
+        started = time.perf_counter()
+        output = model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions(mask_BT)[:, -ids_BT.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, ids_BT = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return times[1 + NUM_WARMUP :]

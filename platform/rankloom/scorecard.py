@@ -1,0 +1,67 @@
+"""Scorecard: an adapter's measures, beside the untuned base's. Plain data, no torch.
+
+`rankloom.evals.score` fills it; the registry's record and the reports carry it.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Share(_Plain):
+    """A proportion with its 95 % bootstrap interval, all in 0 to 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measures(_Plain):
+    """What was measured on the test rows with one set of weights."""
+
+    num_rows: int
+    loss: float
+    """Mean cross-entropy a trained token, in nats."""
+    perplexity: float
+    accuracy: Share | None = None
+    """Rows whose constrained label is right; classification only."""
+    macro_f1: float | None = None
+    exact_match: Share | None = None
+    """Rows whose free greedy generation equals the completion; not measured for plain text."""
+    retention_loss: float | None = None
+    """Loss on the retention data set, in nats a token."""
+    latency_ms: float | None = None
+    """Median time of one decode step at batch 1 with a KV cache, in milliseconds a token."""
+    generated_tokens_per_s: float | None = None
+    """Greedy decoding throughput in a batch, with a KV cache."""
+
+
+class Extraction(_Plain):
+    """How faithful an adapter cut from a weight difference is to the weights that were trained."""
+
+    rank: int
+    energy: float
+    """Share of the difference's squared norm that the adapter keeps, 0 to 1."""
+    trained: Measures
+    """The trained weights' own measures; the scorecard's `result` is the adapter's."""
+
+
+class Scorecard(_Plain):
+    """Everything measured about one adapter."""
+
+    result: Measures
+    base: Measures | None = None
+    extraction: Extraction | None = None
+    trainable_parameters: int
+    adapter_bytes: int
+    peak_memory_bytes: int
+    """CUDA: allocated by torch; CPU: the process's resident set, all of it."""
+    steps: int
+    train_tokens: int
+    train_s: float
+    tokens_per_s: float
+    device: str

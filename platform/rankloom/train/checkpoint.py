@@ -1,0 +1,93 @@
+"""A checkpoint: all that a run needs to go on bit for bit, in one folder.
+
+    weights.safetensors   what trains, by parameter name
+    state.pt              optimiser, method, random state, data cursor and progress; read with weights_only=True
+
+The adapter that is published is not this: `Method.export` writes it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from rankloom.errors import TrialError
+from rankloom.methods import Method
+from rankloom.train.parallel import gathered, like, whole
+
+
+def save(
+    folder: Path, model: nn.Module, method: Method[Any], optimizer: Optimizer, progress: dict[str, Any], *, write: bool
+) -> None:
+    """Write a checkpoint. Every worker calls, since sharded tensors are gathered; only the one with `write` writes."""
+    weights = {name: whole(p.detach()).contiguous() for name, p in method.trained(model).items()}
+    state = {
+        "optimizer": gathered(method.optimizer_state(optimizer)),
+        "method": method.state(),
+        "progress": progress,
+        "rng": random_state(),
+    }
+    if not write:
+        return
+    try:
+        save_file(weights, folder / "weights.safetensors")
+        torch.save(state, folder / "state.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrialError(f"could not write a checkpoint to {folder}: {error}") from None
+
+
+def load_weights(folder: Path, model: nn.Module, method: Method[Any]) -> None:
+    """Put a checkpoint's weights, and the method's own state, into the model."""
+    weights = _read_weights(folder)
+    with torch.no_grad():
+        for name, parameter in method.trained(model).items():
+            parameter.copy_(like(parameter, weights[name].to(parameter.device)))
+    method.load_state(read_state(folder)["method"])
+
+
+def load_optimizer(folder: Path, method: Method[Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Restore optimiser and random state; the progress that was saved with them."""
+    state = read_state(folder)
+    method.load_optimizer_state(optimizer, state["optimizer"])
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[key] = like(parameter, value)
+    set_random_state(state["rng"])
+    progress: dict[str, Any] = state["progress"]
+    return progress
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise TrialError(f"the checkpoint {folder} is damaged: {str(error).splitlines()[0]}") from None
+    return state
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise TrialError(f"the checkpoint {folder} is damaged: {error}") from None
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,253 @@
+"""The training loop: READ THIS FIRST.
+
+    method.attach(base)                    the method says what trains
+    loop.step(), again and again:
+        plan     the step's rows: the same whatever the number of workers or micro-batches
+        compute  forward and backward of the mean loss over all trained tokens of the step
+        apply    clip, step the optimiser, let the method act
+    every so often: evaluate, write a checkpoint, stop early
+
+The loop knows no method, no launcher and no file format: see `methods/`, `session.py` and `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.trial import OptimConfig, TrialConfig
+from rankloom.data import Batch, Cursor, TaskData, collate
+from rankloom.errors import TrialError
+from rankloom.evals import labelled_loss, validate
+from rankloom.methods import build_method
+from rankloom.models import Base
+from rankloom.train import checkpoint
+from rankloom.train.memory import peak_memory_bytes
+from rankloom.train.parallel import Workers, clip
+from rankloom.train.session import Session
+
+DEFAULT_EPOCHS = 3.0
+UNSCORED = -1e9
+"""The score of a checkpoint written between two evaluations: any scored one is better."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; it travels in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    """Real tokens read so far, prompts included, padding not."""
+    train_s: float = 0.0
+    """Seconds spent in steps."""
+    best_score: float = UNSCORED
+    evals_since_best: int = 0
+
+
+class TrainingLoop:
+    """One trial's training on this worker.
+
+    Invariant: the weights after step n depend on the trial's config alone, not on the number of workers, of
+    micro-batches, nor on how often the run was stopped and resumed (to rounding; exactly, on one worker).
+    """
+
+    def __init__(
+        self, trial: TrialConfig, base: Base, data: TaskData, session: Session, precision: torch.dtype = torch.float32
+    ) -> None:
+        """Attach the method and restore the latest checkpoint, if there is one.
+
+        Args:
+            precision: of the arithmetic; below fp32 it runs under autocast.
+        """
+        self.trial, self.base, self.data, self.session, self.precision = trial, base, data, session, precision
+        limit = trial.eval.max_rows
+        self.validation = data.validation if limit is None else data.validation.select(limit, seed=0)
+        optim = trial.optim
+        self.cursor = Cursor(data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
+        epochs = trial.budget.epochs or DEFAULT_EPOCHS
+        self.num_steps = trial.budget.steps or math.ceil(epochs * self.cursor.batches_per_epoch)
+        self.workers = Workers(
+            session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel
+        )
+        torch.manual_seed(trial.seed)
+        self.method = build_method(trial, self.num_steps)
+        self.module = self.method.attach(base)
+        self.trainable_parameters = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        if trial.compute.activation_checkpointing:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = self.workers.wrap(self.module)  # what forward is called on: `module`, perhaps wrapped
+        self.optimizer = self.method.build_optimizer(self.module, optim)
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
+        self.progress = Progress()
+        self._restore()
+
+    def run(self) -> bool:
+        """Train to the end of the budget or an early stop; False if the session asked to stop before.
+
+        Afterwards the module holds the best checkpoint's weights (where it was not stopped).
+
+        Raises:
+            TrialError: the loss or the gradient is no longer finite; earlier checkpoints are intact.
+        """
+        if self.progress.step == 0:
+            self.evaluate()  # where the untrained model stands; it is nobody's best checkpoint
+        while self.progress.step < self.num_steps and not self._out_of_patience():
+            if self.workers.sum(self.session.should_stop())[0]:
+                self.save(UNSCORED)
+                return False
+            self.step()
+            if self.progress.step % self.trial.eval.every == 0 or self.progress.step == self.num_steps:
+                self.save(self.evaluate())
+        with self.session.best_checkpoint() as folder:
+            if folder is not None:
+                checkpoint.load_weights(folder, self.module, self.method)
+        return True
+
+    def release(self) -> None:
+        """Let go of model and optimiser, to make room for what comes after training."""
+        self.peak_memory_bytes = peak_memory_bytes(self.session.device)
+        del self.model, self.module, self.optimizer, self.base, self.method
+
+    def step(self) -> None:
+        """One optimiser step: plan, compute, apply."""
+        started, step = time.monotonic(), self.progress.step
+        if self.method.before_step(self.module, self.optimizer, step):
+            self.model = self.workers.wrap(self.module)
+        batches = self._plan()
+        loss, tokens = self._compute(batches)
+        norm = self._apply(loss)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        seconds = time.monotonic() - started
+        self.progress.train_s += seconds
+        self.session.emit(
+            {
+                "event": "step",
+                "step": self.progress.step,
+                "total_steps": self.num_steps,
+                "epoch": self.cursor.epoch,
+                "loss": loss,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens": self.progress.tokens,
+                "tokens_per_s": tokens / seconds,
+                "memory_bytes": peak_memory_bytes(self.session.device),
+                "eta_s": self.progress.train_s / self.progress.step * (self.num_steps - self.progress.step),
+            }
+        )
+
+    def evaluate(self) -> float:
+        """Score the validation rows, and tell the user; higher is better."""
+        shard = (self.session.rank, self.session.world_size)
+        part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
+        loss_sum, weight, correct, num_rows = self.workers.sum(
+            part.loss_sum, part.weight_sum, part.correct, part.num_rows
+        )
+        loss = loss_sum / weight
+        accuracy = correct / num_rows if self.trial.eval.metric == "accuracy" else None
+        score = -loss if accuracy is None else accuracy
+        best = self.progress.step > 0 and score > self.progress.best_score
+        if self.progress.step > 0:
+            self.progress.evals_since_best = 0 if best else self.progress.evals_since_best + 1
+            self.progress.best_score = max(score, self.progress.best_score)
+        self.session.emit(
+            {"event": "eval", "step": self.progress.step, "loss": loss, "accuracy": accuracy, "best": best}
+        )
+        return score
+
+    def save(self, score: float) -> None:
+        """Write a checkpoint and hand it to the session; every worker calls."""
+        progress = {**asdict(self.progress), "cursor": self.cursor.state_dict(), "scaler": self.scaler.state_dict()}
+        first = self.session.rank == 0
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            checkpoint.save(folder, self.module, self.method, self.optimizer, progress, write=first)
+            self.session.save_checkpoint(folder if first else None, {"step": self.progress.step, "score": score})
+
+    def _plan(self) -> list[Batch]:
+        """This worker's micro-batches of the next step; a worker left without a row takes one that counts nothing."""
+        everyone = self.cursor.next()
+        mine = everyone[self.workers.rank :: self.workers.world_size]
+        cuts = [mine[i :: self.trial.optim.accumulation] for i in range(self.trial.optim.accumulation)]
+        batches = []
+        for rows in cuts:
+            batch = collate([self.data.train[i] for i in rows or everyone[:1]], self.base.pad_id)
+            if not rows:
+                batch.loss_weights_BT.zero_()
+            batches.append(batch)
+        return batches
+
+    def _compute(self, batches: list[Batch]) -> tuple[float, int]:
+        """Leave the step's gradient in the parameters; its mean loss a trained token, and its number of tokens."""
+        weight, tokens = self.workers.sum(
+            sum(float(batch.loss_weights_BT.sum()) for batch in batches), sum(batch.num_tokens for batch in batches)
+        )
+        factor = schedule(self.trial.optim, self.progress.step, self.num_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor  # before the backward pass: layerwise methods step within it
+        self.module.train()
+        device, loss_sum = self.session.device, 0.0
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with self.workers.synchronised(self.model, last):
+                with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                    micro_sum, _ = labelled_loss(self.model, batch.to(device))
+                    # the workers' gradients are averaged, but `weight` counts the tokens of all of them
+                    loss = micro_sum * (self.workers.world_size / weight)
+                    if last and (penalty := self.method.penalty(self.module)) is not None:
+                        loss = loss + penalty
+                self.scaler.scale(loss).backward()
+            loss_sum += float(micro_sum.detach())
+        return self.workers.sum(loss_sum)[0] / weight, int(tokens)
+
+    def _apply(self, loss: float) -> float | None:
+        """Clip, step, and let the method act; the gradient's norm before clipping."""
+        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        norm = clip(self.method.trained(self.module).values(), self.trial.optim.clip_norm)
+        # with fp16 an overflowing gradient is the scaler's to skip
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled()):
+            raise TrialError(
+                f"training diverged at step {self.progress.step + 1}: loss {loss}, gradient norm {norm}; lower "
+                f"optim.learning_rate ({self.trial.optim.learning_rate:g}) or raise optim.warmup_fraction"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(self.module, self.progress.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _restore(self) -> None:
+        with self.session.latest_checkpoint() as folder:
+            if folder is not None:
+                checkpoint.load_weights(folder, self.module, self.method)
+                saved = checkpoint.load_optimizer(folder, self.method, self.optimizer)
+                self.cursor.load_state_dict(saved.pop("cursor"))
+                self.scaler.load_state_dict(saved.pop("scaler"))
+                self.progress = Progress(**saved)
+                self.session.emit({"event": "resumed", "step": self.progress.step})
+        if self.session.rank:  # dropout differs between workers; the checkpoint's random state is rank 0's
+            torch.manual_seed(self.trial.seed + 1_000_003 * self.session.rank + self.progress.step)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.trial.eval.patience
+        return patience is not None and self.progress.evals_since_best >= patience
+
+
+def schedule(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """The factor on the peak learning rate at step `step` (from 0): a linear warm-up, then the chosen shape."""
+    warmup = int(optim.warmup_fraction * num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, num_steps - warmup)
+    if optim.schedule == "linear":
+        return 1 - done
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0

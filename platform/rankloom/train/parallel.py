@@ -1,0 +1,100 @@
+"""How N workers train one model: DDP for adapters, FSDP2 where all weights train. One worker is the plain model.
+
+The process group is the launcher's to set up (Ray Train does). A step's loss is the mean over the tokens of *all*
+workers, so N workers give the gradient that one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rankloom.models import decoder_layers
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+class Workers:
+    """This worker's place among the others, and what they do together."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device, strategy: Strategy) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.strategy = strategy
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call forward and backward on; called again when the set of trainable parameters changed."""
+        if self.world_size == 1:
+            return model
+        if self.strategy == "fsdp":
+            for layer in decoder_layers(model):
+                fully_shard(layer)
+            fully_shard(model)
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        # every worker loaded the same base and drew the same adapter: nothing to broadcast
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, init_sync=False)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the workers."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(v) for v in tensor]
+
+    def share(self, rows: list[int]) -> list[int]:
+        """This worker's rows of a global batch."""
+        return rows[self.rank :: self.world_size]
+
+    @contextmanager
+    def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients are exchanged in the last micro-batch of a step only."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        if isinstance(model, DistributedDataParallel) and not last:
+            with model.no_sync():
+                yield
+        else:
+            yield
+
+
+def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float | None:
+    """Scale the gradients to `max_norm` at most; their norm before, None where no gradient is left to measure."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    if not with_gradient:
+        return None
+    norm = torch.nn.utils.clip_grad_norm_(with_gradient, max_norm if max_norm is not None else float("inf"))
+    return float(whole(norm))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered on every worker (all must call); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tree: Any) -> Any:
+    """`whole` on every tensor of nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return whole(tree)
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(gathered(value) for value in tree)
+    return tree
+
+
+def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` sharded as `parameter` is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,221 @@
+"""The way of a trial in one worker: data, base, training, export, scorecard, registry.
+
+Whoever launches it (`rankloom.launch`, or a test) brings a `Session`. What is scored is what will be served: the
+exported adapter, read back from its folder onto a fresh base.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.utils import logging as transformers_logging
+
+import rankloom
+from rankloom.adapters.weights import load_adapter
+from rankloom.adapters.probe import probe_logits, write_probe
+from rankloom.config import COMPATIBLE, TrialConfig, dump
+from rankloom.data import TaskData, load_data
+from rankloom.errors import TrialError
+from rankloom.evals import measure
+from rankloom.methods import METHODS
+from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
+from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
+from rankloom.scorecard import Extraction, Measures, Scorecard
+from rankloom.train import checkpoint
+from rankloom.train.loop import TrainingLoop
+from rankloom.train.session import Session
+
+PROBE_TOKENS = 64
+EXPORT_TOLERANCE = 1e-3
+"""Largest difference of a reloaded adapter's logits from the trained model's, relative to the largest logit."""
+
+
+def run_trial(trial: TrialConfig, session: Session) -> dict[str, Any]:
+    """Train, export, score and publish; every worker calls it, rank 0 returns the result as plain data.
+
+    Returns:
+        status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
+
+    Raises:
+        DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
+    """
+    _quieten()
+    _phase(session, "data", f"reading {trial.data.train.path}")
+    tokenizer = load_tokenizer(trial.model)
+    data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
+    session.emit({"event": "report", "data": data.report.to_dict()})
+    _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    base = load_for(trial, session.device)
+    _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
+    loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
+    if not loop.run():
+        _phase(session, "train", f"stopped at step {loop.progress.step}; the checkpoint is kept")
+        return {"status": "interrupted", "name": trial.name, "steps": loop.progress.step}
+    module = _unsharded(trial, loop, session)
+    if session.rank != 0:
+        return {}
+    return _finish(trial, session, loop, module, base, data)
+
+
+def evaluate(trial: TrialConfig, adapter: Path | None, session: Session) -> dict[str, Any]:
+    """Score a PEFT folder (None: the base alone) on the trial's test rows, beside the base."""
+    _quieten()
+    _phase(session, "data", f"reading {trial.data.train.path}")
+    data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
+    _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    base = load_for(trial, session.device)
+    _phase(session, "score", "the base")
+    base_measures = measure(base.model, base.tokenizer, data, trial.eval)
+    result = None
+    if adapter is not None:
+        _phase(session, "score", f"{adapter}")
+        result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval).model_dump()
+    return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
+
+
+def load_for(trial: TrialConfig, device: torch.device) -> Base:
+    """The trial's base: in fp32 where its own weights train, else in the run's precision."""
+    precision = precision_of(trial, device)
+    trains_base = METHODS[type(trial.method)].trains_base
+    dtype = torch.float32 if trains_base else precision
+    return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
+
+
+def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
+    """What the arithmetic runs in: bf16 on CUDA unless the config says otherwise."""
+    return resolve_dtype(trial.compute.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def _finish(
+    trial: TrialConfig, session: Session, loop: TrainingLoop, module: nn.Module, base: Base, data: TaskData
+) -> dict[str, Any]:
+    """Export, read back, score and publish; rank 0 alone."""
+    extracted = COMPATIBLE[trial.method.type].servable == "extracted"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        folder.mkdir()
+        _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
+        energy = loop.method.export(module, base, folder)
+        probe_ids = data.test[0].input_ids[:PROBE_TOKENS]
+        trained_logits = probe_logits(module, probe_ids)
+        trained: Measures | None = None
+        if extracted:
+            _phase(session, "score", "the trained weights, before extraction")
+            trained = measure(module, base.tokenizer, data, trial.eval)
+            _keep_model(trial, module, base)
+        del module, base
+        loop.release()
+        gc.collect()
+
+        fresh = load_for(trial, session.device)
+        base_logits = probe_logits(fresh.model, probe_ids)
+        base_measures = None
+        if trial.eval.base:
+            _phase(session, "score", "the base")
+            base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval)
+        adapted = load_adapter(fresh.model, folder)
+        adapter_logits = probe_logits(adapted, probe_ids)
+        _check_export(trained_logits, adapter_logits, base_logits, extracted)
+        write_probe(folder, probe_ids, adapter_logits, base_logits)
+        _phase(session, "score", "the adapter")
+        result = measure(adapted, fresh.tokenizer, data, trial.eval)
+
+        progress = loop.progress
+        scorecard = Scorecard(
+            result=result,
+            base=base_measures,
+            extraction=None
+            if trained is None or energy is None
+            else Extraction(rank=trial.method.extract_rank, energy=energy, trained=trained),  # type: ignore[union-attr]
+            trainable_parameters=loop.trainable_parameters,
+            adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
+            peak_memory_bytes=loop.peak_memory_bytes,
+            steps=progress.step,
+            train_tokens=progress.tokens,
+            train_s=progress.train_s,
+            tokens_per_s=progress.tokens / max(progress.train_s, 1e-9),
+            device=_device_name(session.device),
+        )
+        outcome = {"status": "done", "name": trial.name, "steps": progress.step, "scorecard": scorecard.model_dump()}
+        if trial.output.publish:
+            _phase(session, "publish", "into the registry")
+            record = _publish(trial, folder, fresh, data, scorecard)
+            root = registry_of(trial)
+            outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
+    return outcome
+
+
+def registry_of(trial: TrialConfig) -> str:
+    """The registry that the trial publishes to."""
+    return f"{trial.output.root.rstrip('/')}/registry"
+
+
+def _publish(trial: TrialConfig, folder: Path, base: Base, data: TaskData, scorecard: Scorecard) -> Record:
+    draft = Draft(
+        method=trial.method.type,
+        base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),
+        servable=COMPATIBLE[trial.method.type].servable,
+        trial=dump(trial),
+        data_fingerprint=data.fingerprint,
+        scorecard=scorecard,
+        lineage=Lineage(run=trial.name),
+        versions=library_versions(),
+    )
+    return Registry(registry_of(trial)).publish(trial.name, folder, draft)
+
+
+def library_versions() -> Versions:
+    """The libraries that make an adapter what it is."""
+    return Versions(rankloom=rankloom.__version__, **{name: version(name) for name in ("torch", "transformers", "peft")})
+
+
+def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
+    """The trained module on one device; sharded weights come back whole from the best checkpoint."""
+    if not isinstance(loop.module, FSDPModule):
+        return loop.module
+    with session.best_checkpoint() as folder:
+        if session.rank != 0 or folder is None:
+            return loop.module
+        model = load_for(trial, session.device).model
+        checkpoint.load_weights(folder, model, loop.method)
+        return model
+
+
+def _check_export(trained: torch.Tensor, adapter: torch.Tensor, base: torch.Tensor, extracted: bool) -> None:
+    """Refuse an export that does nothing, or that is not what was trained."""
+    if torch.equal(adapter, base):
+        raise TrialError("the exported adapter changes nothing; train longer or raise optim.learning_rate")
+    difference = float((adapter - trained).abs().max() / trained.abs().max())
+    if not extracted and difference > EXPORT_TOLERANCE:
+        raise TrialError(f"the exported adapter's logits differ from the trained model's by {difference:.2g} (relative)")
+
+
+def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
+    """Save the tuned model as a base of its own, where the config asks for it."""
+    if trial.output.keep_model:
+        folder = Path(trial.output.root).expanduser() / "runs" / trial.name / "model"
+        module.save_pretrained(folder)  # type: ignore[operator]
+        base.tokenizer.save_pretrained(folder)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
+
+
+def _phase(session: Session, phase: str, message: str) -> None:
+    session.emit({"event": "phase", "phase": phase, "message": message})
+
+
+def _quieten() -> None:
+    """Libraries' progress bars and advice would tear the run's own display."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

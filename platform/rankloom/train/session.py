@@ -1,0 +1,101 @@
+"""Session: how a running trial talks to whoever launched it.
+
+The loop knows this protocol alone. `LocalSession` keeps checkpoints in a folder of this process;
+`rankloom.launch.trainer` has the Ray Train one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rankloom.errors import TrialError
+
+Event = dict[str, Any]
+
+
+class Session(Protocol):
+    """One worker's view of its run. Methods that say so are called by every worker at the same step."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def emit(self, event: Event) -> None:
+        """Tell the user; only rank 0's events are shown."""
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The newest checkpoint's folder, None at a fresh start."""
+
+    def best_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder of the checkpoint with the highest score."""
+
+    def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        """Keep `folder` (None but on rank 0) if it is the latest or the best by metrics["score"]. Every worker calls."""
+
+    def should_stop(self) -> bool:
+        """Whether the user asked for a stop: the loop then saves a checkpoint and returns."""
+
+
+class LocalSession:
+    """A run in this process: checkpoints under `<run>/checkpoints/<step>`, the latest and the best are kept."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        device: torch.device,
+        on_event: Callable[[Event], None] = lambda event: None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.device = device
+        self.emit = on_event
+        self._stop = stop or threading.Event()
+        self._folder = run / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        yield max(self._scores(), key=lambda p: int(p.name), default=None)
+
+    @contextmanager
+    def best_checkpoint(self) -> Iterator[Path | None]:
+        scores = self._scores()
+        yield max(scores, key=lambda p: (scores[p], -int(p.name)), default=None)
+
+    def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        assert folder is not None
+        target = self._folder / str(int(metrics["step"]))
+        try:
+            staged = Path(tempfile.mkdtemp(dir=self._folder, prefix=".staged-"))
+            shutil.copytree(folder, staged, dirs_exist_ok=True)
+            (staged / "metrics.json").write_text(json.dumps(metrics))
+            if target.exists():  # the same step again after a resume
+                shutil.rmtree(target)
+            os.rename(staged, target)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise TrialError(f"could not write the checkpoint {target}: {error}; earlier checkpoints are intact") from None
+        with self.latest_checkpoint() as latest, self.best_checkpoint() as best:
+            for old in self._scores():
+                if old not in (latest, best):
+                    shutil.rmtree(old)
+
+    def _scores(self) -> dict[Path, float]:
+        finished = (p for p in self._folder.iterdir() if p.name.isdigit() and (p / "metrics.json").is_file())
+        return {p: json.loads((p / "metrics.json").read_text())["score"] for p in finished}

@@ -1,7 +1,8 @@
 """Classification by constrained decoding: greedy over a trie of the labels' tokens.
 
 At each step a row takes the likeliest of the tokens that still lead to a label. It is done once a single label is
-left, and leaves the batch; tokens without an alternative are fed along with the choice before them, not decoded.
+left, and leaves the batch; tokens without an alternative are fed along with the choice before them, not decoded; what
+all prompts of a batch begin with is computed once.
 
 Shapes: B rows, T positions, V vocabulary, C choices.
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rankloom.data.render import Row
 from rankloom.errors import DataError
@@ -50,7 +52,7 @@ class LabelTrie:
                 node.labels.append(label)
         self.longest = max(map(len, labels.values()))
         self.num_decisions = _num_decisions(self.root)
-        """The most choices on the way to a label: the forwards that a batch takes at most."""
+        """The most choices on the way to a label: the forwards after which every row of a batch is done."""
 
 
 def _num_decisions(node: Node) -> int:
@@ -70,8 +72,8 @@ def predict_labels(
     """The label that greedy decoding over the trie gives each row's prompt.
 
     Args:
-        lockstep: take `trie.num_decisions` forwards a batch whatever the rows choose, as workers that share a
-            sharded model have to.
+        lockstep: take as many forwards a batch whatever the rows hold and choose, as the workers of a sharded model
+            have to.
     """
     bare = unwrapped(model)
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
@@ -93,39 +95,70 @@ def _predict_batch(
     labels = [trie.root.labels[0]] * len(prompts)
     active = list(range(len(prompts))) if trie.num_decisions else []
     nodes, feed = [root] * len(active), [prompt + forced for prompt in prompts]
-    cache, mask_BT = None, torch.zeros(len(active), 0, dtype=torch.long, device=device)
+    caching = _caches_each_token(model, length=max(map(len, prompts)) + trie.num_decisions * trie.longest)
+    cache: Cache | None = None
+    mask_BT = torch.zeros(len(active), 0, dtype=torch.long, device=device)
+    shared = _common_start(feed) if caching and len(active) > 1 else []
+    if shared:  # a template's system prompt, an instruction: computed once for all rows
+        cache = model(input_ids=torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(active))
+        mask_BT = mask_BT.new_ones(len(active), len(shared))
+        feed = [tokens[len(shared) :] for tokens in feed]
+    elif lockstep and active:
+        _idle_forward(model, pad_id)
     for _ in range(trie.num_decisions):
         if not active:
             if not lockstep:
                 break
-            model(input_ids=torch.tensor([[pad_id]], device=device), use_cache=False)
+            _idle_forward(model, pad_id)
             continue
         # rows that are fed less get padding amid their tokens: it is masked, and counts as no position
         new = left_padded(feed, pad_id, device)
-        mask_BT = torch.cat([mask_BT, new.attention_mask_BT], dim=1)
+        mask_BT = torch.cat([mask_BT, new.attention_mask_BT], dim=1) if caching else new.attention_mask_BT
         output = model(
             input_ids=new.input_ids_BT,
             attention_mask=mask_BT,
             position_ids=positions(mask_BT)[:, -new.input_ids_BT.shape[1] :],
             past_key_values=cache,
-            use_cache=True,
+            use_cache=caching,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache = output.past_key_values if caching else None
         chosen = _likeliest(output.logits[:, -1], [list(node.children) for node in nodes])
         reached = [node.children[token] for node, token in zip(nodes, chosen, strict=True)]
         left = [b for b, node in enumerate(reached) if len(node.labels) > 1]
         for b in set(range(len(active))) - set(left):
             labels[active[b]] = reached[b].labels[0]
-        if left and len(left) < len(active):
+        if cache is not None and left and len(left) < len(active):
             kept = torch.tensor(left, device=device)
             cache.batch_select_indices(kept)
             mask_BT = mask_BT[kept]
         paths = [_follow(reached[b]) for b in left]
+        feed = [[*([] if caching else feed[b]), chosen[b], *forced] for b, (forced, _) in zip(left, paths, strict=True)]
         active = [active[b] for b in left]
-        feed = [[chosen[b], *forced] for b, (forced, _) in zip(left, paths, strict=True)]
         nodes = [node for _, node in paths]
     return labels
+
+
+def _idle_forward(model: PreTrainedModel, pad_id: int) -> None:
+    """Take part in a sharded model's communication, for the sake of other workers."""
+    model(input_ids=torch.tensor([[pad_id]], device=device_of(model)), use_cache=False)
+
+
+def _caches_each_token(model: PreTrainedModel, length: int) -> bool:
+    """Whether the cache keeps every one of `length` tokens by itself, so that padding amid a row can be masked.
+
+    Not so with a recurrent state, nor beyond a sliding window: such models are run without a cache.
+    """
+    layers = DynamicCache(config=model.config).layers
+    return all(isinstance(at, DynamicLayer) and getattr(at, "sliding_window", length) >= length for at in layers)
+
+
+def _common_start(sequences: list[list[int]]) -> list[int]:
+    """The tokens that all begin with; each keeps at least one of its own."""
+    limit = min(map(len, sequences)) - 1
+    together = zip(*(s[:limit] for s in sequences), strict=True)
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
 
 
 def _follow(node: Node) -> tuple[list[int], Node]:

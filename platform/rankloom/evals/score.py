@@ -33,10 +33,11 @@ SEED = 0
 def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData, config: EvalConfig) -> Measures:
     """Score a model on the test rows.
 
-    Constrained accuracy stands in for exact match in classification; plain text, without prompts, has neither.
+    Constrained accuracy stands in for exact match in classification; plain text, which has no prompts, has neither.
     """
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
-    rows = data.test if config.max_test_rows is None else data.test.select(config.max_test_rows, seed=SEED)
+    limit = config.max_test_rows
+    rows = list(data.test if limit is None else data.test.select(limit, seed=SEED))
     loss = token_loss(model, rows, pad_id=pad_id, batch_size=batch_size)
     accuracy = f1 = exact_match = retention = latency = None
     if data.labels is not None:
@@ -45,10 +46,9 @@ def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData
         truths = [row.completion for row in rows]
         accuracy = _share_of_equal(truths, predictions)
         f1 = macro_f1(truths, predictions)
-    elif any(row.prompt_length for row in rows):
+    elif data.report.format != "text":
         exact_match = share(exact_matches(model, tokenizer, rows, batch_size=batch_size))
     if data.retention is not None:
-        limit = config.max_test_rows
         kept = data.retention if limit is None else data.retention.select(limit, seed=SEED)
         retention = token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
     if config.latency:

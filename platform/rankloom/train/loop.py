@@ -24,7 +24,8 @@ from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.trial import OptimConfig, TrialConfig
 from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
-from rankloom.evals import labelled_loss, validate
+from rankloom.evals.loss import labelled_loss
+from rankloom.evals.score import validate
 from rankloom.methods import build_method
 from rankloom.models import Base
 from rankloom.train import checkpoint

@@ -20,11 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 import rankloom
 from rankloom.adapters.weights import load_adapter
-from rankloom.adapters.probe import probe_logits, write_probe
+from rankloom.adapters.probe import last_logits, write_probe
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
-from rankloom.evals import measure
+from rankloom.evals.score import measure
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
@@ -105,7 +105,7 @@ def _finish(
         _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
         energy = loop.method.export(module, base, folder)
         probe_ids = data.test[0].input_ids[:PROBE_TOKENS]
-        trained_logits = probe_logits(module, probe_ids)
+        trained_logits = last_logits(module.eval(), probe_ids)
         trained: Measures | None = None
         if extracted:
             _phase(session, "score", "the trained weights, before extraction")
@@ -116,13 +116,13 @@ def _finish(
         gc.collect()
 
         fresh = load_for(trial, session.device)
-        base_logits = probe_logits(fresh.model, probe_ids)
+        base_logits = last_logits(fresh.model, probe_ids)
         base_measures = None
         if trial.eval.base:
             _phase(session, "score", "the base")
             base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval)
         adapted = load_adapter(fresh.model, folder)
-        adapter_logits = probe_logits(adapted, probe_ids)
+        adapter_logits = last_logits(adapted, probe_ids)
         _check_export(trained_logits, adapter_logits, base_logits, extracted)
         write_probe(folder, probe_ids, adapter_logits, base_logits)
         _phase(session, "score", "the adapter")

@@ -1,0 +1,13 @@
+"""Data: a source's rows become messages, then tokens with loss weights, then batches.
+
+`load_data` is the way in: sources.py finds and reads rows, render.py turns them into tokens, split.py takes parts off,
+check.py counts what is wrong with them, rows.py keeps the result on disk, batching.py hands it to the loop.
+"""
+
+from rankloom.data.batching import Batch, Cursor, collate
+from rankloom.data.check import DataReport, SplitReport
+from rankloom.data.load import TaskData, load_data
+from rankloom.data.render import Row
+from rankloom.data.rows import Rows
+
+__all__ = ["Batch", "Cursor", "DataReport", "Row", "Rows", "SplitReport", "TaskData", "collate", "load_data"]

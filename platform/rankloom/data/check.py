@@ -1,0 +1,197 @@
+"""The data check: what is in the rows, and what is wrong with them, counted and in words.
+
+It reads the columns that rendering leaves beside the tokens (`render.OUTPUT`). What makes training pointless is an
+error, raised here or while rendering; what only makes it worse is a warning.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from rankloom.config.data import DataConfig
+from rankloom.data.render import EMPTY, OVER_LONG, TRUNCATED
+from rankloom.data.rows import lists_lengths
+from rankloom.errors import DataError
+
+NUM_EXAMPLES = 3
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class SplitReport(_Frozen):
+    """One split's rows."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    """Tokens that carry loss."""
+    median_length: float
+    p95_length: float
+    max_length: int
+    empty: int
+    """Dropped: without a prompt or a completion. Rows split off `train` were counted there."""
+    over_long: int
+    """Dropped: the completion alone does not fit."""
+    truncated: int
+    """Lost the start of their prompt."""
+    chunks: int
+    """Rows that are parts of longer texts."""
+    duplicates: int
+    """Equal, prompt and completion, to a row before."""
+    conflicts: int
+    """Rows whose prompt has another completion elsewhere."""
+    skipped_turns: int
+    """Earlier assistant turns that carry no loss, since the chat template rewrites history."""
+    labels: dict[str, int] | None
+    """Rows a label, in classification."""
+
+
+class Overlap(_Frozen):
+    """Prompts that `train` shares with another split."""
+
+    rows: int
+    """Rows of the other split."""
+    examples: list[str]
+
+
+class DataReport(_Frozen):
+    """All splits' counts."""
+
+    format: str
+    splits: dict[str, SplitReport]
+    overlaps: dict[str, Overlap]
+    """Other split -> what it shares with train."""
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a rendered source."""
+
+    rendered: datasets.Dataset
+    field: str
+    kept: np.ndarray
+    """Indices of its rows."""
+    empty: int
+    over_long: int
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self.rendered.data.column(name).take(pa.array(self.kept))
+
+    def picked(self, kept: np.ndarray) -> Part:
+        """Some of its rows; what was dropped before stays counted in the whole."""
+        return replace(self, kept=kept, empty=0, over_long=0)
+
+
+def usable(rendered: datasets.Dataset, field: str, config: DataConfig) -> Part:
+    """The rows that were not dropped.
+
+    Raises:
+        DataError: none is left, or none has a token that carries loss.
+    """
+    status = rendered.data.column("status").to_numpy()
+    empty, over_long = int((status == EMPTY).sum()), int((status == OVER_LONG).sum())
+    part = Part(rendered, field, np.flatnonzero((status != EMPTY) & (status != OVER_LONG)), empty, over_long)
+    if not len(part.kept):
+        raise DataError(
+            f"{field}: none of its {len(status)} rows can be used: {empty} without a prompt or a completion, "
+            f"{over_long} whose completion does not fit in data.max_length={config.max_length}"
+        )
+    if not _trained_tokens(part):
+        raise DataError(
+            f"{field}: no token of its {len(part.kept)} rows would be trained on; look at the rows, data.format "
+            f"and data.train_on={config.train_on}"
+        )
+    return part
+
+
+def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, Any] | None, limit: int) -> DataReport:
+    """Count all splits.
+
+    Args:
+        limit: data.max_length, for the words.
+    """
+    splits = {name: _split_report(part, labels is not None and name != "retention") for name, part in parts.items()}
+    overlaps = {name: _overlap(parts["train"], parts[name]) for name in ("validation", "test")}
+    warnings = [line for name, split in splits.items() for line in _split_warnings(name, split, limit)]
+    for name, overlap in overlaps.items():
+        if overlap.rows:
+            shown = "; ".join(map(repr, overlap.examples))
+            warnings.append(
+                f"{name}: {overlap.rows} of {splits[name].rows} rows have a prompt that is also in train, which "
+                f"flatters the scores: {shown}"
+            )
+    trained = splits["train"].labels or {}
+    if absent := [label for label in labels or {} if label not in trained]:
+        shown = ", ".join(map(repr, absent[:NUM_EXAMPLES]))
+        warnings.append(f"train: {len(absent)} label(s) have no row to train on: {shown}")
+    return DataReport(format=format, splits=splits, overlaps=overlaps, warnings=warnings)
+
+
+def _split_report(part: Part, labelled: bool) -> SplitReport:
+    lengths = lists_lengths(part.rendered, "input_ids")[part.kept]
+    chunk, whole_rows = part.column("chunk").to_numpy(), part.column("row_digest").to_pylist()
+    prompts = part.column("prompt_digest").to_pylist()
+    continued = np.append(chunk[1:] > 0, False)  # a chunk is followed by the rest of its text
+    first = np.flatnonzero(chunk == 0)
+    seen = Counter(whole_rows[i] for i in first)
+    completions: dict[str, set[str]] = {}
+    for i in first:
+        completions.setdefault(prompts[i], set()).add(whole_rows[i])
+    return SplitReport(
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        trained_tokens=_trained_tokens(part),
+        median_length=float(np.median(lengths)),
+        p95_length=float(np.percentile(lengths, 95)),
+        max_length=int(lengths.max()),
+        empty=part.empty,
+        over_long=part.over_long,
+        truncated=int((part.column("status").to_numpy() == TRUNCATED).sum()),
+        chunks=int(((chunk > 0) | continued).sum()),
+        duplicates=sum(count - 1 for count in seen.values()),
+        conflicts=sum(len(completions[prompts[i]]) > 1 for i in first),
+        skipped_turns=int(part.column("skipped_turns").to_numpy().sum()),
+        labels=dict(sorted(Counter(part.column("completion").to_pylist()).items())) if labelled else None,
+    )
+
+
+def _split_warnings(name: str, split: SplitReport, limit: int) -> list[str]:
+    counts = {
+        "dropped: no prompt or no completion": split.empty,
+        f"dropped: the completion does not fit in data.max_length={limit}": split.over_long,
+        f"lost the start of the prompt to data.max_length={limit}": split.truncated,
+        "repeat an earlier row word for word": split.duplicates,
+        "have a prompt that another row completes differently": split.conflicts,
+    }
+    lines = [f"{name}: {count} row(s) {what}" for what, count in counts.items() if count]
+    if split.skipped_turns:
+        lines.append(
+            f"{name}: {split.skipped_turns} earlier assistant turn(s) carry no loss: the template rewrites them"
+        )
+    return lines
+
+
+def _overlap(train: Part, other: Part) -> Overlap:
+    known = set(train.column("prompt_digest").to_pylist())
+    shared = [i for i, prompt in enumerate(other.column("prompt_digest").to_pylist()) if prompt in known]
+    previews = other.column("preview").take(pa.array(shared[:NUM_EXAMPLES], pa.int64())).to_pylist()
+    return Overlap(rows=len(shared), examples=previews)
+
+
+def _trained_tokens(part: Part) -> int:
+    return int(pc.sum(pc.list_flatten(part.column("loss_weights"))).as_py() or 0)

@@ -1,0 +1,268 @@
+"""`load_data`: everything from a data config to tokenised splits, cached on disk.
+
+The cache's key names the sources' contents, the tokenizer and the settings; its entries are written beside and renamed
+into place, checked against their own hash when they are read, and made again where they are broken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from rankloom.config.base import dump
+from rankloom.config.data import DataConfig, Source
+from rankloom.data.check import DataReport, Part, build_report, usable
+from rankloom.data.render import Renderer
+from rankloom.data.rows import FEATURES, Rows, store
+from rankloom.data.sources import FIELDS, Located, Role, builtin_test, explain, locate, pick_columns
+from rankloom.data.split import split_off
+from rankloom.errors import ConfigError, DataError
+from rankloom.paths import cache_dir
+
+FORMAT_VERSION = 1
+"""Raise it with any change to what is made of the same input: older cache entries then go unused."""
+PARALLEL_FROM = 50_000
+"""Rows from which rendering is worth several processes."""
+
+RENDERED = datasets.Features(
+    {
+        **FEATURES,
+        "prompt_digest": datasets.Value("string"),
+        "row_digest": datasets.Value("string"),
+        "preview": datasets.Value("string"),
+        "skipped_turns": datasets.Value("int32"),
+        "chunk": datasets.Value("int32"),
+        "status": datasets.Value("int8"),
+        "source_row": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The splits of one task."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    retention: Rows | None
+    labels: dict[str, list[int]] | None
+    """In classification: label -> the token ids of its completion with the end of the turn."""
+    fingerprint: str
+    """Of the splits' tokens and labels; the same on every machine."""
+    report: DataReport
+
+
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retention: Source | None = None) -> TaskData:
+    """Read, render, split and check.
+
+    Args:
+        retention: a second data set, rendered by its own columns without `config.columns` and `config.instruction`.
+
+    Raises:
+        DataError: a source is missing, malformed or would train nothing.
+        ConfigError: the settings contradict each other.
+    """
+    wanted: dict[Role, Source | None] = {
+        "train": config.train,
+        "validation": config.validation,
+        "test": config.test or builtin_test(config.train),
+        "retention": retention,
+    }
+    with _quiet():
+        located = {role: locate(source, role) for role, source in wanted.items() if source is not None}
+        key = _key(config, tokenizer, located)
+        folder = cache_dir() / "tokens" / key
+        if found := _open(folder):
+            return found
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # of a machine's workers the first renders, the others wait
+                return _open(folder) or _make(folder, config, tokenizer, located)
+        except OSError as error:
+            raise DataError(
+                f"the token cache {folder} can't be written: {explain(error)}; set RANKLOOM_CACHE"
+            ) from error
+
+
+def _make(
+    folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]
+) -> TaskData:
+    """Render everything into a folder beside, and rename it into place."""
+    shutil.rmtree(folder, ignore_errors=True)  # there only when it is broken
+    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".staged-"))
+    try:
+        scratch = staged / "scratch"
+        scratch.mkdir()
+        parts, format, labels = _parts(config, tokenizer, located, scratch)
+        report = build_report(parts, format, labels, config.max_length)
+        rows = {name: store(part.rendered, part.kept, staged / name) for name, part in parts.items()}
+        meta = {
+            "digests": {name: split.digest() for name, split in rows.items()},
+            "labels": labels,
+            "report": report.to_dict(),
+        }
+        (staged / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        shutil.rmtree(scratch)
+        staged.chmod(0o755)
+        staged.rename(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    made = _open(folder)
+    if made is None:
+        raise DataError(f"the token cache {folder} does not read back what was written; check the disk")
+    return made
+
+
+def _open(folder: Path) -> TaskData | None:
+    """A cache entry, or None where it is missing or broken."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        rows = {name: Rows.open(folder / name) for name in meta["digests"]}
+        if any(rows[name].digest() != digest for name, digest in meta["digests"].items()):
+            return None
+        report = DataReport.model_validate(meta["report"])
+    except Exception:  # a damaged file can make the Arrow and JSON readers raise anything; it is rendered again
+        return None
+    labels = meta["labels"]
+    identity = json.dumps([meta["digests"], labels], sort_keys=True)
+    return TaskData(
+        train=rows["train"],
+        validation=rows["validation"],
+        test=rows["test"],
+        retention=rows.get("retention"),
+        labels=labels,
+        fingerprint=f"sha256:{hashlib.sha256(identity.encode()).hexdigest()}",
+        report=report,
+    )
+
+
+def _parts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located], scratch: Path
+) -> tuple[dict[str, Part], str, dict[str, list[int]] | None]:
+    """Each split's rows, the format, and the labels."""
+    format: str = config.format
+    labels = None
+    parts: dict[str, Part] = {}
+    for role, source in located.items():  # train comes first: it settles the format and the labels
+        own, known = (config, labels) if role != "retention" else (config.model_copy(update=_RETENTION), None)
+        place = scratch / role
+        place.mkdir()
+        wanted = own.format if role == "retention" else format
+        columns, own_format = pick_columns(source.read(place), source, wanted, own.columns)
+        renderer = Renderer(tokenizer, own, own_format, source.field, _label_names(columns), known)
+        if role == "train":
+            format = own_format
+            if format == "classification":
+                labels = renderer.labels = renderer.label_table(_different(columns, "label"))
+        parts[role] = usable(_render(columns, renderer, place), source.field, own)
+    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
+    fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
+    if sum(fractions.values()) >= 1:
+        raise ConfigError(
+            f"data.test_fraction={config.test_fraction:g} and data.validation_fraction={config.validation_fraction:g} "
+            f"leave nothing to train on; together they must be below 1"
+        )
+    whole = parts["train"]
+    if fractions:
+        parts.update(_split(whole, fractions, config.split_seed))
+    if config.max_train_rows is not None and config.max_train_rows < len(parts["train"].kept):
+        chosen = np.random.default_rng(config.split_seed).permutation(parts["train"].kept)[: config.max_train_rows]
+        parts["train"] = parts["train"].picked(np.sort(chosen))
+    # what was dropped from the source is train's to report, whatever was split off it
+    train = parts["train"]
+    parts["train"] = Part(train.rendered, train.field, train.kept, whole.empty, whole.over_long)
+    return parts, format, labels
+
+
+_RETENTION: dict[str, Any] = {
+    "format": "auto", "template": "auto", "columns": {}, "instruction": None,
+    "train_on": "completion", "over_long": "drop",
+}  # fmt: skip
+"""Settings of the task that mean nothing for the second data set."""
+
+
+def _split(whole: Part, fractions: Mapping[str, float], seed: int) -> dict[str, Part]:
+    digests, chunks = whole.column("prompt_digest").to_pylist(), whole.column("chunk").to_pylist()
+    texts = [digest for digest, chunk in zip(digests, chunks, strict=True) if chunk == 0]
+    chosen = split_off(texts, fractions, seed, field=whole.field)
+    part_of = {digest: name for name, prompts in chosen.items() for digest in prompts}
+    side = np.array([part_of.get(digest, "train") for digest in digests])
+    return {name: whole.picked(whole.kept[side == name]) for name in ("train", *fractions)}
+
+
+def _render(columns: datasets.Dataset, renderer: Renderer, place: Path) -> datasets.Dataset:
+    processes = min(8, os.cpu_count() or 1) if len(columns) > PARALLEL_FROM else None
+    return columns.map(
+        renderer,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns.column_names,
+        features=RENDERED,
+        num_proc=processes,
+        cache_file_name=str(place / "rendered.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint="rendered",  # else the tokenizer is pickled and hashed to make one
+    )
+
+
+def _label_names(columns: datasets.Dataset) -> list[str] | None:
+    feature = columns.features.get("label")
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _different(columns: datasets.Dataset, name: str) -> list[Any]:
+    if isinstance(columns.features[name], (datasets.Value, datasets.ClassLabel)):
+        return list(columns.unique(name))
+    return list(columns[name])  # values of several types
+
+
+def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]) -> str:
+    settings = {name: value for name, value in dump(config).items() if name not in FIELDS}  # sources are in by contents
+    parts = [
+        FORMAT_VERSION,
+        settings,
+        {role: source.key for role, source in located.items()},
+        _tokenizer_key(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256()
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        state = json.loads(backend.to_str())
+        state["truncation"] = state["padding"] = None  # set by whoever called it last
+        digest.update(json.dumps(state, sort_keys=True).encode())
+    else:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    named = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map]
+    digest.update(json.dumps(named, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which would run across a run's own display."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

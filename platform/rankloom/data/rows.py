@@ -1,0 +1,97 @@
+"""Tokenised rows on disk: an Arrow file each split, memory-mapped, so that workers share its pages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rankloom.data.render import Row
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_weights": datasets.List(datasets.Value("int8")),
+        "prompt_length": datasets.Value("int32"),
+        "completion": datasets.Value("large_string"),
+    }
+)
+"""What is kept of a rendered row."""
+
+
+class Rows(Sequence[Row]):
+    """Rows of one split, read from the disk when asked for."""
+
+    def __init__(self, dataset: datasets.Dataset, lengths: np.ndarray) -> None:
+        self._dataset = dataset
+        self.lengths = lengths
+        """Tokens of each row."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Rows:
+        """Map rows that `store` wrote."""
+        dataset = datasets.load_from_disk(str(folder))
+        return cls(dataset, lists_lengths(dataset, "input_ids"))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return self._picked(np.arange(len(self))[index])
+        row = self._dataset[int(index)]
+        return Row(row["input_ids"], list(map(float, row["loss_weights"])), row["prompt_length"], row["completion"])
+
+    def select(self, num_rows: int, seed: int | None = None) -> Rows:
+        """At most `num_rows` rows in their order: spread evenly, or a seeded random choice."""
+        if num_rows >= len(self):
+            return self
+        if seed is None:  # the first rows of a file that is sorted by label would all be alike
+            return self._picked(np.arange(num_rows) * len(self) // num_rows)
+        chosen = np.random.default_rng(seed).permutation(len(self))[:num_rows]
+        return self._picked(np.sort(chosen))
+
+    def digest(self) -> str:
+        """A hash of the rows' contents, the same on every machine."""
+        assert self._dataset._indices is None, "only whole splits have a digest"
+        table = self._dataset.data.table
+        whole = hashlib.sha256()
+        for name in FEATURES:
+            part = hashlib.sha256()  # one a column: how the file is cut into record batches must not show
+            sizes = hashlib.sha256()
+            for chunk in table.column(name).chunks:
+                if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                    sizes.update(pc.list_value_length(chunk).cast(pa.int64()).to_numpy(zero_copy_only=False).tobytes())
+                    part.update(pc.list_flatten(chunk).to_numpy(zero_copy_only=False).tobytes())
+                elif pa.types.is_integer(chunk.type):
+                    part.update(chunk.to_numpy(zero_copy_only=False).tobytes())
+                else:
+                    sizes.update(pc.binary_length(chunk).cast(pa.int64()).to_numpy(zero_copy_only=False).tobytes())
+                    part.update("".join(chunk.to_pylist()).encode("utf-8"))
+            whole.update(sizes.digest() + part.digest())
+        return whole.hexdigest()
+
+    def _picked(self, indices: np.ndarray) -> Rows:
+        return Rows(self._dataset.select(indices), self.lengths[indices])
+
+
+def store(rendered: datasets.Dataset, indices: np.ndarray, folder: Path) -> Rows:
+    """Write the chosen rows into one Arrow file."""
+    kept = rendered.select_columns(list(FEATURES)).select(indices)
+    kept.save_to_disk(str(folder), num_shards=1)
+    return Rows.open(folder)
+
+
+def lists_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    lengths: np.ndarray = pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
+    return lengths

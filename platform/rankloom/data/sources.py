@@ -1,0 +1,305 @@
+"""Where rows come from: the built-in set, the hub, or files on any fsspec filesystem.
+
+`locate` finds a source and names its contents by a key without reading a row; `Located.read` reads it through the
+`datasets` builders; `pick_columns` settles the format and renames. Rendering begins in render.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import datasets
+import fsspec
+import pandas as pd
+from fsspec.implementations.local import LocalFileSystem
+
+from rankloom.config.data import COLUMNS, Source
+from rankloom.errors import ConfigError, DataError
+
+Role = Literal["train", "validation", "test", "retention"]
+
+FIELDS: dict[Role, str] = {
+    "train": "data.train",
+    "validation": "data.validation",
+    "test": "data.test",
+    "retention": "eval.retention",
+}
+DEFAULT_SPLITS: dict[Role, str] = {"train": "train", "validation": "validation", "test": "test", "retention": "test"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""File extension (`.gz` may follow) -> the `datasets` builder that reads it."""
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+CHANGE_MARKS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "updated")
+"""What filesystems call the mark that changes with a file's contents."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source that was found."""
+
+    field: str
+    """The setting that named it."""
+    path: str
+    key: str
+    """Changes with the contents."""
+    read: Callable[[Path], datasets.Dataset]
+    """Reads the rows; the folder given takes temporary files, and must outlive the data set."""
+
+
+def locate(source: Source, role: Role) -> Located:
+    """Find a source.
+
+    Raises:
+        ConfigError: the source's keys contradict each other. DataError: there is no such file or data set.
+    """
+    field = FIELDS[role]
+    if source.path.startswith("builtin:"):
+        return _builtin(source, role)
+    if _is_file(source.path):
+        for name in ("split", "subset", "revision"):
+            if value := getattr(source, name):
+                raise ConfigError(f"{field}.{name}: {value!r} means nothing for the file {source.path!r}; remove it")
+        return _files(source.path, field)
+    return _hub(source, role)
+
+
+def builtin_test(source: Source) -> Source | None:
+    """The held-out rows of a built-in data set that is trained on as a whole."""
+    is_builtin = source.path.startswith("builtin:") and source.split in (None, "train")
+    return Source(path=source.path, split="test") if is_builtin else None
+
+
+def pick_columns(
+    dataset: datasets.Dataset, located: Located, format: str, columns: Mapping[str, str]
+) -> tuple[datasets.Dataset, str]:
+    """The columns that the format reads, under the format's names; and the format, where it was `auto`.
+
+    Raises:
+        DataError: a column is missing, or there is no row. ConfigError: a rename that the format has no use for.
+    """
+    if not len(dataset):
+        raise DataError(f"{located.field}: {located.path} has no rows")
+    there = f"{located.path} has {', '.join(map(repr, dataset.column_names)) or 'none'}"
+    for role, name in columns.items():
+        if name not in dataset.column_names:
+            near = _nearest(name, dataset.column_names)
+            raise DataError(f"data.columns: {role}: no column {name!r}{near}; {there}")
+    if format == "auto":
+        fitting = [
+            f
+            for f, roles in COLUMNS.items()
+            if set(columns) <= set(roles) and all(columns.get(r, r) in dataset.column_names for r in roles)
+        ]
+        if not fitting:
+            needs = "; ".join(f"{f}: {', '.join(roles)}" for f, roles in COLUMNS.items())
+            how = "" if located.field == FIELDS["retention"] else "; rename with data.columns, e.g. {label: category}"
+            raise DataError(f"{located.field}: no format fits the columns; {there}; formats need {needs}{how}")
+        format = fitting[0]
+    roles = COLUMNS[format]
+    if unused := sorted(set(columns) - set(roles)):
+        raise ConfigError(
+            f"data.columns: {unused[0]!r} is not read by the format {format}, which reads {', '.join(roles)}; remove it"
+        )
+    wanted = {columns.get(role, role): role for role in roles}
+    if missing := [name for name in wanted if name not in dataset.column_names]:
+        near = _nearest(missing[0], dataset.column_names)
+        raise DataError(
+            f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; "
+            f"{there}; rename with data.columns, e.g. {{{wanted[missing[0]]}: {dataset.column_names[0]}}}"
+        )
+    if len(wanted) < len(roles):
+        raise ConfigError(f"data.columns: {', '.join(roles)} need a column each, given {dict(columns)}")
+    kept = dataset.select_columns(list(wanted))
+    return kept.rename_columns({name: role for name, role in wanted.items() if name != role}), format
+
+
+def _builtin(source: Source, role: Role) -> Located:
+    field, name = FIELDS[role], source.path.removeprefix("builtin:")
+    shelf = resources.files("rankloom.data") / "builtin"
+    known = sorted(folder.name for folder in shelf.iterdir() if folder.is_dir())
+    if name not in known:
+        allowed = ", ".join(f"builtin:{n}" for n in known)
+        raise ConfigError(f"{field}: unknown {source.path!r}{_nearest(name, known)}; allowed: {allowed}")
+    for key in ("subset", "revision"):
+        if value := getattr(source, key):
+            raise ConfigError(f"{field}.{key}: {value!r} means nothing for {source.path!r}; remove it")
+    split = source.split or DEFAULT_SPLITS[role]
+    splits = sorted(f.name.removesuffix(".csv") for f in (shelf / name).iterdir() if f.name.endswith(".csv"))
+    if split not in splits:
+        raise ConfigError(f"{field}: {source.path} has no split {split!r}; it has {', '.join(splits)}")
+    located = _files(str(shelf / name / f"{split}.csv"), field)
+    return Located(field, f"{source.path} ({split})", located.key, located.read)
+
+
+def _hub(source: Source, role: Role) -> Located:
+    field, split = FIELDS[role], source.split or DEFAULT_SPLITS[role]
+    if not HUB_ID.fullmatch(source.path):
+        raise ConfigError(
+            f"{field}: {source.path!r} is neither a built-in set, a hub id such as 'org/name', nor a file ending in "
+            f"{', '.join(BUILDERS)} (.gz may follow)"
+        )
+    try:
+        dataset = datasets.load_dataset(source.path, name=source.subset, split=split, revision=source.revision)
+    except Exception as error:  # the hub client and the builders raise a dozen unrelated kinds
+        raise DataError(
+            f"{field}: {source.path!r} (split {split!r}) is no file here, and the hub does not give it: "
+            f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
+        ) from None
+    key = f"hub:{dataset._fingerprint}"  # follows the commit, configuration and split
+    return Located(field, source.path, key, lambda _: dataset)
+
+
+def _is_file(path: str) -> bool:
+    local = Path(path).expanduser()
+    return (
+        "://" in path
+        or path.startswith((".", "/", "~"))
+        or glob.has_magic(path)
+        or _extension(path) in BUILDERS
+        or local.exists()
+    )
+
+
+def _files(path: str, field: str) -> Located:
+    filesystem, pattern = _filesystem(path, field)
+    try:
+        paths = _matching(filesystem, pattern)
+        if not paths:
+            raise DataError(f"{field}: {_not_found(filesystem, path, pattern)}")
+        kinds = {_extension(p) for p in paths}
+        if unknown := sorted(kinds - set(BUILDERS)):
+            raise ConfigError(
+                f"{field}: {path!r}: {unknown[0] or 'a file without an extension'} is not read; allowed: "
+                f"{', '.join(BUILDERS)} (.gz may follow)"
+            )
+        if len({BUILDERS[kind] for kind in kinds}) > 1:
+            raise DataError(f"{field}: {path!r} matches files of several kinds: {', '.join(sorted(kinds))}; narrow it")
+        key = hashlib.sha256("\n".join(_content_key(filesystem, p) for p in paths).encode()).hexdigest()
+    except (DataError, ConfigError):
+        raise
+    except Exception as error:  # each filesystem raises its client's own kinds
+        raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
+    builder = BUILDERS[kinds.pop()]
+    return Located(field, path, key, lambda scratch: _read(filesystem, paths, builder, scratch, field))
+
+
+def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if "://" not in path:
+        return LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
+        return found
+    except ImportError as error:
+        missing = error
+    except ValueError as error:
+        raise ConfigError(f"{field}: {path!r}: {explain(error)}") from None
+    # s3 and gs need no package of their own: pyarrow, which the registry uses too, speaks both
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import FileSystem
+
+    try:
+        arrow, inner = FileSystem.from_uri(path)
+    except Exception:  # not one of pyarrow's filesystems
+        raise DataError(f"{field}: {path!r} needs a package: {explain(missing)}") from None
+    return ArrowFSWrapper(arrow), inner
+
+
+def _matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    if filesystem.isfile(pattern):
+        return [pattern]
+    if not glob.has_magic(pattern):
+        return []
+    return sorted(p for p in filesystem.glob(pattern) if filesystem.isfile(p))
+
+
+def _not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -> str:
+    if filesystem.isdir(pattern):
+        return f"{path!r} is a folder; give a file, or a pattern such as {path.rstrip('/')}/*.jsonl"
+    if glob.has_magic(pattern):
+        return f"no file matches {path!r}"
+    parent, name = pattern.rpartition("/")[::2]
+    try:
+        siblings = [PurePosixPath(p).name for p in filesystem.ls(parent, detail=False)]
+    except OSError:
+        return f"no file {path!r}, nor its folder"
+    return f"no file {path!r}{_nearest(name, siblings)}"
+
+
+def _content_key(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+    """A local file's hash; a remote file's version mark, where its filesystem keeps one."""
+    if not isinstance(filesystem, LocalFileSystem):
+        info = filesystem.info(path)
+        if marks := [f"{mark}={info[mark]}" for mark in CHANGE_MARKS if info.get(mark)]:
+            return f"{type(filesystem).__name__}:{path}:{info['size']}:{marks}"
+    with filesystem.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(
+    filesystem: fsspec.AbstractFileSystem, paths: list[str], builder: str, scratch: Path, field: str
+) -> datasets.Dataset:
+    files = []
+    for i, path in enumerate(paths):
+        try:
+            if filesystem.size(path) == 0:
+                raise DataError(f"{field}: {path} is empty")
+            if isinstance(filesystem, LocalFileSystem):
+                files.append(path)
+            else:
+                copy = scratch / f"{i}-{PurePosixPath(path).name}"
+                filesystem.get_file(path, str(copy))
+                files.append(str(copy))
+        except DataError:
+            raise
+        except Exception as error:  # as in _files
+            raise DataError(f"{field}: {path} can't be fetched: {explain(error)}") from None
+    try:
+        options = _csv_options(files, field) if builder == "csv" else {}
+        # the files' contents are this cache's key already; a cache by path and time, as the builder's own, can be stale
+        return datasets.load_dataset(builder, data_files=files, split="train", cache_dir=str(scratch), **options)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow, pandas, gzip and the builder each raise their own kinds
+        raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {explain(error)}") from None
+
+
+def _csv_options(files: list[str], field: str) -> dict[str, Any]:
+    """Every value is kept as it is written: '007', '1.50' and 'None' stay text."""
+    names: list[str] = []
+    for file in files:
+        head = pd.read_csv(file, nrows=1, dtype=str, keep_default_na=False)
+        if not isinstance(head.index, pd.RangeIndex):  # pandas would take the first column for row names
+            raise DataError(
+                f"{field}: {file}: its rows have more fields than its header; quote texts that hold a comma"
+            )
+        found = list(map(str, head.columns))
+        if names and set(found) != set(names):
+            raise DataError(
+                f"{field}: {file} has the columns {', '.join(found)}; the files before it {', '.join(names)}"
+            )
+        names = names or found
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False}
+
+
+def _extension(path: str) -> str:
+    return PurePosixPath(path.lower().removesuffix(".gz")).suffix
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(error: BaseException) -> str:
+    """The first line of what went wrong underneath."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"

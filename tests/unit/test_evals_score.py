@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankloom.config.data import DataConfig, Source
@@ -88,8 +89,12 @@ def test_completions(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_plain_text_has_a_loss_alone(tiny_llama: Path, tmp_path: Path) -> None:
     model, tokenizer = load(tiny_llama)
-    tokenizer.bos_token = tokenizer.eos_token  # a token before the text is no prompt
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 1)]
+    )
     data = task(tmp_path, tokenizer, TEXTS)
+    assert data.test[0].prompt_length == 1  # a token that begins every text is no prompt to complete
     found = measure(model, tokenizer, data, EvalConfig())
     assert found.loss > 0
     assert found.accuracy is found.exact_match is None

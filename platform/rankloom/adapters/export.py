@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -95,7 +96,7 @@ def _merged(adapter: PeftModel, folder: Path) -> PreTrainedModel:
     return merged
 
 
-def _innermost(module: nn.Module) -> nn.Module:
+def _innermost(module: Any) -> Any:
     """The base's own module under what PEFT wrapped around it."""
     for wrapped in ("base_layer", "original_module"):
         if hasattr(module, wrapped):

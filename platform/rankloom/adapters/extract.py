@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.weights import PREFIX, WEIGHTS
+from rankloom.adapters.weights import PREFIX
 from rankloom.errors import ModelError, TrialError
 from rankloom.models import is_linear, weight_files
+from rankloom.registry.checks import WEIGHTS
 
 FULL_SVD_UP_TO = 4096
 """The smaller dimension up to which all singular vectors are computed; beyond, only the wanted ones, by sampling."""
@@ -125,7 +126,7 @@ def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder
             f"only {', '.join(sorted(parts.whole))} changed; an adapter needs a linear layer or an embedding"
         )
     _write(model, parts, folder, base_id)
-    return kept / total
+    return min(1.0, kept / total)  # rounding can give a little more
 
 
 def _takes_factors(module: nn.Module) -> bool:

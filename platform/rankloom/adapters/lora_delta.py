@@ -19,7 +19,7 @@ def save_without_base_change(model: peft.PeftModel, initial: dict[str, torch.Ten
     Args:
         initial: A₀ [r, in] and B₀ [out, r] by the parameter's name in `model`, as they were right after attaching.
     """
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     file = folder / "adapter_model.safetensors"
     # PEFT leaves the adapter's name out of the saved keys
     before = {name.replace(".default.", "."): value for name, value in initial.items()}

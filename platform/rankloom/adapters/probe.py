@@ -13,8 +13,7 @@ import peft
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.base import Frozen, parse
@@ -133,16 +132,17 @@ def load_recorded_base(record: Record, dtype: torch.dtype) -> Base:
     return base
 
 
-@torch.no_grad()
 def _both_logits(model: peft.PeftModel, input_ids: list[int]) -> tuple[Tensor, Tensor]:
-    adapter = _last_logits(model.get_base_model(), input_ids)
+    adapter = last_logits(model.get_base_model(), input_ids)
     with model.disable_adapter():
-        base = _last_logits(model.get_base_model(), input_ids)
+        base = last_logits(model.get_base_model(), input_ids)
     return adapter, base
 
 
-def _last_logits(model: PreTrainedModel, input_ids: list[int]) -> Tensor:
-    ids_BT = torch.tensor([input_ids], device=model.device)
+@torch.no_grad()
+def last_logits(model: nn.Module, input_ids: list[int]) -> Tensor:
+    """The logits [V] after the last of `input_ids`, on the CPU."""
+    ids_BT = torch.tensor([input_ids], device=next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1]
     return logits.cpu()
 

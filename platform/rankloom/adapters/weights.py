@@ -23,13 +23,11 @@ from transformers import PreTrainedModel
 
 from rankloom.errors import RegistryError
 from rankloom.models import is_linear
+from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Stands before each module's name in a PEFT folder's tensors."""
 
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 """Settings that do nothing here: the base is the one given, and it is never looked up."""
 
@@ -68,9 +66,9 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     config = _read_config(folder)
     shapes = _read_shapes(folder)
     _check_modules(base_model, config, folder)
+    _check_ranks(config, shapes, folder)
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
-        # on the meta device a config that claims a huge rank costs nothing before it is refused
         model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
         try:
             _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
@@ -85,7 +83,7 @@ def _read_config(folder: Path) -> peft.LoraConfig:
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such adapter folder")
     for file in sorted(folder.iterdir()):
-        if file.suffix in _PICKLED:
+        if file.suffix.lower() in PICKLES:
             raise RegistryError(f"{file}: pickled weights can run code; remove the file, only {WEIGHTS} is read")
     file = folder / CONFIG
     try:
@@ -136,6 +134,17 @@ def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder:
     for target in config.modules_to_save or []:
         if not any(name.endswith(target) for name in modules):
             raise RegistryError(f"{folder / CONFIG}: modules_to_save: the base has no module {target!r}")
+
+
+def _check_ranks(config: peft.LoraConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse a rank that no tensor has, before PEFT allocates it."""
+    ranks = [s[0] for name, s in shapes.items() if s and name.endswith((".lora_A.weight", ".lora_embedding_A"))]
+    largest = max(ranks, default=0)
+    for rank in (config.r, *config.rank_pattern.values()):
+        if rank > largest:
+            raise RegistryError(
+                f"{folder / CONFIG}: r: rank {rank} is above that of every tensor in {WEIGHTS} ({largest})"
+            )
 
 
 def _check_shapes(expected: dict[str, torch.Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -1,0 +1,360 @@
+"""`rankloom adapters`: what the registry holds, and what is done with it.
+
+Each command is a thin shell over `rankloom.registry.Registry`; only `verify`, `export --format merged` and the
+`publish` of a foreign folder load a model, and import torch when they do.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankloom.errors import RankloomError, RegistryError
+from rankloom.paths import registry_root
+
+if TYPE_CHECKING:
+    from rankloom.registry import Draft, Record, Registry
+
+app = typer.Typer(
+    name="adapters", no_args_is_help=True, help="List, show, publish, promote, verify and export trained adapters."
+)
+
+_REF = "An adapter: name, name@3, name@latest or name@alias. A name alone is its champion, else its latest version."
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+def _complete_ref(context: typer.Context, incomplete: str) -> list[str]:
+    """Names; after an @, the versions and aliases of that name. Silent where the registry can't be read."""
+    from rankloom.registry import Registry
+
+    with suppress(RankloomError, ValueError):
+        registry = Registry(context.params.get("registry") or registry_root())
+        name, at, _ = incomplete.partition("@")
+        refs = registry.names()
+        if at:
+            versions = registry.versions(name)
+            selectors = (*registry.aliases(name), *versions, "latest") if versions else ()
+            refs = [f"{name}@{selector}" for selector in selectors]
+        return [ref for ref in refs if ref.startswith(incomplete)]
+    return []
+
+
+Ref = Annotated[str, typer.Argument(help=_REF, metavar="REF", autocompletion=_complete_ref)]
+Root = Annotated[
+    str,
+    typer.Option(
+        "--registry",
+        default_factory=registry_root,
+        envvar="RANKLOOM_REGISTRY",
+        show_default="~/rankloom/registry",
+        help="The registry: a folder, or a URL such as s3://bucket/registry (AWS_ENDPOINT_URL for another server).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Alias = Annotated[str, typer.Option("--alias", help="The alias that moves.")]
+
+
+class Format(enum.StrEnum):
+    peft = "peft"
+    merged = "merged"
+
+
+@app.command("list")
+def list_adapters(
+    root: Root,
+    name: Annotated[str | None, typer.Argument(help="Only this adapter.", autocompletion=_complete_ref)] = None,
+    as_json: Json = False,
+) -> None:
+    """List every version of every adapter, or of one.
+
+    Example: rankloom adapters list bank-intents
+    """
+    registry = _open(root)
+    records = registry.list(name)
+    aliases = {each: registry.aliases(each) for each in {record.name for record in records}}
+    pointing = {r.ref: [alias for alias, to in aliases[r.name].items() if to == r.version] for r in records}
+    if as_json:
+        _print_json([_plain(record) | {"aliases": pointing[record.ref]} for record in records])
+    elif not records:
+        typer.echo(f"no adapters in {registry.root}")
+    else:
+        header = ("adapter", "aliases", "method", "base", "accuracy", "loss", "size", "created")
+        _print_table(header, [(r.ref, " ".join(pointing[r.ref]) or "-", *_row(r)) for r in records])
+
+
+@app.command()
+def show(ref: Ref, root: Root, as_json: Json = False) -> None:
+    """Show what is known of one version: its origin, its measures, its files.
+
+    Example: rankloom adapters show bank-intents@champion
+    """
+    from rankloom.registry.card import scorecard_rows
+
+    registry = _open(root)
+    record = registry.get(ref)
+    aliases = registry.aliases(record.name)
+    if as_json:
+        _print_json(_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
+        return
+    facts = [
+        ("adapter", record.ref),
+        ("aliases", ", ".join(f"{alias} -> {to}" for alias, to in aliases.items()) or "-"),
+        ("created", f"{record.created:%Y-%m-%d %H:%M:%S} UTC"),
+        ("method", f"{record.method} ({record.servable})"),
+        ("base", f"{record.base.id}, quantization {record.base.quantization}"),
+        ("base fingerprint", record.base.fingerprint),
+        ("data fingerprint", record.data_fingerprint or "-"),
+        *((key, value) for key, value in record.lineage.model_dump().items() if value),
+        ("made with", ", ".join(f"{library} {number}" for library, number in record.versions.model_dump().items())),
+        *((f"file {name}", f"{file.bytes:,} bytes") for name, file in sorted(record.files.items())),
+    ]
+    _print_table(("", ""), facts)
+    if record.scorecard:
+        typer.echo()
+        _print_table(("measure", "adapter", "base"), scorecard_rows(record.scorecard))
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
+    name: Annotated[str, typer.Option("--name", help="Publish it as the next version of this adapter.")],
+    root: Root,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base of a folder without record.json, where adapter_config.json names another or none."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a folder as the next version of an adapter.
+
+    A folder that `rankloom adapters export` wrote keeps its record.
+
+    Another LoRA or DoRA folder of PEFT's is first loaded on its unquantised base, to record a probe.
+
+    Example: rankloom adapters publish ./my-adapter --name bank-intents
+    """
+    from rankloom.registry.checks import RECORD
+
+    registry = _open(root)
+    if (folder / RECORD).is_file():
+        if base:
+            raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
+        record = registry.publish(name, folder, _recorded(folder))
+    else:
+        with TemporaryDirectory(prefix="rankloom-") as scratch:
+            staged = Path(scratch) / "adapter"
+            record = registry.publish(name, staged, _foreign(folder, staged, name, base))
+    _report(as_json, record, f"published {record.ref}; to make it the champion: rankloom adapters promote {record.ref}")
+
+
+@app.command()
+def promote(ref: Ref, root: Root, alias: Alias = "champion", as_json: Json = False) -> None:
+    """Let an alias point to a version (a name alone is its latest version here).
+
+    Example: rankloom adapters promote bank-intents@3 --alias canary
+    """
+    record = _open(root).promote(ref, alias)
+    _report(as_json, record, f"{record.name}@{alias} is now version {record.version}")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The adapter's name.", autocompletion=_complete_ref)],
+    root: Root,
+    alias: Alias = "champion",
+    as_json: Json = False,
+) -> None:
+    """Let an alias point where it pointed before its last promotion; again goes back one more.
+
+    Example: rankloom adapters rollback bank-intents
+    """
+    record = _open(root).rollback(name, alias)
+    _report(as_json, record, f"{record.name}@{alias} is version {record.version} again")
+
+
+@app.command()
+def verify(
+    ref: Ref,
+    root: Root,
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Load the base and run the recorded probe.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Check a version: its files, their checksums, and that on its base it gives the logits it was published with.
+
+    Example: rankloom adapters verify bank-intents --no-probe
+    """
+    registry = _open(root)
+    record = registry.verify(ref)
+    shown: dict[str, Any] = {"ref": record.ref, "files": len(record.files), "probe": None}
+    text = f"{record.ref}: {len(record.files)} files, all as recorded"
+    if probe:
+        from rankloom.adapters.probe import verify_probe
+
+        with TemporaryDirectory(prefix="rankloom-") as scratch:
+            report = verify_probe(registry.fetch(record.ref, Path(scratch) / "adapter"), record)
+        shown["probe"] = {
+            "max_difference": report.max_difference,
+            "distance_from_base": report.distance_from_base,
+        }
+        text += (
+            f"; the probe's logits differ by at most {report.max_difference:.2g} from the recorded ones, "
+            f"and by {report.distance_from_base:.2g} from the base's"
+        )
+    _print_json(shown) if as_json else typer.echo(text)
+
+
+@app.command()
+def export(
+    ref: Ref,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder that does not exist yet.")],
+    root: Root,
+    form: Annotated[
+        Format, typer.Option("--format", help="peft: the adapter's folder; merged: base and adapter as one model.")
+    ] = Format.peft,
+    as_json: Json = False,
+) -> None:
+    """Write a version to a folder, as it is or merged into its base.
+
+    Example: rankloom adapters export bank-intents --format merged -o ./bank-model
+    """
+    registry = _open(root)
+    record = registry.get(ref)
+    output = output.expanduser()
+    if form is Format.peft:
+        registry.fetch(record.ref, output)
+    else:
+        from rankloom.adapters.export import merge
+
+        with TemporaryDirectory(prefix="rankloom-") as scratch:
+            merge(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
+    done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
+    _print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
+
+
+@app.command()
+def rm(
+    ref: Ref,
+    root: Root,
+    force: Annotated[bool, typer.Option("--force", help="Even where an alias points to it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove one version for good; its number is not given again.
+
+    Example: rankloom adapters rm bank-intents@2
+    """
+    record = _open(root).rm(ref, force=force)
+    _report(as_json, record, f"removed {record.ref}")
+
+
+def _open(root: str) -> Registry:
+    from rankloom.registry import Registry
+
+    return Registry(root)
+
+
+def _recorded(folder: Path) -> Draft:
+    """What the folder's own record says, if the folder is still what it was recorded of."""
+    from pydantic import ValidationError
+
+    from rankloom.registry import Record
+    from rankloom.registry.checks import RECORD, check_files
+
+    try:
+        record = Record.model_validate_json((folder / RECORD).read_bytes())
+        check_files(folder, record)
+    except (OSError, ValidationError, RegistryError) as error:
+        raise RegistryError(
+            f"{folder / RECORD} does not describe this folder: {' '.join(str(error).split())}; delete it to "
+            f"publish the folder as one from elsewhere, without its scorecard"
+        ) from None
+    return record.draft()
+
+
+def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draft:
+    """Copy a PEFT folder that rankloom did not make to `staged`, with a probe; returns its draft."""
+    from rankloom.registry.checks import CONFIG, check_contents, read_folder
+
+    sources = read_folder(folder)
+    check_contents(folder, sources)
+    config = json.loads((folder / CONFIG).read_bytes())
+    base_id = base_id or config.get("base_model_name_or_path")
+    if not isinstance(base_id, str) or not base_id:
+        raise RegistryError(f"{folder / CONFIG} names no base_model_name_or_path; give --base")
+
+    from importlib.metadata import version
+
+    import torch
+
+    from rankloom import __version__
+    from rankloom.adapters.probe import check_probe, record_probe
+    from rankloom.adapters.weights import load_adapter
+    from rankloom.config.model import ModelConfig, NoQuantization
+    from rankloom.models import load_base
+    from rankloom.registry import BaseModelRef, Draft, Versions
+
+    base = load_base(ModelConfig(id=base_id), NoQuantization(), device=torch.device("cpu"))
+    model = load_adapter(base.model, folder)
+    shutil.copytree(folder, staged)
+    record_probe(model, base.tokenizer(_PROBE_TEXT)["input_ids"], staged)
+    check_probe(model, staged, quantization="none")  # an adapter that does nothing is refused here
+    return Draft(
+        method="dora" if config.get("use_dora") else "lora",
+        base=BaseModelRef(id=base_id, fingerprint=base.fingerprint, quantization="none"),
+        servable="itself",
+        trial={"name": name, "model": {"id": base_id}, "quantization": "none"},
+        data_fingerprint=None,
+        scorecard=None,
+        versions=Versions(rankloom=__version__, **{each: version(each) for each in ("torch", "transformers", "peft")}),
+    )
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    result = record.scorecard.result if record.scorecard else None
+    quantization = "" if record.base.quantization == "none" else f" {record.base.quantization}"
+    return (
+        record.method,
+        f"{record.base.id}{quantization}",
+        f"{100 * result.accuracy.value:.1f} %" if result and result.accuracy else "-",
+        f"{result.loss:.4f}" if result else "-",
+        f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB",
+        f"{record.created:%Y-%m-%d %H:%M}",
+    )
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    return record.model_dump(mode="json")
+
+
+def _report(as_json: bool, record: Record, text: str) -> None:
+    _print_json(_plain(record)) if as_json else typer.echo(text)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A rich table on a terminal, aligned plain text in a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*header, box=None, show_header=any(header), header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*map(Text, row))  # Text: no [brackets] are taken for markup
+        Console().print(table)
+        return
+    lines = [header, *rows] if any(header) else [*rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

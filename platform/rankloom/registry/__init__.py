@@ -1,0 +1,10 @@
+"""The registry: versions of adapters under names, with aliases that move; torch-free.
+
+`record.py` says what is known of a version, `checks.py` what its folder may hold, `storage.py` how bytes become
+visible at once on a disk or an object store. Read `store.py` first.
+"""
+
+from rankloom.registry.record import BaseModelRef, Draft, Lineage, Record, Versions
+from rankloom.registry.store import CHAMPION, Registry
+
+__all__ = ["CHAMPION", "BaseModelRef", "Draft", "Lineage", "Record", "Registry", "Versions"]

@@ -1,0 +1,115 @@
+"""The model card that is written into each published folder, and the scorecard as rows of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankloom.registry.record import Record
+from rankloom.scorecard import Measures, Scorecard, Share
+
+_QUANTIZED = {
+    "none": "",
+    "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"{double})',
+}
+
+
+def model_card(record: Record) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads."""
+    header: dict[str, object] = {"library_name": "peft"}
+    if _is_hub_id(record.base.id):
+        header["base_model"] = record.base.id
+    header["tags"] = sorted({"rankloom", "base_model:adapter", record.method})
+    quantized = "" if record.base.quantization == "none" else f", quantised to {record.base.quantization}"
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {record.name}, version {record.version}",
+        f"A low-rank adapter for `{record.base.id}`{quantized}, made with method `{record.method}` "
+        f"({_SERVABLE[record.servable]}) on {record.created:%Y-%m-%d}. `record.json` has its whole configuration.",
+    ]
+    if record.scorecard:
+        rows = ["| | this adapter | base |", "|---|---|---|"]
+        rows += [f"| {label} | {value} | {base} |" for label, value, base in scorecard_rows(record.scorecard)]
+        parts += ["## Scorecard", "\n".join(rows)]
+    parts += ["## Load it with PEFT", _snippet(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
+    """(measure, this adapter's value, the base's value), measured ones only."""
+    result, base, cut = scorecard.result, scorecard.base, scorecard.extraction
+    rows = []
+    for field, (label, form) in _MEASURES.items():
+        value = getattr(result, field)
+        if value is not None:
+            rows.append((label, form(value), _base_value(base, field)))
+    if cut:
+        rows.append((f"energy kept at rank {cut.rank}", f"{100 * cut.energy:.1f} %", ""))
+        rows.append(("loss of the trained weights", f"{cut.trained.loss:.4f}", ""))
+        if cut.trained.accuracy:
+            rows.append(("accuracy of the trained weights", _share(cut.trained.accuracy), ""))
+    rows += [
+        ("trainable parameters", f"{scorecard.trainable_parameters:,}", ""),
+        ("adapter size", _megabytes(scorecard.adapter_bytes), ""),
+        ("peak memory", _megabytes(scorecard.peak_memory_bytes), ""),
+        ("steps", f"{scorecard.steps:,}", ""),
+        ("training tokens", f"{scorecard.train_tokens:,}", ""),
+        ("training time", f"{scorecard.train_s:.0f} s on {scorecard.device}", ""),
+        ("training speed", f"{scorecard.tokens_per_s:.0f} tokens/s", ""),
+    ]
+    return rows
+
+
+def _share(share: Share) -> str:
+    return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+_MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "num_rows": ("test rows", str),
+    "loss": ("loss", "{:.4f}".format),
+    "perplexity": ("perplexity", "{:.3f}".format),
+    "accuracy": ("accuracy [95 %]", _share),
+    "macro_f1": ("macro F1", "{:.3f}".format),
+    "exact_match": ("exact match [95 %]", _share),
+    "retention_loss": ("retention loss", "{:.4f}".format),
+    "latency_ms": ("decode latency, ms a token", "{:.1f}".format),
+    "generated_tokens_per_s": ("generation, tokens/s", "{:.0f}".format),
+}
+_SERVABLE = {
+    "itself": "the trained adapter itself",
+    "rank pattern": "converted exactly to LoRA with a rank for each layer",
+    "extracted": "cut from the trained weights by truncated SVD",
+}
+
+
+def _base_value(base: Measures | None, field: str) -> str:
+    value = getattr(base, field) if base else None
+    return "" if value is None else _MEASURES[field][1](value)
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", base)) and not Path(base).exists()
+
+
+def _snippet(record: Record) -> str:
+    base = record.base.id if _is_hub_id(record.base.id) else "path/to/the/base"
+    comment = "" if base == record.base.id else f"  # {record.base.id!r}, with the fingerprint in record.json"
+    quantization = record.trial.get("quantization")
+    double = isinstance(quantization, dict) and quantization.get("double") is True
+    options = _QUANTIZED[record.base.quantization].format(double=", bnb_4bit_use_double_quant=True" if double else "")
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if options else "")
+    return (
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {imports}\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base!r}{options}){comment}\n"
+        f'model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n```"
+    )

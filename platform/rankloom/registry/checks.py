@@ -1,0 +1,124 @@
+"""What an adapter's folder may hold, and whether it still holds it. Nothing here loads a weight.
+
+Weights are safetensors only: a pickle runs code when it is read. `read_folder` looks at a folder before it is
+published, `check_files` at one that has a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from rankloom.errors import RegistryError
+from rankloom.registry.record import FILE_PATTERN, Record, StoredFile
+
+RECORD = "record.json"
+CARD = "README.md"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+ALLOWED = frozenset({".json", ".safetensors", ".md", ".txt", ".yaml", ".jinja"})
+PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
+
+
+def read_folder(folder: Path) -> dict[str, Path]:
+    """The files of a publishable adapter folder: name -> path.
+
+    Raises:
+        RegistryError: an adapter's file is missing, or there is something that must not be published.
+    """
+    if not folder.is_dir():
+        raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
+    entries = sorted(folder.iterdir())
+    problems = [reason for entry in entries if (reason := _refused(entry))]
+    problems += [
+        f"{needed} is missing; PEFT's save_pretrained writes it"
+        for needed in (CONFIG, WEIGHTS)
+        if needed not in {entry.name for entry in entries}
+    ]
+    _raise_any(f"{folder} can't be published", problems)
+    return {entry.name: entry for entry in entries}
+
+
+def check_contents(folder: Path, names: Iterable[str]) -> None:
+    """Refuse an unreadable adapter_config.json or safetensors file among `names`."""
+    problems = []
+    for name in sorted(names):
+        if name == CONFIG:
+            problems += _config_problems(folder / name)
+        elif name.endswith(".safetensors"):
+            problems += _safetensors_problems(folder / name)
+    _raise_any(f"{folder} is no sound adapter", problems)
+
+
+def check_files(folder: Path, record: Record) -> None:
+    """Compare a folder with its record: the same files, sizes, checksums, and readable contents.
+
+    Raises:
+        RegistryError: with every difference found.
+    """
+    found = {entry.name: entry for entry in folder.iterdir() if entry.name != RECORD}
+    problems = [f"{name} is missing" for name in sorted(set(record.files) - set(found))]
+    problems += [f"{name} is not in the record" for name in sorted(set(found) - set(record.files))]
+    for name in sorted(set(found) & set(record.files)):
+        if reason := _refused(found[name]):
+            problems.append(reason)
+            continue
+        stored, expected = describe(found[name]), record.files[name]
+        if stored.bytes != expected.bytes:
+            problems.append(f"{name} has {stored.bytes} bytes; its record says {expected.bytes}")
+        elif stored.sha256 != expected.sha256:
+            problems.append(f"{name} has another checksum than its record says: {stored.sha256}")
+    problems += [f"the record names no {needed}" for needed in (CONFIG, WEIGHTS) if needed not in record.files]
+    _raise_any(f"{record.ref} is broken", problems)
+    check_contents(folder, record.files)
+
+
+def describe(file: Path) -> StoredFile:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+        return StoredFile(bytes=opened.tell(), sha256=digest.hexdigest())
+
+
+def _refused(entry: Path) -> str | None:
+    name = entry.name[:200]
+    if entry.is_symlink():
+        return f"{name} is a symbolic link; put the file itself there"
+    if entry.is_dir():
+        return f"{name}/ is a subfolder; an adapter is one flat folder"
+    if not entry.is_file():
+        return f"{name} is no regular file"
+    if entry.suffix.lower() in PICKLES:
+        return f"{name} may hold a pickle, which can run code; only .safetensors weights are allowed: remove it"
+    if entry.suffix.lower() not in ALLOWED or not re.fullmatch(FILE_PATTERN, entry.name):
+        return f"{name!r} does not belong into an adapter; allowed are {', '.join(sorted(ALLOWED))}: remove it"
+    return None
+
+
+def _config_problems(file: Path) -> list[str]:
+    try:
+        tree = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return [f"{file.name} is not JSON: {error}"]
+    if not isinstance(tree, dict) or not isinstance(tree.get("peft_type"), str):
+        return [f"{file.name} has no peft_type; it is no PEFT config"]
+    return []
+
+
+def _safetensors_problems(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            empty = not opened.keys()
+    except (SafetensorError, OSError) as error:
+        return [f"{file.name} is corrupt or truncated: {error}"]
+    return [f"{file.name} holds no tensor"] if empty else []
+
+
+def _raise_any(subject: str, problems: list[str]) -> None:
+    if problems:
+        raise RegistryError(f"{subject}: " + "; ".join(problems))

@@ -1,0 +1,94 @@
+"""Record: what the registry knows of one version of an adapter; plain frozen data, no torch.
+
+A `Draft` is what the publisher knows; the registry adds the name, the number, the date and the checksums, and
+writes the whole as `record.json` into the version's folder.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from rankloom.config.trial import Name
+from rankloom.scorecard import Scorecard
+
+FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+"""A file directly in the version's folder: no separator, not hidden."""
+
+FileName = Annotated[str, StringConstraints(pattern=FILE_PATTERN)]
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRef(_Plain):
+    """The frozen base that the adapter was tuned on."""
+
+    id: str
+    fingerprint: str
+    """`sha256:<hex>` of the stored weights, as `rankloom.models.fingerprint` reads it."""
+    quantization: Literal["none", "int8", "nf4"]
+
+
+class Lineage(_Plain):
+    """Where it came from."""
+
+    parent: str | None = None
+    """The version (`name@3`) that this one continues or copies."""
+    run: str | None = None
+    study: str | None = None
+
+
+class Versions(_Plain):
+    """The libraries that made it."""
+
+    rankloom: str
+    torch: str
+    transformers: str
+    peft: str
+
+
+class StoredFile(_Plain):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Draft(_Plain):
+    """A record before the registry gave it a number."""
+
+    method: str
+    """lora, dora, adalora, ..."""
+    base: BaseModelRef
+    servable: Literal["itself", "rank pattern", "extracted"]
+    """How the method's result became a PEFT folder."""
+    trial: dict[str, Any]
+    """The resolved trial config; of an adapter that rankloom did not train, only name, model and quantization."""
+    data_fingerprint: str | None
+    """None for an adapter that rankloom did not train."""
+    scorecard: Scorecard | None
+    """None when nothing was measured."""
+    lineage: Lineage = Lineage()
+    versions: Versions
+
+
+class Record(Draft):
+    """One version of an adapter. It never changes."""
+
+    name: Name
+    version: Annotated[int, Field(ge=1)]
+    """Counts from 1 and is never given twice, not even after `rm`."""
+    created: AwareDatetime
+    """In UTC."""
+    files: dict[FileName, StoredFile]
+    """Every file of the version but record.json itself."""
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def draft(self) -> Draft:
+        """What a copy of this version is published with; the copy's parent is this version."""
+        fields = {name: getattr(self, name) for name in Draft.model_fields}
+        return Draft(**fields | {"lineage": self.lineage.model_copy(update={"parent": self.ref})})

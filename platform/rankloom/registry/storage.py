@@ -1,0 +1,267 @@
+"""How a version's bytes become visible at once: `LocalStorage` on a disk, `ObjectStorage` on S3 and its like.
+
+Both keep `<name>/<number>/<file>` and `<name>/aliases.json`; a version exists only when its record.json does.
+
+- Local: a version is staged in a hidden folder beside its place, synced, and renamed into it; writers of one name
+  take turns by a lock file. Leftovers found under the lock belong to nobody alive, so the next writer removes them.
+- Object stores have neither rename nor lock, and pyarrow no conditional put. A writer claims a number with an
+  object of its own, lists the number's folder and goes on only when it sees nothing but its claim, so of two
+  writers at most one goes on (a listing after a put shows it: S3, GCS, MinIO and Azure promise that). It uploads
+  record.json last. Aliases have no such guard: of two promotions in the same instant the later put wins, and the
+  earlier may be missing from the alias's history.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock
+from pyarrow import fs
+
+from rankloom.errors import RegistryError
+from rankloom.registry.checks import RECORD
+
+LOCK_TIMEOUT_S = 60.0
+ABANDONED_AFTER = timedelta(days=1)
+"""Age from which an unfinished upload to an object store counts as dead."""
+
+_STAGED = ".publishing-"
+_CLAIM = ".claim-"
+_HIDDEN = (_STAGED, _CLAIM, ".writing-", ".lock")
+
+
+class Storage(Protocol):
+    """Paths are relative to the registry's root, with `/`."""
+
+    def folders(self, path: str) -> list[str]:
+        """Names of the folders in `path`; none where it does not exist."""
+
+    def files(self, path: str) -> list[str]:
+        """Names of everything else in `path`, but what the storage itself keeps there."""
+
+    def exist(self, paths: list[str]) -> list[bool]: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def download(self, path: str, target: Path) -> None: ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Create or replace a small file at once."""
+
+    def delete(self, path: str) -> None: ...
+
+    def lock(self, name: str) -> AbstractContextManager[object]:
+        """Held while `name`'s versions or aliases change."""
+
+    def staging(self, name: str) -> AbstractContextManager[Path]:
+        """An empty local folder to prepare a version in; call it under the lock."""
+
+    def commit(self, staged: Path, name: str, number: int) -> bool:
+        """Make `staged` visible as `<name>/<number>`; False when the number was just taken."""
+
+
+def open_storage(root: str | Path) -> Storage:
+    """The storage at a local path or a URL that pyarrow knows (s3://, gs://, abfs://, hdfs://, file://).
+
+    S3 reads the usual AWS variables; AWS_ENDPOINT_URL points it at another server.
+    """
+    if isinstance(root, Path) or "://" not in root:
+        return LocalStorage(Path(root).expanduser().absolute())
+    filesystem, path = fs.FileSystem.from_uri(root)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return LocalStorage(Path(path))
+    if not path:
+        raise RegistryError(f"registry {root!r}: the bucket is missing; give for example s3://bucket/registry")
+    return ObjectStorage(filesystem, path)
+
+
+class LocalStorage:
+    """A folder on a file system with an atomic rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folders(self, path: str) -> list[str]:
+        try:
+            with os.scandir(self.root / path) as entries:
+                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+
+    def files(self, path: str) -> list[str]:
+        return [entry.name for entry in (self.root / path).iterdir() if not entry.name.startswith(_HIDDEN)]
+
+    def exist(self, paths: list[str]) -> list[bool]:
+        return [(self.root / path).is_file() for path in paths]
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def download(self, path: str, target: Path) -> None:
+        shutil.copyfile(self.root / path, target, follow_symlinks=False)
+
+    def write(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        staged = target.with_name(f".writing-{uuid.uuid4().hex}")
+        try:
+            with staged.open("xb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
+            staged.replace(target)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        _sync(target.parent)
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        home = self.root / name
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / ".lock", timeout=LOCK_TIMEOUT_S):
+            for leftover in [*home.glob(f"{_STAGED}*"), *home.glob(".writing-*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        staged = self.root / name / f"{_STAGED}{uuid.uuid4().hex}"
+        try:
+            staged.mkdir()
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def commit(self, staged: Path, name: str, number: int) -> bool:
+        for file in staged.iterdir():
+            _sync(file)
+        _sync(staged)
+        target = self.root / name / str(number)
+        try:
+            staged.rename(target)  # fails where the target exists: a version's folder is never empty
+        except OSError:
+            if target.exists():  # by a writer that our lock does not bind, say on another machine
+                return False
+            raise
+        _sync(target.parent)
+        return True
+
+
+class ObjectStorage:
+    """A bucket, or part of one."""
+
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._fs = fs.SubTreeFileSystem(root, filesystem)
+        self._whole, self._bucket = filesystem, root.split("/")[0]
+
+    def folders(self, path: str) -> list[str]:
+        found = [info.base_name for info in self._list(path) if info.type == fs.FileType.Directory]
+        if not found and not path:
+            self._need_bucket()
+        return found
+
+    def files(self, path: str) -> list[str]:
+        found = [info.base_name for info in self._list(path) if info.type != fs.FileType.Directory]
+        return [name for name in found if not name.startswith(_HIDDEN)]
+
+    def exist(self, paths: list[str]) -> list[bool]:
+        return [info.type == fs.FileType.File for info in self._fs.get_file_info(paths)]
+
+    def read(self, path: str) -> bytes:
+        with self._fs.open_input_stream(path) as opened:
+            return bytes(opened.read())
+
+    def download(self, path: str, target: Path) -> None:
+        with self._fs.open_input_stream(path) as source, target.open("xb") as opened:
+            shutil.copyfileobj(source, opened, 2**20)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._fs.open_output_stream(path) as opened:  # one put, when it closes
+            opened.write(data)
+
+    def delete(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.delete_file(path)
+
+    def lock(self, name: str) -> AbstractContextManager[object]:  # noqa: ARG002
+        return nullcontext()
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        self._drop_abandoned(name)
+        with tempfile.TemporaryDirectory(prefix="rankloom-") as folder:
+            yield Path(folder)
+
+    def commit(self, staged: Path, name: str, number: int) -> bool:
+        folder = f"{name}/{number}"
+        claim = f"{_CLAIM}{uuid.uuid4().hex}"
+        written = [claim]
+        try:
+            self.write(f"{folder}/{claim}", b"")
+            if {info.base_name for info in self._list(folder)} != {claim}:
+                self.delete(f"{folder}/{claim}")
+                time.sleep(random.uniform(0, 0.5))  # both may have given way: not in step again
+                return False
+            names = sorted(file.name for file in staged.iterdir() if file.name != RECORD)
+            for file in names:
+                written.append(file)
+                with (staged / file).open("rb") as source, self._fs.open_output_stream(f"{folder}/{file}") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+            if {info.base_name for info in self._list(folder)} != {claim, *names}:
+                raise RegistryError(f"{folder}: another process removed files while they were uploaded; publish again")
+            written.append(RECORD)
+            self.write(f"{folder}/{RECORD}", (staged / RECORD).read_bytes())
+        except BaseException:
+            for file in reversed(written):  # record.json first, the claim last
+                with suppress(OSError):
+                    self.delete(f"{folder}/{file}")
+            raise
+        with suppress(OSError):  # a claim that stays does no harm
+            self.delete(f"{folder}/{claim}")
+        return True
+
+    def _need_bucket(self) -> None:
+        """Pyarrow lists a bucket that is not there as an empty one."""
+        if self._whole.type_name not in ("s3", "gcs"):
+            return  # their paths do not begin with a bucket
+        if self._whole.get_file_info(self._bucket).type == fs.FileType.NotFound:
+            raise FileNotFoundError(f"there is no bucket {self._bucket!r}")
+
+    def _drop_abandoned(self, name: str) -> None:
+        """Remove what killed writers uploaded; their claims stay, so that their numbers are never given again."""
+        folders: dict[str, dict[str, Any]] = {}
+        for info in self._fs.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True)):
+            if info.type == fs.FileType.File:
+                parent, _, file = info.path.rpartition("/")
+                folders.setdefault(parent, {})[file] = info
+        for parent, files in folders.items():
+            claims = [info.mtime for file, info in files.items() if file.startswith(_CLAIM)]
+            if claims and RECORD not in files and datetime.now(UTC) - max(claims) > ABANDONED_AFTER:
+                for file in files:
+                    if not file.startswith(_CLAIM):
+                        self.delete(f"{parent}/{file}")
+
+    def _list(self, path: str) -> list[Any]:
+        return list(self._fs.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a power cut can't leave a visible version without its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,379 @@
+"""Registry: publish, find and promote versions of adapters, on a disk or an object store.
+
+    <root>/<name>/<version>/    an adapter as PEFT reads it, with record.json and README.md; it never changes
+    <root>/<name>/aliases.json  every move of every alias; an alias points where its last move left it
+
+A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` where that alias is
+set, else the latest version. What may be published is in `checks.py`, how it becomes visible at once in `storage.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import filelock
+import pyarrow
+from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from rankloom.config.trial import NAME_PATTERN
+from rankloom.errors import AdapterNotFoundError, RankloomError, RegistryError
+from rankloom.registry.card import model_card
+from rankloom.registry.checks import CARD, RECORD, check_contents, check_files, describe, read_folder
+from rankloom.registry.record import Draft, Record
+from rankloom.registry.storage import LOCK_TIMEOUT_S, LocalStorage, open_storage
+
+CHAMPION = "champion"
+LATEST = "latest"
+_ALIASES = "aliases.json"
+_REMOVED = "removed.json"
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_ALLOWED = "1 to 128 lower-case letters, digits, '.', '_' or '-', beginning with a letter or digit"
+
+logger = logging.getLogger(__name__)
+
+
+class Move(BaseModel):
+    """One change of an alias."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    action: Literal["promote", "rollback"]
+    version: int
+    """Where the alias points from then on."""
+    at: AwareDatetime
+
+
+History = dict[str, list[Move]]
+"""Alias -> its moves, oldest first."""
+_History = TypeAdapter(History)
+
+
+class Registry:
+    """Versions of adapters under one root; safe for several processes (see `storage.py` for the guarantees).
+
+    Every method raises RegistryError with the system's reason where the storage fails, and AdapterNotFoundError
+    where a ref leads nowhere.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """`root`: a local folder, or a URL that pyarrow's file systems know, such as s3://bucket/folder."""
+        self.root = str(root)
+        with self._reporting("open it"):
+            self._storage = open_storage(root)
+
+    def publish(self, name: str, folder: Path, draft: Draft) -> Record:
+        """Copy an adapter's folder in as the next version of `name`, with its record and a model card.
+
+        An older record.json or README.md in the folder is not copied.
+        """
+        _check_name(name)
+        with self._reporting(f"publish {name}; nothing was published"):
+            sources = {file: path for file, path in read_folder(folder).items() if file not in (RECORD, CARD)}
+            with self._storage.lock(name), self._storage.staging(name) as staged:
+                for file, path in sources.items():
+                    shutil.copyfile(path, staged / file, follow_symlinks=False)
+                check_contents(staged, sources)  # the copy, for nobody else can change it
+                files = {file: describe(staged / file) for file in sources}
+                while True:
+                    number = max(self._numbers(name), default=0) + 1
+                    record = Record(**dict(draft), name=name, version=number, created=datetime.now(UTC), files=files)
+                    (staged / CARD).write_text(model_card(record), encoding="utf-8")
+                    record = record.model_copy(update={"files": files | {CARD: describe(staged / CARD)}})
+                    (staged / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                    if self._storage.commit(staged, name, number):
+                        return record
+
+    def names(self) -> Sequence[str]:
+        """Every folder that may hold an adapter, without looking into it; fit for shell completion."""
+        with self._reporting("list it"):
+            return sorted(name for name in self._storage.folders("") if re.fullmatch(NAME_PATTERN, name))
+
+    def list(self, name: str | None = None) -> Sequence[Record]:
+        """All versions (of one adapter), by name and number. One that can't be read is logged and left out."""
+        records = []
+        for each in self.names() if name is None else [_check_name(name)]:
+            for version in self.versions(each):
+                try:
+                    records.append(self._record(each, version))
+                except AdapterNotFoundError:
+                    continue  # removed since it was listed
+                except RegistryError as error:
+                    logger.warning("%s", error)
+        if name is not None and not records:
+            self._known(name)
+        return records
+
+    def versions(self, name: str) -> Sequence[int]:
+        """The numbers of `name`'s versions, ascending; empty where there is no such adapter."""
+        _check_name(name)
+        with self._reporting(f"list {name}"):
+            numbers = sorted(self._numbers(name))
+            there = self._storage.exist([f"{name}/{number}/{RECORD}" for number in numbers])
+            return [number for number, exists in zip(numbers, there, strict=True) if exists]
+
+    def get(self, ref: str) -> Record:
+        """The record that `ref` leads to."""
+        return self._record(*self._resolve(ref))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version."""
+        return {alias: moves[-1].version for alias, moves in self.history(name).items() if moves}
+
+    def history(self, name: str) -> History:
+        """Every alias's moves."""
+        path = f"{_check_name(name)}/{_ALIASES}"
+        with self._reporting(f"read {path}"):
+            if not self._storage.exist([path])[0]:
+                return {}
+            try:
+                return _History.validate_json(self._storage.read(path))
+            except ValidationError as error:
+                raise RegistryError(f"{self.root}/{path} is damaged: {_first(error)}; restore or delete it") from None
+
+    def promote(self, ref: str, alias: str = CHAMPION) -> Record:
+        """Let `alias` point to `ref`; a bare name means its latest version here. Promoting twice changes nothing."""
+        _check_alias(alias)
+        name, selector = parse_ref(ref)
+        with self._reporting(f"promote {ref}; no alias was moved"):
+            self._known(name)  # before the lock makes a folder
+            with self._storage.lock(name):
+                name, version = self._resolve(f"{name}@{selector or LATEST}")
+                record, history = self._record(name, version), self.history(name)
+                moves = history.get(alias, [])
+                if not moves or moves[-1].version != version:
+                    self._write_move(name, history, alias, "promote", version)
+        return record
+
+    def rollback(self, name: str, alias: str = CHAMPION) -> Record:
+        """Let `alias` point where it pointed before its last promotion; again goes back one more.
+
+        Versions that were removed meanwhile are passed over.
+        """
+        _check_alias(alias)
+        with self._reporting(f"roll {name} back; no alias was moved"):
+            self._known(_check_name(name))
+            with self._storage.lock(name):
+                history, versions = self.history(name), self.versions(name)
+                if alias not in history:
+                    raise AdapterNotFoundError(f"{name} has no alias {alias!r}; it has {_join(history)}")
+                earlier = [version for version in _stack(history[alias])[:-1] if version in versions]
+                if not earlier:
+                    raise RegistryError(
+                        f"{name}@{alias} has nothing to roll back to; promote a version: {_join(versions)}"
+                    )
+                record = self._record(name, earlier[-1])
+                self._write_move(name, history, alias, "rollback", earlier[-1])
+        return record
+
+    def verify(self, ref: str) -> Record:
+        """Check that every file of a version is there, unchanged, readable, and that there is nothing else.
+
+        Raises:
+            RegistryError: with every difference found.
+        """
+        name, version = self._resolve(ref)
+        record = self._record(name, version)
+        with self._reporting(f"verify {record.ref}"):
+            if isinstance(self._storage, LocalStorage):
+                check_files(self._storage.root / name / str(version), record)
+                return record
+            with TemporaryDirectory(prefix="rankloom-") as folder:
+                self._download(record, Path(folder))
+                check_files(Path(folder), record)
+        return record
+
+    def fetch(self, ref: str, destination: Path) -> Path:
+        """Copy a version to a local folder that is absent or empty, verified; returns it.
+
+        The folder appears at once, complete, or not at all.
+        """
+        name, version = self._resolve(ref)
+        record = self._record(name, version)
+        with self._reporting(f"fetch {record.ref} to {destination}"):
+            if (
+                destination.is_symlink()
+                or destination.is_file()
+                or (destination.is_dir() and any(destination.iterdir()))
+            ):
+                raise RegistryError(f"{destination}: exists and is not an empty folder; give another")
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            staged = destination.absolute().with_name(f".fetching-{uuid.uuid4().hex}")
+            try:
+                staged.mkdir()
+                self._download(record, staged)
+                check_files(staged, record)
+                os.rename(staged, destination)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+        return destination
+
+    def rm(self, ref: str, *, force: bool = False) -> Record:
+        """Remove a version; its number is not given again.
+
+        Refused while an alias points to it, unless `force`: then the alias leads nowhere until it is moved.
+        """
+        name, selector = parse_ref(ref)
+        if selector is None:
+            raise RegistryError(f"rm {ref!r}: name the version to remove, for example {name}@1")
+        with self._reporting(f"remove {ref}"):
+            self._known(name)
+            with self._storage.lock(name):
+                _, version = self._resolve(ref)
+                record = self._record(name, version)
+                pointing = [alias for alias, target in self.aliases(name).items() if target == version]
+                if pointing and not force:
+                    raise RegistryError(
+                        f"{record.ref} is {_join(pointing)}; promote another version or roll back first, or force it"
+                    )
+                folder = f"{name}/{version}"
+                self._storage.write(f"{folder}/{_REMOVED}", f'{{"at": "{datetime.now(UTC).isoformat()}"}}\n'.encode())
+                self._storage.delete(f"{folder}/{RECORD}")  # from here on it does not exist
+                for file in self._storage.files(folder):
+                    if file != _REMOVED:
+                        self._storage.delete(f"{folder}/{file}")
+        return record
+
+    def _numbers(self, name: str) -> Sequence[int]:
+        """Every number ever given, those of removed versions and of uploads under way too."""
+        return [int(number) for number in self._storage.folders(name) if _NUMBER.fullmatch(number)]
+
+    def _known(self, name: str) -> Sequence[int]:
+        versions = self.versions(name)
+        if not versions:
+            known = [each for each in self.names() if self.versions(each)]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {_join(near, ' or ')}?" if near else f"it holds {_join(known[:10])}"
+            raise AdapterNotFoundError(f"no adapter {name!r} in {self.root}; {hint}")
+        return versions
+
+    def _resolve(self, ref: str) -> tuple[str, int]:
+        name, selector = parse_ref(ref)
+        versions = self._known(name)
+        if selector == LATEST:
+            return name, versions[-1]
+        aliases = {} if selector and selector.isdigit() else self.aliases(name)
+        if selector is None and CHAMPION not in aliases:
+            return name, versions[-1]
+        if selector is not None and selector.isdigit():
+            version, subject = int(selector), f"{name} has no version {selector}"
+        elif (selector or CHAMPION) in aliases:
+            version = aliases[selector or CHAMPION]
+            subject = f"{name}@{selector or CHAMPION} points to version {version}, which was removed; promote another"
+        else:
+            near = difflib.get_close_matches(selector or "", aliases, n=1, cutoff=0.5)
+            hint = f"did you mean {name}@{near[0]}?" if near else f"it has {_join([*aliases, LATEST])}"
+            raise AdapterNotFoundError(f"{name} has no alias {selector!r}; {hint}")
+        if version not in versions:
+            raise AdapterNotFoundError(f"{subject}; it has {_join(versions[-20:])}")
+        return name, version
+
+    def _record(self, name: str, version: int) -> Record:
+        path = f"{name}/{version}/{RECORD}"
+        with self._reporting(f"read {path}"):
+            try:
+                record = Record.model_validate_json(self._storage.read(path))
+            except FileNotFoundError:
+                raise AdapterNotFoundError(f"{name}@{version} was removed from {self.root}") from None
+            except ValidationError as error:
+                raise RegistryError(f"{self.root}/{path} is no record of this rankloom: {_first(error)}") from None
+        if (record.name, record.version) != (name, version):
+            raise RegistryError(f"{self.root}/{path} is the record of {record.ref}; a version can't be moved by hand")
+        return record
+
+    def _download(self, record: Record, folder: Path) -> None:
+        stored = f"{record.name}/{record.version}"
+        found = {*self._storage.files(stored), *self._storage.folders(stored)}
+        if unexpected := sorted(found - {*record.files, RECORD}):
+            raise RegistryError(f"{record.ref} is broken: not in the record: {_join(unexpected)}")
+        for file in sorted(found):
+            self._storage.download(f"{stored}/{file}", folder / file)
+
+    def _write_move(
+        self, name: str, history: History, alias: str, action: Literal["promote", "rollback"], version: int
+    ) -> None:
+        move = Move(action=action, version=version, at=datetime.now(UTC))
+        moved = history | {alias: [*history.get(alias, []), move]}
+        self._storage.write(f"{name}/{_ALIASES}", _History.dump_json(moved, indent=2) + b"\n")
+
+    @contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """Turn the storage's errors into RegistryError with the system's reason."""
+        action, _, outcome = what.partition("; ")
+        ending = f"; {outcome}" if outcome else ""
+        try:
+            yield
+        except RankloomError:
+            raise
+        except filelock.Timeout:
+            raise RegistryError(
+                f"registry {self.root}: can't {action}: another process has held its lock for "
+                f"{LOCK_TIMEOUT_S:.0f} s{ending}"
+            ) from None
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            file = f" ({error.filename})" if getattr(error, "filename", None) else ""
+            raise RegistryError(f"registry {self.root}: can't {action}: {reason}{file}{ending}") from error
+
+
+def parse_ref(ref: str) -> tuple[str, str | None]:
+    """Split `name@selector`; the selector is a number, an alias, or None.
+
+    Raises:
+        RegistryError: one of them is no such thing.
+    """
+    name, at, selector = ref.partition("@")
+    _check_name(name)
+    if not at:
+        return name, None
+    if not (_NUMBER.fullmatch(selector) or (re.fullmatch(NAME_PATTERN, selector) and not selector.isdigit())):
+        raise RegistryError(f"ref {_shown(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
+    return name, selector
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise RegistryError(f"adapter name {_shown(name)}: allowed are {_ALLOWED}")
+    return name
+
+
+def _check_alias(alias: str) -> None:
+    if not re.fullmatch(NAME_PATTERN, alias) or alias.isdigit() or alias == LATEST:
+        raise RegistryError(
+            f"alias {_shown(alias)}: allowed are {_ALLOWED}, but no number, nor {LATEST!r}, which is built in"
+        )
+
+
+def _stack(moves: list[Move]) -> list[int]:
+    """Where a rollback can go: promotions in force, the present one last."""
+    stack: list[int] = []
+    for move in moves:
+        if move.action == "promote":
+            stack.append(move.version)
+        else:
+            while stack and (len(stack) > 1) and stack[-1] != move.version:
+                stack.pop()
+    return stack
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def _join(items: Iterable[object], separator: str = ", ") -> str:
+    return separator.join(map(str, items)) or "none"
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"

@@ -81,6 +81,11 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
     model.requires_grad_(False).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser
+            # (bf16 constants and arithmetic), and with no gradient to the input, so that training breaks after it
+            module.support_avx512bf16_for_cpu = False
     return Base(
         model=model,
         tokenizer=_tokenizer(folder, config.id),

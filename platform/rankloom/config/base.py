@@ -78,7 +78,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of `tree` with each `key.path=value` applied; values are read as YAML."""
-    result = _copy(tree)
+    result: dict[str, Any] = _copy(tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -91,19 +91,15 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         for part in rest[:-1]:
             if not isinstance(node.get(part), dict):
                 # a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) is spelt out before one part changes
-                node[part] = _SPELT_OUT.get(part, lambda old: {})(node.get(part))
+                old = node.get(part)
+                node[part] = {_SHORTHAND[part]: old} if part in _SHORTHAND and isinstance(old, str) else {}
             node = node[part]
         node[rest[-1]] = value
     return result
 
 
-_SPELT_OUT: dict[str, Any] = {
-    "quantization": lambda old: {"type": old} if isinstance(old, str) else {},
-    "train": lambda old: {"path": old} if isinstance(old, str) else {},
-    "validation": lambda old: {"path": old} if isinstance(old, str) else {},
-    "test": lambda old: {"path": old} if isinstance(old, str) else {},
-    "retention": lambda old: {"path": old} if isinstance(old, str) else {},
-}
+_SHORTHAND = {"quantization": "type", "train": "path", "validation": "path", "test": "path", "retention": "path"}
+"""Settings that may be given as one string -> the key that the string stands for."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -112,7 +108,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key if isinstance(key, str) else repr(key))

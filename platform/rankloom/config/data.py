@@ -18,7 +18,7 @@ class Source(Frozen):
     path: str
     """`builtin:bank-intents`, a hub data set's id, or a jsonl, json, csv or parquet file, local or on an fsspec URL."""
     split: str | None = None
-    """The split of a hub or built-in data set (default: the key's own name: train, validation or test)."""
+    """The split of a hub or built-in data set; null: the key's own name (train, validation, test; retention: test)."""
     subset: str | None = None
     """A hub data set's configuration name."""
     revision: str | None = None
@@ -40,7 +40,7 @@ class DataConfig(Frozen):
     validation: AnySource | None = None
     """Rows that choose checkpoints and trials; None: split off `train`."""
     test: AnySource | None = None
-    """Rows that are only ever scored at the end; None: split off `train`."""
+    """Rows that are only ever scored at the end; None: a built-in set's own, else split off `train`."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of `train` to split off where there is no validation source."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -155,7 +155,9 @@ def conflicts(trial: TrialConfig) -> list[str]:
             f"refused; use quantization: none, or lora, dora or adalora"
         )
     if optim.loraplus_ratio != 1 and not row.loraplus:
-        found.append(f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B; {method.type} has none: set it to 1")
+        found.append(
+            f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B; {method.type} has none: set it to 1"
+        )
     if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and trial.quantization.type != "none":
         found.append(
             f"method.init={method.init} rewrites the base's weights, so quantization={trial.quantization.type} is "

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import hashlib
 import re
@@ -36,6 +37,8 @@ DEFAULT_SPLITS: dict[Role, str] = {"train": "train", "validation": "validation",
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File extension (`.gz` may follow) -> the `datasets` builder that reads it."""
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""The source is fine, but its copy can't be written."""
 CHANGE_MARKS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "updated")
 """What filesystems call the mark that changes with a file's contents."""
 
@@ -267,6 +270,11 @@ def _read(
     except DataError:
         raise
     except Exception as error:  # pyarrow, pandas, gzip and the builder each raise their own kinds
+        cause = _root(error)
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            raise cause from None
+        if "corresponds to no data" in str(cause):  # what `datasets` says of a header without rows
+            raise DataError(f"{field}: {', '.join(paths)} has no rows") from None
         raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {explain(error)}") from None
 
 
@@ -300,6 +308,11 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def explain(error: BaseException) -> str:
     """The first line of what went wrong underneath."""
+    error = _root(error)
+    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
+
+
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
+    return error

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from rankloom.adapters.lora_delta import save_without_base_change
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
+from rankloom.errors import IncompatibleError
 from rankloom.methods.base import Method, adam_settings, has_conv1d, peft_targets
 from rankloom.models import Base
 
@@ -68,7 +69,7 @@ class Lora(Method[LoraConfig | DoraConfig]):
         if self._moved is not None:
             save_without_base_change(model, self._moved, folder)
         else:
-            model.save_pretrained(folder, safe_serialization=True)
+            model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         return None
 
 
@@ -76,3 +77,11 @@ class Dora(Lora):
     """LoRA with `use_dora`: the same hooks, one more trained vector a layer."""
 
     use_dora = True
+
+    def attach(self, base: Base) -> nn.Module:
+        if base.quantization == "int8" and base.device.type == "cpu":
+            raise IncompatibleError(
+                "quantization=int8 with method.type=dora needs CUDA: on a CPU, PEFT's reading of the int8 weights for "
+                "DoRA's norms destroys their scales; use quantization: nf4 or none"
+            )
+        return super().attach(base)

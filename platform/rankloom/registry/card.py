@@ -42,12 +42,8 @@ def model_card(record: Record) -> str:
 
 def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     """(measure, this adapter's value, the base's value), measured ones only."""
-    result, base, cut = scorecard.result, scorecard.base, scorecard.extraction
-    rows = []
-    for field, (label, form) in _MEASURES.items():
-        value = getattr(result, field)
-        if value is not None:
-            rows.append((label, form(value), _base_value(base, field)))
+    cut = scorecard.extraction
+    rows = measure_rows(scorecard.result, scorecard.base)
     if cut:
         rows.append((f"energy kept at rank {cut.rank}", f"{100 * cut.energy:.1f} %", ""))
         rows.append(("loss of the trained weights", f"{cut.trained.loss:.4f}", ""))
@@ -63,6 +59,15 @@ def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
         ("training speed", f"{scorecard.tokens_per_s:.0f} tokens/s", ""),
     ]
     return rows
+
+
+def measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:
+    """(measure, the result's value, the base's value), those that the result has."""
+    return [
+        (label, form(value), _base_value(base, field))
+        for field, (label, form) in _MEASURES.items()
+        if (value := getattr(result, field)) is not None
+    ]
 
 
 def _share(share: Share) -> str:

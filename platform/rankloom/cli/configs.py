@@ -1,0 +1,32 @@
+"""A command's CONFIG argument: a path, or a config that comes with rankloom."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from rankloom.errors import ConfigError
+from rankloom.paths import shipped
+
+PREFIX = "shipped:"
+
+
+def find_config(name: str) -> Path:
+    """The file that `name` means: as it is, else `shipped:trials/lora.yaml` or `configs/trials/lora.yaml` in rankloom.
+
+    Raises:
+        ConfigError: no such file here or there.
+    """
+    path, root = Path(name).expanduser(), shipped("configs")
+    if not name.startswith(PREFIX) and path.is_file():
+        return path
+    packed = root / name.removeprefix(PREFIX).removeprefix("configs/")
+    if packed.is_file() and packed.resolve().is_relative_to(root.resolve()):
+        return packed
+    known = [str(file.relative_to(root)) for file in sorted(root.rglob("*.yaml"))]
+    here = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if not name.startswith(PREFIX) and (near := difflib.get_close_matches(path.name, here, n=1)):
+        raise ConfigError(f"{name}: no such file; did you mean {path.with_name(near[0])}?")
+    if near := difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1, cutoff=0.5):
+        raise ConfigError(f"{name}: no such file; did you mean {PREFIX}{near[0]}, which comes with rankloom?")
+    raise ConfigError(f"{name}: no such file; with rankloom come {', '.join(PREFIX + each for each in known)}")

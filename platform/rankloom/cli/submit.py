@@ -1,0 +1,125 @@
+"""`rankloom submit`: the same verbs on a cluster, as Ray jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankloom.cli.configs import find_config
+from rankloom.cli.evaluate import is_config
+from rankloom.cli.train import Config, Overrides
+from rankloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rankloom.launch.submit import Job
+
+app = typer.Typer(name="submit", no_args_is_help=True, help="Run train or evaluate on a Ray cluster, as a Ray job.")
+
+Address = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://head:8265.")
+]
+Follow = Annotated[bool, typer.Option("--follow", help="Print the job's log, and exit with its exit code.")]
+WorkingDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--working-dir", exists=True, file_okay=False, metavar="DIR",
+        help="Ship this folder (100 MB at most), and run in it; the config must lie in it.",
+    ),
+]  # fmt: skip
+_NOTE = "RAY_AUTH_TOKEN or ~/.ray/auth_token is sent to a cluster with token authentication."
+
+
+@app.command("train", epilog=_NOTE)
+def submit_train(
+    config: Config,
+    address: Address,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
+    follow: Follow = False,
+    working_dir: WorkingDir = None,
+) -> None:
+    """Train one trial on a cluster.
+
+    Examples:
+
+    rankloom submit train shipped:trials/lora.yaml output.root=s3://bucket/rankloom --address http://head:8265 --follow
+
+    rankloom submit train trial.yaml --working-dir . --address http://head:8265
+    """
+    _submit("train", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+
+
+@app.command("evaluate", epilog=_NOTE)
+def submit_evaluate(
+    subject: Annotated[
+        str, typer.Argument(help="An adapter in the cluster's registry, or a trial.", metavar="ADAPTER|TRIAL.yaml")
+    ],
+    address: Address,
+    overrides: Overrides = None,
+    follow: Follow = False,
+    working_dir: WorkingDir = None,
+    registry: Annotated[str | None, typer.Option("--registry", help="The registry, as the cluster sees it.")] = None,
+) -> None:
+    """Score an adapter, or a trial's untuned base, on a cluster.
+
+    Example: rankloom submit evaluate bank-intents-lora --registry s3://bucket/rankloom/registry --address
+    http://head:8265 --follow
+    """
+    options = ["--registry", registry] if registry else []
+    _submit("evaluate", subject, overrides or [], options, address, follow, working_dir)
+
+
+def _submit(
+    verb: str,
+    subject: str,
+    overrides: list[str],
+    options: list[str],
+    address: str,
+    follow: bool,
+    working_dir: Path | None,
+) -> None:
+    from rankloom.config import TrialConfig, load
+    from rankloom.launch.submit import TRIAL_FILE, local_paths, submit
+
+    shipped_trial = None
+    if verb == "train" or is_config(subject):
+        path = find_config(subject)
+        trial = load(TrialConfig, path, overrides)
+        if working_dir is None:
+            for place in local_paths(trial):
+                typer.secho(
+                    f"warning: {place} lies on this machine; the cluster looks for it on its own: give a URL, or "
+                    f"--working-dir", fg=typer.colors.YELLOW, err=True,
+                )  # fmt: skip
+            shipped_trial, arguments = trial, [TRIAL_FILE]
+        else:
+            arguments = [_inside(path, working_dir, subject), *overrides]
+    else:
+        arguments = [subject, *overrides]
+    job = submit([verb, *arguments, *options], address=address, trial=shipped_trial, working_dir=working_dir)
+    typer.echo(f"submitted {job.id} to {address}", err=True)
+    if not follow:
+        typer.echo(job.hints, err=True)
+        typer.echo(job.id)
+        return
+    raise typer.Exit(_followed(job))
+
+
+def _inside(path: Path, working_dir: Path, subject: str) -> str:
+    """The config's path as the job sees it."""
+    try:
+        return str(path.resolve().relative_to(working_dir.resolve()))
+    except ValueError:
+        raise ConfigError(f"{subject} does not lie in --working-dir {working_dir}; move it there, or leave that out") from None
+
+
+def _followed(job: Job) -> int:
+    from rankloom.launch.submit import follow
+
+    try:
+        return follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(f"\ndetached; {job.id} goes on\n{job.hints}", err=True)
+        return 130

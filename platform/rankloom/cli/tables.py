@@ -1,0 +1,73 @@
+"""Tables of measures and what to do next, for `train` and `evaluate`; pure but for `print_table`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from rankloom.registry.card import measure_rows, scorecard_rows
+from rankloom.scorecard import Measures, Scorecard
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Rows = Sequence[Sequence[str]]
+
+
+def scorecard_table(scorecard: Scorecard) -> Table:
+    """A trained adapter's measures beside its base's."""
+    return _rich(("", "adapter", "base"), scorecard_rows(scorecard))
+
+
+def print_scorecard(scorecard: Scorecard) -> None:
+    """The same, or aligned plain text where stdout is no terminal."""
+    print_table(("", "adapter", "base"), scorecard_rows(scorecard))
+
+
+def print_measures(result: Measures | None, base: Measures) -> None:
+    """An adapter's measures beside its base's, or the base's alone."""
+    if result is None:
+        print_table(("", "base"), [row[:2] for row in measure_rows(base, None)])
+    else:
+        print_table(("", "adapter", "base"), measure_rows(result, base))
+
+
+def next_lines(result: dict[str, Any]) -> list[str]:
+    """What `fit` left, and the commands to go on with."""
+    if result["status"] == "interrupted":
+        return [f"stopped at step {result['steps']}; the same command with --resume goes on from there"]
+    lines = [f"run      {result['run']}"]
+    if "version" in result:
+        ref = f"{result['name']}@{result['version']}"
+        lines += [
+            f"adapter  {result['adapter']}",
+            f"next     rankloom adapters promote {ref} --registry {result['registry']}",
+            f"         rankloom evaluate {ref} --registry {result['registry']}",
+        ]
+    return lines
+
+
+def print_table(header: Sequence[str], rows: Rows) -> None:
+    """A rich table on a terminal, aligned plain text in a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(_rich(header, rows))
+        return
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _rich(header: Sequence[str], rows: Rows) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: no [brackets] are taken for markup
+    return table

@@ -1,0 +1,1 @@
+"""Shells that put adapters behind Ray Serve; `app.py` builds the application."""

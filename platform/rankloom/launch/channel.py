@@ -1,0 +1,61 @@
+"""Channel: the small actor between a trial's workers and its driver.
+
+Events flow to the driver, the wish to stop flows to the workers, and an error that no restart would cure is kept
+here, so that a restarted group of workers learns of it and does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from rankloom.errors import RankloomError
+
+
+class Failure(NamedTuple):
+    """Why a trial failed for good."""
+
+    error: RankloomError
+    trace: str | None
+    """The stack trace, where the error is not one that the user can read without."""
+
+
+class Channel:
+    """One trial's. Every method is short, so a plain (not asyncio) actor will do."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+        self._failure: Failure | None = None
+        self._left: set[int] = set()
+
+    def push(self, events: list[dict[str, Any]]) -> bool:
+        """A worker's events; returns whether the driver asked to stop."""
+        self._events += events
+        return self._stop
+
+    def take(self, stop: bool) -> list[dict[str, Any]]:
+        """The events since the last call; `stop` asks the workers to."""
+        self._stop = self._stop or stop
+        events, self._events = self._events, []
+        return events
+
+    def join(self, rank: int) -> bool:
+        """A worker starts; False if the trial has failed already."""
+        self._left.discard(rank)
+        return self._failure is None
+
+    def leave(self, rank: int) -> None:
+        """A worker is done."""
+        self._left.add(rank)
+
+    def fail(self, rank: int, failure: Failure) -> None:
+        """A worker failed in a way that a restart would repeat; the first one's reason is kept."""
+        self._failure = self._failure or failure
+        self._left.add(rank)
+
+    def all_left(self, ranks: Collection[int]) -> bool:
+        return self._left.issuperset(ranks)
+
+    def failure(self) -> Failure | None:
+        return self._failure

@@ -1,0 +1,135 @@
+"""The Ray cluster that a command uses: which one, what its workers inherit, and what each may take of it.
+
+`RAY_ADDRESS` names a running cluster (`auto`: the one on this machine); without it a local Ray is started, and
+stopped when the command ends. Inside a Ray job `RAY_ADDRESS` is set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rankloom
+from rankloom.config.trial import ComputeConfig
+from rankloom.errors import ConfigError, RankloomError
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Where Ray tells a job's driver the runtime environment that the job was submitted with."""
+
+_INHERITED = (
+    "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "RANKLOOM_CACHE",
+)  # fmt: skip
+"""What workers of a cluster that we did not start are told of the driver's environment; nothing secret."""
+
+
+def worker_environment(cpus: int) -> dict[str, str]:
+    """The environment of a worker process that computes on `cpus` cores."""
+    return {name: os.environ[name] for name in _INHERITED if name in os.environ} | {
+        "OMP_NUM_THREADS": str(cpus),
+        # idle OpenMP threads would spin on the cores that Ray's own processes and the other workers need
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@dataclass(frozen=True)
+class Share:
+    """What every worker gets."""
+
+    num_workers: int
+    cpus: int
+    gpu: bool
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
+
+
+def share(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> Share:
+    """Divide the cluster's nodes among the workers.
+
+    Args:
+        nodes: each node's resources.
+        growing: whether nodes may still join; then what doesn't fit yet is waited for.
+
+    Raises:
+        ConfigError: the workers don't fit, or CUDA is asked for where no node has a GPU.
+    """
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if compute.device == "cuda" and not any(gpus) and not growing:
+        raise ConfigError("compute.device=cuda: this cluster has no GPU; set compute.device=cpu, or auto")
+    gpu = compute.device == "cuda" or (compute.device == "auto" and any(gpus))
+    num_workers = max(1, compute.num_workers)
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    cpus = compute.cpus_per_worker or (1 if gpu else _even(cores, num_workers))
+    seats = sum(min(c // cpus, g) if gpu else c // cpus for c, g in zip(cores, gpus, strict=True))
+    if seats < num_workers and not growing:
+        raise ConfigError(
+            f"compute.num_workers={num_workers} with {cpus} core(s){' and a GPU' if gpu else ''} each: this cluster "
+            f"has room for {seats} ({sum(cores)} cores, {sum(gpus)} GPUs); lower compute.num_workers or "
+            f"compute.cpus_per_worker"
+        )
+    return Share(num_workers, cpus, gpu)
+
+
+def _even(cores: Sequence[int], num_workers: int) -> int:
+    """The most cores that each of `num_workers` can have at once; at least 1."""
+    for cpus in range(max(cores, default=1), 1, -1):
+        if sum(c // cpus for c in cores) >= num_workers:
+            return cpus
+    return 1
+
+
+@contextmanager
+def connected(compute: ComputeConfig) -> Iterator[Share]:
+    """Be connected to Ray inside; yields what each worker gets. A connection that was there before stays.
+
+    Raises:
+        RankloomError: the cluster can't be reached. ConfigError: see `share`.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray, address)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield share(compute, nodes, growing=bool(address))
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning of Ray's for its own future
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "rankloom"}
+    if address:
+        options |= {"address": address, "runtime_env": _runtime_env()}
+    else:
+        # the processes of a local Ray are this one's children, with its environment and the driver's module path
+        options |= {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, RayError and gRPC's own
+        reason = " ".join(str(error).split())
+        hint = f"RAY_ADDRESS is {address!r}: is the cluster up?" if address else "is there room in /tmp and in memory?"
+        if "authentic" in reason.lower():
+            hint = (
+                "the cluster and this process disagree on token authentication: set RAY_AUTH_MODE=token (the token is "
+                "read from RAY_AUTH_TOKEN or ~/.ray/auth_token), or RAY_AUTH_MODE=disabled, as the cluster was started"
+            )
+        raise RankloomError(f"Ray can't be reached: {type(error).__name__}: {reason[:500]}; {hint}") from None
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Ship this package to the cluster's workers, unless the job that we run in brought it."""
+    brought = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    return {} if "py_modules" in brought else {"py_modules": [str(Path(rankloom.__file__).parent)]}

@@ -1,0 +1,94 @@
+"""`evaluate`: score an adapter, or a trial's untuned base, on the trial's test rows; here or in one Ray worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rankloom.config import TrialConfig, dump, parse
+from rankloom.errors import RankloomError, TrialError
+from rankloom.launch import cluster
+from rankloom.launch.channel import Channel, Failure
+from rankloom.launch.run_folder import absolute, resolved
+from rankloom.launch.trainer import Background, Event, failure_of, local_device, watch
+
+
+def evaluate(
+    trial: TrialConfig, adapter: str | None, *, registry: str, on_event: Callable[[Event], None] = lambda event: None
+) -> dict[str, Any]:
+    """Score an adapter beside its base.
+
+    Args:
+        trial: the data, the base and how to measure.
+        adapter: a ref of the registry or a PEFT folder; None: the base alone.
+
+    Returns:
+        name, and `result` (None for the base alone) and `base`, each as `rankloom.scorecard.Measures`.
+    """
+    trial, registry = resolved(trial), absolute(registry)
+    adapter = None if adapter is None else absolute(adapter)
+    if trial.compute.num_workers == 0:
+        try:
+            return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event)
+        except Exception as error:
+            raise _one_line(failure_of(error)) from None
+    on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    single = trial.compute.model_copy(update={"num_workers": 1})
+    with cluster.connected(single) as share:
+        import ray
+
+        channel = ray.remote(Channel).options(num_cpus=0).remote()
+        task = ray.remote(score_remotely).options(
+            num_cpus=share.cpus,
+            num_gpus=1 if share.gpu else 0,
+            max_retries=trial.compute.max_failures,
+            runtime_env={"env_vars": cluster.worker_environment(share.cpus)},
+        )
+        arguments = (dump(trial), adapter, registry, channel, share.cpus)
+        waiting = Background(lambda: ray.get(task.remote(*arguments)))
+        watch(waiting, channel, on_event)
+        failure: Failure | None = ray.get(channel.failure.remote())
+        if failure is not None:
+            raise _one_line(failure) from None
+        try:
+            scored: dict[str, Any] = waiting.result()
+        except ray.exceptions.RayError as error:
+            raise _one_line(failure_of(error)) from None
+        return scored
+
+
+def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, channel: Any, cpus: int) -> Any:
+    """What the Ray worker runs; None after an error that the channel holds."""
+    import ray
+    import torch
+
+    torch.set_num_threads(cpus)
+    try:
+        device = local_device("cuda" if ray.get_gpu_ids() else "cpu")
+        return score(tree, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])))
+    except Exception as error:
+        ray.get(channel.fail.remote(0, failure_of(error)))
+        return None
+
+
+def score(
+    tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Score in this process."""
+    from rankloom.registry import Registry
+    from rankloom.train.run import evaluate as score_adapter
+    from rankloom.train.session import LocalSession
+
+    trial = parse(TrialConfig, tree)
+    with TemporaryDirectory(prefix="rankloom-") as scratch:
+        folder = None
+        if adapter is not None:
+            folder = Path(adapter) if Path(adapter).is_dir() else Registry(registry).fetch(adapter, Path(scratch) / "adapter")
+        return score_adapter(trial, folder, LocalSession(Path(scratch) / "run", device=device, on_event=on_event))
+
+
+def _one_line(failure: Failure) -> RankloomError:
+    """Nothing is kept on disk for an evaluation, so the trace is part of the message."""
+    return TrialError(f"{failure.error}\n{failure.trace}") if failure.trace else failure.error

@@ -1,0 +1,185 @@
+"""A run's folder, `<output.root>/runs/<name>`, and whether a run may start, go on, or is finished.
+
+It holds trial.yaml (the resolved config), id, the checkpoints (the launcher's), events.jsonl and tensorboard/
+(`tracking.py`), result.json once the run is done, and error.log after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import yaml
+
+from rankloom.config import TrialConfig, dump, parse
+from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.registry.storage import open_storage
+
+TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
+
+MAY_CHANGE = (
+    "budget.", "compute.", "output.", "tracking.",
+    "eval.every", "eval.patience", "eval.max_test_rows", "eval.batch_size", "eval.retention", "eval.base", "eval.latency",
+)  # fmt: skip
+"""Settings (by prefix) that `--resume` takes from the new config: neither the weights so far nor the scores that
+chose the best checkpoint depend on them."""
+
+Decision = Literal["start", "resume", "finished"]
+
+
+class RunFolder:
+    """One run's folder, on a local disk or an object store."""
+
+    def __init__(self, trial: TrialConfig) -> None:
+        """`trial.output.root` is absolute or a URL (see `resolved`)."""
+        self.parent = f"{trial.output.root.rstrip('/')}/runs"
+        self.path = f"{self.parent}/{trial.name}"
+        with self._writing():
+            self._storage = open_storage(self.path)
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine's file systems; None on an object store."""
+        return None if "://" in self.path else Path(self.path)
+
+    def decide(self, trial: TrialConfig, *, resume: bool) -> Decision:
+        """Whether to start this trial here, to go on with it, or nothing (it is finished).
+
+        Raises:
+            ConfigError: the folder holds another run, or none where one was to be resumed.
+        """
+        saved = self._read_trial()
+        if saved is None:
+            if resume:
+                raise ConfigError(f"--resume: no run {trial.name!r} at {self.path}; leave --resume out to start it")
+            if self._storage.folders("") or (self.local and self.local.is_dir() and any(self.local.iterdir())):
+                raise ConfigError(f"{self.path} exists and holds no run of rankloom's; choose another name")
+            return "start"
+        if not resume:
+            raise ConfigError(
+                f"run {trial.name!r} exists at {self.path}; --resume continues it, or choose another name (name=...)"
+            )
+        changed = changes(saved, dump(trial))
+        if refused := [line for key, line in changed.items() if not key.startswith(MAY_CHANGE)]:
+            raise ConfigError(
+                f"--resume of {trial.name!r}: these settings differ from the run's (saved -> given): "
+                f"{'; '.join(refused)}; restore them, or start another run with name=..."
+            )
+        if (saved["compute"]["num_workers"] == 0) != (trial.compute.num_workers == 0):
+            raise ConfigError(
+                f"--resume of {trial.name!r}: a run without Ray (compute.num_workers=0) and one under Ray keep their "
+                f"checkpoints differently; it began with compute.num_workers={saved['compute']['num_workers']}"
+            )
+        longer = any(key.startswith("budget.") for key in changed)
+        return "finished" if self._storage.exist([RESULT])[0] and not longer else "resume"
+
+    def begin(self, trial: TrialConfig) -> None:
+        """Write the trial, and at the first time the run's id.
+
+        Raises:
+            TrialError: the place can't be written.
+        """
+        with self._writing():
+            if self.local:
+                self.local.mkdir(parents=True, exist_ok=True)
+            if not self._storage.exist([ID])[0]:
+                self.write(ID, uuid.uuid4().hex)
+            self.write(TRIAL, yaml.safe_dump(dump(trial), sort_keys=False))
+
+    @property
+    def id(self) -> str:
+        """Unique to this run; a later one of the same name has another."""
+        return self._storage.read(ID).decode()
+
+    def result(self) -> dict[str, Any]:
+        """What `fit` returned when the run was done."""
+        result: dict[str, Any] = json.loads(self._storage.read(RESULT))
+        return result
+
+    def write(self, name: str, text: str) -> str:
+        """Write a small file at once; returns its whole path."""
+        with self._writing():
+            self._storage.write(name, text.encode())
+        return f"{self.path}/{name}"
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A local folder for files that grow; on an object store they are copied to the run at the end."""
+        if self.local:
+            yield self.local
+            return
+        with TemporaryDirectory(prefix="rankloom-") as folder:
+            try:
+                yield Path(folder)
+            finally:
+                self._upload(Path(folder))
+
+    def _upload(self, folder: Path) -> None:
+        from pyarrow import fs
+
+        target, path = fs.FileSystem.from_uri(self.path)
+        with self._writing():
+            for file in (f for f in folder.rglob("*") if f.is_file()):
+                # one segment a session: a resumed run does not overwrite what was written before
+                place = f"{path}/{file.relative_to(folder)}"
+                if target.get_file_info(place).type != fs.FileType.NotFound:
+                    place += f".{uuid.uuid4().hex[:8]}"
+                fs.copy_files(str(file), place, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
+
+    def _read_trial(self) -> dict[str, Any] | None:
+        with self._writing():
+            if not self._storage.exist([TRIAL])[0]:
+                return None
+            try:
+                return dump(parse(TrialConfig, yaml.safe_load(self._storage.read(TRIAL)), f"{self.path}/{TRIAL}"))
+            except (yaml.YAMLError, TypeError) as error:
+                raise TrialError(f"{self.path}/{TRIAL} is damaged: {' '.join(str(error).split())}") from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, RankloomError):
+                raise
+            raise TrialError(f"output.root: {self.path} can't be used: {error}") from None
+
+
+def resolved(trial: TrialConfig) -> TrialConfig:
+    """The trial with its local paths absolute: workers run in folders of their own."""
+    tree = dump(trial)
+    tree["output"]["root"] = absolute(tree["output"]["root"], must_exist=False)
+    tree["model"]["id"] = absolute(tree["model"]["id"])
+    for source in (*(tree["data"][key] for key in ("train", "validation", "test")), tree["eval"]["retention"]):
+        if source:
+            source["path"] = absolute(source["path"])
+    return parse(TrialConfig, tree)
+
+
+def absolute(place: str, *, must_exist: bool = True) -> str:
+    """A local path made absolute; a URL, or what is no path that exists, as it is."""
+    path = Path(place.removeprefix("file://")).expanduser()
+    remote = "://" in place and not place.startswith("file://")
+    return place if remote or (must_exist and not path.exists()) else str(path.absolute())
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Setting -> `setting: old -> new`, for each that differs."""
+    before, after = flat(old), flat(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {
+        key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)
+    }
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found

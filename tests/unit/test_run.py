@@ -1,0 +1,127 @@
+"""The whole way of a trial in one process: what is trained is exported, read back, scored and published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rankloom.config import COMPATIBLE, TrialConfig, parse
+from rankloom.errors import DataError, IncompatibleError, ModelError, TrialError
+from rankloom.registry import Registry
+from rankloom.scorecard import Scorecard
+from rankloom.train.run import evaluate, run_trial
+from rankloom.train.session import LocalSession
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"extract_rank": 16},
+    "lora": {},
+    "dora": {},
+    "adalora": {"interval": 1, "initial_rank": 6, "target_rank": 3},
+    "galore": {"rank": 8, "extract_rank": 16},
+    "lisa": {"num_layers": 1, "extract_rank": 16},
+}
+BASES = [(m, q) for m, row in COMPATIBLE.items() for q in sorted(row.quantization) if (m, q) != ("dora", "int8")]
+
+
+def trial_of(model: Path, root: Path, method: str = "lora", **sections: Any) -> TrialConfig:
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"id": str(model)},
+        "data": {"max_train_rows": 64, "test": "builtin:bank-intents"},
+        "method": {"type": method, **METHODS[method]},
+        "optim": {"learning_rate": 3e-3, "batch_size": 8},
+        "budget": {"steps": 12},
+        "eval": {"every": 6, "max_rows": 16, "max_test_rows": 28, "latency": False},
+        "compute": {"num_workers": 0},
+        "output": {"root": str(root)},
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
+    return parse(TrialConfig, tree)
+
+
+def run(trial: TrialConfig, root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    session = LocalSession(root / "runs" / trial.name, device=torch.device("cpu"), on_event=events.append)
+    return run_trial(trial, session), events
+
+
+@pytest.mark.parametrize(("method", "quantization"), BASES)
+def test_every_method_on_every_base_leaves_a_verified_record(
+    method: str, quantization: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trial = trial_of(tiny_llama, tmp_path, method, quantization=quantization)
+    result, events = run(trial, tmp_path)
+    record = Registry(tmp_path / "registry").verify("tiny@1")
+    assert record.method == method
+    assert record.base.quantization == quantization
+    assert record.servable == COMPATIBLE[method].servable
+    card = Scorecard.model_validate(result["scorecard"])
+    assert card.base is not None
+    assert card.result.loss < card.base.loss
+    assert (card.extraction is not None) == (record.servable == "extracted")
+    losses = [e["loss"] for e in events if e["event"] == "eval"]
+    assert losses[-1] < losses[0]
+    if quantization == "none":
+        loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), result["adapter"])
+        assert loaded.peft_config["default"].peft_type == "LORA"
+
+
+def test_dora_on_int8_is_refused_on_a_cpu(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match="int8.*needs CUDA"):
+        run(trial_of(tiny_llama, tmp_path, "dora", quantization="int8"), tmp_path)
+
+
+def test_extraction_at_full_rank_scores_as_the_trained_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, tmp_path, method="full")
+    trial = trial.model_copy(update={"method": trial.method.model_copy(update={"extract_rank": 64})})
+    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    assert card.extraction is not None
+    assert card.extraction.energy == pytest.approx(1, abs=1e-5)
+    assert card.result.loss == pytest.approx(card.extraction.trained.loss, rel=1e-4)
+
+
+def test_a_tuned_model_can_be_kept_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, tmp_path, "full", output={"root": str(tmp_path), "keep_model": True})
+    result, _ = run(trial, tmp_path)
+    again = trial_of(tmp_path / "runs" / "tiny" / "model", tmp_path)
+    session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
+    scored = evaluate(again, None, session)
+    assert scored["base"]["loss"] == pytest.approx(result["scorecard"]["extraction"]["trained"]["loss"], rel=1e-4)
+
+
+def test_evaluate_reads_the_published_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, tmp_path)
+    result, _ = run(trial, tmp_path)
+    session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
+    scored = evaluate(trial, Path(result["adapter"]), session)
+    assert scored["result"]["loss"] == pytest.approx(result["scorecard"]["result"]["loss"], rel=1e-5)
+
+
+def test_training_that_changes_nothing_is_not_published(tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, tmp_path, optim={"learning_rate": 1e-30}, budget={"steps": 1})
+    with pytest.raises(TrialError, match="changes nothing"):
+        run(trial, tmp_path)
+    assert not list((tmp_path / "registry").glob("tiny/*")) if (tmp_path / "registry").exists() else True
+
+
+def test_a_missing_model_or_file_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.id.*nowhere"):
+        run(trial_of(tmp_path / "nowhere", tmp_path), tmp_path)
+    with pytest.raises(DataError, match="nowhere"):
+        run(trial_of(tiny_llama, tmp_path, data={"train": str(tmp_path / "nowhere.csv")}), tmp_path)
+
+
+def test_a_truncated_model_file_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_llama.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ModelError, match="broken"):
+        run(trial_of(broken, tmp_path), tmp_path)

@@ -27,6 +27,6 @@ def find_config(name: str) -> Path:
     here = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     if not name.startswith(PREFIX) and (near := difflib.get_close_matches(path.name, here, n=1)):
         raise ConfigError(f"{name}: no such file; did you mean {path.with_name(near[0])}?")
-    if near := difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1, cutoff=0.5):
+    if near := difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1):
         raise ConfigError(f"{name}: no such file; did you mean {PREFIX}{near[0]}, which comes with rankloom?")
     raise ConfigError(f"{name}: no such file; with rankloom come {', '.join(PREFIX + each for each in known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -88,6 +89,7 @@ def _machine() -> Iterator[Check]:
 
 def _bitsandbytes() -> Iterator[Check]:
     """A library that imports may still lack the kernel of this device: quantise something."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says what faster kernels could be installed
     try:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit

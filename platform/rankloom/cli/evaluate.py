@@ -55,7 +55,8 @@ def evaluate(
     from rankloom.scorecard import Measures
 
     typer.echo()
-    print_measures(scored["result"] and Measures.model_validate(scored["result"]), Measures.model_validate(scored["base"]))
+    result, base = scored["result"], scored["base"]
+    print_measures(result and Measures.model_validate(result), Measures.model_validate(base))
 
 
 def is_config(subject: str) -> bool:

@@ -112,7 +112,7 @@ def _inside(path: Path, working_dir: Path, subject: str) -> str:
     try:
         return str(path.resolve().relative_to(working_dir.resolve()))
     except ValueError:
-        raise ConfigError(f"{subject} does not lie in --working-dir {working_dir}; move it there, or leave that out") from None
+        raise ConfigError(f"{subject} does not lie in --working-dir {working_dir}; move it there") from None
 
 
 def _followed(job: Job) -> int:

@@ -11,7 +11,7 @@ from rankloom.cli.configs import find_config
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or shipped:trials/lora.yaml.", metavar="TRIAL.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change, such as method.rank=8.", metavar="[key=value ...]")
+    list[str] | None, typer.Argument(help="Settings to change, such as method.rank=8.", metavar="key=value")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
 INTERRUPTED = 130

@@ -23,7 +23,8 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a job's driver the runtime environment that the job was submitted with."""
 
 _INHERITED = (
-    "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "RANKLOOM_CACHE",
+    "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "RANKLOOM_CACHE",
 )  # fmt: skip
 """What workers of a cluster that we did not start are told of the driver's environment; nothing secret."""
 
@@ -49,7 +50,7 @@ class Share:
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
+        return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
 
 
 def share(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> Share:

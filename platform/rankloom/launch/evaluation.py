@@ -16,7 +16,7 @@ from rankloom.launch.trainer import Background, Event, failure_of, local_device,
 
 
 def evaluate(
-    trial: TrialConfig, adapter: str | None, *, registry: str, on_event: Callable[[Event], None] = lambda event: None
+    trial: TrialConfig, adapter: str | None, *, registry: str, on_event: Callable[[Event], None] = lambda _: None
 ) -> dict[str, Any]:
     """Score an adapter beside its base.
 
@@ -85,7 +85,8 @@ def score(
     with TemporaryDirectory(prefix="rankloom-") as scratch:
         folder = None
         if adapter is not None:
-            folder = Path(adapter) if Path(adapter).is_dir() else Registry(registry).fetch(adapter, Path(scratch) / "adapter")
+            given, fetched = Path(adapter), Path(scratch) / "adapter"
+            folder = given if given.is_dir() else Registry(registry).fetch(adapter, fetched)
         return score_adapter(trial, folder, LocalSession(Path(scratch) / "run", device=device, on_event=on_event))
 
 

@@ -24,7 +24,8 @@ TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
 
 MAY_CHANGE = (
     "budget.", "compute.", "output.", "tracking.",
-    "eval.every", "eval.patience", "eval.max_test_rows", "eval.batch_size", "eval.retention", "eval.base", "eval.latency",
+    "eval.every", "eval.patience", "eval.batch_size",
+    "eval.max_test_rows", "eval.retention", "eval.base", "eval.latency",
 )  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config: neither the weights so far nor the scores that
 chose the best checkpoint depend on them."""

@@ -115,7 +115,7 @@ def local_paths(trial: TrialConfig) -> list[str]:
     ):
         if source is not None:
             places[key] = source.path
-    return [f"{key}={place}" for key, place in places.items() if "://" not in place and Path(place).expanduser().exists()]
+    return [f"{key}={place}" for key, place in places.items() if Path(place).expanduser().exists()]
 
 
 def _client(address: str) -> Any:

@@ -43,7 +43,7 @@ def check(trial: TrialConfig) -> None:
         if value is not None and find_spec(package) is None:
             key = "tracking.mlflow" if package == "mlflow" else "tracking.wandb_project"
             raise ConfigError(
-                f"{key}={value}: the package {package} is not installed; pip install 'rankloom[{package}]', or remove {key}"
+                f"{key}={value}: {package} is not installed; pip install 'rankloom[{package}]', or remove the setting"
             )
 
 
@@ -102,7 +102,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def _step(event: Event) -> int:
-    return int(event.get("step", event.get("steps", 0)))
+    return int(event["steps"] if event["event"] == "done" else event["step"])
 
 
 class Jsonl:
@@ -179,7 +179,12 @@ class WandB:
         import wandb
 
         self._run = wandb.init(
-            project=trial.tracking.wandb_project, name=trial.name, id=run_id, resume="allow", config=dump(trial), dir=folder
+            project=trial.tracking.wandb_project,
+            name=trial.name,
+            id=run_id,
+            resume="allow",
+            config=dump(trial),
+            dir=folder,
         )
 
     def write(self, event: Event) -> None:

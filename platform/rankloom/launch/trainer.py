@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import ConfigError, RankloomError, TrialError
@@ -39,7 +39,7 @@ CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
 def fit(
-    trial: TrialConfig, *, resume: bool = False, on_event: Tell = lambda event: None, stop: threading.Event | None = None
+    trial: TrialConfig, *, resume: bool = False, on_event: Tell = lambda _: None, stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """Train, export, score and publish one trial.
 
@@ -258,7 +258,7 @@ class RayTrainSession:
         try:
             ray.train.report(ranked, checkpoint=ray.train.Checkpoint(folder), checkpoint_dir_name=name)
         except OSError as error:
-            raise TrialError(f"could not write the checkpoint {name}: {error}; earlier checkpoints are intact") from None
+            raise TrialError(f"could not write {name}: {error}; earlier checkpoints are intact") from None
 
     def _push(self) -> None:
         import ray
@@ -281,7 +281,7 @@ def _opened(checkpoint: Any) -> Iterator[Path | None]:
 
 
 class Background:
-    """A call in a thread that does not keep the process alive. (In the main thread Ray Train would take SIGINT over.)"""
+    """A call in a thread that does not keep the process alive; in the main thread Ray Train would take SIGINT over."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._value: Any = None
@@ -334,16 +334,16 @@ def _training_failed(error: Any, trial: TrialConfig) -> Failure:
     causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
     died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
     known = [cause for cause in causes if isinstance(cause, RankloomError)]
-    cause = (known or died or causes or [getattr(error, "controller_failure", error)])[0]
     if known:
-        return Failure(cause, None)
+        return Failure(known[0], None)
+    cause = (died or causes or [getattr(error, "controller_failure", error)])[0]
     text = f"failed: {type(cause).__name__}: {_line(cause)}"
     if died:
         text = f"a worker died, and compute.max_failures={trial.compute.max_failures} restart(s) are used up: {text}"
     return Failure(TrialError(f"{text}; --resume goes on from the last checkpoint"), str(error))
 
 
-def _raise(failure: Failure, run: RunFolder) -> Any:
+def _raise(failure: Failure, run: RunFolder) -> NoReturn:
     """Raise the failure; its trace, if it has one, goes to the run's log."""
     if failure.trace is None:
         raise failure.error from None
@@ -354,4 +354,3 @@ def _raise(failure: Failure, run: RunFolder) -> Any:
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."
-

@@ -1,0 +1,103 @@
+"""Real local Rays, one at a time: Train's helpers attach to the wrong cluster where two run on one machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SOURCE = str(REPO / "platform")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """This process is connected to a Ray of its own."""
+    import ray
+
+    source = {"PYTHONPATH": SOURCE}  # where rankloom is not installed
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
+    ports = free_ports(3)
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    environment.pop("PYTHONPATH", None)  # the jobs must bring rankloom
+    # not pytest's own folder: Ray's sockets are in it, and their paths must be short
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block", "--disable-usage-stats",
+        "--include-dashboard=true", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
+        f"--dashboard-agent-listen-port={ports[2]}",
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("ray") / "start.log"
+    with log.open("w") as opened:
+        head = subprocess.Popen(command, env=environment, stdout=opened, stderr=subprocess.STDOUT, cwd=log.parent)
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        wait_for_jobs_api(address, head, log)
+        yield address
+    finally:
+        head.terminate()
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+
+
+def wait_for_jobs_api(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    import time
+    import urllib.request
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
+            return
+        except OSError:
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+
+def free_ports(count: int) -> list[int]:
+    opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in opened]
+    for each in opened:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def tiny_trial(tmp_path: Path, tiny_llama: Path) -> Callable[..., dict[str, Any]]:
+    """A trial's settings: a tiny model and 96 rows of two intents; keywords replace whole sections."""
+    texts = {"card_lost": "my card was lost", "transfer": "transfer money to a friend"}
+    rows = [f"{text} {i},{label}" for i in range(48) for label, text in texts.items()]
+    data = tmp_path / "rows.csv"
+    data.write_text("\n".join(["text,label", *rows]) + "\n")
+
+    def make(**changed: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "model": {"id": str(tiny_llama)},
+            "data": {"train": str(data), "max_length": 64},
+            "optim": {"batch_size": 4},
+            "budget": {"steps": 12},
+            "eval": {"every": 4, "latency": False, "max_rows": 8, "max_test_rows": 8},
+            "compute": {"num_workers": 1, "device": "cpu", "cpus_per_worker": 1},
+            "output": {"root": str(tmp_path / "out")},
+        } | changed
+
+    return make

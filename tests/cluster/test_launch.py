@@ -1,0 +1,122 @@
+"""Trials under Ray Train: events, a killed worker, a stop and a resume, an error that is nobody's to retry."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankloom.config import TrialConfig, parse
+from rankloom.errors import ConfigError, DataError
+from rankloom.launch.trainer import fit
+from rankloom.registry import Registry
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+Make = Callable[..., dict[str, Any]]
+
+
+def train_workers() -> list[int]:
+    """Ray Train's worker processes below this process."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat, names[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
+
+    return [pid for pid, name in names.items() if "RayTrainWorker" in name and ours(pid)]
+
+
+def test_a_killed_worker_costs_one_interval(tiny_trial: Make) -> None:
+    trial = parse(
+        TrialConfig,
+        tiny_trial(
+            budget={"steps": 160},
+            eval={"every": 20, "latency": False, "max_rows": 8, "max_test_rows": 8},
+            compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 1},
+        ),
+    )
+    events: list[dict[str, Any]] = []
+    killed: list[int] = []
+
+    def watch(event: dict[str, Any]) -> None:
+        events.append(event)
+        # the checkpoint of step 20 is written by the time that step 21 is told
+        if event["event"] == "step" and event["step"] > 20 and not killed:
+            killed.extend(train_workers()[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = fit(trial, on_event=watch)
+
+    assert killed
+    assert result["status"] == "done"
+    assert result["steps"] == 160
+    [resumed] = [event["step"] for event in events if event["event"] == "resumed"]
+    assert resumed >= 20
+    kinds = {event["event"] for event in events}
+    assert {"phase", "report", "step", "eval", "done"} <= kinds
+    assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, 161))
+    run = Path(result["run"])
+    assert (run / "events.jsonl").read_text().count('"event": "eval"') == len([e for e in events if e["event"] == "eval"])
+    assert list((run / "tensorboard").iterdir())
+    assert sum(path.is_dir() and path.name.startswith("checkpoint") for path in run.iterdir()) <= 3
+    record = Registry(result["registry"]).verify("tiny@1")
+    assert record.scorecard is not None
+    assert record.scorecard.steps == 160
+
+
+def test_stop_resume_and_finish(tiny_trial: Make) -> None:
+    eval_ = {"every": 20, "latency": False, "max_rows": 8, "max_test_rows": 8}
+    settings = tiny_trial(budget={"steps": 400}, eval=eval_)
+    trial = parse(TrialConfig, settings)
+    stop = threading.Event()
+
+    def stop_at_30(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] >= 30:
+            stop.set()
+
+    stopped = fit(trial, on_event=stop_at_30, stop=stop)
+    assert stopped["status"] == "interrupted"
+    assert 30 <= stopped["steps"] < 400
+
+    with pytest.raises(ConfigError, match=r"run 'tiny' exists at .*--resume continues it"):
+        fit(trial)
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.0003 -> 0\.001"):
+        fit(parse(TrialConfig, settings | {"optim": {"batch_size": 4, "learning_rate": 1e-3}}), resume=True)
+    with pytest.raises(ConfigError, match="keep their checkpoints differently"):
+        fit(parse(TrialConfig, settings | {"compute": {"num_workers": 0}}), resume=True)
+
+    events: list[dict[str, Any]] = []
+    finished = fit(
+        parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True, on_event=events.append
+    )
+    assert finished["status"] == "done"
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [stopped["steps"]]
+    assert min(event["step"] for event in events if event["event"] == "step") == stopped["steps"] + 1
+
+    again = fit(parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True)
+    assert again == finished
+
+
+def test_an_error_of_the_users_is_told_once_and_not_retried(tiny_trial: Make, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    settings = tiny_trial(
+        data={"train": str(tmp_path / "empty.csv")},
+        compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 3},
+    )
+    events: list[dict[str, Any]] = []
+    with pytest.raises(DataError, match=r"empty\.csv"):
+        fit(parse(TrialConfig, settings), on_event=events.append)
+    assert [event["phase"] for event in events if event["event"] == "phase"].count("data") == 1
+    assert not (tmp_path / "out" / "runs" / "tiny" / "error.log").exists()

@@ -1,0 +1,182 @@
+"""The rules of the house that a linter can't hold: layout, light imports, the COMPATIBLE table, shipped files, docs."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rankloom.config import COMPATIBLE, TrialConfig, load, parse
+from rankloom.config.compatible import Row
+from rankloom.config.method import Method
+from rankloom.config.model import Quantization
+from rankloom.errors import IncompatibleError
+from rankloom.paths import shipped
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "platform" / "rankloom"
+HEAVY = ["torch", "ray", "transformers", "peft", "datasets", "bitsandbytes"]
+TYPES = [member.model_fields["type"].default for member in get_args(get_args(Method)[0])]
+QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
+SHIPPED = sorted((REPO / "configs").rglob("*.yaml"))
+DOCS = [REPO / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+TEXTS = sorted(
+    path
+    for top in ("platform", "jobs", "serve", "configs", "tests", "benchmarks", ".ci", "")
+    for path in ((REPO / top).rglob("*") if top else REPO.glob("*"))
+    if path.is_file()
+    and (path.suffix in {".py", ".yaml", ".yml", ".toml", ".md"} or path.name in {"Makefile", "run", ".gitignore"})
+)
+
+
+def run_python(code: str) -> str:
+    """Runs code in a fresh interpreter at the repository's root, which is on its path beside the source root."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "platform")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def heavy_after(code: str) -> str:
+    """The heavy packages that a fresh interpreter has imported after `code`."""
+    return run_python(f"{code}\nimport sys\nprint('heavy:', *sorted(set({HEAVY}) & set(sys.modules)))").splitlines()[-1]
+
+
+def test_platform_is_the_standard_librarys() -> None:
+    assert not (REPO / "platform" / "__init__.py").exists()
+    import_both = "import platform, rankloom; platform.node(); print(platform.__file__); print(rankloom.__file__)"
+    standard, ours = run_python(import_both).split()
+    assert Path(standard).name == "platform.py"
+    assert Path(ours) == PACKAGE / "__init__.py"
+
+
+@pytest.mark.parametrize(
+    "module", ["rankloom", "rankloom.config", "rankloom.registry", "rankloom.paths", "rankloom.scorecard"]
+)
+def test_module_imports_light(module: str) -> None:
+    assert heavy_after(f"import {module}") == "heavy:"
+
+
+def test_heavy_imports_would_be_seen() -> None:
+    assert "torch" in heavy_after("import rankloom.models")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["adapters", "--help"], ["schema", "trial"]])
+def test_cli_answers_without_heavy_imports(arguments: list[str]) -> None:
+    run_main = f"import sys\nsys.argv = ['rankloom', *{arguments}]\nfrom rankloom.cli import main\n"
+    assert heavy_after(run_main + "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code") == "heavy:"
+
+
+def test_compatible_covers_the_methods() -> None:
+    from rankloom.methods import METHODS
+
+    assert list(COMPATIBLE) == TYPES
+    assert {config.model_fields["type"].default for config in METHODS} == set(TYPES)
+    assert all(row.quantization <= set(QUANTIZATIONS) for row in COMPATIBLE.values())
+
+
+@pytest.mark.parametrize(("method", "quantization"), itertools.product(TYPES, QUANTIZATIONS))
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_validation_agrees_with_compatible(method: str, quantization: str, ratio: int) -> None:
+    row: Row = COMPATIBLE[method]
+    tree = {
+        "name": "t",
+        "method": {"type": method},
+        "quantization": quantization,
+        "optim": {"loraplus_ratio": ratio},
+    }
+    if quantization in row.quantization and (ratio == 1 or row.loraplus):
+        assert parse(TrialConfig, tree).method.type == method
+    else:
+        with pytest.raises(IncompatibleError, match=method):
+            parse(TrialConfig, tree)
+
+
+@pytest.mark.parametrize("method", TYPES)
+def test_capabilities_of_the_class_agree_with_compatible(method: str) -> None:
+    from rankloom.methods import METHODS
+
+    row = COMPATIBLE[method]
+    built = next(cls for config, cls in METHODS.items() if config.model_fields["type"].default == method)
+    assert built.trains_base == (row.servable == "extracted")
+    assert built.trains_base == (row.quantization == {"none"})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
+    first, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert re.match(r"# \w.{20,}\.", first)
+    assert load(TrialConfig, path).name
+
+
+def test_every_method_and_knob_has_a_shipped_config() -> None:
+    trials = [load(TrialConfig, path) for path in SHIPPED if path.parent.name == "trials"]
+    shown = {(t.method.type, t.quantization.type, t.optim.loraplus_ratio > 1) for t in trials}
+    assert shown >= {(method, "none", False) for method in TYPES}
+    assert shown >= {("lora", "nf4", False), ("dora", "nf4", False), ("lora", "none", True), ("lora", "nf4", True)}
+    assert len({t.name for t in trials}) == len(trials)
+
+
+@pytest.mark.parametrize("kind", ["configs", "jobs", "serve"])
+def test_shipped_falls_back_to_the_source_tree(kind: str) -> None:
+    assert shipped(kind) == REPO / kind  # type: ignore[arg-type]
+    assert any(shipped(kind).rglob("*.*"))  # type: ignore[arg-type]
+
+
+def test_import_contracts_hold() -> None:
+    report = run_python("import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))")
+    assert "0 broken" in report
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if p.suffix == ".py"], ids=lambda p: str(p.relative_to(REPO)))
+def test_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_no_file_names_a_machines_own_path() -> None:
+    own_path = re.compile(r"(?<![\w.}])/(?:work|opt|home|root|Users|mnt)/\w+")
+    found = [
+        f"{p.relative_to(REPO)}: {m.group()}" for p in TEXTS for m in own_path.finditer(p.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_readme_tree_lists_the_top_level() -> None:
+    tree = (REPO / "README.md").read_text(encoding="utf-8")
+    folders = {p.name for p in REPO.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))}
+    ignored = {line.strip("/") for line in (REPO / ".gitignore").read_text().split()}
+    assert [name for name in sorted(folders - ignored) if f"\n{name}/" not in tree] == []
+
+
+def test_architecture_names_every_module() -> None:
+    text = (REPO / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    modules = {p.name if p.suffix else f"{p.name}/" for p in PACKAGE.iterdir() if not p.name.startswith("_")}
+    assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+def test_docs_name_commands_and_files_that_exist(doc: Path) -> None:
+    from typer.main import get_group
+
+    from rankloom.cli import app
+
+    text = doc.read_text(encoding="utf-8")
+    commands = get_group(app).commands
+    named = set(re.findall(r"(?:^|`|bin/)rankloom ([a-z]+)", text, flags=re.MULTILINE))
+    assert named <= set(commands)
+    adapters = commands["adapters"].commands  # type: ignore[attr-defined]
+    assert set(re.findall(r"rankloom adapters ([a-z]+)", text)) <= set(adapters)
+    files = set(re.findall(r"\b((?:configs|jobs|serve|tests|benchmarks|platform)/[\w./-]+\.(?:yaml|py|md))\b", text))
+    assert [name for name in sorted(files) if not (REPO / name).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", text)) & {"test", "lint", "demo"} <= targets
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets

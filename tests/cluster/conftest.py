@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
-SOURCE = str(REPO / "platform")
+SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +33,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
     ports = free_ports(3)
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])  # a job runs `python`
     environment.pop("RAY_ADDRESS", None)
     environment.pop("PYTHONPATH", None)  # the jobs must bring rankloom
     # not pytest's own folder: Ray's sockets are in it, and their paths must be short
@@ -92,6 +92,7 @@ def tiny_trial(tmp_path: Path, tiny_llama: Path) -> Callable[..., dict[str, Any]
         return {
             "name": "tiny",
             "model": {"id": str(tiny_llama)},
+            "method": {"type": "lora"},
             "data": {"train": str(data), "max_length": 64},
             "optim": {"batch_size": 4},
             "budget": {"steps": 12},

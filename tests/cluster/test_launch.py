@@ -52,8 +52,8 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make) -> None:
 
     def watch(event: dict[str, Any]) -> None:
         events.append(event)
-        # the checkpoint of step 20 is written by the time that step 21 is told
-        if event["event"] == "step" and event["step"] > 20 and not killed:
+        # Ray registers a checkpoint at its next poll, and takes the next only then: that of step 20 is registered here
+        if event["event"] == "step" and event["step"] > 60 and not killed:
             killed.extend(train_workers()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
@@ -118,5 +118,6 @@ def test_an_error_of_the_users_is_told_once_and_not_retried(tiny_trial: Make, tm
     events: list[dict[str, Any]] = []
     with pytest.raises(DataError, match=r"empty\.csv"):
         fit(parse(TrialConfig, settings), on_event=events.append)
-    assert [event["phase"] for event in events if event["event"] == "phase"].count("data") == 1
+    # each rank fails by itself; should rank 1 be first, rank 0 does not even begin
+    assert [event["phase"] for event in events if event["event"] == "phase"].count("data") <= 1
     assert not (tmp_path / "out" / "runs" / "tiny" / "error.log").exists()

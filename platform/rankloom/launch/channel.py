@@ -41,8 +41,11 @@ class Channel:
         return events
 
     def join(self, rank: int) -> bool:
-        """A worker starts; False if the trial has failed already."""
-        self._left.discard(rank)
+        """A worker starts; False if the trial has failed already, and it need not."""
+        if self._failure is None:
+            self._left.discard(rank)
+        else:
+            self._left.add(rank)
         return self._failure is None
 
     def leave(self, rank: int) -> None:

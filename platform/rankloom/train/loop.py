@@ -121,8 +121,8 @@ class TrainingLoop:
         started, step = time.monotonic(), self.progress.step
         if self.method.before_step(self.module, self.optimizer, step):
             self.model = self.workers.wrap(self.module)
-        batches = self._plan()
-        loss, tokens = self._compute(batches)
+        batches, tokens = self._plan()
+        loss = self._compute(batches)
         norm = self._apply(loss)
         self.progress.step += 1
         self.progress.tokens += tokens
@@ -172,8 +172,11 @@ class TrainingLoop:
             checkpoint.save(folder, self.module, self.method, self.optimizer, progress, write=first)
             self.session.save_checkpoint(folder if first else None, {"step": self.progress.step, "score": score})
 
-    def _plan(self) -> list[Batch]:
-        """This worker's micro-batches of the next step; a worker left without a row takes one that counts nothing."""
+    def _plan(self) -> tuple[list[Batch], int]:
+        """This worker's micro-batches of the next step, and the tokens of all workers'.
+
+        A worker left without a row takes one whose loss counts nothing, so that all exchange as many gradients.
+        """
         everyone = self.cursor.next()
         mine = everyone[self.workers.rank :: self.workers.world_size]
         cuts = [mine[i :: self.trial.optim.accumulation] for i in range(self.trial.optim.accumulation)]
@@ -183,13 +186,11 @@ class TrainingLoop:
             if not rows:
                 batch.loss_weights_BT.zero_()
             batches.append(batch)
-        return batches
+        return batches, int(self.data.train.lengths[everyone].sum())
 
-    def _compute(self, batches: list[Batch]) -> tuple[float, int]:
-        """Leave the step's gradient in the parameters; its mean loss a trained token, and its number of tokens."""
-        weight, tokens = self.workers.sum(
-            sum(float(batch.loss_weights_BT.sum()) for batch in batches), sum(batch.num_tokens for batch in batches)
-        )
+    def _compute(self, batches: list[Batch]) -> float:
+        """Leave the step's gradient in the parameters; its mean loss a trained token, over all workers."""
+        (weight,) = self.workers.sum(sum(float(batch.loss_weights_BT.sum()) for batch in batches))
         factor = schedule(self.trial.optim, self.progress.step, self.num_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor  # before the backward pass: layerwise methods step within it
@@ -206,7 +207,7 @@ class TrainingLoop:
                         loss = loss + penalty
                 self.scaler.scale(loss).backward()
             loss_sum += float(micro_sum.detach())
-        return self.workers.sum(loss_sum)[0] / weight, int(tokens)
+        return self.workers.sum(loss_sum)[0] / weight
 
     def _apply(self, loss: float) -> float | None:
         """Clip, step, and let the method act; the gradient's norm before clipping."""

@@ -42,7 +42,7 @@ class Workers:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         # every worker loaded the same base and drew the same adapter: nothing to broadcast
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, init_sync=False)
+        return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False, init_sync=False)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the workers."""
@@ -51,10 +51,6 @@ class Workers:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor]
-
-    def share(self, rows: list[int]) -> list[int]:
-        """This worker's rows of a global batch."""
-        return rows[self.rank :: self.world_size]
 
     @contextmanager
     def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:

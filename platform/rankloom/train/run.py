@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,5 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("transformers", "peft", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{library}\..*")

@@ -1,0 +1,63 @@
+"""Jobs on a real cluster that does not have rankloom: ours, and Ray's own `ray job submit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankloom.registry import Registry
+
+pytestmark = pytest.mark.cluster
+
+REPO = Path(__file__).resolve().parents[2]
+Make = Callable[..., dict[str, Any]]
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPO / "platform")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_followed_job_ends_as_the_command_would(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
+    settings = tiny_trial(compute={"num_workers": 0, "device": "cpu"})
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
+    command = ["-m", "rankloom.cli", "submit", "train", "trial.yaml", "method.rank=2", "--address", dashboard, "--follow"]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: data.train=" in done.stderr  # the cluster happens to share this disk
+    assert "step 12/12" in done.stdout
+    assert "tiny@1" in done.stdout
+    record = Registry(tmp_path / "out" / "registry").get("tiny@1")
+    assert record.trial["method"]["rank"] == 2
+
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--resume continues it" in again.stdout
+
+
+def test_ray_job_submit_from_the_source_tree(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tiny_trial()))
+    job = ["python", "jobs/train.py", str(tmp_path / "trial.yaml"), "method.rank=4", "--json"]
+    submit = ["job", "submit", "--address", dashboard, "--working-dir", str(REPO)]
+    done = run("-m", "ray.scripts.scripts", *submit, "--", *job, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "runs" / "tiny" / "result.json").read_text())
+    assert result["status"] == "done"
+    assert Registry(tmp_path / "out" / "registry").verify("tiny@1").trial["method"]["rank"] == 4
+
+
+def test_a_job_that_fails_says_why(dashboard: str, tmp_path: Path) -> None:
+    command = ["-m", "rankloom.cli", "submit", "evaluate", "no-such-adapter", "--registry", str(tmp_path / "registry")]
+    done = run(*command, "--address", dashboard, "--follow", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no adapter 'no-such-adapter'" in done.stdout

@@ -1,0 +1,103 @@
+"""Two workers equal one: real processes over gloo, DDP for adapters, GaLore and LISA, FSDP2 for full fine-tuning."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from rankloom.config import TrialConfig, parse
+from rankloom.data import load_data
+from rankloom.models import load_base, load_tokenizer
+from rankloom.train.loop import TrainingLoop
+from rankloom.train.session import LocalSession
+
+CPU = torch.device("cpu")
+METHODS: list[dict[str, Any]] = [
+    {"type": "lora", "rank": 4},
+    {"type": "dora", "rank": 4},
+    {"type": "adalora", "initial_rank": 6, "target_rank": 3, "interval": 1},
+    {"type": "full"},
+    {"type": "galore", "rank": 8, "interval": 3},
+    {"type": "lisa", "num_layers": 1, "interval": 2},
+]
+
+
+def trial_of(model: Path, method: dict[str, Any]) -> TrialConfig:
+    return parse(
+        TrialConfig,
+        {
+            "name": "workers",
+            "model": {"id": str(model)},
+            "data": {"max_train_rows": 43},  # no multiple of the batch: the last one leaves a worker short
+            "method": method,
+            # a large epsilon: Adam divides by almost nothing where a gradient is almost nothing
+            "optim": {"learning_rate": 2e-3, "batch_size": 6, "accumulation": 2, "eps": 1e-4},
+            "budget": {"steps": 9},
+            "eval": {"every": 9, "max_rows": 15, "metric": "accuracy"},
+        },
+    )
+
+
+class WorkerSession(LocalSession):
+    """LocalSession for one of several processes; rank 0 keeps the checkpoints."""
+
+    def __init__(self, run: Path, rank: int, world_size: int, events: list[dict[str, Any]]) -> None:
+        super().__init__(run, device=CPU, on_event=events.append)
+        self.rank, self.world_size = rank, world_size
+
+    def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        if folder is not None:
+            super().save_checkpoint(folder, metrics)
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], root: Path) -> None:
+    """Train every trial under `root/<method>`; one of `world_size` processes."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    for trial in trials:
+        run = root / trial.method.type
+        run.mkdir(parents=True, exist_ok=True)
+        data = load_data(trial.data, load_tokenizer(trial.model))
+        base = load_base(trial.model, trial.quantization, device=CPU)
+        events: list[dict[str, Any]] = []
+        TrainingLoop(trial, base, data, WorkerSession(run, rank, world_size, events)).run()
+        if rank == 0:
+            torch.save([e for e in events if e["event"] in ("step", "eval")], run / "events.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of workers -> the folder with all methods' runs; the processes start once."""
+    trials = [trial_of(tiny_llama, method) for method in METHODS]
+    roots = {n: tmp_path_factory.mktemp(f"workers-{n}") for n in (1, 2)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    train_all(0, 1, port, trials, roots[1])
+    mp.spawn(train_all, (2, port, trials, roots[2]), nprocs=2)
+    return roots
+
+
+@pytest.mark.parametrize("kind", [method["type"] for method in METHODS])
+def test_two_workers_equal_one(kind: str, trained: dict[int, Path]) -> None:
+    one, two = (torch.load(trained[n] / kind / "events.pt") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a.get("accuracy") == pytest.approx(b.get("accuracy"))
+        assert a.get("tokens") == b.get("tokens")
+    whole, split = (load_file(trained[n] / kind / "checkpoints" / "9" / "weights.safetensors") for n in (1, 2))
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, atol=3e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

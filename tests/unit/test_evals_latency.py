@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rankloom.data.render import Row
 from transformers import AutoModelForCausalLM
 
+from rankloom.data.render import Row
 from rankloom.evals.latency import BATCH_SIZE, NUM_STEPS, NUM_WARMUP, measure_latency
 
 

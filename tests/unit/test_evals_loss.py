@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankloom.data.batching import Batch, collate
-from rankloom.data.render import Row
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from rankloom.data.batching import Batch, collate
+from rankloom.data.render import Row
 from rankloom.errors import DataError
 from rankloom.evals.loss import Loss, labelled_loss, token_loss
 

@@ -36,7 +36,7 @@ def loss_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
-def steps(trial: TrialConfig, num_steps: int, total: int | None = None, weight_decay: float = 0.0):
+def steps(trial: TrialConfig, num_steps: int, total: int | None = None):
     """Run `num_steps` bare optimiser steps; the method, the model and the optimiser."""
     torch.manual_seed(0)
     base = base_of(trial)
@@ -116,7 +116,7 @@ def test_inits_that_change_the_base_export_for_the_unchanged_base(init: str, tin
     torch.testing.assert_close(loaded, trained, atol=2e-4, rtol=1e-4)
 
 
-def test_galore_equals_galore_torch(tiny_llama: Path) -> None:
+def test_galore_equals_galore_torch() -> None:
     """Our optimiser around the projection against the paper authors' own, over two projections and with decay."""
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(24, 40, bias=False)

@@ -73,7 +73,7 @@ def test_every_method_on_every_base_leaves_a_verified_record(
 
 
 def test_dora_on_int8_is_refused_on_a_cpu(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match="int8.*needs CUDA"):
+    with pytest.raises(IncompatibleError, match=r"int8.*needs CUDA"):
         run(trial_of(tiny_llama, tmp_path, "dora", quantization="int8"), tmp_path)
 
 

@@ -57,5 +57,7 @@ def test_a_missing_package_is_found_before_the_start(key: str, package: str) -> 
     if find_spec(package):
         pytest.skip(f"{package} is installed")
     trial = parse(TrialConfig, {"name": "run", "tracking": {key: "somewhere"}})
-    with pytest.raises(ConfigError, match=rf"tracking\.{key}=somewhere: {package} is not installed; .*rankloom\[{package}\]"):
+    with pytest.raises(
+        ConfigError, match=rf"tracking\.{key}=somewhere: {package} is not installed; .*rankloom\[{package}\]"
+    ):
         check(trial)

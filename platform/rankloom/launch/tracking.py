@@ -114,7 +114,7 @@ class Jsonl:
     def write(self, event: Event) -> None:
         self._opened.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
 
-    def close(self, status: str) -> None:  # noqa: ARG002
+    def close(self, status: str) -> None:
         self._opened.close()
 
 
@@ -138,7 +138,7 @@ class TensorBoard:
             summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
             self._writer.add_event(Entry(wall_time=time.time(), step=_step(event), summary=summary))
 
-    def close(self, status: str) -> None:  # noqa: ARG002
+    def close(self, status: str) -> None:
         self._writer.close()
 
 

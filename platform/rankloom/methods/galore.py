@@ -107,20 +107,19 @@ class GaLore(BaseTraining[GaLoreConfig]):
 
     def optimizer_state(self, optimizer: Optimizer) -> State:
         assert isinstance(optimizer, Projected)
-        bases = {i: optimizer.projectors[p].ortho_matrix for i, p in self._indexed(optimizer) if p in optimizer.projectors}
+        bases = {
+            i: optimizer.projectors[p].ortho_matrix for i, p in enumerate(self._projected) if p in optimizer.projectors
+        }
         return {"optimizer": optimizer.state_dict(), "projections": bases}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: State) -> None:
         assert isinstance(optimizer, Projected)
         optimizer.load_state_dict(state["optimizer"])
         group = next(g for g in optimizer.param_groups if "rank" in g)
-        for index, parameter in self._indexed(optimizer):
+        for index, parameter in enumerate(self._projected):
             if index in state["projections"]:
                 projector = optimizer.projectors[parameter] = new_projector(group)
                 projector.ortho_matrix = state["projections"][index].to(parameter.device)
-
-    def _indexed(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
-        return list(enumerate(self._projected))
 
 
 def _step_alone(optimizer: Optimizer, parameter: torch.Tensor) -> None:

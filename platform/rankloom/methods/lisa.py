@@ -61,4 +61,3 @@ class Lisa(BaseTraining[LisaConfig]):
         for index, layer in enumerate(self._layers):
             layer.requires_grad_(index in drawn)
         return changed
-

@@ -22,7 +22,13 @@ from rankloom.errors import IncompatibleError
 from rankloom.methods.base import Method, adam_settings, has_conv1d, peft_targets
 from rankloom.models import Base
 
-INIT: dict[str, Any] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora"}
+INIT: dict[str, Any] = {
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "pissa": "pissa",
+    "olora": "olora",
+}
 
 
 class Lora(Method[LoraConfig | DoraConfig]):

@@ -196,7 +196,7 @@ class ObjectStorage:
         with suppress(FileNotFoundError):
             self._fs.delete_file(path)
 
-    def lock(self, name: str) -> AbstractContextManager[object]:  # noqa: ARG002
+    def lock(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     @contextmanager

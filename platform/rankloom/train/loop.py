@@ -70,12 +70,12 @@ class TrainingLoop:
         limit = trial.eval.max_rows
         self.validation = data.validation if limit is None else data.validation.select(limit, seed=0)
         optim = trial.optim
-        self.cursor = Cursor(data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
+        self.cursor = Cursor(
+            data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
+        )
         epochs = trial.budget.epochs or DEFAULT_EPOCHS
         self.num_steps = trial.budget.steps or math.ceil(epochs * self.cursor.batches_per_epoch)
-        self.workers = Workers(
-            session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel
-        )
+        self.workers = Workers(session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel)
         torch.manual_seed(trial.seed)
         self.method = build_method(trial, self.num_steps)
         self.module = self.method.attach(base)

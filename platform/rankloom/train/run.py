@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
 
 import rankloom
-from rankloom.adapters.weights import load_adapter
 from rankloom.adapters.probe import last_logits, write_probe
+from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
@@ -175,7 +175,9 @@ def _publish(trial: TrialConfig, folder: Path, base: Base, data: TaskData, score
 
 def library_versions() -> Versions:
     """The libraries that make an adapter what it is."""
-    return Versions(rankloom=rankloom.__version__, **{name: version(name) for name in ("torch", "transformers", "peft")})
+    return Versions(
+        rankloom=rankloom.__version__, **{name: version(name) for name in ("torch", "transformers", "peft")}
+    )
 
 
 def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
@@ -196,7 +198,9 @@ def _check_export(trained: torch.Tensor, adapter: torch.Tensor, base: torch.Tens
         raise TrialError("the exported adapter changes nothing; train longer or raise optim.learning_rate")
     difference = float((adapter - trained).abs().max() / trained.abs().max())
     if not extracted and difference > EXPORT_TOLERANCE:
-        raise TrialError(f"the exported adapter's logits differ from the trained model's by {difference:.2g} (relative)")
+        raise TrialError(
+            f"the exported adapter's logits differ from the trained model's by {difference:.2g} (relative)"
+        )
 
 
 def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:

@@ -40,7 +40,7 @@ class Session(Protocol):
         """The folder of the checkpoint with the highest score."""
 
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
-        """Keep `folder` (None but on rank 0) if it is the latest or the best by metrics["score"]. Every worker calls."""
+        """Keep `folder` (None but on rank 0) if it is the latest or the best by metrics["score"]; all workers call."""
 
     def should_stop(self) -> bool:
         """Whether the user asked for a stop: the loop then saves a checkpoint and returns."""
@@ -57,7 +57,7 @@ class LocalSession:
         run: Path,
         *,
         device: torch.device,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Event], None] = lambda _: None,
         stop: threading.Event | None = None,
     ) -> None:
         self.device = device
@@ -90,7 +90,9 @@ class LocalSession:
             os.rename(staged, target)
         except OSError as error:
             shutil.rmtree(staged, ignore_errors=True)
-            raise TrialError(f"could not write the checkpoint {target}: {error}; earlier checkpoints are intact") from None
+            raise TrialError(
+                f"could not write the checkpoint {target}: {error}; earlier checkpoints are intact"
+            ) from None
         with self.latest_checkpoint() as latest, self.best_checkpoint() as best:
             for old in self._scores():
                 if old not in (latest, best):

@@ -21,6 +21,8 @@ from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.registry.storage import open_storage
 
 TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
+CHECKPOINTS = "checkpoints"
+"""Where a run without Ray keeps its checkpoints; Ray Train's are `checkpoint-*` folders beside it."""
 
 MAY_CHANGE = (
     "budget.", "compute.", "output.", "tracking.",
@@ -58,7 +60,7 @@ class RunFolder:
         if saved is None:
             if resume:
                 raise ConfigError(f"--resume: no run {trial.name!r} at {self.path}; leave --resume out to start it")
-            if self._storage.folders("") or (self.local and self.local.is_dir() and any(self.local.iterdir())):
+            if self._is_foreign():
                 raise ConfigError(f"{self.path} exists and holds no run of rankloom's; choose another name")
             return "start"
         if not resume:
@@ -91,6 +93,13 @@ class RunFolder:
             if not self._storage.exist([ID])[0]:
                 self.write(ID, uuid.uuid4().hex)
             self.write(TRIAL, yaml.safe_dump(dump(trial), sort_keys=False))
+
+    def abandon(self) -> None:
+        """After an error: where nothing was trained yet, the corrected trial may start under the same name."""
+        with self._writing():
+            folders = self._storage.folders("")
+            if not any(name.startswith("checkpoint-") for name in folders) and not self._storage.folders(CHECKPOINTS):
+                self._storage.delete(TRIAL)
 
     @property
     def id(self) -> str:
@@ -131,6 +140,12 @@ class RunFolder:
                 if target.get_file_info(place).type != fs.FileType.NotFound:
                     place += f".{uuid.uuid4().hex[:8]}"
                 fs.copy_files(str(file), place, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
+
+    def _is_foreign(self) -> bool:
+        """Whether the folder holds something, and none of it is ours."""
+        if self._storage.exist([ID])[0] or (self.local and not self.local.is_dir()):
+            return False
+        return bool(self._storage.folders("") or self._storage.files(""))
 
     def _read_trial(self) -> dict[str, Any] | None:
         with self._writing():

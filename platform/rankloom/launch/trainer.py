@@ -73,7 +73,11 @@ def fit(
             on_event(event)
 
         launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-        outcome = launch(trial, run, tell, stop or threading.Event())
+        try:
+            outcome = launch(trial, run, tell, stop or threading.Event())
+        except RankloomError:
+            run.abandon()
+            raise
         outcome["run"] = run.path
         if outcome["status"] == "done":
             run.write(RESULT, json.dumps(outcome, indent=2) + "\n")

@@ -45,7 +45,8 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     temporary = tempfile.mkdtemp(prefix="ray-")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block",
-        "--disable-usage-stats", "--include-dashboard=true", "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
+        "--disable-usage-stats", "--include-dashboard=true", "--node-ip-address=127.0.0.1",
+        f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
         f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={temporary}",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("ray") / "start.log"

@@ -1,7 +1,11 @@
-"""Two workers equal one: real processes over gloo, DDP for adapters, GaLore and LISA, FSDP2 for full fine-tuning."""
+"""Two workers equal one, to the scorecard: real processes over gloo.
+
+DDP for adapters, GaLore and LISA, FSDP2 for full fine-tuning.
+"""
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from rankloom.config import TrialConfig, parse
-from rankloom.data import load_data
-from rankloom.models import load_base, load_tokenizer
-from rankloom.train.loop import TrainingLoop
+from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
 
 CPU = torch.device("cpu")
@@ -40,7 +42,8 @@ def trial_of(model: Path, method: dict[str, Any]) -> TrialConfig:
             # a large epsilon: Adam divides by almost nothing where a gradient is almost nothing
             "optim": {"learning_rate": 2e-3, "batch_size": 6, "accumulation": 2, "eps": 1e-4},
             "budget": {"steps": 9},
-            "eval": {"every": 9, "max_rows": 15, "metric": "accuracy"},
+            "eval": {"every": 9, "max_rows": 15, "max_test_rows": 14, "metric": "accuracy", "latency": False},
+            "output": {"publish": False},
         },
     )
 
@@ -68,12 +71,12 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
     for trial in trials:
         run = root / trial.method.type
         run.mkdir(parents=True, exist_ok=True)
-        data = load_data(trial.data, load_tokenizer(trial.model))
-        base = load_base(trial.model, trial.quantization, device=CPU)
         events: list[dict[str, Any]] = []
-        TrainingLoop(trial, base, data, WorkerSession(run, rank, world_size, events)).run()
+        result = run_trial(trial, WorkerSession(run, rank, world_size, events))
+        assert bool(result) == (rank == 0)
         if rank == 0:
             torch.save([e for e in events if e["event"] in ("step", "eval")], run / "events.pt")
+            (run / "scorecard.json").write_text(json.dumps(result["scorecard"]))
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -98,6 +101,8 @@ def test_two_workers_equal_one(kind: str, trained: dict[int, Path]) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a.get("accuracy") == pytest.approx(b.get("accuracy"))
         assert a.get("tokens") == b.get("tokens")
+    scores = [json.loads((trained[n] / kind / "scorecard.json").read_text())["result"]["loss"] for n in (1, 2)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     whole, split = (load_file(trained[n] / kind / "checkpoints" / "9" / "weights.safetensors") for n in (1, 2))
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, atol=3e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

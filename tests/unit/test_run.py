@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,32 @@ def test_a_tuned_model_can_be_kept_whole(tiny_llama: Path, tmp_path: Path) -> No
     session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
     scored = evaluate(again, None, session)
     assert scored["base"]["loss"] == pytest.approx(result["scorecard"]["extraction"]["trained"]["loss"], rel=1e-4)
+
+
+def test_retention_is_measured_beside_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"text": "the weather is fine today"}\n{"text": "the sun shines"}\n')
+    trial = trial_of(tiny_llama, tmp_path, eval={"retention": str(tmp_path / "general.jsonl")})
+    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    assert card.base is not None
+    assert card.result.retention_loss != card.base.retention_loss
+    assert card.result.retention_loss is not None
+
+
+def test_generated_answers_are_compared_where_there_are_no_labels(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {word} please, number {i}", "completion": word} for i in range(20) for word in ("a", "b")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "test": None, "max_train_rows": None}
+    trial = trial_of(tiny_llama, tmp_path, data=data, budget={"steps": 60}, eval={"every": 60, "latency": True})
+    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    assert card.result.exact_match is not None
+    assert card.result.exact_match.low <= card.result.exact_match.value <= card.result.exact_match.high
+    assert card.result.exact_match.value > 0.3
+    assert card.base is not None
+    assert card.base.exact_match is not None
+    assert card.base.exact_match.value == 0
+    assert card.result.accuracy is None
+    assert card.result.latency_ms is not None
+    assert card.result.latency_ms > 0
 
 
 def test_evaluate_reads_the_published_adapter(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dividing a cluster among workers; pure."""
+"""Which cluster, and how it is divided among workers; nothing here starts Ray."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rankloom.config.trial import ComputeConfig
-from rankloom.errors import ConfigError
-from rankloom.launch.cluster import Share, share
+from rankloom.errors import ConfigError, RankloomError
+from rankloom.launch.cluster import Share, connected, share
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,15 @@ def test_what_does_not_fit_is_refused_unless_the_cluster_grows(
     with pytest.raises(ConfigError, match=message):
         share(ComputeConfig(**compute), nodes, growing=False)
     assert share(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with (
+        pytest.raises(RankloomError, match=r"nothing answers at RAY_ADDRESS=127\.0\.0\.1:9"),
+        connected(ComputeConfig()),
+    ):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ConfigError, match="rankloom submit"), connected(ComputeConfig()):
+        pass

@@ -75,17 +75,27 @@ def load_base(
     """
     folder = local_folder(config)
     stored = resolve_dtype(config.dtype, dtype)
+    mark = fingerprint(folder)  # first: it says plainly what is wrong with a weight file
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=stored,
             quantization_config=_bitsandbytes(quantization, compute_dtype),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
+    # transformers would draw them at random, differently each time, and only log it
+    absent = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if absent:
+        raise ModelError(
+            f"model.id: {config.id!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
+            f"weight files or have another shape, such as {absent[0]}; fetch or save the model again, whole"
+        )
     model.requires_grad_(False).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -97,7 +107,7 @@ def load_base(
         tokenizer=_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
-        fingerprint=fingerprint(folder),
+        fingerprint=mark,
         quantization=quantization.type,
         device=device,
     )
@@ -194,7 +204,7 @@ def _converted_gguf(file: Path) -> Path:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
             staged.chmod(0o755)
             staged.rename(target)
-        except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        except Exception as error:  # a damaged file can make the GGUF reader raise anything
             raise ModelError(f"model.id: {file} can't be converted: {_first_line(error)}") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -204,7 +214,7 @@ def _converted_gguf(file: Path) -> Path:
 def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"model.id: {name!r} has no usable tokenizer: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
@@ -239,11 +249,14 @@ def fingerprint(folder: Path) -> str:
 
     Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
     """
-    found = weight_files(folder)
-    if not found:
-        raise ModelError(f"{folder} holds no *.safetensors; other weight formats can run code and are not read")
     digest = hashlib.sha256()
     try:
+        found = weight_files(folder)
+        if not found:
+            raise ModelError(
+                f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: "
+                f"load it where you trust it and save it with save_pretrained"
+            )
         tensors = {name: file for file in found for name in _names(file)}
         for name, file in sorted(tensors.items()):
             with safe_open(file, framework="pt") as opened:
@@ -251,8 +264,11 @@ def fingerprint(folder: Path) -> str:
             step = max(1, values.numel() // 1024)
             sample = values[::step][:1024].float().numpy()
             digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder}: a weight file is corrupt or truncated: {_first_line(error)}") from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # the latter two: of the index
+        raise ModelError(
+            f"model.id: {folder}: a weight file is missing, corrupt or truncated: {_first_line(error)}; fetch the "
+            f"model again"
+        ) from error
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import rankloom
 from rankloom.config.trial import ComputeConfig
 from rankloom.errors import ConfigError, RankloomError
 
+CONNECT_TIMEOUT_S = 5.0
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray tells a job's driver the runtime environment that the job was submitted with."""
 
@@ -109,7 +111,23 @@ def connected(compute: ComputeConfig) -> Iterator[Share]:
             ray.shutdown()
 
 
+def check_answers(host: str, port: int, address: str) -> None:
+    """Raises RankloomError where nothing listens; Ray itself would wait for minutes."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise RankloomError(f"nothing answers at {address}: {error}; is the cluster up?") from None
+
+
 def _connect(ray: Any, address: str | None) -> None:
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: Ray Train does not run through Ray Client; run on a node of the cluster, or send "
+            f"the command there: rankloom submit train CONFIG --address http://HEAD:8265"
+        )
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit():
+        check_answers(host, int(port), f"RAY_ADDRESS={address}")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning of Ray's for its own future
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "rankloom"}
     if address:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ import yaml
 import rankloom
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError
+from rankloom.launch.cluster import check_answers
 
-CONNECT_TIMEOUT_S = 5.0
 POLL_EVERY_S = 1.0
 TRIAL_FILE = "trial.yaml"
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT")
@@ -122,11 +121,7 @@ def _client(address: str) -> Any:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--address {address}: expected the cluster's dashboard, for example http://head:8265")
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        raise RankloomError(f"nothing answers at {address}: {error}; is the cluster's dashboard there?") from None
+    check_answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), address)
     token = Path("~/.ray/auth_token").expanduser()
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.is_file()):
         os.environ["RAY_AUTH_MODE"] = "token"  # sent along; a cluster without authentication takes no notice

@@ -185,6 +185,7 @@ class WandB:
             resume="allow",
             config=dump(trial),
             dir=folder,
+            settings=wandb.Settings(silent=True),
         )
 
     def write(self, event: Event) -> None:

@@ -66,23 +66,23 @@ def fit(
         )
     tracking.check(trial)
     run.begin(trial)
-    with tracking.tracked(trial, run) as track:
+    try:
+        with tracking.tracked(trial, run) as track:
 
-        def tell(event: Event) -> None:
-            track(event)
-            on_event(event)
+            def tell(event: Event) -> None:
+                track(event)
+                on_event(event)
 
-        launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-        try:
+            launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
             outcome = launch(trial, run, tell, stop or threading.Event())
-        except RankloomError:
-            run.abandon()
-            raise
-        outcome["run"] = run.path
-        if outcome["status"] == "done":
-            run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
-        tell({"event": "done", **outcome})
-    return outcome
+            outcome["run"] = run.path
+            if outcome["status"] == "done":
+                run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
+            tell({"event": "done", **outcome})
+            return outcome
+    except RankloomError:
+        run.abandon()
+        raise
 
 
 def _in_this_process(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event) -> dict[str, Any]:

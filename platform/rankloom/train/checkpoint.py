@@ -8,7 +8,6 @@ The adapter that is published is not this: `Method.export` writes it.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def load_optimizer(folder: Path, method: Method[Any], optimizer: Optimizer) -> d
 def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise TrialError(f"the checkpoint {folder} is damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file can make torch's readers raise anything
+        raise _damaged(folder, error) from None
     return state
 
 
@@ -77,7 +76,15 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / "weights.safetensors")
     except (OSError, SafetensorError) as error:
-        raise TrialError(f"the checkpoint {folder} is damaged: {error}") from None
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> TrialError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return TrialError(
+        f"the checkpoint {folder} is damaged: {reason}; remove that folder, and --resume goes on from an earlier one, "
+        f"or from the start"
+    )
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -87,6 +87,7 @@ class TrainingLoop:
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
         self.progress = Progress()
+        self.saved_step: int | None = None
         self._restore()
 
     def run(self) -> bool:
@@ -101,7 +102,8 @@ class TrainingLoop:
             self.evaluate()  # where the untrained model stands; it is nobody's best checkpoint
         while self.progress.step < self.num_steps and not self._out_of_patience():
             if self.workers.sum(self.session.should_stop())[0]:
-                self.save(UNSCORED)
+                if self.progress.step != self.saved_step:  # else its score, and perhaps its being the best, is lost
+                    self.save(UNSCORED)
                 return False
             self.step()
             if self.progress.step % self.trial.eval.every == 0 or self.progress.step == self.num_steps:
@@ -171,6 +173,7 @@ class TrainingLoop:
             folder = Path(scratch)
             checkpoint.save(folder, self.module, self.method, self.optimizer, progress, write=first)
             self.session.save_checkpoint(folder if first else None, {"step": self.progress.step, "score": score})
+        self.saved_step = self.progress.step
 
     def _plan(self) -> tuple[list[Batch], int]:
         """This worker's micro-batches of the next step, and the tokens of all workers'.
@@ -233,6 +236,7 @@ class TrainingLoop:
                 self.cursor.load_state_dict(saved.pop("cursor"))
                 self.scaler.load_state_dict(saved.pop("scaler"))
                 self.progress = Progress(**saved)
+                self.saved_step = self.progress.step
                 self.session.emit({"event": "resumed", "step": self.progress.step})
         if self.session.rank:  # dropout differs between workers; the checkpoint's random state is rank 0's
             torch.manual_seed(self.trial.seed + 1_000_003 * self.session.rank + self.progress.step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -81,17 +80,21 @@ class LocalSession:
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
         assert folder is not None
         target = self._folder / str(int(metrics["step"]))
+        for leftover in self._folder.glob(".staged-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        staged = self._folder / f".staged-{target.name}"
         try:
-            staged = Path(tempfile.mkdtemp(dir=self._folder, prefix=".staged-"))
-            shutil.copytree(folder, staged, dirs_exist_ok=True)
+            shutil.copytree(folder, staged)
             (staged / "metrics.json").write_text(json.dumps(metrics))
             if target.exists():  # the same step again after a resume
                 shutil.rmtree(target)
             os.rename(staged, target)
         except OSError as error:
             shutil.rmtree(staged, ignore_errors=True)
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of its files
             raise TrialError(
-                f"could not write the checkpoint {target}: {error}; earlier checkpoints are intact"
+                f"could not write the checkpoint {target}: {reason}; earlier checkpoints are intact: make room, and "
+                f"--resume goes on from the latest"
             ) from None
         with self.latest_checkpoint() as latest, self.best_checkpoint() as best:
             for old in self._scores():
@@ -100,4 +103,14 @@ class LocalSession:
 
     def _scores(self) -> dict[Path, float]:
         finished = (p for p in self._folder.iterdir() if p.name.isdigit() and (p / "metrics.json").is_file())
-        return {p: json.loads((p / "metrics.json").read_text())["score"] for p in finished}
+        return {p: self._score(p / "metrics.json") for p in finished}
+
+    @staticmethod
+    def _score(file: Path) -> float:
+        try:
+            return float(json.loads(file.read_text())["score"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrialError(
+                f"the checkpoint {file.parent} is damaged: {file.name}: {error}; remove that folder, and --resume "
+                f"goes on from an earlier one, or from the start"
+            ) from None

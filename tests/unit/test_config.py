@@ -105,7 +105,6 @@ def test_every_complaint_is_told_at_once() -> None:
         ("method={type: qdora}", "unknown type 'qdora'; QDoRA is `method: {type: dora}` with `quantization: nf4`"),
         ("method={type: lora+}", "LoRA+ is `method: {type: lora}` with `optim.loraplus_ratio: 16`"),
         ("method={type: loha}", "allowed: 'full', 'lora', 'dora', 'adalora', 'galore', 'lisa'"),
-        ("method={rank: 4}", "method.type: required, but not given; allowed: 'full', 'lora', 'dora'"),
         ("quantization=nf5", "quantization.type: unknown type 'nf5'; allowed: 'none', 'int8', 'nf4'"),
         ("quantization.double=false", "quantization.type: required, but not given; allowed: 'none', 'int8', 'nf4'"),
         ("data.columns={lable: category}", "data: unknown column 'lable'; allowed: completion, instruction, label"),
@@ -257,3 +256,8 @@ def test_schema_explains_every_setting() -> None:
                 assert field.get("description"), f"{definition['title']}.{name} has no docstring"
     assert set(schema["$defs"]["LoraConfig"]["properties"]) >= {"rank", "alpha", "rslora", "target_modules"}
     assert schema["properties"]["method"]["discriminator"]["propertyName"] == "type"
+
+
+def test_a_method_without_a_type_is_lora() -> None:
+    trial = parse(TrialConfig, {"name": "t", "method": {"rank": 4}})
+    assert (trial.method.type, trial.method.rank) == ("lora", 4)

@@ -128,6 +128,13 @@ class LisaConfig(FullRankConfig):
     """Steps between two draws."""
 
 
+def _lora_unless_said(value: Any) -> Any:
+    """`method.rank=8` on a config without a method means LoRA's, since LoRA is the default."""
+    return {"type": "lora", **value} if isinstance(value, dict) else value
+
+
 Method = Annotated[
-    FullConfig | LoraConfig | DoraConfig | AdaLoraConfig | GaLoreConfig | LisaConfig, Field(discriminator="type")
+    FullConfig | LoraConfig | DoraConfig | AdaLoraConfig | GaLoreConfig | LisaConfig,
+    Field(discriminator="type"),
+    BeforeValidator(_lora_unless_said),
 ]

@@ -147,13 +147,22 @@ class TrainingLoop:
         )
 
     def evaluate(self) -> float:
-        """Score the validation rows, and tell the user; higher is better."""
+        """Score the validation rows, and tell the user; higher is better.
+
+        Raises:
+            TrialError: the loss is no finite number.
+        """
         shard = (self.session.rank, self.session.world_size)
         part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
         loss_sum, weight, correct, num_rows = self.workers.sum(
             part.loss_sum, part.weight_sum, part.correct, part.num_rows
         )
         loss = loss_sum / weight
+        if not math.isfinite(loss):
+            why = (
+                "lower optim.learning_rate" if self.progress.step else f"before training: is {self.base.id} damaged?"
+            )
+            raise TrialError(f"the validation loss is {loss} at step {self.progress.step}; {why}")
         accuracy = correct / num_rows if self.trial.eval.metric == "accuracy" else None
         score = -loss if accuracy is None else accuracy
         best = self.progress.step > 0 and score > self.progress.best_score

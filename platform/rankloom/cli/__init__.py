@@ -6,6 +6,7 @@ line and an exit code: 0 done, 1 failed, 2 wrong usage or config, 130 interrupte
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -54,6 +55,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it tells of kernels that one could install
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")
     except RankloomError as error:

@@ -82,8 +82,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _damaged(folder: Path, error: Exception) -> TrialError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return TrialError(
-        f"the checkpoint {folder} is damaged: {reason}; remove that folder, and --resume goes on from an earlier one, "
-        f"or from the start"
+        f"the checkpoint {folder} is damaged: {reason}; start another run with name=..., or, in a run without Ray, "
+        f"remove that folder: --resume then goes on from an earlier one, or from the start"
     )
 
 

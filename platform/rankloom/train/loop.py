@@ -159,9 +159,8 @@ class TrainingLoop:
         )
         loss = loss_sum / weight
         if not math.isfinite(loss):
-            why = (
-                "lower optim.learning_rate" if self.progress.step else f"before training: is {self.base.id} damaged?"
-            )
+            broken = f"is {self.base.id} damaged, or compute.precision too narrow for it?"
+            why = "lower optim.learning_rate" if self.progress.step else f"before any training: {broken}"
             raise TrialError(f"the validation loss is {loss} at step {self.progress.step}; {why}")
         accuracy = correct / num_rows if self.trial.eval.metric == "accuracy" else None
         score = -loss if accuracy is None else accuracy

@@ -1,6 +1,6 @@
 """What users get wrong, through the real command line: one clear line, the right exit code, nothing half-written.
 
-Most run in this process; those that need signals, a killed process or a mount of their own run `python -m rankloom.cli`.
+Most run in this process; those that need a signal, a pipe or a mount of their own run `python -m rankloom.cli`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from transformers import AutoModelForCausalLM
 from rankloom.cli import main
 from rankloom.config import TrialConfig, load
 from rankloom.launch.trainer import fit
+from rankloom.paths import shipped
 
 SOURCE = Path(__file__).resolve().parents[2] / "platform"
 CLI = [sys.executable, "-m", "rankloom.cli"]
 WEIGHTS = "model.safetensors"
 TEXTS = {"card_lost": "my card was lost", "transfer": "transfer money to a friend"}
 ROWS = "".join(f"{text} {i},{label}\n" for i in range(32) for label, text in TEXTS.items())
-LONG = {"budget.steps": 150, "eval.every": 20}
-"""A run of about two seconds: long enough to be interrupted."""
+LONG = ("budget.steps=120", "eval.every=20")
+"""A run of a second or two: long enough to be interrupted."""
 
 
 @pytest.fixture
@@ -83,8 +84,7 @@ class Cli:
         found, _, text = self(*arguments)
         assert found == code, text
         assert text.startswith("error: ")
-        assert text.count("error: ") == 1
-        assert "Traceback" not in text
+        assert len(text.splitlines()) == 1
         assert "the whole trace is in" not in text  # that would be for our own mistakes
         return text
 
@@ -193,7 +193,7 @@ def pair(completion: str) -> str:
         ("empty.parquet", "", [], "data.train: {file} is empty"),
         ("header.csv", "text,label\n", [], "data.train: {file} has no rows"),
         ("a.csv", "message,category\n" + ROWS, [], "{file} has 'message', 'category'; formats need chat: messages;"),
-        ("a.csv", "text,lable\n" + ROWS, ["data.format=classification"], "needs the column 'label'; did you mean 'lable'?"),
+        ("a.csv", "text,lable\n" + ROWS, ["data.format=classification"], "the column 'label'; did you mean 'lable'?"),
         ("a.csv", "text,kind\n" + ROWS, ["data.columns={label: knd}"], "no column 'knd'; did you mean 'kind'?"),
         ("a.csv", "text,label\n,a\n,b\n", [], "none of its 2 rows can be used: 2 without a prompt or a completion"),
         ("a.csv", "text,label\nhi,a\n", [], "at least 3 different prompts are needed; add rows, or give data.test"),
@@ -294,10 +294,9 @@ def test_a_pickle_beside_is_no_substitute_for_safetensors(trial: Path, tiny_llam
     assert "save it with save_pretrained" in cli.fails(1, "train", trial, f"model.id={folder}")
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize(("quantization", "missing"), [("none", True), ("none", False), ("nf4", True)])
 def test_a_model_whose_weights_do_not_fit_its_config(
-    missing: bool, quantization: str, trial: Path, tiny_llama: Path, cli: Cli
+    quantization: str, missing: bool, trial: Path, tiny_llama: Path, cli: Cli
 ) -> None:
     """Transformers would fill the gap with random numbers, other ones at each load."""
     folder = shutil.copytree(tiny_llama, trial.with_name("gap"))
@@ -308,7 +307,8 @@ def test_a_model_whose_weights_do_not_fit_its_config(
         tensors[name] = tensor[:-1].contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = cli.fails(1, "train", trial, f"model.id={folder}", f"quantization={quantization}")
-    assert f"1 tensor(s) that its config.json asks for are missing from its weight files or have another shape, such as {name}" in text  # fmt: skip
+    assert "1 tensor(s) that its config.json asks for are missing from its weight files or have another shape" in text
+    assert f"such as {name}" in text
     assert cli.untouched()
 
 
@@ -386,16 +386,16 @@ def test_a_full_and_a_read_only_disk(trial: Path, tmp_path: Path) -> None:
     parts = {}
     for part in ("\n" + done.stderr).split("\n[")[1:]:
         title, _, text = part.partition("]\n")
-        parts[title] = text
+        parts[title] = text.strip()
     first = parts["full at the first checkpoint"]
     assert "could not write the checkpoint" in first
     assert "No space left on device" in first
     assert "make room, and --resume goes on" in first
-    assert "checkpoints/" not in first.split("left ")[1]
+    assert "checkpoints/" not in first.split("\nleft ")[1]
     second = parts["full at the second"]
     assert "No space left on device" in second
-    assert "checkpoints/2/state.pt" in second.split("left ")[1]
-    assert ".staged" not in second.split("left ")[1]
+    assert "checkpoints/2/state.pt" in second.split("\nleft ")[1]
+    assert ".staged" not in second.split("\nleft ")[1]
     assert "exit 0" in parts["enough"]
     for title in ("read-only", "read-only, resumed", "read-only, promote", "read-only, export"):
         assert parts[title].startswith("error: ")
@@ -422,6 +422,15 @@ def test_a_name_is_not_used_twice_and_only_what_exists_is_resumed(trial: Path, c
     assert {p: p.read_bytes() for p in cli.root.rglob("*") if p.is_file()} == before
 
 
+def test_a_larger_budget_that_was_interrupted_is_not_finished(trial: Path, cli: Cli) -> None:
+    cli.json("train", trial)
+    stop = threading.Event()
+    stop.set()
+    larger = load(TrialConfig, trial, ["budget.steps=8"])
+    assert fit(larger, resume=True, stop=stop)["status"] == "interrupted"
+    assert cli.json("train", trial, "--resume", "budget.steps=8")["steps"] == 8
+
+
 @pytest.mark.parametrize("file", ["state.pt", "weights.safetensors", "metrics.json"])
 def test_a_damaged_checkpoint(file: str, trial: Path, cli: Cli) -> None:
     cli.json("train", trial)
@@ -444,7 +453,7 @@ def environment() -> dict[str, str]:
 
 def stopped(trial: Path, by: signal.Signals, once: str) -> tuple[int, str, str]:
     """Train in a process of its own and send it a signal once an event like `once` was recorded."""
-    arguments = [*CLI, "train", str(trial), *(f"{key}={value}" for key, value in LONG.items())]
+    arguments = [*CLI, "train", str(trial), *LONG]
     events = trial.parent / "out" / "runs" / "tiny" / "events.jsonl"
     with subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -461,10 +470,9 @@ def stopped(trial: Path, by: signal.Signals, once: str) -> tuple[int, str, str]:
 
 def test_ctrl_c_and_kill_lose_nothing(trial: Path, cli: Cli) -> None:
     """Interrupted, killed or neither: the same adapter, bit for bit."""
-    overrides = [f"{key}={value}" for key, value in LONG.items()]
 
     def adapter(*options: str) -> bytes:
-        folder = Path(cli.json("train", trial, *overrides, *options)["adapter"])
+        folder = Path(cli.json("train", trial, *LONG, *options)["adapter"])
         return (folder / "adapter_model.safetensors").read_bytes()
 
     whole = adapter()
@@ -479,7 +487,7 @@ def test_ctrl_c_and_kill_lose_nothing(trial: Path, cli: Cli) -> None:
             assert code == 130
             assert "--resume goes on" in out
             assert err == "\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n"
-            assert 25 <= kept < 150
+            assert 25 <= kept < 120
         else:
             assert code == -signal.SIGKILL
             assert kept % 20 == 0
@@ -540,7 +548,7 @@ def test_an_exported_adapter_is_what_was_trained(
     assert cli.json("adapters", "publish", plain, "--name", "again", *published)["version"] == 1
 
 
-def test_every_json_is_all_there_is_on_stdout(published: list[str], trial: Path, cli: Cli) -> None:
+def test_every_json_is_all_there_is_on_stdout(published: list[str], cli: Cli) -> None:
     assert [each["name"] for each in cli.json("adapters", "list", *published)] == ["tiny"]
     for command in (["show", "tiny"], ["verify", "tiny"], ["verify", "tiny", "--no-probe"], ["promote", "tiny"]):
         assert cli.json("adapters", *command, *published)
@@ -549,47 +557,41 @@ def test_every_json_is_all_there_is_on_stdout(published: list[str], trial: Path,
     assert cli.json("adapters", "list", *published) == []
 
 
-@pytest.mark.parametrize("change", [half, lambda _: b"", lambda c: c[:-4] + b"\0\0\0\1", lambda _: None])
-def test_a_damaged_adapter(
-    change: Callable[[bytes], bytes | None], published: list[str], tmp_path: Path, cli: Cli
-) -> None:
-    file = Path(published[1]) / "tiny" / "1" / "adapter_model.safetensors"
-    content = change(file.read_bytes())
-    file.unlink()
-    if content is not None:
-        file.write_bytes(content)
-    target = tmp_path / "exported"
-    for command in (
-        ["evaluate", "tiny"],
-        ["adapters", "verify", "tiny", "--no-probe"],
-        ["adapters", "export", "tiny", "-o", target],
-        ["adapters", "export", "tiny", "-o", target, "--format", "merged"],
-        ["adapters", "publish", file.parent, "--name", "again"],
-    ):
-        text = cli.fails(1, *command, *published)
-        assert "tiny@1 is broken: adapter_model.safetensors" in text
-    assert not target.exists()
+def test_a_damaged_adapter(published: list[str], tmp_path: Path, cli: Cli) -> None:
+    file, target = Path(published[1]) / "tiny" / "1" / "adapter_model.safetensors", tmp_path / "exported"
+    sound = file.read_bytes()
+    for content in (half(sound), b"", sound[:-4] + b"\0\0\0\1", None):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        for command in (
+            ["evaluate", "tiny"],
+            ["adapters", "verify", "tiny", "--no-probe"],
+            ["adapters", "export", "tiny", "-o", target],
+            ["adapters", "export", "tiny", "-o", target, "--format", "merged"],
+            ["adapters", "publish", file.parent, "--name", "again"],
+        ):
+            text = cli.fails(1, *command, *published)
+            assert "tiny@1 is broken: adapter_model.safetensors" in text
+        assert not target.exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert [each["name"] for each in cli.json("adapters", "list", *published)] == ["tiny"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["evaluate", "tinny"], "no adapter 'tinny' in"),
-        (["evaluate", "tinny"], "did you mean tiny?"),
-        (["evaluate", "tiny@9"], "tiny has no version 9; it has 1"),
-        (["evaluate", "tiny@prod"], "tiny has no alias 'prod'"),
-        (["evaluate", "tiny@"], "after the @ comes a version"),
-        (["adapters", "show", "../tiny"], "adapter name '../tiny': allowed are"),
-        (["adapters", "promote", "tiny", "--alias", "7"], "alias '7': allowed are"),
-        (["adapters", "rollback", "tiny"], "tiny"),
-        (["adapters", "publish", "nowhere", "--name", "x"], "nowhere: no such folder; give a folder"),
-        (["adapters", "rm", "tiny@2"], "tiny has no version 2; it has 1"),
-    ],
-)
-def test_a_wrong_adapter(arguments: list[str], expected: str, published: list[str], cli: Cli) -> None:
-    assert expected in cli.fails(1, *arguments, *published)
+def test_a_wrong_adapter(published: list[str], cli: Cli) -> None:
+    for command, expected in {
+        "evaluate tinny": "no adapter 'tinny' in",
+        "adapters show tinny": "did you mean tiny?",
+        "evaluate tiny@9": "tiny has no version 9; it has 1",
+        "evaluate tiny@prod": "tiny has no alias 'prod'",
+        "evaluate tiny@": "after the @ comes a version",
+        "adapters show ../tiny": "adapter name '../tiny': allowed are",
+        "adapters promote tiny --alias 7": "alias '7': allowed are",
+        "adapters rollback tiny": "tiny has no alias 'champion'",
+        "adapters rm tiny@2": "tiny has no version 2; it has 1",
+        "adapters publish nowhere --name x": "nowhere: no such folder; give a folder",
+    }.items():
+        assert expected in cli.fails(1, *command.split(), *published)
 
 
 # Pipes and shells
@@ -609,23 +611,27 @@ def test_the_schema_is_one_and_accepts_what_the_config_does(trial: Path, cli: Cl
     assert code == 0
     validator = jsonschema.Draft202012Validator(json.loads(text))
     validator.check_schema(validator.schema)
-    settings = yaml.safe_load(trial.read_text())
-    validator.validate(settings)
-    assert list(validator.iter_errors(settings | {"sead": 1}))
+    for file in (trial, *sorted(shipped("configs").rglob("trials/*.yaml"))):
+        validator.validate(yaml.safe_load(file.read_text()))
+    assert list(validator.iter_errors({"name": "tiny", "sead": 1}))
+
+
+def completion(registry: str, **variables: str) -> str:
+    own = environment() | variables | {"RANKLOOM_REGISTRY": registry}
+    return subprocess.run(CLI, env=own, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_gets_its_completion(shell: str, cli: Cli) -> None:
-    code, text, _ = cli("--show-completion", shell)
-    assert code == 0
-    assert "_RANKLOOM_COMPLETE=complete_" + shell in text
+def test_a_shell_gets_its_completion(shell: str, tmp_path: Path) -> None:
+    script = completion(str(tmp_path), _RANKLOOM_COMPLETE=f"source_{shell}")
+    assert f"_RANKLOOM_COMPLETE=complete_{shell}" in script
 
 
 def test_completion_knows_commands_and_adapters(published: list[str]) -> None:
     def completed(words: str) -> list[str]:
-        asked = {"_RANKLOOM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        own = environment() | asked | {"RANKLOOM_REGISTRY": published[1]}
-        return subprocess.run(CLI, env=own, capture_output=True, text=True, check=True).stdout.split()
+        position = str(words.count(" "))
+        asked = {"_RANKLOOM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+        return completion(published[1], **asked).split()
 
     assert completed("rankloom tr") == ["train"]
     assert completed("rankloom adapters show ti") == ["tiny"]

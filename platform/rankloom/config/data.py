@@ -29,7 +29,7 @@ def _spell_out(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-AnySource = Annotated[Source, BeforeValidator(_spell_out)]
+AnySource = Annotated[Source, BeforeValidator(_spell_out, json_schema_input_type=str | Source)]
 
 
 class DataConfig(Frozen):

@@ -48,5 +48,9 @@ def _spell_out(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-Quantization = Annotated[NoQuantization | Int8 | Nf4, Field(discriminator="type"), BeforeValidator(_spell_out)]
+Quantization = Annotated[
+    NoQuantization | Int8 | Nf4,
+    Field(discriminator="type"),
+    BeforeValidator(_spell_out, json_schema_input_type=Literal["none", "int8", "nf4"] | NoQuantization | Int8 | Nf4),
+]
 """`none`, `int8`, `nf4`, or a mapping with the same as `type`."""

@@ -258,11 +258,13 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which would run across a run's own display."""
-    shown = not datasets.are_progress_bars_disabled()
+    """Without progress bars and log lines of `datasets`, which would run across a run's own display."""
+    shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it also raises
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()

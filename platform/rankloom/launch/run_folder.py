@@ -82,7 +82,7 @@ class RunFolder:
         return "finished" if self._storage.exist([RESULT])[0] and not longer else "resume"
 
     def begin(self, trial: TrialConfig) -> None:
-        """Write the trial, and at the first time the run's id.
+        """Write the trial, and at the first time the run's id; an earlier result no longer holds.
 
         Raises:
             TrialError: the place can't be written.
@@ -92,6 +92,7 @@ class RunFolder:
                 self.local.mkdir(parents=True, exist_ok=True)
             if not self._storage.exist([ID])[0]:
                 self.write(ID, uuid.uuid4().hex)
+            self._storage.delete(RESULT)  # of a smaller budget: until the larger is used up, the run is not finished
             self.write(TRIAL, yaml.safe_dump(dump(trial), sort_keys=False))
 
     def abandon(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rankloom.config import COMPATIBLE, TrialConfig, parse
-from rankloom.errors import DataError, IncompatibleError, ModelError, TrialError
+from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RegistryError, TrialError
 from rankloom.registry import Registry
 from rankloom.scorecard import Scorecard
 from rankloom.train.run import evaluate, run_trial
@@ -128,6 +130,27 @@ def test_evaluate_reads_the_published_adapter(tiny_llama: Path, tmp_path: Path) 
     session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
     scored = evaluate(trial, Path(result["adapter"]), session)
     assert scored["result"]["loss"] == pytest.approx(result["scorecard"]["result"]["loss"], rel=1e-5)
+
+
+def test_evaluate_refuses_another_base_and_a_changed_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    trial = trial_of(tiny_model("llama"), tmp_path)
+    adapter = Path(run(trial, tmp_path)[0]["adapter"])
+    session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
+    with pytest.raises(RegistryError, match=r"tiny@1 was tuned on .* other weights"):
+        evaluate(trial_of(tiny_model("qwen"), tmp_path), adapter, session)
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    weights = bytearray((copy / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(RegistryError, match=r"adapter_model\.safetensors"):
+        evaluate(trial, copy, session)
+
+
+def test_rows_beyond_the_models_positions_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("text,label\n" + "".join(f"{'word ' * 600}{i},a\n" for i in range(12)))
+    data = {"train": str(tmp_path / "long.csv"), "test": None, "max_train_rows": None, "max_length": 2048}
+    with pytest.raises(ConfigError, match=r"data\.max_length.*512 positions"):
+        run(trial_of(tiny_llama, tmp_path, data=data), tmp_path)
 
 
 def test_training_that_changes_nothing_is_not_published(tiny_llama: Path, tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         # not through the console: the signal may have come while it held its lock
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n")
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def lines(event: Event) -> list[str]:

@@ -177,6 +177,10 @@ def conflicts(trial: TrialConfig) -> list[str]:
                     f"method.layerwise frees each gradient during the backward pass, before {setting} could act on "
                     f"it; set optim.accumulation=1, optim.clip_norm=null, compute.num_workers<=1, no fp16"
                 )
+    if trial.eval.metric == "accuracy" and trial.data.format not in ("auto", "classification"):
+        found.append(
+            f"eval.metric=accuracy needs labels, but data.format={trial.data.format} has none; set eval.metric=loss"
+        )
     if trial.output.keep_model and (row.servable != "extracted" or "://" in trial.output.root):
         found.append(
             f"output.keep_model saves the whole tuned model, for full, galore and lisa under a local output.root; "
@@ -184,7 +188,7 @@ def conflicts(trial: TrialConfig) -> list[str]:
         )
     if optim.batch_size < optim.accumulation * max(1, compute.num_workers):
         found.append(
-            f"optim.batch_size={optim.batch_size} leaves some of {compute.num_workers} worker(s) x "
+            f"optim.batch_size={optim.batch_size} leaves some of {max(1, compute.num_workers)} worker(s) x "
             f"{optim.accumulation} micro-batch(es) without a row; raise it or lower optim.accumulation"
         )
     return found

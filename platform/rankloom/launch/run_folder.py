@@ -109,7 +109,13 @@ class RunFolder:
 
     def result(self) -> dict[str, Any]:
         """What `fit` returned when the run was done."""
-        result: dict[str, Any] = json.loads(self._storage.read(RESULT))
+        try:
+            result: dict[str, Any] = json.loads(self._storage.read(RESULT))
+        except ValueError:
+            raise TrialError(
+                f"{self.path}/{RESULT} is damaged; the adapter is in the registry (rankloom adapters list); "
+                f"without this file --resume scores and publishes again"
+            ) from None
         return result
 
     def write(self, name: str, text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
@@ -24,11 +25,12 @@ from rankloom.adapters.probe import last_logits, write_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
-from rankloom.errors import TrialError
+from rankloom.errors import ConfigError, RegistryError, TrialError
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
+from rankloom.registry.checks import RECORD, check_files
 from rankloom.scorecard import Extraction, Measures, Scorecard
 from rankloom.train import checkpoint
 from rankloom.train.loop import TrainingLoop
@@ -55,6 +57,7 @@ def run_trial(trial: TrialConfig, session: Session) -> dict[str, Any]:
     session.emit({"event": "report", "data": data.report.to_dict()})
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_for(trial, session.device)
+    _check_lengths(data, base)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
     loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
     if not loop.run():
@@ -77,9 +80,37 @@ def evaluate(trial: TrialConfig, adapter: Path | None, session: Session) -> dict
     base_measures = measure(base.model, base.tokenizer, data, trial.eval)
     result = None
     if adapter is not None:
+        _check_record(adapter, base)
         _phase(session, "score", f"{adapter}")
         result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval).model_dump()
     return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
+
+
+def _check_record(adapter: Path, base: Base) -> None:
+    """Where the folder has a record of rankloom's: the files must be the recorded ones, and so must the base."""
+    if not (adapter / RECORD).is_file():
+        return
+    try:
+        record = Record.model_validate_json((adapter / RECORD).read_bytes())
+    except ValidationError:
+        raise RegistryError(f"{adapter / RECORD} is no record of this rankloom; publish the folder again") from None
+    check_files(adapter, record)
+    if record.base.fingerprint != base.fingerprint:
+        raise RegistryError(
+            f"{record.ref} was tuned on {record.base.id!r} ({record.base.fingerprint[:19]}…), but model.id={base.id!r} "
+            f"has other weights ({base.fingerprint[:19]}…); score it on its own base"
+        )
+
+
+def _check_lengths(data: TaskData, base: Base) -> None:
+    """A row beyond the model's positions would end the run with an index error, on CUDA with an aborted device."""
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation, data.test))
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_length: a row of {longest} tokens is longer than the {limit} positions of {base.id!r}; set "
+            f"data.max_length={limit}"
+        )
 
 
 def load_for(trial: TrialConfig, device: torch.device) -> Base:

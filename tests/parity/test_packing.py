@@ -31,7 +31,7 @@ def examples_of(lengths: list[int], vocabulary: int = 256) -> list[Example]:
     found = []
     for length in lengths:
         weights = random.integers(0, 2, length).astype(np.float32)
-        weights[-1] = 1  # a row of one token has nothing to predict all the same
+        weights[-1] = 1  # every row predicts something, but that of one token
         predicting = np.flatnonzero(weights[1:] > 0)
         found.append(Example(random.integers(0, vocabulary, length), predicting, weights[predicting + 1]))
     return found
@@ -124,7 +124,8 @@ def test_layout_is_a_bijection_and_pads_with_the_rows_own_tokens() -> None:
     lengths = np.array([5, 70, 64, 200, 65, 2])
     layout = lay_out(lengths, CPU)
     assert layout.buckets == ((3, 64), (2, 70), (1, 200))
-    assert layout.tokens_P is not None and layout.positions_N is not None
+    assert layout.tokens_P is not None
+    assert layout.positions_N is not None
     assert torch.equal(layout.tokens_P[layout.positions_N], torch.arange(int(lengths.sum())))
     row_of_token = torch.from_numpy(np.repeat(np.arange(6), lengths))
     for rows, bucket in zip(([0, 2, 5], [1, 4], [3]), layout.tokens_P.split([3 * 64, 2 * 70, 200]), strict=True):

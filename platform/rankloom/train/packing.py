@@ -191,7 +191,7 @@ def packed_attention(
     results, offset = [], 0
     for num_rows, width in row_layout.buckets:
         stop = offset + num_rows * width
-        q, k, v = (x[offset:stop].unflatten(0, (num_rows, width)).transpose(1, 2) for x in inputs_PHE)
+        q, k, v = (x[offset:stop].view(num_rows, width, *x.shape[1:]).transpose(1, 2) for x in inputs_PHE)
         mask = _band(width, sliding_window, q.device) if sliding_window and width > sliding_window else None
         result_BTHE, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)
         results.append(result_BTHE.flatten(0, 1))
@@ -263,11 +263,11 @@ class _Repack(torch.autograd.Function):
 
 
 def _unpack(x_N: Tensor, layout: Layout) -> Tensor:
-    return x_N if layout.tokens_P is None else _Unpack.apply(x_N, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return x_N if layout.tokens_P is None else _Unpack.apply(x_N, layout)  # type: ignore[no-untyped-call]
 
 
 def _repack(x_P: Tensor, layout: Layout) -> Tensor:
-    return x_P if layout.tokens_P is None else _Repack.apply(x_P, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return x_P if layout.tokens_P is None else _Repack.apply(x_P, layout)  # type: ignore[no-untyped-call]
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

@@ -81,7 +81,7 @@ def test_warm_starts_come_first_and_grid_is_whole() -> None:
     branch = {"seed": {"choice": [1, 2, 3]}, "method": {"type": "lora", "rank": {"randint": [5, 6]}}}
     searcher = StudySearcher(study(space=[branch], search={"algorithm": "grid", "warm_start": warm}))
     found = points(searcher, 8)
-    assert found[:2] == [{"number": 0, "warm_start": 0}, {"number": 1, "warm_start": 1}]
+    assert [p.get("warm_start") for p in found[:3]] == [0, 1, None]
     assert {(p["seed"], p["method.rank"]) for p in found[2:]} == {(s, r) for s in (1, 2, 3) for r in (5, 6)}
     assert searcher.suggest("more") == Searcher.FINISHED
 
@@ -97,7 +97,7 @@ def test_a_restored_searcher_goes_on_as_if_nothing_had_happened(algorithm: str, 
     first = StudySearcher(config)
     for i in range(12):
         first.suggest(f"t{i}")
-        first.on_trial_complete(f"t{i}", {"loss": 1 / (i + 1)})
+        first.on_trial_complete(f"t{i}", {"best_value": 1 / (i + 1)})
     first.save(str(tmp_path / "state"))
     second = StudySearcher(config)
     second.restore(str(tmp_path / "state"))
@@ -116,7 +116,7 @@ def test_tpe_learns_where_the_metric_is_good() -> None:
         rate = searcher.suggest(f"t{i}").get("optim.learning_rate")
         if rate is not None:
             rates.append(rate)
-        searcher.on_trial_complete(f"t{i}", {"loss": 0.0 if rate is not None and rate > 1e-2 else 1.0})
+        searcher.on_trial_complete(f"t{i}", {"best_value": 0.0 if rate is not None and rate > 1e-2 else 1.0})
     assert sum(rate > 1e-2 for rate in rates[-20:]) > 12  # a random searcher: 4
 
 
@@ -124,8 +124,8 @@ def test_a_failed_trial_is_told_as_failed() -> None:
     pytest.importorskip("optuna")
     searcher = StudySearcher(study(search={"algorithm": "optuna", "num_trials": 9}))
     points(searcher, 3)
-    searcher.on_trial_complete("t1", {"loss": 1e9, "error": "diverged"})
-    searcher.on_trial_complete("t2", {"loss": 0.5})
+    searcher.on_trial_complete("t1", {"best_value": None, "error": "diverged"})
+    searcher.on_trial_complete("t2", {"best_value": 0.5})
     trials = searcher._proposer._search._ot_study.trials  # type: ignore[attr-defined]
     refused = len(searcher.refusals)
     assert sum(t.state.name == "FAIL" for t in trials) == refused + 1
@@ -145,4 +145,6 @@ def test_asha_rungs_are_shares_of_the_budget() -> None:
 
 def test_pbt_needs_something_to_change() -> None:
     with pytest.raises(ConfigError, match=r"pbt changes optim\.learning_rate"):
-        build_scheduler(study(space=[{"method": {"type": "lora", "rank": {"choice": [1, 2]}}}], scheduler={"type": "pbt"}))
+        build_scheduler(
+            study(space=[{"method": {"type": "lora", "rank": {"choice": [1, 2]}}}], scheduler={"type": "pbt"})
+        )

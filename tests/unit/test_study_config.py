@@ -39,10 +39,14 @@ def test_alpha_over_rank_uses_the_default_rank() -> None:
 
 
 def test_a_section_of_another_type_replaces_the_trials() -> None:
-    config = study(trial={"method": {"type": "lora", "rank": 4, "rslora": True}}, space=[{"method": {"type": "galore"}}])
+    config = study(
+        trial={"method": {"type": "lora", "rank": 4, "rslora": True}}, space=[{"method": {"type": "galore"}}]
+    )
     assert config.resolve({"branch": 0}).method == GaLoreConfig()
     assert merge({"a": {"type": "x", "b": 1}, "c": 1}, {"a": {"b": 2}}) == {"a": {"type": "x", "b": 2}, "c": 1}
-    assert merge({"quantization": {"type": "nf4", "double": False}}, {"quantization": "none"}) == {"quantization": "none"}
+    assert merge({"quantization": {"type": "nf4", "double": False}}, {"quantization": "none"}) == {
+        "quantization": "none"
+    }
 
 
 def test_the_baseline_is_the_first_warm_start() -> None:

@@ -153,7 +153,9 @@ def with_alpha(tree: Tree) -> Tree:
     ratio = settings.pop(ALPHA_OVER_RANK)
     rank = settings.get("rank", _default_rank(settings.get("type")))
     if rank is None:
-        raise ConfigError(f"method.{ALPHA_OVER_RANK}: {settings.get('type')} has no alpha and rank to relate; remove it")
+        raise ConfigError(
+            f"method.{ALPHA_OVER_RANK}: {settings.get('type')} has no alpha and rank to relate; remove it"
+        )
     if not isinstance(ratio, (int, float)) or not isinstance(rank, int):
         raise ConfigError(f"method.{ALPHA_OVER_RANK}: expected numbers (given {ratio!r}, with rank {rank!r})")
     return tree | {"method": settings | {"alpha": float(ratio) * rank}}

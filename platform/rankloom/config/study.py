@@ -98,9 +98,7 @@ class PbtConfig(Frozen):
     """How likely a knob is drawn anew instead of being changed a little."""
 
 
-Scheduler = Annotated[
-    FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig, Field(discriminator="type")
-]
+Scheduler = Annotated[FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig, Field(discriminator="type")]
 
 
 class HostsConfig(Frozen):

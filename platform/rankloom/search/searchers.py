@@ -81,9 +81,7 @@ class OptunaProposer:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = study
-        self._search = OptunaSearch(
-            _DefineByRun(study), metric="value", mode=study.search.best, seed=study.search.seed
-        )
+        self._search = OptunaSearch(_DefineByRun(study), metric="value", mode=study.search.best, seed=study.search.seed)
         self._asked: dict[int, str] = {}
         self._num_asked = 0
 
@@ -119,7 +117,8 @@ PROPOSERS: dict[str, Callable[[StudyConfig], Proposer]] = {
 class StudySearcher(Searcher):  # type: ignore[misc]
     """Warm starts, then what the proposer says, each held to the trial's own rules.
 
-    What it suggests is a point with the trial's `number`: the trial is resolved again where it runs.
+    What it suggests is a point with the trial's `number` and how many points were `refused` so far; the trial is
+    resolved again where it runs.
     """
 
     def __init__(self, study: StudyConfig) -> None:
@@ -140,14 +139,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         self._count += 1
         self._numbers[trial_id] = number
-        return {"number": number, **point}
+        return {"number": number, "refused": len(self.refusals), **point}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is None or number < self._study.num_warm_starts:
             return
         sound = result is not None and not error and not result.get("error")
-        self._proposer.tell(number, float(result[self._study.search.metric]) if sound and result else None)
+        # what counts is a trial's best report: its adapter is what would be published
+        self._proposer.tell(number, float(result["best_value"]) if sound and result else None)
 
     def save(self, checkpoint_path: str) -> None:
         state = (self._proposer, self._count, self._numbers, self.refusals)

@@ -107,18 +107,22 @@ class SlotAdamW:
             norms: each slot's, from `norms`.
             factors: slot -> its schedule's factor on the learning rate; the other slots are left as they are.
         """
+        if not factors:
+            return
         for slot in factors:
             self.counts[slot] += 1
-        vectors = {role: self._vectors(role, norms, factors) for role in ("a", "b", "m")}
+        used = max(factors) + 1  # slots are taken from the first on: what lies behind is idle
+        vectors = {role: self._vectors(role, used, norms, factors) for role in ("a", "b", "m")}
         for group, gradient in zip(self._groups, stacks, strict=True):
-            shape = (self.num_slots, *[1] * (group.data.dim() - 2))
+            shape = (used, *[1] * (group.data.dim() - 2))
             clip, lean_1, lean_2, correction, eps, size, keep = (v.view(shape) for v in vectors[group.role])
-            clipped = gradient * clip
-            group.first.lerp_(clipped, lean_1)
-            group.second.lerp_(clipped.square_(), lean_2)
-            update = group.second.sqrt().mul_(correction).add_(eps)
-            torch.div(group.first, update, out=update)
-            group.data.mul_(keep).sub_(update.mul_(size))
+            first, second, data = group.first[:, :used], group.second[:, :used], group.data[:, :used]
+            clipped = gradient[:, :used] * clip
+            first.lerp_(clipped, lean_1)
+            second.lerp_(clipped.square_(), lean_2)
+            update = second.sqrt().mul_(correction).add_(eps)
+            torch.div(first, update, out=update)
+            data.mul_(keep).sub_(update.mul_(size))
 
     def state(self, slot: int, rank: int) -> dict[str, Tensor]:
         """A slot's moments and step count, without what pads its rank."""
@@ -145,10 +149,10 @@ class SlotAdamW:
             group.first[:, target] = group.first[:, source]
             group.second[:, target] = group.second[:, source]
 
-    def _vectors(self, role: Role, norms: Sequence[float], factors: Mapping[int, float]) -> Tensor:
-        """[7, K]: gradient's factor, the moments' leanings, second moment's correction, eps, step size, decay."""
+    def _vectors(self, role: Role, used: int, norms: Sequence[float], factors: Mapping[int, float]) -> Tensor:
+        """[7, used]: gradient's factor, the moments' leanings, second moment's correction, eps, step size, decay."""
         idle = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0)
-        columns = [idle] * self.num_slots
+        columns = [idle] * used
         for slot, factor in factors.items():
             optim, count = self.settings[slot], self.counts[slot]
             (beta_1, beta_2), rate = optim.betas, factor * optim.learning_rate

@@ -17,10 +17,16 @@ from rankloom.search.searchers import StudySearcher
 
 SPACE = [
     {
-        "method": {"type": "lora", "rank": {"choice": [4, 8]}, "target_modules": {"choice": ["all-linear", ["q_proj"]]}},
+        "method": {
+            "type": "lora", "rank": {"choice": [4, 8]}, "target_modules": {"choice": ["all-linear", ["q_proj"]]},
+        },
         "optim": {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"randint": [2, 4]}},
     },
-    {"method": {"type": "galore"}, "quantization": {"choice": ["none", "nf4"]}, "optim": {"eps": {"uniform": [1e-9, 1e-8]}}},
+    {
+        "method": {"type": "galore"},
+        "quantization": {"choice": ["none", "nf4"]},
+        "optim": {"eps": {"uniform": [1e-9, 1e-8]}},
+    },
 ]  # fmt: skip
 
 

@@ -10,14 +10,15 @@ import typer
 from rankloom.errors import ConfigError
 
 
-def schema(name: Annotated[str, typer.Argument(help="Which config: trial.", metavar="NAME")]) -> None:
+def schema(name: Annotated[str, typer.Argument(help="Which config: trial or study.", metavar="NAME")]) -> None:
     """Print the JSON Schema of a config file, for an editor's completion and checks.
 
     Example: rankloom schema trial > trial.schema.json
     """
-    from rankloom.config import TrialConfig
+    from rankloom.config import StudyConfig, TrialConfig
+    from rankloom.config.base import Frozen
 
-    configs = {"trial": TrialConfig}
+    configs: dict[str, type[Frozen]] = {"trial": TrialConfig, "study": StudyConfig}
     if name not in configs:
         raise ConfigError(f"schema {name!r}: unknown config; allowed: {', '.join(configs)}")
     typer.echo(json.dumps(configs[name].model_json_schema(), indent=2))

@@ -278,8 +278,10 @@ class HostActor:
                 if due:
                     await self._make_reports(due)
             else:
+                # not wait_for, which swallows a cancellation that comes together with the event
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), SWEEP_EVERY_S)
+                    async with asyncio.timeout(SWEEP_EVERY_S):
+                        await self._changed.wait()
 
     def _load(self) -> Any:
         """Read the data and load the base."""

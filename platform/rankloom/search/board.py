@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rankloom.config import StudyConfig, TrialConfig
+from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.config.space import Point
+from rankloom.config.study import AshaConfig
 
 Status = Literal["running", "done", "stopped", "failed"]
 CURVE = ("step", "percent", "loss", "accuracy", "train_loss", "tokens", "train_s")
 Line = dict[str, Any]
+NUM_SHOWN = 8
+"""Trials that a display lists."""
 
 
 @dataclass
@@ -127,6 +130,44 @@ class Board:
             counts[trial.status] += 1
         return counts
 
+    def rungs(self) -> list[tuple[float, int]]:
+        """For successive halving: each rung, in percent of a trial's budget, and how many trials came to it."""
+        scheduler, found = self.study.scheduler, []
+        if isinstance(scheduler, AshaConfig):
+            rung = max(1.0, round(100 * scheduler.grace))
+            while rung < 100:
+                reached = sum(
+                    trial.last is not None and trial.last["percent"] >= rung for trial in self.trials.values()
+                )
+                found.append((rung, reached))
+                rung *= scheduler.reduction_factor
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """What a display shows, as plain data."""
+        metric = self.study.search.metric
+        top = [
+            {
+                "name": trial.config.name,
+                "method": trial.method,
+                "settings": settings(trial),
+                "status": trial.status,
+                "value": (trial.best(metric) or {})[metric],
+                "percent": (trial.last or {})["percent"],
+            }
+            for trial in self.ranking()[:NUM_SHOWN]
+        ]
+        return {
+            "metric": metric,
+            "total": self.study.num_trials,
+            "counts": self.counts(),
+            "refused": self.num_refused,
+            "rungs": self.rungs(),
+            "best": top,
+            "tokens": self.tokens,
+            "share": self.share_done,
+        }
+
     @property
     def tokens(self) -> int:
         """Tokens that the trials were trained on."""
@@ -142,10 +183,18 @@ class Board:
         return min(1.0, done / self.study.num_trials)
 
 
+def settings(trial: Standing) -> str:
+    """What a trial was given by the space, short: `rank 8, learning_rate 0.0012`."""
+    if "warm_start" in trial.point:
+        return "baseline" if trial.number == 0 else "warm start"
+    knobs = {name.rpartition(".")[2]: value for name, value in trial.point.items() if name != "branch"}
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in knobs.items()
+    )
+
+
 def rows(trials: Iterable[Standing], metric: str) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
-    from rankloom.config import dump
-
     found = []
     for trial in sorted(trials, key=lambda t: t.number):
         best, last = trial.best(metric), trial.last or {}

@@ -36,6 +36,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._tell, self._hosts, self._stop = tell, hosts, stop
         self._stats: Any = None
         self._told_at = 0.0
+        self._began_at, self._share_before = time.monotonic(), board.share_done
         self._points: dict[str, dict[str, Any]] = {}
         self._trials: list[Any] = []
 
@@ -92,7 +93,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.board.add(line)
-        self._tell(line)
+        trial = self.board.trials[line["trial"]]
+        self._tell(line | {"name": trial.config.name, "method": trial.method})
 
     def _poll(self) -> None:
         """Ask the hosts how they do, now and then, without waiting for them."""
@@ -107,7 +109,15 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._told_at = time.monotonic()
         if self._stats is None:
             self._stats = self._hosts.stats.remote()
-        self._tell({"event": "status", "hosts": list(self.host_stats.values())})
+        self.tell_status()
+
+    def tell_status(self) -> None:
+        """The board in short, for a display."""
+        elapsed = time.monotonic() - self._began_at
+        done = self.board.share_done - self._share_before
+        eta = elapsed / done * (1 - self.board.share_done) if done > 0 else None
+        summary = self.board.summary() | {"hosts": list(self.host_stats.values()), "elapsed_s": elapsed, "eta_s": eta}
+        self._tell({"event": "status"} | summary)
 
 
 class _Nothing(tune.Callback):  # type: ignore[misc]

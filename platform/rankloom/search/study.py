@@ -192,6 +192,7 @@ def _search(study: StudyConfig, folder: Path, tell: Tell, stop: threading.Event)
         tuner = _tuner(study, folder, hosts, journal, resources)
         tuner.fit()
         journal.reconcile()
+        journal.tell_status()
     except RankloomError:
         raise
     except Exception as error:

@@ -269,7 +269,8 @@ class TrialHost:
             rows = self._by_slot[share.slot].rows(share.start, share.stop)
             examples += [self._example(row) for row in rows]
             slots += [share.slot] * len(rows)
-        with self._routed(examples, slots, training=True) as packed:
+        seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+        with self._routed(examples, slots, seeds) as packed:
             logits_MV = logits(self.base.model, packed)
             losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
             slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted)).to(losses_M.device)
@@ -322,7 +323,9 @@ class TrialHost:
             stack[:, slots] = 0
 
     @contextmanager
-    def _routed(self, examples: Sequence[Example], slots: Sequence[int], *, training: bool) -> Iterator[Packed]:
+    def _routed(
+        self, examples: Sequence[Example], slots: Sequence[int], dropout_seeds: dict[int, int] | None = None
+    ) -> Iterator[Packed]:
         """Rows ready for the base, whose forward (and backward) adds each slot's product while this lasts."""
         packed = pack(examples, padded_with=self.base.pad_id if self.padded else None, device=self.base.device)
         slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(packed.sizes))
@@ -331,7 +334,7 @@ class TrialHost:
             counts_K[slot] += size
         low = self.precision != torch.float32
         with (
-            self.bank.routed(slots_N.to(self.base.device), counts_K),
+            self.bank.routed(slots_N.to(self.base.device), counts_K, dropout_seeds=dropout_seeds),
             packed_attention_on(self.base.model, packed),
             torch.autocast(self.base.device.type, self.precision, enabled=low),
         ):
@@ -351,7 +354,7 @@ class TrialHost:
         examples = [question.example for question in questions]
         try:
             of_rows = [slot for slot in slots for _ in examples]
-            with self._routed(examples * len(slots), of_rows, training=False) as packed:
+            with self._routed(examples * len(slots), of_rows) as packed:
                 count(tallies, questions, packed, logits(self.base.model, packed))
             return
         except torch.OutOfMemoryError:

@@ -91,6 +91,11 @@ class Member:
         """Rows of the micro-batch whose turn it is."""
         return self._micro_batches[0][start:stop]
 
+    def dropout_seed(self, start: int) -> int:
+        """For the pass that begins at row `start` of the micro-batch whose turn it is: the same when it is repeated."""
+        key = (self.trial.seed, self.step, self._num_computed + start)
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
+
     def computed(self, num_rows: int) -> None:
         """Take the first rows off the micro-batch whose turn it is."""
         self._num_computed += num_rows

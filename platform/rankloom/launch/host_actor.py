@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,17 @@ class HostActor:
             self._reported.notify_all()
         if not member.seat.seated:
             self._forget(key)
+
+    async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The search is over: end the training, and call a function in this process, which has torch and a device."""
+        if self._runner is not None:
+            self._runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._runner
+        self._host = None
+        self._members.clear()
+        gc.collect()
+        return await asyncio.to_thread(function, *arguments)
 
     def stats(self) -> dict[str, Any]:
         """What the host did and does."""

@@ -7,6 +7,7 @@ ones are full and a device is left, and gives a host back that nobody has sat in
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,8 @@ class Open:
     label: str
     handle: Any
     trials: set[str] = field(default_factory=set)
-    empty_since: float = 0.0
+    empty_since: float = math.inf
+    """Nobody sits in it since then; one in which nobody ever sat is loading, or waits for the first trials."""
 
 
 class Hosts:
@@ -171,7 +173,7 @@ class Hosts:
                 label=label,
             )
         )
-        return Open(key, label, handle, empty_since=time.monotonic())
+        return Open(key, label, handle)
 
     def _unseat(self, trial_id: str) -> None:
         for host in self._open:

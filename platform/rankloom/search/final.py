@@ -1,4 +1,4 @@
-"""The end of a study: its best adapters on the test rows, and into the registry. Runs where torch is, in a Ray task.
+"""The end of a study: its best adapters on the test rows, and into the registry. It runs in a host's process.
 
 The test rows are read here for the first time: the search saw the validation rows alone, and the winner is the trial
 that was best there. The test rows only say how good it is.
@@ -31,16 +31,13 @@ Finalist = dict[str, Any]
 
 
 def score_finalists(
-    study: str, finalists: list[Finalist], threads: int, on_event: Callable[[dict[str, Any]], None]
+    study: str, finalists: list[Finalist], on_event: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """Score and publish; for each finalist `scorecard`, or `error`, and `published` (refs).
 
     Args:
         study: its name, for the lineage.
     """
-    import torch
-
-    torch.set_num_threads(threads)
     results: dict[int, dict[str, Any]] = {}
     keys = [host_key(parse(TrialConfig, finalist["trial"])) for finalist in finalists]
     for key in dict.fromkeys(keys):

@@ -86,6 +86,10 @@ class Journal(tune.Callback):  # type: ignore[misc]
                 self.on_trial_complete(0, self._trials, trial)
         self.interrupted = any(trial.status not in ("TERMINATED", "ERROR") for trial in self._trials)
 
+    def take_stats(self, stats: list[dict[str, Any]]) -> None:
+        """What the hosts say of themselves; one that was given back keeps its last words."""
+        self.host_stats |= {each["label"]: each for each in stats}
+
     def close(self) -> None:
         self._file.close()
 
@@ -102,7 +106,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
 
         if self._stats is not None and ray.wait([self._stats], timeout=0)[0]:
             with suppress(ray.exceptions.RayError):
-                self.host_stats |= {stats["label"]: stats for stats in ray.get(self._stats)}
+                self.take_stats(ray.get(self._stats))
             self._stats = None
         if time.monotonic() - self._told_at < STATUS_EVERY_S:
             return

@@ -12,9 +12,11 @@ best), tune/ (Ray Tune's own state), and at the end results.parquet and result.j
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +74,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})) as share:
-        journal = _search(study, folder, on_event, stop or threading.Event())
+    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), _hosts(study) as hosts:
+        journal = _search(study, folder, hosts, on_event, stop or threading.Event())
         board = journal.board
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
@@ -92,7 +94,7 @@ def run(
         if not board.ranking():
             reasons = sorted({trial.error or "" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
-        outcome |= _finish(study, folder, journal, share, on_event)
+        outcome |= _finish(study, folder, journal, hosts, on_event)
     (folder / RESULT).write_text(json.dumps({"status": "done"} | outcome, indent=2) + "\n", encoding="utf-8")
     return {"status": "done"} | outcome
 
@@ -179,19 +181,32 @@ def _check(study: StudyConfig) -> None:
             )
 
 
-def _search(study: StudyConfig, folder: Path, tell: Tell, stop: threading.Event) -> Journal:
+@contextmanager
+def _hosts(study: StudyConfig) -> Iterator[Any]:
+    """The actor that opens and shares out the study's hosts, which end with it."""
+    import ray
+
+    hosts = ray.remote(Hosts).options(num_cpus=0, max_concurrency=1000).remote(dump(study), ray.cluster_resources())
+    try:
+        yield hosts
+    finally:
+        for handle in [*ray.get(hosts.close.remote()), hosts]:
+            ray.kill(handle)
+
+
+def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: threading.Event) -> Journal:
     """Run Ray Tune until the study is searched, stopped or hopeless."""
     import ray
 
-    tree, resources = dump(study), ray.cluster_resources()
-    hosts = ray.remote(Hosts).options(num_cpus=0, max_concurrency=1000).remote(tree, resources)
     opened = ray.get(hosts.prepare.remote())
     tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+    for noisy in ("ray.tune", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
     try:
-        tuner = _tuner(study, folder, hosts, journal, resources)
-        tuner.fit()
+        _tuner(study, folder, hosts, journal, ray.cluster_resources()).fit()
         journal.reconcile()
+        journal.take_stats(ray.get(hosts.stats.remote()))
         journal.tell_status()
     except RankloomError:
         raise
@@ -199,9 +214,6 @@ def _search(study: StudyConfig, folder: Path, tell: Tell, stop: threading.Event)
         raise failure_of(error).error from None
     finally:
         journal.close()
-        for handle in ray.get(hosts.close.remote()):
-            ray.kill(handle)
-        ray.kill(hosts)
     return journal
 
 
@@ -251,12 +263,12 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
             callbacks=[journal],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
 
 
-def _finish(study: StudyConfig, folder: Path, journal: Journal, share: cluster.Share, tell: Tell) -> dict[str, Any]:
+def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
     """Score the finalists on the test rows and publish the winners."""
     import ray
 
@@ -277,14 +289,8 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, share: cluster.S
     ]
     channel = ray.remote(Channel).options(num_cpus=0).remote()
 
-    task = ray.remote(score_remotely).options(
-        num_cpus=share.cpus,
-        num_gpus=1 if share.gpu else 0,
-        max_retries=study.hosts.max_failures,
-        runtime_env={"env_vars": cluster.worker_environment(share.cpus)},
-    )
-    arguments = (study.name, work, share.cpus, channel)
-    scoring = Background(lambda: ray.get(task.remote(*arguments)))
+    host = ray.get(hosts.prepare.remote())[0]
+    scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
     watch(scoring, channel, tell)
     try:
         scored = scoring.result()
@@ -306,13 +312,13 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, share: cluster.S
     }
 
 
-def score_remotely(study: str, work: list[dict[str, Any]], cpus: int, channel: Any) -> list[dict[str, Any]]:
-    """What the Ray worker runs: the driver has no torch."""
+def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list[dict[str, Any]]:
+    """What a host's process runs: the driver has no torch."""
     import ray
 
     from rankloom.search.final import score_finalists
 
-    return score_finalists(study, work, cpus, lambda event: ray.get(channel.push.remote([event])))
+    return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
 
 
 def names_of(trial: Standing, board: Board) -> list[str]:

@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from rankloom.config import COMPATIBLE, TrialConfig, load, parse
+from rankloom.config import COMPATIBLE, StudyConfig, TrialConfig, load, parse
 from rankloom.config.compatible import Row
 from rankloom.config.method import Method
 from rankloom.config.model import Quantization
@@ -25,6 +25,7 @@ PACKAGE = REPO / "platform" / "rankloom"
 HEAVY = ["torch", "ray", "transformers", "peft", "datasets", "bitsandbytes"]
 TYPES = [member.model_fields["type"].default for member in get_args(get_args(Method)[0])]
 QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
+KINDS: dict[str, type[TrialConfig] | type[StudyConfig]] = {"trials": TrialConfig, "studies": StudyConfig}
 SHIPPED = sorted((REPO / "configs").rglob("*.yaml"))
 DOCS = [REPO / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 TEXTS = sorted(
@@ -70,7 +71,7 @@ def test_heavy_imports_would_be_seen() -> None:
     assert "torch" in heavy_after("import rankloom.models")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["adapters", "--help"], ["schema", "trial"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["tune", "--help"], ["adapters", "--help"], ["schema", "study"]])
 def test_cli_answers_without_heavy_imports(arguments: list[str]) -> None:
     run_main = f"import sys\nsys.argv = ['rankloom', *{arguments}]\nfrom rankloom.cli import main\n"
     assert heavy_after(run_main + "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code") == "heavy:"
@@ -115,7 +116,7 @@ def test_capabilities_of_the_class_agree_with_compatible(method: str) -> None:
 def test_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
     first, *_ = path.read_text(encoding="utf-8").splitlines()
     assert re.match(r"# \w.{20,}\.", first)
-    assert load(TrialConfig, path).name
+    assert load(KINDS[path.parent.name], path).name
 
 
 def test_every_method_and_knob_has_a_shipped_config() -> None:

@@ -20,11 +20,12 @@ from rankloom.cli.evaluate import evaluate as evaluate_command
 from rankloom.cli.schema import schema as schema_command
 from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
+from rankloom.cli.tune import tune as tune_command
 from rankloom.errors import RankloomError
 
 app = typer.Typer(
     name="rankloom",
-    help="Fine-tune, evaluate and keep low-rank adapters of language models, on a laptop or a Ray cluster.",
+    help="Fine-tune, search, evaluate and keep low-rank adapters of language models, on a laptop or a Ray cluster.",
     epilog="Start with: rankloom doctor, then rankloom train shipped:trials/lora.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("doctor")(doctor_command)
 app.command("schema")(schema_command)
 app.command("train")(train_command)
+app.command("tune")(tune_command)
 app.command("evaluate")(evaluate_command)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(submit_app, name="submit")

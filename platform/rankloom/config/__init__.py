@@ -5,6 +5,7 @@
 
 from rankloom.config.base import dump, load, parse
 from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.study import StudyConfig
 from rankloom.config.trial import TrialConfig
 
-__all__ = ["COMPATIBLE", "TrialConfig", "dump", "load", "parse"]
+__all__ = ["COMPATIBLE", "StudyConfig", "TrialConfig", "dump", "load", "parse"]

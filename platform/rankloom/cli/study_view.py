@@ -1,0 +1,164 @@
+"""A study on a terminal: a live table, or plain lines in a pipe. Events in, text out; see `search/journal.py`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rankloom.cli.progress import duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Event = dict[str, Any]
+
+STATUS_LINE_EVERY_S = 10.0
+"""Between two status lines in a pipe."""
+
+
+@contextmanager
+def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
+    """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(stderr=on_stderr, highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        stream = sys.stderr if on_stderr else sys.stdout
+        yield Plain(lambda line: print(line, file=stream, flush=True)).show
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+        def show(event: Event) -> None:
+            if event["event"] == "status":
+                live.update(table(event))
+            for line in lines(event):
+                live.console.print(Text(line, style="dim" if event["event"] == "phase" else ""))
+
+        yield show
+
+
+class Plain:
+    """A line for each trial that ends, and one on the whole now and then."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._next_status = 0.0
+
+    def show(self, event: Event) -> None:
+        now = time.monotonic()
+        if event["event"] == "status" and now >= self._next_status:
+            self._next_status = now + STATUS_LINE_EVERY_S
+            self._write(status_line(event))
+        for line in lines(event):
+            self._write(line)
+
+
+def lines(event: Event) -> list[str]:
+    """An event in words; the status has `status_line` and `table`."""
+    if event["event"] == "phase":
+        return [f"{event['phase']:<8} {event['message']}"]
+    if event["event"] == "end":
+        reason = f": {event['error']}" if event["error"] else ""
+        return [f"{event['name']}  {event['method']:<8} {event['status']}{reason}"]
+    return []
+
+
+def status_line(status: Event) -> str:
+    """Everything in one line."""
+    counts, best = status["counts"], status["best"]
+    parts = [
+        f"{counts['done'] + counts['stopped'] + counts['failed']}/{status['total']} trials "
+        f"({counts['running']} running, {counts['stopped']} stopped early, {counts['failed']} failed)"
+    ]
+    if best:
+        parts.append(f"best {value(best[0]['value'], status['metric'])} by {best[0]['name']} ({best[0]['method']})")
+    parts += [host_line(host) for host in status["hosts"]]
+    parts.append(f"{duration(status['elapsed_s'])}" + (f", eta {duration(status['eta_s'])}" if status["eta_s"] else ""))
+    return "; ".join(parts)
+
+
+def host_line(host: dict[str, Any]) -> str:
+    """A host's slots and speed."""
+    speed = host["tokens"] / host["train_s"] if host["train_s"] else 0.0
+    return f"{host['label']} {host['training']}/{host['num_slots']} slots, {speed:,.0f} tokens/s"
+
+
+def table(status: Event) -> RenderableType:
+    """The live table."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = status["counts"]
+    ended = counts["done"] + counts["stopped"] + counts["failed"]
+    eta = f"   eta {duration(status['eta_s'])}" if status["eta_s"] else ""
+    head = (
+        f"{ended}/{status['total']} trials   {counts['running']} running   {counts['done']} done   "
+        f"{counts['stopped']} stopped early   {counts['failed']} failed   {status['refused']} refused   "
+        f"{duration(status['elapsed_s'])}{eta}"
+    )
+    body = Table("best", "method", "settings", "at", status["metric"], box=None, header_style="bold", pad_edge=False)
+    for row in status["best"]:
+        body.add_row(
+            Text(row["name"]),
+            Text(row["method"]),
+            Text(row["settings"], overflow="ellipsis", no_wrap=True),
+            Text(f"{row['percent']:.0f} % {'' if row['status'] == 'running' else row['status']}"),
+            Text(value(row["value"], status["metric"])),
+        )
+    feet = [
+        f"{host_line(host)}, {host['waiting']} waiting, {100 * host['occupancy']:.0f} % full"
+        for host in status["hosts"]
+    ]
+    if status["rungs"]:
+        feet.append("rungs   " + "   ".join(f"{rung:.0f} %: {reached}" for rung, reached in status["rungs"]))
+    return Group(Text(head), body, *map(Text, feet))
+
+
+def value(number: float, metric: str) -> str:
+    """A metric's value for a person."""
+    return f"{100 * number:.1f} %" if metric == "accuracy" else f"{number:.4f}"
+
+
+def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The finalists, best by validation first, with a header."""
+    rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", "published")]
+    for row in result["finalists"]:
+        validation = row["validation"]
+        metric = "loss" if validation["accuracy"] is None else "accuracy"
+        test, loss = row["error"] or "", ""
+        if row["scorecard"]:
+            measured = row["scorecard"]["result"]
+            share = measured["accuracy"] or measured["exact_match"]
+            test = interval(share) if share else ""
+            loss = f"{measured['loss']:.4f}"
+        name = row["name"] + (" (baseline)" if row["number"] == 0 else "")
+        shown = value(validation[metric], metric)
+        rows.append((name, row["method"], shown, test, loss, ", ".join(row["published"])))
+    return rows
+
+
+def interval(share: dict[str, float]) -> str:
+    """A share with its 95 % interval."""
+    return f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+
+
+def result_lines(result: dict[str, Any], config: str) -> list[str]:
+    """What the study left, and the commands to go on with."""
+    if result["status"] == "interrupted":
+        return [f"stopped; rankloom tune {config} --resume goes on from here"]
+    winner = result["winner"]
+    found = [f"winner   {winner['name']} ({winner['method']}), chosen on the validation rows"]
+    if result["beats_baseline"] is not None:
+        better = "is better" if result["beats_baseline"] else "is NOT better"
+        found.append(f"         on the test rows it {better} than the baseline, {result['baseline']['name']}")
+    found += [f"study    {result['study']}", f"trials   {result['results']}"]
+    if winner["published"]:
+        ref = winner["published"][0]
+        found.append(f"next     rankloom adapters promote {ref} --registry {result['registry']}")
+    return found

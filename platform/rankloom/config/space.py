@@ -1,0 +1,199 @@
+"""A search space: branches of trial settings, where a leaf may be a knob instead of a value.
+
+    - {method: {type: lora, rank: {choice: [8, 16]}}, optim: {learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}}
+
+A branch is a fragment of a trial; a *point* picks a branch and a value for each of its knobs, by dotted name. Pure and
+without torch: `study.py` checks a study with it, `rankloom/search/space.py` hands it to the searchers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from rankloom.config.base import Frozen
+from rankloom.config.method import Method
+from rankloom.errors import ConfigError
+
+Tree = dict[str, Any]
+Point = dict[str, Any]
+"""`branch` (its index) and the values of that branch's knobs by dotted name; or `warm_start` (an index) alone."""
+
+ALPHA_OVER_RANK = "alpha_over_rank"
+"""In a space's `method`, in place of alpha: alpha = this x rank."""
+
+
+class Choice(Frozen):
+    """One of these values; each may be a whole section of settings."""
+
+    choice: Annotated[list[Any], Field(min_length=1)]
+
+    def ends(self) -> list[Any]:
+        """Values that together show whether the knob's whole range is allowed."""
+        return self.choice
+
+
+class _Range(Frozen):
+    @property
+    def bounds(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _ascends(self) -> _Range:
+        low, high = self.bounds
+        if not low < high:
+            raise ConfigError(f"expected [low, high] with low < high, given [{low:g}, {high:g}]")
+        return self
+
+    def ends(self) -> list[Any]:
+        return list(self.bounds)
+
+
+class Uniform(_Range):
+    """A number between two."""
+
+    uniform: tuple[float, float]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.uniform
+
+
+class LogUniform(_Range):
+    """A number between two, each order of magnitude as likely as another."""
+
+    loguniform: tuple[Annotated[float, Field(gt=0)], float]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.loguniform
+
+
+class RandInt(_Range):
+    """A whole number between two, both included."""
+
+    randint: tuple[int, int]
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.randint
+
+
+Knob = Choice | Uniform | LogUniform | RandInt
+_KNOBS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(cls) for cls in get_args(Knob) for name in cls.model_fields
+}  # fmt: skip
+
+
+def knobs_of(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
+    """Dotted name -> knob, in the order of the YAML.
+
+    Raises:
+        ConfigError: a knob is malformed.
+    """
+    found: dict[str, Knob] = {}
+    for key, value in branch.items():
+        name = f"{path}{key}"
+        if not isinstance(value, Mapping):
+            continue
+        if kinds := [kind for kind in value if kind in _KNOBS]:
+            found[name] = _knob(name, kinds[0], value)
+        else:
+            found |= knobs_of(value, f"{name}.")
+    return found
+
+
+def _knob(name: str, kind: str, value: Mapping[str, Any]) -> Knob:
+    if len(value) > 1:
+        raise ConfigError(f"{name}: expected {kind} alone, found {', '.join(map(str, value))}")
+    try:
+        knob: Knob = _KNOBS[kind].validate_python(dict(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        reason = cause if isinstance(cause, ConfigError) else f"{first['msg']} (given {value[kind]!r})"
+        raise ConfigError(f"{name}.{kind}: {reason}") from None
+    return knob
+
+
+def place(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Tree:
+    """A copy of a branch with each knob's value in its place."""
+    result: Tree = {key: place(value, {}) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for name, value in values.items():
+        node, *path = result, *name.split(".")
+        for part in path[:-1]:
+            node = node[part]
+        node[path[-1]] = value
+    return result
+
+
+def merge(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> Tree:
+    """`base` with `fragment`'s settings over it; a section of another `type` replaces the base's whole."""
+    result: Tree = dict(base)
+    for key, value in fragment.items():
+        old = result.get(key)
+        alike = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if alike and ("type" not in value or value["type"] == old.get("type", value["type"])):  # type: ignore[union-attr]
+            result[key] = merge(old, value)  # type: ignore[arg-type]
+        else:
+            result[key] = value
+    return result
+
+
+def with_alpha(tree: Tree) -> Tree:
+    """`method.alpha_over_rank` resolved to alpha."""
+    method = tree.get("method")
+    if not isinstance(method, Mapping) or ALPHA_OVER_RANK not in method:
+        return tree
+    settings = dict(method)
+    ratio = settings.pop(ALPHA_OVER_RANK)
+    rank = settings.get("rank", _default_rank(settings.get("type")))
+    if rank is None:
+        raise ConfigError(
+            f"method.{ALPHA_OVER_RANK}: {settings.get('type')} has no alpha and rank to relate; remove it"
+        )
+    if not isinstance(ratio, (int, float)) or not isinstance(rank, int):
+        raise ConfigError(f"method.{ALPHA_OVER_RANK}: expected numbers (given {ratio!r}, with rank {rank!r})")
+    return tree | {"method": settings | {"alpha": float(ratio) * rank}}
+
+
+def _default_rank(kind: Any) -> int | None:
+    """The rank that a method with an alpha has where none is given."""
+    for cls in get_args(get_args(Method)[0]):
+        if cls.model_fields["type"].default == kind and {"alpha", "rank"} <= cls.model_fields.keys():
+            return int(cls.model_fields["rank"].default)
+    return None
+
+
+def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
+    """Points that show each end of each knob, the others at their first: a typo in any of them is seen before a run."""
+    first = {name: knob.ends()[0] for name, knob in knobs.items()}
+    yield first
+    for name, knob in knobs.items():
+        for value in knob.ends()[1:]:
+            yield first | {name: value}
+
+
+def grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
+    """Every combination.
+
+    Raises:
+        ConfigError: a knob has infinitely many values.
+    """
+    axes = []
+    for name, knob in knobs.items():
+        if not isinstance(knob, (Choice, RandInt)):
+            raise ConfigError(f"{name}: grid search needs choice or randint here; list the values to try")
+        axes.append(knob.choice if isinstance(knob, Choice) else range(knob.randint[0], knob.randint[1] + 1))
+    for values in itertools.product(*axes):
+        yield dict(zip(knobs, values, strict=True))
+
+
+def grid_size(knobs: Mapping[str, Knob]) -> int:
+    """How many combinations `grid` yields."""
+    sizes = [len(k.choice) if isinstance(k, Choice) else k.bounds[1] - k.bounds[0] + 1 for k in knobs.values()]
+    return math.prod(int(size) for size in sizes)

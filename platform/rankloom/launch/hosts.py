@@ -1,0 +1,191 @@
+"""Hosts of a study: one group for each base and data, one host a device, made when they are needed.
+
+`Hosts` is an actor that trials ask for a seat. It spreads them by load, opens another host of a group where the open
+ones are full and a device is left, and gives a host back that nobody has sat in for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankloom.config import StudyConfig, TrialConfig, dump, parse
+from rankloom.config.study import host_key, is_fusable
+from rankloom.errors import ConfigError
+from rankloom.launch.cluster import worker_environment
+from rankloom.launch.host_actor import HostActor
+
+IDLE_S = 30.0
+"""A host without members is given back after so long."""
+SWEEP_EVERY_S = 5.0
+OF_THE_CORES = 0.9
+"""What hosts reserve of the cores: the rest is for the trials, which only wait."""
+POLL_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True)
+class Device:
+    """What each host gets."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that can share a host."""
+
+    example: TrialConfig
+    max_rank: int
+    with_magnitudes: bool
+
+
+def groups(study: StudyConfig) -> dict[str, Group]:
+    """The groups of a study's space, by `host_key`."""
+    members: dict[str, list[TrialConfig]] = {}
+    for trial in study.members():
+        if is_fusable(trial):
+            members.setdefault(host_key(trial), []).append(trial)
+    return {
+        key: Group(
+            trials[0],
+            study.hosts.max_rank or max(int(t.method.rank) for t in trials),  # type: ignore[union-attr]
+            any(t.method.type == "dora" for t in trials),
+        )
+        for key, trials in members.items()
+    }
+
+
+def devices(study: StudyConfig, resources: dict[str, float], num_groups: int) -> tuple[int, Device]:
+    """How many hosts each group may have, and what each of them gets: the groups share every device.
+
+    Raises:
+        ConfigError: CUDA is asked for where there is no GPU.
+    """
+    compute = study.baseline.compute
+    gpus, cores = int(resources.get("GPU", 0)), max(1.0, resources.get("CPU", 1))
+    if compute.device == "cuda" and not gpus:
+        raise ConfigError("compute.device=cuda: this cluster has no GPU; set trial.compute.device=cpu, or auto")
+    on_gpu = gpus > 0 and compute.device != "cpu"
+    num_hosts = study.hosts.max_hosts or (gpus if on_gpu else 1)
+    share = 1 / max(1, num_groups)
+    cpus = OF_THE_CORES * cores * share / num_hosts
+    threads = compute.cpus_per_worker or max(1, int(cores * share / num_hosts))
+    if on_gpu:
+        return num_hosts, Device(min(cpus, 1.0), int(1e4 * share * min(1.0, gpus / num_hosts)) / 1e4, threads)
+    return num_hosts, Device(cpus, 0.0, threads)
+
+
+@dataclass
+class Open:
+    """A host that runs."""
+
+    key: str
+    label: str
+    handle: Any
+    trials: set[str] = field(default_factory=set)
+    empty_since: float = math.inf
+    """Nobody sits in it since then; one in which nobody ever sat is loading, or waits for the first trials."""
+
+
+class Hosts:
+    """The actor; all its methods are short."""
+
+    def __init__(self, study: dict[str, Any], resources: dict[str, float]) -> None:
+        self._tree = study
+        self._study = parse(StudyConfig, study)
+        self._groups = groups(self._study)
+        self._max_hosts, self._device = devices(self._study, resources, len(self._groups))
+        self._open: list[Open] = []
+        self._count = 0
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def prepare(self) -> list[Any]:
+        """Open a host of each group, so that their bases load while the first trials start; their handles."""
+        self._sweeper = self._sweeper or asyncio.create_task(self._sweep())
+        return [self._host_of(key).handle for key in self._groups]
+
+    async def seat(self, trial_id: str, tree: dict[str, Any]) -> Any:
+        """The handle of the host that a trial is to join."""
+        self._unseat(trial_id)
+        trial = parse(TrialConfig, tree)
+        key = host_key(trial)
+        # population based training may leave the space's own corners, never its base and data
+        self._groups.setdefault(key, Group(trial, int(trial.method.rank), trial.method.type == "dora"))  # type: ignore[union-attr]
+        host = self._host_of(key)
+        host.trials.add(trial_id)
+        return host.handle
+
+    async def unseat(self, trial_id: str) -> None:
+        """A trial left its host."""
+        self._unseat(trial_id)
+
+    async def close(self) -> list[Any]:
+        """The study is over: the hosts to end, and no more are opened."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        return [host.handle for host in self._open]
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """What the hosts say of themselves; one that is loading or down says nothing."""
+        asked = [asyncio.wrap_future(host.handle.stats.remote().future()) for host in self._open]
+        if not asked:
+            return []
+        done, _ = await asyncio.wait(asked, timeout=POLL_TIMEOUT_S)
+        return [future.result() for future in asked if future in done and future.exception() is None]
+
+    def _host_of(self, key: str) -> Open:
+        """The emptiest of the group's hosts; a new one where they are full and may be more."""
+        mine = [host for host in self._open if host.key == key]
+        emptiest = min(mine, key=lambda host: len(host.trials), default=None)
+        full = emptiest is None or len(emptiest.trials) >= self._study.hosts.num_slots
+        if emptiest is None or (full and len(mine) < self._max_hosts):
+            emptiest = self._start(key)
+            self._open.append(emptiest)
+        return emptiest
+
+    def _start(self, key: str) -> Open:
+        import ray
+
+        group, device = self._groups[key], self._device
+        self._count += 1
+        label = f"host-{self._count}"
+        handle = (
+            ray.remote(HostActor)
+            .options(
+                num_cpus=device.cpus,
+                num_gpus=device.gpus,
+                max_restarts=-1,
+                max_task_retries=0,
+                max_concurrency=1000,
+                runtime_env={"env_vars": worker_environment(device.threads)},
+            )
+            .remote(
+                self._tree,
+                dump(group.example),
+                max_rank=group.max_rank,
+                with_magnitudes=group.with_magnitudes,
+                threads=device.threads,
+                label=label,
+            )
+        )
+        return Open(key, label, handle)
+
+    def _unseat(self, trial_id: str) -> None:
+        for host in self._open:
+            if trial_id in host.trials:
+                host.trials.discard(trial_id)
+                host.empty_since = time.monotonic()
+
+    async def _sweep(self) -> None:
+        import ray
+
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            for host in [h for h in self._open if not h.trials and time.monotonic() - h.empty_since > IDLE_S]:
+                self._open.remove(host)
+                ray.kill(host.handle)

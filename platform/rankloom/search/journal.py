@@ -1,0 +1,152 @@
+"""Journal: what the driver writes down and shows while Ray Tune runs, as a callback of Tune's.
+
+It is also where the user's wish to stop reaches Tune, and where an error that no trial could be spared ends the study.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from ray import tune
+
+from rankloom.search.board import CURVE, Board, Line
+
+Event = dict[str, Any]
+Tell = Callable[[Event], None]
+STATUS_EVERY_S = 1.0
+
+
+class Journal(tune.Callback):  # type: ignore[misc]
+    """Writes the journal, keeps the board, tells the caller. It is never pickled: see `__reduce__`."""
+
+    def __init__(self, board: Board, path: Path, tell: Tell, hosts: Any, stop: threading.Event) -> None:
+        self.board = board
+        self.fatal: str | None = None
+        """An error of the study's, not of a trial's: the data or the base can't be loaded."""
+        self.interrupted = False
+        self.host_stats: dict[str, dict[str, Any]] = {}
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._tell, self._hosts, self._stop = tell, hosts, stop
+        self._stats: Any = None
+        self._told_at = 0.0
+        self._began_at, self._share_before = time.monotonic(), board.share_done
+        self._points: dict[str, dict[str, Any]] = {}
+        self._trials: list[Any] = []
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()  # Tune pickles callbacks into its own state; a study that goes on brings another
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        if self._points.get(trial.trial_id) != trial.config:  # not after a pause, unless an exploit changed it
+            self._points[trial.trial_id] = dict(trial.config)
+            self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any  # noqa: ARG002
+    ) -> None:  # fmt: skip
+        if result.get("error"):
+            self.fatal = self.fatal or (result["error"] if result.get("fatal") else None)
+            return
+        line = {"event": "report", "trial": trial.trial_id, "n": result["n"], "best": result["best"]}
+        self._write(line | {name: result[name] for name in CURVE})
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        last = trial.last_result or {}
+        status = "failed" if last.get("error") else "done" if last.get("finished") else "stopped"
+        self._write({"event": "end", "trial": trial.trial_id, "status": status, "error": last.get("error")})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        if trial.trial_id not in self.board.trials:  # it never started
+            self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
+        error = " ".join(str(trial.get_pickled_error() or "its process died too often").split())[-400:]
+        self._write({"event": "end", "trial": trial.trial_id, "status": "failed", "error": error})
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+        self._trials = trials
+        self._poll()
+        if self._stop.is_set() and threading.current_thread() is threading.main_thread():
+            self._stop.clear()
+            signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
+
+    def reconcile(self) -> None:
+        """After a run: forget trials that a killed driver wrote down and Tune does not know, and end what has ended."""
+        known = {trial.trial_id: trial for trial in self._trials}
+        for trial_id in [trial_id for trial_id in self.board.trials if trial_id not in known]:
+            del self.board.trials[trial_id]
+        for trial_id, trial in known.items():
+            standing = self.board.trials.get(trial_id)
+            if trial.status == "TERMINATED" and standing is not None and standing.status == "running":
+                self.on_trial_complete(0, self._trials, trial)
+        self.interrupted = any(trial.status not in ("TERMINATED", "ERROR") for trial in self._trials)
+
+    def take_stats(self, stats: list[dict[str, Any]]) -> None:
+        """What the hosts say of themselves; one that was given back keeps its last words."""
+        self.host_stats |= {each["label"]: each for each in stats}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: Line) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.board.add(line)
+        trial = self.board.trials[line["trial"]]
+        self._tell(line | {"name": trial.config.name, "method": trial.method})
+
+    def _poll(self) -> None:
+        """Ask the hosts how they do, now and then, without waiting for them."""
+        import ray
+
+        if self._stats is not None and ray.wait([self._stats], timeout=0)[0]:
+            with suppress(ray.exceptions.RayError):
+                self.take_stats(ray.get(self._stats))
+            self._stats = None
+        if time.monotonic() - self._told_at < STATUS_EVERY_S:
+            return
+        self._told_at = time.monotonic()
+        if self._stats is None:
+            self._stats = self._hosts.stats.remote()
+        self.tell_status()
+
+    def tell_status(self) -> None:
+        """The board in short, for a display."""
+        elapsed = time.monotonic() - self._began_at
+        done = self.board.share_done - self._share_before
+        eta = elapsed / done * (1 - self.board.share_done) if done > 0 else None
+        summary = self.board.summary() | {"hosts": list(self.host_stats.values()), "elapsed_s": elapsed, "eta_s": eta}
+        self._tell({"event": "status"} | summary)
+
+
+class _Nothing(tune.Callback):  # type: ignore[misc]
+    """What is left of a journal in Tune's pickled state."""
+
+
+class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
+    """Ends the study where every trial would fail for the same reason."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal: Journal | None = journal
+
+    def __reduce__(self) -> Any:
+        return _Never, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return False
+
+    def stop_all(self) -> bool:
+        return self._journal is not None and self._journal.fatal is not None
+
+
+class _Never(tune.Stopper):  # type: ignore[misc]
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return False
+
+    def stop_all(self) -> bool:
+        return False

@@ -1,0 +1,82 @@
+"""Schedulers: which trials go on. Ray Tune's own, reading a trial's progress as a percentage of its own budget.
+
+Budgets may differ between branches, and where they are given in epochs so may the steps; a percentage is the same
+for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import schedulers as tune
+
+from rankloom.config.study import (
+    AshaConfig,
+    FifoConfig,
+    HyperBandConfig,
+    MedianConfig,
+    PbtConfig,
+    StudyConfig,
+)
+from rankloom.errors import ConfigError
+from rankloom.search.space import mutations
+
+PROGRESS = "percent"
+"""What reports call the share of a trial's budget that is used up, in percent."""
+ALL = 100
+
+
+def _fifo(config: FifoConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+    return tune.FIFOScheduler()
+
+
+def _asha(config: AshaConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+    return tune.ASHAScheduler(
+        time_attr=PROGRESS,
+        max_t=ALL,
+        grace_period=max(1, round(ALL * config.grace)),
+        reduction_factor=config.reduction_factor,
+        brackets=config.brackets,
+    )
+
+
+def _hyperband(config: HyperBandConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+    return tune.HyperBandScheduler(time_attr=PROGRESS, max_t=ALL, reduction_factor=config.reduction_factor)
+
+
+def _median(config: MedianConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+    return tune.MedianStoppingRule(
+        time_attr=PROGRESS, grace_period=ALL * config.grace, min_samples_required=config.min_trials
+    )
+
+
+def _pbt(config: PbtConfig, study: StudyConfig) -> Any:
+    changed = mutations(study)
+    if not changed:
+        raise ConfigError(
+            "scheduler.type=pbt changes optim.learning_rate, optim.loraplus_ratio, optim.weight_decay or "
+            "method.dropout while trials run; let the space have one of them"
+        )
+    return tune.PopulationBasedTraining(
+        time_attr=PROGRESS,
+        perturbation_interval=ALL * config.interval,
+        hyperparam_mutations=changed,
+        quantile_fraction=config.quantile,
+        resample_probability=config.resample,
+        log_config=False,
+    )
+
+
+SCHEDULERS: dict[type, Callable[[Any, StudyConfig], Any]] = {
+    FifoConfig: _fifo,
+    AshaConfig: _asha,
+    HyperBandConfig: _hyperband,
+    MedianConfig: _median,
+    PbtConfig: _pbt,
+}
+
+
+def build_scheduler(study: StudyConfig) -> Any:
+    """Ray Tune's scheduler for this study; metric and mode come from the TuneConfig."""
+    return SCHEDULERS[type(study.scheduler)](study.scheduler, study)

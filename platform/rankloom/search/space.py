@@ -1,0 +1,85 @@
+"""A study's space in the searchers' own terms; pure.
+
+A searcher sees flat names, `0:optim.learning_rate` for the knob of branch 0, so that knobs of two branches stay apart.
+A choice of values that are no plain scalars is searched by index.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+from rankloom.config.space import Choice, Knob, LogUniform, Point, RandInt
+from rankloom.config.study import StudyConfig
+
+BRANCH = "branch"
+
+
+def sample(study: StudyConfig, rng: random.Random) -> Point:
+    """A point at random: every branch as likely as another."""
+    branch = rng.randrange(len(study.space))
+    return {BRANCH: branch} | {name: draw(knob, rng) for name, knob in study.knobs[branch].items()}
+
+
+def draw(knob: Knob, rng: random.Random) -> Any:
+    """A value of one knob."""
+    if isinstance(knob, Choice):
+        return rng.choice(knob.choice)
+    if isinstance(knob, RandInt):
+        return rng.randint(*knob.randint)
+    if isinstance(knob, LogUniform):
+        low, high = map(math.log, knob.loguniform)
+        return min(max(math.exp(rng.uniform(low, high)), knob.loguniform[0]), knob.loguniform[1])
+    return rng.uniform(*knob.uniform)
+
+
+def suggest(study: StudyConfig, trial: Any) -> None:
+    """Optuna's define-by-run: the branch first, then that branch's knobs alone."""
+    branches = len(study.space)
+    branch = trial.suggest_categorical(BRANCH, list(range(branches))) if branches > 1 else 0
+    for name, knob in study.knobs[branch].items():
+        at = f"{branch}:{name}"
+        if isinstance(knob, Choice):
+            trial.suggest_categorical(at, _options(knob))
+        elif isinstance(knob, RandInt):
+            trial.suggest_int(at, *knob.randint)
+        else:
+            trial.suggest_float(at, *knob.bounds, log=isinstance(knob, LogUniform))
+
+
+def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
+    """The point that a searcher's flat parameters mean."""
+    branch = int(params.get(BRANCH, 0))
+    point: Point = {BRANCH: branch}
+    for name, knob in study.knobs[branch].items():
+        value = params[f"{branch}:{name}"]
+        by_index = isinstance(knob, Choice) and _options(knob) is not knob.choice
+        point[name] = knob.choice[int(value)] if by_index and isinstance(knob, Choice) else value
+    return point
+
+
+def mutations(study: StudyConfig) -> dict[str, Any]:
+    """What population based training may change while a trial runs, as functions that draw a new value.
+
+    Rank, method and data make another trial; the optimiser's rates and dropout do not.
+    """
+    mutable = ("optim.learning_rate", "optim.loraplus_ratio", "optim.weight_decay", "method.dropout")
+    knobs = study.knobs[0]
+    return {name: _Draw(knobs[name]) for name in mutable if name in knobs}
+
+
+class _Draw:
+    """A knob's draw as a picklable function."""
+
+    def __init__(self, knob: Knob) -> None:
+        self._knob = knob
+
+    def __call__(self) -> Any:
+        return draw(self._knob, random.Random())
+
+
+def _options(knob: Choice) -> list[Any]:
+    """The choice itself where a searcher can take its values as they are, else their indices."""
+    scalars = all(value is None or isinstance(value, (bool, int, float, str)) for value in knob.choice)
+    return knob.choice if scalars else list(range(len(knob.choice)))

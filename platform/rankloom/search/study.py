@@ -1,0 +1,358 @@
+"""`run`: a whole study, from its config to the winner in the registry.
+
+    decide    whether the study starts, goes on or is finished, before Ray does anything
+    search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
+    journal   the driver writes down each report, keeps the board and tells the caller (`journal.py`, `board.py`)
+    finish    the best by validation are scored on the test rows and published (`final.py`); results.parquet
+
+The study's folder, `<output.root>/studies/<name>`, holds study.yaml, journal.jsonl, adapters/<trial> (each trial's
+best), tune/ (Ray Tune's own state), and at the end results.parquet and result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rankloom.config import StudyConfig, dump, parse
+from rankloom.config.base import read_yaml
+from rankloom.config.study import is_fusable
+from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.launch import cluster
+from rankloom.launch.channel import Channel
+from rankloom.launch.hosts import Hosts, devices, groups
+from rankloom.launch.run_folder import absolute, changes
+from rankloom.launch.trainer import Background, failure_of, watch
+from rankloom.search.board import Board, Standing, write_results
+from rankloom.search.journal import Event, Journal, StopWhenFatal
+
+STUDY, JOURNAL, RESULT, RESULTS, ADAPTERS, TUNE = (
+    "study.yaml", "journal.jsonl", "result.json", "results.parquet", "adapters", "tune",
+)  # fmt: skip
+MAY_CHANGE = ("hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.")
+"""Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune goes on with."""
+TRIAL_CPUS = 0.001
+"""A trial only waits for its host."""
+SAVE_EVERY_S = "3"
+"""Between two savings of Ray Tune's state: what a killed driver forgets."""
+
+Tell = Callable[[Event], None]
+Decision = Literal["start", "resume", "finished"]
+
+
+def run(
+    study: StudyConfig, *, resume: bool = False, on_event: Tell = lambda _: None, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Search, score the best on the test rows, publish.
+
+    Args:
+        resume: continue the study of this name; a finished one is not run again.
+        on_event: called in this thread: the journal's lines, `phase`, and `status` about once a second.
+        stop: once set, the study stops where it can be resumed; the result's status is "interrupted".
+
+    Returns:
+        status (done or interrupted), name, study (its folder), winner, finalists, counts, occupancy and the like.
+
+    Raises:
+        RankloomError: ConfigError before anything starts; else what failed, for the user to read.
+    """
+    study = resolved(study)
+    folder = study_folder(study)
+    decision = decide(study, folder, resume=resume)
+    if decision == "finished":
+        finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
+        return finished
+    _check(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
+    on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), _hosts(study) as hosts:
+        journal = _search(study, folder, hosts, on_event, stop or threading.Event())
+        board = journal.board
+        if journal.fatal is not None:
+            raise TrialError(journal.fatal)
+        write_results(board, folder / RESULTS)
+        outcome = {
+            "name": study.name,
+            "study": str(folder),
+            "results": str(folder / RESULTS),
+            "counts": board.counts(),
+            "num_refused": board.num_refused,
+            "tokens": board.tokens,
+            "hosts": list(journal.host_stats.values()),
+        }
+        if journal.interrupted:
+            return {"status": "interrupted"} | outcome
+        if not board.ranking():
+            reasons = sorted({trial.error or "" for trial in board.trials.values()})
+            raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
+        outcome |= _finish(study, folder, journal, hosts, on_event)
+    (folder / RESULT).write_text(json.dumps({"status": "done"} | outcome, indent=2) + "\n", encoding="utf-8")
+    return {"status": "done"} | outcome
+
+
+def study_folder(study: StudyConfig) -> Path:
+    root = study.baseline.output.root
+    if "://" in root:
+        raise ConfigError(f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL")
+    return Path(root) / "studies" / study.name
+
+
+def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
+    """Whether to start this study here, to go on with it, or nothing (it is finished).
+
+    Raises:
+        ConfigError: the folder holds another study, or none where one was to be resumed.
+    """
+    if not (folder / STUDY).is_file():
+        if resume:
+            raise ConfigError(f"--resume: no study {study.name!r} at {folder}; leave --resume out to start it")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} exists and holds no study of rankloom's; choose another name")
+        return "start"
+    begun = (folder / JOURNAL).is_file() and (folder / JOURNAL).stat().st_size > 0
+    if not resume and begun:
+        raise ConfigError(
+            f"study {study.name!r} exists at {folder}; --resume continues it, or choose another name (name=...)"
+        )
+    if not begun:  # nothing was trained: the data or the base could not be loaded
+        return "start"
+    saved = dump(parse(StudyConfig, read_yaml(folder / STUDY), str(folder / STUDY)))
+    differing = {key: line for key, line in changes(saved, dump(study)).items() if not key.startswith(MAY_CHANGE)}
+    if differing:
+        raise ConfigError(
+            f"--resume of {study.name!r}: these settings differ from the study's (saved -> given): "
+            f"{'; '.join(differing.values())}; restore them, or start another study with name=..."
+        )
+    return "finished" if (folder / RESULT).is_file() else "resume"
+
+
+def resolved(study: StudyConfig) -> StudyConfig:
+    """The study with its local paths absolute: hosts run in folders of their own."""
+    tree = dump(study)
+    tree["trial"] = _absolute(
+        tree["trial"] | {"output": {"root": study.baseline.output.root} | tree["trial"].get("output", {})}
+    )
+    tree["space"] = [_absolute(branch) for branch in tree["space"]]
+    tree["search"]["warm_start"] = [_absolute(fragment) for fragment in tree["search"]["warm_start"]]
+    return parse(StudyConfig, tree)
+
+
+def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
+    """A fragment of a trial with its files' paths absolute."""
+
+    def source(value: Any) -> Any:
+        if isinstance(value, str):
+            return absolute(value)
+        return value | {"path": absolute(value["path"])} if isinstance(value, dict) and "path" in value else value
+
+    result = dict(fragment)
+    for section, keys in (("data", ("train", "validation", "test")), ("eval", ("retention",))):
+        if isinstance(result.get(section), dict):
+            result[section] = {k: source(v) if k in keys else v for k, v in result[section].items()}
+    if isinstance(result.get("model"), dict) and isinstance(result["model"].get("id"), str):
+        result["model"] = result["model"] | {"id": absolute(result["model"]["id"])}
+    if isinstance(result.get("output"), dict) and "root" in result["output"]:
+        result["output"] = result["output"] | {"root": absolute(result["output"]["root"], must_exist=False)}
+    return result
+
+
+def _check(study: StudyConfig) -> None:
+    """What needs Ray Tune to be known, and is still known before anything starts."""
+    from rankloom.search.schedulers import build_scheduler
+    from rankloom.search.searchers import StudySearcher
+
+    build_scheduler(study)
+    StudySearcher(study)
+    for trial in study.members():
+        if not is_fusable(trial):
+            raise ConfigError(
+                f"space: method.type={trial.method.type} with init={getattr(trial.method, 'init', 'default')} on "
+                f"quantization={trial.quantization.type} can't share a base, which trials of a study do; train it by "
+                f"itself"
+            )
+
+
+@contextmanager
+def _hosts(study: StudyConfig) -> Iterator[Any]:
+    """The actor that opens and shares out the study's hosts, which end with it."""
+    import ray
+
+    hosts = ray.remote(Hosts).options(num_cpus=0, max_concurrency=1000).remote(dump(study), ray.cluster_resources())
+    try:
+        yield hosts
+    finally:
+        for handle in [*ray.get(hosts.close.remote()), hosts]:
+            ray.kill(handle)
+
+
+def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: threading.Event) -> Journal:
+    """Run Ray Tune until the study is searched, stopped or hopeless."""
+    import ray
+
+    opened = ray.get(hosts.prepare.remote())
+    tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+    for noisy in ("ray.tune", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
+    journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
+    try:
+        _tuner(study, folder, hosts, journal, ray.cluster_resources()).fit()
+        journal.reconcile()
+        journal.take_stats(ray.get(hosts.stats.remote()))
+        journal.tell_status()
+    except RankloomError:
+        raise
+    except Exception as error:
+        raise failure_of(error).error from None
+    finally:
+        journal.close()
+    return journal
+
+
+def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resources: dict[str, float]) -> Any:
+    from ray import tune
+
+    from rankloom.search.schedulers import build_scheduler
+    from rankloom.search.searchers import StudySearcher
+    from rankloom.search.trainable import FusedTrial
+
+    num_groups = len(groups(study))
+    slots = devices(study, resources, num_groups)[0] * num_groups * study.hosts.num_slots
+    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 4)
+    concurrent = min(study.num_trials, slots + waiting)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    trainable = tune.with_resources(
+        tune.with_parameters(FusedTrial, study=dump(study), hosts=hosts, adapters=str(folder / ADAPTERS)),
+        {"cpu": TRIAL_CPUS},
+    )
+    stopper = StopWhenFatal(journal)
+    if tune.Tuner.can_restore(str(folder / TUNE)):
+        tuner = tune.Tuner.restore(str(folder / TUNE), trainable, resume_errored=True)
+        # what was pickled with the study knew the last driver's terminal and files
+        run_config = tuner._local_tuner.get_run_config()
+        run_config.callbacks, run_config.stop = [journal], stopper
+        return tuner
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric=study.search.metric,
+            mode=study.search.best,
+            search_alg=StudySearcher(study),
+            scheduler=build_scheduler(study),
+            num_samples=study.num_trials,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=str(folder),
+            stop=stopper,
+            callbacks=[journal],
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
+def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
+    """Score the finalists on the test rows and publish the winners."""
+    import ray
+
+    board = journal.board
+    finalists = board.finalists()
+    memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
+    work = [
+        {
+            "trial": dump(trial.config),
+            "folder": str(folder / ADAPTERS / trial.id),
+            "names": names_of(trial, board) if study.final.publish else [],
+            "steps": (trial.best(study.search.metric) or {})["step"],
+            "tokens": (trial.best(study.search.metric) or {})["tokens"],
+            "train_s": (trial.best(study.search.metric) or {})["train_s"],
+            "memory_bytes": memory,
+        }
+        for trial in finalists
+    ]
+    channel = ray.remote(Channel).options(num_cpus=0).remote()
+
+    host = ray.get(hosts.prepare.remote())[0]
+    scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
+    watch(scoring, channel, tell)
+    try:
+        scored = scoring.result()
+    except Exception as error:
+        cause = getattr(error, "cause", error)
+        raise failure_of(cause if isinstance(cause, Exception) else error).error from None
+    rows = [_row(study, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+    sound = [row for row in rows if row["error"] is None]
+    if not sound:
+        raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
+    registry = f"{study.baseline.output.root}/registry"
+    winner, baseline = sound[0], next((row for row in sound if row["number"] == 0), None)
+    return {
+        "winner": winner,
+        "baseline": baseline,
+        "finalists": rows,
+        "registry": registry,
+        "beats_baseline": beats(winner, baseline, study.search.metric),
+    }
+
+
+def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list[dict[str, Any]]:
+    """What a host's process runs: the driver has no torch."""
+    import ray
+
+    from rankloom.search.final import score_finalists
+
+    return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
+
+
+def names_of(trial: Standing, board: Board) -> list[str]:
+    """What a finalist is published as: the winner under the study's name, each method's best under its own."""
+    ranking = board.ranking()
+    names = [board.study.name] if trial is ranking[0] else []
+    if trial is next(other for other in ranking if other.method == trial.method):
+        names.append(f"{board.study.name}-{trial.method}")
+    return names
+
+
+def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) -> bool | None:
+    """Whether the winner is better on the test rows than what a user would have trained without a search.
+
+    None where they are the same trial, or the baseline failed.
+    """
+    if baseline is None or baseline["trial"] == winner["trial"]:
+        return None
+    ours, theirs = winner["scorecard"]["result"], baseline["scorecard"]["result"]
+    if metric == "accuracy" and ours["accuracy"] and theirs["accuracy"]:
+        return bool(ours["accuracy"]["value"] > theirs["accuracy"]["value"])
+    return bool(ours["loss"] < theirs["loss"])
+
+
+def _row(study: StudyConfig, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
+    best = trial.best(study.search.metric) or {}
+    return {
+        "trial": trial.id,
+        "number": trial.number,
+        "name": trial.config.name,
+        "method": trial.method,
+        "point": trial.point,
+        "validation": {"loss": best.get("loss"), "accuracy": best.get("accuracy"), "step": best.get("step")},
+        "scorecard": result.get("scorecard"),
+        "published": result["published"],
+        "error": result["error"],
+    }

@@ -1,0 +1,238 @@
+"""Studies on a real local Ray: ASHA with more trials than slots, processes killed, a study that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rankloom.config import StudyConfig, parse
+from rankloom.errors import ConfigError, RankloomError
+from rankloom.registry import Registry
+from rankloom.search.study import run
+
+pytestmark = pytest.mark.cluster
+
+Make = Callable[..., dict[str, Any]]
+SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
+
+
+@pytest.fixture
+def tiny_study(tiny_trial: Make) -> Make:
+    """A study's settings over a tiny model; keywords replace whole sections."""
+    trial = tiny_trial(
+        budget={"steps": 27},
+        eval={"every": 3, "latency": False, "max_rows": 16, "max_test_rows": 16, "batch_size": 16},
+        compute={"device": "cpu", "cpus_per_worker": 1},
+    )
+    del trial["name"]
+
+    def make(**changed: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "trial": trial,
+            "space": [
+                {
+                    "method": {"type": "lora", "rank": {"choice": [2, 4]}, "alpha_over_rank": {"choice": [1, 2]}},
+                    "optim": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
+                },
+                {"method": {"type": "dora", "rank": 4}, "optim": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
+            ],
+            "search": {"num_trials": 12},
+            "scheduler": {"type": "asha", "grace": 0.12},
+            "hosts": {"num_slots": 4, "max_failures": 3, "checkpoint_every_s": 0},
+            "final": {"top_k": 2},
+        } | changed
+
+    return make
+
+
+def processes_below(pid: int, name: str) -> list[int]:
+    """Processes of that name among the descendants of `pid`."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat, names[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def below(child: int) -> bool:
+        return child == pid or (child in parents and below(parents[child]))
+
+    return [child for child, text in names.items() if name in text and below(child)]
+
+
+def reports_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Trial -> its reports in the journal."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for text in (folder / "journal.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line["event"] == "report":
+            found.setdefault(line["trial"], []).append(line)
+    return found
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
+    events: list[dict[str, Any]] = []
+    result = run(parse(StudyConfig, tiny_study()), on_event=events.append)
+
+    assert {"phase", "trial", "report", "end", "status"} <= {event["event"] for event in events}
+    counts = result["counts"]
+    assert result["status"] == "done"
+    assert sum(counts.values()) == 12
+    assert counts["stopped"] >= 4
+    assert counts["done"] >= 1
+    assert counts["failed"] == counts["running"] == 0
+    [host] = result["hosts"]
+    assert result["tokens"] <= host["tokens"] < 1.5 * result["tokens"]  # what was trained ahead in vain is bounded
+
+    table = pq.read_table(result["results"]).to_pylist()
+    assert [row["number"] for row in table] == list(range(12))
+    for row in table:
+        steps = [point["step"] for point in row["curve"]]
+        assert steps == [3 * (i + 1) for i in range(len(steps))]
+        assert row["best_loss"] == min(point["loss"] for point in row["curve"])
+        assert json.loads(row["config"])["method"]["type"] == row["method"]
+        assert row["status"] == ("done" if steps[-1] == 27 else "stopped")
+
+    best = min(table, key=lambda row: row["best_loss"])
+    winner = result["winner"]
+    assert (winner["trial"], winner["published"][0]) == (best["trial"], "tiny@1")
+    assert {row["method"] for row in result["finalists"]} == {"lora", "dora"}
+    assert 0 in {row["number"] for row in result["finalists"]}
+    assert result["beats_baseline"] in (True, False) or winner["number"] == 0
+    registry = Registry(result["registry"])
+    for row in result["finalists"]:
+        for ref in row["published"]:
+            record = registry.verify(ref)
+            assert (record.lineage.study, record.lineage.run) == ("tiny", row["name"])
+            assert record.scorecard is not None
+    assert set(registry.names()) == {"tiny", "tiny-lora", "tiny-dora"}
+
+    config = parse(StudyConfig, tiny_study())
+    assert run(config, resume=True) == result
+    with pytest.raises(ConfigError, match=r"study 'tiny' exists at .*--resume continues it"):
+        run(config)
+    with pytest.raises(ConfigError, match=r"search\.num_trials: 12 -> 13"):
+        run(parse(StudyConfig, tiny_study(search={"num_trials": 13})), resume=True)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> None:
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 6})
+    settings["trial"]["budget"] = {"steps": 60}
+    killed: list[str] = []
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] != "report":
+            return
+        for name, after in (("ray::HostActor", 3), ("ray::FusedTrial", 8)):
+            if event["n"] >= after and name not in killed:
+                killed.append(name)
+                os.kill(processes_below(os.getpid(), name)[0], signal.SIGKILL)
+
+    result = run(parse(StudyConfig, settings), on_event=watch)
+
+    assert killed == ["ray::HostActor", "ray::FusedTrial"]
+    assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
+    for row in pq.read_table(result["results"]).to_pylist():
+        assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_fails_alone_and_what_fails_for_all(tiny_study: Make, tmp_path: Path) -> None:
+    diverging = {
+        "method": {"type": "lora", "rank": 2},
+        "optim": {"learning_rate": 1.0, "clip_norm": None, "eps": 1e-30},
+    }
+    too_wide = {"method": {"type": "lora", "rank": {"choice": [8]}}}
+    settings = tiny_study(
+        space=[diverging, too_wide], search={"num_trials": 6}, scheduler={"type": "fifo"},
+        hosts={"num_slots": 4, "max_rank": 4},
+    )  # fmt: skip
+    settings["trial"]["method"] = {"type": "lora", "rank": 4}
+    settings["trial"]["budget"] = {"steps": 6}
+    result = run(parse(StudyConfig, settings))
+    rows = pq.read_table(result["results"]).to_pylist()
+    assert rows[0]["status"] == "done"
+    wide = [row for row in rows[1:] if json.loads(row["point"])["branch"] == 1]
+    assert wide
+    assert all(row["status"] == "failed" and "rank=8" in row["error"] for row in wide)
+
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    settings = tiny_study(name="empty")
+    settings["trial"]["data"]["train"] = str(tmp_path / "empty.csv")
+    with pytest.raises(RankloomError, match=r"empty\.csv"):
+        run(parse(StudyConfig, settings))
+    settings["trial"]["data"]["train"] = str(tmp_path / "rows.csv")  # mended: nothing was trained, so it may start
+    settings["search"]["num_trials"] = 1
+    assert run(parse(StudyConfig, settings))["counts"]["done"] == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    stop = threading.Event()
+
+    def stop_when_some_are_done(event: dict[str, Any]) -> None:
+        if event["event"] == "end":
+            stop.set()
+
+    config = parse(StudyConfig, settings)
+    stopped = run(config, on_event=stop_when_some_are_done, stop=stop)
+    assert stopped["status"] == "interrupted"
+    before = reports_of(Path(stopped["study"]))
+    ended = {trial for trial, reports in before.items() if reports[-1]["step"] == 27}
+    assert 1 <= len(ended) < 8
+
+    result = run(config, resume=True)
+    assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
+    after = reports_of(Path(stopped["study"]))
+    for trial in ended:
+        assert after[trial] == before[trial]
+
+
+def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Path) -> None:
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    settings["trial"]["budget"] = {"steps": 45}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "rankloom.cli", "tune", str(tmp_path / "study.yaml")]
+    environment = os.environ | {"PYTHONPATH": SOURCE}
+    journal = tmp_path / "out" / "studies" / "tiny" / "journal.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not journal.is_file() or '"event": "end"' not in journal.read_text():
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        time.sleep(4)  # Ray Tune's state is saved every three seconds
+        driver.kill()
+        driver.wait()
+    before = journal.read_text()
+    ended = [json.loads(line)["trial"] for line in before.splitlines() if '"event": "end"' in line]
+    assert ended
+
+    done = subprocess.run(
+        [*command, "--resume", "--json"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
+    assert len(pq.read_table(result["results"])) == 8
+    later = journal.read_text()[len(before) :]
+    assert not [trial for trial in ended if f'"trial": "{trial}"' in later]

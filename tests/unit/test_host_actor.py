@@ -1,0 +1,301 @@
+"""The host actor around a host that only counts: reports by number, running ahead, snapshots, failures, leases."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rankloom.config import StudyConfig, TrialConfig, dump, parse
+from rankloom.errors import DataError, IncompatibleError, TrialError
+from rankloom.launch.host_actor import META, HostActor
+
+STUDY = {
+    "name": "s",
+    "trial": {"budget": {"steps": 12}, "eval": {"every": 3}},
+    "space": [{"seed": {"randint": [0, 99]}}],
+    "hosts": {"num_slots": 2, "run_ahead": 1, "lease_s": 60},
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    name: str
+    step: int
+    loss: float
+    tokens: int
+    done: bool
+    error: str | None = None
+
+
+class CountingHost:
+    """A host whose members' weights are their number of steps; as `train.host.TrialHost` from outside."""
+
+    base = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self) -> None:
+        self.members: dict[str, Any] = {}
+        self.most = 0
+
+    def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
+        assert len(self.members) < 2
+        if trial.seed == 13:
+            raise IncompatibleError(f"{name}: rank too large")
+        step = int((checkpoint / "step").read_text()) if checkpoint else 0
+        self.members[name] = SimpleNamespace(step=step, num_steps=trial.budget.steps, seed=trial.seed)
+
+    def evict(self, name: str) -> None:
+        del self.members[name]
+
+    def step(self) -> list[Counted]:
+        time.sleep(0.002)
+        self.most = max(self.most, len(self.members))
+        reports = []
+        for name, member in list(self.members.items()):
+            assert member.step < member.num_steps
+            member.step += 1
+            report = Counted(name, member.step, 1 / member.step, 10 * member.step, member.step == member.num_steps)
+            if member.seed == 7 and member.step == 5:
+                del self.members[name]
+                report = replace(report, error="training diverged at step 5")
+            reports.append(report)
+        return reports
+
+    def evaluate(self, names: list[str]) -> dict[str, Any]:
+        return {name: SimpleNamespace(loss=1 / self.members[name].step, accuracy=None) for name in names}
+
+    def save(self, name: str, folder: Path) -> None:
+        (folder / "step").write_text(str(self.members[name].step))
+
+    def export(self, name: str, folder: Path) -> None:
+        (folder / "adapter").write_text(str(self.members[name].step))
+
+
+class CountingActor(HostActor):
+    def _load(self) -> Any:
+        return CountingHost()
+
+
+class NoData(HostActor):
+    def _load(self) -> Any:
+        raise DataError("train: no such file")
+
+
+def study(**hosts: Any) -> StudyConfig:
+    return parse(StudyConfig, STUDY | {"hosts": STUDY["hosts"] | hosts})  # type: ignore[operator]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., HostActor]:
+    def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
+        config = study(**hosts)
+        return cls(
+            dump(config), dump(config.baseline), max_rank=8, with_magnitudes=False, threads=1, label="host-1",
+            scratch=tmp_path / "scratch",
+        )  # fmt: skip
+
+    return made
+
+
+def trial(seed: int) -> dict[str, Any]:
+    return dump(study().resolve({"branch": 0, "seed": seed}))
+
+
+def join(actor: HostActor, key: str, seed: int = 0, **changed: Any) -> Coroutine[Any, Any, bool]:
+    defaults: dict[str, Any] = {"files": None, "n": 0, "recover": False, "best_folder": None}
+    return actor.join(key, trial(seed), **defaults | changed)
+
+
+async def whole(actor: HostActor, key: str) -> list[dict[str, Any]]:
+    """All reports of a member that joined."""
+    reports: list[dict[str, Any]] = []
+    while not reports or not reports[-1]["done"]:
+        reports.append(await actor.advance(key, len(reports)))
+    await actor.leave(key)
+    return reports
+
+
+def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callable[..., HostActor]) -> None:
+    async def main() -> tuple[list[list[dict[str, Any]]], dict[str, Any], Any]:
+        actor = make()
+        await asyncio.gather(*(join(actor, f"t{i}#a") for i in range(6)))
+        reports = await asyncio.gather(*(whole(actor, f"t{i}#a") for i in range(6)))
+        while actor.stats()["members"]:
+            await asyncio.sleep(0.01)
+        return reports, actor.stats(), actor._host
+
+    found, stats, host = asyncio.run(main())
+    for reports in found:
+        assert [r["n"] for r in reports] == [1, 2, 3, 4]
+        assert [r["step"] for r in reports] == [3, 6, 9, 12]
+        assert [r["percent"] for r in reports] == [25, 50, 75, 100]
+        assert [r["done"] for r in reports] == [False, False, False, True]
+        assert [r["loss"] for r in reports] == [1 / 3, 1 / 6, 1 / 9, 1 / 12]
+    assert host.most == 2
+    assert not host.members
+    assert stats["tokens"] == 6 * 120
+    assert stats["occupancy"] > 0.85
+    assert stats["members"] == 0
+
+
+def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report_told(
+    make: Callable[..., HostActor],
+) -> None:
+    async def main() -> None:
+        actor = make(run_ahead=1)
+        await join(actor, "t#a")
+        first = await actor.advance("t#a", 0)
+        await asyncio.sleep(0.3)
+        assert actor._members["t#a"].seat.made == 2  # one more than was told
+        assert (await actor.snapshot("t#a", first["n"]))["step"] == b"3"
+        assert (await actor.advance("t#a", 0))["step"] == 3  # asked twice, answered twice
+        second = await actor.advance("t#a", 1)
+        await asyncio.sleep(0.3)
+        files = await actor.snapshot("t#a", second["n"])
+        assert files["step"] == b"6"
+        assert await actor.snapshot("t#a", 0) == {}
+        # another trial takes its place over, as population based training does
+        await join(actor, "u#a", files=files, n=2)
+        third = await actor.advance("u#a", 2)
+        assert (third["n"], third["step"], third["best"]) == (3, 9, True)
+
+    asyncio.run(main())
+
+
+def test_a_trial_that_diverges_or_does_not_fit_ends_with_its_reason_alone(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make()
+        await asyncio.gather(join(actor, "bad#a", 7), join(actor, "wide#a", 13), join(actor, "good#a"))
+        bad, wide, good = await asyncio.gather(*(whole(actor, key) for key in ("bad#a", "wide#a", "good#a")))
+        assert [(r["step"], r["error"]) for r in bad] == [(3, None), (5, "training diverged at step 5")]
+        assert (bad[-1]["loss"], bad[-1]["accuracy"], bad[-1]["finished"]) == (1e9, 0.0, False)
+        assert [r["error"] for r in wide] == ["wide#a: rank too large"]
+        assert [r["step"] for r in good] == [3, 6, 9, 12]
+
+    asyncio.run(main())
+
+
+def test_only_the_best_adapter_that_was_told_is_kept(make: Callable[..., HostActor], tmp_path: Path) -> None:
+    async def main() -> None:
+        actor = make()
+        best = tmp_path / "adapters" / "t"
+        await join(actor, "t#a", best_folder=str(best))
+        await actor.advance("t#a", 0)
+        await asyncio.sleep(0.3)
+        assert (best / "adapter").read_text() == "3"
+        await actor.advance("t#a", 1)
+        assert (best / "adapter").read_text() == "6"
+        assert [p.name for p in best.parent.iterdir()] == ["t"]
+
+    asyncio.run(main())
+
+
+def test_a_restarted_host_goes_on_where_the_driver_is(make: Callable[..., HostActor]) -> None:
+    async def before() -> None:
+        actor = make()
+        await join(actor, "t#a")
+        for after in range(2):
+            await actor.advance("t#a", after)
+        await asyncio.sleep(0.2)
+
+    async def after() -> list[int]:
+        actor = make()  # the same scratch folder
+        with pytest.raises(KeyError):
+            await actor.advance("t#a", 2)
+        assert not await join(actor, "unknown#a", n=1, recover=True)
+        assert await join(actor, "t#a", n=2, recover=True)
+        return [(await actor.advance("t#a", n))["step"] for n in (2, 3)]
+
+    asyncio.run(before())
+    assert asyncio.run(after()) == [9, 12]
+
+
+def test_a_member_that_nobody_asks_for_loses_its_place(make: Callable[..., HostActor], tmp_path: Path) -> None:
+    async def main() -> None:
+        actor = make(lease_s=0.3)
+        await join(actor, "dead#a")
+        await actor.advance("dead#a", 0)
+        await asyncio.sleep(2)
+        assert actor.stats()["members"] == 0
+        assert not list((tmp_path / "scratch").iterdir())
+        with pytest.raises(KeyError):
+            await actor.advance("dead#a", 1)
+
+    asyncio.run(main())
+
+
+def test_a_new_membership_ends_the_trials_old_one(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make()
+        await join(actor, "t#old")
+        parked = asyncio.create_task(actor.advance("t#old", 4))
+        await asyncio.sleep(0.05)
+        await join(actor, "t#new")
+        with pytest.raises(KeyError):
+            await parked
+        await actor.leave("t#old")  # late, from a cached actor: it must not end the new one
+        assert (await actor.advance("t#new", 0))["step"] == 3
+
+    asyncio.run(main())
+
+
+def test_patience_ends_a_trial_and_survives_a_snapshot(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make()
+        tree = trial(0)
+        tree["eval"]["patience"] = 2
+        files = {"step": b"3", META: json.dumps(_meta(best_value=0.01, evals_since_best=1)).encode()}
+        await actor.join("t#a", tree, files=files, n=1, recover=False, best_folder=None)
+        report = await actor.advance("t#a", 1)
+        assert (report["best"], report["done"], report["finished"]) == (False, True, True)
+
+    asyncio.run(main())
+
+
+def _meta(**changed: Any) -> dict[str, Any]:
+    meta = {"trial": "t", "best_value": None, "evals_since_best": 0, "step": 3, "tokens": 30, "train_s": 0.1}
+    return meta | {"train_loss": 1.0} | changed
+
+
+def test_what_all_trials_would_fail_of_reaches_all(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make(NoData)
+        with pytest.raises(DataError, match="no such file"):
+            await join(actor, "t#a")
+
+    asyncio.run(main())
+
+
+def test_a_host_that_breaks_down_loads_again_and_its_members_notice_nothing(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make()
+        await join(actor, "t#a")
+        await actor.advance("t#a", 0)
+        actor._host.evaluate = None  # as a bug or a lost device would
+        reports = [await actor.advance("t#a", after) for after in range(1, 4)]
+        assert [r["step"] for r in reports] == [6, 9, 12]
+        assert [r["tokens"] for r in reports] == [60, 90, 120]
+
+    asyncio.run(main())
+
+
+def test_a_host_that_breaks_down_again_and_again_says_so(make: Callable[..., HostActor], tmp_path: Path) -> None:
+    async def main() -> None:
+        actor = make()
+        await join(actor, "t#a")
+        await actor.advance("t#a", 0)
+        shutil.rmtree(tmp_path / "scratch")
+        (tmp_path / "scratch").write_text("the disk is gone")
+        with pytest.raises(TrialError, match="host-1 broke down 3 times: NotADirectoryError"):
+            await whole(actor, "t#a")
+
+    asyncio.run(main())

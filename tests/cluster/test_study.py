@@ -215,7 +215,7 @@ def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Pat
     journal = tmp_path / "out" / "studies" / "tiny" / "journal.jsonl"
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not journal.is_file() or '"event": "end"' not in journal.read_text():
             assert driver.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()

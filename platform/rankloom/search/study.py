@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def run(
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
         return finished
     _check(study)
+    if decision == "start":  # what a study left that never trained
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
@@ -118,7 +121,7 @@ def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no study of rankloom's; choose another name")
         return "start"
-    begun = (folder / JOURNAL).is_file() and (folder / JOURNAL).stat().st_size > 0
+    begun = (folder / JOURNAL).is_file() and '"event": "report"' in (folder / JOURNAL).read_text(encoding="utf-8")
     if not resume and begun:
         raise ConfigError(
             f"study {study.name!r} exists at {folder}; --resume continues it, or choose another name (name=...)"
@@ -263,7 +266,7 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
             callbacks=[journal],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_at_end=False),
         ),
     )
 

@@ -140,14 +140,14 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> Non
     def watch(event: dict[str, Any]) -> None:
         if event["event"] != "report":
             return
-        for name, after in (("ray::HostActor", 3), ("ray::FusedTrial", 8)):
+        for name, after in (("ray::HostActor", 3), ("ray::StudyTrial", 8)):
             if event["n"] >= after and name not in killed:
                 killed.append(name)
                 os.kill(processes_below(os.getpid(), name)[0], signal.SIGKILL)
 
     result = run(parse(StudyConfig, settings), on_event=watch)
 
-    assert killed == ["ray::HostActor", "ray::FusedTrial"]
+    assert killed == ["ray::HostActor", "ray::StudyTrial"]
     assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     for row in pq.read_table(result["results"]).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))
@@ -181,6 +181,45 @@ def test_what_fails_alone_and_what_fails_for_all(tiny_study: Make, tmp_path: Pat
     settings["trial"]["data"]["train"] = str(tmp_path / "rows.csv")  # mended: nothing was trained, so it may start
     settings["search"]["num_trials"] = 1
     assert run(parse(StudyConfig, settings))["counts"]["done"] == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study: Make) -> None:
+    settings = tiny_study(
+        space=[
+            {"method": {"type": "full", "extract_rank": 8}, "optim": {"learning_rate": 1e-3}, "seed": {"choice": [1]}},
+            {"method": {"type": "dora", "rank": 4}, "optim": {"learning_rate": 1e-2}},
+        ],
+        search={"algorithm": "grid", "num_trials": 3},
+        scheduler={"type": "fifo"},
+    )
+    settings["trial"]["budget"] = {"steps": 6}
+    result = run(parse(StudyConfig, settings))
+    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    rows = {row["method"]: row for row in pq.read_table(result["results"]).to_pylist()}
+    assert set(rows) == {"lora", "full", "dora"}
+    for row in rows.values():
+        assert [point["step"] for point in row["curve"]][:2] == [3, 6]
+    registry = Registry(result["registry"])
+    assert registry.verify("tiny-full@1").servable == "extracted"
+    assert registry.verify("tiny-dora@1").servable == "itself"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -> None:
+    settings = tiny_study(
+        space=[{"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"loguniform": [1e-6, 1e-2]}}}],
+        search={"num_trials": 4, "seed": 3},
+        scheduler={"type": "pbt", "interval": 0.33, "quantile": 0.5, "resample": 0.0},
+        hosts={"num_slots": 4, "max_rank": 16, "num_waiting": 0},
+    )
+    events: list[dict[str, Any]] = []
+    result = run(parse(StudyConfig, settings), on_event=events.append)
+    assert result["counts"] == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
+    begun = [event["trial"] for event in events if event["event"] == "trial"]
+    assert len(begun) > len(set(begun)) == 4  # some trial went on with another's settings
+    for row in pq.read_table(result["results"]).to_pylist():
+        assert row["curve"][-1]["step"] == 27
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -6,7 +6,8 @@
     finish    the best by validation are scored on the test rows and published (`final.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, journal.jsonl, adapters/<trial> (each trial's
-best), tune/ (Ray Tune's own state), and at the end results.parquet and result.json.
+best), dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet
+and result.json.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
-from rankloom.config.study import is_fusable
+from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster
 from rankloom.launch.channel import Channel
-from rankloom.launch.hosts import Hosts, devices, groups
+from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import absolute, changes
 from rankloom.launch.trainer import Background, failure_of, watch
 from rankloom.search.board import Board, Standing, write_results
@@ -94,7 +95,7 @@ def run(
         }
         if journal.interrupted:
             return {"status": "interrupted"} | outcome
-        if not board.ranking():
+        if not board.finalists():
             reasons = sorted({trial.error or "" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
         outcome |= _finish(study, folder, journal, hosts, on_event)
@@ -175,13 +176,13 @@ def _check(study: StudyConfig) -> None:
 
     build_scheduler(study)
     StudySearcher(study)
-    for trial in study.members():
-        if not is_fusable(trial):
-            raise ConfigError(
-                f"space: method.type={trial.method.type} with init={getattr(trial.method, 'init', 'default')} on "
-                f"quantization={trial.quantization.type} can't share a base, which trials of a study do; train it by "
-                f"itself"
-            )
+    if isinstance(study.scheduler, PbtConfig):
+        for trial in study.members():
+            if not is_fusable(trial):
+                raise ConfigError(
+                    f"scheduler.type=pbt copies weights between members of hosts, which method.type="
+                    f"{trial.method.type} as it is set here can't be; use lora or dora, or another scheduler"
+                )
 
 
 @contextmanager
@@ -202,7 +203,8 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     import ray
 
     opened = ray.get(hosts.prepare.remote())
-    tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+    if opened:
+        tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
@@ -225,10 +227,10 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
 
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.searchers import StudySearcher
-    from rankloom.search.trainable import FusedTrial
+    from rankloom.search.trainable import StudyTrial
 
-    num_groups = len(groups(study))
-    slots = devices(study, resources, num_groups)[0] * num_groups * study.hosts.num_slots
+    plan = share_out(study, resources)
+    slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
     waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 4)
     concurrent = min(study.num_trials, slots + waiting)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
@@ -236,7 +238,9 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     trainable = tune.with_resources(
-        tune.with_parameters(FusedTrial, study=dump(study), hosts=hosts, adapters=str(folder / ADAPTERS)),
+        tune.with_parameters(
+            StudyTrial, study=dump(study), hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
+        ),
         {"cpu": TRIAL_CPUS},
     )
     stopper = StopWhenFatal(journal)
@@ -292,7 +296,7 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell
     ]
     channel = ray.remote(Channel).options(num_cpus=0).remote()
 
-    host = ray.get(hosts.prepare.remote())[0]
+    host = ray.get(hosts.any.remote(dump(finalists[0].config)))
     scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
     watch(scoring, channel, tell)
     try:
@@ -326,7 +330,7 @@ def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list
 
 def names_of(trial: Standing, board: Board) -> list[str]:
     """What a finalist is published as: the winner under the study's name, each method's best under its own."""
-    ranking = board.ranking()
+    ranking = board.candidates()
     names = [board.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
         names.append(f"{board.study.name}-{trial.method}")

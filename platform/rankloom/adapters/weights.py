@@ -117,7 +117,10 @@ def _read_config(folder: Path) -> peft.LoraConfig:
             raise RegistryError(f"{file}: {key}: {value!r:.80} is not allowed; only plain LoRA and DoRA are loaded")
     settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
     # every value comes from the file, so none is drawn
-    return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
+    try:
+        return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
+    except ValueError as error:  # settings that exclude each other
+        raise RegistryError(f"{file}: {error}") from None
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -140,14 +140,14 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> Non
     def watch(event: dict[str, Any]) -> None:
         if event["event"] != "report":
             return
-        for name, after in (("ray::HostActor", 3), ("ray::FusedTrial", 8)):
+        for name, after in (("ray::HostActor", 3), ("ray::StudyTrial", 8)):
             if event["n"] >= after and name not in killed:
                 killed.append(name)
                 os.kill(processes_below(os.getpid(), name)[0], signal.SIGKILL)
 
     result = run(parse(StudyConfig, settings), on_event=watch)
 
-    assert killed == ["ray::HostActor", "ray::FusedTrial"]
+    assert killed == ["ray::HostActor", "ray::StudyTrial"]
     assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     for row in pq.read_table(result["results"]).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))
@@ -184,6 +184,45 @@ def test_what_fails_alone_and_what_fails_for_all(tiny_study: Make, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study: Make) -> None:
+    settings = tiny_study(
+        space=[
+            {"method": {"type": "full", "extract_rank": 8}, "optim": {"learning_rate": 1e-3}, "seed": {"choice": [1]}},
+            {"method": {"type": "dora", "rank": 4}, "optim": {"learning_rate": 1e-2}},
+        ],
+        search={"algorithm": "grid", "num_trials": 3},
+        scheduler={"type": "fifo"},
+    )
+    settings["trial"]["budget"] = {"steps": 6}
+    result = run(parse(StudyConfig, settings))
+    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    rows = {row["method"]: row for row in pq.read_table(result["results"]).to_pylist()}
+    assert set(rows) == {"lora", "full", "dora"}
+    for row in rows.values():
+        assert [point["step"] for point in row["curve"]][:2] == [3, 6]
+    registry = Registry(result["registry"])
+    assert registry.verify("tiny-full@1").servable == "extracted"
+    assert registry.verify("tiny-dora@1").servable == "itself"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -> None:
+    settings = tiny_study(
+        space=[{"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"loguniform": [1e-6, 1e-2]}}}],
+        search={"num_trials": 4, "seed": 3},
+        scheduler={"type": "pbt", "interval": 0.33, "quantile": 0.5, "resample": 0.0},
+        hosts={"num_slots": 4, "max_rank": 16, "num_waiting": 0},
+    )
+    events: list[dict[str, Any]] = []
+    result = run(parse(StudyConfig, settings), on_event=events.append)
+    assert result["counts"] == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
+    begun = [event["trial"] for event in events if event["event"] == "trial"]
+    assert len(begun) > len(set(begun)) == 4  # some trial went on with another's settings
+    for row in pq.read_table(result["results"]).to_pylist():
+        assert row["curve"][-1]["step"] == 27
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
     settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
     stop = threading.Event()
@@ -215,7 +254,7 @@ def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Pat
     journal = tmp_path / "out" / "studies" / "tiny" / "journal.jsonl"
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not journal.is_file() or '"event": "end"' not in journal.read_text():
             assert driver.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()

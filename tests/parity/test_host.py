@@ -158,9 +158,9 @@ def test_other_architectures_too(architecture: str, tiny_model: Any, solo: Any) 
         assert losses == pytest.approx(solo(trials[name])[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("budget", [150, 700])
+@pytest.mark.parametrize("budget", [150, 500])
 def test_the_token_budget_does_not_change_the_result(budget: int, tiny_llama: Path, solo: Any) -> None:
-    trials = trials_of(tiny_llama)
+    trials = trials_of(tiny_llama, ["plain", "dora", "narrow"])
     host = host_of(trials["plain"], token_budget=budget)
     for name, trial in trials.items():
         host.admit(name, trial)
@@ -240,11 +240,11 @@ def test_a_diverging_member_leaves_its_neighbours_bit_for_bit(tiny_llama: Path) 
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
-    trials = trials_of(tiny_llama)
+    trials = trials_of(tiny_llama, budget={"steps": 14})
     whole = host_of(trials["plain"])
     for name, trial in trials.items():
         whole.admit(name, trial)
-    losses_of(whole, 12)  # some members are amid a step of several micro-batches
+    losses_of(whole, 10)  # some members are amid a step of several micro-batches
     for name in trials:
         (tmp_path / name).mkdir()
         whole.save(name, tmp_path / name)
@@ -260,15 +260,37 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_llama: Path, tmp_path: Pa
     for name in trials:
         assert rest[name] == pytest.approx(rest_of_whole[name], rel=1e-5)
 
-    alone = {"none": trials["dora"]}  # in the same company, even bits agree
-    first, second = host_of(trials["dora"]), host_of(trials["dora"])
-    first.admit("none", alone["none"])
-    losses_of(first, 7)  # amid a step
-    first.save("none", tmp_path)
-    second.admit("none", alone["none"], tmp_path)
+    # in the same company even bits agree, amid a step and with dropout
+    trial = trial_of(tiny_llama, MEMBERS["dora"], method={"dropout": 0.3}, budget={"steps": 8})
+    first, second = host_of(trial, token_budget=200), host_of(trial, token_budget=200)
+    first.admit("alone", trial)
+    losses_of(first, 10)
+    assert first.members["alone"].accumulating
+    (tmp_path / "alone").mkdir()
+    first.save("alone", tmp_path / "alone")
+    second.admit("alone", trial, tmp_path / "alone")
     losses_of(first), losses_of(second)
-    for key, value in weights_of(first, "none").items():
-        assert torch.equal(value, weights_of(second, "none")[key]), key
+    for key, value in weights_of(first, "alone").items():
+        assert torch.equal(value, weights_of(second, "alone")[key]), key
+
+
+def test_dropout_is_a_members_own(tiny_llama: Path) -> None:
+    """Its masks depend neither on its neighbours nor on its slot; evaluation has none."""
+    sections: dict[str, Any] = {"optim": {"learning_rate": 2e-2}, "budget": {"steps": 8}}
+    dropping = trial_of(tiny_llama, MEMBERS["plain"], method={"dropout": 0.4}, **sections)
+    found = []
+    for neighbours in (["plus", "dora"], []):
+        host = host_of(dropping)
+        for name in neighbours:
+            host.admit(name, trial_of(tiny_llama, MEMBERS[name], budget={"steps": 8}))
+        host.admit("dropping", dropping)
+        found.append(losses_of(host)["dropping"])
+        evaluations = [host.evaluate(["dropping"])["dropping"].loss for _ in range(2)]
+        assert evaluations[0] == evaluations[1]
+    host = host_of(dropping)
+    host.admit("dropping", trial_of(tiny_llama, MEMBERS["plain"], **sections))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] != pytest.approx(losses_of(host)["dropping"], rel=1e-3)
 
 
 def test_a_copy_goes_on_from_the_others_state_with_its_own_settings(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,258 +1,166 @@
 """AdapterBank: K adapters on one frozen base, stacked, so that one forward serves the rows of all of them.
 
-At each target linear a `Site` holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a lower rank
-than the bank's, or one that leaves a site out, is padded with zeros, whose gradients are exactly zero. The bank hooks
-itself into the base's linears; outside `routed` the base computes as if it were not there. `grouped.py` has the
-products; who is in which slot, and how it is trained or served, is said elsewhere.
+At each target linear a `Site` (site.py) holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a
+lower rank than the bank's, or one that leaves a site out, is padded with zeros, whose gradients are exactly zero. The
+bank takes the place of its linears' `forward`; outside `routed` the base computes as if the bank were not there. Who
+is in which slot, how it is trained and who is served is not the bank's to know.
 
-Everything that a slot computes depends on its own values alone, so neighbours may come, go and diverge.
+What a slot computes depends on its own values alone, so neighbours may come, go and diverge.
 
-Shapes: N tokens of all rows sorted by slot, K slots, R the bank's rank, I in, O out.
+Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I in, O out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import peft
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.grouped import Groups, grouped_lora, scale_rows
-from rankloom.adapters.weights import PREFIX, _read_config, _read_tensors
-from rankloom.config.method import DoraConfig, LoraConfig
+from rankloom.adapters.site import Route, Site, SlotSpec, adapted, drawn_as_by_peft, scaling_of
+from rankloom.adapters.weights import PREFIX, read_adapter
 from rankloom.errors import IncompatibleError, RegistryError
-from rankloom.models import find_target_linears
+from rankloom.models import is_linear
 from rankloom.registry.checks import WEIGHTS
 
+__all__ = ["AdapterBank", "Site", "SlotSpec"]
 
-@dataclass(frozen=True)
-class SlotSpec:
-    """What a slot holds."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    """Full names of the linears it adapts."""
-    rslora: bool = False
-    dora: bool = False
-    init: Literal["default", "gaussian"] = "default"
-    dropout: float = 0.0
-    seed: int = 0
-    """Of the initial A; the values are those that PEFT draws after `torch.manual_seed(seed)`."""
-
-    @classmethod
-    def of(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
-        if method.init not in ("default", "gaussian"):
-            raise IncompatibleError(f"method.init: {method.init!r} changes the base, which others share; use default")
-        return cls(
-            rank=method.rank,
-            alpha=method.alpha,
-            targets=tuple(find_target_linears(model, method.target_modules)),
-            rslora=method.rslora,
-            dora=isinstance(method, DoraConfig),
-            init="gaussian" if method.init == "gaussian" else "default",
-            dropout=method.dropout,
-            seed=seed,
-        )
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-class Site:
-    """One target linear with the adapters of all slots."""
-
-    def __init__(self, module: nn.Module, num_slots: int, max_rank: int, *, with_magnitudes: bool) -> None:
-        self.module = module
-        if isinstance(module, Conv1D):
-            self.num_in, self.num_out = module.weight.shape
-        else:
-            self.num_in, self.num_out = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-        device = module.weight.device
-        self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))
-        self.b_KOR = nn.Parameter(torch.zeros(num_slots, self.num_out, max_rank, device=device))
-        self.m_KO = nn.Parameter(torch.zeros(num_slots, self.num_out, device=device)) if with_magnitudes else None
-        self.ranks = [0] * num_slots
-        """0: the slot leaves this site as it is."""
-        self.dora_ranks = [0] * num_slots
-        self.scales = [0.0] * num_slots
-        self._squares_O: Tensor | None = None
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
-        return bias
-
-    def dense(self) -> Tensor:
-        """[O, I]: the base's weight in fp32, dequantised where it is quantised."""
-        weight: Tensor = dequantize_module_weight(self.module)
-        return (weight.T if isinstance(self.module, Conv1D) else weight).detach().float()
-
-    def norms(self, slots: Sequence[int]) -> Tensor:
-        """[C, O]: the norm of each row of W + s B A, which is not materialised.
-
-        |w + s Δ|² = |w|² + 2 s <w, Δ> + s² |Δ|², with Δ = B A: <w, Δ> is the row product of B and W Aᵀ, and |Δ|²
-        that of B and B (A Aᵀ).
-        """
-        rank = max(self.dora_ranks[slot] for slot in slots)
-        weight_OI = self.dense()
-        if self._squares_O is None:
-            self._squares_O = weight_OI.square().sum(1)
-        a_CRI = self.a_KRI.detach()[list(slots), :rank]
-        b_COR = self.b_KOR.detach()[list(slots), :, :rank]
-        scale_C1 = torch.tensor([self.scales[slot] for slot in slots], device=a_CRI.device)[:, None]
-        cross_COR = (weight_OI @ a_CRI.flatten(0, 1).T).view(-1, len(slots), rank).transpose(0, 1)
-        crossed_CO = (cross_COR * b_COR).sum(-1)
-        own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)
-        squares_CO = self._squares_O + 2 * scale_C1 * crossed_CO + scale_C1.square() * own_CO
-        return squares_CO.clamp_min_(0).sqrt_()
-
-
-@dataclass(frozen=True)
-class _Route:
-    """What one forward needs to know of its rows."""
-
-    counts: tuple[int, ...]
-    start: int
-    """Tokens of no slot, which come first."""
-    generators: dict[int, torch.Generator]
-    """Of the slots whose dropout is on."""
-    groups: dict[tuple[int, ...], Groups]
-    """By the slots' ranks at a site: most sites share one."""
-
-    def among(self, ranks: Sequence[int]) -> Groups:
-        key = tuple(ranks)
-        if key not in self.groups:
-            self.groups[key] = Groups(self.counts, key, start=self.start)
-        return self.groups[key]
+SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+"""How a PEFT folder's tensors end."""
 
 
 class AdapterBank:
     """Slots for adapters on a frozen base.
 
     Invariant: a slot's values are zero wherever its adapter has none: beyond its rank, at sites that it leaves out,
-    and everywhere once it is detached. Nothing is reallocated after construction.
+    and everywhere while nothing is attached. After construction nothing is allocated for whoever comes and goes.
     """
 
     def __init__(
         self, model: PreTrainedModel, targets: Sequence[str], num_slots: int, max_rank: int, *, with_magnitudes: bool
     ) -> None:
-        """Hook an empty bank into a model's linears.
+        """Put an empty bank on a model's linears.
 
         Args:
             targets: full names of all linears that some slot may adapt.
             with_magnitudes: whether slots may be DoRA.
         """
         self.model, self.num_slots, self.max_rank = model, num_slots, max_rank
+        self.with_magnitudes = with_magnitudes
         modules = dict(model.named_modules())
+        for name in targets:
+            if name not in modules or not is_linear(modules[name]):
+                raise IncompatibleError(f"targets: {name} is no linear layer of this {type(model).__name__}")
         wanted = set(targets)
-        # in the model's order, in which PEFT draws
-        self.sites = {
-            name: Site(module, num_slots, max_rank, with_magnitudes=with_magnitudes)
-            for name, module in modules.items()
+        self.sites: dict[str, Site] = {
+            name: Site(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
+            for name, module in modules.items()  # the model's order is that in which PEFT draws
             if name in wanted
         }
         self.specs: dict[int, SlotSpec] = {}
-        self._route: _Route | None = None
-        self._handles: list[RemovableHandle] = [
-            site.module.register_forward_hook(self._hook(site)) for site in self.sites.values()
-        ]
+        self._route: Route | None = None
+        self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
+        for site in self.sites.values():
+            site.module.forward = self._forward_at(site)
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Leave the model as it was before the bank."""
+        for name, before in self._forwards.items():
+            module = self.sites[name].module
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+        self._forwards.clear()
 
-    @torch.no_grad()
     def attach(self, slot: int, spec: SlotSpec) -> None:
-        """Put a fresh adapter into a slot."""
-        self.detach(slot)
-        self._assign(slot, spec)
-        generator = torch.Generator().manual_seed(spec.seed)
-        for name, site in self.sites.items():
-            if name in spec.targets:
-                a_RI = _drawn_as_by_peft(spec, site.num_in, site.num_out, generator)
-                site.a_KRI.data[slot, : spec.rank] = a_RI.to(site.a_KRI.device)
-                if spec.dora and site.m_KO is not None:
-                    site.m_KO.data[slot] = site.norms([slot])[0]
+        """Put a fresh adapter into a slot, in place of what is there.
 
-    @torch.no_grad()
+        Raises:
+            IncompatibleError: it does not fit into this bank; the slot is as before.
+        """
+        self._check(spec)
+        self.detach(slot)
+        self.specs[slot] = spec
+        generator = torch.Generator().manual_seed(spec.seed)
+        for site in self._sites_of(spec):
+            site.assign(slot, spec.rank, spec.scaling, dora=spec.dora)
+            parts = site.parts(slot)
+            parts["a"].copy_(drawn_as_by_peft(spec, site.num_in, site.num_out, generator))
+            if "m" in parts:
+                parts["m"].copy_(site.norms([slot])[0])
+
     def detach(self, slot: int) -> None:
         """Empty a slot."""
         self.specs.pop(slot, None)
         for site in self.sites.values():
-            site.a_KRI.data[slot].zero_()
-            site.b_KOR.data[slot].zero_()
-            if site.m_KO is not None:
-                site.m_KO.data[slot].zero_()
-            site.ranks[slot] = site.dora_ranks[slot] = 0
-            site.scales[slot] = 0.0
+            site.clear(slot)
 
     @contextmanager
     def routed(
         self, slots_N: Tensor, counts_K: Sequence[int], *, dropout_seeds: Mapping[int, int] | None = None
     ) -> Iterator[None]:
-        """While it lasts, the model's linears add to each token what its slot has for it.
+        """While it lasts, the model's forwards add to each token what its slot has for it.
 
         Args:
-            slots_N: each token's slot, ascending; -1: none.
+            slots_N: each token's slot, ascending; -1: none, the token sees the base alone.
             counts_K: tokens of each slot.
-            dropout_seeds: a slot's seed of this pass, for the slots whose dropout is to act.
+            dropout_seeds: a seed of this one forward for each slot whose dropout is to act.
         """
-        generators = {}
-        for slot, seed in (dropout_seeds or {}).items():
-            if slot in self.specs and self.specs[slot].dropout:
-                generators[slot] = torch.Generator(slots_N.device).manual_seed(seed)
-        counts = tuple(int(count) for count in counts_K)
-        self._route = _Route(counts, len(slots_N) - sum(counts), generators, {})
+        counts_K = tuple(map(int, counts_K))
+        dropout = {
+            slot: (self.specs[slot].dropout, torch.Generator(slots_N.device).manual_seed(seed))
+            for slot, seed in (dropout_seeds or {}).items()
+            if slot in self.specs and self.specs[slot].dropout
+        }
+        self._route = Route(counts_K, len(slots_N) - sum(counts_K), dropout, {})
         try:
             yield
         finally:
             self._route = None
 
     def state(self, slot: int) -> dict[str, Tensor]:
-        """A slot's values, without padding, by site."""
-        spec, found = self.specs[slot], {}
-        for name in spec.targets:
-            site = self.sites[name]
-            found[f"{name}.a"] = site.a_KRI.detach()[slot, : spec.rank].cpu().clone()
-            found[f"{name}.b"] = site.b_KOR.detach()[slot, :, : spec.rank].cpu().clone()
-            if spec.dora and site.m_KO is not None:
-                found[f"{name}.m"] = site.m_KO.detach()[slot].cpu().clone()
-        return found
+        """A slot's values without padding, on the CPU: `<site>.a`, `.b` and, of a DoRA, `.m`."""
+        return {
+            f"{site.name}.{part}": values.to("cpu", copy=True)
+            for site in self._sites_of(self.specs[slot])
+            for part, values in site.parts(slot).items()
+        }
 
-    @torch.no_grad()
     def load_state(self, slot: int, state: Mapping[str, Tensor]) -> None:
-        """Set an attached slot's values."""
-        spec = self.specs[slot]
-        for name in spec.targets:
-            site = self.sites[name]
-            site.a_KRI.data[slot, : spec.rank] = state[f"{name}.a"].to(site.a_KRI.device)
-            site.b_KOR.data[slot, :, : spec.rank] = state[f"{name}.b"].to(site.b_KOR.device)
-            if spec.dora and site.m_KO is not None:
-                site.m_KO.data[slot] = state[f"{name}.m"].to(site.m_KO.device)
+        """Set an attached slot's values: the inverse of `state`."""
+        for site in self._sites_of(self.specs[slot]):
+            for part, values in site.parts(slot).items():
+                values.copy_(state[f"{site.name}.{part}"])
 
-    @torch.no_grad()
     def copy(self, source: int, target: int) -> None:
-        """Give a slot another's values."""
-        self.load_state(target, self.state(source))
+        """Give an attached slot the values of another of the same shape; its scaling and dropout stay its own."""
+        mine, theirs = self.specs[target], self.specs[source]
+        shapes = [(set(spec.targets), spec.rank, spec.dora) for spec in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise IncompatibleError(f"slot {source} holds {theirs}, which can't be copied onto slot {target}: {mine}")
+        for site in self._sites_of(theirs):
+            for part, values in site.parts(source).items():
+                site.parts(target)[part].copy_(values)
 
     def write(self, slot: int, folder: Path, base_id: str) -> None:
-        """Write a slot's adapter as a PEFT folder."""
-        spec = self.specs[slot]
+        """Write a slot's adapter as a PEFT folder of its true rank.
+
+        Raises:
+            RegistryError: the folder can't be written.
+        """
+        spec, sites = self.specs[slot], self._sites_of(self.specs[slot])
+        others = [site for site in sites if site.ranks[slot] != spec.rank or site.scales[slot] != spec.scaling]
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=spec.rank,
@@ -262,64 +170,117 @@ class AdapterBank:
             use_dora=spec.dora,
             init_lora_weights=True if spec.init == "default" else spec.init,
             target_modules=self._short(spec.targets),
-            fan_in_fan_out=any(isinstance(self.sites[name].module, Conv1D) for name in spec.targets),
+            rank_pattern={site.name: site.ranks[slot] for site in others},
+            alpha_pattern={site.name: _alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others},
+            fan_in_fan_out=any(isinstance(site.module, Conv1D) for site in sites),
             inference_mode=True,
-            base_model_name_or_path=base_id,
         )
-        suffixes = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+        config.base_model_name_or_path = base_id
         tensors = {}
-        for key, value in self.state(slot).items():
+        for key, values in self.state(slot).items():
             name, part = key.rsplit(".", 1)
-            tensors[f"{PREFIX}{name}.{suffixes[part]}"] = value.contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            tensors[f"{PREFIX}{name}.{SUFFIXES[part]}"] = values.contiguous()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save_pretrained(folder)
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise RegistryError(f"{folder}: can't be written: {error}") from None
+
+    def read(self, slot: int, folder: Path) -> None:
+        """Put the adapter of a PEFT folder into a slot, in place of what is there.
+
+        Raises:
+            RegistryError: the folder is refused, by itself or by this bank; the slot is as before.
+        """
+        config, tensors = read_adapter(self.model, folder)
+        if config.lora_bias or config.modules_to_save:
+            raise RegistryError(
+                f"{folder}: has biases or whole modules beside its adapters, which no bank has a place for"
+            )
+        ends = tuple(f".{target}" for target in config.target_modules)
+        names = [name for name, _ in self.model.named_modules() if f".{name}".endswith(ends)]
+        if outside := [name for name in names if name not in self.sites]:
+            raise RegistryError(f"{folder}: adapts {outside[0]}, for which this bank has no site")
+        spec = SlotSpec(
+            rank=config.r,
+            alpha=config.lora_alpha,
+            rslora=config.use_rslora,
+            dora=config.use_dora,
+            dropout=config.lora_dropout,
+            targets=tuple(names),
+        )
+        ranks, alphas = ({name: _by_pattern(pattern, name, common) for name in names} for pattern, common in (
+            (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
+        ))  # fmt: skip
+        try:
+            self._check(replace(spec, rank=max(ranks.values())))
+        except IncompatibleError as error:
+            raise RegistryError(f"{folder}: {error}") from None
+        self._check_tensors(spec, ranks, tensors, folder)
+        self.detach(slot)
+        self.specs[slot] = spec
+        for site in self._sites_of(spec):
+            rank = ranks[site.name]
+            site.assign(slot, rank, scaling_of(alphas[site.name], rank, spec.rslora), dora=spec.dora)
+            for part, values in site.parts(slot).items():
+                values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
+
+    def _sites_of(self, spec: SlotSpec) -> list[Site]:
+        targets = set(spec.targets)
+        return [site for name, site in self.sites.items() if name in targets]
+
+    def _check(self, spec: SlotSpec) -> None:
+        if spec.rank > self.max_rank:
+            raise IncompatibleError(f"rank {spec.rank} is above the bank's {self.max_rank}; open one of a higher rank")
+        if outside := [name for name in spec.targets if name not in self.sites]:
+            raise IncompatibleError(f"{outside[0]} is no site of this bank; open one whose targets cover it")
+        if spec.dora and not self.with_magnitudes:
+            raise IncompatibleError("this bank has no magnitudes, which DoRA trains; open one with them")
+        if spec.dora and any(site.is_int8_on_cpu for site in self._sites_of(spec)):
+            raise IncompatibleError(
+                "quantization=int8 with method.type=dora needs CUDA: reading int8 weights for DoRA's norms on a CPU "
+                "destroys their scales; use quantization: nf4 or none"
+            )
+
+    def _check_tensors(
+        self, spec: SlotSpec, ranks: Mapping[str, int], tensors: Mapping[str, Tensor], folder: Path
+    ) -> None:
+        expected: dict[str, tuple[int, ...]] = {}
+        for site in self._sites_of(spec):
+            rank = ranks[site.name]
+            shapes: dict[str, tuple[int, ...]] = {"a": (rank, site.num_in), "b": (site.num_out, rank)}
+            if spec.dora:
+                shapes["m"] = (site.num_out,)
+            expected |= {f"{PREFIX}{site.name}.{SUFFIXES[part]}": shape for part, shape in shapes.items()}
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise RegistryError(f"{folder / WEIGHTS}: tensor {name} is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise RegistryError(
+                    f"{folder / WEIGHTS}: tensor {name} has shape {list(tensors[name].shape)}, but the base and the "
+                    f"adapter's config ask for {list(shape)}; is it another base's adapter?"
+                )
+        if unexpected := sorted(tensors.keys() - expected.keys()):
+            raise RegistryError(f"{folder / WEIGHTS}: tensor {unexpected[0]} has no place in this bank")
 
     def _short(self, targets: Sequence[str]) -> list[str]:
         """Last names (`q_proj`) where these mean the same, else full names."""
         short = {name.rsplit(".", 1)[-1] for name in targets}
         matched = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short}
-        return sorted(short) if matched == set(targets) else list(targets)
+        return sorted(short) if matched == set(targets) else sorted(targets)
 
-    def _assign(self, slot: int, spec: SlotSpec) -> None:
-        self.specs[slot] = spec
-        for name, site in self.sites.items():
-            if name in spec.targets:
-                site.ranks[slot] = spec.rank
-                site.dora_ranks[slot] = spec.rank if spec.dora else 0
-                site.scales[slot] = spec.scaling
+    def _forward_at(self, site: Site) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            return site.base(x) if self._route is None else adapted(site, self._route, x)
 
-    def _hook(self, site: Site) -> Any:
-        def adapt(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return None if self._route is None else self._adapted(site, self._route, args[0], output)
-
-        return adapt
-
-    def _adapted(self, site: Site, route: _Route, x: Tensor, output: Tensor) -> Tensor:
-        groups = route.among(site.ranks)
-        if not groups.slots:
-            return output
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else site.a_KRI.dtype
-        a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
-        output = grouped_lora(x.to(dtype), a_KRI, b_KOR, site.scales, groups, onto=output.contiguous())
-        magnified = route.among(site.dora_ranks)
-        if magnified.slots and site.m_KO is not None:
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
-                norm_KO = torch.ones_like(site.m_KO)
-                norm_KO[list(magnified.slots)] = site.norms(magnified.slots)
-            output = scale_rows(output, site.m_KO / norm_KO, site.bias, magnified)
-        return output
+        return forward
 
 
-def _drawn_as_by_peft(spec: SlotSpec, num_in: int, num_out: int, generator: torch.Generator) -> Tensor:
-    """[R, I]: PEFT builds two linear layers, each of which draws its weights, and then draws A again."""
-    a_RI = torch.empty(spec.rank, num_in)
-    nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
-    nn.init.kaiming_uniform_(torch.empty(num_out, spec.rank), a=math.sqrt(5), generator=generator)
-    if spec.init == "gaussian":
-        return nn.init.normal_(a_RI, std=1 / spec.rank, generator=generator)
-    return nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+def _by_pattern(pattern: Mapping[str, int], name: str, common: int) -> int:
+    """A layer's own rank or alpha, where PEFT's patterns give it one."""
+    return pattern.get(get_pattern_key(list(pattern), name), common)
 
 
-__all__ = ["AdapterBank", "RegistryError", "Site", "SlotSpec", "_read_config", "_read_tensors"]
+def _alpha(scaling: float, rank: int, rslora: bool) -> float:
+    return scaling * (math.sqrt(rank) if rslora else rank)

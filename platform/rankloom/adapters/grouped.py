@@ -1,26 +1,30 @@
 """The grouped low-rank product: every token goes through its own slot's A and B, all slots at once.
 
-`grouped_lora_reference` says what is computed; `grouped_lora` computes the same, with gradients, in whichever of two
-ways was measured to be faster (`_pads`): slot by slot on views, without a copy, or all slots in batched matrix
-products, with the tokens of each padded to the largest count. `scale_rows` is DoRA's part.
+`grouped_lora_reference` says what is computed. `grouped_lora` (onto a result that is there) and `grouped_linear` (with
+the frozen linear before it) compute the same, with gradients, in the way that was measured to be the fastest
+(`fastest`): slot by slot on views of the tokens, or in batched products with each slot's tokens padded to the largest
+count, or with torch's ragged product. `scale_rows` is DoRA's part.
 
 Nothing that one slot holds, not even inf or nan, reaches another slot's tokens or gradients: padding repeats a slot's
 own last token, and no product runs over the tokens of two slots.
 
-Shapes: N tokens sorted by slot, K slots, C slots with tokens, T most tokens of a slot, R rank, I in, O out.
+Shapes: N tokens sorted by slot, K slots, C slots at work, T most tokens of a slot, P = C·T, R rank, I in, O out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-PADDED_BELOW = 2**16
-"""On a CPU: elements of the average slot's input below which calls cost more than padding does."""
+PAD_BELOW = 2**14
+"""On a CPU: elements of an average slot's input and output below which calls cost more than padding them does."""
+STACK_BELOW = 2**16
+"""The same where the slots have equally many tokens, so that nothing is padded."""
 
 
 class Groups:
@@ -32,53 +36,75 @@ class Groups:
     """
 
     def __init__(self, counts: Sequence[int], ranks: Sequence[int], *, start: int = 0) -> None:
-        self.num_slots = len(counts)
+        self.counts, self.ranks, self.start = tuple(counts), tuple(ranks), start
         self.spans: dict[int, slice] = {}
-        """Tokens of each slot that has both tokens and an adapter."""
+        """Tokens of each slot at work: one that has both tokens and an adapter."""
         stop = start
         for slot, (count, rank) in enumerate(zip(counts, ranks, strict=True)):
             if count and rank:
                 self.spans[slot] = slice(stop, stop + count)
             stop += count
         self.num_tokens = stop
-        self.counts, self.ranks = tuple(counts), tuple(ranks)
         self.slots = tuple(self.spans)
         self.rank = max((ranks[slot] for slot in self.slots), default=0)
         self.most = max((counts[slot] for slot in self.slots), default=0)
-        self._layouts: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tensors: dict[Any, Any] = {}
 
     @cached_property
-    def block(self) -> slice | None:
-        """The tokens of all slots with an adapter, where these are equally many of each and lie without a gap."""
+    def whole(self) -> slice | None:
+        """The tokens of all slots at work, where they lie without a gap."""
         spans = list(self.spans.values())
         whole = slice(spans[0].start, spans[-1].stop)
-        return whole if whole.stop - whole.start == len(spans) * self.most else None
+        return whole if whole.stop - whole.start == sum(self.counts[slot] for slot in self.slots) else None
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether the slots at work have equally many tokens, without a gap: [N] is [C, T] then."""
+        return self.whole is not None and len(self.slots) * self.most == self.whole.stop - self.whole.start
 
     @cached_property
     def picked(self) -> slice | list[int]:
-        """The slots in `slots`: a slice, and so a view, where they follow each other."""
+        """The slots at work: a slice, and so a view, where they follow each other."""
         first, last = self.slots[0], self.slots[-1]
         return slice(first, last + 1) if last - first + 1 == len(self.slots) else list(self.slots)
 
-    def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The token at each of C*T places, each token's place among them, and [C, T, 1] where padding is."""
-        if device not in self._layouts:
+    def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The token at each of P places; the same without padding; each token's place; [C, T, 1] where padding is."""
+        if device not in self._tensors:
             starts_C = torch.tensor([span.start for span in self.spans.values()])
             counts_C = torch.tensor([self.counts[slot] for slot in self.slots])
             t_T = torch.arange(self.most)
-            tokens_CT = starts_C[:, None] + torch.minimum(t_T, counts_C[:, None] - 1)
+            tokens_P = (starts_C[:, None] + torch.minimum(t_T, counts_C[:, None] - 1)).flatten()
             padding_CT = t_T >= counts_C[:, None]
             places_N = torch.nonzero(~padding_CT.flatten()).flatten()
-            found = (tokens_CT.flatten(), places_N, padding_CT[..., None])
-            tokens, places, padding = (t.to(device, non_blocking=True) for t in found)
-            self._layouts[device] = tokens, places, padding
-        return self._layouts[device]
+            found = (tokens_P, tokens_P[places_N], places_N, padding_CT[..., None])
+            self._tensors[device] = tuple(t.to(device, non_blocking=True) for t in found)
+        layout: tuple[Tensor, Tensor, Tensor, Tensor] = self._tensors[device]
+        return layout
+
+    def scales(self, scale_K: Sequence[float], like: Tensor) -> Tensor:
+        """[C, 1, 1]."""
+        key = (tuple(scale_K[slot] for slot in self.slots), like.device, like.dtype)
+        if key not in self._tensors:
+            values = torch.tensor(key[0], dtype=like.dtype)[:, None, None]
+            self._tensors[key] = values.to(like.device, non_blocking=True)
+        scale_C11: Tensor = self._tensors[key]
+        return scale_C11
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """[C]: tokens of each slot at work."""
+        key = ("lengths", device)
+        if key not in self._tensors:
+            counts_C = torch.tensor([self.counts[slot] for slot in self.slots])
+            self._tensors[key] = counts_C.to(device, non_blocking=True)
+        lengths_C: Tensor = self._tensors[key]
+        return lengths_C
 
 
 def grouped_lora_reference(
     x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
 ) -> Tensor:
-    """[N, O]: scale · B A x for each token, with its slot's scale, B and A; zero for tokens of no adapter."""
+    """[N, O]: scale · B A x for each token, with its slot's scale, B and A; zero for the tokens of no adapter."""
     parts, done = [], 0
     for slot, span in groups.spans.items():
         parts.append(x_NI.new_zeros(span.start - done, b_KOR.shape[1]))
@@ -89,163 +115,253 @@ def grouped_lora_reference(
 
 
 def grouped_lora(
-    x_NI: Tensor,
+    onto: Tensor,
+    x: Tensor,
     a_KRI: Tensor,
     b_KOR: Tensor,
     scale_K: Sequence[float],
     groups: Groups,
-    *,
-    onto: Tensor | None = None,
-    padded: bool | None = None,
+    way: Way | None = None,
 ) -> Tensor:
-    """`grouped_lora_reference`, faster.
+    """Add the product to `onto`, [..., O] of N rows and contiguous, in place.
 
     Args:
-        onto: [..., O] of N rows, contiguous: the product is added to it in place.
-        padded: which way; None: the one that was measured to be faster.
+        x: [..., I] of N rows, of the stacks' dtype; `onto` may be of another.
     """
-    if onto is None:
-        onto = x_NI.new_zeros(*x_NI.shape[:-1], b_KOR.shape[1])
     if not groups.slots:
         return onto
-    if padded is None:
-        padded = _pads(x_NI, groups)
-    way = _Padded if padded else _SlotBySlot
-    result: Tensor = way.apply(onto, x_NI, a_KRI, b_KOR, scale_K, groups)
+    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))  # type: ignore[no-untyped-call]
     return result
 
 
-def _pads(x: Tensor, groups: Groups) -> bool:
-    if x.device.type != "cpu" or groups.block is not None:
-        return True
-    return groups.num_tokens * x.shape[-1] < PADDED_BELOW * len(groups.slots)
+def grouped_linear(
+    x: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_KRI: Tensor,
+    b_KOR: Tensor,
+    scale_K: Sequence[float],
+    groups: Groups,
+    way: Way | None = None,
+) -> Tensor:
+    """A frozen linear layer plus the product, all of one dtype; x is kept once, its gradient added up in place."""
+    if not groups.slots:
+        return F.linear(x, weight_OI, bias_O)
+    way = way or fastest(x, b_KOR, groups)
+    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)  # type: ignore[no-untyped-call]
+    return result
 
 
-class _SlotBySlot(torch.autograd.Function):
+def fastest(x: Tensor, b_KOR: Tensor, groups: Groups) -> Way:
+    """The way that was measured to be the fastest for products of this size."""
+    if x.device.type != "cpu":
+        return Stacked()
+    elements = sum(groups.counts[slot] for slot in groups.slots) * (x.shape[-1] + b_KOR.shape[1])
+    limit = STACK_BELOW if groups.is_even else PAD_BELOW
+    return Stacked() if elements < limit * len(groups.slots) else SlotBySlot()
+
+
+class Way(Protocol):
+    """How the product and its gradients are computed."""
+
+    def add(
+        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
+    ) -> list[Tensor]:
+        """Add the product to y; what the gradients need is returned."""
+        ...
+
+    def gradients(
+        self,
+        dy_NO: Tensor,
+        x_NI: Tensor,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        kept: list[Tensor],
+        scale_K: Sequence[float],
+        groups: Groups,
+        dx_NI: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of the stacks; that of x is added to `dx_NI`."""
+        ...
+
+
+class SlotBySlot:
     """A few products for each slot, each of its true rank, on views of its tokens."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, onto: Tensor, x: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
-    ) -> Tensor:
-        x_NI, y_NO = x.reshape(-1, x.shape[-1]), onto.view(-1, onto.shape[-1])
-        inner = []
+    def add(
+        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
+    ) -> list[Tensor]:
+        kept = []
         for slot, span in groups.spans.items():
             rank = groups.ranks[slot]
             h_TR = torch.mm(x_NI[span], a_KRI[slot, :rank].T).mul_(scale_K[slot])
-            _add_product(y_NO[span], h_TR, b_KOR[slot, :, :rank].T)
-            inner.append(h_TR)
-        ctx.mark_dirty(onto)
-        ctx.save_for_backward(x, a_KRI, b_KOR, *inner)
-        ctx.scale_K, ctx.groups = scale_K, groups
-        return onto
+            b_RO = b_KOR[slot, :, :rank].T
+            if y_NO.dtype == h_TR.dtype:
+                y_NO[span].addmm_(h_TR, b_RO)
+            else:
+                y_NO[span].add_(h_TR @ b_RO)
+            kept.append(h_TR)
+        return kept
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, a_KRI, b_KOR, *inner = ctx.saved_tensors
-        groups: Groups = ctx.groups
-        x_NI = x.reshape(-1, x.shape[-1])
-        dy_NO = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
+    def gradients(
+        self,
+        dy_NO: Tensor,
+        x_NI: Tensor,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        kept: list[Tensor],
+        scale_K: Sequence[float],
+        groups: Groups,
+        dx_NI: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
-        dx_NI = torch.zeros_like(x_NI) if ctx.needs_input_grad[1] else None
-        for (slot, span), h_TR in zip(groups.spans.items(), inner, strict=True):
+        for (slot, span), h_TR in zip(groups.spans.items(), kept, strict=True):
             rank = groups.ranks[slot]
             dy_TO = dy_NO[span]
-            dh_TR = torch.mm(dy_TO, b_KOR[slot, :, :rank]).mul_(ctx.scale_K[slot])
+            dh_TR = torch.mm(dy_TO, b_KOR[slot, :, :rank]).mul_(scale_K[slot])
             torch.mm(dh_TR.T, x_NI[span], out=da_KRI[slot, :rank])
-            db_KOR[slot, :, :rank] = dy_TO.T @ h_TR
+            torch.mm(dy_TO.T, h_TR, out=db_KOR[slot, :, :rank])
             if dx_NI is not None:
-                torch.mm(dh_TR, a_KRI[slot, :rank], out=dx_NI[span])
-        dx = None if dx_NI is None else dx_NI.view(x.shape)
-        return gradient, dx, da_KRI, db_KOR, None, None
+                dx_NI[span].addmm_(dh_TR, a_KRI[slot, :rank])
+        return da_KRI, db_KOR
 
 
-class _Padded(torch.autograd.Function):
-    """Batched products over all slots, each of the largest rank; the tokens are padded where they are not even."""
+class Stacked:
+    """Batched products over all slots at work, each of the largest rank; tokens are padded where they are not even."""
 
+    def add(
+        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
+    ) -> list[Tensor]:
+        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
+        h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT).mul_(groups.scales(scale_K, x_NI))
+        if not groups.is_even:  # what padding repeats must not count in B's gradient
+            h_CTR.masked_fill_(groups.layout(x_NI.device)[3], 0)
+        _add_bmm(y_NO, h_CTR, b_COR.mT, groups)
+        return [h_CTR]
+
+    def gradients(
+        self,
+        dy_NO: Tensor,
+        x_NI: Tensor,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        kept: list[Tensor],
+        scale_K: Sequence[float],
+        groups: Groups,
+        dx_NI: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        (h_CTR,) = kept
+        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
+        dy_CTO = _stacked(dy_NO, groups)
+        dh_CTR = torch.bmm(dy_CTO, b_COR).mul_(groups.scales(scale_K, x_NI))
+        if not groups.is_even:
+            dh_CTR.masked_fill_(groups.layout(x_NI.device)[3], 0)
+        da_CRI = torch.bmm(dh_CTR.mT, _stacked(x_NI, groups))
+        db_COR = torch.bmm(dy_CTO.mT, h_CTR)
+        if dx_NI is not None:
+            _add_bmm(dx_NI, dh_CTR, a_CRI, groups)
+        if da_CRI.shape == a_KRI.shape:
+            return da_CRI, db_COR
+        da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
+        da_KRI[groups.picked, : groups.rank] = da_CRI
+        db_KOR[groups.picked, :, : groups.rank] = db_COR
+        return da_KRI, db_KOR
+
+
+class _Onto(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, onto: Tensor, x: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
+        ctx: Any,
+        onto: Tensor,
+        x: Tensor,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        scale_K: Sequence[float],
+        groups: Groups,
+        way: Way,
     ) -> Tensor:
-        x_NI, y_NO = x.reshape(-1, x.shape[-1]), onto.view(-1, onto.shape[-1])
-        scale_C11 = torch.tensor([scale_K[slot] for slot in groups.slots], dtype=x.dtype)[:, None, None]
-        scale_C11 = scale_C11.to(x.device, non_blocking=True)
-        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
-        h_CTR = torch.bmm(_padded(x_NI, groups), a_CRI.mT).mul_(scale_C11)
-        if groups.block is not None and y_NO.dtype == x.dtype:
-            _padded(y_NO, groups).baddbmm_(h_CTR, b_COR.mT)
-        else:
-            _add_unpadded(y_NO, torch.bmm(h_CTR, b_COR.mT), groups)
+        kept = way.add(onto.view(-1, onto.shape[-1]), _rows(x), a_KRI, b_KOR, scale_K, groups)
         ctx.mark_dirty(onto)
-        ctx.save_for_backward(x, a_KRI, b_KOR, h_CTR, scale_C11)
-        ctx.groups = groups
+        ctx.save_for_backward(x, a_KRI, b_KOR, *kept)
+        ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
         return onto
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, a_KRI, b_KOR, h_CTR, scale_C11 = ctx.saved_tensors
-        groups: Groups = ctx.groups
-        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
-        dy_CTO = _padded(gradient.reshape(-1, gradient.shape[-1]).to(x.dtype), groups)
-        dh_CTR = torch.bmm(dy_CTO, b_COR).mul_(scale_C11)
-        if groups.block is None:  # what padding repeats must not be counted again
-            padding_CT1 = groups.layout(x.device)[2]
-            dh_CTR.masked_fill_(padding_CT1, 0)
-            h_CTR = h_CTR.masked_fill(padding_CT1, 0)
-        x_NI = x.reshape(-1, x.shape[-1])
-        da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
-        da_KRI[groups.picked, : groups.rank] = torch.bmm(dh_CTR.mT, _padded(x_NI, groups))
-        db_KOR[groups.picked, :, : groups.rank] = torch.bmm(dy_CTO.mT, h_CTR)
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx_NI = torch.zeros_like(x_NI)
-            _add_unpadded(dx_NI, torch.bmm(dh_CTR, a_CRI), groups)
-            dx = dx_NI.view(x.shape)
-        return gradient, dx, da_KRI, db_KOR, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a_KRI, b_KOR, *kept = ctx.saved_tensors
+        dx_NI = torch.zeros_like(_rows(x)) if ctx.needs_input_grad[1] else None
+        dy_NO = _rows(dy).to(x.dtype)
+        da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), a_KRI, b_KOR, kept, ctx.scale_K, ctx.groups, dx_NI)
+        return dy, None if dx_NI is None else dx_NI.view(x.shape), da_KRI, db_KOR, None, None, None
 
 
-def _padded(x_ND: Tensor, groups: Groups) -> Tensor:
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        scale_K: Sequence[float],
+        groups: Groups,
+        way: Way,
+    ) -> Tensor:
+        y_NO = F.linear(_rows(x), weight_OI, bias_O)
+        kept = way.add(y_NO, _rows(x), a_KRI, b_KOR, scale_K, groups)
+        ctx.save_for_backward(x, weight_OI, a_KRI, b_KOR, *kept)
+        ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI, a_KRI, b_KOR, *kept = ctx.saved_tensors
+        dy_NO = _rows(dy)
+        dx_NI = dy_NO @ weight_OI if ctx.needs_input_grad[0] else None
+        da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), a_KRI, b_KOR, kept, ctx.scale_K, ctx.groups, dx_NI)
+        dx = None if dx_NI is None else dx_NI.view(x.shape)
+        return dx, None, None, da_KRI, db_KOR, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _stacked(x_ND: Tensor, groups: Groups) -> Tensor:
     """[C, T, D]."""
-    if groups.block is not None:
-        return x_ND[groups.block].view(len(groups.slots), groups.most, -1)
+    if groups.is_even:
+        assert groups.whole is not None
+        return x_ND[groups.whole].view(len(groups.slots), groups.most, -1)
     return x_ND.index_select(0, groups.layout(x_ND.device)[0]).view(len(groups.slots), groups.most, -1)
 
 
-def _add_unpadded(y_ND: Tensor, x_CTD: Tensor, groups: Groups) -> None:
-    x_PD = x_CTD.flatten(0, 1)
-    if groups.block is not None:
-        y_ND[groups.block] += x_PD
+def _add_bmm(y_ND: Tensor, left_CTR: Tensor, right_CRD: Tensor, groups: Groups) -> None:
+    """Add left · right to the tokens of the slots at work."""
+    if groups.is_even and y_ND.dtype == left_CTR.dtype:
+        _stacked(y_ND, groups).baddbmm_(left_CTR, right_CRD)
         return
-    tokens_P, places_N, _ = groups.layout(x_PD.device)
-    x_PD = x_PD.index_select(0, places_N)
-    spans = list(groups.spans.values())
-    if spans[-1].stop - spans[0].start == len(x_PD):  # no gap between slots
-        y_ND[spans[0].start : spans[-1].stop] += x_PD
+    product_PD = torch.bmm(left_CTR, right_CRD).flatten(0, 1)
+    _, tokens_N, places_N, _ = groups.layout(y_ND.device)
+    product_ND = product_PD.index_select(0, places_N)
+    if groups.whole is not None:
+        y_ND[groups.whole] += product_ND
     else:
-        y_ND.index_add_(0, tokens_P.index_select(0, places_N), x_PD)
-
-
-def _add_product(y_TO: Tensor, h_TR: Tensor, b_RO: Tensor) -> None:
-    if y_TO.dtype == h_TR.dtype:
-        y_TO.addmm_(h_TR, b_RO)
-    else:
-        y_TO.add_(h_TR @ b_RO)
+        y_ND.index_add_(0, tokens_N, product_ND.to(y_ND.dtype))
 
 
 def scale_rows_reference(y_NO: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
-    """factor · (y - bias) + bias for the tokens in `groups`, with their slots' factors; the others as they are."""
+    """factor · (y - bias) + bias for the tokens of slots at work, with their slot's factor; the others as they are."""
     parts, done = [], 0
+    bias = 0 if bias_O is None else bias_O
     for slot, span in groups.spans.items():
-        parts.append(y_NO[done : span.start])
-        y_TO = y_NO[span] if bias_O is None else y_NO[span] - bias_O
-        y_TO = y_TO * factor_KO[slot]
-        parts.append(y_TO if bias_O is None else y_TO + bias_O)
+        parts += [y_NO[done : span.start], (y_NO[span] - bias) * factor_KO[slot] + bias]
         done = span.stop
     return torch.cat([*parts, y_NO[done:]])
 
 
 def scale_rows(y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
-    """`scale_rows_reference` without its copies, for [..., O] of N rows; no gradient goes to the bias."""
+    """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias."""
     if not groups.slots:
         return y
     result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups)  # type: ignore[no-untyped-call]
@@ -255,29 +371,48 @@ def scale_rows(y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Grou
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
-        result = y.clone() if len(groups.spans) < groups.num_slots else torch.empty_like(y)
-        result = y.clone()
-        y_NO, result_NO = y.view(-1, y.shape[-1]), result.view(-1, y.shape[-1])
-        factor_KO = factor_KO.to(y.dtype)
-        for slot, span in groups.spans.items():
-            factor_O = factor_KO[slot]
-            torch.mul(y_NO[span], factor_O, out=result_NO[span])
-            if bias_O is not None:
-                result_NO[span] += bias_O * (1 - factor_O)
         ctx.save_for_backward(y, factor_KO, bias_O)
         ctx.groups = groups
-        return result
+        result_NO = _rows(y).clone()
+        _scale(result_NO, factor_KO.to(y.dtype), groups)
+        if bias_O is not None:
+            _shift(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups)
+        return result_NO.view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, factor_KO, bias_O = ctx.saved_tensors
-        y_NO = y.view(-1, y.shape[-1])
-        dy_NO = gradient.reshape(y_NO.shape).clone()
-        dfactor_KO = torch.zeros_like(factor_KO, dtype=torch.float32)
-        for slot, span in ctx.groups.spans.items():
-            g_TO = dy_NO[span]
-            dfactor_KO[slot] = (g_TO * y_NO[span]).sum(0)
-            if bias_O is not None:
-                dfactor_KO[slot] -= g_TO.sum(0) * bias_O
-            g_TO *= factor_KO[slot]
+        groups: Groups = ctx.groups
+        dy_NO = _rows(gradient).clone()
+        dfactor_KO = _sums(dy_NO * _rows(y), groups, factor_KO)
+        if bias_O is not None:
+            dfactor_KO -= _sums(dy_NO, groups, factor_KO) * bias_O
+        _scale(dy_NO, factor_KO.to(y.dtype), groups)
         return dy_NO.view(y.shape), dfactor_KO, None, None
+
+
+def _scale(y_NO: Tensor, factor_KO: Tensor, groups: Groups) -> None:
+    if groups.is_even:
+        _stacked(y_NO, groups).mul_(factor_KO[groups.picked][:, None])
+    else:
+        for slot, span in groups.spans.items():
+            y_NO[span] *= factor_KO[slot]
+
+
+def _shift(y_NO: Tensor, shift_KO: Tensor, groups: Groups) -> None:
+    if groups.is_even:
+        _stacked(y_NO, groups).add_(shift_KO[groups.picked][:, None])
+    else:
+        for slot, span in groups.spans.items():
+            y_NO[span] += shift_KO[slot]
+
+
+def _sums(y_NO: Tensor, groups: Groups, like_KO: Tensor) -> Tensor:
+    """[K, O]: each slot's sum over its tokens."""
+    found_KO = torch.zeros_like(like_KO)
+    if groups.is_even:
+        found_KO[groups.picked] = _stacked(y_NO, groups).sum(1, dtype=like_KO.dtype)
+    else:
+        for slot, span in groups.spans.items():
+            torch.sum(y_NO[span], 0, dtype=like_KO.dtype, out=found_KO[slot])
+    return found_KO

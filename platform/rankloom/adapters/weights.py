@@ -79,6 +79,20 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     return model.requires_grad_(False).eval()
 
 
+def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
+    """An adapter folder's config and tensors, for whoever puts them onto the base in another way than PEFT.
+
+    Of the tensors, values and types are checked; names and shapes are the caller's to compare.
+
+    Raises:
+        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.
+    """
+    config = _read_config(folder)
+    _check_modules(base_model, config, folder)
+    _check_ranks(config, _read_shapes(folder), folder)
+    return config, _read_tensors(base_model, folder)
+
+
 def _read_config(folder: Path) -> peft.LoraConfig:
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such adapter folder")
@@ -103,7 +117,10 @@ def _read_config(folder: Path) -> peft.LoraConfig:
             raise RegistryError(f"{file}: {key}: {value!r:.80} is not allowed; only plain LoRA and DoRA are loaded")
     settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
     # every value comes from the file, so none is drawn
-    return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
+    try:
+        return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
+    except ValueError as error:  # settings that exclude each other
+        raise RegistryError(f"{file}: {error}") from None
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -60,24 +60,39 @@ def groups(study: StudyConfig) -> dict[str, Group]:
     }
 
 
-def devices(study: StudyConfig, resources: dict[str, float], num_groups: int) -> tuple[int, Device]:
-    """How many hosts each group may have, and what each of them gets: the groups share every device.
+@dataclass(frozen=True)
+class Plan:
+    """How a study shares out a cluster."""
+
+    hosts_per_group: int
+    device: Device
+    dedicated_cpus: int
+    """Cores of a worker of a trial that can't share a base."""
+
+
+def share_out(study: StudyConfig, resources: dict[str, float]) -> Plan:
+    """Divide the cluster: the groups share every device, and on CPUs dedicated runs have a part as large as a group's.
+
+    On GPUs a dedicated run waits until a device is given back.
 
     Raises:
         ConfigError: CUDA is asked for where there is no GPU.
     """
     compute = study.baseline.compute
+    num_groups = len(groups(study))
+    parts = max(1, num_groups + any(not is_fusable(trial) for trial in study.members()))
     gpus, cores = int(resources.get("GPU", 0)), max(1.0, resources.get("CPU", 1))
     if compute.device == "cuda" and not gpus:
         raise ConfigError("compute.device=cuda: this cluster has no GPU; set trial.compute.device=cpu, or auto")
     on_gpu = gpus > 0 and compute.device != "cpu"
     num_hosts = study.hosts.max_hosts or (gpus if on_gpu else 1)
-    share = 1 / max(1, num_groups)
-    cpus = OF_THE_CORES * cores * share / num_hosts
-    threads = compute.cpus_per_worker or max(1, int(cores * share / num_hosts))
-    if on_gpu:
-        return num_hosts, Device(min(cpus, 1.0), int(1e4 * share * min(1.0, gpus / num_hosts)) / 1e4, threads)
-    return num_hosts, Device(cpus, 0.0, threads)
+    cpus = OF_THE_CORES * cores / parts / num_hosts
+    threads = compute.cpus_per_worker or max(1, int(cores / parts / num_hosts))
+    dedicated = max(1, int(cores / parts))
+    if not on_gpu:
+        return Plan(num_hosts, Device(cpus, 0.0, threads), dedicated)
+    gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4
+    return Plan(num_hosts, Device(min(cpus, 1.0), gpu, threads), dedicated)
 
 
 @dataclass
@@ -99,7 +114,8 @@ class Hosts:
         self._tree = study
         self._study = parse(StudyConfig, study)
         self._groups = groups(self._study)
-        self._max_hosts, self._device = devices(self._study, resources, len(self._groups))
+        plan = share_out(self._study, resources)
+        self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[Open] = []
         self._count = 0
         self._sweeper: asyncio.Task[None] | None = None
@@ -119,6 +135,14 @@ class Hosts:
         host = self._host_of(key)
         host.trials.add(trial_id)
         return host.handle
+
+    async def any(self, tree: dict[str, Any]) -> Any:
+        """The handle of some open host; of a new one, for this trial's group, where none is open."""
+        if not self._open:
+            trial = parse(TrialConfig, tree)
+            self._groups.setdefault(host_key(trial), Group(trial, 1, False))
+            self._host_of(host_key(trial))
+        return self._open[0].handle
 
     async def unseat(self, trial_id: str) -> None:
         """A trial left its host."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.config.space import Point
-from rankloom.config.study import AshaConfig
+from rankloom.config.study import AshaConfig, is_fusable
 
 Status = Literal["running", "done", "stopped", "failed"]
 CURVE = ("step", "percent", "loss", "accuracy", "train_loss", "tokens", "train_s")
@@ -105,13 +105,17 @@ class Board:
         scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(metric)) is not None]
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], metric), pair[0].number))]
 
+    def candidates(self) -> list[Standing]:
+        """Those of the ranking that have an adapter: a dedicated run has one only when it came to its end."""
+        return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status == "done"]
+
     @property
     def baseline(self) -> Standing | None:
         return next((trial for trial in self.trials.values() if trial.number == 0), None)
 
     def finalists(self) -> list[Standing]:
         """The top k, each method's best, and the baseline: what is scored on the test rows."""
-        ranking, found = self.ranking(), {}
+        ranking, found = self.candidates(), {}
         for trial in ranking[: self.study.final.top_k]:
             found[trial.id] = trial
         methods: set[str] = set()

@@ -39,6 +39,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._began_at, self._share_before = time.monotonic(), board.share_done
         self._points: dict[str, dict[str, Any]] = {}
         self._trials: list[Any] = []
+        self._statuses: dict[str, str] = {}
 
     def __reduce__(self) -> Any:
         return _Nothing, ()  # Tune pickles callbacks into its own state; a study that goes on brings another
@@ -70,6 +71,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
         self._trials = trials
+        # at the end of a run that was stopped, Tune calls every trial terminated, though it saved them as running
+        self._statuses = {trial.trial_id: trial.status for trial in trials}
         self._poll()
         if self._stop.is_set() and threading.current_thread() is threading.main_thread():
             self._stop.clear()
@@ -82,9 +85,10 @@ class Journal(tune.Callback):  # type: ignore[misc]
             del self.board.trials[trial_id]
         for trial_id, trial in known.items():
             standing = self.board.trials.get(trial_id)
-            if trial.status == "TERMINATED" and standing is not None and standing.status == "running":
+            ended = self._statuses.get(trial_id) == "TERMINATED"
+            if ended and standing is not None and standing.status == "running":
                 self.on_trial_complete(0, self._trials, trial)
-        self.interrupted = any(trial.status not in ("TERMINATED", "ERROR") for trial in self._trials)
+        self.interrupted = any(status not in ("TERMINATED", "ERROR") for status in self._statuses.values())
 
     def take_stats(self, stats: list[dict[str, Any]]) -> None:
         """What the hosts say of themselves; one that was given back keeps its last words."""

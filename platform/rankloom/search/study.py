@@ -6,7 +6,8 @@
     finish    the best by validation are scored on the test rows and published (`final.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, journal.jsonl, adapters/<trial> (each trial's
-best), tune/ (Ray Tune's own state), and at the end results.parquet and result.json.
+best), dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet
+and result.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +26,11 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
-from rankloom.config.study import is_fusable
+from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster
 from rankloom.launch.channel import Channel
-from rankloom.launch.hosts import Hosts, devices, groups
+from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import absolute, changes
 from rankloom.launch.trainer import Background, failure_of, watch
 from rankloom.search.board import Board, Standing, write_results
@@ -71,6 +73,8 @@ def run(
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
         return finished
     _check(study)
+    if decision == "start":  # what a study left that never trained
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
@@ -91,7 +95,7 @@ def run(
         }
         if journal.interrupted:
             return {"status": "interrupted"} | outcome
-        if not board.ranking():
+        if not board.finalists():
             reasons = sorted({trial.error or "" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
         outcome |= _finish(study, folder, journal, hosts, on_event)
@@ -118,7 +122,7 @@ def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} exists and holds no study of rankloom's; choose another name")
         return "start"
-    begun = (folder / JOURNAL).is_file() and (folder / JOURNAL).stat().st_size > 0
+    begun = (folder / JOURNAL).is_file() and '"event": "report"' in (folder / JOURNAL).read_text(encoding="utf-8")
     if not resume and begun:
         raise ConfigError(
             f"study {study.name!r} exists at {folder}; --resume continues it, or choose another name (name=...)"
@@ -172,13 +176,13 @@ def _check(study: StudyConfig) -> None:
 
     build_scheduler(study)
     StudySearcher(study)
-    for trial in study.members():
-        if not is_fusable(trial):
-            raise ConfigError(
-                f"space: method.type={trial.method.type} with init={getattr(trial.method, 'init', 'default')} on "
-                f"quantization={trial.quantization.type} can't share a base, which trials of a study do; train it by "
-                f"itself"
-            )
+    if isinstance(study.scheduler, PbtConfig):
+        for trial in study.members():
+            if not is_fusable(trial):
+                raise ConfigError(
+                    f"scheduler.type=pbt copies weights between members of hosts, which method.type="
+                    f"{trial.method.type} as it is set here can't be; use lora or dora, or another scheduler"
+                )
 
 
 @contextmanager
@@ -199,7 +203,8 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     import ray
 
     opened = ray.get(hosts.prepare.remote())
-    tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+    if opened:
+        tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
@@ -222,10 +227,10 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
 
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.searchers import StudySearcher
-    from rankloom.search.trainable import FusedTrial
+    from rankloom.search.trainable import StudyTrial
 
-    num_groups = len(groups(study))
-    slots = devices(study, resources, num_groups)[0] * num_groups * study.hosts.num_slots
+    plan = share_out(study, resources)
+    slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
     waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 4)
     concurrent = min(study.num_trials, slots + waiting)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
@@ -233,7 +238,9 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     trainable = tune.with_resources(
-        tune.with_parameters(FusedTrial, study=dump(study), hosts=hosts, adapters=str(folder / ADAPTERS)),
+        tune.with_parameters(
+            StudyTrial, study=dump(study), hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
+        ),
         {"cpu": TRIAL_CPUS},
     )
     stopper = StopWhenFatal(journal)
@@ -263,7 +270,7 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
             callbacks=[journal],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_at_end=False),
         ),
     )
 
@@ -289,7 +296,7 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell
     ]
     channel = ray.remote(Channel).options(num_cpus=0).remote()
 
-    host = ray.get(hosts.prepare.remote())[0]
+    host = ray.get(hosts.any.remote(dump(finalists[0].config)))
     scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
     watch(scoring, channel, tell)
     try:
@@ -323,7 +330,7 @@ def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list
 
 def names_of(trial: Standing, board: Board) -> list[str]:
     """What a finalist is published as: the winner under the study's name, each method's best under its own."""
-    ranking = board.ranking()
+    ranking = board.candidates()
     names = [board.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
         names.append(f"{board.study.name}-{trial.method}")

@@ -1,51 +1,65 @@
-"""A fused trial as Ray Tune sees it: a thin class that imports no torch and only talks to its host.
+"""A trial as Ray Tune sees it: a thin class that imports no torch. `fused.py` and `dedicated.py` do what it asks for.
 
-`step` asks for the next report. The host trains ahead of that within a bound, so that it does not wait for Tune's way
-there and back. Reports are numbered, and a checkpoint is the host's snapshot of the last one that Tune was told.
+Reports are numbered, and a checkpoint is the state at the last report that Tune was told.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ray
 from ray import tune
-from ray.exceptions import ActorUnavailableError, RayActorError
 
-from rankloom.config import StudyConfig, dump, parse
+from rankloom.config import StudyConfig, parse
+from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
-from rankloom.launch.host_actor import Files, failed, read_files, write_files
+from rankloom.launch.host_actor import Report, failed
+from rankloom.search.dedicated import Dedicated
+from rankloom.search.fused import Fused, LostError
 
 CHECKPOINT = "trial.json"
-RETURN_TIMEOUT_S = 300.0
-"""How long a trial waits for its host to be restarted."""
 
 
-class FusedTrial(tune.Trainable):  # type: ignore[misc]
-    """A member of a host. Actors of this class are reused: one trial after another, in the same process."""
+class Way(Protocol):
+    """How a trial is run."""
 
-    def setup(self, config: dict[str, Any], study: dict[str, Any], hosts: Any, adapters: str) -> None:
+    def advance(self, n: int) -> Report:
+        """The report after the n-th."""
+
+    def save(self, n: int, folder: Path) -> None:
+        """Write what it takes to go on from report n."""
+
+    def load(self, n: int, folder: Path) -> None:
+        """Go on from there; before the first `advance`."""
+
+    def leave(self) -> None:
+        """End, wherever the trial is; twice is once."""
+
+
+class StudyTrial(tune.Trainable):  # type: ignore[misc]
+    """Actors of this class are reused: one trial after another, in the same process."""
+
+    def setup(
+        self, config: dict[str, Any], study: dict[str, Any], hosts: Any, folder: str, dedicated_cpus: int
+    ) -> None:
         """
         Args:
             config: a point of the study's space, with the trial's number.
             hosts: the `launch.hosts.Hosts` actor.
-            adapters: the folder for the trials' best adapters.
+            folder: the study's.
+            dedicated_cpus: cores for a worker of a trial that can't share a base.
         """
         self._study = parse(StudyConfig, study)
-        self._hosts = hosts
-        self._adapters = adapters
-        self._files: Files | None = None
+        self._hosts, self._folder, self._dedicated_cpus = hosts, Path(folder), dedicated_cpus
+        self._n: int = 0
+        self._saved_at: float = 0.0
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
         try:
-            if self._host is None:
-                self._join(recover=False)
-            report = self._advance()
+            report = self._way.advance(self._n)
         except LostError:
             raise  # Tune starts the trial again from its own checkpoint
         except RankloomError as error:
@@ -55,86 +69,42 @@ class FusedTrial(tune.Trainable):  # type: ignore[misc]
         return report | {"should_checkpoint": due and not report["done"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        files = self._files
-        if self._host is not None:
-            files = ray.get(self._host.snapshot.remote(self._key, self._n))
-        write_files(Path(checkpoint_dir) / "state", files or {})
-        (Path(checkpoint_dir) / CHECKPOINT).write_text(json.dumps({"n": self._n}))
+        folder = Path(checkpoint_dir)
+        self._way.save(self._n, folder / "state")
+        (folder / CHECKPOINT).write_text(json.dumps({"n": self._n}))
         self._saved_at = time.monotonic()
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir)
-        self._leave()
+        self._way.leave()
         self._n = int(json.loads((folder / CHECKPOINT).read_text())["n"])
-        self._files = read_files(folder / "state") or None
+        self._way.load(self._n, folder / "state")
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._leave()
+        self._way.leave()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
-        self._leave()
+        self._way.leave()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        """Be the trial of this point, not yet in a host: a checkpoint may be loaded first."""
+        """Be the trial of this point, not yet under way: a checkpoint may be loaded first."""
         point = dict(config)
         number = int(point.pop("number"))
-        self._trial = self._study.resolve(point, number)
-        self._host: Any = None
-        self._files = None
+        trial = self._study.resolve(point, number)
+        best_folder = self._folder / "adapters" / self.trial_id
         self._n = 0
         self._saved_at = time.monotonic()
+        self._way: Way
+        if is_fusable(trial):
+            self._way = Fused(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
+        else:
+            root = self._folder / "dedicated" / self.trial_id
+            self._way = Dedicated(trial, self._study.search.best, root, best_folder, self._dedicated_cpus)
 
-    def _join(self, *, recover: bool) -> None:
-        """Take a seat, from the checkpoint that was loaded, or where a host that died left this membership.
-
-        Raises:
-            TrialError: the host did not return, or has nothing of this membership.
-        """
-        tree, deadline = dump(self._trial), time.monotonic() + RETURN_TIMEOUT_S
-        if not recover:
-            # unique to this membership: a cached actor of the same trial's past must not end it
-            self._key = f"{self.trial_id}#{uuid.uuid4().hex[:8]}"
-            self._host = ray.get(self._hosts.seat.remote(self.trial_id, tree))
-        best_folder = str(Path(self._adapters) / self.trial_id)
-        while True:
-            try:
-                joined = self._host.join.remote(
-                    self._key, tree, files=self._files, n=self._n, recover=recover, best_folder=best_folder
-                )
-                if ray.get(joined):
-                    self._files = None
-                    return
-            except ActorUnavailableError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.5)
-                    continue
-            raise LostError(f"{self._trial.name}: the host is gone, and what it kept of this trial with it")
-
-    def _advance(self) -> dict[str, Any]:
-        """The next report; where the host died, from the host that takes its place."""
-        for _ in range(1 + self._study.hosts.max_failures):
-            try:
-                report: dict[str, Any] = ray.get(self._host.advance.remote(self._key, self._n))
-                return report
-            except (RayActorError, KeyError):  # it died; or it died and was restarted, or the lease ran out
-                self._join(recover=True)
-        raise LostError(f"{self._trial.name}: its host died again and again")
-
-    def _gave_up(self, error: RankloomError) -> dict[str, Any]:
+    def _gave_up(self, error: RankloomError) -> Report:
         """The last report of a trial that a retry would not help."""
         progress = {"step": 0, "percent": 100.0, "train_loss": 0.0, "tokens": 0, "train_s": 0.0}
+        # a trial's own failure ends it; what is wrong with the data, the base or the cluster ends the study
         return failed(self._n + 1, str(error), progress) | {"fatal": not isinstance(error, TrialError)}
-
-    def _leave(self) -> None:
-        if self._host is None:
-            return
-        # nobody waits for the answers: whoever can't be reached has forgotten this trial already
-        self._host.leave.remote(self._key)
-        self._hosts.unseat.remote(self.trial_id)
-        self._host = None
-
-
-class LostError(TrialError):
-    """The trial has to begin again from its own checkpoint."""

@@ -1,0 +1,125 @@
+"""A trial that can't share a base (full, GaLore, LISA, AdaLoRA, ...): a Ray Train run of its own.
+
+It is the run that `rankloom train` would make, in a folder of the study's, watched through its events: each evaluation
+is a report. It does not wait for Tune between two of them; a stop reaches it at its next step. Only a run that came to
+its end has an adapter, since that is cut from the weights at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+from rankloom.config import TrialConfig, dump, parse
+from rankloom.errors import RankloomError
+from rankloom.launch.host_actor import Report
+from rankloom.launch.trainer import Background, failure_of, fit
+
+LEAVE_TIMEOUT_S = 60.0
+PROGRESS = "progress.json"
+POLL_S = 0.2
+
+
+class Dedicated:
+    """One run; see `trainable.Way`."""
+
+    def __init__(
+        self, trial: TrialConfig, mode: Literal["max", "min"], root: Path, best_folder: Path, cpus: int
+    ) -> None:
+        """
+        Args:
+            mode: whether the metric is best at its max or min.
+            root: the run's output root.
+            best_folder: where its adapter goes.
+            cpus: cores of a worker.
+        """
+        tree = dump(trial)
+        # what the finalists are measured by is measured when the study ends; its registry is the run's own
+        tree["output"] |= {"root": str(root), "publish": True}
+        tree["eval"] |= {"base": False, "latency": False, "retention": None}
+        tree["compute"] |= {
+            "num_workers": max(1, trial.compute.num_workers),
+            "cpus_per_worker": trial.compute.cpus_per_worker or cpus,
+        }
+        self._trial = parse(TrialConfig, tree)
+        self._sign = 1 if mode == "max" else -1
+        self._best_folder = best_folder
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._running: Background | None = None
+        self._last_step: dict[str, Any] = {"loss": 0.0, "tokens": 0, "total_steps": 0}
+        self._last: Report = {"step": 0, "best_value": None}
+
+    def advance(self, n: int) -> Report:
+        running = self._running or self._start()
+        while True:
+            try:
+                event = self._events.get(timeout=POLL_S)
+            except queue.Empty:
+                if not running.join(0) or not self._events.empty():
+                    continue
+                return self._end(n, running)
+            if event["event"] == "step":
+                self._last_step = event
+            elif event["event"] == "eval" and event["step"] > self._last["step"]:
+                self._last = self._report(event)
+                if event["step"] < self._last_step["total_steps"]:
+                    return self._last | {"n": n + 1}
+
+    def save(self, n: int, folder: Path) -> None:  # noqa: ARG002
+        """The run keeps its own checkpoints; this is which of its evaluations were told."""
+        folder.mkdir(parents=True)
+        (folder / PROGRESS).write_text(json.dumps(self._last))
+
+    def load(self, n: int, folder: Path) -> None:  # noqa: ARG002
+        self._last = json.loads((folder / PROGRESS).read_text())
+
+    def leave(self) -> None:
+        if self._running is not None:
+            self._stop.set()
+            self._running.join(LEAVE_TIMEOUT_S)
+            self._running = None
+
+    def _start(self) -> Background:
+        begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()
+        self._stop, self._events = threading.Event(), queue.SimpleQueue()
+        put, stop = self._events.put, self._stop
+        self._running = Background(lambda: fit(self._trial, resume=begun, on_event=put, stop=stop))
+        return self._running
+
+    def _report(self, event: dict[str, Any]) -> Report:
+        value = event["loss"] if self._trial.eval.metric == "loss" else event["accuracy"]
+        before = self._last["best_value"]
+        best = before is None or self._sign * value > self._sign * before
+        return {
+            "step": event["step"],
+            "percent": 100 * event["step"] / max(1, self._last_step["total_steps"]),
+            "train_loss": self._last_step["loss"],
+            "tokens": self._last_step["tokens"],
+            "train_s": 0.0,
+            "loss": event["loss"],
+            "accuracy": event["accuracy"],
+            "best": best,
+            "best_value": value if best else before,
+            "done": False,
+            "finished": False,
+            "error": None,
+        }
+
+    def _end(self, n: int, running: Background) -> Report:
+        """The run came to its end, perhaps earlier than its budget: its last evaluation, now with an adapter."""
+        try:
+            outcome = running.result()
+        except RankloomError:
+            raise
+        except Exception as error:
+            raise failure_of(error).error from None
+        self._best_folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._best_folder, ignore_errors=True)
+        shutil.copytree(outcome["adapter"], self._best_folder)
+        train_s = float(outcome["scorecard"]["train_s"])
+        return self._last | {"n": n + 1, "percent": 100.0, "train_s": train_s, "done": True, "finished": True}

@@ -1,0 +1,95 @@
+"""A trial as a member of a host: asks for a seat, then for one report after another.
+
+The host trains ahead of that within a bound, so that it does not wait for Tune's way there and back.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from rankloom.config import TrialConfig, dump
+from rankloom.errors import TrialError
+from rankloom.launch.host_actor import Files, Report, read_files, write_files
+
+RETURN_TIMEOUT_S = 300.0
+"""How long a trial waits for its host to be restarted."""
+
+
+class LostError(TrialError):
+    """The trial has to begin again from its own checkpoint."""
+
+
+class Fused:
+    """A membership; see `trainable.Way`."""
+
+    def __init__(self, trial: TrialConfig, trial_id: str, hosts: Any, best_folder: Path, max_failures: int) -> None:
+        """
+        Args:
+            hosts: the `launch.hosts.Hosts` actor.
+            best_folder: where the host puts the trial's best adapter.
+            max_failures: deaths of the host that are lived through within one report.
+        """
+        self._trial, self._trial_id, self._hosts = trial, trial_id, hosts
+        self._best_folder, self._max_failures = best_folder, max_failures
+        self._host: Any = None
+        self._files: Files | None = None
+
+    def advance(self, n: int) -> Report:
+        if self._host is None:
+            self._join(n, recover=False)
+        for _ in range(1 + self._max_failures):
+            try:
+                report: Report = ray.get(self._host.advance.remote(self._key, n))
+                return report
+            except (RayActorError, KeyError):  # it died; or it died and was restarted, or the lease ran out
+                self._join(n, recover=True)
+        raise LostError(f"{self._trial.name}: its host died again and again")
+
+    def save(self, n: int, folder: Path) -> None:
+        files = self._files
+        if self._host is not None:
+            files = ray.get(self._host.snapshot.remote(self._key, n))
+        write_files(folder, files or {})
+
+    def load(self, n: int, folder: Path) -> None:  # noqa: ARG002
+        self._files = read_files(folder) or None
+
+    def leave(self) -> None:
+        if self._host is None:
+            return
+        # nobody waits for the answers: whoever can't be reached has forgotten this trial already
+        self._host.leave.remote(self._key)
+        self._hosts.unseat.remote(self._trial_id)
+        self._host = None
+
+    def _join(self, n: int, *, recover: bool) -> None:
+        """Take a seat, from the checkpoint that was loaded, or where a host that died left this membership.
+
+        Raises:
+            LostError: the host did not return, or has nothing of this membership.
+        """
+        tree, deadline = dump(self._trial), time.monotonic() + RETURN_TIMEOUT_S
+        if not recover:
+            # unique to this membership: a cached actor of the same trial's past must not end it
+            self._key = f"{self._trial_id}#{uuid.uuid4().hex[:8]}"
+            self._host = ray.get(self._hosts.seat.remote(self._trial_id, tree))
+        best_folder = str(self._best_folder)
+        while True:
+            try:
+                joined = self._host.join.remote(
+                    self._key, tree, files=self._files, n=n, recover=recover, best_folder=best_folder
+                )
+                if ray.get(joined):
+                    self._files = None
+                    return
+            except ActorUnavailableError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
+            raise LostError(f"{self._trial.name}: the host is gone, and what it kept of this trial with it")

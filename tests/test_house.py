@@ -71,7 +71,9 @@ def test_heavy_imports_would_be_seen() -> None:
     assert "torch" in heavy_after("import rankloom.models")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["tune", "--help"], ["adapters", "--help"], ["schema", "study"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["tune", "--help"], ["adapters", "--help"], ["schema", "study"]]
+)
 def test_cli_answers_without_heavy_imports(arguments: list[str]) -> None:
     run_main = f"import sys\nsys.argv = ['rankloom', *{arguments}]\nfrom rankloom.cli import main\n"
     assert heavy_after(run_main + "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code") == "heavy:"

@@ -130,7 +130,7 @@ def grouped_lora(
     """
     if not groups.slots:
         return onto
-    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))  # type: ignore[no-untyped-call]
+    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))
     return result
 
 
@@ -148,7 +148,7 @@ def grouped_linear(
     if not groups.slots:
         return F.linear(x, weight_OI, bias_O)
     way = way or fastest(x, b_KOR, groups)
-    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)  # type: ignore[no-untyped-call]
+    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
     return result
 
 
@@ -364,7 +364,7 @@ def scale_rows(y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Grou
     """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias."""
     if not groups.slots:
         return y
-    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups)  # type: ignore[no-untyped-call]
+    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups)
     return result
 
 

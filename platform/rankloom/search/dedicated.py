@@ -70,12 +70,12 @@ class Dedicated:
                 if event["step"] < self._last_step["total_steps"]:
                     return self._last | {"n": n + 1}
 
-    def save(self, n: int, folder: Path) -> None:  # noqa: ARG002
+    def save(self, n: int, folder: Path) -> None:
         """The run keeps its own checkpoints; this is which of its evaluations were told."""
         folder.mkdir(parents=True)
         (folder / PROGRESS).write_text(json.dumps(self._last))
 
-    def load(self, n: int, folder: Path) -> None:  # noqa: ARG002
+    def load(self, n: int, folder: Path) -> None:
         self._last = json.loads((folder / PROGRESS).read_text())
 
     def leave(self) -> None:

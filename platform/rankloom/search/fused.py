@@ -57,7 +57,7 @@ class Fused:
             files = ray.get(self._host.snapshot.remote(self._key, n))
         write_files(folder, files or {})
 
-    def load(self, n: int, folder: Path) -> None:  # noqa: ARG002
+    def load(self, n: int, folder: Path) -> None:
         self._files = read_files(folder) or None
 
     def leave(self) -> None:

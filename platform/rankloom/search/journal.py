@@ -44,13 +44,13 @@ class Journal(tune.Callback):  # type: ignore[misc]
     def __reduce__(self) -> Any:
         return _Nothing, ()  # Tune pickles callbacks into its own state; a study that goes on brings another
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._points.get(trial.trial_id) != trial.config:  # not after a pause, unless an exploit changed it
             self._points[trial.trial_id] = dict(trial.config)
             self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any  # noqa: ARG002
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:  # fmt: skip
         if result.get("error"):
             self.fatal = self.fatal or (result["error"] if result.get("fatal") else None)
@@ -58,18 +58,18 @@ class Journal(tune.Callback):  # type: ignore[misc]
         line = {"event": "report", "trial": trial.trial_id, "n": result["n"], "best": result["best"]}
         self._write(line | {name: result[name] for name in CURVE})
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
         status = "failed" if last.get("error") else "done" if last.get("finished") else "stopped"
         self._write({"event": "end", "trial": trial.trial_id, "status": status, "error": last.get("error")})
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.trial_id not in self.board.trials:  # it never started
             self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
         error = " ".join(str(trial.get_pickled_error() or "its process died too often").split())[-400:]
         self._write({"event": "end", "trial": trial.trial_id, "status": "failed", "error": error})
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._trials = trials
         # at the end of a run that was stopped, Tune calls every trial terminated, though it saved them as running
         self._statuses = {trial.trial_id: trial.status for trial in trials}
@@ -141,7 +141,7 @@ class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
     def __reduce__(self) -> Any:
         return _Never, ()
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -149,7 +149,7 @@ class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
 
 
 class _Never(tune.Stopper):  # type: ignore[misc]
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:

@@ -42,7 +42,7 @@ class RandomProposer:
         self._study = study
         self._rng = random.Random(study.search.seed)
 
-    def propose(self, number: int) -> Point | None:  # noqa: ARG002
+    def propose(self, number: int) -> Point | None:
         return space.sample(self._study, self._rng)
 
     def tell(self, number: int, value: float | None) -> None:
@@ -56,7 +56,7 @@ class GridProposer:
         self._study = study
         self._next = 0
 
-    def propose(self, number: int) -> Point | None:  # noqa: ARG002
+    def propose(self, number: int) -> Point | None:
         points = (
             {space.BRANCH: branch, **values} for branch, knobs in enumerate(self._study.knobs) for values in grid(knobs)
         )

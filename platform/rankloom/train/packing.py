@@ -263,11 +263,11 @@ class _Repack(torch.autograd.Function):
 
 
 def _unpack(x_N: Tensor, layout: Layout) -> Tensor:
-    return x_N if layout.tokens_P is None else _Unpack.apply(x_N, layout)  # type: ignore[no-untyped-call]
+    return x_N if layout.tokens_P is None else _Unpack.apply(x_N, layout)
 
 
 def _repack(x_P: Tensor, layout: Layout) -> Tensor:
-    return x_P if layout.tokens_P is None else _Repack.apply(x_P, layout)  # type: ignore[no-untyped-call]
+    return x_P if layout.tokens_P is None else _Repack.apply(x_P, layout)
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

@@ -55,7 +55,7 @@ def test_help_is_light(verb: list[str]) -> None:
         (["train", "shipped:trials/full.yaml", "quantization=nf4"], "quantization=nf4"),
         (["train", "shipped:trials/lora.yaml", "--resume"], "no run 'bank-intents-lora'"),
         (["train", "shipped:trials/lora.yaml", "tracking.wandb_project=x"], "wandb"),
-        (["schema", "study"], "allowed: trial"),
+        (["schema", "nothing"], "allowed: trial"),
         (["submit", "train", "shipped:trials/lora.yaml", "--address", "head:8265"], "http://head:8265"),
         (["evaluate", "configs/no-such.yaml"], "no-such.yaml: no such file"),
     ],

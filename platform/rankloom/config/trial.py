@@ -179,7 +179,7 @@ def conflicts(trial: TrialConfig) -> list[str]:
                 )
     if trial.eval.metric == "accuracy" and trial.data.format not in ("auto", "classification"):
         found.append(
-            f"eval.metric=accuracy needs labels, but data.format={trial.data.format} has none; set eval.metric=loss"
+            f"eval.metric: accuracy needs classification data (text, label); use loss, not {trial.data.format}"
         )
     if trial.output.keep_model and (row.servable != "extracted" or "://" in trial.output.root):
         found.append(

@@ -8,7 +8,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
-from rankloom.launch.hosts import groups, share_out
+from rankloom.launch.hosts import Bank, bank_of, groups, share_out
 
 LORA = {"method": {"type": "lora", "rank": {"choice": [4, 32]}}}
 QUANTISED = LORA | {"quantization": {"choice": ["none", "nf4"]}}
@@ -20,14 +20,14 @@ def study(*space: dict[str, Any], **changed: Any) -> StudyConfig:
     return parse(StudyConfig, {"name": "s", "space": list(space)} | changed)
 
 
-def test_a_group_is_a_base_with_its_largest_rank() -> None:
-    [plain] = groups(study(LORA)).values()
-    assert (plain.max_rank, plain.with_magnitudes) == (32, False)
-    plain, nf4 = groups(study(QUANTISED, DORA)).values()
-    assert (plain.max_rank, plain.with_magnitudes, plain.example.quantization.type) == (32, True, "none")
-    assert (nf4.max_rank, nf4.with_magnitudes, nf4.example.quantization.type) == (32, False, "nf4")
-    [limited] = groups(study(LORA, hosts={"max_rank": 8})).values()
-    assert limited.max_rank == 8
+def test_a_group_is_a_base_and_the_bank_holds_any_trial() -> None:
+    assert len(groups(study(LORA))) == 1
+    assert [trial.quantization.type for trial in groups(study(QUANTISED, DORA, FULL)).values()] == ["none", "nf4"]
+    crossed = QUANTISED | {"data": {"max_length": {"choice": [64, 128, 256]}}}
+    assert len(groups(study(crossed))) == 7  # and the baseline's
+    assert bank_of(study(LORA)) == Bank(32, with_magnitudes=False)
+    assert bank_of(study(QUANTISED, DORA)) == Bank(32, with_magnitudes=True)
+    assert bank_of(study(LORA, hosts={"max_rank": 8})).max_rank == 8
 
 
 def test_hosts_leave_room_for_the_trials_and_for_dedicated_runs() -> None:

@@ -42,8 +42,9 @@ def end(number: int, status: str, error: str | None = None) -> dict[str, Any]:
 LORA, DORA = {"branch": 0, "method.rank": 4}, {"branch": 1}
 LINES = [
     begin(0, {"warm_start": 0}), begin(1, LORA), begin(2, DORA), begin(3, LORA), begin(4, LORA),
-    report(0, 1, 2.0, 0.5), report(1, 1, 1.5, 0.7), report(1, 2, 1.4, 0.7), report(2, 1, 1.9, 0.6), report(3, 1, 1.3, 0.7),
-    report(1, 3, 1.6, 0.7), report(3, 2, 1.2, 0.65), end(0, "stopped"), end(1, "done"), end(4, "failed", "diverged"),
+    report(0, 1, 2.0, 0.5), report(1, 1, 1.5, 0.7), report(1, 2, 1.4, 0.7), report(2, 1, 1.9, 0.6),
+    report(3, 1, 1.3, 0.7), report(1, 3, 1.6, 0.7), report(3, 2, 1.2, 0.65), end(0, "stopped"),
+    end(1, "done"), end(4, "failed", "diverged"),
 ]  # fmt: skip
 
 
@@ -136,7 +137,15 @@ def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: 
     assert resolved(resolved(study)) == resolved(study)
 
 
-HOST = {"label": "host-1", "training": 3, "num_slots": 4, "waiting": 1, "tokens": 5000, "train_s": 2.0, "occupancy": 0.93}
+HOST = {
+    "label": "host-1",
+    "training": 3,
+    "num_slots": 4,
+    "waiting": 1,
+    "tokens": 5000,
+    "train_s": 2.0,
+    "occupancy": 0.93,
+}
 
 
 def test_the_status_in_one_line_and_as_a_table() -> None:
@@ -176,10 +185,18 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     validation = {"accuracy": 0.75, "loss": 0.6, "step": 3}
     winner = {"trial": "t3", "number": 3, "name": "s-0003", "method": "lora", "validation": validation, "error": None}
     winner |= {"scorecard": scorecard, "published": ["s@1", "s-lora@1"]}
-    broken = winner | {"trial": "t0", "number": 0, "name": "s-0000", "scorecard": None, "published": [], "error": "gone"}
+    broken = winner | {
+        "trial": "t0",
+        "number": 0,
+        "name": "s-0000",
+        "scorecard": None,
+        "published": [],
+        "error": "gone",
+    }
     result = {
-        "status": "done", "winner": winner, "baseline": winner | {"name": "s-0000"}, "finalists": [winner, broken],
-        "beats_baseline": False, "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
+        "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
+        "finalists": [winner, broken], "beats_baseline": False,
+        "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
     }  # fmt: skip
     assert study_view.result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),

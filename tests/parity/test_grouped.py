@@ -95,13 +95,14 @@ def test_with_the_linear_before_it(way: Way, bias: bool, transposed: bool, group
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_scaled_rows_are_the_references(bias: bool, groups: Groups) -> None:
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_scaled_rows_are_the_references(by_slot: bool, bias: bool, groups: Groups) -> None:
     torch.manual_seed(0)
     y_NO = torch.randn(groups.num_tokens, 5, requires_grad=True)
     factor_KO = (torch.rand(4, 5) + 0.5).requires_grad_()
     bias_O = torch.randn(5) if bias else None
     expected = scale_rows_reference(y_NO, factor_KO, bias_O, groups)
-    found = scale_rows(y_NO[None], factor_KO, bias_O, groups)[0]
+    found = scale_rows(y_NO[None], factor_KO, bias_O, groups, by_slot=by_slot)[0]
     torch.testing.assert_close(found, expected)
     for one, other in zip(gradients(found, y_NO, factor_KO), gradients(expected, y_NO, factor_KO), strict=True):
         torch.testing.assert_close(one, other)
@@ -131,8 +132,9 @@ def test_bf16_and_a_result_of_another_type(way: Way, groups: Groups) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["slot by slot", "stacked"])
+@pytest.mark.parametrize("by_slot", [True, False])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_slot_that_diverges_is_alone(way: Way, poison: float, groups: Groups) -> None:
+def test_a_slot_that_diverges_is_alone(poison: float, by_slot: bool, way: Way, groups: Groups) -> None:
     if 0 not in groups.slots:
         pytest.skip("slot 0 is the one to be poisoned")
     found: list[list[Tensor]] = []
@@ -143,7 +145,8 @@ def test_a_slot_that_diverges_is_alone(way: Way, poison: float, groups: Groups) 
             x_NI[groups.spans[0]] = a_KRI[0, 0] = b_KOR[0, :, 0] = factor_KO[0] = poison
         inputs = [t.requires_grad_() for t in (x_NI, a_KRI, b_KOR, factor_KO)]
         onto = torch.zeros(groups.num_tokens, 5)
-        y = scale_rows(grouped_lora(onto, x_NI, a_KRI, b_KOR, SCALES, groups, way), factor_KO, None, groups)
+        y = grouped_lora(onto, x_NI, a_KRI, b_KOR, SCALES, groups, way)
+        y = scale_rows(y, factor_KO, torch.ones(5), groups, by_slot=by_slot)
         dx, da, db, dfactor = gradients(y, *inputs)
         others = [n for n in range(groups.num_tokens) if n not in range(*groups.spans[0].indices(groups.num_tokens))]
         found.append([y[others], dx[others], da[1:], db[1:], dfactor[1:]])

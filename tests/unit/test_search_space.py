@@ -13,7 +13,7 @@ from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
 from rankloom.search import space
 from rankloom.search.schedulers import build_scheduler
-from rankloom.search.searchers import StudySearcher
+from rankloom.search.searchers import StudySearcher, population
 
 SPACE = [
     {
@@ -147,6 +147,14 @@ def test_every_scheduler_is_built(kind: str) -> None:
 def test_asha_rungs_are_shares_of_the_budget() -> None:
     scheduler = build_scheduler(study(scheduler={"type": "asha", "grace": 0.1}))
     assert [rung for rung, _ in scheduler._brackets[0]._rungs] == [90, 30, 10]
+
+
+def test_a_population_holds_the_searchers_points() -> None:
+    from ray.tune.search.variant_generator import generate_variants
+
+    config = study(space=SPACE[:1], scheduler={"type": "pbt"}, search={"num_trials": 5})
+    found = [spec["config"] for _, spec in generate_variants({"config": population(config)})]
+    assert found == points(StudySearcher(config), 5)
 
 
 def test_pbt_needs_something_to_change() -> None:

@@ -42,8 +42,9 @@ def end(number: int, status: str, error: str | None = None) -> dict[str, Any]:
 LORA, DORA = {"branch": 0, "method.rank": 4}, {"branch": 1}
 LINES = [
     begin(0, {"warm_start": 0}), begin(1, LORA), begin(2, DORA), begin(3, LORA), begin(4, LORA),
-    report(0, 1, 2.0, 0.5), report(1, 1, 1.5, 0.7), report(1, 2, 1.4, 0.7), report(2, 1, 1.9, 0.6), report(3, 1, 1.3, 0.7),  # noqa: E501
-    report(1, 3, 1.6, 0.7), report(3, 2, 1.2, 0.65), end(0, "stopped"), end(1, "done"), end(4, "failed", "diverged"),
+    report(0, 1, 2.0, 0.5), report(1, 1, 1.5, 0.7), report(1, 2, 1.4, 0.7), report(2, 1, 1.9, 0.6),
+    report(3, 1, 1.3, 0.7), report(1, 3, 1.6, 0.7), report(3, 2, 1.2, 0.65), end(0, "stopped"),
+    end(1, "done"), end(4, "failed", "diverged"),
 ]  # fmt: skip
 
 
@@ -193,8 +194,9 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
         "error": "gone",
     }
     result = {
-        "status": "done", "winner": winner, "baseline": winner | {"name": "s-0000"}, "finalists": [winner, broken],
-        "beats_baseline": False, "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
+        "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
+        "finalists": [winner, broken], "beats_baseline": False,
+        "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
     }  # fmt: skip
     assert study_view.result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),

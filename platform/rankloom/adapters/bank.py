@@ -98,7 +98,8 @@ class AdapterBank:
             parts = site.parts(slot)
             parts["a"].copy_(drawn_as_by_peft(spec, site.num_in, site.num_out, generator))
             if "m" in parts:
-                parts["m"].copy_(site.norms([slot])[0])
+                scale_C1 = torch.tensor([[spec.scaling]], device=parts["m"].device)
+                parts["m"].copy_(site.norms(slice(slot, slot + 1), spec.rank, scale_C1)[0])
 
     def detach(self, slot: int) -> None:
         """Empty a slot."""

@@ -13,7 +13,7 @@ Shapes: N tokens sorted by slot, K slots, C slots at work, T most tokens of a sl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ class Groups:
         self.slots = tuple(self.spans)
         self.rank = max((ranks[slot] for slot in self.slots), default=0)
         self.most = max((counts[slot] for slot in self.slots), default=0)
-        self._tensors: dict[Any, Any] = {}
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     @cached_property
     def whole(self) -> slice | None:
@@ -62,43 +62,62 @@ class Groups:
         """Whether the slots at work have equally many tokens, without a gap: [N] is [C, T] then."""
         return self.whole is not None and len(self.slots) * self.most == self.whole.stop - self.whole.start
 
-    @cached_property
-    def picked(self) -> slice | list[int]:
-        """The slots at work: a slice, and so a view, where they follow each other."""
+    def picked(self, device: torch.device) -> slice | Tensor:
+        """An index to the slots at work: a slice, and so a view, where they follow each other."""
         first, last = self.slots[0], self.slots[-1]
-        return slice(first, last + 1) if last - first + 1 == len(self.slots) else list(self.slots)
+        if last - first + 1 == len(self.slots):
+            return slice(first, last + 1)
+        return self._on(device, "picked", lambda: torch.tensor(self.slots))
 
-    def layout(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The token at each of P places; the same without padding; each token's place; [C, T, 1] where padding is."""
-        if device not in self._tensors:
-            starts_C = torch.tensor([span.start for span in self.spans.values()])
-            counts_C = torch.tensor([self.counts[slot] for slot in self.slots])
-            t_T = torch.arange(self.most)
-            tokens_P = (starts_C[:, None] + torch.minimum(t_T, counts_C[:, None] - 1)).flatten()
-            padding_CT = t_T >= counts_C[:, None]
-            places_N = torch.nonzero(~padding_CT.flatten()).flatten()
-            found = (tokens_P, tokens_P[places_N], places_N, padding_CT[..., None])
-            self._tensors[device] = tuple(t.to(device, non_blocking=True) for t in found)
-        layout: tuple[Tensor, Tensor, Tensor, Tensor] = self._tensors[device]
-        return layout
+    def places(self, device: torch.device) -> Tensor:
+        """[P]: the token at each place of [C, T]; on padding the slot's own last one."""
+        return self._on(device, "places", lambda: self._places_CT().flatten())
+
+    def tokens(self, device: torch.device) -> Tensor:
+        """The tokens of the slots at work."""
+        return self._on(device, "tokens", lambda: self._places_CT()[~self._padding_CT()])
+
+    def places_of_tokens(self, device: torch.device) -> Tensor:
+        """Where in P each token of the slots at work is."""
+        return self._on(device, "places_of_tokens", lambda: torch.nonzero(~self._padding_CT().flatten()).flatten())
+
+    def owners(self, device: torch.device) -> Tensor:
+        """[N]: each token's slot; K, one too many, where that slot is not at work."""
+
+        def make() -> Tensor:
+            owners_N = torch.full((self.num_tokens,), len(self.counts))
+            for slot, span in self.spans.items():
+                owners_N[span] = slot
+            return owners_N
+
+        return self._on(device, "owners", make)
+
+    def padding(self, device: torch.device) -> Tensor:
+        """[C, T, 1]."""
+        return self._on(device, "padding", lambda: self._padding_CT()[..., None])
 
     def scales(self, scale_K: Sequence[float], like: Tensor) -> Tensor:
         """[C, 1, 1]."""
-        key = (tuple(scale_K[slot] for slot in self.slots), like.device, like.dtype)
-        if key not in self._tensors:
-            values = torch.tensor(key[0], dtype=like.dtype)[:, None, None]
-            self._tensors[key] = values.to(like.device, non_blocking=True)
-        scale_C11: Tensor = self._tensors[key]
-        return scale_C11
+        scale_C = tuple(scale_K[slot] for slot in self.slots)
+        return self._on(
+            like.device, (like.dtype, scale_C), lambda: torch.tensor(scale_C, dtype=like.dtype)[:, None, None]
+        )
 
-    def lengths(self, device: torch.device) -> Tensor:
-        """[C]: tokens of each slot at work."""
-        key = ("lengths", device)
-        if key not in self._tensors:
-            counts_C = torch.tensor([self.counts[slot] for slot in self.slots])
-            self._tensors[key] = counts_C.to(device, non_blocking=True)
-        lengths_C: Tensor = self._tensors[key]
-        return lengths_C
+    def _on(self, device: torch.device, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Made once: most sites of a model ask for the same."""
+        if (device, key) not in self._tensors:
+            self._tensors[device, key] = make().to(device, non_blocking=True)
+        return self._tensors[device, key]
+
+    def _places_CT(self) -> Tensor:
+        starts_C = torch.tensor([span.start for span in self.spans.values()])
+        return starts_C[:, None] + torch.minimum(torch.arange(self.most), self._counts_C1() - 1)
+
+    def _padding_CT(self) -> Tensor:
+        return torch.arange(self.most) >= self._counts_C1()
+
+    def _counts_C1(self) -> Tensor:
+        return torch.tensor([[self.counts[slot]] for slot in self.slots])
 
 
 def grouped_lora_reference(
@@ -130,7 +149,7 @@ def grouped_lora(
     """
     if not groups.slots:
         return onto
-    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))
+    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -148,7 +167,7 @@ def grouped_linear(
     if not groups.slots:
         return F.linear(x, weight_OI, bias_O)
     way = way or fastest(x, b_KOR, groups)
-    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
+    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -232,10 +251,11 @@ class Stacked:
     def add(
         self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
     ) -> list[Tensor]:
-        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
+        picked = groups.picked(x_NI.device)
+        a_CRI, b_COR = a_KRI[picked, : groups.rank], b_KOR[picked, :, : groups.rank]
         h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT).mul_(groups.scales(scale_K, x_NI))
         if not groups.is_even:  # what padding repeats must not count in B's gradient
-            h_CTR.masked_fill_(groups.layout(x_NI.device)[3], 0)
+            h_CTR.masked_fill_(groups.padding(x_NI.device), 0)
         _add_bmm(y_NO, h_CTR, b_COR.mT, groups)
         return [h_CTR]
 
@@ -251,11 +271,12 @@ class Stacked:
         dx_NI: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         (h_CTR,) = kept
-        a_CRI, b_COR = a_KRI[groups.picked, : groups.rank], b_KOR[groups.picked, :, : groups.rank]
+        picked = groups.picked(x_NI.device)
+        a_CRI, b_COR = a_KRI[picked, : groups.rank], b_KOR[picked, :, : groups.rank]
         dy_CTO = _stacked(dy_NO, groups)
         dh_CTR = torch.bmm(dy_CTO, b_COR).mul_(groups.scales(scale_K, x_NI))
         if not groups.is_even:
-            dh_CTR.masked_fill_(groups.layout(x_NI.device)[3], 0)
+            dh_CTR.masked_fill_(groups.padding(x_NI.device), 0)
         da_CRI = torch.bmm(dh_CTR.mT, _stacked(x_NI, groups))
         db_COR = torch.bmm(dy_CTO.mT, h_CTR)
         if dx_NI is not None:
@@ -263,8 +284,8 @@ class Stacked:
         if da_CRI.shape == a_KRI.shape:
             return da_CRI, db_COR
         da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
-        da_KRI[groups.picked, : groups.rank] = da_CRI
-        db_KOR[groups.picked, :, : groups.rank] = db_COR
+        da_KRI[picked, : groups.rank] = da_CRI
+        db_KOR[picked, :, : groups.rank] = db_COR
         return da_KRI, db_KOR
 
 
@@ -333,7 +354,7 @@ def _stacked(x_ND: Tensor, groups: Groups) -> Tensor:
     if groups.is_even:
         assert groups.whole is not None
         return x_ND[groups.whole].view(len(groups.slots), groups.most, -1)
-    return x_ND.index_select(0, groups.layout(x_ND.device)[0]).view(len(groups.slots), groups.most, -1)
+    return x_ND.index_select(0, groups.places(x_ND.device)).view(len(groups.slots), groups.most, -1)
 
 
 def _add_bmm(y_ND: Tensor, left_CTR: Tensor, right_CRD: Tensor, groups: Groups) -> None:
@@ -342,12 +363,11 @@ def _add_bmm(y_ND: Tensor, left_CTR: Tensor, right_CRD: Tensor, groups: Groups) 
         _stacked(y_ND, groups).baddbmm_(left_CTR, right_CRD)
         return
     product_PD = torch.bmm(left_CTR, right_CRD).flatten(0, 1)
-    _, tokens_N, places_N, _ = groups.layout(y_ND.device)
-    product_ND = product_PD.index_select(0, places_N)
+    product_ND = product_PD.index_select(0, groups.places_of_tokens(y_ND.device))
     if groups.whole is not None:
         y_ND[groups.whole] += product_ND
     else:
-        y_ND.index_add_(0, tokens_N, product_ND.to(y_ND.dtype))
+        y_ND.index_add_(0, groups.tokens(y_ND.device), product_ND.to(y_ND.dtype))
 
 
 def scale_rows_reference(y_NO: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
@@ -360,58 +380,73 @@ def scale_rows_reference(y_NO: Tensor, factor_KO: Tensor, bias_O: Tensor | None,
     return torch.cat([*parts, y_NO[done:]])
 
 
-def scale_rows(y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
-    """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias."""
+def scale_rows(
+    y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups, *, by_slot: bool | None = None
+) -> Tensor:
+    """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias.
+
+    Args:
+        by_slot: whether slots of uneven sizes are taken one after the other, on views of their tokens (None: as on a
+            CPU), or all at once in few calls, with a factor gathered for each token (None: as elsewhere).
+    """
     if not groups.slots:
         return y
-    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups)
+    by_slot = y.device.type == "cpu" if by_slot is None else by_slot
+    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)  # type: ignore[no-untyped-call]
     return result
 
 
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
+    def forward(ctx: Any, y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups, by_slot: bool) -> Tensor:
         ctx.save_for_backward(y, factor_KO, bias_O)
-        ctx.groups = groups
+        ctx.groups, ctx.by_slot = groups, by_slot
         result_NO = _rows(y).clone()
-        _scale(result_NO, factor_KO.to(y.dtype), groups)
+        _scale(result_NO, factor_KO.to(y.dtype), groups, by_slot)
         if bias_O is not None:
-            _shift(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups)
+            _shift(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups, by_slot)
         return result_NO.view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, factor_KO, bias_O = ctx.saved_tensors
-        groups: Groups = ctx.groups
-        dy_NO = _rows(gradient).clone()
-        dfactor_KO = _sums(dy_NO * _rows(y), groups, factor_KO)
+        dy_NO = _rows(gradient)
+        dfactor_KO = _sums(dy_NO * _rows(y), factor_KO, ctx.groups, ctx.by_slot)
         if bias_O is not None:
-            dfactor_KO -= _sums(dy_NO, groups, factor_KO) * bias_O
-        _scale(dy_NO, factor_KO.to(y.dtype), groups)
-        return dy_NO.view(y.shape), dfactor_KO, None, None
+            dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
+        dy_NO = dy_NO.clone()
+        _scale(dy_NO, factor_KO.to(y.dtype), ctx.groups, ctx.by_slot)
+        return dy_NO.view(y.shape), dfactor_KO, None, None, None
 
 
-def _scale(y_NO: Tensor, factor_KO: Tensor, groups: Groups) -> None:
+def _scale(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:
     if groups.is_even:
-        _stacked(y_NO, groups).mul_(factor_KO[groups.picked][:, None])
-    else:
+        _stacked(y_NO, groups).mul_(factor_KO[groups.picked(y_NO.device)][:, None])
+    elif by_slot:
         for slot, span in groups.spans.items():
             y_NO[span] *= factor_KO[slot]
-
-
-def _shift(y_NO: Tensor, shift_KO: Tensor, groups: Groups) -> None:
-    if groups.is_even:
-        _stacked(y_NO, groups).add_(shift_KO[groups.picked][:, None])
     else:
+        y_NO.mul_(F.pad(factor_KO, (0, 0, 0, 1), value=1).index_select(0, groups.owners(y_NO.device)))
+
+
+def _shift(y_NO: Tensor, shift_KO: Tensor, groups: Groups, by_slot: bool) -> None:
+    if groups.is_even:
+        _stacked(y_NO, groups).add_(shift_KO[groups.picked(y_NO.device)][:, None])
+    elif by_slot:
         for slot, span in groups.spans.items():
             y_NO[span] += shift_KO[slot]
+    else:
+        y_NO.add_(F.pad(shift_KO, (0, 0, 0, 1)).index_select(0, groups.owners(y_NO.device)))
 
 
-def _sums(y_NO: Tensor, groups: Groups, like_KO: Tensor) -> Tensor:
+def _sums(y_NO: Tensor, like_KO: Tensor, groups: Groups, by_slot: bool) -> Tensor:
     """[K, O]: each slot's sum over its tokens."""
     found_KO = torch.zeros_like(like_KO)
-    if groups.is_even:
-        found_KO[groups.picked] = _stacked(y_NO, groups).sum(1, dtype=like_KO.dtype)
+    if groups.is_even or not by_slot:
+        y_CTO = _stacked(y_NO, groups)
+        if not groups.is_even:
+            y_CTO = y_CTO.masked_fill(groups.padding(y_NO.device), 0)
+        found_KO[groups.picked(y_NO.device)] = y_CTO.sum(1, dtype=like_KO.dtype)
     else:
         for slot, span in groups.spans.items():
             torch.sum(y_NO[span], 0, dtype=like_KO.dtype, out=found_KO[slot])

@@ -125,21 +125,31 @@ class Site:
                 stack.data[slot].zero_()
 
     @torch.no_grad()
-    def norms(self, slots: Sequence[int]) -> Tensor:
-        """[C, O]: the norms of the rows of W + s B A for DoRA slots, without computing B A.
+    def row_norms(self, groups: Groups) -> Tensor:
+        """[K, O]: the norms by which the magnitudes of the slots at work are divided; 1 for the others."""
+        assert self.m_KO is not None
+        picked = groups.picked(self.m_KO.device)
+        norm_KO = torch.ones_like(self.m_KO)
+        norm_KO[picked] = self.norms(picked, groups.rank, groups.scales(self.scales, norm_KO)[:, :, 0])
+        return norm_KO
+
+    @torch.no_grad()
+    def norms(self, picked: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
+        """[C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
 
         |w + s d|^2 = |w|^2 + 2 s <w, d> + s^2 |d|^2 with d a row of B A, so that <w, d> is the row product of B and
         W A^T, and |d|^2 that of B and B (A A^T). A row that is zero has norm 1: its magnitude has nothing to scale.
+
+        Args:
+            rank: the largest of these slots'.
         """
         dense_OI = self.weight_OI if self.is_plain else dequantize_module_weight(self.module)
         dense_OI = dense_OI.float()
         if self._squares_O is None:
             self._squares_O = dense_OI.square().sum(1)
-        rank = max(self.dora_ranks[slot] for slot in slots)
-        a_CRI, b_COR = self.a_KRI[list(slots), :rank], self.b_KOR[list(slots), :, :rank]
-        scale_C1 = torch.tensor([[self.scales[slot]] for slot in slots], device=a_CRI.device)
-        across_COR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, len(slots), rank).transpose(0, 1)
-        across_CO = (across_COR * b_COR).sum(-1)
+        a_CRI, b_COR = self.a_KRI[picked, :rank], self.b_KOR[picked, :, :rank]
+        across_OCR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, -1, rank)
+        across_CO = (across_OCR.transpose(0, 1) * b_COR).sum(-1)
         own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)
         squares_CO = self._squares_O + 2 * scale_C1 * across_CO + scale_C1.square() * own_CO
         return squares_CO.masked_fill_(squares_CO <= 0, 1).sqrt_()
@@ -191,9 +201,7 @@ def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
     if magnified.slots:
         assert site.m_KO is not None
         with torch.autocast(kind, enabled=False):
-            norm_KO = torch.ones_like(site.m_KO)
-            norm_KO[list(magnified.slots)] = site.norms(magnified.slots)
-            factor_KO = site.m_KO / norm_KO  # the norm is a constant to the gradient (DoRA, section 4.3)
+            factor_KO = site.m_KO / site.row_norms(magnified)  # constants to the gradient: DoRA, section 4.3
         y = scale_rows(y, factor_KO, site.bias_O, magnified)
     return y if restore_NO is None else y + restore_NO.view(y.shape)
 

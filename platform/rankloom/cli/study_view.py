@@ -128,6 +128,7 @@ def value(number: float, metric: str) -> str:
 def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The finalists, best by validation first, with a header."""
     rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", "published")]
+    baseline = result["baseline"] and result["baseline"]["trial"]
     for row in result["finalists"]:
         validation = row["validation"]
         metric = "loss" if validation["accuracy"] is None else "accuracy"
@@ -137,7 +138,7 @@ def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             share = measured["accuracy"] or measured["exact_match"]
             test = interval(share) if share else ""
             loss = f"{measured['loss']:.4f}"
-        name = row["name"] + (" (baseline)" if row["number"] == 0 else "")
+        name = row["name"] + (" (baseline)" if row["trial"] == baseline else "")
         shown = value(validation[metric], metric)
         rows.append((name, row["method"], shown, test, loss, ", ".join(row["published"])))
     return rows

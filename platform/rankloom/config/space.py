@@ -169,12 +169,21 @@ def _default_rank(kind: Any) -> int | None:
     return None
 
 
+CROSSED = ("model", "quantization", "data", "compute")
+"""Sections that make another base or other data: how many of these there are must be known."""
+
+
 def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
-    """Points that show each end of each knob, the others at their first: a typo in any of them is seen before a run."""
+    """Points that show each end of each knob, the others at their first: a typo in any of them is seen before a run.
+
+    Knobs of `CROSSED` sections come in every combination of their ends.
+    """
     first = {name: knob.ends()[0] for name, knob in knobs.items()}
-    yield first
+    crossed = {name: knob for name, knob in knobs.items() if name.partition(".")[0] in CROSSED}
+    for values in itertools.product(*(knob.ends() for knob in crossed.values())):
+        yield first | dict(zip(crossed, values, strict=True))
     for name, knob in knobs.items():
-        for value in knob.ends()[1:]:
+        for value in knob.ends()[1:] if name not in crossed else ():
             yield first | {name: value}
 
 

@@ -157,8 +157,12 @@ class StudyConfig(Frozen):
             self.resolve({"warm_start": index})
         for index in range(len(self.space)):
             self._check_branch(index)
-        if isinstance(self.scheduler, PbtConfig) and len(self.space) > 1:
-            raise ConfigError("scheduler.type=pbt copies weights between trials, so it needs a space of one branch")
+        mixed = len(self.space) > 1 or self.search.warm_start or self.search.algorithm != "random"
+        if isinstance(self.scheduler, PbtConfig) and mixed:
+            raise ConfigError(
+                "scheduler.type=pbt copies weights between the trials of one population: it needs a space of one "
+                "branch, search.algorithm=random and no search.warm_start"
+            )
         return self
 
     @property
@@ -176,7 +180,8 @@ class StudyConfig(Frozen):
 
     @property
     def num_warm_starts(self) -> int:
-        return max(1, len(self.search.warm_start))
+        """The baseline is one of them; a population has none, for its trials must be able to become one another."""
+        return 0 if isinstance(self.scheduler, PbtConfig) else max(1, len(self.search.warm_start))
 
     @property
     def knobs(self) -> list[dict[str, Knob]]:

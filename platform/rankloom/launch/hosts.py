@@ -36,28 +36,27 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Trials that can share a host."""
+class Bank:
+    """What a host's slots must hold: any trial of the study."""
 
-    example: TrialConfig
     max_rank: int
     with_magnitudes: bool
 
 
-def groups(study: StudyConfig) -> dict[str, Group]:
-    """The groups of a study's space, by `host_key`."""
-    members: dict[str, list[TrialConfig]] = {}
+def groups(study: StudyConfig) -> dict[str, TrialConfig]:
+    """`host_key` -> a trial with it: each is a base and a data set that trials can share."""
+    found: dict[str, TrialConfig] = {}
     for trial in study.members():
         if is_fusable(trial):
-            members.setdefault(host_key(trial), []).append(trial)
-    return {
-        key: Group(
-            trials[0],
-            study.hosts.max_rank or max(int(t.method.rank) for t in trials),  # type: ignore[union-attr]
-            any(t.method.type == "dora" for t in trials),
-        )
-        for key, trials in members.items()
-    }
+            found.setdefault(host_key(trial), trial)
+    return found
+
+
+def bank_of(study: StudyConfig) -> Bank:
+    """The largest rank in the space, and whether there is DoRA in it."""
+    fusable = [trial for trial in study.members() if is_fusable(trial)]
+    largest = max((int(trial.method.rank) for trial in fusable), default=1)  # type: ignore[union-attr]
+    return Bank(study.hosts.max_rank or largest, any(trial.method.type == "dora" for trial in fusable))
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ class Hosts:
         self._tree = study
         self._study = parse(StudyConfig, study)
         self._groups = groups(self._study)
+        self._bank = bank_of(self._study)
         plan = share_out(self._study, resources)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[Open] = []
@@ -130,8 +130,7 @@ class Hosts:
         self._unseat(trial_id)
         trial = parse(TrialConfig, tree)
         key = host_key(trial)
-        # population based training may leave the space's own corners, never its base and data
-        self._groups.setdefault(key, Group(trial, int(trial.method.rank), trial.method.type == "dora"))  # type: ignore[union-attr]
+        self._groups.setdefault(key, trial)
         host = self._host_of(key)
         host.trials.add(trial_id)
         return host.handle
@@ -140,7 +139,7 @@ class Hosts:
         """The handle of some open host; of a new one, for this trial's group, where none is open."""
         if not self._open:
             trial = parse(TrialConfig, tree)
-            self._groups.setdefault(host_key(trial), Group(trial, 1, False))
+            self._groups.setdefault(host_key(trial), trial)
             self._host_of(host_key(trial))
         return self._open[0].handle
 
@@ -175,7 +174,7 @@ class Hosts:
     def _start(self, key: str) -> Open:
         import ray
 
-        group, device = self._groups[key], self._device
+        device = self._device
         self._count += 1
         label = f"host-{self._count}"
         handle = (
@@ -190,9 +189,9 @@ class Hosts:
             )
             .remote(
                 self._tree,
-                dump(group.example),
-                max_rank=group.max_rank,
-                with_magnitudes=group.with_magnitudes,
+                dump(self._groups[key]),
+                max_rank=self._bank.max_rank,
+                with_magnitudes=self._bank.with_magnitudes,
                 threads=device.threads,
                 label=label,
             )

@@ -111,7 +111,7 @@ class Board:
 
     @property
     def baseline(self) -> Standing | None:
-        return next((trial for trial in self.trials.values() if trial.number == 0), None)
+        return next((trial for trial in self.trials.values() if trial.point.get("warm_start") == 0), None)
 
     def finalists(self) -> list[Standing]:
         """The top k, each method's best, and the baseline: what is scored on the test rows."""
@@ -190,7 +190,7 @@ class Board:
 def settings(trial: Standing) -> str:
     """What a trial was given by the space, short: `rank 8, learning_rate 0.0012`."""
     if "warm_start" in trial.point:
-        return "baseline" if trial.number == 0 else "warm start"
+        return "baseline" if trial.point["warm_start"] == 0 else "warm start"
     knobs = {name.rpartition(".")[2]: value for name, value in trial.point.items() if name != "branch"}
     return ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in knobs.items()

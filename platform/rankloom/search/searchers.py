@@ -114,6 +114,27 @@ PROPOSERS: dict[str, Callable[[StudyConfig], Proposer]] = {
 }
 
 
+def population(study: StudyConfig) -> dict[str, Any]:
+    """A parameter space that holds exactly the searcher's points: population based training takes no searcher."""
+    from ray import tune
+
+    searcher = StudySearcher(study)
+    points = [searcher.suggest(str(number)) for number in range(study.num_trials)]
+    keys = {key for point in points for key in point} - {"number"}
+    drawn = {key: tune.sample_from(_Of([point[key] for point in points])) for key in keys}
+    return {"number": tune.grid_search(list(range(len(points))))} | drawn
+
+
+class _Of:
+    """A value by the trial's number, picklable."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __call__(self, spec: Any) -> Any:
+        return self._values[spec.config.number]
+
+
 class StudySearcher(Searcher):  # type: ignore[misc]
     """Warm starts, then what the proposer says, each held to the trial's own rules.
 

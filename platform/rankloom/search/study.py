@@ -226,7 +226,7 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
     from ray import tune
 
     from rankloom.search.schedulers import build_scheduler
-    from rankloom.search.searchers import StudySearcher
+    from rankloom.search.searchers import StudySearcher, population
     from rankloom.search.trainable import StudyTrial
 
     plan = share_out(study, resources)
@@ -250,14 +250,16 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
         run_config = tuner._local_tuner.get_run_config()
         run_config.callbacks, run_config.stop = [journal], stopper
         return tuner
+    is_population = isinstance(study.scheduler, PbtConfig)
     return tune.Tuner(
         trainable,
+        param_space=population(study) if is_population else None,
         tune_config=tune.TuneConfig(
             metric=study.search.metric,
             mode=study.search.best,
-            search_alg=StudySearcher(study),
+            search_alg=None if is_population else StudySearcher(study),
             scheduler=build_scheduler(study),
-            num_samples=study.num_trials,
+            num_samples=1 if is_population else study.num_trials,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.trial_id,
@@ -270,7 +272,8 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resou
             callbacks=[journal],
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_at_end=False),
+            # an exploit may come late to the checkpoint that it copies
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
         ),
     )
 
@@ -309,7 +312,8 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
     registry = f"{study.baseline.output.root}/registry"
-    winner, baseline = sound[0], next((row for row in sound if row["number"] == 0), None)
+    winner, first = sound[0], board.baseline
+    baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
     return {
         "winner": winner,
         "baseline": baseline,

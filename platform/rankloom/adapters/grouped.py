@@ -149,7 +149,7 @@ def grouped_lora(
     """
     if not groups.slots:
         return onto
-    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))  # type: ignore[no-untyped-call]
+    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))
     return result
 
 
@@ -167,7 +167,7 @@ def grouped_linear(
     if not groups.slots:
         return F.linear(x, weight_OI, bias_O)
     way = way or fastest(x, b_KOR, groups)
-    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)  # type: ignore[no-untyped-call]
+    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
     return result
 
 
@@ -392,7 +392,7 @@ def scale_rows(
     if not groups.slots:
         return y
     by_slot = y.device.type == "cpu" if by_slot is None else by_slot
-    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)  # type: ignore[no-untyped-call]
+    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)
     return result
 
 

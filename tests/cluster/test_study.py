@@ -22,7 +22,7 @@ from rankloom.errors import ConfigError, RankloomError
 from rankloom.registry import Registry
 from rankloom.search.study import run
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 Make = Callable[..., dict[str, Any]]
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")

@@ -15,16 +15,16 @@ from safetensors import safe_open
 
 from rankloom.adapters.probe import last_logits, write_probe
 from rankloom.adapters.weights import load_adapter
-from rankloom.config import COMPATIBLE, TrialConfig, dump, parse
+from rankloom.config import TrialConfig, parse
 from rankloom.config.study import host_key
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
 from rankloom.evals.score import measure
 from rankloom.launch.trainer import local_device
 from rankloom.models import Base, load_tokenizer
-from rankloom.registry import BaseModelRef, Draft, Lineage, Registry
+from rankloom.registry import Draft, Registry
 from rankloom.scorecard import Measures, Scorecard
-from rankloom.train.run import PROBE_TOKENS, library_versions, load_for, registry_of
+from rankloom.train.run import PROBE_TOKENS, draft_of, load_for, registry_of
 
 Finalist = dict[str, Any]
 """trial (its config's tree), folder (its adapter), names (to publish under), steps, tokens, train_s, memory_bytes."""
@@ -86,16 +86,7 @@ def _score(
         tokens_per_s=finalist["tokens"] / max(finalist["train_s"], 1e-9),
         device=str(base.device),
     )
-    draft = Draft(
-        method=trial.method.type,
-        base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),
-        servable=COMPATIBLE[trial.method.type].servable,
-        trial=dump(trial),
-        data_fingerprint=data.fingerprint,
-        scorecard=scorecard,
-        lineage=Lineage(run=trial.name, study=study),
-        versions=library_versions(),
-    )
+    draft = draft_of(trial, base, data, scorecard, study=study)
     registry = Registry(registry_of(trial))
     published = [_publish(registry, name, folder, draft) for name in finalist["names"]]
     return {"scorecard": scorecard.model_dump(), "published": published, "error": None}

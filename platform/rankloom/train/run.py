@@ -179,8 +179,8 @@ def _finish(
         outcome = {"status": "done", "name": trial.name, "steps": progress.step, "scorecard": scorecard.model_dump()}
         if trial.output.publish:
             _phase(session, "publish", "into the registry")
-            record = _publish(trial, folder, fresh, data, scorecard)
             root = registry_of(trial)
+            record = Registry(root).publish(trial.name, folder, draft_of(trial, fresh, data, scorecard))
             outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
     return outcome
 
@@ -190,21 +190,23 @@ def registry_of(trial: TrialConfig) -> str:
     return f"{trial.output.root.rstrip('/')}/registry"
 
 
-def _publish(trial: TrialConfig, folder: Path, base: Base, data: TaskData, scorecard: Scorecard) -> Record:
-    draft = Draft(
+def draft_of(
+    trial: TrialConfig, base: Base, data: TaskData, scorecard: Scorecard, *, study: str | None = None
+) -> Draft:
+    """What the registry is told of a trial's result."""
+    return Draft(
         method=trial.method.type,
         base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),
         servable=COMPATIBLE[trial.method.type].servable,
         trial=dump(trial),
         data_fingerprint=data.fingerprint,
         scorecard=scorecard,
-        lineage=Lineage(run=trial.name),
-        versions=library_versions(),
+        lineage=Lineage(run=trial.name, study=study),
+        versions=_library_versions(),
     )
-    return Registry(registry_of(trial)).publish(trial.name, folder, draft)
 
 
-def library_versions() -> Versions:
+def _library_versions() -> Versions:
     """The libraries that make an adapter what it is."""
     return Versions(
         rankloom=rankloom.__version__, **{name: version(name) for name in ("torch", "transformers", "peft")}

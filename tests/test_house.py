@@ -61,7 +61,15 @@ def test_platform_is_the_standard_librarys() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["rankloom", "rankloom.config", "rankloom.registry", "rankloom.paths", "rankloom.scorecard"]
+    "module",
+    [
+        "rankloom",
+        "rankloom.config",
+        "rankloom.registry",
+        "rankloom.paths",
+        "rankloom.scorecard",
+        "rankloom.serving.protocol",
+    ],
 )
 def test_module_imports_light(module: str) -> None:
     assert heavy_after(f"import {module}") == "heavy:"

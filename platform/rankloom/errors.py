@@ -7,7 +7,9 @@
     ├── ModelError(RuntimeError)           the base model can't be found or loaded: exit code 1
     ├── TrialError(RuntimeError)           training failed: exit code 1
     ├── RegistryError(RuntimeError)        the registry refused: exit code 1
-    └── AdapterNotFoundError(LookupError)  no such adapter, version or alias: exit code 1
+    ├── AdapterNotFoundError(LookupError)  no such adapter, version or alias: exit code 1
+    ├── RequestError(ValueError)           a request to an engine asks for what it can't do: exit code 1
+    └── OverloadedError(RuntimeError)      an engine has no room now; try again later: exit code 1
 
 A message names the field or file, the value given, what is allowed and what to do. Constructors take one
 plain message, so that every error survives pickling between Ray processes.
@@ -51,3 +53,16 @@ class AdapterNotFoundError(RankloomError, LookupError):
 
     def __str__(self) -> str:  # LookupError's own would be fine; KeyError's would quote it
         return str(self.args[0]) if self.args else ""
+
+
+class RequestError(RankloomError, ValueError):
+    """A request that no engine of this base can serve as it stands: too long, or with an option out of range."""
+
+
+class OverloadedError(RankloomError, RuntimeError):
+    """An engine took no more requests; nothing was done for this one."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When it may be worth to try again."""

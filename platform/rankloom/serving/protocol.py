@@ -1,0 +1,198 @@
+"""What an ingress and an engine say to each other; torch-free, so that an ingress need not have it.
+
+A request goes in as tokens, and comes back as an iterator of deltas. Names, aliases, routes and limits are the ingress's;
+an engine knows exact versions (`name@3`), whose weights never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+from pydantic import Field
+
+from rankloom.config.base import Frozen
+
+
+class Sampling(Frozen):
+    """How a request's tokens are chosen. Rows of one batch may each have another."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    """The most that are generated."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from so many of the likeliest tokens; 0: from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken off the logit of every token that was generated already."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """The same, times how often it was."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Divides the logit, if it is above 0, else multiplies it, of every token of prompt and completion."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """With a seed, the same request gives the same tokens, whoever else is in the batch; null: a random one."""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=16)] = ()
+    """The completion ends before the first of these; the text has none of it."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The natural logarithm of each token's probability as the model gives it, before temperature, penalties and
+    cuts, with so many of the likeliest beside it; null: none."""
+    choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
+    """The completion is one of these texts, whole."""
+    ignore_eos: bool = False
+    """Go on past the end of the turn, to `max_tokens`; for measuring."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is asked for. Several of one prompt (`n`) are several requests."""
+
+    id: str
+    """Unique among the requests under way."""
+    adapter: str | None
+    """An exact version, `name@3`; None: the base."""
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and the natural logarithm of its probability."""
+
+    token: int
+    logprob: float
+    piece: bytes
+    """What it contributes to the text, which may be a part of a UTF-8 character."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A generated token's likelihood and those of the likeliest in its place."""
+
+    chosen: Likelihood
+    top: tuple[Likelihood, ...]
+    """Likeliest first; `Sampling.logprobs` of them."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What was generated since the delta before. The last one of a completion has `finish`.
+
+    The texts of all deltas together are the completion. Text waits while it may be the beginning of a stop string or of
+    a character, so that a delta may have tokens and no text.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    """All that were generated, also the one that ended the turn."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One a token where the request asks for them."""
+    finish: Literal["stop", "length"] | None = None
+    """stop: the model ended its turn, or a stop string or a whole choice was reached; length: `max_tokens` or the
+    context was."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed anew; the same in every delta of a request."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An adapter whose weights are in memory."""
+
+    ref: str
+    pinned: bool
+    num_running: int
+    """Requests on it, running or waiting."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """An engine's state and its counters since the start."""
+
+    running: int
+    """Requests with a row in the batch."""
+    waiting: int
+    """Requests without one: queued, preempted, or waiting for their adapter."""
+    cache_tokens: int
+    """Tokens that the KV cache holds; kept prefixes included."""
+    cache_capacity: int
+    steps: int
+    prompt_tokens: int
+    """Computed; not those that were reused."""
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    adapter_loads: int
+    adapter_evictions: int
+    adapter_failures: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One base with the adapters of a registry on it. All its methods are to be called on one event loop."""
+
+    @property
+    def base_id(self) -> str:
+        """The id under which the base was loaded."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The most tokens of prompt and completion together."""
+        ...
+
+    async def start(self) -> None:
+        """Begin to work. To be called once."""
+        ...
+
+    async def close(self) -> None:
+        """Stop: requests under way get an OverloadedError. To drain, wait for them before."""
+        ...
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text that begins a prompt, as training has them."""
+        ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation by the base's chat template, asking for the assistant's turn.
+
+        Args:
+            messages: each with `role` and `content`.
+
+        Raises:
+            RequestError: there is no template, or it refuses the conversation.
+        """
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """The completion, as it comes. Closing the iterator (`aclose`, or cancelling who awaits it) ends the request.
+
+        An adapter that is not resident is loaded while others go on.
+
+        Raises:
+            RequestError: it can't be served here: too long, an unknown token, a choice that is no text.
+            AdapterNotFoundError: no such version.
+            RegistryError: the adapter is broken, does nothing, or needs what this engine has not.
+            IncompatibleError: the adapter was tuned on another base.
+            OverloadedError: the queue is full, or the engine is stopping; nothing was done.
+        """
+        ...
+
+    async def pin(self, ref: str) -> None:
+        """Load an adapter, unless it is there, and keep it. Raises as `generate` does."""
+        ...
+
+    async def unpin(self, ref: str) -> None:
+        """Let a pinned adapter go when its place is needed. One that is not pinned: nothing happens."""
+        ...
+
+    def resident(self) -> tuple[Resident, ...]:
+        """The adapters in memory, the most recently used last."""
+        ...
+
+    def stats(self) -> Stats: ...

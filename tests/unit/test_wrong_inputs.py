@@ -95,9 +95,8 @@ class Cli:
         return json.loads(text)
 
     def untouched(self) -> bool:
-        """No version in the registry, nothing trained, and the name is free."""
-        kept = [str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file()]
-        return not [p for p in kept if p.startswith("registry/") or "checkpoints/" in p or p.endswith("trial.yaml")]
+        """Nothing is left but a lock."""
+        return not [p for p in self.root.rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 @pytest.fixture
@@ -142,6 +141,7 @@ def changed(folder: Path, target: Path, file: str, change: Callable[[bytes], byt
         (["method.init=pissa", "quantization=int8"], "method.init=pissa rewrites the base's weights"),
         (["method={type: galore, layerwise: true}"], "before optim.clip_norm could act on it"),
         (["output.keep_model=true"], "output.keep_model saves the whole tuned model, for full, galore and lisa"),
+        (["output.root=s3://bucket/x"], "compute.num_workers=0 keeps checkpoints on a local disk; give a folder"),
         (["optim.accumulation=9"], "optim.batch_size=4 leaves some of"),
         (["budget={steps: 4, epochs: 3}"], "give epochs (3.0) or steps (4), not both"),
         (["method={type: adalora, target_rank: 12}"], "target_rank 12 must be below initial_rank 12"),
@@ -355,6 +355,8 @@ def attempt(title, *arguments):
         print(f"exit {end.code}\\nleft {left}", file=sys.stderr)
 
 at = [f"output.root={place}/out"]
+mount("size=4k")
+attempt("full from the start", "train", trial, *at)
 mount("size=64k")
 attempt("full at the first checkpoint", "train", trial, *at)
 mount("size=100k")
@@ -402,7 +404,9 @@ def test_a_full_and_a_read_only_disk(trial: Path, tmp_path: Path) -> None:
         assert "Read-only file system" in parts[title]
         assert "exit 1" in parts[title]
     assert "exit 0" in parts["read-only, list"]
-    for title in ("full at the first checkpoint", "full at the second"):
+    assert parts["full from the start"].startswith("error: output.root: ")
+    for title in ("full from the start", "full at the first checkpoint", "full at the second"):
+        assert "No space left on device" in parts[title]
         assert "exit 1" in parts[title]
         assert "registry/" not in parts[title]
 
@@ -420,6 +424,41 @@ def test_a_name_is_not_used_twice_and_only_what_exists_is_resumed(trial: Path, c
     assert "method.rank: 2 -> 4; optim.learning_rate: 0.003 -> 0.1; restore them, or start another run" in text
     assert cli.json("train", trial, "--resume") == result
     assert {p: p.read_bytes() for p in cli.root.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_result_is_published_once(trial: Path, cli: Cli) -> None:
+    result = cli.json("train", trial)
+    (cli.root / "runs" / "tiny" / "result.json").unlink()
+    again = cli.json("train", trial, "--resume")
+    assert (again["version"], again["adapter"]) == (result["version"], result["adapter"]) == (1, result["adapter"])
+    assert cli.json("train", trial, "--resume", "budget.steps=6")["version"] == 2
+
+
+def test_two_processes_do_not_run_the_same(trial: Path, cli: Cli) -> None:
+    config = load(TrialConfig, trial)
+    refused: list[str] = []
+
+    def resume_meanwhile(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            refused.append(subprocess.run(
+                [*CLI, "train", str(trial), "--resume"], env=environment(), capture_output=True, text=True, check=False
+            ).stderr)  # fmt: skip
+
+    assert fit(config, on_event=resume_meanwhile)["status"] == "done"
+    assert refused == [
+        f"error: run 'tiny' at {cli.root}/runs/tiny is under way in another process; wait for it, or choose another "
+        f"name (name=...)\n"
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"model: {id: [", b"name: tiny\nbudg: {}", b"\xff\xfe\x00"])
+def test_a_damaged_run(content: bytes, trial: Path, cli: Cli) -> None:
+    folder = cli.root / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "trial.yaml").write_bytes(content)
+    text = cli.fails(1, "train", trial, "--resume")
+    assert f"{folder}/trial.yaml, which says what was run here, is damaged or another rankloom's: " in text
+    assert "restore it, or choose another name" in text
 
 
 def test_a_larger_budget_that_was_interrupted_is_not_finished(trial: Path, cli: Cli) -> None:
@@ -486,7 +525,10 @@ def test_ctrl_c_and_kill_lose_nothing(trial: Path, cli: Cli) -> None:
         if by is signal.SIGINT:
             assert code == 130
             assert "--resume goes on" in out
-            assert err == "\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n"
+            assert err == (
+                "\nstopping after this step, with a checkpoint; scoring, once begun, is finished; Ctrl-C again aborts "
+                "at once\n"
+            )
             assert 25 <= kept < 120
         else:
             assert code == -signal.SIGKILL

@@ -45,7 +45,8 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
         # not through the console: the signal may have come while it held its lock
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n")
+        os.write(2, b"\nstopping after this step, with a checkpoint; scoring, once begun, is finished; "
+                 b"Ctrl-C again aborts at once\n")  # fmt: skip
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

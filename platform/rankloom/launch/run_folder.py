@@ -1,7 +1,8 @@
 """A run's folder, `<output.root>/runs/<name>`, and whether a run may start, go on, or is finished.
 
 It holds trial.yaml (the resolved config), id, the checkpoints (the launcher's), events.jsonl and tensorboard/
-(`tracking.py`), result.json once the run is done, and error.log after a crash.
+(`tracking.py`), result.json once the run is done, and error.log after a crash. Beside it lies a lock file, which the
+process that runs it holds.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.registry.storage import open_storage
 
 TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
+EVENTS, CURVES = "events.jsonl", "tensorboard"
+RAYS = ".validate_storage_marker"
+"""What Ray Train leaves in every run's folder."""
 CHECKPOINTS = "checkpoints"
 """Where a run without Ray keeps its checkpoints; Ray Train's are `checkpoint-*` folders beside it."""
 
@@ -49,6 +54,19 @@ class RunFolder:
     def local(self) -> Path | None:
         """The folder on this machine's file systems; None on an object store."""
         return None if "://" in self.path else Path(self.path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile no other process can run it. An object store has no lock.
+
+        Raises:
+            ConfigError: another process does.
+        """
+        if self.local is None:
+            yield
+            return
+        with hold(self.local, "run"):
+            yield
 
     def decide(self, trial: TrialConfig, *, resume: bool) -> Decision:
         """Whether to start this trial here, to go on with it, or nothing (it is finished).
@@ -96,11 +114,18 @@ class RunFolder:
             self.write(TRIAL, yaml.safe_dump(dump(trial), sort_keys=False))
 
     def abandon(self) -> None:
-        """After an error: where nothing was trained yet, the corrected trial may start under the same name."""
+        """After an error: a run that has trained nothing leaves nothing but the error's trace."""
         with self._writing():
             folders = self._storage.folders("")
-            if not any(name.startswith("checkpoint-") for name in folders) and not self._storage.folders(CHECKPOINTS):
-                self._storage.delete(TRIAL)
+            if any(name.startswith("checkpoint-") for name in folders) or self._storage.folders(CHECKPOINTS):
+                return
+            curves = [f"{CURVES}/{name}" for name in self._storage.files(CURVES)] if CURVES in folders else []
+            events = [name for name in self._storage.files("") if name.startswith(EVENTS)]
+            for name in (*curves, *events, RAYS, ID, TRIAL):
+                self._storage.delete(name)
+            for place in (self.local / CURVES, self.local / CHECKPOINTS, self.local) if self.local else ():
+                with suppress(OSError):  # not empty, or not there
+                    place.rmdir()
 
     @property
     def id(self) -> str:
@@ -152,16 +177,19 @@ class RunFolder:
         """Whether the folder holds something, and none of it is ours."""
         if self._storage.exist([ID])[0] or (self.local and not self.local.is_dir()):
             return False
-        return bool(self._storage.folders("") or self._storage.files(""))
+        return bool(self._storage.folders("") or set(self._storage.files("")) - {ERROR})
 
     def _read_trial(self) -> dict[str, Any] | None:
         with self._writing():
             if not self._storage.exist([TRIAL])[0]:
                 return None
             try:
-                return dump(parse(TrialConfig, yaml.safe_load(self._storage.read(TRIAL)), f"{self.path}/{TRIAL}"))
-            except (yaml.YAMLError, TypeError) as error:
-                raise TrialError(f"{self.path}/{TRIAL} is damaged: {' '.join(str(error).split())}") from None
+                return dump(parse(TrialConfig, yaml.safe_load(self._storage.read(TRIAL)), TRIAL))
+            except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+                raise TrialError(
+                    f"{self.path}/{TRIAL}, which says what was run here, is damaged or another rankloom's: "
+                    f"{' '.join(str(error).split())}; restore it, or choose another name (name=...)"
+                ) from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -171,6 +199,30 @@ class RunFolder:
             if isinstance(error, RankloomError):
                 raise
             raise TrialError(f"output.root: {self.path} can't be used: {error}") from None
+
+
+@contextmanager
+def hold(folder: Path, what: str) -> Iterator[None]:
+    """Have a run's or a study's folder to oneself. The lock lies beside it, and dies with its process.
+
+    Raises:
+        ConfigError: another process has it. TrialError: the place can't be written.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{what} {folder.name!r} at {folder} is under way in another process; wait for it, or choose another name "
+            f"(name=...)"
+        ) from None
+    except OSError as error:
+        raise TrialError(f"output.root: {folder} can't be used: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def resolved(trial: TrialConfig) -> TrialConfig:

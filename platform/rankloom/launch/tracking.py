@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rankloom.config import TrialConfig, dump
-from rankloom.errors import ConfigError
-from rankloom.launch.run_folder import RunFolder, flat
+from rankloom.errors import ConfigError, TrialError
+from rankloom.launch.run_folder import CURVES, EVENTS, RunFolder, flat
 
 Event = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -49,10 +49,17 @@ def check(trial: TrialConfig) -> None:
 
 @contextmanager
 def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[Callable[[Event], None]]:
-    """Yields the function that writes an event to every tracker of the trial."""
+    """Yields the function that writes an event to every tracker of the trial.
+
+    Raises:
+        TrialError: the run's folder can't be written. ConfigError: a configured tracker does not open.
+    """
     with ExitStack() as stack:
         folder = stack.enter_context(run.scratch())
-        trackers: list[Tracker] = [Jsonl(folder / "events.jsonl"), TensorBoard(folder / "tensorboard")]
+        try:
+            trackers: list[Tracker] = [Jsonl(folder / EVENTS), TensorBoard(folder / CURVES)]
+        except OSError as error:
+            raise TrialError(f"output.root: {folder} can't be written: {error}; make room, or choose another") from None
         try:
             if trial.tracking.mlflow is not None:
                 trackers.append(Mlflow(trial, run.id))

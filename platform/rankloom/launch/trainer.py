@@ -55,16 +55,21 @@ def fit(
         RankloomError: ConfigError before anything starts; else what failed, for the user to read.
     """
     trial = resolved(trial)
-    run = RunFolder(trial)
-    decision = run.decide(trial, resume=resume)
-    if decision == "finished":
-        return run.result()
-    if trial.compute.num_workers == 0 and run.local is None:
+    if trial.compute.num_workers == 0 and "://" in trial.output.root:
         raise ConfigError(
             f"output.root={trial.output.root}: compute.num_workers=0 keeps checkpoints on a local disk; give a folder, "
             f"or set compute.num_workers=1"
         )
     tracking.check(trial)
+    run = RunFolder(trial)
+    run.decide(trial, resume=resume)  # what is refused leaves no trace, not even a lock
+    with run.held():
+        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume)
+
+
+def _fit(trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
+    if run.decide(trial, resume=resume) == "finished":
+        return run.result()
     run.begin(trial)
     try:
         with tracking.tracked(trial, run) as track:
@@ -74,7 +79,7 @@ def fit(
                 on_event(event)
 
             launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-            outcome = launch(trial, run, tell, stop or threading.Event())
+            outcome = launch(trial, run, tell, stop)
             outcome["run"] = run.path
             if outcome["status"] == "done":
                 run.write(RESULT, json.dumps(outcome, indent=2) + "\n")

@@ -29,7 +29,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, Validati
 from rankloom.config.trial import NAME_PATTERN
 from rankloom.errors import AdapterNotFoundError, RankloomError, RegistryError
 from rankloom.registry.card import model_card
-from rankloom.registry.checks import CARD, RECORD, check_contents, check_files, describe, read_folder
+from rankloom.registry.checks import CARD, RECORD, WEIGHTS, check_contents, check_files, describe, read_folder
 from rankloom.registry.record import Draft, Record
 from rankloom.registry.storage import LOCK_TIMEOUT_S, LocalStorage, open_storage
 
@@ -93,6 +93,19 @@ class Registry:
                     (staged / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
                     if self._storage.commit(staged, name, number):
                         return record
+
+    def publish_once(self, name: str, folder: Path, draft: Draft) -> Record:
+        """As `publish`, but what the same run has published already, and not yet written down, stays as it is.
+
+        That is a version with these weights, and with this draft but for what was measured.
+        """
+        made = [field for field in Draft.model_fields if field != "scorecard"]
+        weights = describe(read_folder(folder)[WEIGHTS])
+        for record in self.list(name) if self.versions(name) else ():
+            same = all(getattr(record, field) == getattr(draft, field) for field in made)
+            if same and record.files[WEIGHTS] == weights:
+                return record
+        return self.publish(name, folder, draft)
 
     def names(self) -> Sequence[str]:
         """Every folder that may hold an adapter, without looking into it; fit for shell completion."""

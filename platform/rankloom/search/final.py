@@ -22,7 +22,7 @@ from rankloom.errors import TrialError
 from rankloom.evals.score import measure
 from rankloom.launch.trainer import local_device
 from rankloom.models import Base, load_tokenizer
-from rankloom.registry import Draft, Registry
+from rankloom.registry import Registry
 from rankloom.scorecard import Measures, Scorecard
 from rankloom.train.run import PROBE_TOKENS, draft_of, load_for, registry_of
 
@@ -88,18 +88,8 @@ def _score(
     )
     draft = draft_of(trial, base, data, scorecard, study=study)
     registry = Registry(registry_of(trial))
-    published = [_publish(registry, name, folder, draft) for name in finalist["names"]]
+    published = [registry.publish_once(name, folder, draft).ref for name in finalist["names"]]
     return {"scorecard": scorecard.model_dump(), "published": published, "error": None}
-
-
-def _publish(registry: Registry, name: str, folder: Path, draft: Draft) -> str:
-    """The new version's ref; a study that was stopped after publishing does not publish the same again."""
-    for version in registry.versions(name):
-        record = registry.get(f"{name}@{version}")
-        same = (record.lineage.study, record.lineage.run) == (draft.lineage.study, draft.lineage.run)
-        if same and record.trial == draft.trial:
-            return record.ref
-    return registry.publish(name, folder, draft).ref
 
 
 def _num_parameters(folder: Path) -> int:

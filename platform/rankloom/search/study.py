@@ -31,7 +31,7 @@ from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster
 from rankloom.launch.channel import Channel
 from rankloom.launch.hosts import Hosts, groups, share_out
-from rankloom.launch.run_folder import absolute, changes
+from rankloom.launch.run_folder import absolute, changes, hold
 from rankloom.launch.trainer import Background, failure_of, watch
 from rankloom.search.board import Board, Standing, write_results
 from rankloom.search.journal import Event, Journal, StopWhenFatal
@@ -68,6 +68,12 @@ def run(
     """
     study = resolved(study)
     folder = study_folder(study)
+    decide(study, folder, resume=resume)  # what is refused leaves no trace, not even a lock
+    with hold(folder, "study"):
+        return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
+
+
+def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
     decision = decide(study, folder, resume=resume)
     if decision == "finished":
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
@@ -79,7 +85,7 @@ def run(
     (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
     with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), _hosts(study) as hosts:
-        journal = _search(study, folder, hosts, on_event, stop or threading.Event())
+        journal = _search(study, folder, hosts, on_event, stop)
         board = journal.board
         if journal.fatal is not None:
             raise TrialError(journal.fatal)

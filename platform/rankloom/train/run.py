@@ -180,7 +180,7 @@ def _finish(
         if trial.output.publish:
             _phase(session, "publish", "into the registry")
             root = registry_of(trial)
-            record = Registry(root).publish(trial.name, folder, draft_of(trial, fresh, data, scorecard))
+            record = Registry(root).publish_once(trial.name, folder, draft_of(trial, fresh, data, scorecard))
             outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
     return outcome
 

@@ -90,7 +90,10 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
     # transformers would draw them at random, differently each time, and only log it
-    absent = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    misshapen = {name for name, *_ in loading["mismatched_keys"]} | (
+        set() if quantization.type == "none" else _misshapen(model)
+    )
+    absent = sorted({*loading["missing_keys"], *misshapen})
     if absent:
         raise ModelError(
             f"model.id: {config.id!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
@@ -111,6 +114,20 @@ def load_base(
         quantization=quantization.type,
         device=device,
     )
+
+
+def _misshapen(model: PreTrainedModel) -> set[str]:
+    """Quantised weights that transformers took in another shape than their layer's."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and most bases are plain
+
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            state = getattr(module.weight, "quant_state", None)
+            shape = module.weight.shape if state is None else state.shape
+            if tuple(shape) != (module.out_features, module.in_features):
+                found.add(f"{name}.weight")
+    return found
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

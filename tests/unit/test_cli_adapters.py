@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from rankloom.cli.adapters import app
-from rankloom.errors import AdapterNotFoundError, RegistryError
+from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
 from rankloom.paths import registry_root
 from rankloom.registry import Draft, Registry
 from rankloom.scorecard import Measures, Scorecard, Share
@@ -176,8 +176,10 @@ def test_a_foreign_folder_of_peft_is_published_verified_and_merged(
 def test_errors_reach_the_caller() -> None:
     with pytest.raises(AdapterNotFoundError, match="no adapter 'nothing'"):
         run("show", "nothing")
-    with pytest.raises(RegistryError, match="allowed are"):
+    with pytest.raises(ConfigError, match="allowed are"):
         run("verify", "../etc")
+    with pytest.raises(ConfigError, match="registry: it is empty"):
+        run("list", "--registry", "")
     assert run("export", "bank", "--format", "gguf", "-o", "x").exit_code == 2
     assert run("export", "bank").exit_code == 2
 

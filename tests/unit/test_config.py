@@ -148,6 +148,12 @@ def test_layerwise_galore_holds_where_nothing_needs_the_whole_gradient() -> None
     assert trial("method={type: galore, layerwise: true}", "optim.clip_norm=null").method.type == "galore"
 
 
+@pytest.mark.parametrize("setting", ["optim.batch_size", "optim.learning_rate", "optim.clip_norm", "budget.steps"])
+def test_true_is_no_number(setting: str) -> None:
+    section, _, key = setting.partition(".")
+    assert refusal(f"{setting}=true") == f"t.yaml: {section}: {key}: expected a number (given True)"
+
+
 def test_settings_that_contradict_each_other_inside_one_section() -> None:
     assert refusal("budget={epochs: 1, steps: 2}") == "t.yaml: budget: give epochs (1.0) or steps (2), not both"
     assert "target_rank 20" in refusal("method={type: adalora, target_rank: 20}")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rankloom.errors import ConfigError, IncompatibleError
@@ -30,6 +31,15 @@ class Frozen(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, tree: Any) -> Any:
+        """`batch_size: true`, which pydantic would read as 1."""
+        for name, value in tree.items() if isinstance(tree, Mapping) else ():
+            if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
+                raise ConfigError(f"{name}: expected a number (given {value!r})")
+        return tree
 
 
 ConfigT = TypeVar("ConfigT", bound=Frozen)
@@ -186,6 +196,12 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("type")
     return str(get_args(field.annotation)[0]) if field and get_args(field.annotation) else None
+
+
+def _is_number(annotation: Any) -> bool:
+    """int, float, or one of them with bounds or None."""
+    parts = [part for part in get_args(annotation) if part is not type(None) and not isinstance(part, FieldInfo)]
+    return annotation in (int, float) or (len(parts) == 1 and _is_number(parts[0]))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -136,6 +136,8 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
                 f"flatters the scores: {shown}"
             )
     trained = splits["train"].labels or {}
+    if labels is not None and len(labels) == 1:
+        warnings.append(f"all rows have the label {next(iter(labels))!r}: there is nothing to tell apart")
     if absent := [label for label in labels or {} if label not in trained]:
         shown = ", ".join(map(repr, absent[:NUM_EXAMPLES]))
         warnings.append(f"train: {len(absent)} label(s) have no row to train on: {shown}")

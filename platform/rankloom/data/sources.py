@@ -113,10 +113,9 @@ def pick_columns(
     wanted = {columns.get(role, role): role for role in roles}
     if missing := [name for name in wanted if name not in dataset.column_names]:
         near = _nearest(missing[0], dataset.column_names)
-        raise DataError(
-            f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; "
-            f"{there}; rename with data.columns, e.g. {{{wanted[missing[0]]}: {dataset.column_names[0]}}}"
-        )
+        spare = next((name for name in dataset.column_names if name not in wanted), None)
+        how = f"; rename with data.columns, e.g. {{{wanted[missing[0]]}: {spare}}}" if spare else ""
+        raise DataError(f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; {there}{how}")
     if len(wanted) < len(roles):
         raise ConfigError(f"data.columns: {', '.join(roles)} need a column each, given {dict(columns)}")
     kept = dataset.select_columns(list(wanted))

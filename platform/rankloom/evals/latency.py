@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,9 +30,11 @@ class Latency:
     """At batch 8, from the median step."""
 
 
-def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency:
-    """Time greedy decoding after prompts of about the median length."""
+def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency | None:
+    """Time greedy decoding after prompts of about the median length; None where the model keeps no KV cache (Mamba)."""
     bare = unwrapped(model)
+    if "past_key_values" not in inspect.signature(bare.forward).parameters:
+        return None
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)
     middle = by_length[first : first + BATCH_SIZE]

@@ -25,10 +25,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 from filelock import FileLock
 from pyarrow import fs
 
-from rankloom.errors import RegistryError
+from rankloom.errors import ConfigError, RegistryError
 from rankloom.registry.checks import RECORD
 
 LOCK_TIMEOUT_S = 60.0
@@ -74,14 +75,24 @@ def open_storage(root: str | Path) -> Storage:
     """The storage at a local path or a URL that pyarrow knows (s3://, gs://, abfs://, hdfs://, file://).
 
     S3 reads the usual AWS variables; AWS_ENDPOINT_URL points it at another server.
+
+    Raises:
+        ConfigError: it is empty, or no URL that pyarrow knows.
     """
+    if not str(root):
+        raise ConfigError("registry: it is empty; give a folder or a URL, or leave it out")
     if isinstance(root, Path) or "://" not in root:
         return LocalStorage(Path(root).expanduser().absolute())
-    filesystem, path = fs.FileSystem.from_uri(root)
+    try:
+        filesystem, path = fs.FileSystem.from_uri(root)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(
+            f"registry {root!r}: {error}; allowed are a folder and URLs such as s3://bucket/registry"
+        ) from None
     if isinstance(filesystem, fs.LocalFileSystem):
         return LocalStorage(Path(path))
     if not path:
-        raise RegistryError(f"registry {root!r}: the bucket is missing; give for example s3://bucket/registry")
+        raise ConfigError(f"registry {root!r}: the bucket is missing; give for example s3://bucket/registry")
     return ObjectStorage(filesystem, path)
 
 

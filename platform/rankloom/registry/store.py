@@ -27,7 +27,7 @@ import pyarrow
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from rankloom.config.trial import NAME_PATTERN
-from rankloom.errors import AdapterNotFoundError, RankloomError, RegistryError
+from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, RegistryError
 from rankloom.registry.card import model_card
 from rankloom.registry.checks import CARD, RECORD, WEIGHTS, check_contents, check_files, describe, read_folder
 from rankloom.registry.record import Draft, Record
@@ -343,26 +343,26 @@ def parse_ref(ref: str) -> tuple[str, str | None]:
     """Split `name@selector`; the selector is a number, an alias, or None.
 
     Raises:
-        RegistryError: one of them is no such thing.
+        ConfigError: one of them is no such thing.
     """
     name, at, selector = ref.partition("@")
     _check_name(name)
     if not at:
         return name, None
     if not (_NUMBER.fullmatch(selector) or (re.fullmatch(NAME_PATTERN, selector) and not selector.isdigit())):
-        raise RegistryError(f"ref {_shown(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
+        raise ConfigError(f"ref {_shown(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
     return name, selector
 
 
 def _check_name(name: str) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
-        raise RegistryError(f"adapter name {_shown(name)}: allowed are {_ALLOWED}")
+        raise ConfigError(f"adapter name {_shown(name)}: allowed are {_ALLOWED}")
     return name
 
 
 def _check_alias(alias: str) -> None:
     if not re.fullmatch(NAME_PATTERN, alias) or alias.isdigit() or alias == LATEST:
-        raise RegistryError(
+        raise ConfigError(
             f"alias {_shown(alias)}: allowed are {_ALLOWED}, but no number, nor {LATEST!r}, which is built in"
         )
 

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom.config.method import Targets
 from rankloom.config.model import Dtype, Int8, ModelConfig, Nf4, Quantization
 from rankloom.errors import ConfigError, ModelError
+from rankloom.onednn import use_onednn
 from rankloom.paths import cache_dir
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,6 +101,7 @@ def load_base(
             f"weight files or have another shape, such as {absent[0]}; fetch or save the model again, whole"
         )
     model.requires_grad_(False).eval()
+    use_onednn(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser

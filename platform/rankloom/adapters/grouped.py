@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankloom import onednn
+
 PAD_BELOW = 2**14
 """On a CPU: elements of an average slot's input and output below which calls cost more than padding them does."""
 STACK_BELOW = 2**16
@@ -329,7 +331,7 @@ class _Linear(torch.autograd.Function):
         groups: Groups,
         way: Way,
     ) -> Tensor:
-        y_NO = F.linear(_rows(x), weight_OI, bias_O)
+        y_NO = onednn.linear(_rows(x), weight_OI, bias_O)
         kept = way.add(y_NO, _rows(x), a_KRI, b_KOR, scale_K, groups)
         ctx.save_for_backward(x, weight_OI, a_KRI, b_KOR, *kept)
         ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
@@ -339,7 +341,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, a_KRI, b_KOR, *kept = ctx.saved_tensors
         dy_NO = _rows(dy)
-        dx_NI = dy_NO @ weight_OI if ctx.needs_input_grad[0] else None
+        dx_NI = onednn.times(dy_NO, weight_OI) if ctx.needs_input_grad[0] else None
         da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), a_KRI, b_KOR, kept, ctx.scale_K, ctx.groups, dx_NI)
         dx = None if dx_NI is None else dx_NI.view(x.shape)
         return dx, None, None, da_KRI, db_KOR, None, None, None

@@ -22,6 +22,7 @@ from rankloom.adapters.grouped import Groups, grouped_linear, grouped_lora, scal
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
 from rankloom.models import find_target_linears
+from rankloom.onednn import FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Site:
         else:
             assert isinstance(module, nn.Linear)
             self.num_in, self.num_out = module.in_features, module.out_features
-        self.is_plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
+        self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
         """Whether W is at hand as it is: neither quantised nor computed with in a way of its own."""
         device = module.weight.device
         self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))

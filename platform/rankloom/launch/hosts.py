@@ -136,7 +136,11 @@ class Hosts:
         return host.handle
 
     async def any(self, tree: dict[str, Any]) -> Any:
-        """The handle of some open host; of a new one, for this trial's group, where none is open."""
+        """The handle of some open host, to `work` in; of a new one, for this trial's group, where none is open.
+
+        The search is over then, and no host is given back any more: the one that works has no members.
+        """
+        self._stop_sweeping()
         if not self._open:
             trial = parse(TrialConfig, tree)
             self._groups.setdefault(host_key(trial), trial)
@@ -149,8 +153,7 @@ class Hosts:
 
     async def close(self) -> list[Any]:
         """The study is over: the hosts to end, and no more are opened."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        self._stop_sweeping()
         return [host.handle for host in self._open]
 
     async def stats(self) -> list[dict[str, Any]]:
@@ -203,6 +206,10 @@ class Hosts:
             if trial_id in host.trials:
                 host.trials.discard(trial_id)
                 host.empty_since = time.monotonic()
+
+    def _stop_sweeping(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
 
     async def _sweep(self) -> None:
         import ray

@@ -1,0 +1,95 @@
+"""Products with a frozen weight on a CPU, by the faster of the two libraries that torch carries.
+
+torch multiplies fp32 matrices with MKL, which on AMD's processors leaves AVX-512 unused. oneDNN, which torch keeps for
+other types, does not: about twice the throughput there, on the weights as they are. `use_onednn` gives a frozen model
+linears that know; they compute as before wherever oneDNN has no advantage or the weight trains.
+
+Shapes: N rows, I in, O out.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MIN_ELEMENTS = 2**16
+"""Of a weight: below, what a call costs counts for more."""
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear, whose product is oneDNN's where that is faster."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not suits(input, self.weight) or self.weight.requires_grad:
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            result: Tensor = _Linear.apply(input, self.weight, self.bias)
+            return result
+        return linear(input, self.weight, self.bias)
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Make a model's plain linears `FrozenLinear`, where this machine gains by it."""
+    if has_advantage():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FrozenLinear
+
+
+@cache
+def has_advantage() -> bool:
+    """Whether this is an AMD processor with AVX-512. Looked up, not timed: every process of a run must decide alike."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpuinfo.is_file()
+        and "AuthenticAMD" in cpuinfo.read_text()
+    )
+
+
+def suits(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether a product of these is oneDNN's to compute."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight_OI.dtype == torch.float32
+        and x.numel() > 0
+        and weight_OI.numel() >= MIN_ELEMENTS
+        and has_advantage()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """As F.linear; without a gradient."""
+    if not suits(x, weight_OI):
+        return F.linear(x, weight_OI, bias_O)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    return result
+
+
+def times(y_NO: Tensor, weight_OI: Tensor) -> Tensor:
+    """[N, I]: y W; without a gradient."""
+    if not suits(y_NO, weight_OI):
+        return y_NO @ weight_OI
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(y_NO, weight_OI.T, None, "none", [], "")
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    """With a gradient to the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_OI)
+        return linear(x, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight_OI,) = ctx.saved_tensors
+        return times(dy.contiguous(), weight_OI), None, None

@@ -33,7 +33,7 @@ class Latency:
 def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency | None:
     """Time greedy decoding after prompts of about the median length; None where the model keeps no KV cache (Mamba)."""
     bare = unwrapped(model)
-    if "past_key_values" not in inspect.signature(bare.forward).parameters:
+    if "past_key_values" not in inspect.signature(type(bare).forward).parameters:
         return None
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)

@@ -251,11 +251,14 @@ class Stacked:
     """Batched products over all slots at work, each of the largest rank; tokens are padded where they are not even."""
 
     def add(
-        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float], groups: Groups
+        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float] | None, groups: Groups
     ) -> list[Tensor]:
+        """As `Way.add`; without scales, for stacks that have them in B."""
         picked = groups.picked(x_NI.device)
         a_CRI, b_COR = a_KRI[picked, : groups.rank], b_KOR[picked, :, : groups.rank]
-        h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT).mul_(groups.scales(scale_K, x_NI))
+        h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT)
+        if scale_K is not None:
+            h_CTR.mul_(groups.scales(scale_K, x_NI))
         if not groups.is_even:  # what padding repeats must not count in B's gradient
             h_CTR.masked_fill_(groups.padding(x_NI.device), 0)
         _add_bmm(y_NO, h_CTR, b_COR.mT, groups)
@@ -404,9 +407,9 @@ class _ScaleRows(torch.autograd.Function):
         ctx.save_for_backward(y, factor_KO, bias_O)
         ctx.groups, ctx.by_slot = groups, by_slot
         result_NO = _rows(y).clone()
-        _scale(result_NO, factor_KO.to(y.dtype), groups, by_slot)
+        scale_spans(result_NO, factor_KO.to(y.dtype), groups, by_slot)
         if bias_O is not None:
-            _shift(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups, by_slot)
+            shift_spans(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups, by_slot)
         return result_NO.view(y.shape)
 
     @staticmethod
@@ -417,11 +420,12 @@ class _ScaleRows(torch.autograd.Function):
         if bias_O is not None:
             dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
         dy_NO = dy_NO.clone()
-        _scale(dy_NO, factor_KO.to(y.dtype), ctx.groups, ctx.by_slot)
+        scale_spans(dy_NO, factor_KO.to(y.dtype), ctx.groups, ctx.by_slot)
         return dy_NO.view(y.shape), dfactor_KO, None, None, None
 
 
-def _scale(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:
+def scale_spans(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:
+    """Multiply the tokens of the slots at work by their slot's factor, in place."""
     if groups.is_even:
         _stacked(y_NO, groups).mul_(factor_KO[groups.picked(y_NO.device)][:, None])
     elif by_slot:
@@ -431,7 +435,8 @@ def _scale(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> No
         y_NO.mul_(F.pad(factor_KO, (0, 0, 0, 1), value=1).index_select(0, groups.owners(y_NO.device)))
 
 
-def _shift(y_NO: Tensor, shift_KO: Tensor, groups: Groups, by_slot: bool) -> None:
+def shift_spans(y_NO: Tensor, shift_KO: Tensor, groups: Groups, by_slot: bool) -> None:
+    """Add their slot's shift to the tokens of the slots at work, in place."""
     if groups.is_even:
         _stacked(y_NO, groups).add_(shift_KO[groups.picked(y_NO.device)][:, None])
     elif by_slot:

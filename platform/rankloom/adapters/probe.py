@@ -83,13 +83,30 @@ def check_probe(model: peft.PeftModel, folder: Path, *, quantization: str) -> Pr
     Raises:
         RegistryError: other logits than recorded, or the base's own.
     """
-    probe = _read_probe(folder)
-    recorded = probe["adapter_logits"]
-    input_ids: list[int] = probe["input_ids"].tolist()
-    vocabulary = model.get_base_model().get_input_embeddings().weight.shape[0]
+    input_ids = probe_tokens(folder, model.get_base_model().get_input_embeddings().weight.shape[0])
+    adapter, base = _both_logits(model, input_ids)
+    return check_logits(folder, adapter, base, quantization=quantization)
+
+
+def probe_tokens(folder: Path, vocabulary: int) -> list[int]:
+    """The tokens of the probe in `folder`.
+
+    Raises:
+        RegistryError: they are none of a base with such a vocabulary.
+    """
+    input_ids: list[int] = _read_probe(folder)["input_ids"].tolist()
     if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
         raise RegistryError(f"{folder / PROBE}: input_ids are empty or beyond the base's vocabulary of {vocabulary}")
-    adapter, base = _both_logits(model, input_ids)
+    return input_ids
+
+
+def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: str) -> ProbeReport:
+    """Compare logits [V] after the probe's tokens, with and without the adapter, to those recorded in `folder`.
+
+    Raises:
+        RegistryError: other logits than recorded, or the base's own.
+    """
+    recorded = _read_probe(folder)["adapter_logits"]
     if recorded.shape != adapter.shape:
         raise RegistryError(
             f"{folder / PROBE}: {list(recorded.shape)} logits, but the base gives {list(adapter.shape)}"

@@ -21,6 +21,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.config.data import DataConfig
+from rankloom.data.encode import Encoder
 from rankloom.errors import ConfigError, DataError
 
 OK, TRUNCATED, EMPTY, OVER_LONG = range(4)
@@ -100,17 +101,15 @@ class Renderer:
         self.end_id: int = tokenizer.eos_token_id
         self.special = set(tokenizer.all_special_ids)
         self.special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.bos = _bos(tokenizer)
-        first = tokenizer.convert_ids_to_tokens(self.encode(["a"])[0][:1])
-        self.adds_space = first[0].startswith(("▁", "Ġ"))
-        self.takes_system = self.chat and _takes_system(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self.takes_system = self.chat and takes_system(tokenizer)
 
     def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         names = [f"{self.field}: row {i + 1}" for i in indices]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         found = [self.converse(row, name) for row, name in zip(rows, names, strict=True)]
-        starts = iter(self.encode([c.pieces[0].text for c in found if c]))
-        rest = iter(self.encode_rest([piece.text for c in found if c for piece in c.pieces[1:]]))
+        starts = iter(self.encoder.encode([c.pieces[0].text for c in found if c]))
+        rest = iter(self.encoder.encode_rest([piece.text for c in found if c for piece in c.pieces[1:]]))
         result: dict[str, list[Any]] = {name: [] for name in OUTPUT}
         for conversation, name, index in zip(found, names, indices, strict=True):
             if conversation is None:
@@ -131,7 +130,7 @@ class Renderer:
         conversations = [self._render([_message("user", "a"), _message("assistant", label)], label) for label in labels]
         table: dict[str, list[int]] = {}
         for conversation, ids in zip(
-            conversations, self.encode_rest([c.pieces[-1].text for c in conversations]), strict=True
+            conversations, self.encoder.encode_rest([c.pieces[-1].text for c in conversations]), strict=True
         ):
             table[conversation.completion] = self._ended(conversation.pieces[-1], ids)
         # sorted, tokens that begin others come right before one of those
@@ -140,27 +139,6 @@ class Renderer:
             if other_ids[: len(ids)] == ids:
                 raise DataError(f"{self.field}: the labels {one!r} and {other!r} become the same tokens; rename one")
         return table
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that begin a row."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
-
-    def encode_rest(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that follow others, tokenised apart from them."""
-        if not self.adds_space:
-            return self.encode(texts)
-        # this tokenizer puts a space before any text, which would not be there amid a row: a line break takes its place
-        (anchor,) = self.encode(["\n"])
-        after_anchor = self.encode([f"\n{text}" for text in texts])
-        return [
-            ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode([text])[0]
-            for ids, text in zip(after_anchor, texts, strict=True)
-        ]
 
     def _from_pair(self, row: dict[str, Any], name: str, asked: str, answered: str) -> Conversation | None:
         prompt, completion = self._text(row[asked], name, asked), self._text(row[answered], name, answered)
@@ -238,7 +216,7 @@ class Renderer:
         return Conversation(pieces, messages[-1]["content"], _preview(messages[-2]["content"]))
 
     def _render_chat(self, messages: list[Message], name: str) -> Conversation:
-        messages = messages if self.takes_system else _system_in_user(messages)
+        messages = messages if self.takes_system else system_in_user(messages)
         whole, pieces, skipped = self._template(messages), list[Piece](), 0
         done = 0  # characters of `whole` that are in `pieces`
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
@@ -269,8 +247,8 @@ class Renderer:
     def _rows(self, conversation: Conversation, tokens: list[list[int]], name: str) -> list[dict[str, Any]]:
         """A conversation's row, or rows; `tokens` are its pieces'."""
         tokens = [self._ended(piece, ids) for piece, ids in zip(conversation.pieces, tokens, strict=True)]
-        if not self.chat and tokens[0][: len(self.bos)] != self.bos:
-            tokens = [self.bos, *tokens]
+        if not self.chat and tokens[0][: len(self.encoder.bos)] != self.encoder.bos:
+            tokens = [self.encoder.bos, *tokens]
             pieces = [Piece("", trained=False), *conversation.pieces]
         else:
             pieces = conversation.pieces
@@ -397,7 +375,7 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     return [_message("system", instruction), *messages]
 
 
-def _system_in_user(messages: list[Message]) -> list[Message]:
+def system_in_user(messages: list[Message]) -> list[Message]:
     """For templates without a system role."""
     if messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return messages
@@ -405,7 +383,7 @@ def _system_in_user(messages: list[Message]) -> list[Message]:
     return [merged, *messages[2:]]
 
 
-def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Some templates refuse a system message, and some silently drop it."""
     mark = "a-system-message"
     try:
@@ -413,12 +391,6 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     except jinja2.TemplateError:
         return False
     return mark in str(text)
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that this tokenizer puts before every text, if it does."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
 
 def _preview(text: str) -> str:

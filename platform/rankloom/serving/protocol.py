@@ -1,7 +1,7 @@
 """What an ingress and an engine say to each other; torch-free, so that an ingress need not have it.
 
-A request goes in as tokens, and comes back as an iterator of deltas. Names, aliases, routes and limits are the ingress's;
-an engine knows exact versions (`name@3`), whose weights never change.
+A request goes in as tokens, and comes back as an iterator of deltas. Names, aliases, routes and limits are the
+ingress's; an engine knows exact versions (`name@3`), whose weights never change.
 """
 
 from __future__ import annotations

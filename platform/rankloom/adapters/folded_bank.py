@@ -1,0 +1,291 @@
+"""FoldedBank: many folded adapters on one base, each token of a forward on its own.
+
+There are two ways to the same result. *Loose*: adapter by adapter, on views of its tokens; this is the plain one, and
+as good as any for adapters with many tokens. *Stacked*: the adapters with few tokens lie in slots of stacked tensors,
+and the products of all of them are one batched call (`grouped.py`, as in training); measured to be the fastest for
+decoding. Slots at work are always the first ones, so that stacks are read as views: a gather would copy the weights.
+
+Shapes: N tokens sorted by adapter, K slots, I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankloom.adapters.folded import Factors, Folded, in_out
+from rankloom.adapters.grouped import Groups, Stacked, scale_spans, shift_spans
+from rankloom.models import is_linear
+
+FEW = 8
+"""Tokens up to which an adapter's share of a forward is stacked."""
+SMALLEST = 8
+"""Ranks are rounded up to a power of two, at least this; adapters of like ranks share stacks."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one forward has for one adapter; None: the base."""
+
+    adapter: Folded | None
+    num_tokens: int
+    num_predicting: int
+    """Of these tokens, how many the output head sees."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which tokens are whose, for the modules that see the same ones."""
+
+    loose: tuple[tuple[Folded, slice], ...]
+    stacked: tuple[tuple[int, Groups], ...]
+    """Rank class, and its slots' tokens."""
+    whole: tuple[tuple[Folded, slice], ...]
+    """Tokens of the adapters that also have embeddings or whole modules."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which tokens of a forward are on which adapter."""
+
+    order: tuple[int, ...]
+    """Indices of the shares, in the order in which the forward's tokens have to be."""
+    body: _Layout
+    head: _Layout
+    """For the output head, which sees the predicting tokens alone."""
+
+
+class FoldedBank:
+    """Takes the place of the `forward` of a base's linears; outside `routed` they compute as before.
+
+    Invariant: a stack's slot is zero wherever its adapter has nothing. One thread arranges slots and runs forwards with
+    stacked adapters; others may run forwards with loose ones meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._head = model, model.get_output_embeddings()
+        self._device, self._dtype = next(model.parameters()).device, model.dtype
+        self._local = threading.local()
+        self._classes: dict[int, _Class] = {}
+        self._patched: dict[str, tuple[nn.Module, Any]] = {}
+        self._lock = threading.Lock()
+        self._sites = {name: module for name, module in model.named_modules() if is_linear(module)}
+        for name, module in self._sites.items():
+            self._patch(name, module, self._linear_at(name, module))
+
+    def remove(self) -> None:
+        """Leave the model as it was before."""
+        for module, before in self._patched.values():
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+        self._patched.clear()
+
+    def admit(self, adapter: Folded) -> None:
+        """To be called once for every adapter, from any thread, before it is routed."""
+        with self._lock:
+            for name in (*adapter.embeddings, *adapter.whole):
+                if name not in self._patched:
+                    module = self._model.get_submodule(name)
+                    self._patch(name, module, self._other_at(name, module))
+
+    def route(self, shares: Sequence[Share], *, stack: bool = True) -> Route:
+        """Lay a forward's tokens out, and bring its adapters into slots.
+
+        Args:
+            shares: at most one for each adapter, and one for the base.
+            stack: False: loose alone, which leaves the slots as they are.
+        """
+        by_class: dict[int, list[int]] = {}
+        for i, share in enumerate(shares):
+            if stack and share.adapter is not None and share.adapter.rank and share.num_tokens <= FEW:
+                by_class.setdefault(_rank_class(share.adapter.rank), []).append(i)
+        # one alone gains nothing from a stack
+        slotted = {rank: members for rank, members in by_class.items() if len(members) > 1}
+        order, stacks = [i for i, share in enumerate(shares) if share.adapter is None], []
+        for rank, members in sorted(slotted.items()):
+            in_slots = {shares[i].adapter: i for i in members}
+            slots = self._class(rank, len(members)).arrange(list(in_slots))  # type: ignore[arg-type]
+            chosen = [in_slots[adapter] for adapter in slots]
+            stacks.append((rank, chosen))
+            order += chosen
+        order += [i for i in range(len(shares)) if i not in set(order)]
+        return Route(
+            tuple(order),
+            _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks),
+            _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks),
+        )
+
+    @contextmanager
+    def routed(self, route: Route) -> Iterator[None]:
+        """While it lasts, this thread's forwards are routed so."""
+        self._local.route = route
+        try:
+            yield
+        finally:
+            self._local.route = None
+
+    def _layout(self, module: nn.Module) -> _Layout | None:
+        route: Route | None = getattr(self._local, "route", None)
+        if route is None:
+            return None
+        return route.head if module is self._head else route.body
+
+    def _class(self, rank: int, num_slots: int) -> _Class:
+        """The stacks of a rank class, with room."""
+        if rank not in self._classes or self._classes[rank].num_slots < num_slots:
+            self._classes.pop(rank, None)  # first, so that both are never there
+            room = 1 << (num_slots - 1).bit_length()
+            self._classes[rank] = _Class(self._sites, rank, room, self._device, self._dtype)
+        return self._classes[rank]
+
+    def _patch(self, name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._patched[name] = (module, vars(module).get("forward"))
+        module.forward = forward
+
+    def _linear_at(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        base, way, on_cpu = module.forward, Stacked(), self._device.type == "cpu"
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = base(x)
+            layout = self._layout(module)
+            if layout is None:
+                return y
+            x_NI, y_NO = x.flatten(0, -2), y.view(-1, y.shape[-1])
+            for rank, groups in layout.stacked:
+                if stack := self._classes[rank].stacks.get(name):
+                    way.add(y_NO, x_NI, stack.a_KRI, stack.b_KOR, None, groups)
+                    if stack.scaled:
+                        scale_spans(y_NO, stack.factor_KO, groups, by_slot=on_cpu)
+                    if stack.shifted:
+                        shift_spans(y_NO, stack.shift_KO, groups, by_slot=on_cpu)
+            for adapter, span in layout.loose:
+                if factors := adapter.linears.get(name):
+                    factors.add_to(y_NO[span], x_NI[span])
+            for adapter, span in layout.whole:
+                if own := adapter.whole.get(name):
+                    y_NO[span] = own(x_NI[span])
+            return y
+
+        return forward
+
+    def _other_at(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+        base = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = base(x)
+            layout = self._layout(module)
+            for adapter, span in layout.whole if layout else ():
+                if factors := adapter.embeddings.get(name):
+                    factors.add_to(y[0, span], x[0, span])
+                elif own := adapter.whole.get(name):
+                    y[0, span] = own(x[0, span])
+            return y
+
+        return forward
+
+
+def _rank_class(rank: int) -> int:
+    return max(SMALLEST, 1 << (rank - 1).bit_length())
+
+
+def _lay_out(counted: Sequence[tuple[Folded | None, int, int]], stacks: Sequence[tuple[int, Sequence[int]]]) -> _Layout:
+    """From adapters with their tokens, in order: base, stacks, loose."""
+    spans, start = {}, 0
+    for adapter, count, index in counted:
+        spans[index] = (adapter, slice(start, start + count))
+        start += count
+    in_stack = {index for _, members in stacks for index in members}
+    present = {i: (a, span) for i, (a, span) in spans.items() if a is not None and span.stop > span.start}
+    loose = [share for i, share in present.items() if i not in in_stack]
+    stacked = []
+    for rank, members in stacks:
+        counts = [spans[i][1].stop - spans[i][1].start for i in members]
+        if any(counts):
+            stacked.append((rank, Groups(counts, [rank] * len(members), start=spans[members[0]][1].start)))
+    whole = [(adapter, span) for adapter, span in present.values() if adapter.embeddings or adapter.whole]
+    return _Layout(tuple(loose), tuple(stacked), tuple(whole))
+
+
+class _Stack:
+    """One linear's adapters of one rank class."""
+
+    def __init__(self, module: nn.Module, rank: int, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        num_in, num_out = in_out(module)
+        # a view of [K, I, R], which was measured to be read faster
+        self.a_KRI = torch.zeros(num_slots, num_in, rank, device=device, dtype=dtype).mT
+        self.b_KOR = torch.zeros(num_slots, num_out, rank, device=device, dtype=dtype)
+        self.factor_KO = torch.ones(num_slots, num_out, device=device, dtype=dtype)
+        self.shift_KO = torch.zeros(num_slots, num_out, device=device, dtype=dtype)
+        self.scaled: set[int] = set()
+        """Slots with a factor."""
+        self.shifted: set[int] = set()
+
+    def put(self, slot: int, factors: Factors | None) -> None:
+        """Set a slot; None: it has nothing here."""
+        a_RI, b_OR, rank = self.a_KRI[slot], self.b_KOR[slot], 0
+        if factors is not None:
+            rank = factors.rank
+            a_RI[:rank] = factors.a_IR.mT
+            b_OR[:, :rank] = factors.b_RO.mT
+        a_RI[rank:] = 0  # what remains of an adapter before, or zero already
+        b_OR[:, rank:] = 0
+        _mark(slot, self.factor_KO, self.scaled, factors.factor_O if factors else None, neutral=1)
+        _mark(slot, self.shift_KO, self.shifted, factors.shift_O if factors else None, neutral=0)
+
+
+def _mark(slot: int, values_KO: Tensor, marked: set[int], given_O: Tensor | None, *, neutral: int) -> None:
+    if given_O is not None:
+        values_KO[slot] = given_O
+        marked.add(slot)
+    elif slot in marked:
+        values_KO[slot] = neutral
+        marked.remove(slot)
+
+
+class _Class:
+    """The slots of adapters of like ranks."""
+
+    def __init__(
+        self, sites: Mapping[str, nn.Module], rank: int, num_slots: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.num_slots = num_slots
+        self._make = lambda module: _Stack(module, rank, num_slots, device, dtype)
+        self._sites = sites
+        self.stacks: dict[str, _Stack] = {}
+        """Of the linears that some adapter was on."""
+        self._held: list[Folded | None] = [None] * num_slots
+
+    def arrange(self, wanted: Sequence[Folded]) -> list[Folded]:
+        """Bring adapters into the first slots, with as few copies as can be; returns them by slot."""
+        places = placed(self._held[: len(wanted)], wanted)
+        for slot, adapter in enumerate(places):
+            if self._held[slot] is not adapter:
+                self._put(slot, adapter)
+        return places
+
+    def _put(self, slot: int, adapter: Folded) -> None:
+        self._held[slot] = adapter
+        for name in adapter.linears.keys() - self.stacks.keys():
+            self.stacks[name] = self._make(self._sites[name])
+        for name, stack in self.stacks.items():
+            stack.put(slot, adapter.linears.get(name))
+
+
+def placed(held: Sequence[Folded | None], wanted: Sequence[Folded]) -> list[Folded]:
+    """Who is to be in which of as many slots as there are wanted; who is in one already stays there.
+
+    One that moved forward is still held where it was: of several places the first counts.
+    """
+    stays = {adapter: slot for slot, adapter in reversed(list(enumerate(held))) if adapter and adapter in wanted}
+    missing = iter([adapter for adapter in wanted if adapter not in stays])
+    by_slot = {slot: adapter for adapter, slot in stays.items()}
+    return [by_slot[slot] if slot in by_slot else next(missing) for slot in range(len(held))]

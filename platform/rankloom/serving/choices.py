@@ -1,0 +1,41 @@
+"""A completion that is one of several texts: a walk down the tree of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankloom.errors import DataError, RequestError
+from rankloom.evals.labels import LabelTrie, Node
+from rankloom.serving.prompts import Prompts
+
+
+class Choice:
+    """Where one completion is in the tree."""
+
+    def __init__(self, choices: Sequence[str], prompts: Prompts) -> None:
+        """Raises RequestError where two become the same tokens."""
+        try:
+            # with the end of the turn, so that no choice's tokens begin another's
+            self._node: Node = LabelTrie({text: prompts.completion(text) for text in choices}).root
+        except DataError as error:
+            raise RequestError(f"choices: {error}") from None
+
+    @property
+    def allowed(self) -> list[int]:
+        """The tokens that may come next."""
+        return list(self._node.children)
+
+    @property
+    def is_over(self) -> bool:
+        return not self._node.children
+
+    def advance(self, token: int) -> None:
+        self._node = self._node.children[token]
+
+    def rest(self) -> list[int]:
+        """The tokens that follow without an alternative, but for the end of the turn; goes on behind them."""
+        tokens = []
+        while len(self._node.children) == 1:
+            ((token, self._node),) = self._node.children.items()
+            tokens.append(token)
+        return tokens[:-1] if self.is_over else tokens

@@ -1,0 +1,57 @@
+"""From the registry to an adapter that is ready to be served: fetched, checked, folded and probed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from rankloom.adapters.folded import Folded, fold
+from rankloom.adapters.probe import check_logits, probe_tokens
+from rankloom.errors import IncompatibleError
+from rankloom.models import Base
+from rankloom.registry import Record, Registry
+
+Logits = Callable[[Folded | None, list[int]], Tensor]
+"""What the base gives [V] after tokens, with an adapter or without."""
+
+
+class Loader:
+    """Loads adapters of one base."""
+
+    def __init__(self, base: Base, registry: Registry, logits: Logits) -> None:
+        self._base, self._registry, self._logits = base, registry, logits
+
+    def load(self, ref: str) -> Folded:
+        """May take seconds; for a thread of its own.
+
+        Raises:
+            AdapterNotFoundError: no such version.
+            IncompatibleError: it was tuned on another base.
+            RegistryError: it is broken, or does nothing.
+        """
+        record = self._registry.get(ref)
+        self._check_base(record)
+        with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
+            folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
+            adapter = fold(self._base.model, folder)
+            vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
+            tokens = probe_tokens(folder, vocabulary)
+            found, plain = self._logits(adapter, tokens), self._logits(None, tokens)
+            check_logits(folder, found, plain, quantization=self._base.quantization)
+        return adapter
+
+    def _check_base(self, record: Record) -> None:
+        mine, its = self._base, record.base
+        if its.fingerprint != mine.fingerprint:
+            raise IncompatibleError(
+                f"{record.ref} was tuned on {its.id} ({its.fingerprint[:19]}), but this engine serves {mine.id} "
+                f"({mine.fingerprint[:19]}); serve it over its own base"
+            )
+        if its.quantization != mine.quantization:
+            raise IncompatibleError(
+                f"{record.ref} was tuned on a base with quantization {its.quantization}, but this engine's has "
+                f"{mine.quantization}; serve it over its own"
+            )

@@ -1,0 +1,114 @@
+"""PrefixTree: keys and values of earlier rows, for rows that begin alike.
+
+A radix tree of tokens, one for each adapter version: keys and values depend on the adapter, so that the same prompt on
+another one must never find them. What two prompts share, such as a system prompt, is kept once. Least recently used
+leaves go when room is needed.
+
+Shapes: L layers, H heads, t tokens of a node, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+WORTHWHILE = 16
+"""Tokens below which copying is no gain over computing."""
+
+
+@dataclass(eq=False)
+class _Node:
+    tokens: tuple[int, ...]
+    values_2LHtE: Tensor | None
+    """None: a root's."""
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=dict)
+    """By first token."""
+    used: int = 0
+
+
+class PrefixTree:
+    """Invariant: no more than `capacity` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_tokens = 0
+        self._roots: dict[str | None, _Node] = {}
+        self._clock = 0
+
+    def match(self, key: str | None, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
+        """The longest known beginning: its length, and its keys and values [2, L, H, t, E] piece by piece."""
+        length, pieces = 0, []
+        for node, common in self._follow(key, tokens):
+            assert node.values_2LHtE is not None
+            pieces.append(node.values_2LHtE[..., :common, :])
+            length += common
+        return (length, pieces) if length >= WORTHWHILE else (0, [])
+
+    def insert(self, key: str | None, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:
+        """Keep a row's beginning.
+
+        Args:
+            read: gives a copy of the keys and values of a span of the row's tokens.
+        """
+        if len(tokens) > self.capacity:
+            return
+        path = list(self._follow(key, tokens))
+        length = sum(common for _, common in path)
+        if len(tokens) - length < WORTHWHILE:
+            return
+        if path:
+            above, common = path[-1]
+            if common < len(above.tokens):
+                above = self._split(above, common)
+        else:
+            above = self._roots.setdefault(key, _Node((), None, None))
+        node = _Node(tuple(tokens[length:]), read(length, len(tokens)), above, used=self._clock)
+        above.children[node.tokens[0]] = node
+        self.num_tokens += len(node.tokens)
+        while self.num_tokens > self.capacity:
+            self._drop(min(self._leaves(), key=lambda leaf: leaf.used))
+
+    def _follow(self, key: str | None, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
+        """The nodes on the way, and how many of each one's tokens agree."""
+        self._clock += 1
+        node, at = self._roots.get(key), 0
+        while node is not None and at < len(tokens):
+            node = node.children.get(tokens[at])
+            if node is None:
+                return
+            node.used = self._clock
+            common = next(
+                (i for i, (a, b) in enumerate(zip(node.tokens, tokens[at:], strict=False)) if a != b),
+                min(len(node.tokens), len(tokens) - at),
+            )
+            yield node, common
+            if common < len(node.tokens):
+                return
+            at += common
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Cut a node in two; returns the upper one."""
+        assert node.parent is not None
+        assert node.values_2LHtE is not None
+        upper = _Node(node.tokens[:at], node.values_2LHtE[..., :at, :].clone(), node.parent, used=node.used)
+        node.parent.children[upper.tokens[0]] = upper
+        node.tokens, node.values_2LHtE, node.parent = node.tokens[at:], node.values_2LHtE[..., at:, :].clone(), upper
+        upper.children[node.tokens[0]] = node
+        return upper
+
+    def _leaves(self) -> Iterator[_Node]:
+        nodes = [child for root in self._roots.values() for child in root.children.values()]
+        while nodes:
+            node = nodes.pop()
+            nodes += node.children.values()
+            if not node.children:
+                yield node
+
+    def _drop(self, leaf: _Node) -> None:
+        assert leaf.parent is not None
+        del leaf.parent.children[leaf.tokens[0]]
+        self.num_tokens -= len(leaf.tokens)
+        self._roots = {key: root for key, root in self._roots.items() if root.children}

@@ -1,0 +1,103 @@
+"""The engine's mixed batch gives, token for token, what PEFT gives one request at a time: greedy, fp32."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankloom.adapters.folded import Folded, fold
+from rankloom.adapters.folded_bank import Share, placed
+from rankloom.serving.cache import RowCache
+from rankloom.serving.runner import Runner, Work
+from served import completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
+
+KINDS = {
+    "llama": ["lora", "rank1", "wide", "rslora", "dora", "adalora", "patterns", "extracted"],
+    "qwen": ["lora", "dora", "extracted"],
+    "gpt2": ["lora", "dora", "adalora", "extracted"],
+}
+
+
+@pytest.mark.parametrize("architecture", list(KINDS))
+def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
+    tiny_model: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
+    base, registry, folders = tiny_model(architecture), tmp_path / "registry", {}
+    refs: dict[str | None, Path | None] = {None: None}
+    for seed, kind in enumerate(KINDS[architecture]):
+        folders[kind] = tmp_path / kind
+        write_adapter(base, folders[kind], kind, architecture=architecture, seed=seed)
+        refs[publish(registry, base, kind, folders[kind])] = folders[kind]
+    chance = random.Random(0)
+    jobs = [
+        (ref, [chance.randrange(5, 300) for _ in range(chance.randint(1, 30))], chance.randint(1, 20))
+        for ref in [*refs, *refs]
+    ]
+    # few rows and small steps, so that requests wait, join and leave, and prompts come in pieces
+    engine = engine_on(base, registry, rows=6, step_tokens=16, prefix_tokens=0)
+
+    async def job(index: int) -> list[int]:
+        ref, prompt, num_tokens = jobs[index]
+        await asyncio.sleep(0.01 * (index % 5))
+        _, tokens, _ = await completed(engine, prompt, ref, id=str(index), max_tokens=num_tokens)
+        return tokens
+
+    async def work() -> list[list[int]]:
+        return list(await asyncio.gather(*(job(i) for i in range(len(jobs)))))
+
+    found = serving(engine, work)
+
+    expected = [with_peft(base, refs[ref], prompt, num_tokens) for ref, prompt, num_tokens in jobs]
+    assert found == expected
+    assert len({tuple(with_peft(base, folder, [9, 8, 7], 8)) for folder in refs.values()}) == len(refs)
+
+
+def test_stacked_adapters_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
+    base = load(tiny_llama)
+    kinds = ["lora", "rank1", "wide", "rslora", "dora", "extracted", "patterns"]
+    for kind in kinds:
+        write_adapter(tiny_llama, tmp_path / kind, kind)
+    adapters = [None, *(fold(base.model, tmp_path / kind) for kind in kinds)]
+    runner = Runner(base.model)
+    for adapter in adapters:
+        if adapter is not None:
+            runner.bank.admit(adapter)
+    chance = random.Random(0)
+    # slots are filled, left and taken over in many orders, several rows on some adapters
+    for _ in range(12):
+        works = []
+        for i in range(chance.randint(2, 9)):
+            tokens = [chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))]
+            works.append(Work(str(i), chance.choice(adapters), 0, tokens))
+        found = []
+        for stack in (True, False):
+            cache = RowCache(runner.shape, 1 << 16)
+            for work in works:
+                cache.reserve(work.row, len(work.tokens))
+            found.append(runner.forward(cache, works, stack=stack))
+        torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_who_has_a_slot_keeps_it() -> None:
+    a, b, c, d = (Folded({}, {}, {}) for _ in range(4))
+    assert placed([None, None], [a, b]) == [a, b]
+    assert placed([a, b, c], [d, c, a]) == [a, d, c]
+    assert placed([c, b, c], [a, b, c]) == [c, b, a]  # c had moved forward before
+
+
+def test_a_removed_bank_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    base, ids = load(tiny_llama), torch.tensor([[4, 5, 6]])
+    write_adapter(tiny_llama, tmp_path / "a", "extracted")
+    adapter = fold(base.model, tmp_path / "a")
+    runner = Runner(base.model)
+    runner.bank.admit(adapter)
+    runner.bank.route([Share(adapter, 3, 1)])
+    runner.close()
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(ids).logits, plain(tiny_llama)(ids).logits)
+    assert not [name for name, module in base.model.named_modules() if "forward" in vars(module)]

@@ -227,6 +227,7 @@ def test_a_pinned_adapter_stays(tiny_llama: Path, registry: Path) -> None:
             await engine.pin("dora@1")
         await engine.unpin("lora@1")
         await engine.pin("dora@1")
+        await engine.unpin("third@1")
         with pytest.raises(AdapterNotFoundError):
             await engine.pin("nowhere@1")
 

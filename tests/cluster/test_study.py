@@ -28,36 +28,6 @@ Make = Callable[..., dict[str, Any]]
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
-@pytest.fixture
-def tiny_study(tiny_trial: Make) -> Make:
-    """A study's settings over a tiny model; keywords replace whole sections."""
-    trial = tiny_trial(
-        budget={"steps": 27},
-        eval={"every": 3, "latency": False, "max_rows": 16, "max_test_rows": 16, "batch_size": 16},
-        compute={"device": "cpu", "cpus_per_worker": 1},
-    )
-    del trial["name"]
-
-    def make(**changed: Any) -> dict[str, Any]:
-        return {
-            "name": "tiny",
-            "trial": trial,
-            "space": [
-                {
-                    "method": {"type": "lora", "rank": {"choice": [2, 4]}, "alpha_over_rank": {"choice": [1, 2]}},
-                    "optim": {"learning_rate": {"loguniform": [1e-5, 1e-2]}},
-                },
-                {"method": {"type": "dora", "rank": 4}, "optim": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
-            ],
-            "search": {"num_trials": 12},
-            "scheduler": {"type": "asha", "grace": 0.12},
-            "hosts": {"num_slots": 4, "max_failures": 3, "checkpoint_every_s": 0},
-            "final": {"top_k": 2},
-        } | changed
-
-    return make
-
-
 def processes_below(pid: int, name: str) -> list[int]:
     """Processes of that name among the descendants of `pid`."""
     parents, names = {}, {}

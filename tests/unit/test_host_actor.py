@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ import pytest
 import torch
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
-from rankloom.errors import DataError, IncompatibleError, TrialError
-from rankloom.launch.host_actor import META, HostActor
+from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialError
+from rankloom.launch.host_actor import HostActor
+from rankloom.launch.membership import META
 
 STUDY = {
     "name": "s",
@@ -41,6 +43,7 @@ class CountingHost:
     """A host whose members' weights are their number of steps; as `train.host.TrialHost` from outside."""
 
     base = SimpleNamespace(device=torch.device("cpu"))
+    num_slots = 2
 
     def __init__(self) -> None:
         self.members: dict[str, Any] = {}
@@ -56,11 +59,12 @@ class CountingHost:
     def evict(self, name: str) -> None:
         del self.members[name]
 
-    def step(self) -> list[Counted]:
+    def step(self, names: Collection[str]) -> list[Counted]:
         time.sleep(0.002)
         self.most = max(self.most, len(self.members))
         reports = []
-        for name, member in list(self.members.items()):
+        for name in names:
+            member = self.members[name]
             assert member.step < member.num_steps
             member.step += 1
             report = Counted(name, member.step, 1 / member.step, 10 * member.step, member.step == member.num_steps)
@@ -71,7 +75,9 @@ class CountingHost:
         return reports
 
     def evaluate(self, names: list[str]) -> dict[str, Any]:
-        return {name: SimpleNamespace(loss=1 / self.members[name].step, accuracy=None) for name in names}
+        losses = {name: 1 / self.members[name].step for name in names}
+        losses |= {name: math.nan for name in names if (self.members[name].seed, self.members[name].step) == (11, 6)}
+        return {name: SimpleNamespace(loss=loss, accuracy=None) for name, loss in losses.items()}
 
     def save(self, name: str, folder: Path) -> None:
         (folder / "step").write_text(str(self.members[name].step))
@@ -83,6 +89,18 @@ class CountingHost:
 class CountingActor(HostActor):
     def _load(self) -> Any:
         return CountingHost()
+
+
+class BrokenHost(CountingHost):
+    def evaluate(self, names: list[str]) -> dict[str, Any]:
+        if self.members[names[0]].step > 3:
+            raise TypeError("a bug")
+        return super().evaluate(names)
+
+
+class BrokenActor(HostActor):
+    def _load(self) -> Any:
+        return BrokenHost()
 
 
 class NoData(HostActor):
@@ -99,8 +117,8 @@ def make(tmp_path: Path) -> Callable[..., HostActor]:
     def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
         config = study(**hosts)
         return cls(
-            dump(config), dump(config.baseline), max_rank=8, with_magnitudes=False, threads=1, label="host-1",
-            scratch=tmp_path / "scratch",
+            dump(config), dump(config.baseline), ranks=[8], with_magnitudes=False, threads=1, gpus=0.0,
+            memory_bytes=1e12, label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
     return made
@@ -131,7 +149,7 @@ def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callabl
         reports = await asyncio.gather(*(whole(actor, f"t{i}#a") for i in range(6)))
         while actor.stats()["members"]:
             await asyncio.sleep(0.01)
-        return reports, actor.stats(), actor._host
+        return reports, actor.stats(), actor._runner.host
 
     found, stats, host = asyncio.run(main())
     for reports in found:
@@ -174,8 +192,14 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
 def test_a_trial_that_diverges_or_does_not_fit_ends_with_its_reason_alone(make: Callable[..., HostActor]) -> None:
     async def main() -> None:
         actor = make()
-        await asyncio.gather(join(actor, "bad#a", 7), join(actor, "wide#a", 13), join(actor, "good#a"))
-        bad, wide, good = await asyncio.gather(*(whole(actor, key) for key in ("bad#a", "wide#a", "good#a")))
+        await asyncio.gather(
+            join(actor, "bad#a", 7), join(actor, "wide#a", 13), join(actor, "nan#a", 11), join(actor, "good#a")
+        )
+        bad, wide, nan, good = await asyncio.gather(
+            *(whole(actor, f"{key}#a") for key in ("bad", "wide", "nan", "good"))
+        )
+        assert [(r["step"], r["loss"]) for r in nan] == [(3, 1 / 3), (6, 1e9)]
+        assert nan[-1]["error"] == "the validation loss is not finite at step 6; lower optim.learning_rate (0.0003)"
         assert [(r["step"], r["error"]) for r in bad] == [(3, None), (5, "training diverged at step 5")]
         assert (bad[-1]["loss"], bad[-1]["accuracy"], bad[-1]["finished"]) == (1e9, 0.0, False)
         assert [r["error"] for r in wide] == ["wide#a: rank too large"]
@@ -280,7 +304,7 @@ def test_a_host_that_breaks_down_loads_again_and_its_members_notice_nothing(make
         actor = make()
         await join(actor, "t#a")
         await actor.advance("t#a", 0)
-        actor._host.evaluate = None  # as a bug or a lost device would
+        actor._runner.host.evaluate = None  # as a bug or a lost device would
         reports = [await actor.advance("t#a", after) for after in range(1, 4)]
         assert [r["step"] for r in reports] == [6, 9, 12]
         assert [r["tokens"] for r in reports] == [60, 90, 120]
@@ -288,14 +312,38 @@ def test_a_host_that_breaks_down_loads_again_and_its_members_notice_nothing(make
     asyncio.run(main())
 
 
-def test_a_host_that_breaks_down_again_and_again_says_so(make: Callable[..., HostActor], tmp_path: Path) -> None:
+def test_a_host_that_breaks_down_again_and_again_says_so(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make(BrokenActor)
+        await join(actor, "t#a")
+        await actor.advance("t#a", 0)
+        with pytest.raises(TrialError, match="host-1 broke down 3 times: TypeError: a bug"):
+            await whole(actor, "t#a")
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_is_no_trials_failure(make: Callable[..., HostActor], tmp_path: Path) -> None:
     async def main() -> None:
         actor = make()
         await join(actor, "t#a")
         await actor.advance("t#a", 0)
         shutil.rmtree(tmp_path / "scratch")
         (tmp_path / "scratch").write_text("the disk is gone")
-        with pytest.raises(TrialError, match="host-1 broke down 3 times: NotADirectoryError"):
+        with pytest.raises(RankloomError, match=r"a host can't keep its trials: .*Not a directory.*; make") as caught:
             await whole(actor, "t#a")
+        assert not isinstance(caught.value, TrialError)  # which would end the trials one after another
+
+    asyncio.run(main())
+
+
+def test_a_host_that_is_given_back_leaves_nothing_behind(make: Callable[..., HostActor], tmp_path: Path) -> None:
+    async def main() -> None:
+        actor = make()
+        await join(actor, "t#a")
+        await actor.advance("t#a", 0)
+        assert list((tmp_path / "scratch").iterdir())
+        await actor.close()
+        assert not (tmp_path / "scratch").exists()
 
     asyncio.run(main())

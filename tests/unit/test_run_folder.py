@@ -10,7 +10,7 @@ import pytest
 
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, TrialError
-from rankloom.launch.run_folder import RESULT, RunFolder, resolved
+from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, hold, resolved
 
 
 def trial_at(root: Path, **settings: Any) -> TrialConfig:
@@ -96,11 +96,41 @@ def test_the_id_stays(tmp_path: Path) -> None:
     assert run.id == first
 
 
+def test_a_run_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder(trial_at(tmp_path))
+    with run.held():
+        with pytest.raises(ConfigError, match=rf"run 'run' at {run.path} is under way in another process; wait for it"):
+            hold(Path(run.path), "run").__enter__()
+        other = RunFolder(resolved(parse(TrialConfig, {"name": "other", "output": {"root": str(tmp_path)}})))
+        with other.held():
+            pass
+    with run.held():
+        pass
+
+
+def test_a_refused_run_leaves_nothing_but_its_trace(tmp_path: Path) -> None:
+    trial = trial_at(tmp_path)
+    run = begun(trial)
+    run.abandon()
+    assert not Path(run.path).exists()
+    run = begun(trial)
+    run.write(ERROR, "Traceback")
+    run.abandon()
+    assert [path.name for path in Path(run.path).iterdir()] == [ERROR]
+    assert run.decide(trial, resume=False) == "start"
+    run.begin(trial)
+    (Path(run.path) / "checkpoints" / "3").mkdir(parents=True)
+    run.abandon()
+    assert run.decide(trial, resume=True) == "resume"
+
+
 def test_an_unusable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     trial = trial_at(tmp_path / "file")
     with pytest.raises(TrialError, match=r"output\.root: .*file/runs/run can't be used"):
         RunFolder(trial).begin(trial)
+    with pytest.raises(TrialError, match=r"output\.root: .*file/studies/s can't be used: .*Not a directory"):
+        hold(tmp_path / "file" / "studies" / "s", "study").__enter__()
 
 
 def test_local_paths_become_absolute_and_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

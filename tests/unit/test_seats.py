@@ -27,6 +27,12 @@ def test_who_is_at_the_bound_gives_its_slot_to_who_waits() -> None:
     assert (seating.evict, seating.admit) == (("b",), ("a",))
 
 
+def test_who_is_at_the_bound_keeps_its_slot_while_nobody_waits() -> None:
+    ahead = seat("a", 0, made=2, accepted=0, seated=True)
+    seating = decide([ahead, seat("b", 1)], num_slots=2, run_ahead=1)
+    assert (seating.evict, seating.admit, seating.train) == ((), ("b",), ("b",))
+
+
 def test_who_is_behind_its_driver_comes_before_who_runs_ahead() -> None:
     runner, asked = seat("a", 0, made=3, accepted=2), seat("b", 1, made=2, accepted=2)
     assert decide([runner, asked], num_slots=1, run_ahead=1).admit == ("b",)
@@ -65,5 +71,6 @@ def test_never_more_than_the_slots_and_none_empty_while_somebody_waits() -> None
         wanting = {s.key for s in seats if s.wants(run_ahead)}
         assert set(seating.evict) <= before
         assert not set(seating.admit) & before
-        assert set(seating.train) == inside <= wanting
-        assert len(inside) == min(slots, len(wanting))
+        assert set(seating.train) == inside & wanting
+        assert len(seating.train) == min(slots, len(wanting))
+        assert len(inside) <= slots

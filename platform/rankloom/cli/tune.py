@@ -39,9 +39,13 @@ def tune(
     study = load(StudyConfig, find_config(config), overrides or [])
     from rankloom.search.study import run
 
-    with shown(on_stderr=as_json) as show:
-        # Ray Tune catches the first Ctrl-C itself, saves and returns
-        result = run(study, resume=resume, on_event=show, stop=threading.Event())
+    try:
+        with shown(on_stderr=as_json) as show:
+            # Ray Tune catches the first Ctrl-C itself, saves and returns
+            result = run(study, resume=resume, on_event=show, stop=threading.Event())
+    except KeyboardInterrupt:  # before it searched, or the second one
+        typer.echo("aborted; --resume goes on with what was saved", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:

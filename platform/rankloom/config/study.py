@@ -248,7 +248,9 @@ def is_fusable(trial: TrialConfig) -> bool:
     method = trial.method
     # pissa, olora and orthogonal begin from a decomposition, and the first two rewrite the shared base
     plain = getattr(method, "init", "default") in ("default", "gaussian")
-    return COMPATIBLE[method.type].fusable and plain and trial.quantization.type != "int8"
+    # a scaler of gradients and recomputed activations would have to be each member's own
+    shared = trial.compute.precision != "fp16" and not trial.compute.activation_checkpointing
+    return COMPATIBLE[method.type].fusable and plain and shared and trial.quantization.type != "int8"
 
 
 def host_key(trial: TrialConfig) -> str:

@@ -104,11 +104,26 @@ def connected(compute: ComputeConfig) -> Iterator[Share]:
     if ours:
         _connect(ray, address)
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield share(compute, nodes, growing=bool(address))
+        yield share(compute, alive(), growing=bool(address))
     finally:
         if ours:
             ray.shutdown()
+
+
+def alive() -> list[dict[str, float]]:
+    """The resources of each node."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def beside_me() -> dict[str, Any]:
+    """Options of a small actor that must not be lost with a node other than this process's own."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def check_answers(host: str, port: int, address: str) -> None:

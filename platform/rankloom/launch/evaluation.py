@@ -39,7 +39,7 @@ def evaluate(
     with cluster.connected(single) as share:
         import ray
 
-        channel = ray.remote(Channel).options(num_cpus=0).remote()
+        channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
         task = ray.remote(score_remotely).options(
             num_cpus=share.cpus,
             num_gpus=1 if share.gpu else 0,

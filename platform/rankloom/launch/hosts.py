@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import host_key, is_fusable
 from rankloom.errors import ConfigError
-from rankloom.launch.cluster import worker_environment
+from rankloom.launch import cluster
 from rankloom.launch.host_actor import HostActor
 
 IDLE_S = 30.0
@@ -24,6 +25,7 @@ SWEEP_EVERY_S = 5.0
 OF_THE_CORES = 0.9
 """What hosts reserve of the cores: the rest is for the trials, which only wait."""
 POLL_TIMEOUT_S = 0.5
+CLOSE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class Device:
     cpus: float
     gpus: float
     threads: int
+    memory_bytes: float
+    """Its part of a node's memory, as Ray counts it."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """What a host's slots must hold: any trial of the study."""
+    """What a host's slots must hold: any trial of the study, if the memory lasts."""
 
-    max_rank: int
+    ranks: tuple[int, ...]
+    """That slots may have, ascending."""
     with_magnitudes: bool
 
 
@@ -53,10 +58,12 @@ def groups(study: StudyConfig) -> dict[str, TrialConfig]:
 
 
 def bank_of(study: StudyConfig) -> Bank:
-    """The largest rank in the space, and whether there is DoRA in it."""
+    """The ranks in the space (of a range, its ends), and whether there is DoRA in it."""
     fusable = [trial for trial in study.members() if is_fusable(trial)]
-    largest = max((int(trial.method.rank) for trial in fusable), default=1)  # type: ignore[union-attr]
-    return Bank(study.hosts.max_rank or largest, any(trial.method.type == "dora" for trial in fusable))
+    ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
+    if study.hosts.max_rank:
+        ranks = {min(rank, study.hosts.max_rank) for rank in (*ranks, study.hosts.max_rank)}
+    return Bank(tuple(sorted(ranks)), any(trial.method.type == "dora" for trial in fusable))
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,13 @@ class Plan:
     """Cores of a worker of a trial that can't share a base."""
 
 
-def share_out(study: StudyConfig, resources: dict[str, float]) -> Plan:
+def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> Plan:
     """Divide the cluster: the groups share every device, and on CPUs dedicated runs have a part as large as a group's.
 
-    On GPUs a dedicated run waits until a device is given back.
+    On CPUs a node is a device. On GPUs a dedicated run waits until a device is given back.
+
+    Args:
+        nodes: each node's resources.
 
     Raises:
         ConfigError: CUDA is asked for where there is no GPU.
@@ -80,18 +90,23 @@ def share_out(study: StudyConfig, resources: dict[str, float]) -> Plan:
     compute = study.baseline.compute
     num_groups = len(groups(study))
     parts = max(1, num_groups + any(not is_fusable(trial) for trial in study.members()))
-    gpus, cores = int(resources.get("GPU", 0)), max(1.0, resources.get("CPU", 1))
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if compute.device == "cuda" and not gpus:
         raise ConfigError("compute.device=cuda: this cluster has no GPU; set trial.compute.device=cpu, or auto")
     on_gpu = gpus > 0 and compute.device != "cpu"
-    num_hosts = study.hosts.max_hosts or (gpus if on_gpu else 1)
-    cpus = OF_THE_CORES * cores / parts / num_hosts
-    threads = compute.cpus_per_worker or max(1, int(cores / parts / num_hosts))
-    dedicated = max(1, int(cores / parts))
-    if not on_gpu:
-        return Plan(num_hosts, Device(cpus, 0.0, threads), dedicated)
-    gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4
-    return Plan(num_hosts, Device(min(cpus, 1.0), gpu, threads), dedicated)
+    sizes = [node.get("CPU", 0.0) for node in nodes]
+    # as many cores as can be had on as many nodes as possible; smaller nodes have no host
+    cores = max(1.0, max(sizes, key=lambda size: (size * sum(other >= size for other in sizes), size)))
+    large = [node for node in nodes if node.get("CPU", 0.0) >= cores] or list(nodes)
+    num_devices = gpus if on_gpu else len(large)
+    num_hosts = study.hosts.max_hosts or num_devices
+    shared_by = parts * -(-num_hosts // len(large))
+    cpus = OF_THE_CORES * cores / shared_by
+    threads = compute.cpus_per_worker or max(1, int(cores / shared_by))
+    memory = min(node.get("memory", math.inf) for node in large) / shared_by
+    gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4 if on_gpu else 0.0
+    device = Device(min(cpus, 1.0) if on_gpu else cpus, gpu, threads, memory)
+    return Plan(num_hosts, device, max(1, int(cores / parts)))
 
 
 @dataclass
@@ -109,21 +124,23 @@ class Open:
 class Hosts:
     """The actor; all its methods are short."""
 
-    def __init__(self, study: dict[str, Any], resources: dict[str, float]) -> None:
+    def __init__(self, study: dict[str, Any], nodes: Sequence[dict[str, float]]) -> None:
         self._tree = study
         self._study = parse(StudyConfig, study)
         self._groups = groups(self._study)
         self._bank = bank_of(self._study)
-        plan = share_out(self._study, resources)
+        plan = share_out(self._study, nodes)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[Open] = []
         self._count = 0
         self._sweeper: asyncio.Task[None] | None = None
 
     async def prepare(self) -> list[Any]:
-        """Open a host of each group, so that their bases load while the first trials start; their handles."""
+        """Open hosts of each group, so that their bases load while the first trials start; their handles."""
         self._sweeper = self._sweeper or asyncio.create_task(self._sweep())
-        return [self._host_of(key).handle for key in self._groups]
+        trials = self._study.num_trials / max(1, len(self._groups))
+        num_hosts = min(self._max_hosts, math.ceil(trials / self._study.hosts.num_slots))
+        return [self._start(key).handle for key in self._groups for _ in range(num_hosts)]
 
     async def seat(self, trial_id: str, tree: dict[str, Any]) -> Any:
         """The handle of the host that a trial is to join."""
@@ -151,10 +168,19 @@ class Hosts:
         """A trial left its host."""
         self._unseat(trial_id)
 
-    async def close(self) -> list[Any]:
-        """The study is over: the hosts to end, and no more are opened."""
+    async def gone(self, trial_id: str) -> None:
+        """A trial's host is dead and does not return: the cluster may have shrunk. Its trials look for another."""
+        import ray
+
+        for host in [host for host in self._open if trial_id in host.trials]:
+            self._open.remove(host)
+            ray.kill(host.handle)
+            self._max_hosts = share_out(self._study, cluster.alive()).hosts_per_group
+
+    async def close(self) -> None:
+        """The study is over: end the hosts."""
         self._stop_sweeping()
-        return [host.handle for host in self._open]
+        await asyncio.gather(*map(self._end, self._open))
 
     async def stats(self) -> list[dict[str, Any]]:
         """What the hosts say of themselves; one that is loading or down says nothing."""
@@ -170,8 +196,7 @@ class Hosts:
         emptiest = min(mine, key=lambda host: len(host.trials), default=None)
         full = emptiest is None or len(emptiest.trials) >= self._study.hosts.num_slots
         if emptiest is None or (full and len(mine) < self._max_hosts):
-            emptiest = self._start(key)
-            self._open.append(emptiest)
+            return self._start(key)
         return emptiest
 
     def _start(self, key: str) -> Open:
@@ -188,18 +213,21 @@ class Hosts:
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=1000,
-                runtime_env={"env_vars": worker_environment(device.threads)},
+                runtime_env={"env_vars": cluster.worker_environment(device.threads)},
             )
             .remote(
                 self._tree,
                 dump(self._groups[key]),
-                max_rank=self._bank.max_rank,
+                ranks=self._bank.ranks,
                 with_magnitudes=self._bank.with_magnitudes,
                 threads=device.threads,
+                gpus=device.gpus,
+                memory_bytes=device.memory_bytes,
                 label=label,
             )
         )
-        return Open(key, label, handle)
+        self._open.append(Open(key, label, handle))
+        return self._open[-1]
 
     def _unseat(self, trial_id: str) -> None:
         for host in self._open:
@@ -212,10 +240,16 @@ class Hosts:
             self._sweeper.cancel()
 
     async def _sweep(self) -> None:
-        import ray
-
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
             for host in [h for h in self._open if not h.trials and time.monotonic() - h.empty_since > IDLE_S]:
                 self._open.remove(host)
-                ray.kill(host.handle)
+                await self._end(host)
+
+    async def _end(self, host: Open) -> None:
+        """Give a host back. One that does not answer leaves its snapshots behind."""
+        import ray
+
+        closing = asyncio.wrap_future(host.handle.close.remote().future())
+        await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
+        ray.kill(host.handle)

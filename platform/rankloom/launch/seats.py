@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass
@@ -38,8 +39,7 @@ class Seat:
         return self.made - self.accepted
 
 
-@dataclass(frozen=True)
-class Seating:
+class Seating(NamedTuple):
     """Who leaves the host, who enters, and who trains then."""
 
     evict: tuple[str, ...]
@@ -55,12 +55,9 @@ def decide(seats: Sequence[Seat], num_slots: int, run_ahead: int) -> Seating:
     waiting = sorted(
         (seat for seat in seats if not seat.seated and seat.wants(run_ahead)), key=lambda seat: (seat.ahead, seat.order)
     )
-    # a host trains all that are in it, so who stands idle at the bound leaves, to return from its last snapshot
     idle = [seat for seat in staying if not seat.wants(run_ahead)]
-    admit = waiting[: num_slots - len(staying) + len(idle)]
+    free = num_slots - len(staying)
+    admit = waiting[: free + len(idle)]
+    evict += idle[: max(0, len(admit) - free)]  # who stands idle at the bound gives way, to return from its snapshot
     train = [seat for seat in (*staying, *admit) if seat not in idle]
-    return Seating(
-        tuple(seat.key for seat in (*evict, *idle)),
-        tuple(seat.key for seat in admit),
-        tuple(seat.key for seat in train),
-    )
+    return Seating(*(tuple(seat.key for seat in some) for some in (evict, admit, train)))

@@ -39,12 +39,18 @@ CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
 def fit(
-    trial: TrialConfig, *, resume: bool = False, on_event: Tell = lambda _: None, stop: threading.Event | None = None
+    trial: TrialConfig,
+    *,
+    resume: bool = False,
+    train: bool = True,
+    on_event: Tell = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Train, export, score and publish one trial.
 
     Args:
         resume: continue the run of this name; a finished one is not run again.
+        train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
         on_event: called in this thread with every event of rank 0 (see `rankloom.train.session`).
         stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
 
@@ -64,10 +70,12 @@ def fit(
     run = RunFolder(trial)
     run.decide(trial, resume=resume)  # what is refused leaves no trace, not even a lock
     with run.held():
-        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume)
+        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume, train=train)
 
 
-def _fit(trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
+def _fit(
+    trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Event, *, resume: bool, train: bool
+) -> dict[str, Any]:
     if run.decide(trial, resume=resume) == "finished":
         return run.result()
     run.begin(trial)
@@ -79,7 +87,7 @@ def _fit(trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Eve
                 on_event(event)
 
             launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-            outcome = launch(trial, run, tell, stop)
+            outcome = launch(trial, run, tell, stop, train)
             outcome["run"] = run.path
             if outcome["status"] == "done":
                 run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
@@ -90,7 +98,9 @@ def _fit(trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Eve
         raise
 
 
-def _in_this_process(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event) -> dict[str, Any]:
+def _in_this_process(
+    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool
+) -> dict[str, Any]:
     try:
         import torch
 
@@ -101,7 +111,7 @@ def _in_this_process(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threa
             torch.set_num_threads(trial.compute.cpus_per_worker)
         assert run.local is not None
         session = LocalSession(run.local, device=local_device(trial.compute.device), on_event=tell, stop=stop)
-        return run_trial(trial, session)
+        return run_trial(trial, session, train=train)
     except Exception as error:
         _raise(failure_of(error), run)
 
@@ -115,7 +125,7 @@ def local_device(wanted: str) -> Any:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event) -> dict[str, Any]:
+def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool) -> dict[str, Any]:
     tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
     with cluster.connected(trial.compute) as share:
         import ray
@@ -124,8 +134,8 @@ def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Even
         kind = "core(s) and a GPU" if share.gpu else "core(s)"
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell({"event": "phase", "phase": "launch", "message": message})
-        channel = ray.remote(Channel).options(num_cpus=0).remote()
-        fitting = Background(lambda: _ray_trainer(trial, run, share, channel).fit())
+        channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
+        fitting = Background(lambda: _ray_trainer(trial, run, share, channel, train).fit())
         watch(fitting, channel, tell, stop)
         failure: Failure | None = ray.get(channel.failure.remote())
         if failure is not None:
@@ -139,17 +149,17 @@ def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Even
         return outcome
 
 
-def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, channel: Any) -> Any:
+def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, channel: Any, train: bool) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     tree, cpus = dump(trial), share.cpus
 
-    def train() -> dict[str, Any] | None:
-        return work(tree, channel, cpus)
+    def each_worker() -> dict[str, Any] | None:
+        return work(tree, channel, cpus, train)
 
     return TorchTrainer(
-        train,
+        each_worker,
         scaling_config=ScalingConfig(
             num_workers=share.num_workers, use_gpu=share.gpu, resources_per_worker=share.resources
         ),
@@ -165,7 +175,7 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, chann
     )
 
 
-def work(tree: dict[str, Any], channel: Any, cpus: int) -> dict[str, Any] | None:
+def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool) -> dict[str, Any] | None:
     """What every Ray Train worker runs; rank 0 returns the result, None after an error that the channel holds."""
     import ray
     import ray.train
@@ -180,7 +190,7 @@ def work(tree: dict[str, Any], channel: Any, cpus: int) -> dict[str, Any] | None
     torch.set_num_threads(cpus)
     try:
         with RayTrainSession.opened(rank, world_size, channel) as session:
-            outcome = run_trial(parse(TrialConfig, tree), session)
+            outcome = run_trial(parse(TrialConfig, tree), session, train=train)
         ray.get(channel.leave.remote(rank))
         return outcome
     except Exception as error:

@@ -106,8 +106,8 @@ class Board:
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], metric), pair[0].number))]
 
     def candidates(self) -> list[Standing]:
-        """Those of the ranking that have an adapter: a dedicated run has one only when it came to its end."""
-        return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status == "done"]
+        """Those of the ranking that have an adapter, or can be given one: no dedicated run that failed."""
+        return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status in ("done", "stopped")]
 
     @property
     def baseline(self) -> Standing | None:

@@ -1,8 +1,8 @@
 """A trial that can't share a base (full, GaLore, LISA, AdaLoRA, ...): a Ray Train run of its own.
 
 It is the run that `rankloom train` would make, in a folder of the study's, watched through its events: each evaluation
-is a report. It does not wait for Tune between two of them; a stop reaches it at its next step. Only a run that came to
-its end has an adapter, since that is cut from the weights at the end.
+is a report. It does not wait for Tune between two of them; a stop reaches it at its next step. A run that came to its
+end has an adapter; one that was stopped gets it when the study ends, if it is among the best (`finish`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
-from rankloom.config import TrialConfig, dump, parse
+from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.errors import RankloomError
-from rankloom.launch.host_actor import Report
+from rankloom.launch.membership import Report
 from rankloom.launch.trainer import Background, failure_of, fit
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
+ADAPTERS = "adapters"
+"""In the study's folder: each trial's best adapter."""
 POLL_S = 0.2
+
+
+def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> Dedicated:
+    """The run of a study's trial, begun or not; `folder` is the study's."""
+    root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
+    return Dedicated(trial, study.search.best, root, best_folder, cpus)
 
 
 class Dedicated:
@@ -84,6 +92,11 @@ class Dedicated:
             self._running.join(LEAVE_TIMEOUT_S)
             self._running = None
 
+    def finish(self) -> None:
+        """End a run that was stopped: its best checkpoint's adapter goes where those of finished runs are."""
+        if not self._best_folder.is_dir():
+            self._keep(fit(self._trial, resume=True, train=False))
+
     def _start(self) -> Background:
         begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()
         self._stop, self._events = threading.Event(), queue.SimpleQueue()
@@ -118,8 +131,13 @@ class Dedicated:
             raise
         except Exception as error:
             raise failure_of(error).error from None
-        self._best_folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._best_folder, ignore_errors=True)
-        shutil.copytree(outcome["adapter"], self._best_folder)
+        self._keep(outcome)
         train_s = float(outcome["scorecard"]["train_s"])
         return self._last | {"n": n + 1, "percent": 100.0, "train_s": train_s, "done": True, "finished": True}
+
+    def _keep(self, outcome: dict[str, Any]) -> None:
+        staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(outcome["adapter"], staged)
+        shutil.rmtree(self._best_folder, ignore_errors=True)
+        staged.rename(self._best_folder)

@@ -15,10 +15,10 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import TrialError
-from rankloom.launch.host_actor import Files, Report, read_files, write_files
+from rankloom.launch.membership import Files, Report, read_files, write_files
 
-RETURN_TIMEOUT_S = 300.0
-"""How long a trial waits for its host to be restarted."""
+RETURN_TIMEOUT_S = 30.0
+"""How long a trial waits for its host to be restarted, before another is looked for."""
 
 
 class LostError(TrialError):
@@ -43,18 +43,11 @@ class Fused:
     def advance(self, n: int) -> Report:
         if self._host is None:
             self._join(n, recover=False)
-        for _ in range(1 + self._max_failures):
-            try:
-                report: Report = ray.get(self._host.advance.remote(self._key, n))
-                return report
-            except (RayActorError, KeyError):  # it died; or it died and was restarted, or the lease ran out
-                self._join(n, recover=True)
-        raise LostError(f"{self._trial.name}: its host died again and again")
+        report: Report = self._ask("advance", n)
+        return report
 
     def save(self, n: int, folder: Path) -> None:
-        files = self._files
-        if self._host is not None:
-            files = ray.get(self._host.snapshot.remote(self._key, n))
+        files = self._files if self._host is None else self._ask("snapshot", n)
         write_files(folder, files or {})
 
     def load(self, n: int, folder: Path) -> None:
@@ -67,6 +60,15 @@ class Fused:
         self._host.leave.remote(self._key)
         self._hosts.unseat.remote(self._trial_id)
         self._host = None
+
+    def _ask(self, method: str, n: int) -> Any:
+        """Call one of the host's methods that are about report n, on and on while it dies and comes back."""
+        for _ in range(1 + self._max_failures):
+            try:
+                return ray.get(getattr(self._host, method).remote(self._key, n))
+            except (RayActorError, KeyError):  # it died; or it died and was restarted, or the lease ran out
+                self._join(n, recover=True)
+        raise LostError(f"{self._trial.name}: its host died again and again")
 
     def _join(self, n: int, *, recover: bool) -> None:
         """Take a seat, from the checkpoint that was loaded, or where a host that died left this membership.
@@ -88,8 +90,9 @@ class Fused:
                 if ray.get(joined):
                     self._files = None
                     return
-            except ActorUnavailableError:
-                if time.monotonic() < deadline:
+            except RayActorError as error:
+                if isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
                     time.sleep(0.5)
                     continue
+                ray.get(self._hosts.gone.remote(self._trial_id))
             raise LostError(f"{self._trial.name}: the host is gone, and what it kept of this trial with it")

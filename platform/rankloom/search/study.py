@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +34,10 @@ from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import absolute, changes, hold
 from rankloom.launch.trainer import Background, failure_of, watch
 from rankloom.search.board import Board, Standing, write_results
+from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.journal import Event, Journal, StopWhenFatal
 
-STUDY, JOURNAL, RESULT, RESULTS, ADAPTERS, TUNE = (
-    "study.yaml", "journal.jsonl", "result.json", "results.parquet", "adapters", "tune",
-)  # fmt: skip
+STUDY, JOURNAL, RESULT, RESULTS, TUNE = "study.yaml", "journal.jsonl", "result.json", "results.parquet", "tune"
 MAY_CHANGE = ("hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.")
 """Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune goes on with."""
 TRIAL_CPUS = 0.001
@@ -70,7 +69,10 @@ def run(
     folder = study_folder(study)
     decide(study, folder, resume=resume)  # what is refused leaves no trace, not even a lock
     with hold(folder, "study"):
-        return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
+        try:
+            return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
+        except OSError as error:
+            raise TrialError(f"output.root: {folder} can't be used: {error}; make room, --resume goes on") from None
 
 
 def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     if decision == "start":  # what a study left that never trained
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / STUDY).write_text(yaml.safe_dump(dump(study), sort_keys=False), encoding="utf-8")
+    _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
     with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), _hosts(study) as hosts:
         journal = _search(study, folder, hosts, on_event, stop)
@@ -104,9 +106,18 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
         if not board.finalists():
             reasons = sorted({trial.error or "" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
-        outcome |= _finish(study, folder, journal, hosts, on_event)
-    (folder / RESULT).write_text(json.dumps({"status": "done"} | outcome, indent=2) + "\n", encoding="utf-8")
+        try:
+            outcome |= _finish(study, folder, journal, hosts, on_event)
+        except KeyboardInterrupt:  # Ray Tune, which takes Ctrl-C for as long as it runs, is done
+            return {"status": "interrupted"} | outcome
+    _replace(folder / RESULT, json.dumps({"status": "done"} | outcome, indent=2) + "\n")
     return {"status": "done"} | outcome
+
+
+def _replace(path: Path, text: str) -> None:
+    staged = path.with_suffix(".staged")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def study_folder(study: StudyConfig) -> Path:
@@ -196,12 +207,12 @@ def _hosts(study: StudyConfig) -> Iterator[Any]:
     """The actor that opens and shares out the study's hosts, which end with it."""
     import ray
 
-    hosts = ray.remote(Hosts).options(num_cpus=0, max_concurrency=1000).remote(dump(study), ray.cluster_resources())
+    hosts = ray.remote(Hosts).options(max_concurrency=1000, **cluster.beside_me()).remote(dump(study), cluster.alive())
     try:
         yield hosts
     finally:
-        for handle in [*ray.get(hosts.close.remote()), hosts]:
-            ray.kill(handle)
+        ray.get(hosts.close.remote())
+        ray.kill(hosts)
 
 
 def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: threading.Event) -> Journal:
@@ -215,7 +226,7 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
     try:
-        _tuner(study, folder, hosts, journal, ray.cluster_resources()).fit()
+        _tuner(study, folder, hosts, journal).fit()
         journal.reconcile()
         journal.take_stats(ray.get(hosts.stats.remote()))
         journal.tell_status()
@@ -228,14 +239,14 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     return journal
 
 
-def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal, resources: dict[str, float]) -> Any:
+def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal) -> Any:
     from ray import tune
 
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.searchers import StudySearcher, population
     from rankloom.search.trainable import StudyTrial
 
-    plan = share_out(study, resources)
+    plan = share_out(study, cluster.alive())
     slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
     waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 4)
     concurrent = min(study.num_trials, slots + waiting)
@@ -290,6 +301,12 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell
 
     board = journal.board
     finalists = board.finalists()
+    for trial in finalists:
+        if not is_fusable(trial.config) and trial.status == "stopped":
+            tell({"event": "phase", "phase": "export", "message": f"{trial.config.name}, which was stopped early"})
+            cpus = share_out(study, cluster.alive()).dedicated_cpus
+            with suppress(RankloomError):  # without an adapter, the scoring says why
+                dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
     memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
     work = [
         {
@@ -303,7 +320,7 @@ def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell
         }
         for trial in finalists
     ]
-    channel = ray.remote(Channel).options(num_cpus=0).remote()
+    channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
 
     host = ray.get(hosts.any.remote(dump(finalists[0].config)))
     scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))

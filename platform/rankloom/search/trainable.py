@@ -15,8 +15,8 @@ from ray import tune
 from rankloom.config import StudyConfig, parse
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
-from rankloom.launch.host_actor import Report, failed
-from rankloom.search.dedicated import Dedicated
+from rankloom.launch.membership import Report, failed
+from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.fused import Fused, LostError
 
 CHECKPOINT = "trial.json"
@@ -93,15 +93,14 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         point = dict(config)
         number = int(point.pop("number"))
         trial = self._study.resolve(point, number)
-        best_folder = self._folder / "adapters" / self.trial_id
         self._n = 0
         self._saved_at = time.monotonic()
         self._way: Way
         if is_fusable(trial):
+            best_folder = self._folder / ADAPTERS / self.trial_id
             self._way = Fused(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
         else:
-            root = self._folder / "dedicated" / self.trial_id
-            self._way = Dedicated(trial, self._study.search.best, root, best_folder, self._dedicated_cpus)
+            self._way = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
     def _gave_up(self, error: RankloomError) -> Report:
         """The last report of a trial that a retry would not help."""

@@ -19,7 +19,7 @@ Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,9 +155,13 @@ class TrialHost:
         self.optimizer.clear(member.slot)
         self.bank.detach(member.slot)
 
-    def step(self) -> list[Report]:
-        """Compute one plan; a report of each member whose optimiser step it completed, or that had to go."""
-        plan = self._plan()
+    def step(self, names: Collection[str] | None = None) -> list[Report]:
+        """Compute one plan; a report of each member whose optimiser step it completed, or that had to go.
+
+        Args:
+            names: who trains (None: all); the others stay as they are.
+        """
+        plan = self._plan(self.members if names is None else names)
         if plan is None:
             return []
         self.last_plan = plan
@@ -228,8 +232,8 @@ class TrialHost:
             )
         return spec
 
-    def _plan(self) -> Plan | None:
-        working = [member for member in self.members.values() if not member.done]
+    def _plan(self, names: Collection[str]) -> Plan | None:
+        working = [member for member in self.members.values() if not member.done and member.name in names]
         return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
 
     def _compute(self, plan: Plan) -> list[Report]:

@@ -108,10 +108,14 @@ class TrainingLoop:
             self.step()
             if self.progress.step % self.trial.eval.every == 0 or self.progress.step == self.num_steps:
                 self.save(self.evaluate())
+        self.load_best()
+        return True
+
+    def load_best(self) -> None:
+        """Go back to the weights of the best checkpoint."""
         with self.session.best_checkpoint() as folder:
             if folder is not None:
                 checkpoint.load_weights(folder, self.module, self.method)
-        return True
 
     def release(self) -> None:
         """Let go of model and optimiser, to make room for what comes after training."""

@@ -1,11 +1,24 @@
-"""Peak memory of this process on its device."""
+"""Memory of a process on its device: the most it took, what is left, and what a model asks of it (see `planner.py`)."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
+from torch import nn
+
+from rankloom.config.method import Targets
+from rankloom.data import TaskData
+from rankloom.models import Base, decoder_layers, find_target_linears
+from rankloom.planner import Shape
+
+WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
+"""Activation functions that transformers computes in several steps, each of which is kept for the backward pass."""
+ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT = 1.2, 2.0
+"""Measured; see `planner.Shape.activations`."""
+MEMORY_INFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -14,3 +27,46 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(device: torch.device) -> float | None:
+    """What can still be allocated; None where a CPU's system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if not MEMORY_INFO.is_file():
+        return None
+    fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
+    free = 1024.0 * int(fields["MemAvailable"].split()[0])
+    limit, used = GROUP / "memory.max", GROUP / "memory.stat"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        found = dict(line.split() for line in used.read_text().splitlines())
+        free = min(free, float(most) - float(found["anon"]) - float(found["kernel"]))
+    return free
+
+
+def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Shape:
+    """A loaded base as the planner sees it."""
+    modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
+    linears = {name: _size(modules[name]) for name in find_target_linears(base.model, "all-linear")}
+    weights = {id(modules[name].weight) for name in linears}
+    train = data.report.splits["train"]
+    act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    return Shape(
+        linears=tuple(linears.values()),
+        targets=tuple(linears[name] for name in find_target_linears(base.model, targets)),
+        num_layers=len(decoder_layers(base.model)),
+        num_other=sum(p.numel() for p in base.model.parameters() if id(p) not in weights),
+        vocabulary=base.model.get_input_embeddings().weight.shape[0],
+        activations=ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS,
+        predicted_share=train.trained_tokens / train.tokens,
+        quantization=base.quantization,
+        value_bytes=base.model.get_input_embeddings().weight.element_size(),
+    )
+
+
+def _size(linear: nn.Module) -> tuple[int, int]:
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    wide, high = linear.get_parameter("weight").shape  # a Conv1D
+    return wide, high

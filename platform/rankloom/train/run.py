@@ -29,11 +29,13 @@ from rankloom.errors import ConfigError, RegistryError, TrialError
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
+from rankloom.planner import gigabytes, run_bytes
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.scorecard import Extraction, Measures, Scorecard
 from rankloom.train import checkpoint
 from rankloom.train.loop import TrainingLoop
+from rankloom.train.memory import free_bytes, shape_of
 from rankloom.train.session import Session
 
 PROBE_TOKENS = 64
@@ -41,8 +43,11 @@ EXPORT_TOLERANCE = 1e-3
 """Largest difference of a reloaded adapter's logits from the trained model's, relative to the largest logit."""
 
 
-def run_trial(trial: TrialConfig, session: Session) -> dict[str, Any]:
+def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> dict[str, Any]:
     """Train, export, score and publish; every worker calls it, rank 0 returns the result as plain data.
+
+    Args:
+        train: False: a run that was stopped ends here, with the best checkpoint that it has.
 
     Returns:
         status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
@@ -57,10 +62,13 @@ def run_trial(trial: TrialConfig, session: Session) -> dict[str, Any]:
     session.emit({"event": "report", "data": data.report.to_dict()})
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_for(trial, session.device)
-    _check_lengths(data, base)
+    check_lengths(data, base)
+    _check_memory(trial, data, base, session)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
     loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
-    if not loop.run():
+    if not train:
+        loop.load_best()
+    elif not loop.run():
         _phase(session, "train", f"stopped at step {loop.progress.step}; the checkpoint is kept")
         return {"status": "interrupted", "name": trial.name, "steps": loop.progress.step}
     module = _unsharded(trial, loop, session)
@@ -102,7 +110,7 @@ def _check_record(adapter: Path, base: Base) -> None:
         )
 
 
-def _check_lengths(data: TaskData, base: Base) -> None:
+def check_lengths(data: TaskData, base: Base) -> None:
     """A row beyond the model's positions would end the run with an index error, on CUDA with an aborted device."""
     limit = getattr(base.model.config, "max_position_embeddings", None)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation, data.test))
@@ -110,6 +118,25 @@ def _check_lengths(data: TaskData, base: Base) -> None:
         raise ConfigError(
             f"data.max_length: a row of {longest} tokens is longer than the {limit} positions of {base.id!r}; set "
             f"data.max_length={limit}"
+        )
+
+
+def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Session) -> None:
+    """Refuse what can't but run out of memory: on a CPU the system would kill the process, without a word."""
+    free = free_bytes(session.device)
+    if free is None:
+        return
+    shape = shape_of(base, data, getattr(trial.method, "target_modules", "all-linear"))
+    rows = -(-trial.optim.batch_size // (trial.optim.accumulation * session.world_size))
+    tokens = 0 if trial.compute.activation_checkpointing else rows * int(data.train.lengths.min())
+    shards = session.world_size if COMPATIBLE[trial.method.type].parallel == "fsdp" else 1
+    loaded = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    needed = run_bytes(shape, trial.method, tokens, num_shards=shards) - loaded / shards
+    if needed > free:
+        raise TrialError(
+            f"method.type={trial.method.type} takes {gigabytes(needed)} beside the base, and {gigabytes(free)} are "
+            f"free on {session.device}; lower optim.batch_size or the method's rank, raise optim.accumulation, set "
+            f"compute.activation_checkpointing, or take lora with quantization: nf4"
         )
 
 

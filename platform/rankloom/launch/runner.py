@@ -1,0 +1,140 @@
+"""Runner: what a host actor does with its `TrialHost` between two decisions; blocking, so in a thread.
+
+It moves members in and out, trains until a report is due, and makes the reports: validation, a snapshot, and the
+adapter where it is the best so far. One call at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankloom.config import StudyConfig
+from rankloom.errors import RankloomError, RegistryError, TrialError
+from rankloom.launch.membership import BEST, Member, Report, failed
+
+
+@dataclass
+class Work:
+    """What a host did since its process began."""
+
+    steps: int = 0
+    filled: float = 0.0
+    """Sum over the steps of the share of slots that trained."""
+    tokens: int = 0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    save_s: float = 0.0
+    move_s: float = 0.0
+    load_s: float = 0.0
+    memory_bytes: int = 0
+    """At its peak."""
+
+
+class Runner:
+    """A host in use."""
+
+    def __init__(self, host: Any, study: StudyConfig, work: Work) -> None:
+        """`host`: a `train.host.TrialHost`."""
+        self.host = host
+        self._search, self._work = study.search, work
+
+    def move(self, evict: Iterable[Member], admit: Iterable[Member]) -> None:
+        """Let members out and in. One that can't be admitted has a `failure`; the others go on."""
+        started = time.monotonic()
+        for member in evict:
+            self.host.evict(member.key)
+            member.seat.seated = False
+        for member in admit:
+            try:
+                self.host.admit(member.key, member.trial, member.start)
+                member.seat.seated = True
+            except RankloomError as error:
+                member.failure = str(error)
+        self._work.move_s += time.monotonic() - started
+
+    def train(self, members: Sequence[Member], interrupted: Callable[[], bool]) -> list[Member]:
+        """Train these until a report is due or `interrupted`; whose report is due."""
+        by_key = {member.key: member for member in members}
+        while True:
+            started = time.monotonic()
+            steps = self.host.step(by_key)
+            seconds = time.monotonic() - started
+            self._work.steps += 1
+            self._work.filled += len(members) / self.host.num_slots
+            self._work.train_s += seconds
+            for member in members:
+                member.train_s += seconds / len(members)
+            due = []
+            for step in steps:
+                member = by_key[step.name]
+                self._work.tokens += step.tokens - member.tokens
+                member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
+                member.failure = step.error
+                if step.error or step.done or step.step % member.trial.eval.every == 0:
+                    due.append(member)
+            if due or interrupted():
+                return due
+
+    def report(self, members: Sequence[Member]) -> list[Report]:
+        """Validate, and keep what it takes to go on from here."""
+        from rankloom.train.memory import peak_memory_bytes
+
+        started = time.monotonic()
+        self._work.memory_bytes = peak_memory_bytes(self.host.base.device)
+        sound = [member for member in members if member.failure is None]
+        scores: dict[str, Any] = {}
+        try:
+            scores = self.host.evaluate([member.key for member in sound])
+        except TrialError as error:  # a row that is too long for the memory is so for all of them
+            for member in sound:
+                member.failure = str(error)
+        for member in sound:
+            if member.key in scores and not math.isfinite(scores[member.key].loss):
+                rate = member.trial.optim.learning_rate
+                member.failure = f"the validation loss is not finite at step {member.step}; lower optim.learning_rate"
+                member.failure += f" ({rate:g})"
+        evaluated = time.monotonic()
+        reports = [self._report(member, scores.get(member.key)) for member in members]
+        self._work.eval_s += evaluated - started
+        self._work.save_s += time.monotonic() - evaluated
+        return reports
+
+    def _report(self, member: Member, scores: Any) -> Report:
+        n = member.seat.made + 1
+        if member.failure is not None:
+            member.seat.seated = member.key in self.host.members
+            return failed(n, member.failure, member.progress(0))
+        value = scores.loss if self._search.metric == "loss" else scores.accuracy
+        sign = 1 if self._search.best == "max" else -1
+        best = member.best_value is None or sign * value > sign * member.best_value
+        member.best_value = value if best else member.best_value
+        member.evals_since_best = 0 if best else member.evals_since_best + 1
+        num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
+        done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
+        try:
+            self._save(member, n, export=best and member.best_folder is not None)
+        except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
+            raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
+        return member.progress(num_steps) | {
+            "n": n,
+            "loss": scores.loss,
+            "accuracy": scores.accuracy,
+            "best": best,
+            "best_value": member.best_value,
+            "done": done,
+            "finished": done,  # `done` is also what Tune sets when it stops a trial
+            "error": None,
+        }
+
+    def _save(self, member: Member, n: int, *, export: bool) -> None:
+        folder = member.snapshot(n)
+        folder.mkdir(parents=True)
+        self.host.save(member.key, folder)
+        if export:
+            (folder / BEST).mkdir()
+            self.host.export(member.key, folder / BEST)
+        member.save(n)

@@ -1,0 +1,142 @@
+"""Forecasts of memory, held to what torch's profiler counts on a tiny model; and what `fit` makes of little memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rankloom.config import TrialConfig, parse
+from rankloom.data import Cursor, load_data
+from rankloom.errors import TrialError
+from rankloom.models import load_base, load_tokenizer
+from rankloom.planner import FP32, HostSize, Shape, fit, run_bytes
+from rankloom.train.host import TrialHost
+from rankloom.train.loop import TrainingLoop
+from rankloom.train.memory import shape_of
+from rankloom.train.session import LocalSession
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.25
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most that torch holds, of what it allocates meanwhile."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def trial_of(model: Path, **changed: Any) -> TrialConfig:
+    tree = {
+        "name": "t",
+        "model": {"id": str(model)},
+        "data": {"max_train_rows": 64},
+        "method": {"type": "lora", "rank": 8},
+        "optim": {"batch_size": 16},
+        "budget": {"steps": 9},
+        "eval": {"max_rows": 8},
+    }
+    return parse(TrialConfig, tree | changed)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "kind", "rank", "batch_size"),
+    [
+        ("llama", "none", "lora", 8, 32),
+        ("llama", "none", "lora", 64, 32),
+        ("llama", "none", "lora", 256, 1),
+        ("llama", "none", "dora", 8, 32),
+        ("llama", "nf4", "lora", 8, 32),
+        ("gpt2", "none", "lora", 8, 32),
+    ],
+)
+def test_a_hosts_forecast_is_its_peak(
+    architecture: str, quantization: str, kind: str, rank: int, batch_size: int, tiny_model: Callable[..., Path]
+) -> None:
+    trial = trial_of(
+        tiny_model(architecture), method={"type": kind, "rank": rank}, quantization=quantization,
+        optim={"batch_size": batch_size},
+    )  # fmt: skip
+    base = load_base(trial.model, trial.quantization, device=CPU)
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    host: list[TrialHost] = []
+    size = HostSize(4, rank, 100_000, with_magnitudes=kind == "dora")
+
+    def open_host() -> None:
+        host.append(
+            TrialHost(base, data, num_slots=4, max_rank=rank, token_budget=10**6, with_magnitudes=kind == "dora")
+        )
+        for k in range(4):
+            host[0].admit(f"t{k}", trial)
+        host[0].step()
+
+    peak = peak_bytes(open_host)
+    plan = host[0].last_plan
+    assert plan is not None
+    forecast = replace(size, token_budget=plan.num_tokens).bytes(shape_of(base, data))
+    accumulated = FP32 * 4 * shape_of(base, data).adapter_numbers(rank, dora=kind == "dora")
+    assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)  # no step was under way
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "adalora", "lisa", "galore"])
+def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, method={"type": kind} | ({"num_layers": 1} if kind == "lisa" else {}))
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    loops: list[TrainingLoop] = []
+
+    def begin() -> None:
+        base = load_base(trial.model, trial.quantization, device=CPU)
+        loops.append(TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU)))
+        for _ in range(3):
+            loops[0].step()
+
+    peak = peak_bytes(begin)
+    shape = shape_of(load_base(trial.model, trial.quantization, device=CPU), data)
+    cursor = Cursor(data.train.lengths, 16, seed=trial.seed, group_by_length=True)
+    tokens = max(16 * int(data.train.lengths[cursor.next()].max()) for _ in range(3))
+    assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
+
+
+SHAPE = Shape(
+    linears=((1000, 1000),) * 10, targets=((1000, 1000),) * 10, num_layers=5, num_other=1_000_000, vocabulary=1000,
+    activations=1.0, predicted_share=0.0, quantization="none", value_bytes=4,
+)  # fmt: skip
+WANTED = HostSize(num_slots=8, max_rank=64, token_budget=4096, with_magnitudes=False)
+
+
+def test_what_there_is_room_for() -> None:
+    def fitted(available: float, *ranks: int) -> tuple[int, int, int]:
+        size = fit(WANTED, SHAPE, ranks=ranks, longest=100, available=available)
+        assert size.bytes(SHAPE) <= available
+        return size.num_slots, size.max_rank, size.token_budget
+
+    whole = WANTED.bytes(SHAPE)
+    assert fitted(whole, 8, 64) == (8, 64, 4096)
+    slots, rank, tokens = fitted(0.6 * whole, 8, 64)
+    assert (slots, rank) == (8, 64)
+    assert 100 < tokens < 4096
+    slots, rank, tokens = fitted(0.2 * whole, 8, 64)
+    assert 1 <= slots < 8
+    assert rank == 64
+    assert tokens >= 100
+    assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
+    with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.0 GB are free; lower"):
+        fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
+
+
+def test_a_quantised_base_is_smaller() -> None:
+    assert SHAPE.base_bytes == 4 * 11e6
+    assert replace(SHAPE, quantization="nf4").base_bytes == pytest.approx(10e6 * 0.516 + 4e6, rel=0.01)

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -225,6 +226,7 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         _tuner(study, folder, hosts, journal).fit()
         journal.reconcile()
@@ -235,6 +237,8 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     except Exception as error:
         raise failure_of(error).error from None
     finally:
+        with suppress(ValueError):  # not in the main thread, where Ray Tune leaves its own handler
+            signal.signal(signal.SIGINT, on_interrupt)
         journal.close()
     return journal
 

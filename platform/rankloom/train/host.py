@@ -251,9 +251,9 @@ class TrialHost:
             except torch.OutOfMemoryError:
                 pass  # what it holds on to is freed once this block is left
             torch.cuda.empty_cache() if self.base.device.type == "cuda" else None
-            self.token_budget = min(self.token_budget, max(1, part.num_tokens // 2))
             halves = part.halves(padded=self.padded)
             if halves is not None:
+                self.token_budget = min(self.token_budget, max(1, part.num_tokens // 2))
                 todo += reversed(halves)
                 continue
             member = self._by_slot[part.shares[0].slot]

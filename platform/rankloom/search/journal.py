@@ -78,6 +78,10 @@ class Journal(tune.Callback):  # type: ignore[misc]
             self._stop.clear()
             signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
 
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if not self._trials:  # all had ended in an earlier run, so that there was no step
+            self._trials, self._statuses = trials, {trial.trial_id: trial.status for trial in trials}
+
     def reconcile(self) -> None:
         """After a run: forget trials that a killed driver wrote down and Tune does not know, and end what has ended."""
         known = {trial.trial_id: trial for trial in self._trials}

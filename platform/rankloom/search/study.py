@@ -105,8 +105,8 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
         if journal.interrupted:
             return {"status": "interrupted"} | outcome
         if not board.finalists():
-            reasons = sorted({trial.error or "" for trial in board.trials.values()})
-            raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0]}")
+            reasons = sorted({trial.error or "without a report" for trial in board.trials.values()})
+            raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
             outcome |= _finish(study, folder, journal, hosts, on_event)
         except KeyboardInterrupt:  # Ray Tune, which takes Ctrl-C for as long as it runs, is done

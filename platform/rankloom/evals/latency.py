@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,21 +32,24 @@ class Latency:
 def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency | None:
     """Time greedy decoding after prompts of about the median length; None where the model keeps no KV cache (Mamba)."""
     bare = unwrapped(model)
-    if "past_key_values" not in inspect.signature(type(bare).forward).parameters:
-        return None
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)
     middle = by_length[first : first + BATCH_SIZE]
     prompts = [prompt_of(row, bare, NUM_WARMUP + NUM_STEPS + 1) or row.input_ids[:1] for row in middle]
     prompts = [prompts[i % len(prompts)] for i in range(BATCH_SIZE)]
     with evaluating(bare):
-        alone_s = statistics.median(_step_times(bare, prompts[BATCH_SIZE // 2 :][:1], pad_id))
-        together_s = statistics.median(_step_times(bare, prompts, pad_id))
-    return Latency(latency_ms=1000 * alone_s, generated_tokens_per_s=BATCH_SIZE / together_s)
+        alone_s = _step_times(bare, prompts[BATCH_SIZE // 2 :][:1], pad_id)
+        if alone_s is None:
+            return None
+        together_s = _step_times(bare, prompts, pad_id) or []
+    return Latency(
+        latency_ms=1000 * statistics.median(alone_s),
+        generated_tokens_per_s=BATCH_SIZE / statistics.median(together_s),
+    )
 
 
-def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float]:
-    """Seconds of each decode step after the warm-up; generation goes on past any end token."""
+def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:
+    """Seconds of each decode step after the warm-up; generation goes on past any end token. None: no KV cache."""
     device = device_of(model)
     prompts = left_padded(sequences, pad_id, device)
     ids_BT, mask_BT, cache = prompts.input_ids_BT, prompts.attention_mask_BT, None
@@ -62,7 +64,9 @@ def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int)
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, ids_BT = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        cache, ids_BT = getattr(output, "past_key_values", None), output.logits[:, -1].argmax(-1, keepdim=True)
+        if cache is None:
+            return None
         mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

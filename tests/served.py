@@ -81,15 +81,21 @@ def write_adapter(base: Path, folder: Path, kind: str, *, architecture: str = "l
 
 
 def publish(
-    registry: Path, base: Path, name: str, folder: Path, *, probe: bool = True, quantization: Quantization | None = None
+    registry: Path,
+    base: Base | Path,
+    name: str,
+    folder: Path,
+    *,
+    probe: bool = True,
+    quantization: Quantization | None = None,
 ) -> str:
     """Puts a folder into a registry as `rankloom` does; returns its ref."""
-    loaded = load(base, quantization)
+    loaded = base if isinstance(base, Base) else load(base, quantization)
     if probe:
         record_probe(load_adapter(loaded.model, folder), [7, 50, 101, 9], folder)
     draft = Draft(
         method="lora",
-        base=BaseModelRef(id=str(base), fingerprint=loaded.fingerprint, quantization=loaded.quantization),  # type: ignore[arg-type]
+        base=BaseModelRef(id=loaded.id, fingerprint=loaded.fingerprint, quantization=loaded.quantization),  # type: ignore[arg-type]
         servable="itself",
         trial={"name": name},
         data_fingerprint=None,
@@ -117,13 +123,13 @@ def engine_on(base: Base | Path, registry: Path, **settings: Any) -> ServingEngi
     return ServingEngine(loaded, Registry(registry), EngineConfig(**settings))
 
 
-def serving(engine: ServingEngine, work: Callable[[], Awaitable[T]]) -> T:
+def serving(engine: ServingEngine, work: Callable[[], Awaitable[T]], *, limit_s: float = 60) -> T:
     """Runs `work` while the engine does."""
 
     async def run() -> T:
         await engine.start()
         try:
-            return await asyncio.wait_for(work(), 60)
+            return await asyncio.wait_for(work(), limit_s)
         finally:
             await engine.close()
 

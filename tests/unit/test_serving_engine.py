@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from rankloom.adapters.probe import record_probe
+from rankloom.adapters.weights import load_adapter
 from rankloom.config.model import Int8, Nf4, Quantization
 from rankloom.errors import (
     AdapterNotFoundError,
@@ -65,6 +68,21 @@ def test_a_prefix_is_reused_by_the_same_version_alone(tiny_llama: Path, registry
         return with_peft(tiny_llama, registry / name / "1", prompt, GREEDY.max_tokens)
 
     serving(engine, work)
+
+
+def test_a_prompt_that_comes_several_times_at_once_is_computed_once(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry)
+    prompt = [5 + i % 90 for i in range(100)]
+
+    async def work() -> None:
+        jobs = [completed(engine, prompt, ref, id=f"{ref}{i}") for ref in (None, "lora@1") for i in range(4)]
+        found = await asyncio.gather(*jobs)
+        assert [deltas[-1].cached_tokens for _, _, deltas in found] == [0, 99, 99, 99] * 2
+        assert all(tokens == found[0][1] for _, tokens, _ in found[:4])
+        assert all(tokens == found[4][1] for _, tokens, _ in found[4:])
+
+    serving(engine, work)
+    assert engine.stats().prompt_tokens == 2 * 100 + 6
 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 4096])
@@ -322,3 +340,31 @@ def test_an_architecture_that_this_cache_does_not_fit_is_refused() -> None:
     )  # fmt: skip
     with torch.device("cpu"), pytest.raises(ModelError, match="can't be served"):
         Runner(AutoModelForCausalLM.from_config(config).eval())
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_thousand_registered_adapters_take_the_memory_of_a_few(tiny_llama: Path, tmp_path: Path) -> None:
+    write_adapter(tiny_llama, tmp_path / "a", "wide")
+    loaded = load(tiny_llama)
+    record_probe(load_adapter(load(tiny_llama).model, tmp_path / "a"), [7, 50, 101, 9], tmp_path / "a")
+    refs = [publish(tmp_path / "registry", loaded, f"a{i}", tmp_path / "a", probe=False) for i in range(1000)]
+    engine = engine_on(loaded, tmp_path / "registry", resident=8)
+    sizes: list[float] = []
+
+    async def work() -> None:
+        for start in range(0, len(refs), 20):
+            some = refs[start : start + 20]
+            await asyncio.gather(*(completed(engine, [5, 6], ref, id=ref, max_tokens=2) for ref in some))
+            sizes.append(resident_mb())
+
+    serving(engine, work, limit_s=300)
+    assert engine.stats().adapter_loads == 1000
+    assert len(engine.resident()) == 8
+    # after the first 200 nothing grows but what the allocator keeps
+    assert sizes[-1] - sizes[10] < 0.05 * sizes[10]

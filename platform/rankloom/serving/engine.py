@@ -219,7 +219,8 @@ class ServingEngine:
             self._loads.submit(self._loader.load, ref).add_done_callback(partial(self._post_loaded, ref))
 
     def _plan(self) -> tuple[Portion, ...]:
-        waiting = [self._seat(row) for row in self._waiting.values()]
+        following = self._following()
+        waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
         seating = seat([self._seat(row) for row in self._running.values()], waiting, self._budget, shelf_width)
         for name in seating.preempted:
             row = self._waiting[name] = self._running.pop(name)
@@ -277,9 +278,25 @@ class ServingEngine:
         if error is not None:
             row.stream.fail(error)
 
-    def _seat(self, row: Row) -> Seat:
-        ready = row.request.adapter is None or self._residency.get(row.request.adapter) is not None
+    def _seat(self, row: Row, *, ready: bool = True) -> Seat:
+        ready = ready and (row.request.adapter is None or self._residency.get(row.request.adapter) is not None)
         return Seat(row.request.id, row.arrival, len(row.tokens), row.cached, ready)
+
+    def _following(self) -> set[Row]:
+        """Waiting rows that begin like one before them whose beginning is being computed, or will be first.
+
+        Several completions of one prompt come at once, as do requests with one system prompt: it is computed once.
+        """
+        if not self._config.prefix_tokens:
+            return set()
+        leading = {row.beginning for row in self._running.values() if row.cached < row.num_prompt}
+        following = set()
+        for row in sorted(self._waiting.values(), key=lambda row: row.arrival):
+            if row.beginning in leading and not self._prefixes.match(row.request.adapter, row.tokens)[0]:
+                following.add(row)
+            elif row.beginning is not None:
+                leading.add(row.beginning)
+        return following
 
     def _adapter_of(self, row: Row) -> Folded | None:
         return None if row.request.adapter is None else self._residency.get(row.request.adapter)

@@ -14,6 +14,9 @@ from rankloom.serving.sampling import Chosen, Turn
 from rankloom.serving.stream import Stream
 from rankloom.serving.text import Pieces, TextStream
 
+ALIKE = 64
+"""Tokens of two prompts that are the same where a part of one is worth waiting for."""
+
 
 class Row:
     """Invariant: `tokens` are the prompt and what was generated; the first `cached` have keys and values."""
@@ -31,6 +34,8 @@ class Row:
         self.tokens = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.cached = 0
+        self.beginning = (request.adapter, request.prompt[:ALIKE]) if len(request.prompt) > ALIKE else None
+        """Requests with the same one are worth computing one after the other; None: too short."""
         self.num_reused = 0
         """Tokens of the prompt that came from another row."""
         self.adapter: Folded | None = None

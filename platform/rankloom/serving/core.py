@@ -1,0 +1,230 @@
+"""Core: the rows under way, and the step that carries all of them on.
+
+`Core.step()` is the engine: it *plans* who has a row and what is computed (`scheduler.py`), *computes* one forward
+(`runner.py`) and *applies* the result: a token for each row that predicts, its text, its end. One thread owns a core
+and makes all calls; it knows no event loop. `engine.py` is around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rankloom.adapters.folded import Folded
+from rankloom.config.engine import EngineConfig
+from rankloom.errors import ModelError, RankloomError, RegistryError
+from rankloom.models import Base
+from rankloom.registry import Registry
+from rankloom.serving.cache import RowCache, shelf_width
+from rankloom.serving.loading import Loader
+from rankloom.serving.prefix import PrefixTree
+from rankloom.serving.protocol import Stats
+from rankloom.serving.residents import Residents
+from rankloom.serving.row import Row
+from rankloom.serving.runner import Runner, Work
+from rankloom.serving.sampling import choose
+from rankloom.serving.scheduler import Budget, Portion, Seat, portion, seat
+from rankloom.serving.text import Pieces
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Counted:
+    """The counters of `Stats`."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+class Core:
+    """Invariant: a row is waiting, or running with a place in the cache; its adapter is in use all the while."""
+
+    def __init__(
+        self, base: Base, registry: Registry, config: EngineConfig, post: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Args: post: has something called in the core's thread soon; from any thread.
+
+        Raises ModelError where the base's architecture can't be served.
+        """
+        self._base, self._config = base, config
+        self._runner = Runner(base.model)
+        self._cache = RowCache(self._runner.shape, config.cache_tokens)
+        self._prefixes = PrefixTree(config.prefix_tokens)
+        self._budget = Budget(config.rows, config.cache_tokens, config.step_tokens)
+        self._pieces = Pieces(base.tokenizer)
+        loader = Loader(base, registry, self._logits_alone)
+        self.adapters = Residents(config.resident, loader, post, failed=self._fail_waiting)
+        self._running: dict[str, Row] = {}
+        self._waiting: dict[str, Row] = {}
+        self._arrivals = itertools.count()
+        self._counted = _Counted()
+
+    def enter(self, row: Row) -> None:
+        """A request comes in."""
+        row.arrival = next(self._arrivals)
+        self._waiting[row.request.id] = row
+        if row.request.adapter is not None:
+            self.adapters.ask(row.request.adapter)
+
+    def leave(self, row: Row) -> None:
+        """Whoever asked is gone, or has everything."""
+        if not row.ended:
+            self._end(row)
+
+    def close(self, error: RankloomError) -> None:
+        """End all that is under way."""
+        for row in (*self._running.values(), *self._waiting.values()):
+            row.stream.fail(error)
+        self.adapters.close(error)
+        self._runner.close()
+
+    def stats(self) -> Stats:
+        """From any thread."""
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cache_tokens=self._cache.held + self._prefixes.num_tokens,
+            cache_capacity=self._config.cache_tokens + self._config.prefix_tokens,
+            adapter_loads=self.adapters.num_loads,
+            adapter_evictions=self.adapters.num_evictions,
+            adapter_failures=self.adapters.num_failures,
+            **vars(self._counted),
+        )
+
+    def step(self) -> bool:
+        """One round: plan, compute, apply. False: there was nothing to compute."""
+        self.adapters.load_next()
+        portions = self._plan()
+        if not portions:
+            return False
+        try:
+            logits_MV = self._compute(portions)
+            self._apply(portions, logits_MV)
+        except Exception as error:  # these rows are lost, the engine is not
+            logger.exception("a step failed")
+            for p in portions:
+                if p.id in self._running:
+                    self._end(self._running[p.id], ModelError(f"a step of the engine failed: {error}"))
+        return True
+
+    def _plan(self) -> tuple[Portion, ...]:
+        following = self._following()
+        waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
+        seating = seat([self._seat(row) for row in self._running.values()], waiting, self._budget, shelf_width)
+        for name in seating.preempted:
+            row = self._waiting[name] = self._running.pop(name)
+            self._keep_prefix(row)
+            self._cache.remove(name)
+            row.cached = 0
+            self._counted.preemptions += 1
+        for name in seating.admitted:
+            row = self._running[name] = self._waiting.pop(name)
+            row.adapter = self._adapter_of(row)
+            self._reuse_prefix(row)
+        return portion([self._seat(row) for row in self._running.values()], self._budget)
+
+    def _compute(self, portions: Sequence[Portion]) -> Tensor:
+        works = []
+        for p in portions:
+            row = self._running[p.id]
+            self._cache.reserve(p.id, len(row.tokens))
+            works.append(Work(p.id, row.adapter, p.start, row.tokens[p.start : p.start + p.count], p.predicts))
+        return self._runner.forward(self._cache, works)
+
+    def _apply(self, portions: Sequence[Portion], logits_MV: Tensor) -> None:
+        self._counted.steps += 1
+        for p in portions:
+            row = self._running[p.id]
+            row.cached += p.count
+            new_to_prompt = max(0, min(p.start + p.count, row.num_prompt) - p.start)
+            self._counted.prompt_tokens += new_to_prompt
+            if new_to_prompt and row.cached >= row.num_prompt:
+                self._keep_prefix(row)
+        rows = [self._running[p.id] for p in portions if p.predicts]
+        sound = logits_MV.isfinite().all(-1).tolist()
+        for row, is_sound in zip(rows, sound, strict=True):
+            if not is_sound:
+                where = row.request.adapter or self._base.id
+                self._end(row, RegistryError(f"{where}: gives values that are no finite numbers"))
+        logits_MV = logits_MV if all(sound) else logits_MV[torch.tensor(sound, device=logits_MV.device)]
+        rows = [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]
+        for row, chosen in zip(rows, choose(logits_MV, [row.turn() for row in rows]), strict=True):
+            self._counted.generated_tokens += 1
+            if row.take(chosen, self._pieces):
+                self._end(row)
+
+    def _end(self, row: Row, error: RankloomError | None = None) -> None:
+        """Give a row's place up; its stream gets the error, if there is one."""
+        name = row.request.id
+        if self._running.pop(name, None) is not None and name in self._cache:
+            if error is None:
+                self._keep_prefix(row)
+            self._cache.remove(name)
+        self._waiting.pop(name, None)
+        if row.request.adapter is not None and not row.ended:
+            self.adapters.release(row.request.adapter)
+        row.ended = True
+        if error is not None:
+            row.stream.fail(error)
+
+    def _seat(self, row: Row, *, ready: bool = True) -> Seat:
+        ready = ready and (row.request.adapter is None or self.adapters.get(row.request.adapter) is not None)
+        return Seat(row.request.id, row.arrival, len(row.tokens), row.cached, ready)
+
+    def _following(self) -> set[Row]:
+        """Waiting rows that begin like one before them whose beginning is being computed, or will be first.
+
+        Several completions of one prompt come at once, as do requests with one system prompt: it is computed once.
+        """
+        if not self._config.prefix_tokens:
+            return set()
+        leading = {row.beginning for row in self._running.values() if row.cached < row.num_prompt}
+        following = set()
+        for row in sorted(self._waiting.values(), key=lambda row: row.arrival):
+            if row.beginning in leading and not self._prefixes.match(row.request.adapter, row.tokens)[0]:
+                following.add(row)
+            elif row.beginning is not None:
+                leading.add(row.beginning)
+        return following
+
+    def _adapter_of(self, row: Row) -> Folded | None:
+        return None if row.request.adapter is None else self.adapters.get(row.request.adapter)
+
+    def _reuse_prefix(self, row: Row) -> None:
+        self._cache.reserve(row.request.id, len(row.tokens))
+        length, pieces = self._prefixes.match(row.request.adapter, row.tokens[:-1])
+        for piece in pieces:
+            self._cache.write(row.request.id, row.cached, piece)
+            row.cached += piece.shape[-2]
+        if not row.generated:  # not of one that was preempted
+            row.num_reused = length
+            self._counted.cached_tokens += length
+
+    def _keep_prefix(self, row: Row) -> None:
+        if self._config.prefix_tokens:
+            read = partial(self._cache.read, row.request.id)
+            self._prefixes.insert(row.request.adapter, row.tokens[: row.cached], read)
+
+    def _fail_waiting(self, ref: str, error: RankloomError) -> None:
+        for row in [row for row in self._waiting.values() if row.request.adapter == ref]:
+            self._end(row, error)
+
+    def _logits_alone(self, adapter: Folded | None, tokens: list[int]) -> Tensor:
+        """[V]; from any thread, beside the core's own forwards, with a cache of its own."""
+        cache = RowCache(self._runner.shape, shelf_width(len(tokens)))
+        if adapter is not None:
+            self._runner.bank.admit(adapter)
+        with torch.inference_mode():
+            cache.reserve("probe", len(tokens))
+            logits_MV = self._runner.forward(cache, [Work("probe", adapter, 0, tokens)], stack=False)
+        return logits_MV[0].to(self._base.model.dtype)

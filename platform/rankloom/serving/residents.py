@@ -1,0 +1,111 @@
+"""Residents: the adapters in memory, loaded by a thread of their own, so that a cold one holds up only its requests.
+
+`residency.py` decides what is loaded and what goes; `loading.py` loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from rankloom.adapters.folded import Folded
+from rankloom.errors import OverloadedError, RankloomError, RegistryError
+from rankloom.serving.loading import Loader
+from rankloom.serving.protocol import Resident
+from rankloom.serving.residency import Residency
+
+logger = logging.getLogger(__name__)
+
+
+class Residents:
+    """Owned by the core's thread, but for `listed`."""
+
+    def __init__(
+        self,
+        capacity: int,
+        loader: Loader,
+        post: Callable[[Callable[[], None]], None],
+        failed: Callable[[str, RankloomError], None],
+    ) -> None:
+        """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
+        self._residency: Residency[Folded] = Residency(capacity)
+        self._loader, self._post, self._failed = loader, post, failed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
+        self._pins: dict[str, list[Future[None]]] = {}
+        self.num_loads = self.num_evictions = self.num_failures = 0
+
+    def ask(self, ref: str) -> None:
+        self._residency.ask(ref)
+
+    def release(self, ref: str) -> None:
+        self._residency.release(ref)
+
+    def get(self, ref: str) -> Folded | None:
+        """The adapter, if it is there."""
+        return self._residency.get(ref)
+
+    def pin(self, ref: str, done: Future[None]) -> None:
+        """Load it, unless it is there, and keep it; `done` is told."""
+        if not self._residency.pin(ref):
+            capacity = self._residency.capacity
+            _tell(done, OverloadedError(f"{ref} can't be pinned: all {capacity} places are; unpin another"))
+        elif self.get(ref) is not None:
+            _tell(done, None)
+        else:
+            self._pins.setdefault(ref, []).append(done)
+
+    def unpin(self, ref: str) -> None:
+        self._residency.unpin(ref)
+
+    def listed(self) -> tuple[Resident, ...]:
+        """The loaded ones, the most recently used last."""
+        return tuple(
+            Resident(ref, entry.pinned, entry.users, entry.adapter.num_bytes)
+            for ref, entry in list(self._residency.entries.items())
+            if entry.adapter is not None
+        )
+
+    def load_next(self) -> None:
+        """Begin to load what is wanted and has a place."""
+        while (load := self._residency.next_load()) is not None:
+            ref, evicted = load
+            self.num_evictions += evicted is not None
+            self._thread.submit(self._loader.load, ref).add_done_callback(partial(self._post_loaded, ref))
+
+    def close(self, error: RankloomError) -> None:
+        for done in (done for waiting in self._pins.values() for done in waiting):
+            _tell(done, error)
+        self._pins.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _post_loaded(self, ref: str, load: Future[Folded]) -> None:
+        if not load.cancelled():
+            self._post(partial(self._loaded, ref, load))
+
+    def _loaded(self, ref: str, load: Future[Folded]) -> None:
+        error, pins = load.exception(), self._pins.pop(ref, [])
+        if error is None:
+            self._residency.loaded(ref, load.result())
+            self.num_loads += 1
+            for done in pins:
+                _tell(done, None)
+            return
+        if not isinstance(error, RankloomError):
+            logger.error("loading %s failed", ref, exc_info=error)
+            error = RegistryError(f"{ref}: can't be loaded: {error}")
+        self.num_failures += 1
+        self._failed(ref, error)
+        self._residency.failed(ref)
+        for done in pins:
+            _tell(done, error)
+
+
+def _tell(done: Future[None], error: RankloomError | None) -> None:
+    if not done.set_running_or_notify_cancel():
+        return  # nobody waits any more
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

@@ -288,6 +288,21 @@ def test_a_bad_adapter_fails_its_own_requests_alone(tiny_model: Callable[..., Pa
     assert engine.stats().adapter_failures == 6
 
 
+@pytest.mark.parametrize(
+    "ref", ["../lora@1", "/lora@1", "lora\0@1", "l" * 10_000, "", "lora@-1", "lora", "lora@champion"]
+)
+def test_hostile_names_are_refused(tiny_llama: Path, registry: Path, ref: str) -> None:
+    engine = engine_on(tiny_llama, registry)
+
+    async def work() -> None:
+        for work in (completed(engine, [5, 6], ref), engine.pin(ref)):
+            with pytest.raises(RequestError, match="adapter") as error:
+                await work
+            assert len(str(error.value)) < 500
+
+    serving(engine, work)
+
+
 def test_a_full_queue_refuses_and_goes_on(tiny_llama: Path, registry: Path) -> None:
     engine = engine_on(tiny_llama, registry, rows=1, waiting=1)
 

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 
 from rankloom.config.engine import EngineConfig
-from rankloom.errors import OverloadedError, RequestError
+from rankloom.errors import OverloadedError, RankloomError, RequestError
 from rankloom.models import Base
 from rankloom.registry import Registry
+from rankloom.registry.store import parse_ref
 from rankloom.serving.choices import Choice
 from rankloom.serving.core import Core
 from rankloom.serving.prompts import Prompts
@@ -82,6 +83,7 @@ class ServingEngine:
 
     async def pin(self, ref: str) -> None:
         self._refuse_if_stopping()
+        _check_ref(ref)
         done: Future[None] = Future()
         self._inbox.put(partial(self._core.adapters.pin, ref, done))
         await asyncio.wrap_future(done)
@@ -102,6 +104,8 @@ class ServingEngine:
             raise OverloadedError(f"{limit} requests are under way or waiting already; try again later")
         if request.id in self._open:
             raise RequestError(f"id: {request.id!r} is under way already; give each request its own")
+        if request.adapter is not None:
+            _check_ref(request.adapter)
         prompt, vocabulary = request.prompt, self._base.model.get_input_embeddings().weight.shape[0]
         if not prompt:
             raise RequestError("prompt: empty; give at least one token")
@@ -142,3 +146,12 @@ class ServingEngine:
             except queue.Empty:
                 return
             call()
+
+
+def _check_ref(ref: str) -> None:
+    try:
+        _, version = parse_ref(ref)
+    except RankloomError as error:
+        raise RequestError(f"adapter: {error}") from None
+    if version is None or not version.isdigit():
+        raise RequestError(f"adapter: {ref!r} names no exact version; give one such as {ref.split('@')[0]}@1")

@@ -111,11 +111,12 @@ class Engine:
 
 
 class Peft:
-    """PEFT over transformers' `generate`."""
+    """PEFT over transformers' `generate`, on a model as transformers loads it."""
 
-    def __init__(self, base: Base, folders: Sequence[Path]) -> None:
-        self.tokenizer = base.tokenizer
-        self.model = peft.PeftModel.from_pretrained(base.model, folders[0], adapter_name="0")
+    def __init__(self, folder: Path, folders: Sequence[Path]) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+        self.model = peft.PeftModel.from_pretrained(plain, folders[0], adapter_name="0")
         for i, folder in enumerate(folders[1:], start=1):
             self.model.load_adapter(folder, adapter_name=str(i))
         self.model.eval()
@@ -169,7 +170,7 @@ def main() -> None:
         root, work = Path(scratch) / "registry", Path(scratch) / "work"
         refs = publish(load(), root, work, most, options.rank)
         engine = Engine(load(), root, refs, most)
-        theirs = None if options.without_peft else Peft(load(), [work / f"a{i}" for i in range(most)])
+        theirs = None if options.without_peft else Peft(load().folder, [work / f"a{i}" for i in range(most)])
         for index in range(options.rounds + 1):
             for at in options.at:
                 some, tokens = prompts[:at], options.tokens if index else 2  # the first round warms up

@@ -9,6 +9,7 @@ Shapes: N rows, I in, O out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from torch.nn import functional as F
 
 MIN_ELEMENTS = 2**16
 """Of a weight: below, what a call costs counts for more."""
+
+
+PACKED_FOR = 16
+"""Rows for which `packed` asks for a layout; it was measured to be faster for 1 to 128."""
 
 
 class FrozenLinear(nn.Linear):
@@ -39,6 +44,24 @@ def use_onednn(model: nn.Module) -> None:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = FrozenLinear
+
+
+def packed(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """A frozen linear's forward, without a gradient, on a copy of its weight that is laid out as oneDNN reads it.
+
+    For few rows the layout is a good part of a product's time: without it, it is made anew in each call. None: this
+    linear has no such forward.
+    """
+    if not isinstance(module, FrozenLinear) or not suits(module.weight[:1], module.weight):
+        return None
+    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), PACKED_FOR)
+    bias_O = module.bias
+
+    def forward(x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
+        return result
+
+    return forward
 
 
 @cache

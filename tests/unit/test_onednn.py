@@ -74,3 +74,19 @@ def test_what_it_does_not_suit_is_computed_as_before() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen(x).dtype == torch.bfloat16
         assert frozen(x).equal(plain(x))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_weight_gives_the_same(rows: int, bias: bool) -> None:
+    plain, frozen = pair(bias=bias)
+    forward, x = onednn.packed(frozen), torch.randn(1, rows, 320)
+    assert forward is not None
+    torch.testing.assert_close(forward(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_small_or_no_linear_is_not_packed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).requires_grad_(False)
+    onednn.use_onednn(model)
+    assert onednn.packed(model[0]) is None
+    assert onednn.packed(model[1]) is None

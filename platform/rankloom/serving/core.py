@@ -57,7 +57,7 @@ class Core:
         Raises ModelError where the base's architecture can't be served.
         """
         self._base, self._config = base, config
-        self._runner = Runner(base.model)
+        self._runner = Runner(base.model, pack=config.pack_weights)
         self._cache = RowCache(self._runner.shape, config.cache_tokens)
         self._prefixes = PrefixTree(config.prefix_tokens)
         self._budget = Budget(config.rows, config.cache_tokens, config.step_tokens)

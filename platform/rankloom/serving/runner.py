@@ -40,12 +40,12 @@ class Work:
 class Runner:
     """Owns the model: as long as it lives, nobody else may run it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ModelError where this architecture can't be served."""
+    def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
+        """Raises ModelError where this architecture can't be served. `pack`: see `FoldedBank`."""
         self._model = model
         self.shape = _head_shape(model)
         expected = [_plain_logits(model, tokens) for tokens in _PROBES]
-        self.bank = FoldedBank(model)
+        self.bank = FoldedBank(model, pack=pack)
         self._attention_before = model.config._attn_implementation
         model.config._attn_implementation = ATTENTION
         self._check(expected)

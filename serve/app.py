@@ -1,5 +1,22 @@
-"""The import path for Ray Serve: `serve run serve.app:build` in a source tree; see `rankloom.deploy.app`."""
+"""The import path for Ray Serve in a source tree; see `rankloom.deploy.app`.
 
-from rankloom.deploy.app import build
+serve run serve.app:build base=builtin:smollm2
+RANKLOOM_SERVE=configs/serve/banking77.yaml serve build serve.app:app -o deploy.yaml
+"""
+
+import os
+from typing import Any
+
+from rankloom.cli.configs import find_config
+from rankloom.config import load
+from rankloom.config.serve import ServeConfig
+from rankloom.deploy.app import application, build
 
 __all__ = ["build"]
+
+
+def __getattr__(name: str) -> Any:
+    """`app`: the application of the config that `$RANKLOOM_SERVE` names, made when it is asked for."""
+    if name != "app":
+        raise AttributeError(name)
+    return application(load(ServeConfig, find_config(os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml"))))

@@ -17,6 +17,7 @@ from rankloom.config import COMPATIBLE, StudyConfig, TrialConfig, load, parse
 from rankloom.config.compatible import Row
 from rankloom.config.method import Method
 from rankloom.config.model import Quantization
+from rankloom.config.serve import ServeConfig
 from rankloom.errors import IncompatibleError
 from rankloom.paths import shipped
 
@@ -25,7 +26,11 @@ PACKAGE = REPO / "platform" / "rankloom"
 HEAVY = ["torch", "ray", "transformers", "peft", "datasets", "bitsandbytes"]
 TYPES = [member.model_fields["type"].default for member in get_args(get_args(Method)[0])]
 QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
-KINDS: dict[str, type[TrialConfig] | type[StudyConfig]] = {"trials": TrialConfig, "studies": StudyConfig}
+KINDS: dict[str, type[TrialConfig | StudyConfig | ServeConfig]] = {
+    "trials": TrialConfig,
+    "studies": StudyConfig,
+    "serve": ServeConfig,
+}
 SHIPPED = sorted((REPO / "configs").rglob("*.yaml"))
 DOCS = [REPO / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 TEXTS = sorted(

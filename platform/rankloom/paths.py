@@ -17,6 +17,11 @@ def registry_root() -> str:
     return os.environ.get("RANKLOOM_REGISTRY") or str(Path("~/rankloom/registry").expanduser())
 
 
+def keys_file() -> Path:
+    """The API keys that the CLI makes: `$RANKLOOM_KEYS`, else `~/rankloom/keys.json`."""
+    return Path(os.environ.get("RANKLOOM_KEYS") or "~/rankloom/keys.json").expanduser()
+
+
 def shipped(kind: Literal["configs", "jobs", "serve"]) -> Path:
     """The folder of that name which comes with rankloom: inside the package in a wheel, else in the source tree."""
     package = Path(__file__).resolve().parent

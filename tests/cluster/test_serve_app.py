@@ -1,22 +1,31 @@
-"""The Serve application, over real HTTP from a real local Ray: two adapters and the base behind one endpoint."""
+"""The Serve application on a real local Ray: a tiny model, real adapters, the official client over real HTTP."""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import signal
 import socket
-import urllib.error
-import urllib.request
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pytest
+from openai import OpenAI
 
-from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
+from rankloom.errors import AdapterNotFoundError, ConfigError
 
 pytestmark = pytest.mark.cluster
 
-Answer = tuple[int, dict[str, Any]]
+PROMPT = "my card was lost"
+SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
 def publish(root: Path, base: Path, name: str, work: Path, *, seed: int, dora: bool = False) -> None:
@@ -67,39 +76,66 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...,
     return root
 
 
-@pytest.fixture(scope="module")
-def endpoint(registry: Path) -> Iterator[str]:
+@contextmanager
+def served(config: dict[str, Any], port: int) -> Iterator[str]:
+    """The application on a local Ray, at a URL."""
     import ray
     from ray import serve
 
     from rankloom.deploy.app import build
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     mine = not ray.is_initialized()
     if mine:
-        source = {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "platform")}  # where it is not installed
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source})
+        source = {"PYTHONPATH": SOURCE}  # where it is not installed
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
+        )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build({"adapters": "first, second", "registry": str(registry), "max_new_tokens": 32}))
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    if mine:
-        ray.shutdown()
-
-
-def call(url: str, body: dict[str, Any] | None = None) -> Answer:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    serve.run(build(config))
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        if mine:
+            ray.shutdown()
 
 
-def expected(base: Path, registry: Path, work: Path, name: str | None, prompt: str, max_tokens: int) -> str:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def config(registry: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
+    return {
+        "base": str(tiny_model("llama")),
+        "registry": str(registry),
+        "refresh_s": 0.5,
+        "limits": {"max_tokens": 300},
+        "engine": {"rows": 4, "cache_tokens": 4096},
+    }
+
+
+@pytest.fixture(scope="module")
+def endpoint(config: dict[str, Any]) -> Iterator[str]:
+    with served(config, free_port()) as url:
+        yield url
+
+
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def replica_figure(url: str, name: str) -> float:
+    """The sum of one of the replicas' own figures."""
+    text = httpx2.get(f"{url}/metrics").text
+    return sum(
+        float(value) for value in re.findall(rf"^rankloom_replica_{name}(?:_total)?{{.*?}} (.*)$", text, re.MULTILINE)
+    )
+
+
+def expected(base: Path, registry: Path, work: Path, name: str | None, max_tokens: int) -> str:
     """The same generation through PEFT alone."""
     import peft
     import torch
@@ -110,101 +146,194 @@ def expected(base: Path, registry: Path, work: Path, name: str | None, prompt: s
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if name:
         model = peft.PeftModel.from_pretrained(model, Registry(registry).fetch(name, work / name))
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+    ids = torch.tensor([tokenizer(PROMPT, add_special_tokens=False).input_ids])
     out = model.eval().generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
     )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_models_are_listed(endpoint: str, tiny_model: Callable[..., Path]) -> None:
-    assert call(f"{endpoint}/healthz") == (200, {"status": "ok"})
-    status, body = call(f"{endpoint}/v1/models")
-    assert status == 200
-    assert [model["id"] for model in body["data"]] == [str(tiny_model("llama")), "first", "second"]
-
-
-def test_each_model_answers_as_peft_does(
+def test_mixed_adapters_answer_as_peft_does(
     endpoint: str, registry: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    base, prompt = tiny_model("llama"), "my card was lost"
-    texts = set()
-    for name in (str(base), "first", "second", "first"):  # back to the first: nothing of the second is left behind
-        status, body = call(f"{endpoint}/v1/completions", {"model": name, "prompt": prompt, "max_tokens": 12})
-        assert status == 200
-        adapter = None if name == str(base) else name
-        assert body["choices"][0]["text"] == expected(base, registry, tmp_path / str(len(texts)), adapter, prompt, 12)
-        assert body["choices"][0]["finish_reason"] in ("stop", "length")
-        assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
-        texts.add(body["choices"][0]["text"])
-    assert len(texts) == 3
+    base = tiny_model("llama")
+    texts = {name: expected(base, registry, tmp_path, name, 12) for name in (None, "first", "second")}
+    assert len(set(texts.values())) == 3
+
+    def ask(name: str | None) -> tuple[str | None, str]:
+        raw = client(endpoint).completions.with_raw_response.create(
+            model=name or str(base), prompt=PROMPT, max_tokens=12, temperature=0
+        )
+        assert raw.headers["x-rankloom-adapter"] == (name or "base")
+        assert raw.headers["x-request-id"]
+        return name, raw.parse().choices[0].text
+
+    with ThreadPoolExecutor(6) as pool:  # at once, so that rows of one batch are on different adapters
+        for name, text in pool.map(ask, [None, "first", "second"] * 4):
+            assert text == texts[name]
 
 
-@pytest.mark.parametrize(
-    ("change", "status", "message", "code"),
-    [
-        ({"model": "nope"}, 404, "model 'nope' is not served; there are: ", "model_not_found"),
-        ({"prompt": ""}, 400, "prompt: ", None),
-        ({"prompt": None}, 400, "prompt: ", None),
-        ({"max_tokens": 0}, 400, "max_tokens: ", None),
-        ({"max_tokens": 33}, 400, "max_tokens 33 is above 32", None),
-        ({"prompt": "yes " * 600}, 400, "exceed 512", None),
-        ({"temperature": 0.7}, 400, "temperature: ", None),
-        ({"stream": True}, 400, "stream: ", None),
-        ({"best_of": 2}, 400, "best_of: Extra inputs are not permitted", None),
-    ],
-)
-def test_what_is_not_served_is_refused_on_openais_wire(
-    endpoint: str, change: dict[str, Any], status: int, message: str, code: str | None
-) -> None:
-    body = {"model": "first", "prompt": "yes", "max_tokens": 4} | change
-    answered, answer = call(f"{endpoint}/v1/completions", body)
-    assert answered == status
-    assert message in answer["error"]["message"]
-    assert (answer["error"]["type"], answer["error"]["code"]) == ("invalid_request_error", code)
+def test_chat_whole_and_in_a_stream(endpoint: str) -> None:
+    body: dict[str, Any] = {"model": "first", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
+    whole = client(endpoint).chat.completions.create(**body, max_tokens=12, logprobs=True, top_logprobs=2)
+    stream = client(endpoint).chat.completions.create(
+        **body, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert (last.usage.total_tokens, last.choices) == (whole.usage.total_tokens, [])
+    logprobs = whole.choices[0].logprobs.content
+    assert len(logprobs) == whole.usage.completion_tokens
+    assert all(token.logprob <= 0 and token.top_logprobs[0].logprob == token.logprob for token in logprobs)  # greedy
 
 
-def test_unknown_path_is_answered_in_the_same_shape(endpoint: str) -> None:
-    status, body = call(f"{endpoint}/v1/nothing")
-    assert (status, body["error"]["message"]) == (404, "Not Found")
+def test_sampling_is_reproducible_with_a_seed(endpoint: str) -> None:
+    def ask(seed: int) -> list[str]:
+        answer = client(endpoint).completions.create(
+            model="second", prompt=PROMPT, max_tokens=12, temperature=1.0, seed=seed, n=2
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert ask(1) == ask(1)
+    assert ask(1) != ask(2)
 
 
-def test_adapters_share_the_bases_tensors(registry: Path) -> None:
-    from rankloom.config.serve import ServeConfig
-    from rankloom.deploy.engine import Engine
+def test_a_choice_is_constrained(endpoint: str) -> None:
+    labels = ["card_lost", "transfer"]
+    answer = client(endpoint).chat.completions.create(
+        model="first",
+        messages=[{"role": "user", "content": PROMPT}],
+        extra_body={"structured_outputs": {"choice": labels}},
+    )
+    assert answer.choices[0].message.content in labels
 
-    base, *adapted = Engine(ServeConfig(adapters=["first", "second"], registry=str(registry))).models.values()
-    storages = {p.untyped_storage().data_ptr() for p in base.parameters()}
-    for model in adapted:
-        frozen = [p for n, p in model.named_parameters() if "lora_" not in n]
-        assert {p.untyped_storage().data_ptr() for p in frozen} == storages
+
+def test_what_cant_be_served_is_refused(endpoint: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="`first`"):
+        client(endpoint).completions.create(model="frist", prompt=PROMPT)
+    with pytest.raises(openai.NotFoundError):  # it was tuned on another base
+        client(endpoint).completions.create(model="other", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as caught:
+        client(endpoint).completions.create(model="first", prompt="yes " * 600)
+    assert caught.value.code == "context_length_exceeded"
+    status = httpx2.post(f"{endpoint}/v1/completions", content=b"\xff{", headers={"content-type": "application/json"})
+    assert status.status_code == 400
+
+
+def test_a_client_that_goes_frees_its_row(endpoint: str) -> None:
+    asked: dict[str, Any] = {"model": "first", "prompt": PROMPT, "max_tokens": 300, "stream": True}
+    with client(endpoint).completions.create(**asked, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 20
+    while 'outcome="cancelled"' not in httpx2.get(f"{endpoint}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(2.5)  # a replica tells how it is every two seconds
+    assert replica_figure(endpoint, "running") == 0
+    assert 0 < replica_figure(endpoint, "generated_tokens") < replica_figure(endpoint, "steps") * 4
+
+
+def test_health_and_metrics(endpoint: str) -> None:
+    assert httpx2.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    assert httpx2.get(f"{endpoint}/readyz").json() == {"status": "ready"}
+    client(endpoint).completions.create(model="first", prompt=PROMPT, max_tokens=2)
+    text = httpx2.get(f"{endpoint}/metrics").text
+    assert 'rankloom_requests_total{adapter="first@1",outcome="ok",traffic="live"}' in text
+
+
+def test_adapters_are_loaded_named_and_verified(endpoint: str) -> None:
+    def post(path: str, **body: str) -> httpx2.Response:
+        return httpx2.post(f"{endpoint}/v1/{path}", json=body, timeout=60)
+
+    assert post("load_lora_adapter", lora_name="mine", lora_path="second").json()["adapter"] == "second@1"
+    assert client(endpoint).completions.create(model="mine", prompt=PROMPT, max_tokens=2).choices
+    refused = post("load_lora_adapter", lora_name="odd", lora_path="other").json()["error"]
+    assert refused["code"] == "adapter_refused"
+    assert post("load_lora_adapter", lora_name="odd", lora_path="../../etc").json()["error"]
+    assert post("unload_lora_adapter", lora_name="mine").status_code == 200
+
+
+def test_new_routes_end_no_stream(endpoint: str, config: dict[str, Any]) -> None:
+    from ray import serve
+
+    from rankloom.deploy.app import build
+
+    asked: dict[str, Any] = {"model": "first", "prompt": PROMPT, "max_tokens": 300, "stream": True}
+    stream = client(endpoint).completions.create(**asked, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    before = serve.status().applications["default"].deployments["Replica"].replica_states
+    serve.run(build(config | {"routes": {"front": {"to": "first"}}}))
+    assert serve.status().applications["default"].deployments["Replica"].replica_states == before
+    assert client(endpoint).completions.create(model="front", prompt=PROMPT, max_tokens=2).choices
+    *_, last = list(stream)
+    assert last.choices[0].finish_reason == "length"
 
 
 def test_adapters_that_cant_be_served_together_are_refused(registry: Path) -> None:
-    from rankloom.config.serve import ServeConfig
     from rankloom.deploy.app import build
-    from rankloom.deploy.engine import Engine
 
     with pytest.raises(ConfigError, match=r"other was tuned on .*deploy them apart"):
-        Engine(ServeConfig(adapters=["first", "other"], registry=str(registry)))
+        build({"adapters": "first, other", "registry": str(registry)})
     with pytest.raises(AdapterNotFoundError, match="no adapter 'frist'"):
-        Engine(ServeConfig(adapters=["frist"], registry=str(registry)))
+        build({"adapters": "frist", "registry": str(registry)})
     with pytest.raises(ConfigError, match="adaptors: unknown key; did you mean 'adapters'"):
         build({"adaptors": "first"})
 
 
-def test_changed_weights_keep_it_from_starting(registry: Path, tmp_path: Path) -> None:
-    import shutil
+def test_serve_build_takes_the_import_path(registry: Path, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"adapters: [first@1]\nregistry: {registry}\n")
+    environment = os.environ | {"PYTHONPATH": SOURCE, "RANKLOOM_SERVE": str(file)}
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "serve.app:app", "-o", str(tmp_path / "out.yaml")]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "import_path: serve.app:app" in (tmp_path / "out.yaml").read_text()
 
-    from rankloom.config.serve import ServeConfig
-    from rankloom.deploy.engine import Engine
 
-    copied = tmp_path / "copied"
-    shutil.copytree(registry, copied)
-    weights = copied / "first" / "1" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.chmod(0o644)
-    weights.write_bytes(content)
-    with pytest.raises(RegistryError, match="adapter_model"):
-        Engine(ServeConfig(adapters=["first"], registry=str(copied)))
+@pytest.mark.slow
+def test_a_killed_replica_fails_no_request_that_had_not_begun(endpoint: str, config: dict[str, Any]) -> None:
+    import ray
+    from ray import serve
+
+    from rankloom.deploy.app import build
+
+    serve.run(build(config | {"replicas": {"min": 2, "max": 2}}))
+
+    def ask(number: int) -> str:
+        model = ("first", "second", str(config["base"]))[number % 3]
+        answer = client(endpoint).completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, number) for number in range(60)]
+        while sum(each.done() for each in asked) < 15:
+            time.sleep(0.05)
+        replicas = [each for each in ray.util.list_named_actors(all_namespaces=True) if "#Replica#" in each["name"]]
+        assert len(replicas) == 2
+        ray.kill(ray.get_actor(**replicas[0]), no_restart=True)
+        texts = [each.result() for each in asked]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted(config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"base: {config['base']}\nregistry: {config['registry']}\nport: 0\n")
+    environment = os.environ | {"PYTHONPATH": SOURCE}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "rankloom.cli", "serve", str(file), "engine.rows=4"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://127.0.0.1:\d+", line)
+            assert found, line
+            assert client(found[0]).completions.create(model="first", prompt=PROMPT, max_tokens=2).choices
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)

@@ -17,7 +17,9 @@ import rankloom
 from rankloom.cli.adapters import app as adapters_app
 from rankloom.cli.doctor import doctor as doctor_command
 from rankloom.cli.evaluate import evaluate as evaluate_command
+from rankloom.cli.keys import app as keys_app
 from rankloom.cli.schema import schema as schema_command
+from rankloom.cli.serve import serve as serve_command
 from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
 from rankloom.cli.tune import tune as tune_command
@@ -36,7 +38,9 @@ app.command("schema")(schema_command)
 app.command("train")(train_command)
 app.command("tune")(tune_command)
 app.command("evaluate")(evaluate_command)
+app.command("serve")(serve_command)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(keys_app, name="keys")
 app.add_typer(submit_app, name="submit")
 
 

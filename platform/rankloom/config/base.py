@@ -108,7 +108,14 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return result
 
 
-_SHORTHAND = {"quantization": "type", "train": "path", "validation": "path", "test": "path", "retention": "path"}
+_SHORTHAND = {
+    "quantization": "type",
+    "base": "id",
+    "train": "path",
+    "validation": "path",
+    "test": "path",
+    "retention": "path",
+}
 """Settings that may be given as one string -> the key that the string stands for."""
 
 

@@ -1,121 +1,165 @@
-"""The Serve application: one base, several adapters, greedy completions on OpenAI's wire.
+"""The Serve application: an ingress that knows names, and replicas that hold the base. Read `serving/gateway.py` first.
 
-    serve run rankloom.deploy.app:build adapters=bank-intents-lora@champion registry=demo-output/registry
+    serve run rankloom.deploy.app:build adapters=bank@champion registry=demo-output/registry
 
-It is deliberately small: one replica, one request at a time under a lock, no streaming, no sampling; what a request
-asks beyond that is refused, not ignored. A broken or silent adapter keeps the application from starting.
+What an ingress needs to know is its `user_config`: Serve changes that in the running process, so that other routes,
+adapters and limits end no connection. What a replica needs are its arguments: another base or engine makes new ones,
+which take over while the old ones finish.
 """
 
-# No `from __future__ import annotations`: FastAPI reads the handlers' annotations in another module's namespace.
-import asyncio
-import time
-import uuid
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator
+from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from starlette.exceptions import HTTPException
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 from rankloom.config import dump, parse
 from rankloom.config.serve import ServeConfig
+from rankloom.deploy.ingress import build_api
+from rankloom.deploy.replica import Replica
+from rankloom.deploy.router import AdapterRouter
+from rankloom.errors import ConfigError, OverloadedError
+from rankloom.paths import registry_root
+from rankloom.registry import Record, Registry
+from rankloom.serving.gateway import Gateway, Served
+from rankloom.serving.protocol import Stats
+from rankloom.serving.work import Progress, ReplicaLostError, Work
 
-api = FastAPI(title="rankloom")
-
-
-class CompletionRequest(BaseModel):
-    """The part of OpenAI's request that is understood; any other key is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    prompt: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0, le=0)] = 0
-    n: Literal[1] = 1
-    stream: Literal[False] = False
+FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
+"""The settings whose change makes new replicas."""
 
 
-@api.exception_handler(RequestValidationError)
-async def _wrong_input(_: Request, error: RequestValidationError) -> JSONResponse:
-    detail = error.errors()[0]
-    key = ".".join(str(part) for part in detail["loc"] if part != "body") or "body"
-    return _error(400, f"{key}: {detail['msg']}", key)
+class RayReplicas:
+    """`gateway.Replicas` through a handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def run(self, work: Work) -> AsyncIterator[Progress]:
+        stream = self._handle.options(stream=True).run.remote(work)
+        try:
+            async for progress in stream:
+                yield progress
+        except Exception as error:
+            raise _told(error) from None
+        finally:
+            stream.cancel()
+
+    async def describe(self) -> Served:
+        try:
+            served: Served = await self._handle.describe.remote()
+        except Exception as error:
+            raise _told(error) from None
+        return served
+
+    async def load(self, ref: str) -> None:
+        try:
+            await self._handle.load.remote(ref)
+        except Exception as error:
+            raise _told(error) from None
 
 
-@api.exception_handler(HTTPException)
-async def _refused(_: Request, error: HTTPException) -> JSONResponse:
-    return _error(error.status_code, str(error.detail), None)
+def _told(error: Exception) -> Exception:
+    """The error as the replica raised it, or what its end means."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        return error.cause
+    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+        return ReplicaLostError("the replica was lost")
+    if isinstance(error, BackPressureError):
+        return OverloadedError("All replicas are full; try again later.")
+    return error
 
 
-def _error(status: int, message: str, param: str | None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    code = "model_not_found" if status == 404 and message.startswith("model ") else None
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+@serve.deployment(num_replicas=1, max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0})
+@serve.ingress()
+class Ingress:
+    """The one process that HTTP comes to. It imports no torch."""
 
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = RayReplicas(replicas)
+        self._gateway: Gateway | None = None
 
-# Below everything that it uses: Serve pickles the class with what the module holds by then.
-@serve.deployment(num_replicas=1, max_ongoing_requests=16)
-@serve.ingress(api)
-class Endpoint:
-    """The one replica. Invariant: one generation runs at a time."""
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve calls it at the start, and when `user_config` has changed."""
+        parsed = parse(ServeConfig, config, "serve")
+        if self._gateway is None:
+            gateway = Gateway(parsed, Registry(parsed.registry or registry_root()), self._replicas)
+            await gateway.start()
+            self._gateway = gateway
+        else:
+            await self._gateway.reconfigure(parsed)
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        import torch  # in the replica alone: what deploys needs no torch
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_api(self._ready)
 
-        from rankloom.deploy.engine import Engine
+    def _ready(self) -> Gateway:
+        assert self._gateway is not None  # Serve sends no request before `reconfigure` has returned
+        return self._gateway
 
-        self._config = parse(ServeConfig, config, "serve")
-        torch.set_num_threads(self._config.cpus)
-        self._engine = Engine(self._config)
-        self._created = int(time.time())
-        self._lock = asyncio.Lock()
-
-    @api.get("/healthz")
-    async def healthz(self) -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        entry = {"object": "model", "created": self._created, "owned_by": "rankloom"}
-        return {"object": "list", "data": [{"id": name, **entry} for name in self._engine.models]}
-
-    @api.post("/v1/completions")
-    async def completions(self, request: CompletionRequest) -> dict[str, Any]:
-        served = self._engine.models
-        if request.model not in served:
-            raise HTTPException(404, f"model {request.model!r} is not served; there are: {', '.join(served)}")
-        if request.max_tokens > self._config.max_new_tokens:
-            raise HTTPException(400, f"max_tokens {request.max_tokens} is above {self._config.max_new_tokens}")
-        prompt, room = self._engine.tokens(request.prompt), self._engine.context
-        if room and len(prompt) + request.max_tokens > room:
-            raise HTTPException(400, f"{len(prompt)} prompt tokens + max_tokens {request.max_tokens} exceed {room}")
-        async with self._lock:
-            answer = await asyncio.to_thread(self._engine.generate, request.model, prompt, request.max_tokens)
-        choice = {
-            "index": 0,
-            "text": answer.text,
-            "logprobs": None,
-            "finish_reason": "stop" if answer.stopped else "length",
-        }
-        usage = {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        }
-        return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": request.model,
-            "choices": [choice],
-            "usage": usage,
-        }
+    async def note(self, replica: str, stats: Stats, resident: int) -> None:
+        """What a replica says of itself, now and then."""
+        if self._gateway is not None:
+            self._gateway.metrics.replica(replica, stats, resident)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """What `serve run` and `serve deploy` are pointed at; `args` are the keys of `ServeConfig`."""
-    config = parse(ServeConfig, args, "serve")
-    return Endpoint.options(ray_actor_options={"num_cpus": config.cpus}).bind(dump(config))  # type: ignore[attr-defined]
+    return application(parse(ServeConfig, args, "serve"))
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """The application of a config.
+
+    Raises:
+        ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
+    """
+    config = resolved(config, Registry(config.registry or registry_root()))
+    replicas, tree = config.replicas, dump(config)
+    scaling: dict[str, Any] = {"num_replicas": replicas.min}
+    if replicas.max > replicas.min:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=replicas.min,
+                max_replicas=replicas.max,
+                target_ongoing_requests=replicas.target_requests,
+            )
+        }
+    held = serve.deployment(
+        Replica,
+        name="Replica",
+        max_ongoing_requests=config.engine.rows + config.engine.waiting,
+        graceful_shutdown_timeout_s=config.limits.timeout_s,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class=AdapterRouter, request_router_kwargs={"room": config.engine.rows}
+        ),
+        **scaling,
+    ).bind({name: tree[name] for name in FOR_REPLICAS})
+    return Ingress.options(  # type: ignore[attr-defined]
+        user_config=tree, graceful_shutdown_timeout_s=config.limits.timeout_s
+    ).bind(held)
+
+
+def resolved(config: ServeConfig, registry: Registry) -> ServeConfig:
+    """The config with its base, which the adapters' records name where it does not."""
+    records = {ref: registry.get(ref) for ref in config.adapters} if config.adapters != "all" else {}
+    first_ref, first = next(iter(records.items()), (None, None))
+    for ref, record in records.items():
+        if first and _base(record) != _base(first):
+            raise ConfigError(
+                f"adapters: {ref} was tuned on {record.base.id} ({record.base.quantization}), but {first_ref} on "
+                f"{first.base.id} ({first.base.quantization}); deploy them apart"
+            )
+    if config.base is not None or first is None:
+        return config
+    recorded = {"base": first.trial.get("model", first.base.id)}
+    if config.quantization is None:
+        recorded["quantization"] = first.trial.get("quantization", first.base.quantization)
+    return parse(ServeConfig, dump(config) | recorded, f"the record of {first_ref}")
+
+
+def _base(record: Record) -> tuple[str, str]:
+    return record.base.fingerprint, record.base.quantization

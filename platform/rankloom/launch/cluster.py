@@ -97,14 +97,20 @@ def connected(compute: ComputeConfig) -> Iterator[Share]:
     Raises:
         RankloomError: the cluster can't be reached. ConfigError: see `share`.
     """
+    with attached() as nodes:
+        yield share(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
+
+
+@contextmanager
+def attached() -> Iterator[list[dict[str, float]]]:
+    """The same without sharing it out; yields each node's resources."""
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     ours = not ray.is_initialized()
     if ours:
-        _connect(ray, address)
+        _connect(ray, os.environ.get("RAY_ADDRESS"))
     try:
-        yield share(compute, alive(), growing=bool(address))
+        yield alive()
     finally:
         if ours:
             ray.shutdown()

@@ -54,6 +54,10 @@ class ServingEngine:
         own = getattr(self._base.model.config, "max_position_embeddings", None)
         return min(widest, own or widest)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     async def start(self) -> None:
         self._mailbox.open()
         self._thread.start()

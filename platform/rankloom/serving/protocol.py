@@ -146,6 +146,11 @@ class Engine(Protocol):
         """The most tokens of prompt and completion together."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether it works; False before `start`, after `close`, and where it has broken down."""
+        ...
+
     async def start(self) -> None:
         """Begin to work. To be called once."""
         ...

@@ -1,0 +1,123 @@
+"""`rankloom serve`: adapters behind one endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankloom.cli.configs import find_config
+from rankloom.cli.train import Json, Overrides
+from rankloom.errors import ConfigError, RankloomError
+
+if TYPE_CHECKING:
+    from rankloom.config.serve import ServeConfig
+
+Deployment = Annotated[str, typer.Argument(help="A YAML file, or shipped:serve/banking77.yaml.", metavar="SERVE.yaml")]
+
+
+def serve(
+    config: Deployment,
+    overrides: Overrides = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it running on the cluster that RAY_ADDRESS names, and return.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve adapters over one base, on OpenAI's wire, until Ctrl-C.
+
+    Requests that are under way when it ends are finished first.
+
+    Examples:
+
+    rankloom serve shipped:serve/banking77.yaml
+
+    rankloom serve serve.yaml adapters=bank@champion,faq port=9000 replicas.max=4
+    """
+
+    from rankloom.config import load
+    from rankloom.config.serve import ServeConfig
+
+    settings = load(ServeConfig, find_config(config), overrides or [])
+    if detach and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("--detach: a local Ray ends with this command; set RAY_ADDRESS to a cluster's address")
+    if settings.auth.keys is not None:
+        from rankloom.serving.keys import KeyFile
+
+        KeyFile(settings.auth.keys).list()  # a file that can't be read is told now, not with every request
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    _run(settings, stopped, detach, as_json)
+
+
+def _run(settings: ServeConfig, stopped: threading.Event, detach: bool, as_json: bool) -> None:
+    from rankloom.deploy.app import application
+    from rankloom.launch.cluster import attached
+
+    port = settings.port or _free_port(settings.host)
+    built = application(settings)
+    with attached() as nodes:
+        from ray import serve as ray_serve
+
+        if not os.environ.get("RAY_ADDRESS"):  # a cluster may grow
+            _check_room(settings, nodes)
+        _check_port(settings.host, port)
+        ray_serve.start(http_options={"host": settings.host, "port": port})
+        typer.echo("starting; the base is loaded first", err=True)
+        try:
+            ray_serve.run(built, name=settings.name, route_prefix="/")
+        except RuntimeError as error:
+            raise RankloomError(_why(settings.name) or f"the endpoint did not start: {error}") from None
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else shown}:{port}"
+        typer.echo(json.dumps({"url": url, "name": settings.name}) if as_json else f"ready at {url}/v1")
+        if detach:
+            return
+        stopped.wait()
+        typer.echo("stopping: what is under way is finished first", err=True)
+        ray_serve.delete(settings.name)
+        ray_serve.shutdown()
+
+
+def _check_room(settings: ServeConfig, nodes: Sequence[dict[str, float]]) -> None:
+    """Ray Serve would wait for what never comes."""
+    replicas = settings.replicas
+    wanted = {"CPU": float(replicas.cpus), "GPU": replicas.gpus}
+    room = sum(min(int(node.get(kind, 0) // each) for kind, each in wanted.items() if each) for node in nodes)
+    if room < replicas.min:
+        raise ConfigError(
+            f"replicas.min={replicas.min}, each with {replicas.cpus} CPUs and {replicas.gpus:g} GPUs: this machine has "
+            f"room for {room}; lower replicas.min, replicas.cpus or replicas.gpus, or set RAY_ADDRESS"
+        )
+
+
+def _why(name: str) -> str | None:
+    """The last line of what Serve says of a deployment that failed."""
+    from ray import serve as ray_serve
+
+    status = ray_serve.status().applications.get(name)
+    for deployment in status.deployments.values() if status else ():
+        lines = [line for line in deployment.message.splitlines() if line.strip()]
+        if lines and deployment.status.value != "HEALTHY":
+            return f"the endpoint did not start: {lines[-1].strip()}"
+    return None
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        return int(free.getsockname()[1])
+
+
+def _check_port(host: str, port: int) -> None:
+    """Ray Serve tells of a port in use only in its log."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigError(f"host={host}, port={port}: {error.strerror}; choose another port, or port=0") from None

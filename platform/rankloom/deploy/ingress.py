@@ -1,0 +1,266 @@
+"""OpenAI's HTTP over a `Gateway`: parse, ask, answer. Whatever goes wrong is answered in OpenAI's shape.
+
+`build_api` makes a plain ASGI application; `app.py` puts it into Ray Serve.
+"""
+
+# No `from __future__ import annotations`: FastAPI reads the handlers' annotations, which are local to a function here.
+import json
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+import rankloom
+from rankloom.deploy.gate import Caller, Gate
+from rankloom.registry.card import scorecard_rows
+from rankloom.serving.answer import ATTEMPTS, Answer
+from rankloom.serving.gateway import Gateway
+from rankloom.serving.policy import Ask, Target
+from rankloom.serving.replies import DONE, Kind, Reply, event, reply_id
+from rankloom.serving.wire import AdapterRequest, ChatRequest, CompletionRequest, WireError, wire_error
+from rankloom.serving.work import ReplicaLostError, Work
+
+CONSOLE = Path(__file__).parent / "console"
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+
+logger = logging.getLogger("ray.serve")
+
+
+def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
+    """The application.
+
+    Args:
+        gateway: the gateway at that moment; not called before the first request.
+    """
+    api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None)
+    api.add_middleware(
+        Gate,
+        config=lambda: gateway().config,
+        refused=lambda status: gateway().metrics.refused.labels(str(status)).inc(),
+    )
+
+    @api.exception_handler(RequestValidationError)
+    async def wrong_input(_: Request, error: RequestValidationError) -> JSONResponse:
+        detail = error.errors()[0]
+        where = [str(part) for part in detail["loc"] if part != "body"]
+        if detail["type"] == "json_invalid":
+            return _error(WireError(400, "The body is not valid JSON."))
+        key = ".".join(where)
+        text = detail["msg"].removeprefix("Value error, ")
+        return _error(WireError(400, f"{key or 'body'}: {text}", param=where[0] if where else None))
+
+    @api.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(WireError(error.status_code, str(error.detail)))
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return _failed(request, error)
+
+    async def answer(request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
+        gate, caller = gateway(), _caller(request)
+        try:
+            prompts, sampling, most = body.wanted(gate.config.limits)
+            gate.admit(caller.key)
+            number = uuid.uuid4().hex
+            headers = dict(request.headers.items())
+            ask = Ask(body.model, number, body.user, headers, headers.get("x-request-id", "")[:128] or None)
+            work = Work(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context)
+            count = len(prompts) * work.n
+            for attempt in range(ATTEMPTS):
+                begun = await gate.begin(ask, work, caller.key)
+                reply = Reply(
+                    kind,
+                    reply_id(kind, number),
+                    body.model,
+                    int(time.time()),
+                    count,
+                    n=work.n,
+                    logprobs=sampling.logprobs is not None,
+                )
+                if body.stream:
+                    usage = bool(body.stream_options and body.stream_options.include_usage)
+                    return _Stream(begun, _events(begun, reply, request, usage), headers=_headers(begun.target))
+                try:
+                    async for progress in begun:
+                        reply.add(progress)
+                    return JSONResponse(reply.whole(), headers=_headers(begun.target))
+                except ReplicaLostError:  # nothing was answered yet
+                    if attempt + 1 == ATTEMPTS:
+                        raise
+                finally:
+                    await begun.aclose()
+        except Exception as error:
+            return _failed(request, error, gate)
+        raise AssertionError("unreachable")
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        return await answer(request, "chat", body)
+
+    @api.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await answer(request, "text", body)
+
+    @api.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [_model(gateway(), name) for name in gateway().catalogue.models()]}
+
+    @api.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if gateway().catalogue.asked(name) is None and name not in gateway().catalogue.routes:
+            return _error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
+        return JSONResponse(_model(gateway(), name))
+
+    @api.post("/v1/load_lora_adapter")
+    async def load_adapter(request: Request, body: AdapterRequest) -> Response:
+        try:
+            _admin(request)
+            target = await gateway().load(body.lora_name, body.lora_path or body.lora_name)
+        except Exception as error:
+            return _failed(request, error)
+        return JSONResponse({"loaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+
+    @api.post("/v1/unload_lora_adapter")
+    async def unload_adapter(request: Request, body: AdapterRequest) -> Response:
+        try:
+            _admin(request)
+            target = await gateway().unload(body.lora_name)
+        except Exception as error:
+            return _failed(request, error)
+        return JSONResponse({"unloaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+
+    @api.get("/healthz")
+    async def healthz() -> Any:
+        """This process answers."""
+        return {"status": "ok"}
+
+    @api.get("/readyz")
+    async def readyz() -> Response:
+        """A request would be answered: a replica holds the base, and the registry was read."""
+        ready = await gateway().answers()
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway().metrics.exposition(), media_type=EXPOSITION)
+
+    @api.get("/", include_in_schema=False)
+    async def console() -> Response:
+        return _page("index.html", "text/html")
+
+    @api.get("/console.{kind}", include_in_schema=False)
+    async def console_part(kind: Literal["js", "css"]) -> Response:
+        return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
+
+    @api.get("/console/state", include_in_schema=False)
+    async def console_state() -> Any:
+        gate = gateway()
+        models = [_model(gate, name) | _told(gate, name) for name in gate.catalogue.models()]
+        return {"base": gate.catalogue.base, "context": gate.served.context, "models": models} | gate.metrics.totals()
+
+    return api
+
+
+def _page(name: str, kind: str) -> Response:
+    policy = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+    return Response((CONSOLE / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+def _told(gateway: Gateway, name: str) -> dict[str, Any]:
+    """What the console shows of a model: its exact version and its scorecard."""
+    target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
+    record = gateway.shelves.record(target.ref) if target and target.ref else None
+    if record is None:
+        return {"ref": None}
+    rows = scorecard_rows(record.scorecard) if record.scorecard else []
+    return {"ref": record.ref, "method": record.method, "created": f"{record.created:%Y-%m-%d}", "rows": rows}
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _admin(request: Request) -> None:
+    caller = _caller(request)
+    if not caller.admin:
+        whose = "needs an admin's key" if caller.key else "is for the endpoint's own machine"
+        raise WireError(403, f"This {whose}.", code="admin_required")
+
+
+def _model(gateway: Gateway, name: str) -> dict[str, Any]:
+    target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
+    entry: dict[str, Any] = {"id": name, "object": "model", "created": gateway.created, "owned_by": "rankloom"}
+    if target and target.ref:
+        entry |= {"root": target.ref, "parent": gateway.catalogue.base}
+        if record := gateway.shelves.record(target.ref):
+            entry["created"] = int(record.created.timestamp())
+    return entry | {
+        "max_model_len": min(gateway.served.context, gateway.config.limits.context or gateway.served.context)
+    }
+
+
+def _headers(target: Target) -> dict[str, str]:
+    """What the answer was made with."""
+    version = {} if target.version is None else {"x-rankloom-version": str(target.version)}
+    return {"x-rankloom-adapter": target.adapter or "base"} | version
+
+
+def _error(error: WireError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _failed(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
+    told = wire_error(error)
+    if gateway is not None:
+        gateway.metrics.refused.labels(str(told.status)).inc()
+    if told.status == 500:
+        _log_failure(request, error)
+    return _error(told)
+
+
+def _log_failure(request: Request, error: Exception) -> None:
+    facts = {"event": "failure", "request_id": request.headers.get("x-request-id"), "path": request.url.path}
+    # where it happened, not its message, which may quote a prompt
+    where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    logger.error(json.dumps(facts | {"error": type(error).__name__, "where": where}))
+
+
+async def _events(answer: Answer, reply: Reply, request: Request, usage: bool) -> AsyncIterator[bytes]:
+    """The stream. An error in its midst is an event of its own, for the status was sent long before."""
+    try:
+        async for progress in answer:
+            chunks = [event(chunk) for chunk in reply.chunks(progress)]
+            if chunks:
+                yield b"".join(chunks)
+        yield (event(reply.usage_chunk()) if usage else b"") + DONE
+    except Exception as error:
+        told = wire_error(error)
+        if told.status == 500:
+            _log_failure(request, error)
+        yield event(told.body())
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; the request ends with the connection, also when nothing was read yet."""
+
+    def __init__(self, answer: Answer, content: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(content, headers=headers | {"cache-control": "no-cache"}, media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()

@@ -1,0 +1,115 @@
+"""A replica: a process with a base and an engine on it. The only part of a deployment that imports torch."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from ray import serve
+
+from rankloom.config import parse
+from rankloom.config.model import NoQuantization
+from rankloom.config.serve import ServeConfig
+from rankloom.errors import RankloomError
+from rankloom.paths import registry_root
+from rankloom.registry import Registry
+from rankloom.serving.gateway import Served
+from rankloom.serving.work import Progress, Work, run
+
+NOTE_S = 2.0
+"""How often a replica tells the ingress how it is."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class Replica:
+    """One engine. Its adapters come from the registry by exact version."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        # idle OpenMP threads would spin on the cores that Ray's own processes and other replicas need
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch
+
+        from rankloom.models import load_base
+        from rankloom.serving.engine import ServingEngine
+
+        self._config = parse(ServeConfig, config, "serve")
+        assert self._config.base is not None  # `app.resolved` saw to it
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self._registry = Registry(self._config.registry or registry_root())
+        self._base = await asyncio.to_thread(
+            load_base,
+            self._config.base,
+            self._config.quantization or NoQuantization(),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        self._engine = ServingEngine(self._base, self._registry, self._config.engine)
+        await self._engine.start()
+        self._pinned: set[str] = set()
+        await self._pin()
+        self._notes = asyncio.create_task(self._note())
+
+    async def run(self, work: Work) -> AsyncIterator[Progress]:
+        """As `serving.work.run`."""
+        stream = run(self._engine, work)
+        try:
+            async for progress in stream:
+                yield progress
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+
+    async def describe(self) -> Served:
+        return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context)
+
+    async def load(self, ref: str) -> None:
+        """Load and verify an adapter, which stays until its place is needed."""
+        await self._engine.pin(ref)
+        if ref not in self._pinned:
+            await self._engine.unpin(ref)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine has stopped."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has stopped")
+
+    async def _pin(self) -> None:
+        """Keep what the config says in memory, at the versions that it means now."""
+        wanted = set()
+        for ref in self._config.pinned:
+            try:
+                wanted.add((await asyncio.to_thread(self._registry.get, ref)).ref)
+            except RankloomError as error:
+                logger.warning("pinned %s: %s", ref, error)
+                return  # until the registry can tell, all stays
+        for ref in wanted - self._pinned:
+            try:
+                await self._engine.pin(ref)
+                self._pinned.add(ref)
+            except RankloomError as error:
+                logger.warning("pinned %s was refused: %s", ref, error)
+        for ref in self._pinned - wanted:
+            await self._engine.unpin(ref)
+            self._pinned.discard(ref)
+
+    async def _note(self) -> None:
+        """Tell the ingress how this replica is, as long as it is."""
+        context = serve.get_replica_context()
+        ingress = serve.get_deployment_handle("Ingress", context.app_name)
+        passed_s = 0.0
+        while True:
+            await asyncio.sleep(NOTE_S)
+            passed_s += NOTE_S
+            with contextlib.suppress(Exception):  # it may be starting, or ending
+                await ingress.note.remote(context.replica_tag, self._engine.stats(), len(self._engine.resident()))
+            if self._config.pinned and passed_s >= self._config.refresh_s:
+                passed_s = 0.0
+                await self._pin()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_notes"):
+            self._notes.cancel()
+        if hasattr(self, "_engine"):
+            await self._engine.close()

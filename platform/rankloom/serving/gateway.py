@@ -1,0 +1,323 @@
+"""An endpoint's mind: names, limits, retries, fallbacks, canaries, measures. It knows neither HTTP nor Ray.
+
+A request's way: `begin` decides where it goes, and waits for the first tokens, so that whatever is wrong is known
+before anything is answered; the `Answer` is then read to its end. `deploy/ingress.py` puts HTTP before it,
+`deploy/app.py` processes behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rankloom.config.serve import BASE, ServeConfig
+from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
+from rankloom.registry import Record, Registry
+from rankloom.serving.answer import Answer
+from rankloom.serving.canary import Canaries, Move
+from rankloom.serving.keys import Key, Meter
+from rankloom.serving.metrics import Metrics, Outcome, Traffic
+from rankloom.serving.policy import Ask, Catalogue, Decision, Shelf, Target, decide
+from rankloom.serving.shelves import Shelves
+from rankloom.serving.wire import WireError, wire_error
+from rankloom.serving.work import Progress, Work
+
+_REFUSED = (AdapterNotFoundError, RegistryError, IncompatibleError)
+
+logger = logging.getLogger("ray.serve")  # Serve's own, whose level and format the deployment sets
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base, as the processes that hold it say."""
+
+    base: str
+    fingerprint: str
+    quantization: str
+    context: int
+
+
+class Replicas(Protocol):
+    """The processes that do the work."""
+
+    def run(self, work: Work) -> AsyncIterator[Progress]:
+        """As `serving.work.run`; ReplicaLostError where the process goes."""
+        ...
+
+    async def describe(self) -> Served: ...
+
+    async def load(self, ref: str) -> None:
+        """Load and verify an adapter where its requests will go. Raises as `Engine.pin` does."""
+        ...
+
+
+class Gateway:
+    """One endpoint. Everything runs on one event loop; reading the registry, in a thread."""
+
+    def __init__(self, config: ServeConfig, registry: Registry, replicas: Replicas) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.ready = False
+        self._replicas = replicas
+        self._registry = registry
+        self._meters: dict[tuple[str, str], Meter] = {}
+        self._canaries = Canaries(config.routes)
+        self._loaded: dict[str, Target] = {}
+        self._in_flight = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reading = asyncio.Lock()
+        self._read: Mapping[str, Shelf] = {}
+        self._read_at = float("-inf")
+
+    async def start(self) -> None:
+        """Ask the replicas which base they have, read the registry, and keep reading it."""
+        self.served = await self._replicas.describe()
+        self.created = int(time.time())
+        self.shelves = Shelves(self._registry, self._fits)
+        self.catalogue = Catalogue(base=self.served.base)
+        await self.refresh()
+        self.ready = True
+        self._background(self._keep_fresh())
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def answers(self) -> bool:
+        """Whether a request would be answered now."""
+        if not self.ready:
+            return False
+        try:
+            async with asyncio.timeout(2):
+                return (await self._replicas.describe()).fingerprint == self.served.fingerprint
+        except Exception:
+            return False
+
+    async def reconfigure(self, config: ServeConfig) -> None:
+        """Go on with other names, routes and limits."""
+        self.config = config
+        if config.routes != self._canaries.routes:
+            self._canaries = Canaries(config.routes)
+        await self.refresh()
+
+    # ---- what names mean
+
+    def _fits(self, record: Record) -> bool:
+        return record.base.fingerprint == self.served.fingerprint
+
+    async def refresh(self, at_most_every_s: float = 0.0) -> None:
+        """Read the registry, unless that was done just now."""
+        async with self._reading:
+            if time.monotonic() - self._read_at < at_most_every_s:
+                return
+            self._read = await asyncio.to_thread(self.shelves.read, self._names())
+            self._read_at = time.monotonic()
+            self._put_up()
+
+    def _names(self) -> list[str] | None:
+        if self.config.adapters == "all":
+            return None
+        loaded = (target.ref or "" for target in self._loaded.values())
+        refs = [*self.config.adapters, *loaded, *(ref for route in self.config.routes.values() for ref in route.refs())]
+        return [ref.partition("@")[0] for ref in refs if ref != BASE]
+
+    def _put_up(self) -> None:
+        offered = None if self.config.adapters == "all" else tuple(self.config.adapters)
+        read = Catalogue(self.served.base, self._read, offered, self.config.routes, dict(self._loaded))
+        self.catalogue = self._canaries.follow(read)
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.refresh_s)
+            try:
+                await self.refresh()
+            except Exception:
+                logger.exception("reading the registry failed")
+            self.metrics.forget_replicas(time.monotonic() - 30)
+
+    async def load(self, name: str, ref: str) -> Target:
+        """Give a version of the registry a name here, once a replica has verified it.
+
+        Raises:
+            WireError: the name is taken. AdapterNotFoundError, RegistryError, IncompatibleError: it can't be served.
+        """
+        taken = self.catalogue
+        if name in (taken.base, *taken.routes) or (name in taken.shelves and name != ref.partition("@")[0]):
+            raise WireError(400, f"`{name}` has a meaning here already.", param="lora_name")
+        record = await asyncio.to_thread(self._registry.get, ref)
+        if not self._fits(record):
+            raise IncompatibleError(
+                f"{record.ref} was tuned on {record.base.id} ({record.base.fingerprint[:20]}...), not on "
+                f"{self.served.base} ({self.served.fingerprint[:20]}...)"
+            )
+        await self._replicas.load(record.ref)
+        self._loaded[name] = Target(record.name, record.version)
+        await self.refresh()
+        return self._loaded[name]
+
+    async def unload(self, name: str) -> Target:
+        """Take such a name away. Its weights go when their place is needed. Raises WireError where there is none."""
+        if name not in self._loaded:
+            hint = " It is part of the deployment's config." if self.catalogue.asked(name) else ""
+            raise WireError(
+                404, f"`{name}` was not loaded at run time.{hint}", code="model_not_found", param="lora_name"
+            )
+        target = self._loaded.pop(name)
+        await self.refresh()
+        return target
+
+    # ---- a request
+
+    def admit(self, key: Key | None) -> None:
+        """Count a request against its key. Raises WireError 429 where it has used up its share."""
+        if key is None:
+            return
+        now = time.monotonic()
+        for what, per_minute in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
+            if per_minute is None:
+                continue
+            wait_s = self._meter(key, what, per_minute).wait_s(now)
+            if wait_s > 0:
+                raise WireError(
+                    429,
+                    f"Rate limit of {per_minute} {what} a minute reached; try again in {wait_s:.1f} s.",
+                    code="rate_limit_exceeded",
+                    kind=what,
+                    retry_after_s=wait_s,
+                )
+        if key.requests_per_minute is not None:
+            self._meter(key, "requests", key.requests_per_minute).take(1, now)
+
+    def _meter(self, key: Key, what: str, per_minute: int) -> Meter:
+        return self._meters.setdefault((key.id, what), Meter(per_minute))
+
+    async def begin(self, ask: Ask, work: Work, key: Key | None = None) -> Answer:
+        """Send a request where it belongs, and wait for its first tokens.
+
+        Raises:
+            Whatever `wire_error` knows.
+        """
+        decision = await self._decide(ask)
+        if self._in_flight >= self.config.limits.in_flight:
+            raise OverloadedError(f"{self._in_flight} requests are under way; try again later.")
+        if decision.shadow is not None and self._in_flight < self.config.limits.in_flight // 2:
+            self._background(self._shadow(decision.shadow, replace(work, id=f"{work.id}-shadow")))
+        deadline = time.monotonic() + self.config.limits.timeout_s
+        refused: Exception | None = None
+        for target in decision.targets:
+            answer = self._answer(work, target, decision, ask, key, deadline, "live")
+            try:
+                await answer.open()
+            except _REFUSED as error:
+                refused = error
+                logger.warning(_line("refused", ask, adapter=target.ref, reason=str(error)))
+                continue
+            return answer
+        assert refused is not None
+        raise refused
+
+    async def _decide(self, ask: Ask) -> Decision:
+        try:
+            return decide(ask, self.catalogue)
+        except AdapterNotFoundError:
+            await self.refresh(at_most_every_s=1.0)  # it may have been published just now
+            return decide(ask, self.catalogue)
+
+    async def _shadow(self, target: Target, work: Work) -> None:
+        """Do the work a second time for nobody."""
+        ask = Ask(model=target.ref or "base", id=work.id)
+        deadline = time.monotonic() + self.config.limits.timeout_s
+        answer = self._answer(work, target, Decision((target,)), ask, None, deadline, "shadow")
+        with contextlib.suppress(Exception):  # it is measured, and nobody waits for it
+            await answer.open()
+            async for _ in answer:
+                pass
+
+    def _answer(
+        self,
+        work: Work,
+        target: Target,
+        decision: Decision,
+        ask: Ask,
+        key: Key | None,
+        deadline: float,
+        traffic: Traffic,
+    ) -> Answer:
+        self._in_flight += 1
+        self.metrics.in_flight.inc()
+        lost = self.metrics.retries.inc
+        work = replace(work, adapter=target.ref)
+        return Answer(self._replicas.run, self._ended, lost, work, target, decision, ask, key, deadline, traffic)
+
+    def _ended(self, answer: Answer, error: BaseException | None) -> None:
+        """Measure, charge, log and judge a request that is over."""
+        self._in_flight -= 1
+        self.metrics.in_flight.dec()
+        outcome = _outcome(error)
+        now, work = time.monotonic(), answer.work
+        labels = (answer.target.ref or "base", answer.traffic)
+        self.metrics.requests.labels(*labels, outcome).inc()
+        tokens = {"prompt": answer.prompt_tokens, "cached": answer.cached_tokens, "completion": answer.tokens}
+        for kind, count in tokens.items():
+            self.metrics.tokens.labels(*labels, kind).inc(count)
+        first_s = None if answer.first_at is None else answer.first_at - answer.begun_at
+        token_s = None
+        if first_s is not None:
+            self.metrics.first_token_s.labels(*labels).observe(first_s)
+            if answer.tokens > 1 and answer.first_at is not None:
+                self.metrics.token_s.labels(*labels).observe((now - answer.first_at) / (answer.tokens - 1))
+            if answer.tokens:
+                token_s = (now - answer.begun_at) / answer.tokens
+        if answer.key and answer.key.tokens_per_minute is not None:
+            used = answer.prompt_tokens + answer.tokens
+            self._meter(answer.key, "tokens", answer.key.tokens_per_minute).take(used, now)
+        facts = {
+            "adapter": labels[0], "traffic": answer.traffic, "outcome": outcome, "key": answer.key and answer.key.id,
+            "route": answer.decision.route, "arm": answer.decision.arm, "prompts": len(work.prompts), "n": work.n,
+            "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "first_s": _round(first_s),
+            "total_s": _round(now - answer.begun_at), "error": type(error).__name__ if error else None,
+        }  # fmt: skip
+        logger.info(_line("request", answer.ask, **facts))
+        failed = outcome == "server error" or isinstance(error, _REFUSED)
+        if answer.traffic == "live" and (failed or outcome == "ok"):
+            move = self._canaries.count(answer.decision, answer.target, failed=failed, token_s=token_s)
+            if move is not None:
+                self._put_up()
+                self._background(self._move(move))
+
+    async def _move(self, move: Move) -> None:
+        try:
+            await asyncio.to_thread(self._registry.promote, move.ref, move.alias)
+        except RankloomError as error:
+            logger.error(
+                _line("canary: the alias was not moved", None, alias=move.alias, to=move.ref, reason=str(error))
+            )
+        await self.refresh()
+
+    def _background(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _outcome(error: BaseException | None) -> Outcome:
+    if isinstance(error, Exception):
+        return "server error" if wire_error(error).status >= 500 else "client error"
+    return "ok" if error is None else "cancelled"
+
+
+def _line(what: str, ask: Ask | None, **facts: Any) -> str:
+    """A line for the log. It never has a prompt or a key in it."""
+    head = {"event": what} | ({"id": ask.id, "request_id": ask.trace, "model": ask.model} if ask else {})
+    return json.dumps(head | {name: value for name, value in facts.items() if value is not None})
+
+
+def _round(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

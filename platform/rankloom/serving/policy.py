@@ -1,0 +1,249 @@
+"""Where a request goes: from a model's name to exact versions, as pure functions of what is known.
+
+`Catalogue` is what an ingress knows at one instant. `decide` picks for one request, `judge` compares a canary with the
+stable version, `rank_replicas` orders the processes that could do the work. Nothing here waits, reads or remembers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rankloom.config.serve import BASE, REF_PATTERN, CanaryConfig, JudgeConfig, RouteConfig
+from rankloom.errors import AdapterNotFoundError
+
+CHAMPION = "champion"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An exact version of an adapter, or the base."""
+
+    adapter: str | None = None
+    """None: the base."""
+    version: int | None = None
+
+    @property
+    def ref(self) -> str | None:
+        """`name@3`, as an engine knows it; None: the base."""
+        return None if self.adapter is None else f"{self.adapter}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One adapter's versions that fit the base."""
+
+    versions: tuple[int, ...]
+    """Ascending, at least one."""
+    aliases: Mapping[str, int] = field(default_factory=dict)
+
+    def version(self, selector: str | None) -> int | None:
+        """The version that a selector means; None where it means none. Bare: the champion, else the latest."""
+        if selector == LATEST or (selector is None and CHAMPION not in self.aliases):
+            return self.versions[-1]
+        number = int(selector) if selector and selector.isdigit() else self.aliases.get(selector or CHAMPION)
+        return number if number in self.versions else None
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that names can mean. Invariant: every version in it fits the base."""
+
+    base: str
+    """The base's id."""
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    offered: tuple[str, ...] | None = None
+    """The refs that may be asked for by name, as configured; None: all."""
+    routes: Mapping[str, RouteConfig] = field(default_factory=dict)
+    loaded: Mapping[str, Target] = field(default_factory=dict)
+    """Names that were given to versions at run time."""
+
+    def models(self) -> list[str]:
+        """The names to show: the base, routes, then adapters."""
+        refs = self.shelves if self.offered is None else [r for r in self.offered if self.find(r)]
+        return list(dict.fromkeys([self.base, *self.routes, *self.loaded, *refs]))
+
+    def find(self, ref: str) -> Target | None:
+        """What a ref means in the configuration: any version on the shelves, or the base."""
+        if ref == BASE:
+            return Target()
+        name, _, selector = ref.partition("@")
+        shelf = self.shelves.get(name)
+        version = shelf.version(selector or None) if shelf else None
+        return None if version is None else Target(name, version)
+
+    def asked(self, model: str) -> Target | None:
+        """What a client's model name means, routes aside; None: nothing that it may have."""
+        if model == self.base:
+            return Target()
+        if model in self.loaded:
+            return self.loaded[model]
+        if model == BASE or not re.fullmatch(REF_PATTERN, model):  # that word is for routes
+            return None
+        if self.offered is None or model in self.offered:
+            return self.find(model)
+        name, _, selector = model.partition("@")
+        of_name = [ref for ref in self.offered if ref.partition("@")[0] == name]
+        if name in of_name:  # offered without a selector: every version
+            return self.find(model)
+        if not selector:
+            return self.find(of_name[0]) if of_name else None
+        target = self.find(model)
+        return target if target in [self.find(ref) for ref in of_name] else None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What of a request bears on where it goes."""
+
+    model: str
+    id: str
+    """Differs from request to request."""
+    user: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """With names in lower case."""
+    trace: str | None = None
+    """The client's own name for the request; nothing is decided by it."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a request goes."""
+
+    targets: tuple[Target, ...]
+    """At least one; the next is for when the one before can't be served."""
+    route: str | None = None
+    arm: Literal["stable", "canary"] | None = None
+    """Which side of a canary it is; None: there is none, or a rule or fallback decided."""
+    shadow: Target | None = None
+
+
+def decide(ask: Ask, catalogue: Catalogue) -> Decision:
+    """Where a request goes. The same request on the same catalogue always goes to the same place.
+
+    Raises:
+        AdapterNotFoundError: the model's name means nothing here, or nothing of its route can be served.
+    """
+    route = catalogue.routes.get(ask.model)
+    if route is None:
+        target = catalogue.asked(ask.model)
+        if target is None:
+            raise AdapterNotFoundError(_unknown(ask.model, catalogue.models()))
+        return Decision((target,))
+    first, arm = _chosen(ask, route, catalogue)
+    wanted = [first, *(catalogue.find(ref) for ref in route.fallback)]
+    targets = tuple(dict.fromkeys(target for target in wanted if target is not None))
+    if not targets:
+        raise AdapterNotFoundError(f"The route `{ask.model}` leads to no adapter that is there.")
+    shadow = None
+    if route.shadow and draw(ask.model, "shadow", ask.id) < route.shadow.share:
+        shadow = catalogue.find(route.shadow.to)
+    return Decision(targets, ask.model, arm if first is not None else None, shadow)
+
+
+def _chosen(
+    ask: Ask, route: RouteConfig, catalogue: Catalogue
+) -> tuple[Target | None, Literal["stable", "canary"] | None]:
+    """What the route wants before anything goes wrong."""
+    for rule in route.rules:
+        if ask.headers.get(rule.header.lower()) == rule.equals:
+            return catalogue.find(rule.to), None
+    lot = draw(ask.model, "user", ask.user) if route.sticky and ask.user else draw(ask.model, "id", ask.id)
+    if route.canary:
+        stable, candidate = canary_arms(route.canary, catalogue)
+        if candidate is None:
+            return stable, None
+        return (candidate, "canary") if lot < route.canary.share else (stable, "stable")
+    if route.split:
+        return catalogue.find(_at(lot, route.split)), None
+    return catalogue.find(route.to or BASE), None
+
+
+def canary_arms(canary: CanaryConfig, catalogue: Catalogue) -> tuple[Target | None, Target | None]:
+    """The stable version and the candidate; no candidate where its alias is missing or points to the stable version."""
+    stable = catalogue.find(f"{canary.adapter}@{canary.stable}")
+    candidate = catalogue.find(f"{canary.adapter}@{canary.candidate}")
+    return stable, None if candidate == stable else candidate
+
+
+def draw(*parts: str | None) -> float:
+    """A number in [0, 1) that depends on nothing but `parts`, evenly spread."""
+    digest = hashlib.sha256("\0".join(part or "" for part in parts).encode()).digest()
+    return int.from_bytes(digest[:7]) / 2**56  # 56 bits: a float holds no quotient below 1 as 1
+
+
+def _at(lot: float, weights: Mapping[str, float]) -> str:
+    """The key in whose share of [0, 1) `lot` lies."""
+    position = lot * sum(weights.values())
+    for key, weight in weights.items():
+        if position < weight:
+            return key
+        position -= weight
+    return key
+
+
+def _unknown(model: str, known: Sequence[str]) -> str:
+    shown = model if len(model) <= 80 else f"{model[:77]}..."
+    near = difflib.get_close_matches(model[:256], known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+    return f"The model `{shown}` does not exist.{hint}"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How one side of a canary did since the candidate came."""
+
+    requests: int = 0
+    errors: int = 0
+    """Requests that failed by the server's fault."""
+    token_s: tuple[float, ...] = ()
+    """Seconds per generated token, of the latest answers."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a canary, and why."""
+
+    action: Literal["wait", "promote", "roll back"]
+    reason: str
+
+
+def judge(config: JudgeConfig, stable: Tally, candidate: Tally) -> Verdict:
+    """Whether the candidate is worse than the stable version by more than the margins, or has proved itself."""
+    if min(stable.requests, candidate.requests) < config.min_requests:
+        return Verdict("wait", f"fewer than {config.min_requests} requests on one of them")
+    failed, usual = candidate.errors / candidate.requests, stable.errors / stable.requests
+    if failed > usual + config.error_margin:
+        return Verdict("roll back", f"{failed:.1%} of its requests failed, of the stable version's {usual:.1%}")
+    if stable.token_s and candidate.token_s:
+        slow, pace = statistics.median(candidate.token_s), statistics.median(stable.token_s)
+        if slow > pace * config.latency_ratio:
+            return Verdict("roll back", f"it takes {1e3 * slow:.1f} ms a token, the stable version {1e3 * pace:.1f} ms")
+    if config.promote_after is not None and candidate.requests >= config.promote_after:
+        return Verdict("promote", f"not worse in {candidate.requests} requests")
+    return Verdict("wait", "not worse")
+
+
+def rank_replicas(adapter: str | None, loads: Mapping[str, int], *, room: int, spill: float = 1.5) -> list[str]:
+    """Replicas by preference, best first.
+
+    Every adapter has a replica of its own by hashing, where its weights stay (rendezvous hashing, Thaler and
+    Ravishankar 1998, with bounded loads, arXiv 1608.01350): the first in its order that is not overloaded. So all who
+    ask agree without talking, and when a replica goes, only its adapters move. For the base the least loaded is best.
+
+    Args:
+        loads: requests under way on each replica.
+        room: requests that a replica works on at once; with fewer it is never overloaded.
+        spill: with more, it is overloaded above this many times the mean load.
+    """
+    if adapter is None:
+        return sorted(loads, key=lambda replica: (loads[replica], replica))
+    order = sorted(loads, key=lambda replica: draw(adapter, replica), reverse=True)
+    bound = max(room, spill * (sum(loads.values()) + 1) / max(1, len(loads)))
+    return sorted(order, key=lambda replica: loads[replica] + 1 > bound)

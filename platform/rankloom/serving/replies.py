@@ -1,0 +1,140 @@
+"""OpenAI's wire, what is answered: whole bodies and the chunks of a stream, made of an engine's deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rankloom.serving.protocol import Likelihood, TokenLogprobs
+from rankloom.serving.work import Progress
+
+Kind = Literal["chat", "text"]
+_PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
+_OBJECT = {"chat": "chat.completion", "text": "text_completion"}
+
+
+def reply_id(kind: Kind, number: str) -> str:
+    return f"{_PREFIX[kind]}-{number}"
+
+
+@dataclass
+class _Completion:
+    """One completion as far as it is known."""
+
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: str | None = None
+    begun: bool = False
+    """Whether a chunk of it was sent."""
+
+
+class Reply:
+    """The answer to one request, gathered or in chunks."""
+
+    def __init__(self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool) -> None:
+        """
+        Args:
+            count: completions, of all prompts.
+            n: completions of each prompt.
+            created: seconds since 1970.
+            logprobs: whether the request asks for them.
+        """
+        self._kind = kind
+        self._head: dict[str, Any] = {"id": id, "object": _OBJECT[kind], "created": created, "model": model}
+        self._completions = [_Completion() for _ in range(count)]
+        self._n = n
+        self._logprobs = logprobs
+        self._cached: dict[int, int] = {}
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def add(self, progress: Progress) -> None:
+        """Take in what was generated."""
+        self.prompt_tokens = progress.prompt_tokens
+        for index, delta in progress.deltas:
+            self.completion_tokens += len(delta.tokens)
+            self._cached[index] = delta.cached_tokens
+            each = self._completions[index]
+            each.text += delta.text
+            each.logprobs += delta.logprobs
+            each.finish = delta.finish or each.finish
+
+    def chunks(self, progress: Progress) -> Iterator[dict[str, Any]]:
+        """The same, as what a stream sends."""
+        for index, delta in progress.deltas:
+            each = self._completions[index]
+            begin, offset, each.begun = not each.begun, len(each.text), True
+            self.add(Progress(progress.prompt_tokens, ((index, delta),)))
+            if not (begin or delta.text or delta.logprobs or delta.finish):
+                continue
+            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(delta.logprobs, offset)}
+            if self._kind == "chat":
+                choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
+            else:
+                choice["text"] = delta.text
+            yield self._chunk([choice | {"finish_reason": delta.finish}])
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """What a stream with `include_usage` sends last."""
+        return self._chunk([]) | {"usage": self.usage()}
+
+    def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = []
+        for index, each in enumerate(self._completions):
+            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(tuple(each.logprobs), 0)}
+            if self._kind == "chat":
+                choice["message"] = {"role": "assistant", "content": each.text, "refusal": None}
+            else:
+                choice["text"] = each.text
+            choices.append(choice | {"finish_reason": each.finish})
+        return self._head | {"choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        # further completions of a prompt find it in the cache; what counts is what the first one did
+        cached = sum(self._cached.get(index, 0) for index in range(0, len(self._completions), self._n))
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        suffix = ".chunk" if self._kind == "chat" else ""
+        return self._head | {"object": self._head["object"] + suffix, "choices": choices}
+
+    def _likelihoods(self, tokens: tuple[TokenLogprobs, ...], offset: int) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        if self._kind == "chat":
+            content = [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]
+            return {"content": content, "refusal": None}
+        offsets, at = [], offset
+        for token in tokens:
+            offsets.append(at)
+            at += len(_text(token.chosen))
+        return {
+            "tokens": [_text(t.chosen) for t in tokens],
+            "token_logprobs": [t.chosen.logprob for t in tokens],
+            "top_logprobs": [{_text(each): each.logprob for each in t.top} for t in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _text(token: Likelihood) -> str:
+    return token.piece.decode("utf-8", "replace")
+
+
+def _one(token: Likelihood) -> dict[str, Any]:
+    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.piece)}
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+
+
+DONE = event("[DONE]")

@@ -1,0 +1,83 @@
+"""The config of a deployment: what is refused, and how it says so; and the CLI's keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankloom.cli import main
+from rankloom.config import load, parse
+from rankloom.config.serve import ServeConfig
+from rankloom.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapters": "all"}, "adapters: all needs a base"),
+        ({"adapters": []}, "adapters: without any, give a base"),
+        ({"adapters": ["../bank"]}, "adapters"),
+        ({"adapters": ["bank@1@2"]}, "adapters"),
+        ({"host": "0.0.0.0"}, "rankloom keys create"),
+        ({"host": "0.0.0.0", "auth": {"keys": "k", "anonymous": True}}, "exclude each other"),
+        ({"port": 70000}, "port: "),
+        ({"replicas": {"min": 3, "max": 2}}, "max=2 is below min=3"),
+        ({"routes": {"r": {}}}, "one of to, split and canary, not none"),
+        ({"routes": {"r": {"to": "a", "split": {"a": 1, "b": 1}}}}, "not to and split"),
+        ({"routes": {"r": {"to": "a", "sticky": True}}}, "sticky needs a split or a canary"),
+        ({"routes": {"r": {"split": {"a": 1}}}}, "split"),
+        ({"routes": {"r": {"split": {"a": 1, "b": 0}}}}, "split.b"),
+        ({"routes": {"r": {"split": {"a": 1, "b": float("inf")}}}}, "split.b"),
+        ({"routes": {"r": {"canary": {"adapter": "a", "candidate": "champion"}}}}, "give two aliases"),
+        ({"routes": {"r": {"canary": {"adapter": "a", "share": 1.5}}}}, "canary.share"),
+        ({"routes": {"R!": {"to": "a"}}}, "routes"),
+        ({"adaptors": ["a"]}, "did you mean 'adapters'"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(ServeConfig, {"adapters": ["bank"]} | change)
+    assert message in str(caught.value)
+
+
+def test_short_forms_on_a_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("base: org/base\n")
+    config = load(ServeConfig, file, ["adapters=bank@champion, faq", "base.revision=main", "quantization=nf4"])
+    assert config.adapters == ["bank@champion", "faq"]
+    assert config.base is not None
+    assert (config.base.id, config.base.revision) == ("org/base", "main")
+    assert config.quantization is not None
+    assert load(ServeConfig, file).adapters == "all"
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert load(ServeConfig, file, [f'host="{host}"']).host == host
+
+
+def test_keys_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["keys", *arguments])
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    file = tmp_path / "keys.json"
+    monkeypatch.setenv("RANKLOOM_KEYS", str(file))
+    code, _, error = run("list")
+    assert (code, "make one with rankloom keys create" in error) == (2, True)
+    code, key, error = run("create", "ann", "--admin", "--requests-per-minute", "5")
+    assert code == 0
+    assert key.startswith("rl-")
+    assert f"auth.keys={file}" in error
+    _, listed, _ = run("list", "--json")
+    (kept,) = json.loads(listed)
+    assert (kept["name"], kept["role"], kept["requests_per_minute"]) == ("ann", "admin", 5)
+    assert "sha256" not in kept
+    assert key.strip() not in listed
+    assert run("create", "Ann!")[0] == 2
+    assert run("create", "ann", "--tokens-per-minute", "0")[0] == 2
+    assert run("revoke", "nope")[0] == 2
+    assert run("revoke", kept["id"])[:2] == (0, f"revoked {kept['id']} of ann\n")

@@ -1,0 +1,103 @@
+"""What an idle endpoint adds to its engine: the time to one token over HTTP, less the same in the engine alone.
+
+    python benchmarks/serve_overhead.py [--requests 200]
+
+One client, one request after the other, one token each, on a local Ray. Prints the medians in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = "The capital of France is"
+
+
+def engine_alone(base: str, count: int) -> list[float]:
+    """Seconds a request, in this process."""
+    import torch
+
+    from rankloom.config.engine import EngineConfig
+    from rankloom.config.model import ModelConfig, NoQuantization
+    from rankloom.models import load_base
+    from rankloom.registry import Registry
+    from rankloom.serving.engine import ServingEngine
+    from rankloom.serving.protocol import Sampling
+    from rankloom.serving.work import Work, run
+
+    torch.set_num_threads(1)
+    loaded = load_base(ModelConfig(id=base), NoQuantization(), device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as root:
+        engine = ServingEngine(loaded, Registry(root), EngineConfig())
+
+        async def measure() -> list[float]:
+            await engine.start()
+            seconds = []
+            for number in range(count):
+                began = time.perf_counter()
+                work = Work(str(number), None, (PROMPT,), Sampling(temperature=0.0), max_tokens=1)
+                async for _ in run(engine, work):
+                    pass
+                seconds.append(time.perf_counter() - began)
+            await engine.close()
+            return seconds
+
+        return asyncio.run(measure())
+
+
+def over_http(base: str, count: int) -> list[float]:
+    """Seconds a request, through the proxy, the ingress, the router and a replica."""
+    import http.client
+
+    import ray
+    from ray import serve
+
+    from rankloom.config import parse
+    from rankloom.config.serve import ServeConfig
+    from rankloom.deploy.app import application
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source})
+    with tempfile.TemporaryDirectory() as root:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(parse(ServeConfig, {"base": base, "registry": root, "refresh_s": 60})))
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        body: dict[str, Any] = {"model": base, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            assert answer.status == 200, text
+            seconds.append(time.perf_counter() - began)
+        serve.shutdown()
+        ray.shutdown()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="builtin:smollm2")
+    parser.add_argument("--requests", type=int, default=200)
+    given = parser.parse_args()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    warm = 20
+    alone, http = (measure(given.base, given.requests + warm)[warm:] for measure in (engine_alone, over_http))
+    medians = {"engine_ms": 1e3 * statistics.median(alone), "http_ms": 1e3 * statistics.median(http)}
+    print(json.dumps({name: round(value, 2) for name, value in medians.items()} | {"requests": given.requests}))
+    print(f"added: {medians['http_ms'] - medians['engine_ms']:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,25 @@ def test_keys_on_the_command_line(
     assert run("create", "ann", "--tokens-per-minute", "0")[0] == 2
     assert run("revoke", "nope")[0] == 2
     assert run("revoke", kept["id"])[:2] == (0, f"revoked {kept['id']} of ann\n")
+
+
+def test_serve_refuses_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["serve", *arguments])
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    file = tmp_path / "serve.yaml"
+    file.write_text("base: org/base\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, code, message in (
+            ([str(tmp_path / "nope.yaml")], 2, "no such file"),
+            ([str(file), "host=0.0.0.0"], 2, "rankloom keys create"),
+            ([str(file), f"auth.keys={tmp_path / 'none.json'}"], 2, "make one with rankloom keys create"),
+            ([str(file), "--detach"], 2, "set RAY_ADDRESS"),
+            ([str(file), f"port={port}"], 2, "choose another port"),
+            ([str(file), "adapters=nope"], 1, "no adapter 'nope'"),
+        ):
+            ended, told = run(*arguments)
+            assert (ended, message in told) == (code, True), told

@@ -51,35 +51,39 @@ def serve(
         from rankloom.serving.keys import KeyFile
 
         KeyFile(settings.auth.keys).list()  # a file that can't be read is told now, not with every request
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    _run(settings, stopped, detach, as_json)
+    _run(settings, detach, as_json)
 
 
-def _run(settings: ServeConfig, stopped: threading.Event, detach: bool, as_json: bool) -> None:
+def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
     from rankloom.deploy.app import application
     from rankloom.launch.cluster import attached
 
+    local = not os.environ.get("RAY_ADDRESS")
     port = settings.port or _free_port(settings.host)
+    if local:
+        _check_port(settings.host, port)
     built = application(settings)
     with attached() as nodes:
         from ray import serve as ray_serve
 
-        if not os.environ.get("RAY_ADDRESS"):  # a cluster may grow
+        if local:  # a cluster may grow
             _check_room(settings, nodes)
-        _check_port(settings.host, port)
         ray_serve.start(http_options={"host": settings.host, "port": port})
         typer.echo("starting; the base is loaded first", err=True)
         try:
             ray_serve.run(built, name=settings.name, route_prefix="/")
         except RuntimeError as error:
-            raise RankloomError(_why(settings.name) or f"the endpoint did not start: {error}") from None
+            reason = _why(settings.name) or str(error)
+            ray_serve.delete(settings.name)
+            raise RankloomError(f"the endpoint did not start: {reason}") from None
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else shown}:{port}"
         typer.echo(json.dumps({"url": url, "name": settings.name}) if as_json else f"ready at {url}/v1")
         if detach:
             return
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
         typer.echo("stopping: what is under way is finished first", err=True)
         ray_serve.delete(settings.name)
@@ -106,7 +110,7 @@ def _why(name: str) -> str | None:
     for deployment in status.deployments.values() if status else ():
         lines = [line for line in deployment.message.splitlines() if line.strip()]
         if lines and deployment.status.value != "HEALTHY":
-            return f"the endpoint did not start: {lines[-1].strip()}"
+            return lines[-1].strip()
     return None
 
 

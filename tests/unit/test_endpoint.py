@@ -337,10 +337,15 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_without_keys_only_this_machine_is_answered(shared: Endpoint, tmp_path: Path) -> None:
-    for headers in ({"host": "evil.example"}, {"host": "evil.example:8000"}, {"x-forwarded-for": "10.0.0.1"}):
+    for headers in (
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "evil.example:8000"},
+        {"x-forwarded-for": "10.0.0.1"},
+    ):
         answer = shared.http.get("/v1/models", headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "keys_required")
-    for host in ("localhost", "127.0.0.1:80", "[::1]:80"):
+    for host in ("localhost", "127.0.0.1:80", "[::1]:80", "[::1]"):
         assert shared.http.get("/v1/models", headers={"host": host}).status_code == 200
     with endpoint(tmp_path, auth={"anonymous": True}) as made:
         elsewhere = {"x-forwarded-for": "10.0.0.1"}

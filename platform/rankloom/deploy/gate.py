@@ -5,6 +5,7 @@ never read.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
     if "x-forwarded-for" in headers or "forwarded" in headers:
         return False
     peer = (scope.get("client") or ("",))[0]
-    host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+    host = re.sub(r":\d*$", "", headers.get("host", ""))
     return _is_loopback(peer) and (host.lower() == "localhost" or _is_loopback(host.strip("[]")))
 
 

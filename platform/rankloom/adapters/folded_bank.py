@@ -11,7 +11,7 @@ Shapes: N tokens sorted by adapter, K slots, I in, O out, R rank.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +116,7 @@ class FoldedBank:
         order, stacks = [i for i, share in enumerate(shares) if share.adapter is None], []
         for rank, members in sorted(slotted.items()):
             in_slots = {shares[i].adapter: i for i in members}
-            slots = self._class(rank, len(members)).arrange(list(in_slots))  # type: ignore[arg-type]
+            slots = self._class(rank, len(members), slotted.keys()).arrange(list(in_slots))  # type: ignore[arg-type]
             chosen = [in_slots[adapter] for adapter in slots]
             stacks.append((rank, chosen))
             order += chosen
@@ -142,10 +142,11 @@ class FoldedBank:
             return None
         return route.head if module is self._head else route.body
 
-    def _class(self, rank: int, num_slots: int) -> _Class:
-        """The stacks of a rank class, with room."""
+    def _class(self, rank: int, num_slots: int, at_work: Collection[int]) -> _Class:
+        """The stacks of a rank class, with room; where there is none, classes that are not at work make it."""
         if rank not in self._classes or self._classes[rank].num_slots < num_slots:
-            self._classes.pop(rank, None)  # first, so that both are never there
+            kept = set(at_work) - {rank}
+            self._classes = {other: stacks for other, stacks in self._classes.items() if other in kept}
             room = 1 << (num_slots - 1).bit_length()
             self._classes[rank] = _Class(self._sites, rank, room, self._device, self._dtype)
         return self._classes[rank]

@@ -66,7 +66,14 @@ class Pieces:
         self._tokenizer = tokenizer
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
 
+        self._known: dict[int, bytes] = {}
+
     def __getitem__(self, token: int) -> bytes:
+        if token not in self._known:
+            self._known[token] = self._found(token)
+        return self._known[token]
+
+    def _found(self, token: int) -> bytes:
         text = str(self._tokenizer.decode([token]))
         if UNFINISHED not in text:
             return text.encode()

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
@@ -348,13 +358,42 @@ def test_a_quantised_base(tiny_llama: Path, tmp_path: Path, quantization: Quanti
     assert adapted != plain
 
 
-def test_an_architecture_that_this_cache_does_not_fit_is_refused() -> None:
-    config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, sliding_window=4,
-    )  # fmt: skip
-    with torch.device("cpu"), pytest.raises(ModelError, match="can't be served"):
-        Runner(AutoModelForCausalLM.from_config(config).eval())
+SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=8),
+        MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=None),
+        Phi3Config(**SIZE, **SPECIAL, num_key_value_heads=2),
+        GPTNeoXConfig(**SIZE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_families(config: PreTrainedConfig) -> None:
+    Runner(AutoModelForCausalLM.from_config(config).eval()).close()  # compares with the model's own logits
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=4),
+        Gemma2Config(**SIZE, num_key_value_heads=2, head_dim=8),
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_family_that_the_engine_does_not_fit_is_refused(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4  # so that a difference shows
+    with pytest.raises(ModelError, match="can't be served"):
+        Runner(model)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def resident_mb() -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -68,6 +70,7 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
 
         if local:  # a cluster may grow
             _check_room(settings, nodes)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
         ray_serve.start(http_options={"host": settings.host, "port": port})
         typer.echo("starting; the base is loaded first", err=True)
         try:
@@ -110,7 +113,7 @@ def _why(name: str) -> str | None:
     for deployment in status.deployments.values() if status else ():
         lines = [line for line in deployment.message.splitlines() if line.strip()]
         if lines and deployment.status.value != "HEALTHY":
-            return lines[-1].strip()
+            return re.sub(r"^rankloom\.errors\.\w+: ", "", lines[-1].strip())
     return None
 
 

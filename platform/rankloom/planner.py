@@ -136,7 +136,7 @@ def run_bytes(shape: Shape, method: Any, batch_tokens: int, *, num_shards: int =
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.3g} GB"
 
 
 def _lora(method: LoraConfig | DoraConfig, shape: Shape) -> Trained:

@@ -17,9 +17,11 @@ from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError
 from rankloom.models import load_base, load_tokenizer
 from rankloom.planner import FP32, HostSize, Shape, fit, run_bytes
+from rankloom.train import memory
 from rankloom.train.host import TrialHost
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import shape_of
+from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
 
 CPU = torch.device("cpu")
@@ -110,6 +112,30 @@ def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path
     assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
 
 
+def test_what_is_free_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    assert memory.free_bytes(CPU) is None
+    (tmp_path / "meminfo").write_text("MemTotal:  9000000 kB\nMemAvailable:  8000000 kB\n")
+    assert memory.free_bytes(CPU) == 8.192e9
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) == 8.192e9
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000000\nfile 9\nshmem 500000000\n")
+    assert memory.free_bytes(CPU) == 2.5e9
+
+
+def test_a_run_that_can_not_fit_is_refused_before_it_trains(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable:  1000 kB\n")
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    trial = trial_of(tiny_llama, method={"type": "full"}, output={"root": str(tmp_path)})
+    with pytest.raises(TrialError, match=r"method\.type=full takes .* beside the base, and 0\.00102 GB are free on"):
+        run_trial(trial, LocalSession(tmp_path, device=CPU))
+
+
 SHAPE = Shape(
     linears=((1000, 1000),) * 10, targets=((1000, 1000),) * 10, num_layers=5, num_other=1_000_000, vocabulary=1000,
     activations=1.0, predicted_share=0.0, quantization="none", value_bytes=4,
@@ -133,7 +159,7 @@ def test_what_there_is_room_for() -> None:
     assert rank == 64
     assert tokens >= 100
     assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
-    with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.0 GB are free; lower"):
+    with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.001 GB are free; lower"):
         fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
 
 

@@ -20,6 +20,7 @@ from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialError
 from rankloom.launch.host_actor import HostActor
 from rankloom.launch.membership import META
+from rankloom.train.memory import peak_memory_bytes
 
 STUDY = {
     "name": "s",
@@ -202,7 +203,7 @@ def test_a_trial_that_diverges_or_does_not_fit_ends_with_its_reason_alone(make: 
         assert nan[-1]["error"] == "the validation loss is not finite at step 6; lower optim.learning_rate (0.0003)"
         assert [(r["step"], r["error"]) for r in bad] == [(3, None), (5, "training diverged at step 5")]
         assert (bad[-1]["loss"], bad[-1]["accuracy"], bad[-1]["finished"]) == (1e9, 0.0, False)
-        assert [r["error"] for r in wide] == ["wide#a: rank too large"]
+        assert [r["error"] for r in wide] == ["rank too large"]
         assert [r["step"] for r in good] == [3, 6, 9, 12]
 
     asyncio.run(main())
@@ -345,5 +346,50 @@ def test_a_host_that_is_given_back_leaves_nothing_behind(make: Callable[..., Hos
         assert list((tmp_path / "scratch").iterdir())
         await actor.close()
         assert not (tmp_path / "scratch").exists()
+
+    asyncio.run(main())
+
+
+def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(40)))
+    config = parse(
+        StudyConfig,
+        {
+            "name": "s",
+            "trial": {
+                "model": {"id": str(tiny_llama)},
+                "data": {"train": str(tmp_path / "rows.csv")},
+                "budget": {"steps": 4},
+                "eval": {"every": 2},
+                "compute": {"device": "cpu"},
+            },
+            "space": [{"method": {"type": "lora", "rank": {"choice": [4, 4096]}}}],
+        },
+    )
+
+    def actor(memory_bytes: float) -> HostActor:
+        return HostActor(
+            dump(config), dump(config.baseline), ranks=[4, 4096], with_magnitudes=False, threads=1, gpus=0.0,
+            memory_bytes=memory_bytes, label="host-1", scratch=tmp_path / "scratch",
+        )  # fmt: skip
+
+    assert actor(1e12)._load().max_rank == 4096
+    device = torch.device("cpu")
+
+    async def main() -> None:
+        small = actor(peak_memory_bytes(device) + 150e6)  # a slot of rank 4096 takes 200 MB
+
+        async def reports(rank: int) -> list[dict[str, Any]]:
+            tree = dump(config.resolve({"branch": 0, "method.rank": rank}))
+            await small.join(f"{rank}#a", tree, files=None, n=0, recover=False, best_folder=None)
+            return await whole(small, f"{rank}#a")
+
+        wide, narrow = await asyncio.gather(reports(4096), reports(4))
+        [refused] = [r["error"] for r in wide]
+        assert refused == "method.rank=4096 does not fit this host; allowed: at most the bank's 4"
+        assert [r["step"] for r in narrow] == [2, 4]
+        nothing = actor(peak_memory_bytes(device) + 1e4)
+        with pytest.raises(TrialError, match=r"not even one slot of rank 4 .* lower data\.max_length or method\.rank"):
+            await nothing.ready()
 
     asyncio.run(main())

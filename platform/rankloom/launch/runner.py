@@ -53,7 +53,7 @@ class Runner:
                 self.host.admit(member.key, member.trial, member.start)
                 member.seat.seated = True
             except RankloomError as error:
-                member.failure = str(error)
+                member.failure = str(error).removeprefix(f"{member.key}: ")
         self._work.move_s += time.monotonic() - started
 
     def train(self, members: Sequence[Member], interrupted: Callable[[], bool]) -> list[Member]:

@@ -38,10 +38,10 @@ def free_bytes(device: torch.device) -> float | None:
         return None
     fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
     free = 1024.0 * int(fields["MemAvailable"].split()[0])
-    limit, used = GROUP / "memory.max", GROUP / "memory.stat"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        found = dict(line.split() for line in used.read_text().splitlines())
-        free = min(free, float(most) - float(found["anon"]) - float(found["kernel"]))
+    limit = GROUP / "memory.max"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container's
+        used = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        free = min(free, float(most) - float(used["anon"]) - float(used["shmem"]))  # the rest is cache
     return free
 
 

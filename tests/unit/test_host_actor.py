@@ -20,6 +20,7 @@ from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialError
 from rankloom.launch.host_actor import HostActor
 from rankloom.launch.membership import META
+from rankloom.launch.runner import Bank, Device
 from rankloom.train.memory import peak_memory_bytes
 
 STUDY = {
@@ -118,8 +119,8 @@ def make(tmp_path: Path) -> Callable[..., HostActor]:
     def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
         config = study(**hosts)
         return cls(
-            dump(config), dump(config.baseline), ranks=[8], with_magnitudes=False, threads=1, gpus=0.0,
-            memory_bytes=1e12, label="host-1", scratch=tmp_path / "scratch",
+            dump(config), dump(config.baseline), Bank((8,), with_magnitudes=False), Device(1.0, 0.0, 1, 1e12),
+            label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
     return made
@@ -369,8 +370,8 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
 
     def actor(memory_bytes: float) -> HostActor:
         return HostActor(
-            dump(config), dump(config.baseline), ranks=[4, 4096], with_magnitudes=False, threads=1, gpus=0.0,
-            memory_bytes=memory_bytes, label="host-1", scratch=tmp_path / "scratch",
+            dump(config), dump(config.baseline), Bank((4, 4096), with_magnitudes=False),
+            Device(1.0, 0.0, 1, memory_bytes), label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
     assert actor(1e12)._load().max_rank == 4096

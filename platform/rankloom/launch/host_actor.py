@@ -18,20 +18,17 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, parse
-from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.errors import RankloomError, TrialError
 from rankloom.launch.membership import Files, Member, Report, read_files
-from rankloom.launch.runner import Runner, Work
+from rankloom.launch.runner import Bank, Device, Runner, Work, open_host
 from rankloom.launch.seats import Seat, decide
-from rankloom.planner import HostSize, fit
 
-SAFE = 0.9
-"""Of the memory that is free: what a host plans with. The rest is for what allocators lose."""
 SWEEP_EVERY_S = 1.0
 MAX_BREAKDOWNS = 2
 """Errors of a host's own, not of one member, after which it loads its base again."""
@@ -44,12 +41,8 @@ class HostActor:
         self,
         study: dict[str, Any],
         example: dict[str, Any],
-        *,
-        ranks: Sequence[int],
-        with_magnitudes: bool,
-        threads: int,
-        gpus: float,
-        memory_bytes: float,
+        bank: Bank,
+        device: Device,
         label: str,
         scratch: Path | None = None,
     ) -> None:
@@ -57,17 +50,11 @@ class HostActor:
         Args:
             study: the study's tree, for `hosts` and `search`.
             example: a trial's tree, with the base and the data that all members share.
-            ranks: that members may have.
-            with_magnitudes: whether members may be DoRA.
-            threads: torch's, where the host computes on a CPU.
-            gpus: its part of a GPU's memory.
-            memory_bytes: its part of the node's memory, which limits it on a CPU.
             scratch: the folder for snapshots; None: this actor's own.
         """
         self._study = parse(StudyConfig, study)
         self._example = parse(TrialConfig, example)
-        self._ranks, self._with_magnitudes = ranks, with_magnitudes
-        self._threads, self._gpus, self._memory_bytes, self._label = threads, gpus, memory_bytes, label
+        self._bank, self._device, self._label = bank, device, label
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
         self._reported = asyncio.Condition()
@@ -244,34 +231,7 @@ class HostActor:
                         await self._changed.wait()
 
     def _load(self) -> Any:
-        """Read the data and load the base."""
-        import torch
-
-        from rankloom.data import load_data
-        from rankloom.launch.trainer import local_device
-        from rankloom.models import load_tokenizer
-        from rankloom.train.host import TrialHost
-        from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
-        from rankloom.train.run import check_lengths, load_for, precision_of
-
-        torch.set_num_threads(self._threads)
-        trial, hosts = self._example, self._study.hosts
-        device = local_device(trial.compute.device)
-        data = load_data(trial.data, load_tokenizer(trial.model))
-        if self._study.search.metric == "accuracy" and data.labels is None:
-            raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
-        base = load_for(trial, device)
-        check_lengths(data, base)
-        if device.type == "cuda":
-            _, whole = torch.cuda.mem_get_info(device)
-            mine = whole * self._gpus - torch.cuda.memory_allocated(device)
-            free = min(free_bytes(device) or 0.0, mine)
-        else:
-            free = self._memory_bytes - peak_memory_bytes(device)
-        wanted = HostSize(hosts.num_slots, max(self._ranks), hosts.token_budget, self._with_magnitudes)
-        longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
-        size = fit(wanted, shape_of(base, data), ranks=self._ranks, longest=longest, available=SAFE * free)
-        return TrialHost(base, data, precision=precision_of(trial, device), **asdict(size))
+        return open_host(self._study, self._example, self._bank, self._device)
 
     async def _reseat(self, runner: Runner) -> list[Member]:
         """Let members out and in; who trains next."""

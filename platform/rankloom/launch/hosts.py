@@ -18,6 +18,7 @@ from rankloom.config.study import host_key, is_fusable
 from rankloom.errors import ConfigError
 from rankloom.launch import cluster
 from rankloom.launch.host_actor import HostActor
+from rankloom.launch.runner import Bank, Device
 
 IDLE_S = 30.0
 """A host without members is given back after so long."""
@@ -26,26 +27,6 @@ OF_THE_CORES = 0.9
 """What hosts reserve of the cores: the rest is for the trials, which only wait."""
 POLL_TIMEOUT_S = 0.5
 CLOSE_TIMEOUT_S = 3.0
-
-
-@dataclass(frozen=True)
-class Device:
-    """What each host gets."""
-
-    cpus: float
-    gpus: float
-    threads: int
-    memory_bytes: float
-    """Its part of a node's memory, as Ray counts it."""
-
-
-@dataclass(frozen=True)
-class Bank:
-    """What a host's slots must hold: any trial of the study, if the memory lasts."""
-
-    ranks: tuple[int, ...]
-    """That slots may have, ascending."""
-    with_magnitudes: bool
 
 
 def groups(study: StudyConfig) -> dict[str, TrialConfig]:
@@ -215,16 +196,7 @@ class Hosts:
                 max_concurrency=1000,
                 runtime_env={"env_vars": cluster.worker_environment(device.threads)},
             )
-            .remote(
-                self._tree,
-                dump(self._groups[key]),
-                ranks=self._bank.ranks,
-                with_magnitudes=self._bank.with_magnitudes,
-                threads=device.threads,
-                gpus=device.gpus,
-                memory_bytes=device.memory_bytes,
-                label=label,
-            )
+            .remote(self._tree, dump(self._groups[key]), self._bank, device, label)
         )
         self._open.append(Open(key, label, handle))
         return self._open[-1]

@@ -1,7 +1,7 @@
 """Runner: what a host actor does with its `TrialHost` between two decisions; blocking, so in a thread.
 
-It moves members in and out, trains until a report is due, and makes the reports: validation, a snapshot, and the
-adapter where it is the best so far. One call at a time.
+`open_host` makes the host. A runner moves members in and out, trains until a report is due, and makes the reports:
+validation, a snapshot, and the adapter where it is the best so far. One call at a time.
 """
 
 from __future__ import annotations
@@ -9,12 +9,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankloom.config import StudyConfig
-from rankloom.errors import RankloomError, RegistryError, TrialError
+from rankloom.config import StudyConfig, TrialConfig
+from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
 from rankloom.launch.membership import BEST, Member, Report, failed
+from rankloom.planner import HostSize, fit
+
+SAFE = 0.9
+"""Of the memory that is free: what a host plans with. The rest is for what allocators lose."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What each host gets."""
+
+    cpus: float
+    gpus: float
+    threads: int
+    memory_bytes: float
+    """Its part of a node's memory, as Ray counts it."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What a host's slots must hold: any trial of the study, if the memory lasts."""
+
+    ranks: tuple[int, ...]
+    """That slots may have, ascending."""
+    with_magnitudes: bool
 
 
 @dataclass
@@ -138,3 +162,39 @@ class Runner:
             (folder / BEST).mkdir()
             self.host.export(member.key, folder / BEST)
         member.save(n)
+
+
+def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device) -> Any:
+    """Read the data, load the base and make a `TrialHost`, as large as is wanted and as there is memory for.
+
+    Args:
+        trial: one with the base and the data that all members share.
+
+    Raises:
+        RankloomError: the data or the base can't be loaded. TrialError: there is no room for any member.
+    """
+    import torch
+
+    from rankloom.data import load_data
+    from rankloom.launch.trainer import local_device
+    from rankloom.models import load_tokenizer
+    from rankloom.train.host import TrialHost
+    from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
+    from rankloom.train.run import check_lengths, load_for, precision_of
+
+    torch.set_num_threads(device.threads)
+    place = local_device(trial.compute.device)
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    if study.search.metric == "accuracy" and data.labels is None:
+        raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
+    base = load_for(trial, place)
+    check_lengths(data, base)
+    if place.type == "cuda":
+        mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
+        free = min(free_bytes(place) or 0.0, mine)
+    else:
+        free = device.memory_bytes - peak_memory_bytes(place)
+    wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
+    longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
+    size = fit(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
+    return TrialHost(base, data, precision=precision_of(trial, place), **asdict(size))

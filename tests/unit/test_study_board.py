@@ -13,7 +13,8 @@ from rankloom.cli import study_view
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.registry import Registry
 from rankloom.search.board import Board, write_results
-from rankloom.search.study import beats, names_of, resolved
+from rankloom.search.finish import beats, names_of
+from rankloom.search.study import resolved
 
 SPACE = [
     {"method": {"type": "lora", "rank": {"choice": [2, 4]}}},

@@ -3,7 +3,7 @@
     decide    whether the study starts, goes on or is finished, before Ray does anything
     search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
     journal   the driver writes down each report, keeps the board and tells the caller (`journal.py`, `board.py`)
-    finish    the best by validation are scored on the test rows and published (`final.py`); results.parquet
+    finish    the best by validation are scored on the test rows and published (`finish.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, journal.jsonl, adapters/<trial> (each trial's
 best), dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet
@@ -30,12 +30,11 @@ from rankloom.config.base import read_yaml
 from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster
-from rankloom.launch.channel import Channel
 from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import absolute, changes, hold
-from rankloom.launch.trainer import Background, failure_of, watch
-from rankloom.search.board import Board, Standing, write_results
-from rankloom.search.dedicated import ADAPTERS, dedicated_run
+from rankloom.launch.trainer import failure_of
+from rankloom.search.board import Board, write_results
+from rankloom.search.finish import finish
 from rankloom.search.journal import Event, Journal, StopWhenFatal
 
 STUDY, JOURNAL, RESULT, RESULTS, TUNE = "study.yaml", "journal.jsonl", "result.json", "results.parquet", "tune"
@@ -108,7 +107,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
             reasons = sorted({trial.error or "without a report" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
-            outcome |= _finish(study, folder, journal, hosts, on_event)
+            outcome |= finish(study, folder, journal, hosts, on_event)
         except KeyboardInterrupt:  # Ray Tune, which takes Ctrl-C for as long as it runs, is done
             return {"status": "interrupted"} | outcome
     _replace(folder / RESULT, json.dumps({"status": "done"} | outcome, indent=2) + "\n")
@@ -297,100 +296,3 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal) -> An
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
         ),
     )
-
-
-def _finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
-    """Score the finalists on the test rows and publish the winners."""
-    import ray
-
-    board = journal.board
-    finalists = board.finalists()
-    for trial in finalists:
-        if not is_fusable(trial.config) and trial.status == "stopped":
-            tell({"event": "phase", "phase": "export", "message": f"{trial.config.name}, which was stopped early"})
-            cpus = share_out(study, cluster.alive()).dedicated_cpus
-            with suppress(RankloomError):  # without an adapter, the scoring says why
-                dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
-    memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
-    work = [
-        {
-            "trial": dump(trial.config),
-            "folder": str(folder / ADAPTERS / trial.id),
-            "names": names_of(trial, board) if study.final.publish else [],
-            "steps": (trial.best(study.search.metric) or {})["step"],
-            "tokens": (trial.best(study.search.metric) or {})["tokens"],
-            "train_s": (trial.best(study.search.metric) or {})["train_s"],
-            "memory_bytes": memory,
-        }
-        for trial in finalists
-    ]
-    channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
-
-    host = ray.get(hosts.any.remote(dump(finalists[0].config)))
-    scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
-    watch(scoring, channel, tell)
-    try:
-        scored = scoring.result()
-    except Exception as error:
-        cause = getattr(error, "cause", error)
-        raise failure_of(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_row(study, trial, result) for trial, result in zip(finalists, scored, strict=True)]
-    sound = [row for row in rows if row["error"] is None]
-    if not sound:
-        raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
-    registry = f"{study.baseline.output.root}/registry"
-    winner, first = sound[0], board.baseline
-    baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
-    return {
-        "winner": winner,
-        "baseline": baseline,
-        "finalists": rows,
-        "registry": registry,
-        "beats_baseline": beats(winner, baseline, study.search.metric),
-    }
-
-
-def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list[dict[str, Any]]:
-    """What a host's process runs: the driver has no torch."""
-    import ray
-
-    from rankloom.search.final import score_finalists
-
-    return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
-
-
-def names_of(trial: Standing, board: Board) -> list[str]:
-    """What a finalist is published as: the winner under the study's name, each method's best under its own."""
-    ranking = board.candidates()
-    names = [board.study.name] if trial is ranking[0] else []
-    if trial is next(other for other in ranking if other.method == trial.method):
-        names.append(f"{board.study.name}-{trial.method}")
-    return names
-
-
-def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) -> bool | None:
-    """Whether the winner is better on the test rows than what a user would have trained without a search.
-
-    None where they are the same trial, or the baseline failed.
-    """
-    if baseline is None or baseline["trial"] == winner["trial"]:
-        return None
-    ours, theirs = winner["scorecard"]["result"], baseline["scorecard"]["result"]
-    if metric == "accuracy" and ours["accuracy"] and theirs["accuracy"]:
-        return bool(ours["accuracy"]["value"] > theirs["accuracy"]["value"])
-    return bool(ours["loss"] < theirs["loss"])
-
-
-def _row(study: StudyConfig, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
-    best = trial.best(study.search.metric) or {}
-    return {
-        "trial": trial.id,
-        "number": trial.number,
-        "name": trial.config.name,
-        "method": trial.method,
-        "point": trial.point,
-        "validation": {"loss": best.get("loss"), "accuracy": best.get("accuracy"), "step": best.get("step")},
-        "scorecard": result.get("scorecard"),
-        "published": result["published"],
-        "error": result["error"],
-    }

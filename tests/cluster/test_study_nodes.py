@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a cluster whose head has no core, connects to it, and returns it."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a cluster whose head has no core, connects to it, and returns it; hosts keep their files in `tmp_path`."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -32,7 +34,8 @@ def start() -> Iterator[Start]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         clusters.append(cluster)
         nodes = [cluster.add_node(num_cpus=1, **each) for _ in range(num_nodes)]
-        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": SOURCE}})
+        environment = {"PYTHONPATH": SOURCE, "TMPDIR": str(tmp_path)}
+        ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": environment})
         cluster.wait_for_nodes()
         return cluster, nodes
 
@@ -66,6 +69,32 @@ def test_members_are_spread_over_the_nodes_and_a_lost_node_costs_no_trial(tiny_s
     assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     for row in pq.read_table(result["results"]).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 46, 3))
+
+
+def test_a_lost_disk_stops_a_study_that_then_goes_on(tiny_study: Make, start: Start, tmp_path: Path) -> None:
+    start(1)
+    config = parse(
+        StudyConfig,
+        tiny_study(
+            scheduler={"type": "fifo"}, search={"num_trials": 3}, hosts={"num_slots": 2, "checkpoint_every_s": 0}
+        ),
+    )
+
+    def lose(event: dict[str, Any]) -> None:
+        if event["event"] == "report" and event["n"] >= 3:
+            for folder in tmp_path.glob("rankloom-host-*"):
+                with suppress(OSError):  # the host may be writing in it: then at the next report
+                    shutil.rmtree(folder)
+                    folder.write_text("no folder any more")
+
+    with pytest.raises(TrialError, match=r"a host can't keep its trials: .*; make room there, --resume goes on"):
+        run(config, on_event=lose)
+    for file in tmp_path.glob("rankloom-host-*"):
+        file.unlink()
+    result = run(config, resume=True)
+    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    for row in pq.read_table(result["results"]).to_pylist():
+        assert [point["step"] for point in row["curve"]] == list(range(3, 28, 3))
 
 
 def test_a_study_that_fits_nowhere_says_what_to_lower(tiny_study: Make, start: Start) -> None:

@@ -183,6 +183,8 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
         files = await actor.snapshot("t#a", second["n"])
         assert files["step"] == b"6"
         assert await actor.snapshot("t#a", 0) == {}
+        with pytest.raises(KeyError):  # there is none: an empty one would be taken for the beginning
+            await actor.snapshot("t#a", 9)
         # another trial takes its place over, as population based training does
         await join(actor, "u#a", files=files, n=2)
         third = await actor.advance("u#a", 2)

@@ -138,8 +138,14 @@ class HostActor:
         return report
 
     async def snapshot(self, key: str, n: int) -> Files:
-        """All that a membership needs to go on from report n; empty before the first."""
+        """All that a membership needs to go on from report n; empty before the first.
+
+        Raises:
+            KeyError: no such member, or its snapshot is gone.
+        """
         member = self._members[key]
+        if n and not member.has(n):
+            raise KeyError(key)
         member.heard_at = time.monotonic()
         return await asyncio.to_thread(read_files, member.snapshot(n)) if n else {}
 

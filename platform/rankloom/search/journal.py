@@ -74,7 +74,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         # at the end of a run that was stopped, Tune calls every trial terminated, though it saved them as running
         self._statuses = {trial.trial_id: trial.status for trial in trials}
         self._poll()
-        if self._stop.is_set() and threading.current_thread() is threading.main_thread():
+        if (self._stop.is_set() or self.fatal) and threading.current_thread() is threading.main_thread():
             self._stop.clear()
             signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
 
@@ -137,7 +137,7 @@ class _Nothing(tune.Callback):  # type: ignore[misc]
 
 
 class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
-    """Ends the study where every trial would fail for the same reason."""
+    """Ends the study where every trial would fail for the same reason, and the journal can't interrupt it."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal: Journal | None = journal
@@ -149,7 +149,8 @@ class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        return self._journal is not None and self._journal.fatal is not None
+        in_a_thread = threading.current_thread() is not threading.main_thread()
+        return in_a_thread and self._journal is not None and self._journal.fatal is not None
 
 
 class _Never(tune.Stopper):  # type: ignore[misc]

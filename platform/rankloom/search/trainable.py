@@ -63,7 +63,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         except LostError:
             raise  # Tune starts the trial again from its own checkpoint
         except RankloomError as error:
-            report = self._gave_up(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
+            return self._gave_up(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
         self._n = report["n"]
         due = time.monotonic() - self._saved_at >= self._study.hosts.checkpoint_every_s
         return report | {"should_checkpoint": due and not report["done"]}
@@ -103,7 +103,13 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             self._way = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
     def _gave_up(self, error: RankloomError) -> Report:
-        """The last report of a trial that a retry would not help."""
-        progress = {"step": 0, "percent": 100.0, "train_loss": 0.0, "tokens": 0, "train_s": 0.0}
-        # a trial's own failure ends it; what is wrong with the data, the base or the cluster ends the study
-        return failed(self._n + 1, str(error), progress) | {"fatal": not isinstance(error, TrialError)}
+        """The last report of a trial that a retry would not help.
+
+        A trial's own failure ends it. What is wrong with the data, the base or the cluster ends the study, in which
+        this trial is still under way.
+        """
+        fatal = not isinstance(error, TrialError)
+        percent = 0.0 if fatal else 100.0
+        progress = {"step": 0, "percent": percent, "train_loss": 0.0, "tokens": 0, "train_s": 0.0}
+        report = failed(self._n + 1, str(error), progress)
+        return report | {"fatal": fatal, "done": not fatal, "should_checkpoint": False}

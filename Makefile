@@ -1,6 +1,6 @@
 # Each target does its own set-up: `make test` or `make demo` is all that a fresh checkout needs.
 #
-#   make demo    train SmolLM2-135M with LoRA on the embedded data under Ray Train, score it and publish it
+#   make demo    the quickstart study: eight LoRA and DoRA trials of SmolLM2-135M share one base; the best are published
 #   make test    the fast tests: unit, parity and cluster; `make test-slow` runs the rest
 #   make lint    ruff, mypy and import-linter
 
@@ -37,7 +37,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	rm -rf demo-output
-	$(BIN)/rankloom train configs/trials/lora.yaml output.root=demo-output
+	$(BIN)/rankloom tune configs/studies/quickstart.yaml trial.output.root=demo-output
 	RANKLOOM_REGISTRY=demo-output/registry $(BIN)/rankloom adapters list
 
 test: $(READY)

@@ -38,6 +38,8 @@ def worker_environment(cpus: int) -> dict[str, str]:
         # idle OpenMP threads would spin on the cores that Ray's own processes and the other workers need
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
+        # glibc gives each thread an arena, which keeps what it freed: training moves from thread to thread
+        "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -237,6 +237,10 @@ class HostActor:
                         await self._changed.wait()
 
     def _load(self) -> Any:
+        started = time.monotonic()
+        import rankloom.train.host  # noqa: F401  # torch comes with it
+
+        self._work.import_s = time.monotonic() - started
         return open_host(self._study, self._example, self._bank, self._device)
 
     async def _reseat(self, runner: Runner) -> list[Member]:

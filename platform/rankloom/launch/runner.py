@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
@@ -54,6 +54,10 @@ class Work:
     save_s: float = 0.0
     move_s: float = 0.0
     load_s: float = 0.0
+    import_s: float = 0.0
+    """Of `load_s`."""
+    begun_at: dict[str, float] = field(default_factory=dict)
+    """Trial -> the clock time at which its first step here was done."""
     memory_bytes: int = 0
     """At its peak."""
 
@@ -95,6 +99,7 @@ class Runner:
             due = []
             for step in steps:
                 member = by_key[step.name]
+                self._work.begun_at.setdefault(member.trial_id, time.time())
                 self._work.tokens += step.tokens - member.tokens
                 member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
                 member.failure = step.error

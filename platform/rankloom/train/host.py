@@ -46,6 +46,8 @@ from rankloom.train.packing import Example, Packed, can_pack, logits, pack, pack
 from rankloom.train.plan import Plan, plan_step
 from rankloom.train.validation import Evaluation, Question, Tally, count
 
+EVALUATED_ON_CPU = 2048
+"""Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""
 KEPT_EXAMPLES = 65_536
 """Training rows kept as arrays: every member reads them, each in its own order."""
 
@@ -347,9 +349,11 @@ class TrialHost:
     def _evaluate(self, slots: list[int], tallies: list[Tally], questions: list[Question]) -> None:
         """Every question for every slot, in as many forwards as the token budget asks for."""
         while questions:
+            on_cpu = self.base.device.type == "cpu"
+            budget = min(self.token_budget, EVALUATED_ON_CPU) if on_cpu else self.token_budget
             longest = len(questions[0].example.ids_T)
-            num_slots = max(1, min(len(slots), self.token_budget // longest))
-            num_rows = max(1, self.token_budget // (num_slots * longest))
+            num_slots = max(1, min(len(slots), budget // longest))
+            num_rows = max(1, budget // (num_slots * longest))
             batch, questions = questions[:num_rows], questions[num_rows:]
             for i in range(0, len(slots), num_slots):
                 self._evaluate_batch(slots[i : i + num_slots], tallies[i : i + num_slots], batch)

@@ -1,0 +1,127 @@
+"""What the benchmarks share: a tiny model, the machine in words, memory of processes, and results on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+INTENTS = Path(__file__).parents[1] / "platform/rankloom/data/builtin/bank-intents/train.csv"
+SAMPLE_EVERY_S = 0.5
+
+
+def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
+    """Save a random Llama, too small for its arithmetic to matter, with a tokenizer of the built-in data's words."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<pad>", "<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    with INTENTS.open(encoding="utf-8") as file:
+        raw.train_from_iterator([" ".join(row) for row in csv.reader(file)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1,
+        bos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # larger than the default initialisation, so that there is something to adapt
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def machine() -> str:
+    """The device in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+class MemoryOfWorkers:
+    """While it lasts, samples the memory of all Ray workers below a process: the most that they held at once.
+
+    Memory is PSS, in which a page that several processes share counts once, a part for each of them.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.peak_bytes = 0
+        self.at_peak: dict[str, int] = {}
+        """Bytes by the process's name, when it was the most."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> MemoryOfWorkers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SAMPLE_EVERY_S):
+            held: dict[str, int] = {}
+            for name, pid in _workers_below(self.pid):
+                held[name] = held.get(name, 0) + _pss_bytes(pid)
+            if sum(held.values()) > self.peak_bytes:
+                self.peak_bytes, self.at_peak = sum(held.values()), held
+
+
+def _workers_below(pid: int) -> list[tuple[str, int]]:
+    """(name, pid) of Ray's worker processes among the descendants of a process."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat = (folder / "stat").read_text()
+                names[int(folder.name)] = (folder / "cmdline").read_text().split("\0")[0]
+            except OSError:
+                continue  # it ended meanwhile
+            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def below(child: int) -> bool:
+        return child == pid or (child in parents and below(parents[child]))
+
+    return [(name, child) for child, name in names.items() if name.startswith("ray::") and below(child)]
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def since(started: float) -> float:
+    return round(time.monotonic() - started, 2)

@@ -1,0 +1,115 @@
+"""How long until a study trains: from the command to the first trial's first step, and from there to each later one's.
+
+    python benchmarks/startup.py [--model tiny|builtin:smollm2] [--out benchmarks/results/DATE-startup]
+
+A driver is started as a command would be. Its split: importing the study's path, starting a local Ray, opening the
+host's process and importing torch there, reading the data and loading the base, the first step. A later trial's start
+is from the driver's word that it begins to the end of its first step; with no trials kept waiting, none is prepared
+before a slot is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, machine, tiny_llama, today, write_json
+
+SLOTS, TRIALS = 4, 12
+
+
+def study_of(model: str, root: Path) -> dict[str, Any]:
+    steps = 40 if model != "builtin:smollm2" else 4
+    return {
+        "name": "startup",
+        "trial": {
+            "model": {"id": model},
+            "data": {"template": "plain"},
+            "optim": {"batch_size": 1},
+            "budget": {"steps": steps},
+            "eval": {"every": steps, "max_rows": 2, "max_test_rows": 2, "base": False, "latency": False},
+            "output": {"root": str(root)},
+        },
+        "space": [{"method": {"type": "lora", "rank": 8}, "optim": {"learning_rate": {"loguniform": [1e-4, 1e-3]}}}],
+        "search": {"num_trials": TRIALS},
+        "scheduler": {"type": "fifo"},
+        "hosts": {"num_slots": SLOTS, "num_waiting": 0},
+        "final": {"top_k": 1, "publish": False},
+    }
+
+
+def drive(study: dict[str, Any]) -> dict[str, Any]:
+    """In the driver: when what happened, as clock times."""
+    from rankloom.config import StudyConfig, parse
+    from rankloom.search.study import run
+
+    parsed = parse(StudyConfig, study)
+    times: dict[str, Any] = {"phases": [], "trials": {}}
+
+    def take(event: dict[str, Any]) -> None:
+        if event["event"] == "phase":
+            times["phases"].append(time.time())
+        elif event["event"] == "trial":
+            times["trials"][event["trial"]] = time.time()
+
+    [host] = run(parsed, on_event=take)["hosts"]
+    return times | {"begun_at": host["begun_at"], "load_s": host["load_s"], "import_s": host["import_s"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{today()}-startup", help="without .json and .md")
+    parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.drive:
+        found = drive(json.loads((options.drive / "study.json").read_text()))
+        (options.drive / "found.json").write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = tiny_llama(folder / "model") if options.model == "tiny" else options.model
+        write_json(folder / "study.json", study_of(model, folder / "output"))
+        command = time.time()
+        subprocess.run([sys.executable, __file__, "--drive", scratch], check=True, stdout=subprocess.DEVNULL)
+        times = json.loads((folder / "found.json").read_text())
+    imported, opened = times["phases"][:2]
+    first = min(times["begun_at"].values())
+    later = sorted(times["begun_at"][trial] - at for trial, at in times["trials"].items())[: TRIALS - SLOTS]
+    found = {
+        "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+        "to_first_step_s": round(first - command, 2),
+        "importing_s": round(imported - command, 2),
+        "ray_s": round(opened - imported, 2),
+        "torch_s": round(times["import_s"], 2),
+        "loading_s": round(times["load_s"] - times["import_s"], 2),
+        "host_process_and_first_step_s": round(first - opened - times["load_s"], 2),
+        "later_trials_s": {"median": round(statistics.median(later), 3), "most": round(later[-1], 3)},
+    }
+    path = options.out.with_suffix(".json")
+    before = json.loads(path.read_text())["models"] if path.is_file() else {}
+    figures = {"date": today(), "machine": machine(), "models": before | {options.model: found}}
+    write_json(path, figures)
+    lines = ["# How long until a study trains", "", f"{figures['date']}, {figures['machine']}.", ""]
+    lines += [(__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(), ""]
+    lines += ["| model | command to first step, s | imports | Ray | torch, in the host | data and base "]
+    lines[-1] += "| host's process, first step | later trials, s: median | most |"
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for name, each in figures["models"].items():
+        cells = [name, f"**{each['to_first_step_s']}**", each["importing_s"], each["ray_s"], each["torch_s"]]
+        cells += [each["loading_s"], each["host_process_and_first_step_s"], f"**{each['later_trials_s']['median']}**"]
+        cells += [each["later_trials_s"]["most"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

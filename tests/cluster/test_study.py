@@ -110,14 +110,14 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> Non
     def watch(event: dict[str, Any]) -> None:
         if event["event"] != "report":
             return
-        for name, after in (("ray::HostActor", 3), ("ray::StudyTrial", 8)):
+        for name, after in (("ray::HostActor", 3), ("ray::Stage", 8)):
             if event["n"] >= after and name not in killed:
                 killed.append(name)
                 os.kill(processes_below(os.getpid(), name)[0], signal.SIGKILL)
 
     result = run(parse(StudyConfig, settings), on_event=watch)
 
-    assert killed == ["ray::HostActor", "ray::StudyTrial"]
+    assert killed == ["ray::HostActor", "ray::Stage"]
     assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     for row in pq.read_table(result["results"]).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))

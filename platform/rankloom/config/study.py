@@ -113,7 +113,7 @@ class HostsConfig(Frozen):
     run_ahead: Annotated[int, Field(ge=0)] = 1
     """Reports that a member may train ahead while the scheduler thinks; what it then refuses is thrown away."""
     num_waiting: Annotated[int, Field(ge=0)] | None = None
-    """Trials kept ready beside those that train, so that no slot is ever empty; null: a quarter of the slots."""
+    """Trials kept ready beside those that train, so that no slot is ever empty; null: half as many as slots."""
     max_hosts: Annotated[int, Field(ge=1)] | None = None
     """Hosts of one base; null: one a GPU, or one on CPUs."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0

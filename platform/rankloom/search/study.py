@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,7 +227,11 @@ def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: thre
     journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        _tuner(study, folder, hosts, journal).fit()
+        from rankloom.search.stage import on_stage
+
+        # a trial that can't be fused drives a Ray Train run, which wants a process of its own
+        with on_stage() if all(map(is_fusable, study.members())) else nullcontext():
+            _tuner(study, folder, hosts, journal).fit()
         journal.reconcile()
         journal.take_stats(ray.get(hosts.stats.remote()))
         journal.tell_status()
@@ -251,7 +255,7 @@ def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal) -> An
 
     plan = share_out(study, cluster.alive())
     slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
-    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 4)
+    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 2)
     concurrent = min(study.num_trials, slots + waiting)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S

@@ -31,6 +31,12 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def processes_named() -> Callable[[str], list[int]]:
+    """Finds this process's descendants, which Ray's are, by a part of their name."""
+    return lambda name: processes_below(os.getpid(), name)
+
+
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
@@ -74,6 +80,23 @@ def end_session(session: int) -> None:
                     os.kill(int(folder.name), signal.SIGKILL)
             except (OSError, ProcessLookupError):
                 continue  # it ended meanwhile
+
+
+def processes_below(pid: int, name: str) -> list[int]:
+    """Processes with `name` in their command line among the descendants of `pid`."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat, names[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def below(child: int) -> bool:
+        return child == pid or (child in parents and below(parents[child]))
+
+    return [child for child, text in names.items() if name in text and below(child)]
 
 
 def wait_for_jobs_api(address: str, head: subprocess.Popen[bytes], log: Path) -> None:

@@ -21,24 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 Make = Callable[..., dict[str, Any]]
 
 
-def train_workers() -> list[int]:
-    """Ray Train's worker processes below this process."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat, names[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_text()
-            except OSError:
-                continue  # it ended meanwhile
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-
-    def ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
-
-    return [pid for pid, name in names.items() if "RayTrainWorker" in name and ours(pid)]
-
-
-def test_a_killed_worker_costs_one_interval(tiny_trial: Make) -> None:
+def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: Callable[[str], list[int]]) -> None:
     trial = parse(
         TrialConfig,
         tiny_trial(
@@ -54,7 +37,7 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make) -> None:
         events.append(event)
         # Ray registers a checkpoint at its next poll, and takes the next only then: that of step 20 is registered here
         if event["event"] == "step" and event["step"] > 60 and not killed:
-            killed.extend(train_workers()[:1])
+            killed.extend(processes_named("RayTrainWorker")[:1])
             os.kill(killed[0], signal.SIGKILL)
 
     result = fit(trial, on_event=watch)

@@ -106,6 +106,32 @@ def test_promote_rollback_and_rm(registry: Registry) -> None:
     assert registry.versions("bank") == [1]
 
 
+def test_promote_the_best(registry: Registry, folder: Path) -> None:
+    draft = registry.get("bank@1").draft()
+    for accuracy, loss in ((0.95, 0.5), (0.95, 0.4), (0.8, 0.1)):
+        share = Share(value=accuracy, low=0, high=1)
+        result = MEASURES.model_copy(update={"accuracy": share, "loss": loss})
+        card = SCORECARD.model_copy(update={"result": result})
+        registry.publish("bank", folder, draft.model_copy(update={"scorecard": card}))
+    registry.publish("bank", folder, draft.model_copy(update={"scorecard": None}))
+    assert run("promote", "bank", "--best").stdout == "bank@champion is now version 4, the best by accuracy\n"
+    bare = SCORECARD.model_copy(update={"result": MEASURES.model_copy(update={"accuracy": None, "loss": 0.2})})
+    registry.publish("bank", folder, draft.model_copy(update={"scorecard": bare}))
+    assert json.loads(run("promote", "bank", "--best", "--alias", "canary", "--json").stdout)["version"] == 5
+    assert registry.aliases("bank") == {"champion": 4, "canary": 5}
+
+    assert run("promote", "bank@1", "--best").exit_code == 2
+    registry.publish("bank", folder, draft.model_copy(update={"data_fingerprint": "sha256:2"}))
+    with pytest.raises(RegistryError, match="bank@1 and bank@8 were scored on different rows"):
+        run("promote", "bank", "--best")
+    registry.publish("unscored", folder, draft.model_copy(update={"scorecard": None}))
+    with pytest.raises(RegistryError, match="unscored: none of its versions has a scorecard"):
+        run("promote", "unscored", "--best")
+    with pytest.raises(AdapterNotFoundError):
+        run("promote", "nothing", "--best")
+    assert registry.aliases("bank") == {"champion": 4, "canary": 5}
+
+
 def test_verify_without_a_probe(registry: Registry) -> None:
     assert run("verify", "bank", "--no-probe").stdout == "bank@1: 3 files, all as recorded\n"
     assert json.loads(run("verify", "bank", "--no-probe", "--json").stdout) == {

@@ -157,13 +157,31 @@ def publish(
 
 
 @app.command()
-def promote(ref: Ref, root: Root, alias: Alias = "champion", as_json: Json = False) -> None:
-    """Let an alias point to a version (a name alone is its latest version here).
+def promote(
+    ref: Ref,
+    root: Root,
+    alias: Alias = "champion",
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a name's versions the one of the best accuracy, else loss, on the test.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Let an alias point to a version (a name alone is its latest version here, with --best its best).
 
     Example: rankloom adapters promote bank-intents@3 --alias canary
+
+    Example: rankloom adapters promote bank-intents --best
     """
-    record = _open(root).promote(ref, alias)
-    _report(as_json, record, f"{record.name}@{alias} is now version {record.version}")
+    registry, why = _open(root), ""
+    if best:
+        from rankloom.registry.best import best_of
+
+        if "@" in ref:
+            raise typer.BadParameter(f"--best chooses the version itself; give the name alone, not {ref}")
+        chosen, measure = best_of(registry.list(ref))
+        ref, why = chosen.ref, f", the best by {measure}"
+    record = registry.promote(ref, alias)
+    _report(as_json, record, f"{record.name}@{alias} is now version {record.version}{why}")
 
 
 @app.command()

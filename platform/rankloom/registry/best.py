@@ -1,0 +1,42 @@
+"""Which version of an adapter is the best, by what its scorecards measured on the test rows; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankloom.errors import RegistryError
+from rankloom.registry.record import Record
+from rankloom.scorecard import Scorecard
+
+
+def best_of(records: Sequence[Record]) -> tuple[Record, str]:
+    """The best of one adapter's versions, and by what: accuracy where all that were scored have one, else loss.
+
+    Of equal versions the latest. Those without a scorecard are passed over.
+
+    Raises:
+        RegistryError: none was scored, or they were scored on different rows.
+    """
+    scored = [(record, record.scorecard) for record in records if record.scorecard is not None]
+    name = records[0].name
+    if not scored:
+        raise RegistryError(f"{name}: none of its versions has a scorecard; name the one to promote: {records[-1].ref}")
+    first, *others = scored
+    for record, card in others:
+        if _rows(record, card) != _rows(*first):
+            raise RegistryError(
+                f"{first[0].ref} and {record.ref} were scored on different rows, so neither is the better one; name "
+                f"the one to promote"
+            )
+    accuracies = [card.result.accuracy for _, card in scored]
+    if None not in accuracies:
+        return max(scored, key=lambda pair: (_accuracy(pair[1]), -pair[1].result.loss, pair[0].version))[0], "accuracy"
+    return min(scored, key=lambda pair: (pair[1].result.loss, -pair[0].version))[0], "loss"
+
+
+def _rows(record: Record, card: Scorecard) -> tuple[str | None, int]:
+    return record.data_fingerprint, card.result.num_rows
+
+
+def _accuracy(card: Scorecard) -> float:
+    return card.result.accuracy.value if card.result.accuracy else 0.0

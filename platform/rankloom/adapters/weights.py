@@ -7,6 +7,7 @@ asks for, before PEFT gets to see a value. PEFT alone would ignore a tensor too 
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -77,6 +78,17 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
             model.unload()
             raise
     return model.requires_grad_(False).eval()
+
+
+def load_beside(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """`load_adapter` onto a copy of the module tree around the base's own tensors: the base's modules stay as they are.
+
+    Raises:
+        RegistryError: as `load_adapter` does.
+    """
+    # what deepcopy finds in its memo it takes as it is
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base_model.parameters(), *base_model.buffers())}
+    return load_adapter(copy.deepcopy(base_model, shared), folder)
 
 
 def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:

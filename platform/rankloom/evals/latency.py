@@ -31,21 +31,30 @@ class Latency:
 
 def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency | None:
     """Time greedy decoding after prompts of about the median length; None where the model keeps no KV cache (Mamba)."""
+    alone_ms = decode_ms(model, rows, pad_id=pad_id)
+    if alone_ms is None:
+        return None
     bare = unwrapped(model)
+    with evaluating(bare):
+        together_s = _step_times(bare, _prompts(bare, rows), pad_id) or []
+    return Latency(latency_ms=alone_ms, generated_tokens_per_s=BATCH_SIZE / statistics.median(together_s))
+
+
+def decode_ms(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> float | None:
+    """Median time of one decode step at batch 1, in milliseconds; None as above."""
+    bare = unwrapped(model)
+    with evaluating(bare):
+        alone_s = _step_times(bare, _prompts(bare, rows)[BATCH_SIZE // 2 :][:1], pad_id)
+    return None if alone_s is None else 1000 * statistics.median(alone_s)
+
+
+def _prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
+    """Of `BATCH_SIZE` rows of about the median length, as far as there are so many."""
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)
     middle = by_length[first : first + BATCH_SIZE]
     prompts = [prompt_of(row, bare, NUM_WARMUP + NUM_STEPS + 1) or row.input_ids[:1] for row in middle]
-    prompts = [prompts[i % len(prompts)] for i in range(BATCH_SIZE)]
-    with evaluating(bare):
-        alone_s = _step_times(bare, prompts[BATCH_SIZE // 2 :][:1], pad_id)
-        if alone_s is None:
-            return None
-        together_s = _step_times(bare, prompts, pad_id) or []
-    return Latency(
-        latency_ms=1000 * statistics.median(alone_s),
-        generated_tokens_per_s=BATCH_SIZE / statistics.median(together_s),
-    )
+    return [prompts[i % len(prompts)] for i in range(BATCH_SIZE)]
 
 
 def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:

@@ -26,6 +26,7 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
 from rankloom.errors import ConfigError, RegistryError, TrialError
+from rankloom.evals.costs import weight_bytes
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
@@ -204,6 +205,7 @@ def _finish(
             device=_device_name(session.device),
         )
         outcome = {"status": "done", "name": trial.name, "steps": progress.step, "scorecard": scorecard.model_dump()}
+        outcome["memory_bytes"] = weight_bytes(adapted)
         if trial.output.publish:
             _phase(session, "publish", "into the registry")
             root = registry_of(trial)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from rankloom.cli.study_view import result_rows
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.registry import Registry
@@ -25,24 +26,11 @@ from rankloom.search.study import run
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 Make = Callable[..., dict[str, Any]]
+PER_RANK = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+"""Values that LoRA has for each rank on the tiny Llama: A and B of q, k, v, o, gate, up and down in two layers."""
+MAGNITUDES = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+"""And DoRA beside them."""
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
-
-
-def processes_below(pid: int, name: str) -> list[int]:
-    """Processes of that name among the descendants of `pid`."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat, names[int(folder.name)] = (folder / "stat").read_text(), (folder / "cmdline").read_text()
-            except OSError:
-                continue  # it ended meanwhile
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-
-    def below(child: int) -> bool:
-        return child == pid or (child in parents and below(parents[child]))
-
-    return [child for child, text in names.items() if name in text and below(child)]
 
 
 def reports_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -102,7 +90,9 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> None:
+def test_a_killed_host_and_a_killed_trial_cost_no_trial(
+    tiny_study: Make, processes_named: Callable[[str], list[int]]
+) -> None:
     settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 6})
     settings["trial"]["budget"] = {"steps": 60}
     killed: list[str] = []
@@ -113,7 +103,7 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(tiny_study: Make) -> Non
         for name, after in (("ray::HostActor", 3), ("ray::Stage", 8)):
             if event["n"] >= after and name not in killed:
                 killed.append(name)
-                os.kill(processes_below(os.getpid(), name)[0], signal.SIGKILL)
+                os.kill(processes_named(name)[0], signal.SIGKILL)
 
     result = run(parse(StudyConfig, settings), on_event=watch)
 
@@ -160,7 +150,7 @@ def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study
             {"method": {"type": "full", "extract_rank": 8}, "optim": {"learning_rate": 1e-3}, "seed": {"choice": [1]}},
             {"method": {"type": "dora", "rank": 4}, "optim": {"learning_rate": 1e-2}},
         ],
-        search={"algorithm": "grid", "num_trials": 3},
+        search={"algorithm": "grid", "num_trials": 3, "objectives": ["memory_bytes", "latency_ms"]},
         scheduler={"type": "fifo"},
     )
     settings["trial"]["budget"] = {"steps": 6}
@@ -168,7 +158,10 @@ def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study
     assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
     rows = {row["method"]: row for row in pq.read_table(result["results"]).to_pylist()}
     assert set(rows) == {"lora", "full", "dora"}
+    bases = {row["costs"]["memory_bytes"] - 4 * row["scorecard"]["trainable_parameters"] for row in result["finalists"]}
+    assert len(bases) == 1  # measured in a host or at a run's end, it is the same base under each method's adapter
     for row in rows.values():
+        assert row["latency_ms"] > 0
         assert [point["step"] for point in row["curve"]][:2] == [3, 6]
     registry = Registry(result["registry"])
     assert registry.verify("tiny-full@1").servable == "extracted"
@@ -190,6 +183,87 @@ def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -
     assert len(begun) > len(set(begun)) == 4  # some trial went on with another's settings
     for row in pq.read_table(result["results"]).to_pylist():
         assert row["curve"][-1]["step"] == 27
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    "scheduler", [{"type": "hyperband"}, {"type": "median", "grace": 0.2, "min_trials": 2}], ids=lambda s: s["type"]
+)
+def test_hyperband_and_median_stopping_end_what_is_behind(tiny_study: Make, scheduler: dict[str, Any]) -> None:
+    # all trials have a slot at once: HyperBand's first bracket of five runs to its end, the second halves once
+    settings = tiny_study(
+        scheduler=scheduler, search={"num_trials": 12, "seed": 1}, hosts={"num_slots": 12, "checkpoint_every_s": 0}
+    )
+    # far too low a rate for half of the trials: whoever compares them stops some
+    settings["space"] = [
+        {"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"choice": [1e-8, 1e-2]}}},
+    ]
+    result = run(parse(StudyConfig, settings))
+    counts = result["counts"]
+    assert counts["done"] + counts["stopped"] == 12
+    assert counts["done"] >= 3
+    assert counts["stopped"] >= 3
+    rows = pq.read_table(result["results"]).to_pylist()
+    done, stopped = ([row["best_loss"] for row in rows if row["status"] == each] for each in ("done", "stopped"))
+    assert min(done) < min(stopped)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> None:
+    rates = {"learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    space = [
+        {"method": {"type": "lora", "rank": {"choice": [2, 4, 16]}}, "optim": rates},
+        {"method": {"type": "dora", "rank": 4}, "optim": rates},
+    ]
+    search = {"algorithm": "optuna", "num_trials": 8, "objectives": ["memory_bytes", "latency_ms"]}
+    settings = tiny_study(space=space, search=search, scheduler={"type": "fifo"}, final={"top_k": 1})
+    settings["trial"]["budget"] = {"steps": 6}
+    result = run(parse(StudyConfig, settings))
+
+    rows = {row["trial"]: row for row in pq.read_table(result["results"]).to_pylist()}
+    assert result["counts"]["done"] == 8
+    assert {row["method"] for row in rows.values()} == {"lora", "dora"}
+    base = {row["memory_bytes"] - 4 * json.loads(row["config"])["method"]["rank"] * PER_RANK for row in rows.values()}
+    assert max(base) - min(base) == 4 * MAGNITUDES
+    assert len(base) == 2  # with DoRA's magnitudes, and without
+    assert all(row["latency_ms"] > 0 for row in rows.values())
+    front = {row["trial"] for row in result["front"]}
+    assert front == {trial for trial, row in rows.items() if row["on_front"]}
+    best = min(rows.values(), key=lambda row: row["best_loss"])
+    assert best["trial"] in front
+    assert result["winner"]["trial"] == best["trial"]
+    registry = Registry(result["registry"])
+    assert len(registry.versions("tiny-front")) == len(front)
+    table = result_rows(result)
+    assert table[0][5:8] == ("front", "memory", "latency")
+    assert sum(row[5] == "yes" for row in table) == len(front)
+
+    events: list[dict[str, Any]] = []
+    settings |= {"name": "again", "search": search | {"num_trials": 2, "priors": [result["study"]]}}
+    again = run(parse(StudyConfig, settings), on_event=events.append)
+    # the baseline, LoRA of rank 16, lies in the space as well
+    assert again["priors"] == {"told": 8, "skipped": {}}
+    told = [event["message"] for event in events if event.get("phase") == "priors"]
+    assert told == ["the searcher knows 8 earlier trials"]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("algorithm", ["optuna", "hyperopt", "nevergrad"])
+def test_what_can_not_be_is_refused_and_counted_and_the_search_goes_on(tiny_study: Make, algorithm: str) -> None:
+    space = {
+        "method": {"type": "lora", "rank": {"choice": [2, 4]}},
+        # a step of one or two rows can't be cut into four
+        "optim": {"batch_size": {"choice": [1, 2, 4]}, "accumulation": {"choice": [1, 4]}},
+    }
+    search = {"algorithm": algorithm, "num_trials": 8, "seed": 1}
+    settings = tiny_study(space=[space], search=search, scheduler={"type": "fifo"}, final={"top_k": 1})
+    settings["trial"]["budget"] = {"steps": 3}
+    result = run(parse(StudyConfig, settings))
+    assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
+    assert result["num_refused"] >= 1
+    for row in pq.read_table(result["results"]).to_pylist():
+        optim = json.loads(row["config"])["optim"]
+        assert optim["batch_size"] >= optim["accumulation"]
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -72,6 +72,23 @@ def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
     assert [names_of(trial, found) for trial in found.finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
 
 
+def test_the_front_is_what_nothing_beats_in_all() -> None:
+    search = {"num_trials": 9, "metric": "accuracy", "objectives": ["memory_bytes", "latency_ms"]}
+    found = board(search=search, final={"top_k": 1})
+    costs = {0: (9, 9), 1: (5, 5), 2: (3, 9), 3: (9, 5), 4: (1, 1), 5: (5, 5)}
+    accuracy = {0: 0.9, 1: 0.8, 2: 0.8, 3: 0.8, 4: 0.1, 5: 0.8, 6: 1.0}
+    for number, share in accuracy.items():
+        found.add(begin(number, LORA))
+        found.add(report(number, 1, 1.0, share))
+        if number in costs:
+            found.add(report(number, 2, 1.0, 0.0) | dict(zip(search["objectives"], costs[number], strict=True)))  # type: ignore[call-overload]
+    # 3 is beaten by 1; 5 is as good as 1; of 6 the costs are not known
+    assert [trial.number for trial in found.front()] == [0, 1, 2, 5, 4]
+    assert {trial.number for trial in found.finalists()} == {0, 1, 2, 4, 5, 6}
+    assert names_of(found.front()[0], found) == ["s-front"]
+    assert filled().front() == []
+
+
 def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     again = [report(3, 2, 1.2, 0.65), end(3, "done")]  # a report may come twice
@@ -196,13 +213,18 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     }
     result = {
         "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
-        "finalists": [winner, broken], "beats_baseline": False,
+        "finalists": [winner, broken], "beats_baseline": False, "front": [],
         "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
     }  # fmt: skip
     assert study_view.result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),
         ("s-0000 (baseline)", "lora", "75.0 %", "gone", "", ""),
     ]
+    measured = {"costs": {"memory_bytes": 2.5e8, "latency_ms": 31.0}, "on_front": True}
+    finalists = [winner | measured, broken | {"costs": {}, "on_front": False}]
+    header, *rows = study_view.result_rows(result | {"finalists": finalists, "front": finalists[:1]})
+    assert header[5:] == ("front", "memory", "latency", "published")
+    assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", "")]
     text = "\n".join(study_view.result_lines(result, "study.yaml"))
     assert "on the test rows it is NOT better than the baseline, s-0000" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text

@@ -127,21 +127,34 @@ def value(number: float, metric: str) -> str:
 
 def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The finalists, best by validation first, with a header."""
-    rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", "published")]
+    front = bool(result["front"])
+    costs = ("front", "memory", "latency") if front else ()
+    rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", *costs, "published")]
     baseline = result["baseline"] and result["baseline"]["trial"]
     for row in result["finalists"]:
         validation = row["validation"]
         metric = "loss" if validation["accuracy"] is None else "accuracy"
         test, loss = row["error"] or "", ""
         if row["scorecard"]:
-            measured = row["scorecard"]["result"]
-            share = measured["accuracy"] or measured["exact_match"]
+            scored = row["scorecard"]["result"]
+            share = scored["accuracy"] or scored["exact_match"]
             test = interval(share) if share else ""
-            loss = f"{measured['loss']:.4f}"
+            loss = f"{scored['loss']:.4f}"
         name = row["name"] + (" (baseline)" if row["trial"] == baseline else "")
         shown = value(validation[metric], metric)
-        rows.append((name, row["method"], shown, test, loss, ", ".join(row["published"])))
+        measured = cost_cells(row) if front else ()
+        rows.append((name, row["method"], shown, test, loss, *measured, ", ".join(row["published"])))
     return rows
+
+
+def cost_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Whether a finalist is on the Pareto front, and what it costs, as far as it was measured."""
+    memory, latency = (row["costs"].get(name) for name in ("memory_bytes", "latency_ms"))
+    return (
+        "yes" if row["on_front"] else "",
+        f"{memory / 1e6:,.1f} MB" if memory else "",
+        f"{latency:g} ms" if latency else "",
+    )
 
 
 def interval(share: dict[str, float]) -> str:

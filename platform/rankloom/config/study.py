@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -20,13 +20,18 @@ from rankloom.errors import ConfigError, IncompatibleError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Reduction = Annotated[int, Field(ge=2)]
+Objective = Literal["memory_bytes", "latency_ms"]
+COSTS: tuple[str, ...] = get_args(Objective)
+"""What reports, the journal and results.parquet have of a trial's costs, None where it was not measured."""
 
 
 class SearchConfig(Frozen):
     """Which points are tried."""
 
-    algorithm: Literal["random", "grid", "optuna"] = "random"
-    """random; grid: every combination, in order; optuna: TPE (needs the extra `search`)."""
+    algorithm: Literal["random", "grid", "optuna", "hyperopt", "nevergrad", "bayesopt"] = "random"
+    """random; grid: every combination, in order; optuna: TPE (needs the extra `search`). Ray Tune's own hyperopt,
+    nevergrad and bayesopt need the package of that name, and see all branches' knobs side by side, where those of a
+    branch that was not chosen have no effect; bayesopt takes `uniform` knobs of a single branch alone."""
     num_trials: Annotated[int, Field(ge=1)] | None = None
     """Trials in all, warm starts included (16 where it is not given; in a grid: all of it)."""
     metric: Literal["accuracy", "loss"] = "loss"
@@ -35,14 +40,30 @@ class SearchConfig(Frozen):
     """max for accuracy, min for loss; it may be left out."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds the searcher. The trials keep `trial.seed`: they differ in their settings alone."""
+    objectives: list[Objective] = []
+    """What else counts, the smaller the better: the result has the Pareto front of `metric` and these. optuna searches
+    for the whole of it, the other algorithms for `metric` alone. memory_bytes: of the weights, the base as it is held
+    and the adapter on it. latency_ms: of a decode step at batch 1 with the adapter on the base, the median of 32, timed
+    once a trial amid the study's other work, to two digits. Both are measured on the trial's own adapter, at its first
+    report; of a trial that can't share a base at its end, so one that the scheduler stopped is not on the front."""
     warm_start: list[dict[str, Any]] = []
-    """Fragments of trials to try first. The first of them (without any: `trial` as it stands) is the study's baseline,
-    which the report compares the winner with."""
+    """Fragments of trials to try first. The first of them is the study's baseline, which the report compares the winner
+    with. Without any, the baseline is `trial` as it stands, and the next is a first guess after "LoRA Without Regret",
+    where a branch of LoRA or DoRA permits it: alpha 32, all linear layers, learning rate 5e-4."""
+    priors: list[str] = []
+    """Earlier studies (a folder, or its results.parquet) whose trials the searcher is told as if they were its own:
+    those that lie in this space, with the same model, data, budget and measure; the others are skipped and counted."""
 
     @model_validator(mode="after")
-    def _mode_fits(self) -> SearchConfig:
+    def _settings_agree(self) -> SearchConfig:
         if self.mode not in (None, self.best):
             raise ConfigError(f"mode: {self.metric} is best at its {self.best} (given {self.mode!r}); leave it out")
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ConfigError(f"objectives: each only once (given {self.objectives})")
+        if self.priors and self.algorithm in ("random", "grid"):
+            raise ConfigError(
+                f"priors: algorithm={self.algorithm} learns nothing from earlier trials; use optuna, or warm_start"
+            )
         return self
 
     @property
@@ -69,7 +90,12 @@ class AshaConfig(Frozen):
 
 
 class HyperBandConfig(Frozen):
-    """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before they halve."""
+    """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before they halve.
+
+    Ray Tune fills them from the one that halves least: with factor 3, five trials run to their end, the next eight are
+    halved once, the next 15 twice. Only trials that have a slot or wait for one can meet in a bracket, so give
+    `hosts.num_slots` and `hosts.num_waiting` as many as are to be compared.
+    """
 
     type: Literal["hyperband"] = "hyperband"
     reduction_factor: Reduction = 3
@@ -128,9 +154,11 @@ class FinalConfig(Frozen):
     """What is done with the best trials."""
 
     top_k: Annotated[int, Field(ge=1)] = 3
-    """Trials scored on the test rows, best by validation first; each method's best and the baseline are scored too."""
+    """Trials scored on the test rows, best by validation first; each method's best, the Pareto front and the baseline
+    are scored too."""
     publish: bool = True
-    """Put the winner into the registry under the study's name, and each method's best under `<study>-<method>`."""
+    """Put the winner into the registry under the study's name, each method's best under `<study>-<method>`, and the
+    Pareto front under `<study>-front`."""
 
 
 class StudyConfig(Frozen):

@@ -12,16 +12,19 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import TrialConfig
+from rankloom.config.study import COSTS
 from rankloom.launch.seats import Seat
 
 Files = dict[str, bytes]
 Report = dict[str, Any]
-"""n, step, percent, loss, accuracy, train_loss, tokens, train_s, best (so far), best_value, done, finished, error."""
+"""n, step, percent, loss, accuracy, train_loss, tokens, train_s, best (so far), best_value, done, finished, error, and
+`config.study.COSTS` (None: not measured)."""
 
 META, BEST = "member.json", "best"
 FAILED_LOSS = 1e9
@@ -33,6 +36,7 @@ BEGINNING: dict[str, Any] = {
     "tokens": 0,
     "train_s": 0.0,
     "train_loss": 0.0,
+    "costs": {},
 }
 """What of a member is not the host's to save, as it is at the start."""
 
@@ -57,6 +61,8 @@ class Member:
     train_s: float = 0.0
     """Its share of the time that the host trained."""
     train_loss: float = 0.0
+    costs: dict[str, float] = field(default_factory=dict)
+    """Those of `search.objectives`, once its first adapter was measured."""
     failure: str | None = None
 
     @property
@@ -123,6 +129,8 @@ class Member:
             "train_loss": self.train_loss,
             "tokens": self.tokens,
             "train_s": self.train_s,
+            **no_costs(),
+            **self.costs,
         }
 
     def publish_best(self, n: int) -> None:
@@ -142,18 +150,32 @@ class Member:
         shutil.rmtree(source)
 
 
+def no_costs() -> Report:
+    return dict.fromkeys(COSTS)
+
+
+def costs_of(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """The costs as trials are compared by: a latency to two digits, for it differs by more from timing to timing."""
+    costs = {name: float(measured[name]) for name in names if measured[name] is not None}
+    return {name: float(f"{value:.2g}") if name == "latency_ms" else value for name, value in costs.items()}
+
+
 def failed(n: int, reason: str, progress: Report) -> Report:
     """The last report of a trial that failed: the worst values that a scheduler can compare."""
-    return progress | {
-        "n": n,
-        "loss": FAILED_LOSS,
-        "accuracy": 0.0,
-        "best": False,
-        "best_value": None,
-        "done": True,
-        "finished": False,
-        "error": reason,
-    }
+    return (
+        no_costs()
+        | progress
+        | {
+            "n": n,
+            "loss": FAILED_LOSS,
+            "accuracy": 0.0,
+            "best": False,
+            "best_value": None,
+            "done": True,
+            "finished": False,
+            "error": reason,
+        }
+    )
 
 
 def read_files(folder: Path) -> Files:

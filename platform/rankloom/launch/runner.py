@@ -10,13 +10,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
-from rankloom.launch.membership import BEST, Member, Report, failed
+from rankloom.launch.membership import BEST, Member, Report, costs_of, failed
 from rankloom.planner import HostSize, fit
 
+COST_ROWS = 64
+"""Validation rows among which the prompt for a latency is found."""
 SAFE = 0.9
 """Of the memory that is free: what a host plans with. The rest is for what allocators lose."""
 
@@ -166,7 +169,19 @@ class Runner:
         if export:
             (folder / BEST).mkdir()
             self.host.export(member.key, folder / BEST)
+            member.costs = member.costs or self._costs(folder / BEST)
         member.save(n)
+
+    def _costs(self, adapter: Path) -> dict[str, float]:
+        """What serving an adapter takes, as far as the study asks; its prompts are validation rows."""
+        from rankloom.adapters.weights import load_beside
+        from rankloom.evals.costs import measure_costs
+
+        base, names = self.host.base, self._search.objectives
+        if not names:
+            return {}
+        rows = list(self.host.data.validation.select(COST_ROWS))
+        return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
 
 
 def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device) -> Any:

@@ -7,14 +7,13 @@ each report, one when it ends. It is read back when a study goes on, so a report
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.config.space import Point
-from rankloom.config.study import AshaConfig, is_fusable
+from rankloom.config.study import COSTS, AshaConfig, is_fusable
 
 Status = Literal["running", "done", "stopped", "failed"]
 CURVE = ("step", "percent", "loss", "accuracy", "train_loss", "tokens", "train_s")
@@ -36,6 +35,8 @@ class Standing:
     error: str | None = None
     curve: dict[int, Line] = field(default_factory=dict)
     """Number of the report -> its values."""
+    costs: dict[str, float] = field(default_factory=dict)
+    """Those of `search.objectives` that were measured."""
 
     @property
     def method(self) -> str:
@@ -93,9 +94,11 @@ class Board:
             # an exploit changes the point of a trial that keeps its number
             number = known.number if known else number
             config = self.study.resolve(point, number)
-            self.trials[trial_id] = Standing(trial_id, number, point, config, curve=known.curve if known else {})
+            curve, costs = (known.curve, known.costs) if known else ({}, {})
+            self.trials[trial_id] = Standing(trial_id, number, point, config, curve=curve, costs=costs)
         elif line["event"] == "report":
             self.trials[trial_id].curve[line["n"]] = {name: line[name] for name in CURVE}
+            self.trials[trial_id].costs |= {name: line[name] for name in COSTS if line.get(name) is not None}
         elif line["event"] == "end":
             self.trials[trial_id].status, self.trials[trial_id].error = line["status"], line["error"]
 
@@ -113,10 +116,35 @@ class Board:
     def baseline(self) -> Standing | None:
         return next((trial for trial in self.trials.values() if trial.point.get("warm_start") == 0), None)
 
+    def front(self) -> list[Standing]:
+        """The Pareto front, best by the metric first; empty where the study has no `search.objectives`.
+
+        Of the candidates whose costs are known, those than which no other is as good in all and better in something.
+        """
+        search = self.study.search
+        if not search.objectives:
+            return []
+        measured = [trial for trial in self.candidates() if trial.costs.keys() >= set(search.objectives)]
+        values = [
+            (
+                rank(trial.best(search.metric) or {}, search.metric)[0],
+                *(trial.costs[name] for name in search.objectives),
+            )
+            for trial in measured
+        ]
+
+        def beaten(mine: tuple[float, ...]) -> bool:
+            return any(
+                other != mine and all(theirs <= own for theirs, own in zip(other, mine, strict=True))
+                for other in values
+            )
+
+        return [trial for trial, mine in zip(measured, values, strict=True) if not beaten(mine)]
+
     def finalists(self) -> list[Standing]:
-        """The top k, each method's best, and the baseline: what is scored on the test rows."""
+        """The top k, each method's best, the front and the baseline: what is scored on the test rows."""
         ranking, found = self.candidates(), {}
-        for trial in ranking[: self.study.final.top_k]:
+        for trial in [*ranking[: self.study.final.top_k], *self.front()]:
             found[trial.id] = trial
         methods: set[str] = set()
         for trial in ranking:
@@ -197,10 +225,10 @@ def settings(trial: Standing) -> str:
     )
 
 
-def rows(trials: Iterable[Standing], metric: str) -> list[dict[str, Any]]:
+def rows(board: Board) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
-    found = []
-    for trial in sorted(trials, key=lambda t: t.number):
+    found, metric, front = [], board.study.search.metric, {trial.id for trial in board.front()}
+    for trial in sorted(board.trials.values(), key=lambda t: t.number):
         best, last = trial.best(metric), trial.last or {}
         found.append(
             {
@@ -216,6 +244,8 @@ def rows(trials: Iterable[Standing], metric: str) -> list[dict[str, Any]]:
                 "steps": last.get("step", 0),
                 "tokens": last.get("tokens", 0),
                 "train_s": last.get("train_s", 0.0),
+                **{name: trial.costs.get(name) for name in COSTS},
+                "on_front": trial.id in front,
                 "point": json.dumps(trial.point),
                 "config": json.dumps(dump(trial.config)),
                 "curve": trial.reports,
@@ -236,10 +266,11 @@ def write_results(board: Board, path: Path) -> None:
         [
             ("number", whole), ("trial", text), ("name", text), ("method", text), ("status", text), ("error", text),
             ("best_loss", real), ("best_accuracy", real), ("best_step", whole), ("steps", whole), ("tokens", whole),
-            ("train_s", real), ("point", text), ("config", text), ("curve", curve),
+            ("train_s", real), *((name, real) for name in COSTS), ("on_front", pa.bool_()), ("point", text),
+            ("config", text), ("curve", curve),
         ]
     )  # fmt: skip
-    table = pa.Table.from_pylist(rows(board.trials.values(), board.study.search.metric), schema=schema)
+    table = pa.Table.from_pylist(rows(board), schema=schema)
     staged = path.with_suffix(".staged")
     parquet.write_table(table, staged)
     staged.replace(path)

@@ -12,11 +12,12 @@ import queue
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
+from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
-from rankloom.launch.membership import Report
+from rankloom.launch.membership import Report, costs_of, no_costs
 from rankloom.launch.trainer import Background, failure_of, fit
 
 LEAVE_TIMEOUT_S = 60.0
@@ -29,18 +30,16 @@ POLL_S = 0.2
 def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> Dedicated:
     """The run of a study's trial, begun or not; `folder` is the study's."""
     root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
-    return Dedicated(trial, study.search.best, root, best_folder, cpus)
+    return Dedicated(trial, study.search, root, best_folder, cpus)
 
 
 class Dedicated:
     """One run; see `trainable.Way`."""
 
-    def __init__(
-        self, trial: TrialConfig, mode: Literal["max", "min"], root: Path, best_folder: Path, cpus: int
-    ) -> None:
+    def __init__(self, trial: TrialConfig, search: SearchConfig, root: Path, best_folder: Path, cpus: int) -> None:
         """
         Args:
-            mode: whether the metric is best at its max or min.
+            search: what the study looks for.
             root: the run's output root.
             best_folder: where its adapter goes.
             cpus: cores of a worker.
@@ -48,13 +47,14 @@ class Dedicated:
         tree = dump(trial)
         # what the finalists are measured by is measured when the study ends; its registry is the run's own
         tree["output"] |= {"root": str(root), "publish": True}
-        tree["eval"] |= {"base": False, "latency": False, "retention": None}
+        self._objectives = search.objectives
+        tree["eval"] |= {"base": False, "latency": "latency_ms" in self._objectives, "retention": None}
         tree["compute"] |= {
             "num_workers": max(1, trial.compute.num_workers),
             "cpus_per_worker": trial.compute.cpus_per_worker or cpus,
         }
         self._trial = parse(TrialConfig, tree)
-        self._sign = 1 if mode == "max" else -1
+        self._sign = 1 if search.best == "max" else -1
         self._best_folder = best_folder
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -121,7 +121,7 @@ class Dedicated:
             "done": False,
             "finished": False,
             "error": None,
-        }
+        } | no_costs()
 
     def _end(self, n: int, running: Background) -> Report:
         """The run came to its end, perhaps earlier than its budget: its last evaluation, now with an adapter."""
@@ -133,7 +133,9 @@ class Dedicated:
             raise failure_of(error).error from None
         self._keep(outcome)
         train_s = float(outcome["scorecard"]["train_s"])
-        return self._last | {"n": n + 1, "percent": 100.0, "train_s": train_s, "done": True, "finished": True}
+        measured = {"memory_bytes": outcome["memory_bytes"], "latency_ms": outcome["scorecard"]["result"]["latency_ms"]}
+        costs = costs_of(measured, self._objectives)
+        return self._last | costs | {"n": n + 1, "percent": 100.0, "train_s": train_s, "done": True, "finished": True}
 
     def _keep(self, outcome: dict[str, Any]) -> None:
         staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")

@@ -1,6 +1,6 @@
-"""The end of a study, in its driver: who is scored, under which names they are published, and what is told of them.
+"""The end of a study, the driver's half: who is scored and published, and what the study says of them.
 
-The work itself, `final.py`, is done in a host's process, which has torch and a device.
+`final.py` is the other half, in a host's process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from rankloom.search.journal import Journal, Tell
 
 
 def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
-    """Score the finalists on the test rows and publish the winners."""
+    """Score the finalists on the test rows and publish the winners.
+
+    Raises:
+        TrialError: none of them could be scored.
+    """
     import ray
 
     board = journal.board
@@ -56,7 +60,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     except Exception as error:
         cause = getattr(error, "cause", error)
         raise failure_of(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_row(study, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+    rows = [_row(board, trial, result) for trial, result in zip(finalists, scored, strict=True)]
     sound = [row for row in rows if row["error"] is None]
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
@@ -65,6 +69,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
     return {
         "winner": winner,
+        "front": [row for row in sound if row["on_front"]],
         "baseline": baseline,
         "finalists": rows,
         "registry": registry,
@@ -82,11 +87,13 @@ def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list
 
 
 def names_of(trial: Standing, board: Board) -> list[str]:
-    """What a finalist is published as: the winner under the study's name, each method's best under its own."""
+    """What a finalist is published as: the winner under the study's name, the best of each method, and the front."""
     ranking = board.candidates()
     names = [board.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
         names.append(f"{board.study.name}-{trial.method}")
+    if trial in board.front():
+        names.append(f"{board.study.name}-front")
     return names
 
 
@@ -103,8 +110,8 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) 
     return bool(ours["loss"] < theirs["loss"])
 
 
-def _row(study: StudyConfig, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
-    best = trial.best(study.search.metric) or {}
+def _row(board: Board, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
+    best = trial.best(board.study.search.metric) or {}
     return {
         "trial": trial.id,
         "number": trial.number,
@@ -112,6 +119,8 @@ def _row(study: StudyConfig, trial: Standing, result: dict[str, Any]) -> dict[st
         "method": trial.method,
         "point": trial.point,
         "validation": {"loss": best.get("loss"), "accuracy": best.get("accuracy"), "step": best.get("step")},
+        "costs": trial.costs,
+        "on_front": trial in board.front(),
         "scorecard": result.get("scorecard"),
         "published": result["published"],
         "error": result["error"],

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from ray import tune
 
+from rankloom.config.study import COSTS
+from rankloom.errors import TrialError
 from rankloom.search.board import CURVE, Board, Line
 
 Event = dict[str, Any]
@@ -24,7 +26,7 @@ STATUS_EVERY_S = 1.0
 
 
 class Journal(tune.Callback):  # type: ignore[misc]
-    """Writes the journal, keeps the board, tells the caller. It is never pickled: see `__reduce__`."""
+    """Writes the journal, keeps the board, tells the caller."""
 
     def __init__(self, board: Board, path: Path, tell: Tell, hosts: Any, stop: threading.Event) -> None:
         self.board = board
@@ -41,9 +43,6 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._trials: list[Any] = []
         self._statuses: dict[str, str] = {}
 
-    def __reduce__(self) -> Any:
-        return _Nothing, ()  # Tune pickles callbacks into its own state; a study that goes on brings another
-
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._points.get(trial.trial_id) != trial.config:  # not after a pause, unless an exploit changed it
             self._points[trial.trial_id] = dict(trial.config)
@@ -56,7 +55,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
             self.fatal = self.fatal or (result["error"] if result.get("fatal") else None)
             return
         line = {"event": "report", "trial": trial.trial_id, "n": result["n"], "best": result["best"]}
-        self._write(line | {name: result[name] for name in CURVE})
+        self._write(line | {name: result[name] for name in (*CURVE, *COSTS)})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
@@ -74,7 +73,10 @@ class Journal(tune.Callback):  # type: ignore[misc]
         # at the end of a run that was stopped, Tune calls every trial terminated, though it saved them as running
         self._statuses = {trial.trial_id: trial.status for trial in trials}
         self._poll()
-        if (self._stop.is_set() or self.fatal) and threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.fatal is not None and not in_main:
+            raise TrialError(self.fatal)  # Tune ends its trials, and the run with this
+        if (self._stop.is_set() or self.fatal) and in_main:
             self._stop.clear()
             signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
 
@@ -130,32 +132,3 @@ class Journal(tune.Callback):  # type: ignore[misc]
         eta = elapsed / done * (1 - self.board.share_done) if done > 0 else None
         summary = self.board.summary() | {"hosts": list(self.host_stats.values()), "elapsed_s": elapsed, "eta_s": eta}
         self._tell({"event": "status"} | summary)
-
-
-class _Nothing(tune.Callback):  # type: ignore[misc]
-    """What is left of a journal in Tune's pickled state."""
-
-
-class StopWhenFatal(tune.Stopper):  # type: ignore[misc]
-    """Ends the study where every trial would fail for the same reason, and the journal can't interrupt it."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal: Journal | None = journal
-
-    def __reduce__(self) -> Any:
-        return _Never, ()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        in_a_thread = threading.current_thread() is not threading.main_thread()
-        return in_a_thread and self._journal is not None and self._journal.fatal is not None
-
-
-class _Never(tune.Stopper):  # type: ignore[misc]
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return False

@@ -10,6 +10,8 @@ import math
 import random
 from typing import Any
 
+from ray import tune
+
 from rankloom.config.space import Choice, Knob, LogUniform, Point, RandInt
 from rankloom.config.study import StudyConfig
 
@@ -48,15 +50,54 @@ def suggest(study: StudyConfig, trial: Any) -> None:
             trial.suggest_float(at, *knob.bounds, log=isinstance(knob, LogUniform))
 
 
+def flat(study: StudyConfig) -> dict[str, Any]:
+    """Ray Tune's domains of all branches' knobs, side by side: for searchers that know no conditions."""
+    branches = len(study.space)
+    domains: dict[str, Any] = {BRANCH: tune.choice(list(range(branches)))} if branches > 1 else {}
+    for branch, knobs in enumerate(study.knobs):
+        for name, knob in knobs.items():
+            if isinstance(knob, Choice):
+                domain: Any = tune.choice(_options(knob))
+            elif isinstance(knob, RandInt):
+                domain = tune.randint(knob.randint[0], knob.randint[1] + 1)
+            elif isinstance(knob, LogUniform):
+                domain = tune.loguniform(*knob.loguniform)
+            else:
+                domain = tune.uniform(*knob.uniform)
+            domains[f"{branch}:{name}"] = domain
+    return domains
+
+
 def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
     """The point that a searcher's flat parameters mean."""
     branch = int(params.get(BRANCH, 0))
     point: Point = {BRANCH: branch}
     for name, knob in study.knobs[branch].items():
         value = params[f"{branch}:{name}"]
-        by_index = isinstance(knob, Choice) and _options(knob) is not knob.choice
-        point[name] = knob.choice[int(value)] if by_index and isinstance(knob, Choice) else value
+        if isinstance(knob, Choice):
+            point[name] = value if _options(knob) is knob.choice else knob.choice[int(value)]
+        elif isinstance(knob, RandInt):
+            point[name] = int(value)
+        else:  # some searchers give numpy's numbers, or pass a bound by a rounding
+            low, high = knob.bounds
+            point[name] = min(max(float(value), low), high)
     return point
+
+
+def params_of(study: StudyConfig, point: Point, *, all_branches: bool = False) -> dict[str, Any]:
+    """The flat parameters of a point: the inverse of `point_of`.
+
+    Args:
+        all_branches: give the knobs of the branches that are not chosen some value too.
+    """
+    params: dict[str, Any] = {BRANCH: point[BRANCH]} if len(study.space) > 1 else {}
+    for branch, knobs in enumerate(study.knobs):
+        if branch == point[BRANCH] or all_branches:
+            for name, knob in knobs.items():
+                value = point[name] if branch == point[BRANCH] else knob.ends()[0]
+                by_index = isinstance(knob, Choice) and _options(knob) is not knob.choice
+                params[f"{branch}:{name}"] = knob.choice.index(value) if by_index else value  # type: ignore[union-attr]
+    return params
 
 
 def mutations(study: StudyConfig) -> dict[str, Any]:

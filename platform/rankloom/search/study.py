@@ -2,10 +2,12 @@
 
     decide    whether the study starts, goes on or is finished, before Ray does anything
     search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
+              (`tuning.py`)
     journal   the driver writes down each report, keeps the board and tells the caller (`journal.py`, `board.py`)
     finish    the best by validation are scored on the test rows and published (`finish.py`); results.parquet
 
-The study's folder, `<output.root>/studies/<name>`, holds study.yaml, journal.jsonl, adapters/<trial> (each trial's
+The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (what the searcher began with),
+journal.jsonl, adapters/<trial> (each trial's
 best), dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet
 and result.json.
 """
@@ -13,13 +15,8 @@ and result.json.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,24 +25,19 @@ import yaml
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
 from rankloom.config.study import PbtConfig, is_fusable
-from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.errors import ConfigError, TrialError
 from rankloom.launch import cluster
-from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import absolute, changes, hold
-from rankloom.launch.trainer import failure_of
-from rankloom.search.board import Board, write_results
+from rankloom.search.board import write_results
 from rankloom.search.finish import finish
-from rankloom.search.journal import Event, Journal, StopWhenFatal
+from rankloom.search.journal import Tell
+from rankloom.search.known import Knowledge
+from rankloom.search.tuning import JOURNAL, running_hosts, search
 
-STUDY, JOURNAL, RESULT, RESULTS, TUNE = "study.yaml", "journal.jsonl", "result.json", "results.parquet", "tune"
+STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = ("hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.")
 """Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune goes on with."""
-TRIAL_CPUS = 0.001
-"""A trial only waits for its host."""
-SAVE_EVERY_S = "3"
-"""Between two savings of Ray Tune's state: what a killed driver forgets."""
 
-Tell = Callable[[Event], None]
 Decision = Literal["start", "resume", "finished"]
 
 
@@ -80,17 +72,19 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     if decision == "finished":
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
         return finished
-    _check(study)
+    knowledge = Knowledge.read(folder / KNOWN) if decision == "resume" else Knowledge.gather(study)
+    _check(study, knowledge)
     if decision == "start":  # what a study left that never trained
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
+    knowledge.write(folder / KNOWN)
+    if study.search.priors:
+        on_event({"event": "phase", "phase": "priors", "message": _told(knowledge)})
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), _hosts(study) as hosts:
-        journal = _search(study, folder, hosts, on_event, stop)
+    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), running_hosts(study) as hosts:
+        journal = search(study, knowledge.points, folder, hosts, on_event, stop)
         board = journal.board
-        if journal.fatal is not None:
-            raise TrialError(journal.fatal)
         write_results(board, folder / RESULTS)
         outcome = {
             "name": study.name,
@@ -98,6 +92,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
             "results": str(folder / RESULTS),
             "counts": board.counts(),
             "num_refused": board.num_refused,
+            "priors": knowledge.counts,
             "tokens": board.tokens,
             "hosts": list(journal.host_stats.values()),
         }
@@ -163,6 +158,7 @@ def resolved(study: StudyConfig) -> StudyConfig:
         tree["trial"] | {"output": {"root": study.baseline.output.root} | tree["trial"].get("output", {})}
     )
     tree["space"] = [_absolute(branch) for branch in tree["space"]]
+    tree["search"]["priors"] = [absolute(place, must_exist=False) for place in tree["search"]["priors"]]
     tree["search"]["warm_start"] = [_absolute(fragment) for fragment in tree["search"]["warm_start"]]
     return parse(StudyConfig, tree)
 
@@ -186,13 +182,18 @@ def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check(study: StudyConfig) -> None:
+def _told(knowledge: Knowledge) -> str:
+    skipped = "".join(f"; {count} left out: {reason}" for reason, count in knowledge.skipped.items())
+    return f"the searcher knows {len(knowledge.priors)} earlier trials{skipped}"
+
+
+def _check(study: StudyConfig, knowledge: Knowledge) -> None:
     """What needs Ray Tune to be known, and is still known before anything starts."""
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.searchers import StudySearcher
 
     build_scheduler(study)
-    StudySearcher(study)
+    StudySearcher(study, knowledge.points)
     if isinstance(study.scheduler, PbtConfig):
         for trial in study.members():
             if not is_fusable(trial):
@@ -200,103 +201,3 @@ def _check(study: StudyConfig) -> None:
                     f"scheduler.type=pbt copies weights between members of hosts, which method.type="
                     f"{trial.method.type} as it is set here can't be; use lora or dora, or another scheduler"
                 )
-
-
-@contextmanager
-def _hosts(study: StudyConfig) -> Iterator[Any]:
-    """The actor that opens and shares out the study's hosts, which end with it."""
-    import ray
-
-    hosts = ray.remote(Hosts).options(max_concurrency=1000, **cluster.beside_me()).remote(dump(study), cluster.alive())
-    try:
-        yield hosts
-    finally:
-        ray.get(hosts.close.remote())
-        ray.kill(hosts)
-
-
-def _search(study: StudyConfig, folder: Path, hosts: Any, tell: Tell, stop: threading.Event) -> Journal:
-    """Run Ray Tune until the study is searched, stopped or hopeless."""
-    import ray
-
-    opened = ray.get(hosts.prepare.remote())
-    if opened:
-        tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
-    for noisy in ("ray.tune", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
-    journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        from rankloom.search.stage import on_stage
-
-        # a trial that can't be fused drives a Ray Train run, which wants a process of its own
-        with on_stage() if all(map(is_fusable, study.members())) else nullcontext():
-            _tuner(study, folder, hosts, journal).fit()
-        journal.reconcile()
-        journal.take_stats(ray.get(hosts.stats.remote()))
-        journal.tell_status()
-    except RankloomError:
-        raise
-    except Exception as error:
-        raise failure_of(error).error from None
-    finally:
-        with suppress(ValueError):  # not in the main thread, where Ray Tune leaves its own handler
-            signal.signal(signal.SIGINT, on_interrupt)
-        journal.close()
-    return journal
-
-
-def _tuner(study: StudyConfig, folder: Path, hosts: Any, journal: Journal) -> Any:
-    from ray import tune
-
-    from rankloom.search.schedulers import build_scheduler
-    from rankloom.search.searchers import StudySearcher, population
-    from rankloom.search.trainable import StudyTrial
-
-    plan = share_out(study, cluster.alive())
-    slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
-    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 2)
-    concurrent = min(study.num_trials, slots + waiting)
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            StudyTrial, study=dump(study), hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
-        ),
-        {"cpu": TRIAL_CPUS},
-    )
-    stopper = StopWhenFatal(journal)
-    if tune.Tuner.can_restore(str(folder / TUNE)):
-        tuner = tune.Tuner.restore(str(folder / TUNE), trainable, resume_errored=True)
-        # what was pickled with the study knew the last driver's terminal and files
-        run_config = tuner._local_tuner.get_run_config()
-        run_config.callbacks, run_config.stop = [journal], stopper
-        return tuner
-    is_population = isinstance(study.scheduler, PbtConfig)
-    return tune.Tuner(
-        trainable,
-        param_space=population(study) if is_population else None,
-        tune_config=tune.TuneConfig(
-            metric=study.search.metric,
-            mode=study.search.best,
-            search_alg=None if is_population else StudySearcher(study),
-            scheduler=build_scheduler(study),
-            num_samples=1 if is_population else study.num_trials,
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trial.trial_id,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=TUNE,
-            storage_path=str(folder),
-            stop=stopper,
-            callbacks=[journal],
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=study.hosts.max_failures),
-            # an exploit may come late to the checkpoint that it copies
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
-        ),
-    )

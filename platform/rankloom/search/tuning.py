@@ -1,0 +1,132 @@
+"""The search itself: Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts.
+
+`tune.run` and not `tune.Tuner`: a restored Tuner keeps the callbacks that were pickled with it, which knew the last
+driver's terminal and files, and has no public way to be given others. `tune.run` takes them each time, and goes on
+from the state in the study's folder where there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import StudyConfig, dump
+from rankloom.config.study import PbtConfig, is_fusable
+from rankloom.errors import RankloomError, TrialError
+from rankloom.launch import cluster
+from rankloom.launch.hosts import Hosts, groups, share_out
+from rankloom.launch.trainer import failure_of
+from rankloom.search.board import Board
+from rankloom.search.journal import Journal, Tell
+from rankloom.search.proposers import Known
+
+JOURNAL, TUNE = "journal.jsonl", "tune"
+TRIAL_CPUS = 0.001
+"""A trial only waits for its host."""
+SAVE_EVERY_S = "3"
+"""Between two savings of Ray Tune's state: what a killed driver forgets."""
+
+
+@contextmanager
+def running_hosts(study: StudyConfig) -> Iterator[Any]:
+    """The actor that opens and shares out the study's hosts, which end with it."""
+    import ray
+
+    hosts = ray.remote(Hosts).options(max_concurrency=1000, **cluster.beside_me()).remote(dump(study), cluster.alive())
+    try:
+        yield hosts
+    finally:
+        ray.get(hosts.close.remote())
+        ray.kill(hosts)
+
+
+def search(
+    study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, tell: Tell, stop: threading.Event
+) -> Journal:
+    """Run Ray Tune until the study is searched, stopped or hopeless.
+
+    Raises:
+        RankloomError: what no trial of the study could be spared.
+    """
+    import ray
+
+    opened = ray.get(hosts.prepare.remote())
+    if opened:
+        tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+    for noisy in ("ray.tune", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
+    journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        from rankloom.search.stage import on_stage
+
+        # a trial that can't be fused drives a Ray Train run, which wants a process of its own
+        with on_stage() if all(map(is_fusable, study.members())) else nullcontext():
+            _tune(study, known, folder, hosts, journal)
+        if journal.fatal is not None:
+            raise TrialError(journal.fatal)
+        journal.reconcile()
+        journal.take_stats(ray.get(hosts.stats.remote()))
+        journal.tell_status()
+    except RankloomError:
+        raise
+    except Exception as error:
+        raise failure_of(error).error from None
+    finally:
+        with suppress(ValueError):  # not in the main thread, where Ray Tune leaves its own handler
+            signal.signal(signal.SIGINT, on_interrupt)
+        journal.close()
+    return journal
+
+
+def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, journal: Journal) -> None:
+    from ray import tune
+
+    from rankloom.search.schedulers import build_scheduler
+    from rankloom.search.searchers import StudySearcher, population
+    from rankloom.search.trainable import StudyTrial
+
+    plan = share_out(study, cluster.alive())
+    slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
+    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 2)
+    concurrent = min(study.num_trials, slots + waiting)
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    trainable = tune.with_parameters(
+        StudyTrial, study=dump(study), hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
+    )
+    is_population = isinstance(study.scheduler, PbtConfig)
+    tune.run(
+        tune.with_resources(trainable, {"cpu": TRIAL_CPUS}),
+        name=TUNE,
+        storage_path=str(folder),
+        resume="AUTO+ERRORED",
+        metric=study.search.metric,
+        mode=study.search.best,
+        config=population(study, known) if is_population else None,
+        search_alg=None if is_population else StudySearcher(study, known),
+        num_samples=1 if is_population else study.num_trials,
+        scheduler=build_scheduler(study),
+        max_concurrent_trials=concurrent,
+        reuse_actors=True,
+        trial_name_creator=_id_of,
+        trial_dirname_creator=_id_of,
+        callbacks=[journal],
+        max_failures=study.hosts.max_failures,
+        raise_on_failed_trial=False,
+        # an exploit may come late to the checkpoint that it copies
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
+        verbose=0,
+    )
+
+
+def _id_of(trial: Any) -> str:
+    return str(trial.trial_id)

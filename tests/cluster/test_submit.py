@@ -66,6 +66,52 @@ def test_ray_job_submit_from_the_source_tree(dashboard: str, tiny_trial: Make, t
     assert Registry(tmp_path / "out" / "registry").verify("tiny@1").trial["method"]["rank"] == 4
 
 
+def study_of(trial: dict[str, Any], **search: Any) -> dict[str, Any]:
+    space = {
+        "method": {"type": "lora", "rank": {"choice": [2, 4]}},
+        "optim": {"learning_rate": {"choice": [1e-3, 1e-2]}},
+    }
+    shared = {key: value for key, value in trial.items() if key != "name"}
+    return {
+        "name": "tiny", "trial": shared, "space": [space], "search": search, "hosts": {"num_slots": 2},
+        "scheduler": {"type": "fifo"}, "final": {"top_k": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_study_is_submitted_and_goes_on_as_one(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_of(tiny_trial(), num_trials=3)))
+    command = ["-m", "rankloom.cli", "submit", "tune", "study.yaml", "--address", dashboard, "--follow"]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: data.train=" in done.stderr
+    assert "winner   tiny-000" in done.stdout
+    result = json.loads((tmp_path / "out" / "studies" / "tiny" / "result.json").read_text())
+    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    assert Registry(tmp_path / "out" / "registry").verify("tiny@1").lineage.study == "tiny"
+
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "study 'tiny' exists" in again.stdout
+    assert run(*command, "--resume", cwd=tmp_path).returncode == 0  # a finished one: its result once more
+
+    wrong = run(*command, "search.num_trials=0", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "search.num_trials" in wrong.stderr  # before anything was sent
+
+
+@pytest.mark.slow
+def test_ray_job_submit_of_a_study_from_the_source_tree(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_of(tiny_trial(), algorithm="grid")))
+    job = ["python", "jobs/tune.py", str(tmp_path / "study.yaml"), "search.num_trials=2", "--json"]
+    submit = ["job", "submit", "--address", dashboard, "--working-dir", str(REPO)]
+    done = run("-m", "ray.scripts.scripts", *submit, "--", *job, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "studies" / "tiny" / "result.json").read_text())
+    assert result["status"] == "done"
+    assert result["counts"]["done"] == 2
+
+
 def test_a_job_that_fails_says_why(dashboard: str, tmp_path: Path) -> None:
     command = ["-m", "rankloom.cli", "submit", "evaluate", "no-such-adapter", "--registry", str(tmp_path / "registry")]
     done = run(*command, "--address", dashboard, "--follow", cwd=tmp_path)

@@ -10,12 +10,15 @@ import typer
 from rankloom.cli.configs import find_config
 from rankloom.cli.evaluate import is_config
 from rankloom.cli.train import Config, Overrides
+from rankloom.cli.tune import Study
 from rankloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from rankloom.launch.submit import Job
 
-app = typer.Typer(name="submit", no_args_is_help=True, help="Run train or evaluate on a Ray cluster, as a Ray job.")
+app = typer.Typer(
+    name="submit", no_args_is_help=True, help="Run train, tune or evaluate on a Ray cluster, as a Ray job."
+)
 
 Address = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://head:8265.")
@@ -51,6 +54,22 @@ def submit_train(
     _submit("train", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
 
 
+@app.command("tune", epilog=_NOTE)
+def submit_tune(
+    config: Study,
+    address: Address,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study of this name.")] = False,
+    follow: Follow = False,
+    working_dir: WorkingDir = None,
+) -> None:
+    """Search for the best trial on a cluster; trial.output.root must be a folder that all its nodes share.
+
+    Example: rankloom submit tune study.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
+    """
+    _submit("tune", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+
+
 @app.command("evaluate", epilog=_NOTE)
 def submit_evaluate(
     subject: Annotated[
@@ -80,25 +99,27 @@ def _submit(
     follow: bool,
     working_dir: Path | None,
 ) -> None:
-    from rankloom.config import TrialConfig, load
-    from rankloom.launch.submit import TRIAL_FILE, local_paths, submit
+    from rankloom.config import StudyConfig, TrialConfig, load
+    from rankloom.launch.submit import CONFIG_FILE, local_paths, submit
 
-    shipped_trial = None
-    if verb == "train" or is_config(subject):
+    shipped = None
+    if verb != "evaluate" or is_config(subject):
         path = find_config(subject)
-        trial = load(TrialConfig, path, overrides)
+        config: StudyConfig | TrialConfig = (
+            load(StudyConfig, path, overrides) if verb == "tune" else load(TrialConfig, path, overrides)
+        )
         if working_dir is None:
-            for place in local_paths(trial):
+            for place in local_paths(config):
                 typer.secho(
                     f"warning: {place} lies on this machine; the cluster looks for it on its own: give a URL, or "
                     f"--working-dir", fg=typer.colors.YELLOW, err=True,
                 )  # fmt: skip
-            shipped_trial, arguments = trial, [TRIAL_FILE]
+            shipped, arguments = config, [CONFIG_FILE]
         else:
             arguments = [_inside(path, working_dir, subject), *overrides]
     else:
         arguments = [subject, *overrides]
-    job = submit([verb, *arguments, *options], address=address, trial=shipped_trial, working_dir=working_dir)
+    job = submit([verb, *arguments, *options], address=address, config=shipped, working_dir=working_dir)
     typer.echo(f"submitted {job.id} to {address}", err=True)
     if not follow:
         typer.echo(job.hints, err=True)

@@ -10,7 +10,7 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 import yaml
 
 import rankloom
-from rankloom.config import TrialConfig, dump
+from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.launch.cluster import check_answers
 
 POLL_EVERY_S = 1.0
-TRIAL_FILE = "trial.yaml"
+CONFIG_FILE = "config.yaml"
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT")
 """What the job is told of this environment: names of services. Keys and tokens are the cluster's own."""
 
@@ -48,13 +48,17 @@ class Job:
 
 
 def submit(
-    arguments: Sequence[str], *, address: str, trial: TrialConfig | None = None, working_dir: Path | None = None
+    arguments: Sequence[str],
+    *,
+    address: str,
+    config: TrialConfig | StudyConfig | None = None,
+    working_dir: Path | None = None,
 ) -> Job:
     """Start `rankloom <arguments>` on the cluster.
 
     Args:
-        trial: written as `trial.yaml` into the job's working folder.
-        working_dir: shipped instead; it can't be had together with `trial`.
+        config: written as `config.yaml` into the job's working folder.
+        working_dir: shipped instead; it can't be had together with `config`.
 
     Raises:
         RankloomError: the cluster can't be reached or refuses the job.
@@ -65,8 +69,8 @@ def submit(
     if "://" in os.environ.get("RANKLOOM_REGISTRY", ""):
         environment["RANKLOOM_REGISTRY"] = os.environ["RANKLOOM_REGISTRY"]
     with TemporaryDirectory(prefix="rankloom-") as scratch:
-        if trial is not None:
-            (Path(scratch) / TRIAL_FILE).write_text(yaml.safe_dump(dump(trial), sort_keys=False), encoding="utf-8")
+        if config is not None:
+            (Path(scratch) / CONFIG_FILE).write_text(yaml.safe_dump(dump(config), sort_keys=False), encoding="utf-8")
         runtime_env = {
             "working_dir": str(working_dir or scratch),
             "py_modules": [str(Path(rankloom.__file__).parent)],
@@ -103,9 +107,17 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
     return info.driver_exit_code or 1
 
 
-def local_paths(trial: TrialConfig) -> list[str]:
+def local_paths(config: TrialConfig | StudyConfig) -> list[str]:
     """`setting=path` of inputs that are files of this machine, which a cluster will not find."""
-    places = {"model.id": trial.model.id}
+    trials = [config] if isinstance(config, TrialConfig) else [config.baseline, *config.members()]
+    places = [f"{key}={place}" for trial in trials for key, place in _inputs(trial) if _is_here(place)]
+    if isinstance(config, StudyConfig):
+        places += [f"search.priors={place}" for place in config.search.priors if _is_here(place)]
+    return list(dict.fromkeys(places))
+
+
+def _inputs(trial: TrialConfig) -> Iterator[tuple[str, str]]:
+    yield "model.id", trial.model.id
     for key, source in (
         ("data.train", trial.data.train),
         ("data.validation", trial.data.validation),
@@ -113,8 +125,11 @@ def local_paths(trial: TrialConfig) -> list[str]:
         ("eval.retention", trial.eval.retention),
     ):
         if source is not None:
-            places[key] = source.path
-    return [f"{key}={place}" for key, place in places.items() if Path(place).expanduser().exists()]
+            yield key, source.path
+
+
+def _is_here(place: str) -> bool:
+    return Path(place).expanduser().exists()
 
 
 def _client(address: str) -> Any:

@@ -28,7 +28,6 @@ from rankloom.serving.protocol import Delta, Request, Resident, Stats
 from rankloom.serving.row import Row
 from rankloom.serving.stream import Mailbox, Stream
 
-
 SWITCH_S = 0.0005
 """How long one Python thread keeps others waiting; the longest gaps between tokens while adapters are loaded were
 measured to be a third of those at Python's 5 ms."""

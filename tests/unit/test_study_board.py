@@ -199,7 +199,8 @@ def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
 
 def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> None:
     share = {"value": 0.8, "low": 0.7, "high": 0.9}
-    scorecard = {"result": {"accuracy": share, "exact_match": None, "loss": 0.5}}
+    measures = {"accuracy": share, "exact_match": None, "loss": 0.5}
+    scorecard = {"result": measures, "base": measures | {"loss": 9.0}}
     validation = {"accuracy": 0.75, "loss": 0.6, "step": 3}
     winner = {"trial": "t3", "number": 3, "name": "s-0003", "method": "lora", "validation": validation, "error": None}
     winner |= {"scorecard": scorecard, "published": ["s@1", "s-lora@1"]}
@@ -219,12 +220,13 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     assert study_view.result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),
         ("s-0000 (baseline)", "lora", "75.0 %", "gone", "", ""),
+        ("base, untuned", "", "", "80.0 % [70.0, 90.0]", "9.0000", ""),
     ]
     measured = {"costs": {"memory_bytes": 2.5e8, "latency_ms": 31.0}, "on_front": True}
     finalists = [winner | measured, broken | {"costs": {}, "on_front": False}]
     header, *rows = study_view.result_rows(result | {"finalists": finalists, "front": finalists[:1]})
     assert header[5:] == ("front", "memory", "latency", "published")
-    assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", "")]
+    assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", ""), ("", "", "")]
     text = "\n".join(study_view.result_lines(result, "study.yaml"))
     assert "on the test rows it is NOT better than the baseline, s-0000" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text

@@ -126,7 +126,7 @@ def value(number: float, metric: str) -> str:
 
 
 def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The finalists, best by validation first, with a header."""
+    """The finalists, best by validation first, with a header; then the untuned base."""
     front = bool(result["front"])
     costs = ("front", "memory", "latency") if front else ()
     rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", *costs, "published")]
@@ -134,17 +134,21 @@ def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     for row in result["finalists"]:
         validation = row["validation"]
         metric = "loss" if validation["accuracy"] is None else "accuracy"
-        test, loss = row["error"] or "", ""
-        if row["scorecard"]:
-            scored = row["scorecard"]["result"]
-            share = scored["accuracy"] or scored["exact_match"]
-            test = interval(share) if share else ""
-            loss = f"{scored['loss']:.4f}"
+        test, loss = tested(row["scorecard"]["result"]) if row["scorecard"] else (row["error"] or "", "")
         name = row["name"] + (" (baseline)" if row["trial"] == baseline else "")
         shown = value(validation[metric], metric)
         measured = cost_cells(row) if front else ()
         rows.append((name, row["method"], shown, test, loss, *measured, ", ".join(row["published"])))
+    base = next((row["scorecard"]["base"] for row in result["finalists"] if row["scorecard"]), None)
+    if base is not None:
+        rows.append(("base, untuned", "", "", *tested(base), *("" for _ in costs), ""))
     return rows
+
+
+def tested(measures: dict[str, Any]) -> tuple[str, str]:
+    """What the test rows say: the share of right answers, and the loss."""
+    share = measures["accuracy"] or measures["exact_match"]
+    return interval(share) if share else "", f"{measures['loss']:.4f}"
 
 
 def cost_cells(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -94,7 +94,7 @@ def test_built_in_data_is_there(installed: Path, tmp_path: Path) -> None:
 
 
 def test_serve_application_is_importable(installed: Path, tmp_path: Path) -> None:
-    load = "from {} import build\nprint(type(build({{'adapters': 'a'}})).__name__, build.__module__)"
+    load = "from {} import build\nprint(type(build({{'base': 'builtin:smollm2'}})).__name__, build.__module__)"
     for module in ("rankloom.deploy.app", "rankloom.shipped.serve.app"):
         assert run(installed, tmp_path, "-c", load.format(module)).split() == ["Application", "rankloom.deploy.app"]
 

@@ -29,7 +29,19 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["train"], ["evaluate"], ["submit", "train"], ["doctor"], ["schema"], ["adapters"]]
+    "verb",
+    [
+        [],
+        ["train"],
+        ["tune"],
+        ["serve"],
+        ["evaluate"],
+        ["submit", "train"],
+        ["doctor"],
+        ["schema"],
+        ["adapters"],
+        ["keys"],
+    ],
 )
 def test_help_is_light(verb: list[str]) -> None:
     code = (
@@ -41,7 +53,7 @@ def test_help_is_light(verb: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy: []\n")
-    if verb not in ([], ["adapters"]):
+    if verb not in ([], ["adapters"], ["keys"]):
         assert "Example" in done.stdout
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from rankloom.cli.tables import print_table
 from rankloom.paths import keys_file
 
 app = typer.Typer(
@@ -56,6 +55,7 @@ def list_keys(file: File, as_json: Json = False) -> None:
 
     Example: rankloom keys list
     """
+    from rankloom.cli.tables import print_table
     from rankloom.serving.keys import KeyFile
 
     keys = [key.model_dump(mode="json", exclude={"sha256"}) for key in KeyFile(file).list()]

@@ -309,6 +309,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def in_out(linear: nn.Module) -> tuple[int, int]:
+    """A linear's widths, whatever it is quantised to."""
+    if isinstance(linear, Conv1D):
+        num_in, num_out = linear.weight.shape
+        return num_in, num_out
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
+
+
 def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
     """Full names of the linear layers that `targets` means; the head is never one of them.
 

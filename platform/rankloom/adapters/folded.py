@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom.adapters.site import scaling_of
 from rankloom.adapters.weights import PREFIX, read_adapter
 from rankloom.errors import RegistryError
-from rankloom.models import is_linear
+from rankloom.models import in_out, is_linear
 from rankloom.registry.checks import CONFIG, WEIGHTS
 
 
@@ -113,15 +113,6 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
             f"{folder / WEIGHTS}: tensor {min(reader.tensors)} has no place in the base with this {CONFIG}"
         )
     return Folded(linears, embeddings, whole)
-
-
-def in_out(linear: nn.Module) -> tuple[int, int]:
-    """A linear's widths, whatever it is quantised to."""
-    if isinstance(linear, Conv1D):
-        num_in, num_out = linear.weight.shape
-        return num_in, num_out
-    assert isinstance(linear, nn.Linear)
-    return linear.in_features, linear.out_features
 
 
 def _is_kept(name: str, modules_to_save: list[str] | None) -> bool:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.folded import Factors, Folded, in_out
+from rankloom.adapters.folded import Factors, Folded
 from rankloom.adapters.grouped import Groups, Stacked, scale_spans, shift_spans
-from rankloom.models import is_linear
+from rankloom.models import in_out, is_linear
 from rankloom.onednn import packed
 
 FEW = 8

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom.adapters.grouped import Groups, grouped_linear, grouped_lora, scale_rows
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
-from rankloom.models import find_target_linears
+from rankloom.models import find_target_linears, in_out
 from rankloom.onednn import FrozenLinear
 
 
@@ -72,14 +72,10 @@ class Site:
         self.name, self.module = name, module
         self.base: Callable[[Tensor], Tensor] = module.forward
         """The linear as it was before the bank."""
-        if isinstance(module, Conv1D):
-            self.num_in, self.num_out = module.weight.shape
-        else:
-            assert isinstance(module, nn.Linear)
-            self.num_in, self.num_out = module.in_features, module.out_features
+        self.num_in, self.num_out = in_out(module)
         self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
         """Whether W is at hand as it is: neither quantised nor computed with in a way of its own."""
-        device = module.weight.device
+        device = module.get_parameter("weight").device
         self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))
         self.b_KOR = nn.Parameter(torch.zeros(num_slots, self.num_out, max_rank, device=device))
         self.m_KO = nn.Parameter(torch.zeros(num_slots, self.num_out, device=device)) if with_magnitudes else None

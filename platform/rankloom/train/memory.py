@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
-from rankloom.models import Base, decoder_layers, find_target_linears
+from rankloom.models import Base, decoder_layers, find_target_linears, in_out
 from rankloom.planner import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
@@ -48,7 +47,7 @@ def free_bytes(device: torch.device) -> float | None:
 def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Shape:
     """A loaded base as the planner sees it."""
     modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
-    linears = {name: _size(modules[name]) for name in find_target_linears(base.model, "all-linear")}
+    linears = {name: in_out(modules[name]) for name in find_target_linears(base.model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
     train = data.report.splits["train"]
     act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
@@ -63,10 +62,3 @@ def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Sha
         quantization=base.quantization,
         value_bytes=base.model.get_input_embeddings().weight.element_size(),
     )
-
-
-def _size(linear: nn.Module) -> tuple[int, int]:
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    wide, high = linear.get_parameter("weight").shape  # a Conv1D
-    return wide, high

@@ -1,6 +1,7 @@
 # Each target does its own set-up: `make test` or `make demo` is all that a fresh checkout needs.
 #
-#   make demo    the quickstart study: eight LoRA and DoRA trials of SmolLM2-135M share one base; the best are published
+#   make demo    the quickstart study: eight LoRA and DoRA trials of SmolLM2-135M share one base; the best are published,
+#                served, and asked a question
 #   make test    the fast tests: unit, parity and cluster; `make test-slow` runs the rest
 #   make lint    ruff, mypy and import-linter
 
@@ -38,7 +39,8 @@ $(READY): pyproject.toml
 demo: $(READY)
 	rm -rf demo-output
 	$(BIN)/rankloom tune configs/studies/quickstart.yaml trial.output.root=demo-output
-	RANKLOOM_REGISTRY=demo-output/registry $(BIN)/rankloom adapters list
+	$(BIN)/rankloom adapters list --registry demo-output/registry
+	$(BIN)/python serve/ask.py configs/serve/quickstart.yaml "I lost my card, can you block it?" registry=demo-output/registry
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu'

@@ -76,6 +76,7 @@ class Page:
 def browser(url: str, tmp_path: Path) -> Iterator[Page]:
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--window-size=1280,1000", f"--user-data-dir={tmp_path / 'profile'}", "about:blank",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

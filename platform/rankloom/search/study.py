@@ -28,6 +28,7 @@ from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, TrialError
 from rankloom.launch import cluster, tracking
 from rankloom.launch.run_folder import ID, absolute, changes, hold
+from rankloom.registry import Registry
 from rankloom.search.board import Board, write_results
 from rankloom.search.curves import tracked
 from rankloom.search.finish import finish
@@ -143,7 +144,10 @@ def _replace(path: Path, text: str) -> None:
 def study_folder(study: StudyConfig) -> Path:
     root = study.baseline.output.root
     if "://" in root:
-        raise ConfigError(f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL")
+        raise ConfigError(
+            f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL; give one, and publish "
+            f"to the URL with trial.output.registry={root.rstrip('/')}/registry"
+        )
     return Path(root) / "studies" / study.name
 
 
@@ -202,8 +206,9 @@ def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
             result[section] = {k: source(v) if k in keys else v for k, v in result[section].items()}
     if isinstance(result.get("model"), dict) and isinstance(result["model"].get("id"), str):
         result["model"] = result["model"] | {"id": absolute(result["model"]["id"])}
-    if isinstance(result.get("output"), dict) and "root" in result["output"]:
-        result["output"] = result["output"] | {"root": absolute(result["output"]["root"], must_exist=False)}
+    if isinstance(result.get("output"), dict):
+        places = {name: result["output"][name] for name in ("root", "registry") if result["output"].get(name)}
+        result["output"] = result["output"] | {n: absolute(each, must_exist=False) for n, each in places.items()}
     return result
 
 
@@ -219,6 +224,7 @@ def _check(study: StudyConfig, knowledge: Knowledge) -> None:
 
     for trial in study.members():
         tracking.check(trial)
+        Registry(trial.output.registry_root)
     build_scheduler(study)
     StudySearcher(study, knowledge.points)
     if isinstance(study.scheduler, PbtConfig):

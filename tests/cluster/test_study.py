@@ -270,7 +270,9 @@ def test_what_can_not_be_is_refused_and_counted_and_the_search_goes_on(tiny_stud
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
-    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    # some wait until others have ended: with all under way they would end together
+    hosts = {"num_slots": 4, "num_waiting": 0, "checkpoint_every_s": 0}
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
     stop = threading.Event()
 
     def stop_when_some_are_done(event: dict[str, Any]) -> None:
@@ -292,7 +294,8 @@ def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
 
 
 def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Path) -> None:
-    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    hosts = {"num_slots": 4, "num_waiting": 0, "checkpoint_every_s": 0}
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
     settings["trial"]["budget"] = {"steps": 45}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "rankloom.cli", "tune", str(tmp_path / "study.yaml")]

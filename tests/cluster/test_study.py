@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rankloom.cli.study_view import result_rows
 from rankloom.config import StudyConfig, parse
@@ -80,6 +81,9 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
             assert (record.lineage.study, record.lineage.run) == ("tiny", row["name"])
             assert record.scorecard is not None
     assert set(registry.names()) == {"tiny", "tiny-lora", "tiny-dora"}
+    curves = EventAccumulator(str(Path(result["study"]) / "tensorboard" / winner["name"])).Reload()
+    assert [point.step for point in curves.Scalars("eval/loss")] == [point["step"] for point in best["curve"]]
+    assert curves.Scalars("result/loss")[0].value == pytest.approx(winner["scorecard"]["result"]["loss"])
 
     config = parse(StudyConfig, tiny_study())
     assert run(config, resume=True) == result
@@ -174,7 +178,7 @@ def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -
         space=[{"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"loguniform": [1e-6, 1e-2]}}}],
         search={"num_trials": 4, "seed": 3},
         scheduler={"type": "pbt", "interval": 0.33, "quantile": 0.5, "resample": 0.0},
-        hosts={"num_slots": 4, "max_rank": 16, "num_waiting": 0},
+        hosts={"num_slots": 2, "max_rank": 16},
     )
     events: list[dict[str, Any]] = []
     result = run(parse(StudyConfig, settings), on_event=events.append)
@@ -190,10 +194,8 @@ def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -
     "scheduler", [{"type": "hyperband"}, {"type": "median", "grace": 0.2, "min_trials": 2}], ids=lambda s: s["type"]
 )
 def test_hyperband_and_median_stopping_end_what_is_behind(tiny_study: Make, scheduler: dict[str, Any]) -> None:
-    # all trials have a slot at once: HyperBand's first bracket of five runs to its end, the second halves once
-    settings = tiny_study(
-        scheduler=scheduler, search={"num_trials": 12, "seed": 1}, hosts={"num_slots": 12, "checkpoint_every_s": 0}
-    )
+    # HyperBand's first bracket of five runs to its end, the second halves once: it needs more trials than have a slot
+    settings = tiny_study(scheduler=scheduler, search={"num_trials": 12, "seed": 1})
     # far too low a rate for half of the trials: whoever compares them stops some
     settings["space"] = [
         {"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"choice": [1e-8, 1e-2]}}},
@@ -268,7 +270,9 @@ def test_what_can_not_be_is_refused_and_counted_and_the_search_goes_on(tiny_stud
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
-    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    # some wait until others have ended: with all under way they would end together
+    hosts = {"num_slots": 4, "num_waiting": 0, "checkpoint_every_s": 0}
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
     stop = threading.Event()
 
     def stop_when_some_are_done(event: dict[str, Any]) -> None:
@@ -290,7 +294,8 @@ def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
 
 
 def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Path) -> None:
-    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8})
+    hosts = {"num_slots": 4, "num_waiting": 0, "checkpoint_every_s": 0}
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
     settings["trial"]["budget"] = {"steps": 45}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "rankloom.cli", "tune", str(tmp_path / "study.yaml")]

@@ -70,21 +70,28 @@ def test_quantised_and_plain_bases_in_one_study(tiny_study: Make) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_dedicated_trial_that_was_stopped_early_still_leaves_its_best_adapter(tiny_study: Make) -> None:
+def test_dedicated_trials_that_were_stopped_early_still_leave_their_best_adapters(tiny_study: Make) -> None:
+    methods = [
+        {"type": "full", "extract_rank": 8},
+        {"type": "galore", "rank": 8, "extract_rank": 8},
+        {"type": "lisa", "num_layers": 1, "extract_rank": 8},
+        {"type": "adalora", "initial_rank": 6, "target_rank": 4},
+    ]
     settings = tiny_study(
-        space=[{"method": {"type": "full", "extract_rank": 8}, "optim": {"learning_rate": 1e-7}}],
-        search={"num_trials": 2},
+        space=[{"method": method, "optim": {"learning_rate": 1e-6}} for method in methods],
+        search={"algorithm": "grid"},
         scheduler={"type": "asha", "grace": 0.2, "reduction_factor": 4},
     )
     settings["trial"]["budget"] = {"steps": 400}
     settings["trial"]["eval"] |= {"every": 20}
     settings["trial"]["optim"] |= {"learning_rate": 1e-2}
     result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 1, "stopped": 1, "failed": 0}
+    assert result["counts"] == {"running": 0, "done": 1, "stopped": 4, "failed": 0}
     by_method = {row["method"]: row for row in result["finalists"]}
-    assert by_method["full"]["error"] is None
-    assert by_method["full"]["published"] == ["tiny-full@1"]
-    assert Registry(result["registry"]).verify("tiny-full@1").servable == "extracted"
+    for name, servable in (("full", "extracted"), ("galore", "extracted"), ("lisa", "extracted"), ("adalora", "rank pattern")):
+        assert by_method[name]["error"] is None
+        assert by_method[name]["published"] == [f"tiny-{name}@1"]
+        assert Registry(result["registry"]).verify(f"tiny-{name}@1").servable == servable
 
 
 def test_ctrl_c_at_any_time_leaves_a_study_that_goes_on(tiny_study: Make, tmp_path: Path) -> None:

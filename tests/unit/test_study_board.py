@@ -11,10 +11,11 @@ import pytest
 
 from rankloom.cli import study_view
 from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.errors import ConfigError
 from rankloom.registry import Registry
 from rankloom.search.board import Board, write_results
 from rankloom.search.finish import beats, names_of
-from rankloom.search.study import resolved
+from rankloom.search.study import resolved, run
 
 SPACE = [
     {"method": {"type": "lora", "rank": {"choice": [2, 4]}}},
@@ -152,7 +153,23 @@ def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: 
     assert trial.data.test.path == str(tmp_path / "rows.csv")
     assert trial.model.id == "builtin:smollm2"
     assert trial.output.root == str(tmp_path / "out")
+    assert trial.output.registry_root == str(tmp_path / "out" / "registry")
     assert resolved(resolved(study)) == resolved(study)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("s3://bucket/registry", "s3://bucket/registry"), ("mine", "{}/mine")])
+def test_a_study_publishes_where_it_is_told(
+    given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = parse(StudyConfig, {"name": "s", "trial": {"output": {"registry": given}}, "space": SPACE})
+    assert resolved(study).baseline.output.registry_root == meant.format(tmp_path)
+
+
+def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:
+    study = parse(StudyConfig, {"name": "s", "trial": {"output": {"root": "s3://bucket/x/"}}, "space": SPACE})
+    with pytest.raises(ConfigError, match=r"no URL; give one, .* trial\.output\.registry=s3://bucket/x/registry$"):
+        run(study)
 
 
 HOST = {

@@ -65,6 +65,8 @@ def submit_tune(
 ) -> None:
     """Search for the best trial on a cluster; trial.output.root must be a folder that all its nodes share.
 
+    It publishes there too, or where trial.output.registry says, which may be a URL.
+
     Example: rankloom submit tune study.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
     """
     _submit("tune", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)

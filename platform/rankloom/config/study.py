@@ -60,7 +60,7 @@ class SearchConfig(Frozen):
             raise ConfigError(f"mode: {self.metric} is best at its {self.best} (given {self.mode!r}); leave it out")
         if len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives: each only once (given {self.objectives})")
-        if self.priors and self.algorithm in ("random", "grid"):
+        if self.priors and not self.learns:
             raise ConfigError(
                 f"priors: algorithm={self.algorithm} learns nothing from earlier trials; use optuna, or warm_start"
             )
@@ -69,6 +69,11 @@ class SearchConfig(Frozen):
     @property
     def best(self) -> Literal["max", "min"]:
         return "max" if self.metric == "accuracy" else "min"
+
+    @property
+    def learns(self) -> bool:
+        """Whether the points that it proposes depend on the results so far."""
+        return self.algorithm not in ("random", "grid")
 
 
 class FifoConfig(Frozen):
@@ -93,8 +98,7 @@ class HyperBandConfig(Frozen):
     """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before they halve.
 
     Ray Tune fills them from the one that halves least: with factor 3, five trials run to their end, the next eight are
-    halved once, the next 15 twice. Only trials that have a slot or wait for one can meet in a bracket, so give
-    `hosts.num_slots` and `hosts.num_waiting` as many as are to be compared.
+    halved once, the next 15 twice.
     """
 
     type: Literal["hyperband"] = "hyperband"
@@ -139,7 +143,9 @@ class HostsConfig(Frozen):
     run_ahead: Annotated[int, Field(ge=0)] = 1
     """Reports that a member may train ahead while the scheduler thinks; what it then refuses is thrown away."""
     num_waiting: Annotated[int, Field(ge=0)] | None = None
-    """Trials kept ready beside those that train, so that no slot is ever empty; null: half as many as slots."""
+    """Trials under way that wait for a slot, so that none is ever empty. null: twice as many as there are slots; once
+    where the searcher learns from results, and so must not be far ahead of them; all trials under hyperband and pbt,
+    which compare those that are under way. Each trial under way keeps its last state on a host's disk."""
     max_hosts: Annotated[int, Field(ge=1)] | None = None
     """Hosts of one base; null: one a GPU, or one on CPUs."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0

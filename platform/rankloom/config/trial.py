@@ -103,11 +103,18 @@ class OutputConfig(Frozen):
     """Where results go; `s3://` and other pyarrow filesystems are allowed."""
 
     root: str = "~/rankloom"
-    """Holds `runs/<name>` and `registry/`."""
+    """Holds `runs/<name>`, `studies/<name>` and `registry/`."""
+    registry: str | None = None
+    """Where results are published; null: `<root>/registry`."""
     publish: bool = True
     """Put the result into the registry under the trial's name."""
     keep_model: bool = False
     """full, galore and lisa: also save the tuned model, whole, in `runs/<name>/model` (a local root only)."""
+
+    @property
+    def registry_root(self) -> str:
+        """The registry's place."""
+        return self.registry or f"{self.root.rstrip('/')}/registry"
 
 
 class TrackingConfig(Frozen):

@@ -209,7 +209,7 @@ class HostActor:
                     traceback.print_exc()  # into the actor's log; the members go on from their last snapshots
                     self._runner = None
                     for member in self._members.values():
-                        member.seat.seated = False
+                        member.seat.seated, member.seat.at_report = False, True
                         member.rewind()
             if self._failure is not None:
                 break
@@ -266,7 +266,7 @@ class HostActor:
         async with self._reported:
             for member, report in zip(members, reports, strict=True):
                 member.reports[report["n"]] = report
-                member.seat.made, member.seat.finished = report["n"], report["done"]
+                member.seat.made, member.seat.finished, member.seat.at_report = report["n"], report["done"], True
             self._reported.notify_all()
 
     def _forget(self, member: Member) -> None:

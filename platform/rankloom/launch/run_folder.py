@@ -228,7 +228,8 @@ def hold(folder: Path, what: str) -> Iterator[None]:
 def resolved(trial: TrialConfig) -> TrialConfig:
     """The trial with its local paths absolute: workers run in folders of their own."""
     tree = dump(trial)
-    tree["output"]["root"] = absolute(tree["output"]["root"], must_exist=False)
+    for place in ("root", "registry"):
+        tree["output"][place] = tree["output"][place] and absolute(tree["output"][place], must_exist=False)
     tree["model"]["id"] = absolute(tree["model"]["id"])
     for source in (*(tree["data"][key] for key in ("train", "validation", "test")), tree["eval"]["retention"]):
         if source:

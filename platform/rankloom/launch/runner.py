@@ -99,6 +99,7 @@ class Runner:
             self._work.train_s += seconds
             for member in members:
                 member.train_s += seconds / len(members)
+                member.seat.at_report = False
             due = []
             for step in steps:
                 member = by_key[step.name]

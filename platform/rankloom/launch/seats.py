@@ -4,6 +4,10 @@ Reports of a member are numbered from 1. Its trial asks for the report after the
 accepted; the member may be at most `run_ahead` reports further than what is asked for. There are more members than
 slots: one that has run to its bound gives its slot to one that waits, and returns from the snapshot of its last
 report. So slots stay full while the scheduler thinks, and what the scheduler refuses is never more than that bound.
+
+Those with the fewest reports come first, and one that is far ahead of who waits gives way too. So the trials that a
+scheduler spares pile up and end together: were they trained at once, the last of them would end a study alone in its
+host.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+FAR = 1.5
+"""Who has made more than so many times the reports of one that waits gives way: a few moves in a trial's life."""
 
 
 @dataclass
@@ -24,6 +31,8 @@ class Seat:
     """The last report that the trial's driver has seen and answered by asking on."""
     made: int = 0
     """Reports made so far."""
+    at_report: bool = True
+    """It has not trained since its last report: nothing is lost if it leaves."""
     finished: bool = False
     """Trained to its end, or failed: nothing is left to do."""
     leaving: bool = False
@@ -32,11 +41,6 @@ class Seat:
     def wants(self, run_ahead: int) -> bool:
         """Whether it has work to do."""
         return not self.finished and not self.leaving and self.made <= self.accepted + run_ahead
-
-    @property
-    def ahead(self) -> int:
-        """Reports that nobody has asked for yet."""
-        return self.made - self.accepted
 
 
 class Seating(NamedTuple):
@@ -48,16 +52,21 @@ class Seating(NamedTuple):
 
 
 def decide(seats: Sequence[Seat], num_slots: int, run_ahead: int) -> Seating:
-    """Fill the slots: those that are furthest behind what their drivers ask for come first."""
+    """Fill the slots, those with the fewest reports first."""
     seated = [seat for seat in seats if seat.seated]
     evict = [seat for seat in seated if seat.finished or seat.leaving]
     staying = [seat for seat in seated if seat not in evict]
     waiting = sorted(
-        (seat for seat in seats if not seat.seated and seat.wants(run_ahead)), key=lambda seat: (seat.ahead, seat.order)
+        (seat for seat in seats if not seat.seated and seat.wants(run_ahead)), key=lambda seat: (seat.made, seat.order)
     )
-    idle = [seat for seat in staying if not seat.wants(run_ahead)]
     free = num_slots - len(staying)
-    admit = waiting[: free + len(idle)]
-    evict += idle[: max(0, len(admit) - free)]  # who stands idle at the bound gives way, to return from its snapshot
-    train = [seat for seat in (*staying, *admit) if seat not in idle]
+    admit = waiting[:free]
+    pausable = [seat for seat in staying if seat.at_report]
+    pausable.sort(key=lambda seat: (seat.wants(run_ahead), -seat.made))  # who stands idle at the bound goes first
+    for seat, other in zip(pausable, waiting[free:], strict=False):
+        if seat.wants(run_ahead) and seat.made <= FAR * other.made:
+            break
+        evict.append(seat)
+        admit.append(other)
+    train = [seat for seat in (*staying, *admit) if seat not in evict and seat.wants(run_ahead)]
     return Seating(*(tuple(seat.key for seat in some) for some in (evict, admit, train)))

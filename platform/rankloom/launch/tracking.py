@@ -1,7 +1,8 @@
 """Where a run's events go, in the driver: events.jsonl and TensorBoard always, MLflow and W&B where configured.
 
 A tracker that fails while the run is under way is dropped with a warning; a missing package is found before the
-start. A step that was repeated after a worker died is written twice; the later one counts.
+start. A step that was repeated after a worker died is written twice; the later one counts. A study's runs are opened
+by `search/curves.py`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from rankloom.config import TrialConfig, dump
+from rankloom.config.trial import TrackingConfig
 from rankloom.errors import ConfigError, TrialError
 from rankloom.launch.run_folder import CURVES, EVENTS, RunFolder, flat
 
@@ -23,6 +26,8 @@ Event = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 MLFLOW_EXPERIMENT = "rankloom"
+MLFLOW_PARAMS, MLFLOW_VALUE = 100, 6000
+"""What it takes at once, and of a value."""
 _MEASURES = ("loss", "perplexity", "macro_f1", "retention_loss", "latency_ms", "generated_tokens_per_s")
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes", "epoch")
 
@@ -34,6 +39,42 @@ class Tracker(Protocol):
 
     def close(self, status: str) -> None:
         """`status`: done, interrupted or failed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tracked: a run, a study, or a study's trial."""
+
+    id: str
+    """Unique; what is resumed is found by it."""
+    name: str
+    settings: dict[str, Any]
+    """Its config's tree."""
+    tracking: TrackingConfig
+    study: Subject | None = None
+    """Whose trial it is."""
+
+
+class Trackers:
+    """The trackers of one subject; one that fails is dropped with a warning."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self._trackers = trackers
+
+    def write(self, event: Event) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(event)
+            except Exception as error:  # a full disk or a server that went away must not end the training
+                self._trackers.remove(tracker)
+                logger.warning("%s stopped recording: %s", type(tracker).__name__, error)
+
+    def close(self, status: str) -> None:
+        for tracker in self._trackers:
+            try:
+                tracker.close(status)
+            except Exception as error:
+                logger.warning("%s: %s", type(tracker).__name__, error)
 
 
 def check(trial: TrialConfig) -> None:
@@ -54,40 +95,37 @@ def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[Callable[[Event], No
     Raises:
         TrialError: the run's folder can't be written. ConfigError: a configured tracker does not open.
     """
-    with ExitStack() as stack:
-        folder = stack.enter_context(run.scratch())
+    with run.scratch() as folder:
         try:
-            trackers: list[Tracker] = [Jsonl(folder / EVENTS), TensorBoard(folder / CURVES)]
+            local: list[Tracker] = [Jsonl(folder / EVENTS), TensorBoard(folder / CURVES)]
         except OSError as error:
             raise TrialError(f"output.root: {folder} can't be written: {error}; make room, or choose another") from None
-        try:
-            if trial.tracking.mlflow is not None:
-                trackers.append(Mlflow(trial, run.id))
-            if trial.tracking.wandb_project is not None:
-                trackers.append(WandB(trial, run.id, folder))
-        except Exception as error:  # their clients raise of everything
-            raise ConfigError(f"tracking: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        trackers = Trackers(local + servers(Subject(run.id, trial.name, dump(trial), trial.tracking), folder))
         status = "failed"
 
         def write(event: Event) -> None:
             nonlocal status
             if event["event"] == "done":
                 status = event["status"]
-            for tracker in list(trackers):
-                try:
-                    tracker.write(event)
-                except Exception as error:  # a full disk or a server that went away must not end the training
-                    trackers.remove(tracker)
-                    logger.warning("%s stopped recording: %s", type(tracker).__name__, error)
+            trackers.write(event)
 
         try:
             yield write
         finally:
-            for tracker in trackers:
-                try:
-                    tracker.close(status)
-                except Exception as error:
-                    logger.warning("%s: %s", type(tracker).__name__, error)
+            trackers.close(status)
+
+
+def servers(subject: Subject, folder: Path) -> list[Tracker]:
+    """The trackers that are configured; `folder` is for what they keep locally.
+
+    Raises:
+        ConfigError: one of them does not open.
+    """
+    try:
+        found: list[Tracker] = [Mlflow(subject)] if subject.tracking.mlflow is not None else []
+        return found + ([WandB(subject, folder)] if subject.tracking.wandb_project is not None else [])
+    except Exception as error:  # their clients raise of everything
+        raise ConfigError(f"tracking: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def scalars(event: Event) -> dict[str, float]:
@@ -96,6 +134,10 @@ def scalars(event: Event) -> dict[str, float]:
         found = {f"train/{key}": event[key] for key in _STEP}
     elif event["event"] == "eval":
         found = {f"eval/{key}": event[key] for key in ("loss", "accuracy")}
+    elif event["event"] == "report":
+        found = {"train/loss": event["train_loss"], "eval/loss": event["loss"], "eval/accuracy": event["accuracy"]}
+    elif event["event"] == "study":
+        found = {f"study/{key}": event[key] for key in ("best", "tokens")}
     elif event["event"] == "done" and event.get("scorecard"):
         found = {}
         for side in ("result", "base"):
@@ -150,23 +192,29 @@ class TensorBoard:
 
 
 class Mlflow:
-    """An MLflow run, found again by the run's id when it is resumed. Through the client: no module state."""
+    """An MLflow run, found again when it is resumed; a study's is the parent of its trials'.
 
-    def __init__(self, trial: TrialConfig, run_id: str) -> None:
+    Through the client: no module state.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=trial.tracking.mlflow)
+        self._client = MlflowClient(tracking_uri=subject.tracking.mlflow)
         found = self._client.get_experiment_by_name(MLFLOW_EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(MLFLOW_EXPERIMENT)
-        runs = self._client.search_runs([experiment], f"tags.rankloom_id = '{run_id}'")
-        if runs:
-            self._run = runs[0].info.run_id
+        if run := self._find(experiment, subject):
+            self._run = run
             self._client.update_run(self._run, status="RUNNING")
             return
-        created = self._client.create_run(experiment, tags={"rankloom_id": run_id}, run_name=trial.name)
-        self._run = created.info.run_id
-        for key, value in flat(dump(trial)).items():
-            self._client.log_param(self._run, key, value)
+        tags = {"rankloom_id": subject.id}
+        if subject.study is not None and (parent := self._find(experiment, subject.study)):
+            tags["mlflow.parentRunId"] = parent
+        self._run = self._client.create_run(experiment, tags=tags, run_name=subject.name).info.run_id
+        params = [Param(key, str(value)[:MLFLOW_VALUE]) for key, value in flat(subject.settings).items()]
+        for start in range(0, len(params), MLFLOW_PARAMS):
+            self._client.log_batch(self._run, params=params[start : start + MLFLOW_PARAMS])
 
     def write(self, event: Event) -> None:
         from mlflow.entities import Metric
@@ -178,19 +226,25 @@ class Mlflow:
     def close(self, status: str) -> None:
         self._client.set_terminated(self._run, {"done": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
 
+    def _find(self, experiment: str, subject: Subject) -> str | None:
+        runs = self._client.search_runs([experiment], f"tags.rankloom_id = '{subject.id}'")
+        return runs[0].info.run_id if runs else None
+
 
 class WandB:
-    """A Weights & Biases run, continued by the run's id when it is resumed."""
+    """A Weights & Biases run, continued by its id when it is resumed; a study's trials are a group."""
 
-    def __init__(self, trial: TrialConfig, run_id: str, folder: Path) -> None:
+    def __init__(self, subject: Subject, folder: Path) -> None:
         import wandb
 
         self._run = wandb.init(
-            project=trial.tracking.wandb_project,
-            name=trial.name,
-            id=run_id,
+            project=subject.tracking.wandb_project,
+            name=subject.name,
+            id=subject.id,
+            group=subject.study.name if subject.study else None,
             resume="allow",
-            config=dump(trial),
+            reinit="create_new",  # a study has several under way
+            config=subject.settings,
             dir=folder,
             settings=wandb.Settings(silent=True),
         )

@@ -27,6 +27,7 @@ from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster, tracking
 from rankloom.launch.channel import Channel, Failure
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, resolved
+from rankloom.registry import Registry
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -67,6 +68,7 @@ def fit(
             f"or set compute.num_workers=1"
         )
     tracking.check(trial)
+    Registry(trial.output.registry_root)  # a wrong URL is found before the training
     run = RunFolder(trial)
     run.decide(trial, resume=resume)  # what is refused leaves no trace, not even a lock
     with run.held():

@@ -46,7 +46,8 @@ class Dedicated:
         """
         tree = dump(trial)
         # what the finalists are measured by is measured when the study ends; its registry is the run's own
-        tree["output"] |= {"root": str(root), "publish": True}
+        tree["output"] |= {"root": str(root), "registry": None, "publish": True}
+        tree["tracking"] |= {"mlflow": None, "wandb_project": None}  # the study tracks all its trials alike
         self._objectives = search.objectives
         tree["eval"] |= {"base": False, "latency": "latency_ms" in self._objectives, "retention": None}
         tree["compute"] |= {

@@ -24,7 +24,7 @@ from rankloom.launch.trainer import local_device
 from rankloom.models import Base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.scorecard import Measures, Scorecard
-from rankloom.train.run import PROBE_TOKENS, draft_of, load_for, registry_of
+from rankloom.train.run import PROBE_TOKENS, draft_of, load_for
 
 Finalist = dict[str, Any]
 """trial (its config's tree), folder (its adapter), names (to publish under), steps, tokens, train_s, memory_bytes."""
@@ -87,7 +87,7 @@ def _score(
         device=str(base.device),
     )
     draft = draft_of(trial, base, data, scorecard, study=study)
-    registry = Registry(registry_of(trial))
+    registry = Registry(trial.output.registry_root)
     published = [registry.publish_once(name, folder, draft).ref for name in finalist["names"]]
     return {"scorecard": scorecard.model_dump(), "published": published, "error": None}
 

@@ -64,7 +64,6 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     sound = [row for row in rows if row["error"] is None]
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
-    registry = f"{study.baseline.output.root}/registry"
     winner, first = sound[0], board.baseline
     baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
     return {
@@ -72,7 +71,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         "front": [row for row in sound if row["on_front"]],
         "baseline": baseline,
         "finalists": rows,
-        "registry": registry,
+        "registry": study.baseline.output.registry_root,
         "beats_baseline": beats(winner, baseline, study.search.metric),
     }
 

@@ -7,9 +7,8 @@
     finish    the best by validation are scored on the test rows and published (`finish.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (what the searcher began with),
-journal.jsonl, adapters/<trial> (each trial's
-best), dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet
-and result.json.
+journal.jsonl, tensorboard/, adapters/<trial> (each trial's best), dedicated/<trial> (runs that can't share a base),
+tune/ (Ray Tune's own state), and at the end results.parquet and result.json.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +26,20 @@ from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
 from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, TrialError
-from rankloom.launch import cluster
-from rankloom.launch.run_folder import absolute, changes, hold
-from rankloom.search.board import write_results
+from rankloom.launch import cluster, tracking
+from rankloom.launch.run_folder import ID, absolute, changes, hold
+from rankloom.registry import Registry
+from rankloom.search.board import Board, write_results
+from rankloom.search.curves import tracked
 from rankloom.search.finish import finish
-from rankloom.search.journal import Tell
+from rankloom.search.journal import Event, Tell
 from rankloom.search.known import Knowledge
 from rankloom.search.tuning import JOURNAL, running_hosts, search
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
-MAY_CHANGE = ("hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.")
+MAY_CHANGE = (
+    "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.",
+)  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune goes on with."""
 
 Decision = Literal["start", "resume", "finished"]
@@ -81,10 +85,26 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     knowledge.write(folder / KNOWN)
     if study.search.priors:
         on_event({"event": "phase", "phase": "priors", "message": _told(knowledge)})
-    on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    board = Board.read(study, folder / JOURNAL)
+    with tracked(study, _id(folder), board, folder) as track:
+
+        def tell(event: Event) -> None:
+            track(event)
+            on_event(event)
+
+        outcome = _search(study, knowledge, board, folder, tell, stop)
+        if outcome["status"] == "done":
+            _replace(folder / RESULT, json.dumps(outcome, indent=2) + "\n")
+            tell({"event": "done", **outcome})
+        return outcome
+
+
+def _search(
+    study: StudyConfig, knowledge: Knowledge, board: Board, folder: Path, tell: Tell, stop: threading.Event
+) -> dict[str, Any]:
+    tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
     with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), running_hosts(study) as hosts:
-        journal = search(study, knowledge.points, folder, hosts, on_event, stop)
-        board = journal.board
+        journal = search(study, knowledge.points, board, folder, hosts, tell, stop)
         write_results(board, folder / RESULTS)
         outcome = {
             "name": study.name,
@@ -102,11 +122,17 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
             reasons = sorted({trial.error or "without a report" for trial in board.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
-            outcome |= finish(study, folder, journal, hosts, on_event)
+            return {"status": "done"} | outcome | finish(study, folder, journal, hosts, tell)
         except KeyboardInterrupt:  # Ray Tune, which takes Ctrl-C for as long as it runs, is done
             return {"status": "interrupted"} | outcome
-    _replace(folder / RESULT, json.dumps({"status": "done"} | outcome, indent=2) + "\n")
-    return {"status": "done"} | outcome
+
+
+def _id(folder: Path) -> str:
+    """Unique to this study; a later one of the same name has another."""
+    path = folder / ID
+    if not path.is_file():
+        _replace(path, uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _replace(path: Path, text: str) -> None:
@@ -118,7 +144,10 @@ def _replace(path: Path, text: str) -> None:
 def study_folder(study: StudyConfig) -> Path:
     root = study.baseline.output.root
     if "://" in root:
-        raise ConfigError(f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL")
+        raise ConfigError(
+            f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL; give one, and publish "
+            f"to the URL with trial.output.registry={root.rstrip('/')}/registry"
+        )
     return Path(root) / "studies" / study.name
 
 
@@ -177,8 +206,9 @@ def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
             result[section] = {k: source(v) if k in keys else v for k, v in result[section].items()}
     if isinstance(result.get("model"), dict) and isinstance(result["model"].get("id"), str):
         result["model"] = result["model"] | {"id": absolute(result["model"]["id"])}
-    if isinstance(result.get("output"), dict) and "root" in result["output"]:
-        result["output"] = result["output"] | {"root": absolute(result["output"]["root"], must_exist=False)}
+    if isinstance(result.get("output"), dict):
+        places = {name: result["output"][name] for name in ("root", "registry") if result["output"].get(name)}
+        result["output"] = result["output"] | {n: absolute(each, must_exist=False) for n, each in places.items()}
     return result
 
 
@@ -192,6 +222,9 @@ def _check(study: StudyConfig, knowledge: Knowledge) -> None:
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.searchers import StudySearcher
 
+    for trial in study.members():
+        tracking.check(trial)
+        Registry(trial.output.registry_root)
     build_scheduler(study)
     StudySearcher(study, knowledge.points)
     if isinstance(study.scheduler, PbtConfig):

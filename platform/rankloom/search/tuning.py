@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, dump
-from rankloom.config.study import PbtConfig, is_fusable
+from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.launch import cluster
 from rankloom.launch.hosts import Hosts, groups, share_out
@@ -47,9 +47,18 @@ def running_hosts(study: StudyConfig) -> Iterator[Any]:
 
 
 def search(
-    study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, tell: Tell, stop: threading.Event
+    study: StudyConfig,
+    known: Sequence[Known],
+    board: Board,
+    folder: Path,
+    hosts: Any,
+    tell: Tell,
+    stop: threading.Event,
 ) -> Journal:
     """Run Ray Tune until the study is searched, stopped or hopeless.
+
+    Args:
+        board: what the study's journal says already.
 
     Raises:
         RankloomError: what no trial of the study could be spared.
@@ -61,7 +70,7 @@ def search(
         tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
-    journal = Journal(Board.read(study, folder / JOURNAL), folder / JOURNAL, tell, hosts, stop)
+    journal = Journal(board, folder / JOURNAL, tell, hosts, stop)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         from rankloom.search.stage import on_stage
@@ -93,9 +102,7 @@ def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, 
     from rankloom.search.trainable import StudyTrial
 
     plan = share_out(study, cluster.alive())
-    slots = max(1, plan.hosts_per_group * len(groups(study)) * study.hosts.num_slots)
-    waiting = study.hosts.num_waiting if study.hosts.num_waiting is not None else -(-slots // 2)
-    concurrent = min(study.num_trials, slots + waiting)
+    concurrent = num_live(study, plan.hosts_per_group)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
@@ -126,6 +133,17 @@ def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, 
         checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
         verbose=0,
     )
+
+
+def num_live(study: StudyConfig, hosts_per_group: int) -> int:
+    """Trials that Ray Tune has under way at once: those that have a slot, and those that wait for one."""
+    slots = max(1, hosts_per_group * len(groups(study)) * study.hosts.num_slots)
+    waiting = study.hosts.num_waiting
+    if waiting is None:
+        waiting = slots if study.search.learns else 2 * slots
+        if isinstance(study.scheduler, (HyperBandConfig, PbtConfig)) and all(map(is_fusable, study.members())):
+            waiting = study.num_trials
+    return min(study.num_trials, slots + waiting)
 
 
 def _id_of(trial: Any) -> str:

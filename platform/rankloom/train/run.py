@@ -208,15 +208,10 @@ def _finish(
         outcome["memory_bytes"] = weight_bytes(adapted)
         if trial.output.publish:
             _phase(session, "publish", "into the registry")
-            root = registry_of(trial)
+            root = trial.output.registry_root
             record = Registry(root).publish_once(trial.name, folder, draft_of(trial, fresh, data, scorecard))
             outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
     return outcome
-
-
-def registry_of(trial: TrialConfig) -> str:
-    """The registry that the trial publishes to."""
-    return f"{trial.output.root.rstrip('/')}/registry"
 
 
 def draft_of(

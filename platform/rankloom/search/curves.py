@@ -1,0 +1,121 @@
+"""Curves: what trackers get to see of a study. A run for each trial, and one of the study that they belong to.
+
+TensorBoard's files are in `<study>/tensorboard`, a folder a trial; MLflow's trials are nested in the study's run, those
+of W&B are a group. All come from the driver's events, so that it does not matter where a trial runs. They are written
+in a thread of their own: a slow server must not keep the scheduler waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import StudyConfig, dump
+from rankloom.errors import ConfigError
+from rankloom.launch.run_folder import CURVES
+from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, servers
+from rankloom.search.board import Board, Standing
+from rankloom.search.journal import Event, Tell
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def tracked(study: StudyConfig, study_id: str, board: Board, folder: Path) -> Iterator[Tell]:
+    """Yields the function that takes the study's events, after the board did.
+
+    Args:
+        study_id: unique to this study, and the same when it is resumed.
+        folder: the study's.
+
+    Raises:
+        ConfigError: a configured tracker does not open.
+    """
+    own = Subject(study_id, study.name, dump(study), study.baseline.tracking)
+    curves = _Curves(own, board, folder, servers(own, folder))
+    try:
+        yield curves.take
+    finally:
+        curves.close()
+
+
+class _Curves:
+    def __init__(self, own: Subject, board: Board, folder: Path, trackers: list[Tracker]) -> None:
+        self._own, self._board, self._folder = own, board, folder
+        self._told = {trial.id: max(trial.curve, default=0) for trial in board.trials.values()}
+        self._status = "interrupted"
+        self._thread = ThreadPoolExecutor(1)
+        self._open: dict[str, Trackers] = {}
+        self._later(self._begin, own, trackers)
+
+    def take(self, event: Event) -> None:
+        """Pass on what is worth a curve, without waiting for anybody."""
+        if event["event"] == "done":
+            self._take_result(event)
+        if event["event"] not in ("trial", "report", "end"):
+            return
+        trial = self._board.trials[event["trial"]]
+        subject = self._subject(trial)
+        if event["event"] == "report" and event["n"] <= self._told.get(trial.id, 0):
+            self._later(self._write, subject, {"event": "resumed", "step": event["step"] - 1})
+        self._later(self._write, subject, event)
+        if event["event"] == "report":
+            self._told[trial.id] = event["n"]
+        elif event["event"] == "end":
+            self._later(self._end, subject, "failed" if event["status"] == "failed" else "done")
+            self._later(self._write, self._own, self._summary())
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
+        for trackers in self._open.values():
+            trackers.close(self._status)
+
+    def _take_result(self, result: Event) -> None:
+        """The scorecards of the finalists; the winner's is the study's too."""
+        for row in result["finalists"]:
+            subject = self._subject(self._board.trials[row["trial"]])
+            event = {"event": "done", "steps": row["validation"]["step"], "scorecard": row["scorecard"]}
+            self._later(self._write, subject, event)
+            self._later(self._end, subject, "done")
+        winner = result["winner"]["scorecard"]
+        self._later(self._write, self._own, {"event": "done", "steps": self._summary()["step"], "scorecard": winner})
+        self._status = "done"
+
+    def _summary(self) -> Event:
+        """The best so far, against the trials that have ended."""
+        metric, ranking = self._board.study.search.metric, self._board.ranking()
+        best = ranking[0].best(metric) if ranking else None
+        ended = sum(trial.status != "running" for trial in self._board.trials.values())
+        return {"event": "study", "step": ended, "best": best and best[metric], "tokens": self._board.tokens}
+
+    def _subject(self, trial: Standing) -> Subject:
+        config = trial.config
+        return Subject(f"{self._own.id}-{trial.id}", config.name, dump(config), config.tracking, self._own)
+
+    def _later(self, work: Any, *arguments: Any) -> None:
+        self._thread.submit(work, *arguments)
+
+    def _begin(self, subject: Subject, trackers: list[Tracker]) -> None:
+        place = self._folder / CURVES / (subject.name if subject.study else "")
+        try:
+            trackers.append(TensorBoard(place))
+        except OSError as error:
+            logger.warning("TensorBoard: %s", error)
+        self._open[subject.id] = Trackers(trackers)
+
+    def _write(self, subject: Subject, event: Event) -> None:
+        if subject.id not in self._open:
+            try:
+                self._begin(subject, servers(subject, self._folder))
+            except ConfigError as error:
+                logger.warning("%s: %s", subject.name, error)
+                self._begin(subject, [])
+        self._open[subject.id].write(event)
+
+    def _end(self, subject: Subject, status: str) -> None:
+        self._open.pop(subject.id).close(status)

@@ -1,8 +1,8 @@
 """The products of served adapters in fp32 on a CPU, compiled by numba: one call a linear, whoever its tokens belong to.
 
 A decoding row reads all of its adapter's weights for one token, so that memory is the limit. These kernels read the
-weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory; batched products of
-padded copies take half as long again. With more tokens, four share what is read. `Factors.add_to` is the plain reference.
+weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
+four share what is read. `Factors.add_to` is the plain reference.
 
 Compiled once a machine, and kept in numba's cache.
 
@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -50,7 +49,8 @@ def addresses(adapter: Folded, sites: Sequence[str]) -> np.ndarray:
 def add_shares(y_NO: Tensor, x_NI: Tensor, shares: Shares, site: int) -> None:
     """Change the base's result in place as each share's `Factors.add_to` would; `site` is the linear's place in S."""
     assert x_NI.dtype == y_NO.dtype == torch.float32
-    assert x_NI.is_contiguous() and y_NO.is_contiguous() and len(x_NI) == len(y_NO)
+    assert x_NI.is_contiguous()
+    assert y_NO.is_contiguous()
     _add(x_NI.data_ptr(), y_NO.data_ptr(), x_NI.shape[1], y_NO.shape[1], shares.table_SK5, site, shares.spans_K2)
 
 
@@ -71,15 +71,16 @@ def _addresses(factors: Factors | None) -> list[int]:
     return [a, b, factors.rank, factor, shift]
 
 
-@intrinsic
-def _floats_at(typing: Any, address: Any) -> Any:
-    """A pointer to fp32 from an address."""
+def _pointer(_typing: Any, _address: Any) -> Any:
+    """For numba: how an address becomes a pointer to fp32."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.int64), generate
 
+
+_floats_at: Any = intrinsic(_pointer)
 
 # The kernels below take tokens by ones and fours, and ranks by fours and twos: as many sums as there are registers.
 # Where the rank is no multiple, the last rank is computed again, and `h` is zero beyond it.

@@ -3,8 +3,8 @@
 There are three ways to the same result. *Loose*: adapter by adapter, on views of its tokens; this is the plain one.
 *Compiled*: all of a linear's adapters in one call (`compiled.py`); measured to be the fastest in fp32 on a CPU.
 *Stacked*, elsewhere: the adapters with few tokens lie in slots of stacked tensors, and the products of all of them are
-one batched call (`grouped.py`, as in training); loose is as good for those with many. Slots at work are always the first
-ones, so that stacks are read as views: a gather would copy the weights.
+one batched call (`grouped.py`, as in training); loose is as good for those with many. Slots at work are always the
+first ones, so that stacks are read as views: a gather would copy the weights.
 
 Shapes: N tokens sorted by adapter, K slots, I in, O out, R rank.
 """
@@ -104,7 +104,8 @@ class FoldedBank:
     def admit(self, adapter: Folded) -> None:
         """To be called once for every adapter, from any thread, before it is routed."""
         with self._lock:
-            self._addresses[adapter] = addresses(adapter, list(self._sites))
+            if self.compiles:
+                self._addresses[adapter] = addresses(adapter, list(self._sites))
             for name in (*adapter.embeddings, *adapter.whole):
                 if name not in self._patched:
                     module = self._model.get_submodule(name)

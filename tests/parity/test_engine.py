@@ -57,7 +57,7 @@ def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
     assert len({tuple(with_peft(base, folder, [9, 8, 7], 8)) for folder in refs.values()}) == len(refs)
 
 
-def test_stacked_adapters_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
+def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
     base = load(tiny_llama)
     kinds = ["lora", "rank1", "wide", "rslora", "dora", "extracted", "patterns"]
     for kind in kinds:
@@ -75,12 +75,13 @@ def test_stacked_adapters_give_what_loose_ones_give(tiny_llama: Path, tmp_path: 
             tokens = [chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))]
             works.append(Work(str(i), chance.choice(adapters), 0, tokens))
         found = []
-        for stack in (True, False):
+        for runner.bank.compiles, stack in ((True, True), (False, True), (False, False)):
             cache = RowCache(runner.shape, 1 << 16)
             for work in works:
                 cache.reserve(work.row, len(work.tokens))
             found.append(runner.forward(cache, works, stack=stack))
-        torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+        for fast in found[:2]:
+            torch.testing.assert_close(fast, found[2], atol=1e-4, rtol=1e-4)
 
 
 def test_who_has_a_slot_keeps_it() -> None:

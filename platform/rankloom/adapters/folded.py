@@ -33,7 +33,7 @@ from rankloom.registry.checks import CONFIG, WEIGHTS
 class Factors:
     """What an adapter does to one linear: y becomes factor · (y + x A B) + shift."""
 
-    a_IR: Tensor
+    a_RI: Tensor
     b_RO: Tensor
     """With the scaling in it."""
     factor_O: Tensor | None
@@ -42,7 +42,7 @@ class Factors:
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
-        y_NO.addmm_(x_NI @ self.a_IR, self.b_RO)
+        y_NO.addmm_(x_NI @ self.a_RI.T, self.b_RO)
         if self.factor_O is not None:
             y_NO.mul_(self.factor_O)
         if self.shift_O is not None:
@@ -50,10 +50,10 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        return self.a_IR.shape[1]
+        return self.a_RI.shape[0]
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (t for t in (self.a_IR, self.b_RO, self.factor_O, self.shift_O) if t is not None)
+        yield from (t for t in (self.a_RI, self.b_RO, self.factor_O, self.shift_O) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Reader:
             if isinstance(bias_O, Tensor):  # the base's own, which DoRA leaves as it is
                 shift_O = bias_O * (1 - factor_O)
         return Factors(
-            self._ready(a_RI.T),
+            self._ready(a_RI),
             self._ready(b_OR.T),
             None if factor_O is None else self._ready(factor_O),
             None if shift_O is None else self._ready(shift_O),
@@ -201,5 +201,5 @@ class _Reader:
         return norms_O.masked_fill_(norms_O == 0, 1)
 
     def _ready(self, tensor: Tensor) -> Tensor:
-        """In the type of the base's activations, and laid out as the products read it."""
-        return tensor.to(self.model.dtype).contiguous()
+        """A copy in the type of the base's activations, laid out as the products read it; files may be mapped."""
+        return torch.empty_like(tensor, dtype=self.model.dtype, memory_format=torch.contiguous_format).copy_(tensor)

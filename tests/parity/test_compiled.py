@@ -1,0 +1,68 @@
+"""The compiled products of served adapters against `Factors.add_to`: within 1e-5, of results near 1."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from rankloom.adapters.compiled import Shares, add_shares, addresses
+from rankloom.adapters.folded import Factors, Folded
+
+SITE = "layer.q_proj"
+
+
+def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifted: bool = False) -> Folded:
+    factors = Factors(
+        torch.randn(rank, num_in) / num_in**0.5,
+        torch.randn(rank, num_out) / rank**0.5,
+        torch.rand(num_out) + 0.5 if scaled else None,
+        torch.randn(num_out) if shifted else None,
+    )
+    return Folded({SITE: factors}, {}, {})
+
+
+def both(x_NI: torch.Tensor, y_NO: torch.Tensor, adapters: list[Folded], counts: list[int], num_base: int) -> None:
+    """Checks that both ways give the same; the first `num_base` tokens are nobody's, and so are the last two."""
+    expected_NO, found_NO = y_NO.clone(), y_NO.clone()
+    stops = np.cumsum([num_base, *counts])
+    for adapter, start, stop in zip(adapters, stops, stops[1:], strict=False):
+        if factors := adapter.linears.get(SITE):
+            factors.add_to(expected_NO[start:stop], x_NI[start:stop])
+    table_SK5 = np.stack([addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
+    add_shares(found_NO, x_NI, Shares(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1)), 1)
+    torch.testing.assert_close(found_NO, expected_NO, atol=1e-5, rtol=1e-5, equal_nan=True)
+    nobody = [*range(num_base), *range(int(stops[-1]), len(y_NO))]
+    assert torch.equal(found_NO[nobody], y_NO[nobody])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 7, 8, 16, 33, 64])
+@pytest.mark.parametrize(("num_in", "num_out"), [(1, 1), (7, 5), (64, 31), (577, 192)])
+def test_they_are_what_the_plain_products_are(rank: int, num_in: int, num_out: int) -> None:
+    torch.manual_seed(rank)
+    chance = random.Random(rank)
+    for _ in range(4):
+        others = [1 + (rank + i) % 9 for i in range(3)]  # ranks differ from share to share
+        adapters = [folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0) for r in (rank, *others)]
+        adapters.insert(2, Folded({}, {}, {}))  # has nothing on this linear
+        counts = [chance.choice([0, 1, 2, 3, 4, 5, 11, 20]) for _ in adapters]
+        num_tokens = 3 + sum(counts) + 2
+        both(torch.randn(num_tokens, num_in), torch.randn(num_tokens, num_out), adapters, counts, num_base=3)
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_no_number_stays_with_its_adapter(bad: float, count: int) -> None:
+    sick, well = folded(3, 8, 8), folded(5, 8, 8)
+    sick.linears[SITE].a_RI[2, 1] = bad
+    for adapters in ([sick, well], [well, sick]):
+        at = slice(0, count) if adapters[0] is sick else slice(count, 2 * count)
+        x_NI, y_NO = torch.randn(2 * count, 8), torch.zeros(2 * count, 8)
+        table_SK5 = np.stack([addresses(adapter, [SITE]) for adapter in adapters], axis=1)
+        add_shares(y_NO, x_NI, Shares(adapters, table_SK5, np.array([[0, count], [count, 2 * count]])), 0)
+        sick_NO = y_NO[at]
+        assert not sick_NO.isfinite().any()
+        y_NO[at] = 0
+        assert y_NO.isfinite().all()

@@ -197,17 +197,18 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
 
     from rankloom.data import load_data
     from rankloom.launch.trainer import local_device
-    from rankloom.models import load_tokenizer
+    from rankloom.models import load_base, load_tokenizer
+    from rankloom.train.base import check_lengths, precision_of
     from rankloom.train.host import TrialHost
     from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
-    from rankloom.train.run import check_lengths, load_for, precision_of
 
     torch.set_num_threads(device.threads)
     place = local_device(trial.compute.device)
     data = load_data(trial.data, load_tokenizer(trial.model))
     if study.search.metric == "accuracy" and data.labels is None:
         raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
-    base = load_for(trial, place)
+    precision = precision_of(trial, place)
+    base = load_base(trial.model, trial.quantization, device=place, dtype=precision, compute_dtype=precision)
     check_lengths(data, base)
     if place.type == "cuda":
         mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
@@ -217,4 +218,4 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
-    return TrialHost(base, data, precision=precision_of(trial, place), **asdict(size))
+    return TrialHost(base, data, precision=precision, **asdict(size))

@@ -174,12 +174,12 @@ class Runner:
 
     def _costs(self, adapter: Path) -> dict[str, float]:
         """What serving an adapter takes, as far as the study asks; its prompts are validation rows."""
-        from rankloom.adapters.weights import load_beside
-        from rankloom.evals.costs import measure_costs
-
         base, names = self.host.base, self._search.objectives
         if not names:
             return {}
+        from rankloom.adapters.weights import load_beside  # with PEFT, which takes seconds to import
+        from rankloom.evals.costs import measure_costs
+
         rows = list(self.host.data.validation.select(COST_ROWS))
         return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
 

@@ -59,8 +59,8 @@ class Work:
     load_s: float = 0.0
     import_s: float = 0.0
     """Of `load_s`."""
-    begun_at: dict[str, float] = field(default_factory=dict)
-    """Trial -> the clock time at which its first step here was done."""
+    first_steps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Trial -> the clock times at which its first step here began and was done."""
     memory_bytes: int = 0
     """At its peak."""
 
@@ -91,7 +91,7 @@ class Runner:
         """Train these until a report is due or `interrupted`; whose report is due."""
         by_key = {member.key: member for member in members}
         while True:
-            started = time.monotonic()
+            started, clock = time.monotonic(), time.time()
             steps = self.host.step(by_key)
             seconds = time.monotonic() - started
             self._work.steps += 1
@@ -102,7 +102,7 @@ class Runner:
             due = []
             for step in steps:
                 member = by_key[step.name]
-                self._work.begun_at.setdefault(member.trial_id, time.time())
+                self._work.first_steps.setdefault(member.trial_id, (clock, clock + seconds))
                 self._work.tokens += step.tokens - member.tokens
                 member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
                 member.failure = step.error

@@ -36,7 +36,7 @@ def worker_environment(cpus: int) -> dict[str, str]:
     return {name: os.environ[name] for name in _INHERITED if name in os.environ} | {
         "OMP_NUM_THREADS": str(cpus),
         # idle OpenMP threads would spin on the cores that Ray's own processes and the other workers need; a fraction
-        # of a millisecond they may: putting them to sleep between two operations takes a small model half its speed
+        # of a millisecond they may: put to sleep between two operations, they cost a small model a quarter of its speed
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "10000",
         # glibc gives each thread an arena, which keeps what it freed: training moves from thread to thread

@@ -73,7 +73,7 @@ def searched(study: StudyConfig) -> dict[str, Any]:
     rows = pq.read_table(result["results"]).to_pylist()
     best = min((row for row in rows if row["best_loss"] is not None), key=lambda row: row["best_loss"])
     [host] = result["hosts"]
-    del host["begun_at"]
+    del host["first_steps"]
     return {
         "best_loss": best["best_loss"],
         "best_number": best["number"],

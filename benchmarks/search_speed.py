@@ -127,7 +127,7 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
 
     result = run(study, on_event=take)
     for host in result["hosts"]:
-        del host["begun_at"]
+        del host["first_steps"]
     return found | {"hosts": result["hosts"]}
 
 

@@ -80,6 +80,13 @@ def test_module_imports_light(module: str) -> None:
     assert heavy_after(f"import {module}") == "heavy:"
 
 
+def test_a_host_trains_without_the_methods_libraries() -> None:
+    code = (
+        "import sys, rankloom.train.host, rankloom.launch.host_actor\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
+    )
+    assert run_python(code).strip() == "set()"
+
+
 def test_heavy_imports_would_be_seen() -> None:
     assert "torch" in heavy_after("import rankloom.models")
 

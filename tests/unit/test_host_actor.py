@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ import torch
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialError
-from rankloom.launch.host_actor import HostActor
+from rankloom.launch.host_actor import HostActor, sweep
 from rankloom.launch.membership import META
 from rankloom.launch.runner import Bank, Device
 from rankloom.train.memory import peak_memory_bytes
@@ -103,6 +106,16 @@ class BrokenHost(CountingHost):
 class BrokenActor(HostActor):
     def _load(self) -> Any:
         return BrokenHost()
+
+
+class LostHost(CountingHost):
+    def step(self, names: Collection[str]) -> list[Counted]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+class LostActor(HostActor):
+    def _load(self) -> Any:
+        return LostHost()
 
 
 class NoData(HostActor):
@@ -351,6 +364,32 @@ def test_a_host_that_is_given_back_leaves_nothing_behind(make: Callable[..., Hos
         assert not (tmp_path / "scratch").exists()
 
     asyncio.run(main())
+
+
+def test_folders_of_a_ray_that_is_gone_are_swept(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left, used, strange = (tmp_path / f"rankloom-host-{name}" for name in (f"{gone.pid}-a", f"{os.getpid()}-b", "x-c"))
+    for folder in (left, used, strange):
+        (folder / "t#a" / "1").mkdir(parents=True)
+    sweep(tmp_path)
+    assert not left.exists()
+    assert used.exists()
+    assert strange.exists()
+
+
+def test_a_host_whose_device_is_lost_ends_its_process(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make(LostActor)
+        await join(actor, "t#a")
+        await whole(actor, "t#a")
+
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            asyncio.run(main())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny_llama: Path, tmp_path: Path) -> None:

@@ -12,15 +12,14 @@ Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +27,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.site import Route, Site, SlotSpec, adapted, drawn_as_by_peft, scaling_of
-from rankloom.adapters.weights import PREFIX, read_adapter
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import is_linear
-from rankloom.registry.checks import WEIGHTS
+from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
 __all__ = ["AdapterBank", "Site", "SlotSpec"]
 
@@ -162,28 +160,30 @@ class AdapterBank:
         """
         spec, sites = self.specs[slot], self._sites_of(self.specs[slot])
         others = [site for site in sites if site.ranks[slot] != spec.rank or site.scales[slot] != spec.scaling]
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            lora_dropout=spec.dropout,
-            use_rslora=spec.rslora,
-            use_dora=spec.dora,
-            init_lora_weights=True if spec.init == "default" else spec.init,
-            target_modules=self._short(spec.targets),
-            rank_pattern={site.name: site.ranks[slot] for site in others},
-            alpha_pattern={site.name: _alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others},
-            fan_in_fan_out=any(isinstance(site.module, Conv1D) for site in sites),
-            inference_mode=True,
-        )
-        config.base_model_name_or_path = base_id
+        config = {  # as PEFT writes it, what is at its defaults left out; PEFT itself takes seconds to import
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_id,
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "lora_dropout": spec.dropout,
+            "use_rslora": spec.rslora,
+            "use_dora": spec.dora,
+            "bias": "none",
+            "init_lora_weights": True if spec.init == "default" else spec.init,
+            "target_modules": self._short(spec.targets),
+            "rank_pattern": {site.name: site.ranks[slot] for site in others},
+            "alpha_pattern": {site.name: _alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others},
+            "fan_in_fan_out": any(isinstance(site.module, Conv1D) for site in sites),
+            "inference_mode": True,
+        }
         tensors = {}
         for key, values in self.state(slot).items():
             name, part = key.rsplit(".", 1)
             tensors[f"{PREFIX}{name}.{SUFFIXES[part]}"] = values.contiguous()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            config.save_pretrained(folder)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise RegistryError(f"{folder}: can't be written: {error}") from None
@@ -194,6 +194,8 @@ class AdapterBank:
         Raises:
             RegistryError: the folder is refused, by itself or by this bank; the slot is as before.
         """
+        from rankloom.adapters.weights import read_adapter  # with PEFT, which training never needs
+
         config, tensors = read_adapter(self.model, folder)
         if config.lora_bias or config.modules_to_save:
             raise RegistryError(
@@ -280,6 +282,8 @@ class AdapterBank:
 
 def _by_pattern(pattern: Mapping[str, int], name: str, common: int) -> int:
     """A layer's own rank or alpha, where PEFT's patterns give it one."""
+    from peft.utils.other import get_pattern_key
+
     return pattern.get(get_pattern_key(list(pattern), name), common)
 
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.weights import PREFIX
 from rankloom.errors import ModelError, TrialError
 from rankloom.models import is_linear, weight_files
-from rankloom.registry.checks import WEIGHTS
+from rankloom.registry.checks import PREFIX, WEIGHTS
 
 FULL_SVD_UP_TO = 4096
 """The smaller dimension up to which all singular vectors are computed; beyond, only the wanted ones, by sampling."""

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.site import scaling_of
-from rankloom.adapters.weights import PREFIX, read_adapter
+from rankloom.adapters.weights import read_adapter
 from rankloom.errors import RegistryError
 from rankloom.models import in_out, is_linear
-from rankloom.registry.checks import CONFIG, WEIGHTS
+from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -140,8 +139,7 @@ class Site:
         Args:
             rank: the largest of these slots'.
         """
-        dense_OI = self.weight_OI if self.is_plain else dequantize_module_weight(self.module)
-        dense_OI = dense_OI.float()
+        dense_OI = self._dense_OI().float()
         if self._squares_O is None:
             self._squares_O = dense_OI.square().sum(1)
         a_CRI, b_COR = self.a_KRI[picked, :rank], self.b_KOR[picked, :, :rank]
@@ -150,6 +148,14 @@ class Site:
         own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)
         squares_CO = self._squares_O + 2 * scale_C1 * across_CO + scale_C1.square() * own_CO
         return squares_CO.masked_fill_(squares_CO <= 0, 1).sqrt_()
+
+    def _dense_OI(self) -> Tensor:
+        if self.is_plain:
+            return self.weight_OI
+        from peft.utils.integrations import dequantize_module_weight  # slow to import, and most bases are plain
+
+        dense_OI: Tensor = dequantize_module_weight(self.module)
+        return dense_OI
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,6 @@ from rankloom.errors import RegistryError
 from rankloom.models import is_linear
 from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS
 
-PREFIX = "base_model.model."
-"""Stands before each module's name in a PEFT folder's tensors."""
-
 _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 """Settings that do nothing here: the base is the one given, and it is never looked up."""
 

@@ -5,7 +5,7 @@ The methods that trials call only leave wishes and wait. A trial asks for its re
 does no harm, and whatever the scheduler does at report n, stop, pause or copy, starts from the snapshot of report n.
 
 Snapshots (`membership.py`) lie in a folder of the node that outlives this process, so that a host that Ray restarts
-goes on with its members where their drivers are.
+goes on with its members where their drivers are. The folders of a Ray that was killed are removed by the next host.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import os
 import shutil
 import tempfile
 import time
@@ -30,6 +31,8 @@ from rankloom.launch.runner import Bank, Device, Runner, Work, open_host
 from rankloom.launch.seats import Seat, decide
 
 SWEEP_EVERY_S = 1.0
+SCRATCH = "rankloom-host-"
+"""How the folders of snapshots begin; the raylet's process id and the actor's id follow."""
 MAX_BREAKDOWNS = 2
 """Errors of a host's own, not of one member, after which it loads its base again."""
 
@@ -207,6 +210,7 @@ class HostActor:
                     self._failure = TrialError(f"{self._label} broke down {breakdowns + 1} times: {reason}")
                 else:
                     traceback.print_exc()  # into the actor's log; the members go on from their last snapshots
+                    _die_of(error)
                     self._runner = None
                     for member in self._members.values():
                         member.seat.seated, member.seat.at_report = False, True
@@ -274,11 +278,39 @@ class HostActor:
         shutil.rmtree(member.folder, ignore_errors=True)
 
 
+def _die_of(error: Exception) -> None:
+    """End the process where the error has cost it its device: Ray starts another, and the members return to that."""
+    import torch
+
+    if isinstance(error, torch.AcceleratorError):
+        os._exit(1)
+
+
 def _scratch() -> Path:
     """This actor's folder on its node: the same again after Ray restarted it there."""
     import ray
 
-    actor = ray.get_runtime_context().get_actor_id()
-    folder = Path(tempfile.gettempdir()) / f"rankloom-host-{actor}"
+    root, raylet = Path(tempfile.gettempdir()), os.getppid()
+    sweep(root)
+    folder = root / f"{SCRATCH}{raylet}-{ray.get_runtime_context().get_actor_id()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def sweep(root: Path) -> None:
+    """Remove the folders of this user's hosts whose raylet is gone, and with it whoever might come back to them."""
+    for folder in root.glob(f"{SCRATCH}*-*"):
+        raylet = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        with contextlib.suppress(OSError):  # another host was faster
+            if raylet.isdigit() and folder.stat().st_uid == os.getuid() and not _runs(int(raylet)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

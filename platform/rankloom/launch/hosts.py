@@ -198,6 +198,7 @@ class Hosts:
             )
             .remote(self._tree, dump(self._groups[key]), self._bank, device, label)
         )
+        handle.ready.remote()  # it loads from now on, not from the first trial that joins
         self._open.append(Open(key, label, handle))
         return self._open[-1]
 

@@ -59,8 +59,8 @@ class Work:
     load_s: float = 0.0
     import_s: float = 0.0
     """Of `load_s`."""
-    begun_at: dict[str, float] = field(default_factory=dict)
-    """Trial -> the clock time at which its first step here was done."""
+    first_steps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Trial -> the clock times at which its first step here began and was done."""
     memory_bytes: int = 0
     """At its peak."""
 
@@ -91,7 +91,7 @@ class Runner:
         """Train these until a report is due or `interrupted`; whose report is due."""
         by_key = {member.key: member for member in members}
         while True:
-            started = time.monotonic()
+            started, clock = time.monotonic(), time.time()
             steps = self.host.step(by_key)
             seconds = time.monotonic() - started
             self._work.steps += 1
@@ -103,7 +103,7 @@ class Runner:
             due = []
             for step in steps:
                 member = by_key[step.name]
-                self._work.begun_at.setdefault(member.trial_id, time.time())
+                self._work.first_steps.setdefault(member.trial_id, (clock, clock + seconds))
                 self._work.tokens += step.tokens - member.tokens
                 member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
                 member.failure = step.error
@@ -175,12 +175,12 @@ class Runner:
 
     def _costs(self, adapter: Path) -> dict[str, float]:
         """What serving an adapter takes, as far as the study asks; its prompts are validation rows."""
-        from rankloom.adapters.weights import load_beside
-        from rankloom.evals.costs import measure_costs
-
         base, names = self.host.base, self._search.objectives
         if not names:
             return {}
+        from rankloom.adapters.weights import load_beside  # with PEFT, which takes seconds to import
+        from rankloom.evals.costs import measure_costs
+
         rows = list(self.host.data.validation.select(COST_ROWS))
         return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
 
@@ -198,17 +198,18 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
 
     from rankloom.data import load_data
     from rankloom.launch.trainer import local_device
-    from rankloom.models import load_tokenizer
+    from rankloom.models import load_base, load_tokenizer
+    from rankloom.train.base import check_lengths, precision_of
     from rankloom.train.host import TrialHost
     from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
-    from rankloom.train.run import check_lengths, load_for, precision_of
 
     torch.set_num_threads(device.threads)
     place = local_device(trial.compute.device)
     data = load_data(trial.data, load_tokenizer(trial.model))
     if study.search.metric == "accuracy" and data.labels is None:
         raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
-    base = load_for(trial, place)
+    precision = precision_of(trial, place)
+    base = load_base(trial.model, trial.quantization, device=place, dtype=precision, compute_dtype=precision)
     check_lengths(data, base)
     if place.type == "cuda":
         mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
@@ -218,4 +219,4 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
-    return TrialHost(base, data, precision=precision_of(trial, place), **asdict(size))
+    return TrialHost(base, data, precision=precision, **asdict(size))

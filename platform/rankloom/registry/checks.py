@@ -21,6 +21,8 @@ RECORD = "record.json"
 CARD = "README.md"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Stands before each module's name in a PEFT folder's tensors."""
 
 ALLOWED = frozenset({".json", ".safetensors", ".md", ".txt", ".yaml", ".jinja"})
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})

@@ -65,16 +65,16 @@ def search(
     """
     import ray
 
-    opened = ray.get(hosts.prepare.remote())
-    if opened:
+    opening = hosts.prepare.remote()
+    from rankloom.search.stage import on_stage  # with Ray Tune, while the hosts' processes start
+
+    if opened := ray.get(opening):
         tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(board, folder / JOURNAL, tell, hosts, stop)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        from rankloom.search.stage import on_stage
-
         # a trial that can't be fused drives a Ray Train run, which wants a process of its own
         with on_stage() if all(map(is_fusable, study.members())) else nullcontext():
             _tune(study, known, folder, hosts, journal)

@@ -9,7 +9,7 @@ The adapter that is published is not this: `Method.export` writes it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankloom.errors import TrialError
-from rankloom.methods import Method
 from rankloom.train.parallel import gathered, like, whole
+
+if TYPE_CHECKING:  # the methods' libraries take seconds to import, and a host needs none of them
+    from rankloom.methods import Method
 
 
 def save(

@@ -46,7 +46,7 @@ from rankloom.train.packing import Example, Packed, can_pack, logits, pack, pack
 from rankloom.train.plan import Plan, plan_step
 from rankloom.train.validation import Evaluation, Question, Tally, count
 
-EVALUATED_ON_CPU = 2048
+EVALUATED_ON_CPU = 1024
 """Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""
 KEPT_EXAMPLES = 65_536
 """Training rows kept as arrays: every member reads them, each in its own order."""
@@ -286,7 +286,7 @@ class TrialHost:
                 shares_K[share.slot] = 1 / self._by_slot[share.slot].weight
             loss = (sums_K * shares_K.to(sums_K.device)).sum()
             # not .backward(): where memory runs out half-way, nothing has been added to anything
-            found = torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
+            found = list(torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True))
         gradients = self.optimizer.gather(found)
         if self._gradients is None:
             self._gradients = gradients
@@ -315,8 +315,9 @@ class TrialHost:
             member.stepped()
             loss = member.loss_sum / member.weight
             reports.append(Report(member.name, member.step, loss, member.tokens, member.done))
-        self._clear_gradient([member.slot for member in stepping])
-        if not any(member.accumulating for member in self.members.values()):
+        if any(member.accumulating for member in self.members.values()):
+            self._clear_gradient([member.slot for member in stepping])
+        else:
             self._gradients = None
         return reports
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from rankloom.config.compatible import COMPATIBLE
-from rankloom.config.trial import OptimConfig, TrialConfig
+from rankloom.config.trial import TrialConfig
 from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
 from rankloom.evals.loss import labelled_loss
@@ -31,9 +31,9 @@ from rankloom.models import Base
 from rankloom.train import checkpoint
 from rankloom.train.memory import peak_memory_bytes
 from rankloom.train.parallel import Workers, clip
+from rankloom.train.schedule import num_steps, schedule
 from rankloom.train.session import Session
 
-DEFAULT_EPOCHS = 3.0
 UNSCORED = -1e9
 """The score of a checkpoint written between two evaluations: any scored one is better."""
 
@@ -73,8 +73,7 @@ class TrainingLoop:
         self.cursor = Cursor(
             data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
         )
-        epochs = trial.budget.epochs or DEFAULT_EPOCHS
-        self.num_steps = trial.budget.steps or math.ceil(epochs * self.cursor.batches_per_epoch)
+        self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
         self.workers = Workers(session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel)
         torch.manual_seed(trial.seed)
         self.method = build_method(trial, self.num_steps)
@@ -256,16 +255,3 @@ class TrainingLoop:
     def _out_of_patience(self) -> bool:
         patience = self.trial.eval.patience
         return patience is not None and self.progress.evals_since_best >= patience
-
-
-def schedule(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The factor on the peak learning rate at step `step` (from 0): a linear warm-up, then the chosen shape."""
-    warmup = int(optim.warmup_fraction * num_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, num_steps - warmup)
-    if optim.schedule == "linear":
-        return 1 - done
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0

@@ -6,7 +6,6 @@ Its weights are in the host's bank and its moments in the host's optimiser, both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,9 @@ from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Cursor
 from rankloom.errors import IncompatibleError, TrialError
-from rankloom.train.loop import DEFAULT_EPOCHS, schedule
 from rankloom.train.packing import Example
 from rankloom.train.plan import Work
+from rankloom.train.schedule import num_steps, schedule
 
 
 class Member:
@@ -38,9 +37,7 @@ class Member:
         self.method: LoraConfig | DoraConfig = trial.method
         optim = trial.optim
         self.cursor = Cursor(lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
-        self.num_steps = trial.budget.steps or math.ceil(
-            (trial.budget.epochs or DEFAULT_EPOCHS) * self.cursor.batches_per_epoch
-        )
+        self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
         self.step = 0
         self.tokens = 0
         """Real tokens read in whole steps."""

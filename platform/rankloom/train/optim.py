@@ -87,16 +87,23 @@ class SlotAdamW:
             group.first[:, slot].zero_()
             group.second[:, slot].zero_()
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients in the order of `parameters`, as [G, K, ...] stacks."""
-        return [
-            torch.stack([self._or_zero(gradients[i], self.parameters[i].parameter) for i in group.members])
-            for group in self._groups
-        ]
+    def gather(self, gradients: list[Tensor | None]) -> list[Tensor]:
+        """The gradients in the order of `parameters`, as [G, K, ...] stacks.
+
+        They are taken out of the list on the way: a second copy of all of them would be the step's peak of memory.
+        """
+        stacks = []
+        for group in self._groups:
+            stacks.append(
+                torch.stack([self._or_zero(gradients[i], self.parameters[i].parameter) for i in group.members])
+            )
+            for i in group.members:
+                gradients[i] = None
+        return stacks
 
     def norms(self, stacks: Sequence[Tensor]) -> Tensor:
         """[K]: the norm of each slot's whole gradient."""
-        squares = [stack.flatten(2).square().sum(-1).sum(0) for stack in stacks]
+        squares = [torch.linalg.vector_norm(stack.flatten(2), dim=2).square().sum(0) for stack in stacks]
         return torch.stack(squares).sum(0).sqrt()
 
     def step(self, stacks: Sequence[Tensor], norms: Sequence[float], factors: Mapping[int, float]) -> None:
@@ -120,7 +127,7 @@ class SlotAdamW:
             clipped = gradient[:, :used] * clip
             first.lerp_(clipped, lean_1)
             second.lerp_(clipped.square_(), lean_2)
-            update = second.sqrt().mul_(correction).add_(eps)
+            update = torch.sqrt(second, out=clipped).mul_(correction).add_(eps)  # in place: fresh pages are slow
             torch.div(first, update, out=update)
             data.mul_(keep).sub_(update.mul_(size))
 

@@ -25,16 +25,17 @@ from rankloom.adapters.probe import last_logits, write_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
-from rankloom.errors import ConfigError, RegistryError, TrialError
+from rankloom.errors import RegistryError, TrialError
 from rankloom.evals.costs import weight_bytes
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
-from rankloom.models import Base, load_base, load_tokenizer, resolve_dtype
+from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.planner import gigabytes, run_bytes
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.scorecard import Extraction, Measures, Scorecard
 from rankloom.train import checkpoint
+from rankloom.train.base import check_lengths, precision_of
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import free_bytes, shape_of
 from rankloom.train.session import Session
@@ -111,17 +112,6 @@ def _check_record(adapter: Path, base: Base) -> None:
         )
 
 
-def check_lengths(data: TaskData, base: Base) -> None:
-    """A row beyond the model's positions would end the run with an index error, on CUDA with an aborted device."""
-    limit = getattr(base.model.config, "max_position_embeddings", None)
-    longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation, data.test))
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"data.max_length: a row of {longest} tokens is longer than the {limit} positions of {base.id!r}; set "
-            f"data.max_length={limit}"
-        )
-
-
 def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Session) -> None:
     """Refuse what can't but run out of memory: on a CPU the system would kill the process, without a word."""
     free = free_bytes(session.device)
@@ -147,11 +137,6 @@ def load_for(trial: TrialConfig, device: torch.device) -> Base:
     trains_base = METHODS[type(trial.method)].trains_base
     dtype = torch.float32 if trains_base else precision
     return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
-
-
-def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
-    """What the arithmetic runs in: bf16 on CUDA unless the config says otherwise."""
-    return resolve_dtype(trial.compute.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def _finish(

@@ -3,8 +3,8 @@
     python -I leash.py vllm.entrypoints.openai.api_server --model ...
 
 Standard input is a pipe whose other end the starter holds. When it closes, because the starter let go or was killed,
-this process is told to end, and after `GRACE_S` it is killed with all that it started: with its process group, which
-the starter makes its own.
+this process is told to end; one that does not within `GRACE_S` is killed with its process group, which the starter
+makes its own.
 """
 
 import os

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from rankloom.adapters.folded import fold
+from rankloom.adapters.folded import Factors, Folded, fold
 from rankloom.adapters.plain import more_than_lora, write_plain
 from rankloom.adapters.probe import check_likeliest, probe_tokens
 from rankloom.config.engine import VllmConfig
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
-from rankloom.models import Base
+from rankloom.models import Base, find_target_linears, in_out
 from rankloom.registry import Registry
 from rankloom.serving.admission import STOPPING, Admission, check_ref
 from rankloom.serving.choices import Choice
@@ -35,7 +35,7 @@ from rankloom.serving.prompts import Prompts
 from rankloom.serving.protocol import Delta, Likelihood, Request, Resident, Stats, TokenLogprobs
 from rankloom.serving.residents import Residents
 from rankloom.serving.text import Pieces, TextStream
-from rankloom.serving.vllm_server import BASE, VllmServer, completion, likelihoods
+from rankloom.serving.vllm_server import ZERO, VllmServer, completion, likelihoods
 from rankloom.serving.work import ReplicaLostError
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class VllmEngine:
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=torch.cuda.is_available())
         self._prompts, self._pieces = Prompts(base.tokenizer, base.model), Pieces(base.tokenizer)
         self._admission = Admission(config.rows + config.waiting, _vocabulary(base))
-        loader = VllmLoader(base, registry, self._server, config.max_rank)
-        self._adapters: Residents[Sent] = Residents(config.resident, loader, self._post, self._failed)
+        self._loader = VllmLoader(base, registry, self._server, config.max_rank)
+        self._adapters: Residents[Sent] = Residents(config.resident, self._loader, self._post, self._failed)
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}
         """Of requests that wait for their adapter."""
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
@@ -77,6 +77,8 @@ class VllmEngine:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._server.start()
+        if self._server.base == ZERO:
+            await asyncio.to_thread(self._loader.send_zero)
 
     async def close(self) -> None:
         self._admission.stopping = True
@@ -143,10 +145,13 @@ class VllmEngine:
 
     async def _completed(self, request: Request) -> AsyncGenerator[Delta, None]:
         """What vLLM generates. The usage, which knows of the prompt's cached part, comes behind the last delta."""
-        ends = frozenset() if request.sampling.ignore_eos else self._prompts.end_ids
+        asked = request.sampling
+        ends = frozenset() if asked.ignore_eos and asked.choices is None else self._prompts.end_ids
         text = TextStream(self._base.tokenizer, request.prompt, request.sampling.stop)
         last, cached = None, 0
-        async with aclosing(self._server.stream(completion(request, ends))) as chunks:
+        async with aclosing(
+            self._server.stream(completion(request, request.adapter or self._server.base, ends))
+        ) as chunks:
             async for chunk in chunks:
                 for choice in chunk["choices"]:
                     delta = self._delta(choice, text, ends, request.sampling.logprobs)
@@ -271,12 +276,20 @@ class VllmLoader:
         self._sent[ref] = Sent(folder, adapter.num_bytes)
         return self._sent[ref]
 
+    def send_zero(self) -> None:
+        """Give vLLM an adapter that changes nothing."""
+        name = find_target_linears(self._base.model, "all-linear")[0]
+        num_in, num_out = in_out(self._base.model.get_submodule(name))
+        nothing = Factors(torch.zeros(num_in, 1), torch.zeros(1, num_out), None, None)
+        write_plain(Folded({name: nothing}, {}, {}), self._server.scratch / ZERO)
+        self._server.load(ZERO, self._server.scratch / ZERO)
+
     def forget(self, ref: str) -> None:
         self._drop(ref, self._sent.pop(ref).folder)
 
     def _probe(self, ref: str, folder: Path) -> None:
         tokens = probe_tokens(folder, _vocabulary(self._base))
-        found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(BASE, tokens)
+        found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(self._server.base, tokens)
         check_likeliest(folder, found, plain, dtype=self._base.model.dtype)
 
     def _drop(self, ref: str, folder: Path) -> None:

@@ -36,6 +36,9 @@ from rankloom.serving.work import ReplicaLostError
 
 BASE = "base"
 """The base's name there."""
+ZERO = "zero"
+"""The name there of an adapter that changes nothing. On a CPU, vLLM computes rows without an adapter with one of the
+others where they share a step (vllm-project/vllm#48421), so there every row has to have one."""
 PYTHON = "RANKLOOM_VLLM_PYTHON"
 LIKELIEST = 20
 """So many of the likeliest tokens are compared with a probe; vLLM gives no more unless told."""
@@ -94,10 +97,11 @@ def arguments(config: VllmConfig, folder: Path, dtype: str, address: Path, *, on
         dtype: in torch's spelling, such as float32.
         address: the socket to listen on.
     """
+    zero = 0 if on_gpu else 1
     given: dict[str, Any] = {
         "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype, "max-num-seqs": config.rows,
-        "max-loras": config.adapters_at_once, "max-cpu-loras": config.resident, "max-lora-rank": config.max_rank,
-        "generation-config": "vllm",
+        "max-loras": config.adapters_at_once + zero, "max-cpu-loras": config.resident + zero,
+        "max-lora-rank": config.max_rank, "generation-config": "vllm",
     }  # fmt: skip
     if config.context is not None:
         given["max-model-len"] = config.context
@@ -116,18 +120,19 @@ def environment(config: VllmConfig, threads: int) -> dict[str, str]:
     return defaults | ours | fixed | config.env
 
 
-def completion(request: Request, ends: frozenset[int]) -> dict[str, Any]:
+def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
     """The body that asks for a request's completion, as a stream of tokens.
 
     Args:
+        model: what its adapter, or the base, is called there.
         ends: tokens that end it. Where it ends by a stop string is for the reader to see.
     """
     asked = request.sampling
     body: dict[str, Any] = {
-        "model": request.adapter or BASE, "prompt": request.prompt, "max_tokens": asked.max_tokens,
+        "model": model, "prompt": request.prompt, "max_tokens": asked.max_tokens,
         "temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k, "min_p": asked.min_p,
         "presence_penalty": asked.presence_penalty, "frequency_penalty": asked.frequency_penalty,
-        "repetition_penalty": asked.repetition_penalty, "seed": asked.seed, "ignore_eos": asked.ignore_eos,
+        "repetition_penalty": asked.repetition_penalty, "seed": asked.seed, "ignore_eos": not ends,
         "stop_token_ids": sorted(ends), "stream": True, "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }  # fmt: skip
@@ -151,6 +156,8 @@ class VllmServer:
         self._python, self.version = find_vllm(config.python)
         self._config, self._folder, self._dtype = config, folder, dtype
         self._threads, self._on_gpu = threads, on_gpu
+        self.base = BASE if on_gpu else ZERO
+        """What requests without an adapter are to ask for."""
         self._process: subprocess.Popen[bytes] | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=50)
         self._answered_at = 0.0
@@ -208,10 +215,10 @@ class VllmServer:
             return
         if hasattr(self, "_watch"):
             self._watch.cancel()
+        await self._http.close()
         assert self._process.stdin is not None
         self._process.stdin.close()  # the leash
         await asyncio.to_thread(self._end)
-        await self._http.close()
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a completion. Closing the iterator ends it there too.

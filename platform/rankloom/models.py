@@ -20,9 +20,11 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -115,6 +117,36 @@ def load_base(
         fingerprint=mark,
         quantization=quantization.type,
         device=device,
+    )
+
+
+def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
+    """A base without its weights, for whoever only looks at names, shapes and tokens: its model is on the meta device.
+
+    Args:
+        dtype: where `config.dtype` is auto.
+
+    Raises:
+        ModelError: not found, not readable, or without safetensors.
+    """
+    folder = local_folder(config)
+    mark = fingerprint(folder)
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, dtype=resolve_dtype(config.dtype, dtype))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
+    return Base(
+        model=model.requires_grad_(False).eval(),
+        tokenizer=_tokenizer(folder, config.id),
+        id=config.id,
+        folder=folder,
+        fingerprint=mark,
+        quantization="none",
+        device=torch.device("meta"),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from rankloom.cli import main
 from rankloom.config import load, parse
+from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.serve import ServeConfig
 from rankloom.errors import ConfigError
 
@@ -36,6 +37,12 @@ from rankloom.errors import ConfigError
         ({"routes": {"r": {"canary": {"adapter": "a", "share": 1.5}}}}, "canary.share"),
         ({"routes": {"R!": {"to": "a"}}}, "routes"),
         ({"adaptors": ["a"]}, "did you mean 'adapters'"),
+        ({"engine": "sglang"}, "engine.type: unknown type 'sglang'; allowed: 'bank', 'vllm'"),
+        ({"engine": {"type": "vllm", "cache_tokens": 512}}, "engine.cache_tokens: unknown key"),
+        ({"engine": {"type": "vllm", "max_rank": 12}}, "engine.max_rank"),
+        ({"engine": {"type": "vllm", "resident": 4}}, "adapters_at_once (16) is above resident (4)"),
+        ({"engine": {"type": "vllm", "args": ["--max_loras=3"]}}, "args: --max-loras is rankloom's to set"),
+        ({"engine": "vllm", "quantization": "nf4"}, "use engine.type=bank"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
@@ -53,6 +60,8 @@ def test_short_forms_on_a_command_line(tmp_path: Path) -> None:
     assert (config.base.id, config.base.revision) == ("org/base", "main")
     assert config.quantization is not None
     assert load(ServeConfig, file).adapters == "all"
+    assert load(ServeConfig, file, ["engine.rows=4"]).engine == EngineConfig(rows=4)
+    assert load(ServeConfig, file, ["engine=vllm", "engine.rows=4"]).engine == VllmConfig(rows=4)
     for host in ("127.0.0.1", "localhost", "::1"):
         assert load(ServeConfig, file, [f'host="{host}"']).host == host
 

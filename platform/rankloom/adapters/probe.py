@@ -6,6 +6,7 @@ reads the folder differently; logits like the base's mean an adapter that silent
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,38 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
     exact = quantization == "none" and recorded.dtype == adapter.dtype == torch.float32
     largest = float(recorded.float().abs().max())
     report = ProbeReport(_largest_difference(adapter, recorded), _largest_difference(adapter, base))
-    tolerance = FP32_TOLERANCE if exact else LOOSE_TOLERANCE * largest
+    _judge(folder, report, largest, FP32_TOLERANCE if exact else LOOSE_TOLERANCE * largest)
+    return report
+
+
+def check_likeliest(
+    folder: Path, adapter: Mapping[int, float], base: Mapping[int, float], *, dtype: torch.dtype
+) -> ProbeReport:
+    """`check_logits` for an engine that tells only the likeliest tokens, and the logarithms of their probabilities.
+
+    Args:
+        adapter, base: by token, after the probe's tokens.
+        dtype: of the engine's arithmetic, on a base that is not quantised.
+
+    Raises:
+        RegistryError: others than recorded, or the base's own.
+    """
+    recorded = _read_probe(folder)["adapter_logits"]
+    largest = float(recorded.float().abs().max())
+    expected = recorded.float().log_softmax(-1).tolist()
+    if not adapter or max(adapter) >= len(expected):
+        raise RegistryError(f"{folder / PROBE}: {len(expected)} logits, but the base has more")
+    report = ProbeReport(
+        max(abs(expected[token] - logprob) for token, logprob in adapter.items()),
+        max((abs(base[token] - logprob) for token, logprob in adapter.items() if token in base), default=largest),
+    )
+    exact = recorded.dtype == dtype == torch.float32
+    _judge(folder, report, largest, FP32_TOLERANCE if exact else LOOSE_TOLERANCE * largest)
+    return report
+
+
+def _judge(folder: Path, report: ProbeReport, largest: float, tolerance: float) -> None:
+    """Raises RegistryError; `largest` is the largest recorded logit."""
     if not report.max_difference <= tolerance:  # so that a NaN is refused too
         raise RegistryError(
             f"{folder}: the probe's logits differ by {report.max_difference:.3g} from the recorded ones (allowed: "
@@ -125,7 +157,6 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
             f"{folder}: with the adapter the base gives the same logits as without: it does nothing; "
             f"train it longer, or publish the right folder"
         )
-    return report
 
 
 class _RecordedBase(Frozen):

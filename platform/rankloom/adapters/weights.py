@@ -190,6 +190,8 @@ def _check_shapes(expected: dict[str, torch.Tensor], found: dict[str, tuple[int,
 def _read_tensors(base_model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     file = folder / WEIGHTS
     device = next(base_model.parameters()).device
+    if device.type == "meta":  # an outline of a base
+        device = torch.device("cpu")
     try:
         tensors = load_file(file, device=str(device))
     except (SafetensorError, OSError) as error:

@@ -135,6 +135,18 @@ def _demo_model() -> Iterator[Check]:
     yield Check("demo model", "ok" if found else "warning", str(found[0]) if found else advice)
 
 
+def _vllm() -> Iterator[Check]:
+    """Nothing, where no environment is named: the bank serves without it."""
+    from rankloom.serving.vllm_server import PYTHON, find_vllm
+
+    if os.environ.get(PYTHON):
+        try:
+            python, found = find_vllm(None)
+            yield Check("vllm", "ok", f"{found} in the environment of {python}, for engine.type=vllm")
+        except RankloomError as error:
+            yield Check("vllm", "warning", f"{PYTHON}: {error}")
+
+
 def _disk() -> Iterator[Check]:
     from rankloom.config.trial import OutputConfig
     from rankloom.paths import cache_dir
@@ -161,5 +173,5 @@ def _registry(root: str) -> Iterator[Check]:
 
 
 _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    _python, _packages, _machine, _bitsandbytes, _ray, _demo_model, _disk,
+    _python, _packages, _machine, _bitsandbytes, _ray, _demo_model, _vllm, _disk,
 )  # fmt: skip

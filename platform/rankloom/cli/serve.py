@@ -44,11 +44,16 @@ def serve(
     """
 
     from rankloom.config import load
+    from rankloom.config.engine import VllmConfig
     from rankloom.config.serve import ServeConfig
 
     settings = load(ServeConfig, find_config(config), overrides or [])
     if detach and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--detach: a local Ray ends with this command; set RAY_ADDRESS to a cluster's address")
+    if isinstance(settings.engine, VllmConfig) and not os.environ.get("RAY_ADDRESS"):
+        from rankloom.serving.vllm_server import find_vllm
+
+        find_vllm(settings.engine.python)
     if settings.auth.keys is not None:
         from rankloom.serving.keys import KeyFile
 

@@ -110,6 +110,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 _SHORTHAND = {
     "quantization": "type",
+    "engine": "type",
     "base": "id",
     "train": "path",
     "validation": "path",

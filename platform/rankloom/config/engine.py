@@ -1,18 +1,23 @@
-"""How much a serving engine holds and does at once. Read `rankloom/serving/engine.py` for what it does with it."""
+"""How much a serving engine holds and does at once: the bank's, or vLLM's.
+
+Read `rankloom/serving/engine.py` and `rankloom/serving/vllm_engine.py` for what they do with it.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
+from rankloom.errors import ConfigError
 
 
 class EngineConfig(Frozen):
-    """An engine's sizes. What it holds beside the base: `cache_tokens` and `prefix_tokens` of keys and values, and
-    `resident` adapters, of which those at work are there twice."""
+    """rankloom's own engine, for every kind of adapter. What it holds beside the base: `cache_tokens` and
+    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice."""
 
+    type: Literal["bank"] = "bank"
     rows: Annotated[int, Field(ge=1)] = 16
     """Requests that are computed at once."""
     cache_tokens: Annotated[int, Field(ge=256)] = 16384
@@ -36,3 +41,66 @@ class EngineConfig(Frozen):
         if self.step_tokens < self.rows:
             raise ValueError(f"step_tokens ({self.step_tokens}) must be at least rows ({self.rows})")
         return self
+
+
+OURS = (
+    "--model", "--tokenizer", "--served-model-name", "--host", "--port", "--uds", "--api-key", "--dtype",
+    "--enable-lora", "--max-num-seqs", "--max-loras", "--max-cpu-loras", "--max-lora-rank", "--max-model-len",
+    "--kv-cache-memory-bytes", "--generation-config", "--enable-prompt-tokens-details",
+)  # fmt: skip
+"""Options of vLLM's server that other settings stand for, or that rankloom needs as they are."""
+
+
+class VllmConfig(Frozen):
+    """vLLM, as a server of its own beside each replica, from a Python environment of its own. It takes LoRA, rsLoRA and
+    AdaLoRA; other adapters are refused."""
+
+    type: Literal["vllm"] = "vllm"
+    python: str | None = None
+    """The interpreter of the environment that vLLM is installed in, on every node that replicas may run on; null:
+    `$RANKLOOM_VLLM_PYTHON`."""
+    rows: Annotated[int, Field(ge=1)] = 16
+    """Requests that are computed at once."""
+    waiting: Annotated[int, Field(ge=0)] = 256
+    """Requests that may wait beyond those under way; more are refused as overload."""
+    resident: Annotated[int, Field(ge=1)] = 64
+    """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
+    adapters_at_once: Annotated[int, Field(ge=1)] = 16
+    """Adapters that one step computes; requests on others wait. vLLM keeps memory for so many of `max_rank`."""
+    max_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Adapters of a higher rank are refused. Every adapter costs as much as one of this rank, so not higher than
+    needed."""
+    context: Annotated[int, Field(ge=1)] | None = None
+    """The most tokens of prompt and completion together; null: what the base has. The cache must have room for it."""
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory for keys and values; null: 4 on a CPU, on a GPU what vLLM finds free there."""
+    start_s: Annotated[float, Field(gt=0)] = 900.0
+    """The longest that its start may take; vLLM compiles first, for minutes unless `args` has --enforce-eager."""
+    args: tuple[str, ...] = ()
+    """Further options of vLLM's server, such as --tensor-parallel-size=2."""
+    env: dict[str, str] = {}
+    """Environment variables of its processes, such as VLLM_CPU_OMP_THREADS_BIND."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.adapters_at_once > self.resident:
+            raise ConfigError(f"adapters_at_once ({self.adapters_at_once}) is above resident ({self.resident})")
+        for arg in self.args:
+            name = arg.partition("=")[0].replace("_", "-")
+            if name in OURS:
+                raise ConfigError(f"args: {name} is rankloom's to set; use the engine's other settings")
+        return self
+
+
+def _bank_unless_told(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": value}
+    return {"type": "bank"} | value if isinstance(value, dict) else value
+
+
+AnyEngineConfig = Annotated[
+    EngineConfig | VllmConfig,
+    Field(discriminator="type"),
+    BeforeValidator(_bank_unless_told, json_schema_input_type=Literal["bank", "vllm"] | EngineConfig | VllmConfig),
+]
+"""`bank`, `vllm`, or a mapping with the same as `type`; without a type it is the bank."""

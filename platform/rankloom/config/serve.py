@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
-from rankloom.config.engine import EngineConfig
+from rankloom.config.engine import AnyEngineConfig, EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig, Quantization
 from rankloom.config.trial import Name
 from rankloom.errors import ConfigError
@@ -198,7 +198,8 @@ class ServeConfig(Frozen):
     """Model names that are decided for each request. A route hides an adapter of its name."""
     pinned: Annotated[list[Ref], BeforeValidator(_listed)] = []
     """Adapters that every replica loads at its start and keeps; aliases are followed."""
-    engine: EngineConfig = EngineConfig()
+    engine: AnyEngineConfig = EngineConfig()
+    """What computes: `bank`, rankloom's own, or `vllm`."""
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     auth: AuthConfig = AuthConfig()
@@ -215,6 +216,11 @@ class ServeConfig(Frozen):
             raise ConfigError("adapters: all needs a base, for example base: builtin:smollm2; or list the adapters")
         if self.adapters == [] and self.base is None:
             raise ConfigError("adapters: without any, give a base, for example base: builtin:smollm2")
+        if isinstance(self.engine, VllmConfig) and self.quantization is not None and self.quantization.type != "none":
+            raise ConfigError(
+                f"engine.type=vllm serves a base as it is stored, not with quantization {self.quantization.type}; "
+                f"use engine.type=bank"
+            )
         if self.host not in LOOPBACK and self.auth.keys is None and not self.auth.anonymous:
             raise ConfigError(
                 f"host={self.host}: others could reach the endpoint; make a key with `rankloom keys create` and set "

@@ -5,12 +5,13 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
 from rankloom.config import parse
+from rankloom.config.engine import VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
 from rankloom.errors import RankloomError
@@ -19,10 +20,33 @@ from rankloom.registry import Registry
 from rankloom.serving.gateway import Served
 from rankloom.serving.work import Progress, Work, run
 
+if TYPE_CHECKING:
+    from rankloom.models import Base
+    from rankloom.serving.protocol import Engine
+
 NOTE_S = 2.0
 """How often a replica tells the ingress how it is."""
 
 logger = logging.getLogger("ray.serve")
+
+
+def _built(config: ServeConfig, registry: Registry, threads: int) -> "tuple[Base, Engine]":
+    """The config's engine and its base, of which vLLM has the weights."""
+    import torch
+
+    from rankloom.models import load_base, load_outline
+    from rankloom.serving.engine import ServingEngine
+    from rankloom.serving.vllm_engine import VllmEngine
+
+    assert config.base is not None  # `app.resolved` saw to it
+    torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
+    if isinstance(config.engine, VllmConfig):
+        outline = load_outline(config.base, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        return outline, VllmEngine(outline, registry, config.engine, threads=threads)
+    quantization, device = config.quantization or NoQuantization(), torch.device("cuda" if on_gpu else "cpu")
+    base = load_base(config.base, quantization, device=device)
+    return base, ServingEngine(base, registry, config.engine)
 
 
 class Replica:
@@ -31,22 +55,10 @@ class Replica:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         # idle OpenMP threads would spin on the cores that Ray's own processes and other replicas need
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        import torch
-
-        from rankloom.models import load_base
-        from rankloom.serving.engine import ServingEngine
-
         self._config = parse(ServeConfig, config, "serve")
-        assert self._config.base is not None  # `app.resolved` saw to it
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self._registry = Registry(self._config.registry or registry_root())
-        self._base = await asyncio.to_thread(
-            load_base,
-            self._config.base,
-            self._config.quantization or NoQuantization(),
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-        self._engine = ServingEngine(self._base, self._registry, self._config.engine)
+        threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+        self._base, self._engine = await asyncio.to_thread(_built, self._config, self._registry, threads)
         await self._engine.start()
         self._pinned: set[str] = set()
         await self._pin()

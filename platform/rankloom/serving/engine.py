@@ -17,10 +17,10 @@ from functools import partial
 import torch
 
 from rankloom.config.engine import EngineConfig
-from rankloom.errors import OverloadedError, RankloomError, RequestError
+from rankloom.errors import OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Registry
-from rankloom.registry.store import parse_ref
+from rankloom.serving.admission import STOPPING, Admission, check_ref
 from rankloom.serving.choices import Choice
 from rankloom.serving.core import Core
 from rankloom.serving.prompts import Prompts
@@ -44,10 +44,8 @@ class ServingEngine:
         """What the thread is to call between two steps."""
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
-        self._open: set[str] = set()
-        """Ids of the requests under way."""
+        self._admission = Admission(config.rows + config.waiting, base.model.get_input_embeddings().weight.shape[0])
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
-        self._stopping = False
 
     @property
     def base_id(self) -> str:
@@ -70,7 +68,7 @@ class ServingEngine:
         self._thread.start()
 
     async def close(self) -> None:
-        self._stopping = True
+        self._admission.stopping = True
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
@@ -82,19 +80,18 @@ class ServingEngine:
         return self._prompts.chat(messages)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        row = self._checked(request)
-        self._open.add(request.id)
-        self._inbox.put(partial(self._core.enter, row))
-        try:
-            async for delta in row.stream:
-                yield delta
-        finally:
-            self._open.discard(request.id)
-            self._inbox.put(partial(self._core.leave, row))
+        with self._admission.take(request, self.context):
+            row = self._row(request)
+            self._inbox.put(partial(self._core.enter, row))
+            try:
+                async for delta in row.stream:
+                    yield delta
+            finally:
+                self._inbox.put(partial(self._core.leave, row))
 
     async def pin(self, ref: str) -> None:
-        self._refuse_if_stopping()
-        _check_ref(ref)
+        self._admission.refuse_if_stopping()
+        check_ref(ref)
         done: Future[None] = Future()
         self._inbox.put(partial(self._core.adapters.pin, ref, done))
         await asyncio.wrap_future(done)
@@ -108,46 +105,24 @@ class ServingEngine:
     def stats(self) -> Stats:
         return self._core.stats()
 
-    def _checked(self, request: Request) -> Row:
-        self._refuse_if_stopping()
-        limit = self._config.rows + self._config.waiting
-        if len(self._open) >= limit:
-            raise OverloadedError(f"{limit} requests are under way or waiting already; try again later")
-        if request.id in self._open:
-            raise RequestError(f"id: {request.id!r} is under way already; give each request its own")
-        if request.adapter is not None:
-            _check_ref(request.adapter)
-        prompt, vocabulary = request.prompt, self._base.model.get_input_embeddings().weight.shape[0]
-        if not prompt:
-            raise RequestError("prompt: empty; give at least one token")
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise RequestError(f"prompt: a token is outside of the vocabulary of {vocabulary}")
-        if len(prompt) >= self.context:
-            raise RequestError(
-                f"prompt: {len(prompt)} tokens leave no room for an answer; prompt and answer together can have "
-                f"{self.context}"
-            )
+    def _row(self, request: Request) -> Row:
         choice = None if request.sampling.choices is None else Choice(request.sampling.choices, self._prompts)
         return Row(request, Stream(self._mailbox), self._base.tokenizer, self._prompts.end_ids, choice, self.context)
-
-    def _refuse_if_stopping(self) -> None:
-        if self._stopping:
-            raise OverloadedError("the engine is stopping; try another replica")
 
     def _run(self) -> None:
         """The engine's thread."""
         try:
             with torch.inference_mode():
-                while not self._stopping:
+                while not self._admission.stopping:
                     self._take_in()
                     worked = self._core.step()
                     self._mailbox.deliver()
                     if not worked:
                         self._inbox.get()()  # until something comes in
         finally:  # also where a bug ends it: nobody is left waiting
-            self._stopping = True
+            self._admission.stopping = True
             self._take_in()
-            self._core.close(OverloadedError("the engine is stopping; try another replica"))
+            self._core.close(OverloadedError(STOPPING))
             self._mailbox.deliver()
 
     def _take_in(self) -> None:
@@ -157,12 +132,3 @@ class ServingEngine:
             except queue.Empty:
                 return
             call()
-
-
-def _check_ref(ref: str) -> None:
-    try:
-        _, version = parse_ref(ref)
-    except RankloomError as error:
-        raise RequestError(f"adapter: {error}") from None
-    if version is None or not version.isdigit():
-        raise RequestError(f"adapter: {ref!r} names no exact version; give one such as {ref.split('@')[0]}@1")

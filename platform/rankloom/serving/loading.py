@@ -33,7 +33,7 @@ class Loader:
             RegistryError: it is broken, or does nothing.
         """
         record = self._registry.get(ref)
-        self._check_base(record)
+        check_base(self._base, record)
         with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
             folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             adapter = fold(self._base.model, folder)
@@ -43,15 +43,20 @@ class Loader:
             check_logits(folder, found, plain, quantization=self._base.quantization)
         return adapter
 
-    def _check_base(self, record: Record) -> None:
-        mine, its = self._base, record.base
-        if its.fingerprint != mine.fingerprint:
-            raise IncompatibleError(
-                f"{record.ref} was tuned on {its.id} ({its.fingerprint[:19]}), but this engine serves {mine.id} "
-                f"({mine.fingerprint[:19]}); serve it over its own base"
-            )
-        if its.quantization != mine.quantization:
-            raise IncompatibleError(
-                f"{record.ref} was tuned on a base with quantization {its.quantization}, but this engine's has "
-                f"{mine.quantization}; serve it over its own"
-            )
+    def forget(self, ref: str) -> None:
+        """Its place is needed. The weights go with the last who holds them."""
+
+
+def check_base(base: Base, record: Record) -> None:
+    """Raises IncompatibleError where an adapter was tuned on another base."""
+    its = record.base
+    if its.fingerprint != base.fingerprint:
+        raise IncompatibleError(
+            f"{record.ref} was tuned on {its.id} ({its.fingerprint[:19]}), but this engine serves {base.id} "
+            f"({base.fingerprint[:19]}); serve it over its own base"
+        )
+    if its.quantization != base.quantization:
+        raise IncompatibleError(
+            f"{record.ref} was tuned on a base with quantization {its.quantization}, but this engine's has "
+            f"{base.quantization}; serve it over its own"
+        )

@@ -96,7 +96,7 @@ class Delta:
     """stop: the model ended its turn, or a stop string or a whole choice was reached; length: `max_tokens` or the
     context was."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were not computed anew; the same in every delta of a request."""
+    """Tokens of the prompt that were not computed anew, as far as is known; the last delta knows."""
 
 
 @dataclass(frozen=True)

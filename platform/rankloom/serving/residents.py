@@ -9,28 +9,50 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Generic, Protocol, TypeVar
 
-from rankloom.adapters.folded import Folded
 from rankloom.errors import OverloadedError, RankloomError, RegistryError
-from rankloom.serving.loading import Loader
 from rankloom.serving.protocol import Resident
 from rankloom.serving.residency import Residency
 
 logger = logging.getLogger(__name__)
 
 
-class Residents:
-    """Owned by the core's thread, but for `listed`."""
+class Held(Protocol):
+    """What is kept of an adapter."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+H = TypeVar("H", bound=Held)
+H_co = TypeVar("H_co", bound=Held, covariant=True)
+
+
+class Loads(Protocol[H_co]):
+    """Gets adapters into memory; both calls come from one thread of its own."""
+
+    def load(self, ref: str) -> H_co:
+        """Raises AdapterNotFoundError, IncompatibleError or RegistryError where it can't be served."""
+        ...
+
+    def forget(self, ref: str) -> None:
+        """One that was loaded is not needed any more."""
+        ...
+
+
+class Residents(Generic[H]):
+    """Owned by one thread, which makes all calls but for `listed`."""
 
     def __init__(
         self,
         capacity: int,
-        loader: Loader,
+        loader: Loads[H],
         post: Callable[[Callable[[], None]], None],
         failed: Callable[[str, RankloomError], None],
     ) -> None:
         """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
-        self._residency: Residency[Folded] = Residency(capacity)
+        self._residency: Residency[H] = Residency(capacity)
         self._loader, self._post, self._failed = loader, post, failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
         self._pins: dict[str, list[Future[None]]] = {}
@@ -42,7 +64,7 @@ class Residents:
     def release(self, ref: str) -> None:
         self._residency.release(ref)
 
-    def get(self, ref: str) -> Folded | None:
+    def get(self, ref: str) -> H | None:
         """The adapter, if it is there."""
         return self._residency.get(ref)
 
@@ -71,7 +93,9 @@ class Residents:
         """Begin to load what is wanted and has a place."""
         while (load := self._residency.next_load()) is not None:
             ref, evicted = load
-            self.num_evictions += evicted is not None
+            if evicted is not None:
+                self.num_evictions += 1
+                self._thread.submit(self._loader.forget, evicted)
             self._thread.submit(self._loader.load, ref).add_done_callback(partial(self._post_loaded, ref))
 
     def close(self, error: RankloomError) -> None:
@@ -80,11 +104,11 @@ class Residents:
         self._pins.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _post_loaded(self, ref: str, load: Future[Folded]) -> None:
+    def _post_loaded(self, ref: str, load: Future[H]) -> None:
         if not load.cancelled():
             self._post(partial(self._loaded, ref, load))
 
-    def _loaded(self, ref: str, load: Future[Folded]) -> None:
+    def _loaded(self, ref: str, load: Future[H]) -> None:
         error, pins = load.exception(), self._pins.pop(ref, [])
         if error is None:
             self._residency.loaded(ref, load.result())

@@ -1,0 +1,155 @@
+"""Served tokens/s with many adapters in one batch, side by side in one run: rankloom's engine and vLLM.
+
+    RANKLOOM_VLLM_PYTHON=vllm-env/bin/python python benchmarks/serve_vllm.py [--rounds 3] [--tokens 32] [--threads 1]
+
+Both behind the same protocol, as a replica has them, on the same registry, the same cores and with as many threads of
+arithmetic each; vLLM's front end takes more of its own. At each number of concurrent requests, each with an adapter of
+its own on all linear layers: both engines without adapters and with them, and vLLM asked over HTTP without streaming,
+which is the least that it does for a token. All generate the same number of tokens for the same prompts, greedily. The
+sides take turns, round by round, while the other is idle. No prefix is reused: vLLM's blocks are longer than the
+prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from common import machine, today, write_json
+from serve_speed import TOPICS, publish, ratio
+
+from rankloom.config.engine import EngineConfig, VllmConfig
+from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.models import load_base, load_outline
+from rankloom.registry import Registry
+from rankloom.serving.engine import ServingEngine
+from rankloom.serving.protocol import Engine, Request, Sampling
+from rankloom.serving.vllm_engine import VllmEngine
+from rankloom.serving.vllm_server import completion
+
+CPU = torch.device("cpu")
+
+
+def requests(engine: Engine, prompts: Sequence[str], refs: Sequence[str | None], num_tokens: int) -> list[Request]:
+    sampling = Sampling(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    pairs = zip(prompts, refs, strict=False)
+    return [Request(str(i), ref, tuple(engine.tokens(prompt)), sampling) for i, (prompt, ref) in enumerate(pairs)]
+
+
+async def streamed(engine: Engine, work: Sequence[Request]) -> list[list[int]]:
+    async def one(request: Request) -> list[int]:
+        return [token async for delta in engine.generate(request) for token in delta.tokens]
+
+    return await asyncio.gather(*(one(request) for request in work))
+
+
+async def whole(engine: VllmEngine, work: Sequence[Request]) -> list[list[int]]:
+    server = engine._server
+
+    async def one(request: Request) -> list[int]:
+        body = completion(request, request.adapter or server.base, frozenset()) | {"stream": False}
+        del body["stream_options"]
+        async with server._http.post("/v1/completions", json=body) as answer:
+            tokens: list[int] = (await answer.json())["choices"][0]["token_ids"]
+            return tokens
+
+    return await asyncio.gather(*(one(request) for request in work))
+
+
+async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) -> dict[int, dict[str, list[float]]]:
+    """Tokens a second of wall clock, by number of requests, side and round."""
+    torch.set_num_threads(options.threads)
+    most, registry = max(options.at), Registry(root)
+    bank = ServingEngine(
+        load_base(ModelConfig(), NoQuantization(), device=CPU), registry, EngineConfig(rows=most, prefix_tokens=0)
+    )
+    config = VllmConfig(rows=most, resident=most, adapters_at_once=most, max_rank=options.rank, args=options.vllm_args)
+    vllm = VllmEngine(load_outline(ModelConfig(), dtype=torch.float32), registry, config, threads=options.threads)
+    began = time.monotonic()
+    await vllm.start()
+    await bank.start()
+    print(f"vLLM {vllm._server.version} was up after {time.monotonic() - began:.0f} s", flush=True)
+    for ref in refs:
+        await bank.pin(ref)
+        await vllm.pin(ref)
+    prompts = [f"Question {i}: what should I do about {TOPICS[i % 8]} at my bank?\nAnswer:" for i in range(most)]
+    rates: dict[int, dict[str, list[float]]] = {at: {} for at in options.at}
+    for index in range(options.rounds + 1):
+        for at in options.at:
+            tokens = options.tokens if index else 4  # the first round warms up
+            plain = requests(bank, prompts[:at], [None] * at, tokens)
+            adapted = requests(bank, prompts[:at], refs, tokens)
+            sides: dict[str, Callable[[], Awaitable[list[list[int]]]]] = {
+                "bank base": lambda plain=plain: streamed(bank, plain),
+                "bank adapters": lambda adapted=adapted: streamed(bank, adapted),
+                "vllm base": lambda plain=plain: streamed(vllm, plain),
+                "vllm adapters": lambda adapted=adapted: streamed(vllm, adapted),
+                "vllm adapters, not streamed": lambda adapted=adapted: whole(vllm, adapted),
+            }
+            found = {}
+            for name, side in sides.items():
+                started = time.perf_counter()
+                found[name] = await side()
+                if index:
+                    rates[at].setdefault(name, []).append(at * tokens / (time.perf_counter() - started))
+            assert all(len(row) == tokens for rows in found.values() for row in rows)
+            if index:
+                same = sum(a == b for a, b in zip(found["bank adapters"], found["vllm adapters"], strict=True))
+                print(f"round {index}, {at} at once: {same} of {at} completions are the same tokens", flush=True)
+    await bank.close()
+    await vllm.close()
+    return rates
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--tokens", type=int, default=32, help="generated by each request")
+    arguments.add_argument(
+        "--rank", type=int, default=16, choices=[8, 16, 32, 64], help="of adapters, and vLLM's highest"
+    )
+    arguments.add_argument("--at", type=int, nargs="+", default=[1, 8, 16], help="concurrent requests")
+    arguments.add_argument("--threads", type=int, default=1, help="of each side's arithmetic")
+    arguments.add_argument("--vllm-args", nargs="*", default=[], help="further options of vLLM's server")
+    arguments.add_argument("--output", type=Path, help="also write the figures as JSON")
+    options = arguments.parse_args()
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "registry"
+        base = load_base(ModelConfig(), NoQuantization(), device=CPU)
+        refs = publish(base, root, Path(scratch) / "work", max(options.at), options.rank)
+        del base
+        rates = asyncio.run(measure(options, root, refs))
+    ours = "bank adapters"
+    figures = {
+        "date": today(),
+        "machine": machine(),
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "tokens_per_s": {
+            at: {name: round(statistics.median(found), 1) for name, found in sides.items()}
+            for at, sides in rates.items()
+        },
+        "bank_over": {
+            at: {
+                name: ratio([(rate,) for rate in sides[ours]], [(rate,) for rate in found], 0)  # type: ignore[misc]
+                for name, found in sides.items()
+                if name.startswith("vllm adapters")
+            }
+            for at, sides in rates.items()
+        },
+    }
+    print(json.dumps(figures, indent=2))
+    if options.output:
+        write_json(options.output, figures)
+
+
+if __name__ == "__main__":
+    main()

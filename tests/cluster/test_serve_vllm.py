@@ -1,0 +1,72 @@
+"""A deployment on vLLM, on a real local Ray: RANKLOOM_VLLM_PYTHON=vllm-env/bin/python names vLLM's interpreter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from openai import APIError, OpenAI, UnprocessableEntityError
+from test_serve_app import free_port, served
+
+from rankloom.config.model import ModelConfig
+from rankloom.models import local_folder
+from rankloom.serving.vllm_server import PYTHON
+from served import load, publish, write_adapter
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no environment with vLLM"),
+]
+
+
+def vllm_servers() -> list[int]:
+    """Process ids, each of a server and not of what it started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(word.endswith(b"leash.py") for word in words):
+                found.append(int(folder.name))
+    return found
+
+
+def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path) -> None:
+    base, root = local_folder(ModelConfig()), tmp_path / "registry"
+    for kind in ("lora", "dora"):
+        write_adapter(base, tmp_path / kind, kind)
+        publish(root, load(base), kind, tmp_path / kind)
+    engine = {"type": "vllm", "context": 512, "cache_gib": 0.5, "args": ["--enforce-eager"]}
+    config = {"base": str(base), "registry": str(root), "engine": engine, "pinned": ["lora"]}
+    with served(config, free_port()) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def ask(model: str) -> str:
+            answer = client.completions.create(model=model, prompt="A lost card", max_tokens=8, temperature=0)
+            return answer.choices[0].text
+
+        plain, adapted = ask(str(base)), ask("lora")
+        assert plain != adapted
+        with pytest.raises(UnprocessableEntityError, match=r"engine\.type=bank"):
+            ask("dora")
+        (old,) = vllm_servers()
+        os.kill(old, signal.SIGKILL)
+        deadline = time.monotonic() + 400
+        while True:
+            try:
+                assert ask("lora") == adapted
+                break
+            except APIError:
+                assert time.monotonic() < deadline
+                time.sleep(1)
+        assert old not in vllm_servers()
+    deadline = time.monotonic() + 60
+    while vllm_servers():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

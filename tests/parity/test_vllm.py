@@ -1,0 +1,229 @@
+"""vLLM's engine against rankloom's own and PEFT, on a real vLLM server.
+
+It needs an environment that vLLM is installed in: RANKLOOM_VLLM_PYTHON=vllm-env/bin/python names its interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from rankloom.config.engine import EngineConfig, VllmConfig
+from rankloom.config.model import ModelConfig
+from rankloom.errors import IncompatibleError, RegistryError
+from rankloom.models import load_outline, local_folder
+from rankloom.registry import Registry
+from rankloom.serving.engine import ServingEngine
+from rankloom.serving.protocol import Delta, Engine, Request
+from rankloom.serving.vllm_engine import VllmEngine
+from rankloom.serving.vllm_server import PYTHON
+from rankloom.serving.work import ReplicaLostError
+from served import GREEDY, load, publish, with_peft, write_adapter
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no environment with vLLM"),
+]
+T = TypeVar("T")
+SERVED = ["lora", "rslora", "adalora", "patterns"]
+REFUSED = ["dora", "wide", "silent"]
+RESIDENT = 4
+MODEL = ModelConfig(id="builtin:smollm2")
+
+
+@dataclass
+class Sides:
+    """Both engines, on the same registry."""
+
+    loop: asyncio.AbstractEventLoop
+    vllm: VllmEngine
+    bank: ServingEngine
+    base: Path
+    registry: Path
+    folders: dict[str, Path]
+    refs: dict[str, str]
+
+    def run(self, work: Awaitable[T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    def on_both(self, work: Callable[[Engine], Awaitable[T]]) -> tuple[T, T]:
+        """(vLLM's, the bank's)."""
+        return self.run(work(self.vllm)), self.run(work(self.bank))
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
+    root, folders, refs = tmp_path_factory.mktemp("registry"), {}, {}
+    base = local_folder(MODEL)
+    loaded = load(base)
+    for kind in (*SERVED, *REFUSED):
+        folders[kind] = tmp_path_factory.mktemp("adapters") / kind
+        write_adapter(base, folders[kind], kind)
+        refs[kind] = publish(root, load(base), kind, folders[kind])
+    loop, registry = asyncio.new_event_loop(), Registry(root)
+    config = VllmConfig(resident=RESIDENT, adapters_at_once=RESIDENT, context=512, args=("--enforce-eager",))
+    vllm = VllmEngine(load_outline(ModelConfig(id=str(base)), dtype=torch.float32), registry, config, threads=1)
+    bank = ServingEngine(loaded, registry, EngineConfig())
+    loop.run_until_complete(vllm.start())
+    loop.run_until_complete(bank.start())
+    yield Sides(loop, vllm, bank, base, root, folders, refs)
+    loop.run_until_complete(vllm.close())
+    loop.run_until_complete(bank.close())
+    loop.close()
+
+
+PROMPT = "Question: what should I do about a lost card?\nAnswer:"
+numbers = iter(range(10**6))
+
+
+def request(engine: Engine, adapter: str | None, **sampling: Any) -> AsyncIterator[Delta]:
+    settings = GREEDY.model_copy(update=sampling)
+    return engine.generate(Request(f"r{next(numbers)}", adapter, tuple(engine.tokens(PROMPT)), settings))
+
+
+async def completed(engine: Engine, adapter: str | None, **sampling: Any) -> tuple[str, list[int], list[Delta]]:
+    deltas = [delta async for delta in request(engine, adapter, **sampling)]
+    return "".join(d.text for d in deltas), [t for d in deltas for t in d.tokens], deltas
+
+
+def test_a_mixed_batch_gives_the_tokens_and_likelihoods_of_the_bank_and_of_peft(sides: Sides) -> None:
+    async def all_at_once(engine: Engine) -> list[tuple[str, list[int], list[Delta]]]:
+        work = [completed(engine, adapter, logprobs=5) for adapter in [None, *(sides.refs[kind] for kind in SERVED)]]
+        return await asyncio.gather(*work)
+
+    vllm, bank = sides.on_both(all_at_once)
+    assert [found[:2] for found in vllm] == [found[:2] for found in bank]
+    prompt = sides.vllm.tokens(PROMPT)
+    for kind, (_, tokens, deltas), (_, _, ours) in zip([None, *SERVED], vllm, bank, strict=True):
+        folder = None if kind is None else sides.folders[kind]
+        assert tokens == with_peft(sides.base, folder, prompt, GREEDY.max_tokens), kind
+        mine, its = ([t for d in found for t in d.logprobs] for found in (ours, deltas))
+        assert [t.chosen.piece for t in its] == [t.chosen.piece for t in mine]
+        for a, b in zip(its, mine, strict=True):
+            assert len(a.top) == 5
+            assert a.chosen.logprob == pytest.approx(b.chosen.logprob, abs=2e-3), kind
+            assert [t.logprob for t in a.top] == pytest.approx([t.logprob for t in b.top], abs=2e-3), kind
+    assert len({tuple(tokens) for _, tokens, _ in vllm}) == 1 + len(SERVED)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"stop": (" the", "bank")},
+        {"repetition_penalty": 1.3},
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+        {"ignore_eos": False, "max_tokens": 40},
+        {"choices": ("call the bank", "wait")},
+        {"logprobs": 0},
+    ],
+)
+def test_a_request_means_the_same_to_both(sides: Sides, sampling: dict[str, Any]) -> None:
+    (text, tokens, deltas), (expected, as_well, ours) = sides.on_both(
+        lambda engine: completed(engine, None, **sampling)
+    )
+    assert deltas[-1].finish == ours[-1].finish
+    if "choices" in sampling:  # vLLM may spell a choice in other tokens, and so prefer another
+        assert text in sampling["choices"]
+    else:
+        assert (text, tokens) == (expected, as_well)
+    if "logprobs" in sampling:
+        assert all(t.top == () for delta in deltas for t in delta.logprobs)
+        assert sum(len(delta.logprobs) for delta in deltas) == len(tokens)
+
+
+def test_a_seed_repeats(sides: Sides) -> None:
+    async def three(engine: Engine) -> list[list[int]]:
+        settings = {"temperature": 1.0, "top_p": 0.95}
+        return [(await completed(engine, None, **settings, seed=seed))[1] for seed in (1, 1, 2)]
+
+    first, again, other = sides.run(three(sides.vllm))
+    assert first == again != other
+
+
+def test_a_prompt_is_computed_once(sides: Sides) -> None:
+    async def twice() -> int:
+        for _ in range(2):
+            long = tuple(sides.vllm.tokens(PROMPT)) * 20
+            deltas = [d async for d in sides.vllm.generate(Request("long", None, long, GREEDY))]
+        return deltas[-1].cached_tokens
+
+    assert sides.run(twice()) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("dora", r"dora@1 has DoRA magnitudes, but .* engine.type=bank"),
+        ("wide", r"rank 20, above engine.max_rank=16"),
+        ("silent", "does nothing"),
+    ],
+)
+def test_what_can_not_be_served_is_refused(sides: Sides, kind: str, reason: str) -> None:
+    for attempt in (completed(sides.vllm, sides.refs[kind]), sides.vllm.pin(sides.refs[kind])):
+        with pytest.raises(RegistryError, match=reason):
+            sides.run(attempt)
+    assert sides.run(completed(sides.vllm, sides.refs["lora"]))[1]
+
+
+def test_another_base_s_adapter_is_refused(sides: Sides, tiny_llama: Path, tmp_path: Path) -> None:
+    write_adapter(tiny_llama, tmp_path / "other", "lora")
+    with pytest.raises(IncompatibleError, match="over its own base"):
+        sides.run(completed(sides.vllm, publish(sides.registry, tiny_llama, "other", tmp_path / "other")))
+
+
+def test_a_client_that_goes_ends_its_request_there(sides: Sides) -> None:
+    async def leave() -> None:
+        stream = request(sides.vllm, None, max_tokens=400)
+        async for _ in stream:
+            break
+        await stream.aclose()  # type: ignore[attr-defined]
+        while not await sides.vllm._server._look() or sides.vllm._server.gauges["vllm:num_requests_running"]:
+            await asyncio.sleep(0.1)
+
+    sides.run(leave())
+    assert sides.vllm._server.gauges["vllm:generation_tokens_total"] < 5000
+    assert sides.vllm.stats().running == 0
+
+
+def test_evicted_adapters_are_unloaded_there(sides: Sides, tmp_path: Path) -> None:
+    more = []
+    for number in range(3):
+        write_adapter(sides.base, tmp_path / f"more{number}", "lora", seed=10 + number)
+        more.append(publish(sides.registry, load(sides.base), f"more{number}", tmp_path / f"more{number}"))
+    evicted = sides.vllm.stats().adapter_evictions
+    for ref in (*more, *(sides.refs[kind] for kind in SERVED)):
+        sides.run(completed(sides.vllm, ref))
+    assert sides.vllm.stats().adapter_evictions >= evicted + 3
+    resident = {each.ref for each in sides.vllm.resident()}
+    assert len(resident) == RESIDENT
+
+    async def known() -> set[str]:
+        async with sides.vllm._server._http.get("/v1/models") as answer:
+            return {model["id"] for model in (await answer.json())["data"]}
+
+    assert sides.run(known()) == {"base", "zero", *resident}
+    assert len([f for f in sides.vllm._server.scratch.iterdir() if f.is_dir() and f.name != "zero"]) == RESIDENT
+
+
+def test_a_server_that_dies_is_noticed(sides: Sides) -> None:
+    """The last test: there is none after it."""
+    process = sides.vllm._server._process
+    assert process is not None
+    assert sides.vllm.alive
+
+    async def killed() -> None:
+        async for _ in request(sides.vllm, None, max_tokens=400):
+            os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(ReplicaLostError):
+        sides.run(killed())
+    process.wait()
+    assert not sides.vllm.alive

@@ -1,0 +1,121 @@
+"""Stands in for vLLM's server where there is none: the same routes over a real socket, and a model of one line.
+
+The prompt's last token t is followed by t + 1, t + 2 and so on; with an adapter, by steps of that adapter's rank.
+Prompts of certain first tokens make it fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+VOCABULARY = 405
+FAIL, DIE, SLOW = 11, 12, 13
+"""First tokens of prompts with which it fails in the middle, kills itself, and takes its time."""
+
+
+def logprobs(rank: int) -> list[float]:
+    """Of every token, whatever the prompt; the rank is the adapter's, 0 is the base."""
+    logits = [-abs(token - 20 - rank) for token in range(VOCABULARY)]
+    total = math.log(sum(map(math.exp, logits)))
+    return [logit - total for logit in logits]
+
+
+class Server:
+    def __init__(self) -> None:
+        self.ranks = {"base": 0}
+        self.running = 0
+        self.calls: list[str] = []
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": name, "max_model_len": 128} for name in self.ranks]})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            text=f'vllm:num_requests_running{{engine="0"}} {self.running}\n'
+            'vllm:kv_cache_usage_perc{engine="0"} 0.25\n'
+            'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1\n'
+        )
+
+    async def load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
+        if config["r"] == 7:
+            return web.json_response({"error": {"message": "seven is no rank"}}, status=400)
+        self.ranks[body["lora_name"]] = 0 if body["lora_name"] == "zero" else config["r"]
+        return web.Response(text="Success")
+
+    async def unload(self, request: web.Request) -> web.Response:
+        del self.ranks[(await request.json())["lora_name"]]
+        return web.Response(text="Success")
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["model"] not in self.ranks:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        if body["prompt"][0] == FAIL:
+            return web.json_response({"error": {"message": "that is no prompt"}}, status=400)
+        rank = self.ranks[body["model"]]
+        top = sorted(enumerate(logprobs(rank)), key=lambda pair: -pair[1])
+        if not body.get("stream"):
+            named = {f"token_id:{token}": logprob for token, logprob in top[: body["logprobs"]]}
+            return web.json_response({"choices": [{"logprobs": {"top_logprobs": [named]}}]})
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        self.running += 1
+        try:
+            await self.stream(body, rank, answer, top)
+        finally:
+            self.running -= 1
+        return answer
+
+    async def stream(self, body: dict[str, Any], rank: int, answer: web.StreamResponse, top: list[Any]) -> None:
+        for number in range(1, body["max_tokens"] + 1):
+            token = body["prompt"][-1] + number * (rank or 1)
+            stops = token in body["stop_token_ids"]
+            last = stops or number == body["max_tokens"]
+            choice: dict[str, Any] = {"token_ids": [token], "logprobs": None}
+            choice["finish_reason"] = None if not last else "stop" if stops else "length"
+            if body.get("logprobs") is not None:
+                named = {f"token_id:{t}": logprob for t, logprob in top[: max(1, body["logprobs"])]}
+                choice["logprobs"] = {"token_logprobs": [-0.5], "top_logprobs": [named]}
+            await answer.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            await asyncio.sleep(0.05 if body["prompt"][0] == SLOW else 0)
+            if body["prompt"][0] == DIE:
+                os._exit(3)
+            if last:
+                break
+        usage = {"prompt_tokens_details": {"cached_tokens": 2}}
+        await answer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    for name in ("uds", "start"):
+        options.add_argument(f"--{name}")
+    given, rest = options.parse_known_args()
+    print("options:", *rest, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", flush=True)
+    if given.start == "fail":
+        sys.exit("ValueError: this model is not for me")
+    server, app = Server(), web.Application()
+    app.add_routes([
+        web.get("/health", server.health), web.get("/v1/models", server.models), web.get("/metrics", server.metrics),
+        web.post("/v1/completions", server.complete), web.post("/v1/load_lora_adapter", server.load),
+        web.post("/v1/unload_lora_adapter", server.unload),
+    ])  # fmt: skip
+    web.run_app(app, path=given.uds, print=None)
+
+
+if __name__ == "__main__":
+    main()

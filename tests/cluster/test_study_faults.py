@@ -88,10 +88,11 @@ def test_dedicated_trials_that_were_stopped_early_still_leave_their_best_adapter
     result = run(parse(StudyConfig, settings))
     assert result["counts"] == {"running": 0, "done": 1, "stopped": 4, "failed": 0}
     by_method = {row["method"]: row for row in result["finalists"]}
-    for name, servable in (("full", "extracted"), ("galore", "extracted"), ("lisa", "extracted"), ("adalora", "rank pattern")):
+    for name in ("full", "galore", "lisa", "adalora"):
         assert by_method[name]["error"] is None
         assert by_method[name]["published"] == [f"tiny-{name}@1"]
-        assert Registry(result["registry"]).verify(f"tiny-{name}@1").servable == servable
+        servable = Registry(result["registry"]).verify(f"tiny-{name}@1").servable
+        assert servable == ("rank pattern" if name == "adalora" else "extracted")
 
 
 def test_ctrl_c_at_any_time_leaves_a_study_that_goes_on(tiny_study: Make, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import random
 from statistics import fmean
 from types import SimpleNamespace
 
+import pytest
+
 from rankloom.config import StudyConfig, parse
 from rankloom.launch.seats import Seat, decide
 from rankloom.search.schedulers import PROGRESS, build_scheduler
@@ -139,3 +141,19 @@ def test_over_a_whole_study_with_early_stopping_slots_are_full() -> None:
     study = {"name": "s", "space": [{"seed": {"randint": [0, 9]}}], "search": {"num_trials": 64}}
     asha = parse(StudyConfig, study | {"scheduler": {"type": "asha", "grace": 0.1}, "hosts": {"num_slots": 8}})
     assert fmean(occupancy(asha, seed) for seed in range(10)) >= 0.85
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 24),
+        ({"hosts": {"num_slots": 8, "num_waiting": 3}}, 11),
+        ({"search": {"algorithm": "optuna", "num_trials": 64}}, 16),
+        ({"scheduler": {"type": "hyperband"}}, 64),
+        ({"space": [{"seed": {"randint": [0, 9]}}, {"method": {"type": "galore"}}]}, 12),
+        ({"search": {"num_trials": 5}}, 5),
+    ],
+)
+def test_how_many_trials_are_under_way(changed: dict[str, object], expected: int) -> None:
+    study = {"name": "s", "space": [{"seed": {"randint": [0, 9]}}], "search": {"num_trials": 64}}
+    assert num_live(parse(StudyConfig, study | {"hosts": {"num_slots": 8}} | changed), hosts_per_group=1) == expected

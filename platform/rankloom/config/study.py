@@ -145,7 +145,8 @@ class HostsConfig(Frozen):
     num_waiting: Annotated[int, Field(ge=0)] | None = None
     """Trials under way that wait for a slot, so that none is ever empty. null: twice as many as there are slots; once
     where the searcher learns from results, and so must not be far ahead of them; all trials under hyperband and pbt,
-    which compare those that are under way. Each trial under way keeps its last state on a host's disk."""
+    which compare those that are under way; half as many where some trials can't share a base, so that each is a
+    process. Each trial under way keeps its last state on a host's disk."""
     max_hosts: Annotated[int, Field(ge=1)] | None = None
     """Hosts of one base; null: one a GPU, or one on CPUs."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0

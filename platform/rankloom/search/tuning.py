@@ -138,11 +138,14 @@ def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, 
 def num_live(study: StudyConfig, hosts_per_group: int) -> int:
     """Trials that Ray Tune has under way at once: those that have a slot, and those that wait for one."""
     slots = max(1, hosts_per_group * len(groups(study)) * study.hosts.num_slots)
-    waiting = study.hosts.num_waiting
-    if waiting is None:
+    if study.hosts.num_waiting is not None:
+        waiting = study.hosts.num_waiting
+    elif not all(map(is_fusable, study.members())):  # each trial is a process then, or several
+        waiting = -(-slots // 2)
+    elif isinstance(study.scheduler, (HyperBandConfig, PbtConfig)):
+        waiting = study.num_trials
+    else:
         waiting = slots if study.search.learns else 2 * slots
-        if isinstance(study.scheduler, (HyperBandConfig, PbtConfig)) and all(map(is_fusable, study.members())):
-            waiting = study.num_trials
     return min(study.num_trials, slots + waiting)
 
 

@@ -175,7 +175,7 @@ def test_both_ways_are_in_use_on_a_cpu() -> None:
     b_KOR = torch.empty(4, 576, 4)
     for counts, num_in, way in (
         ([3, 9, 1, 4], 64, Stacked), ([100, 200, 50, 90], 576, SlotBySlot),
-        ([16, 16, 16, 16], 576, Stacked), ([128] * 4, 576, SlotBySlot),
+        ([16, 16, 16, 16], 576, Stacked), ([128] * 4, 576, Stacked),
     ):  # fmt: skip
         groups = Groups(counts, [4] * 4)
         assert isinstance(fastest(torch.empty(groups.num_tokens, num_in), b_KOR, groups), way), counts

@@ -286,7 +286,9 @@ class TrialHost:
                 shares_K[share.slot] = 1 / self._by_slot[share.slot].weight
             loss = (sums_K * shares_K.to(sums_K.device)).sum()
             # not .backward(): where memory runs out half-way, nothing has been added to anything
-            found = list(torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True))
+            found: list[Tensor | None] = [
+                *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
+            ]
         gradients = self.optimizer.gather(found)
         if self._gradients is None:
             self._gradients = gradients

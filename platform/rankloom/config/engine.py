@@ -11,7 +11,7 @@ from rankloom.config.base import Frozen
 
 class EngineConfig(Frozen):
     """An engine's sizes. What it holds beside the base: `cache_tokens` and `prefix_tokens` of keys and values, and
-    `resident` adapters, of which those at work are there twice."""
+    `resident` adapters, of which those at work are there twice unless it computes in fp32 on a CPU."""
 
     rows: Annotated[int, Field(ge=1)] = 16
     """Requests that are computed at once."""

@@ -15,7 +15,8 @@ from rankloom.errors import ConfigError
 
 class EngineConfig(Frozen):
     """rankloom's own engine, for every kind of adapter. What it holds beside the base: `cache_tokens` and
-    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice."""
+    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice unless it computes
+    in fp32 on a CPU."""
 
     type: Literal["bank"] = "bank"
     rows: Annotated[int, Field(ge=1)] = 16

@@ -124,6 +124,7 @@ async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) 
             if index:
                 same = sum(a == b for a, b in zip(found["bank adapters"], found["vllm adapters"], strict=True))
                 print(f"round {index}, {at} at once: {same} of {at} completions are the same tokens", flush=True)
+                print({name: [round(rate, 1) for rate in found[-1]] for name, found in rates[at].items()}, flush=True)
     await bank.close()
     await vllm.close()
     return rates

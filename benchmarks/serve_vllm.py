@@ -7,7 +7,7 @@ arithmetic each; vLLM's front end takes more of its own. At each number of concu
 its own on all linear layers: both engines without adapters and with them, and vLLM asked over HTTP without streaming,
 which is the least that it does for a token. All generate the same number of tokens for the same prompts, greedily. The
 sides take turns, round by round, while the other is idle. No prefix is reused: vLLM's blocks are longer than the
-prompts.
+prompts. Rates are of wall clock and of CPU time; vLLM's has its processes and this one, which reads the answers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from common import machine, today, write_json
-from serve_speed import TOPICS, publish, ratio
+from serve_speed import TOPICS, medians, publish, ratio
 
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig, NoQuantization
@@ -64,8 +64,24 @@ async def whole(engine: VllmEngine, work: Sequence[Request]) -> list[list[int]]:
     return await asyncio.gather(*(one(request) for request in work))
 
 
-async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) -> dict[int, dict[str, list[float]]]:
-    """Tokens a second of wall clock, by number of requests, side and round."""
+def cpu_s(group: int) -> float:
+    """CPU seconds of a process group's living processes."""
+    ticks = 0
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended meanwhile
+            ticks += int(fields[11]) + int(fields[12]) if int(fields[2]) == group else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+Rates = dict[int, dict[str, list[tuple[float, float]]]]
+
+
+async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) -> Rates:
+    """Tokens a second of wall clock and of CPU time, by number of requests, side and round."""
     torch.set_num_threads(options.threads)
     most, registry = max(options.at), Registry(root)
     bank = ServingEngine(
@@ -81,7 +97,9 @@ async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) 
         await bank.pin(ref)
         await vllm.pin(ref)
     prompts = [f"Question {i}: what should I do about {TOPICS[i % 8]} at my bank?\nAnswer:" for i in range(most)]
-    rates: dict[int, dict[str, list[float]]] = {at: {} for at in options.at}
+    assert vllm._server._process is not None
+    group = vllm._server._process.pid
+    rates: Rates = {at: {} for at in options.at}
     for index in range(options.rounds + 1):
         for at in options.at:
             tokens = options.tokens if index else 4  # the first round warms up
@@ -96,14 +114,17 @@ async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) 
             }
             found = {}
             for name, side in sides.items():
-                started = time.perf_counter()
+                wall, cpu, its = time.perf_counter(), time.process_time(), cpu_s(group)
                 found[name] = await side()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                cpu += cpu_s(group) - its if name.startswith("vllm") else 0
                 if index:
-                    rates[at].setdefault(name, []).append(at * tokens / (time.perf_counter() - started))
+                    rates[at].setdefault(name, []).append((at * tokens / wall, at * tokens / cpu))
             assert all(len(row) == tokens for rows in found.values() for row in rows)
             if index:
                 same = sum(a == b for a, b in zip(found["bank adapters"], found["vllm adapters"], strict=True))
                 print(f"round {index}, {at} at once: {same} of {at} completions are the same tokens", flush=True)
+                print({name: [round(rate, 1) for rate in found[-1]] for name, found in rates[at].items()}, flush=True)
     await bank.close()
     await vllm.close()
     return rates
@@ -133,13 +154,10 @@ def main() -> None:
         "date": today(),
         "machine": machine(),
         "options": {name: value for name, value in vars(options).items() if name != "output"},
-        "tokens_per_s": {
-            at: {name: round(statistics.median(found), 1) for name, found in sides.items()}
-            for at, sides in rates.items()
-        },
+        "tokens_per_s": {at: {name: medians(found) for name, found in sides.items()} for at, sides in rates.items()},
         "bank_over": {
             at: {
-                name: ratio([(rate,) for rate in sides[ours]], [(rate,) for rate in found], 0)  # type: ignore[misc]
+                name: {clock: ratio(sides[ours], found, which) for which, clock in enumerate(("wall", "cpu"))}
                 for name, found in sides.items()
                 if name.startswith("vllm adapters")
             }

@@ -161,6 +161,8 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=50)
         self._answered_at = 0.0
+        self._open: set[aiohttp.ClientResponse] = set()
+        """Of completions that are under way."""
         self.context = 0
         """The most tokens of prompt and completion together, once it has started."""
         self.gauges: Mapping[str, float] = {}
@@ -215,10 +217,12 @@ class VllmServer:
             return
         if hasattr(self, "_watch"):
             self._watch.cancel()
-        await self._http.close()
+        for answer in list(self._open):
+            answer.close()
         assert self._process.stdin is not None
         self._process.stdin.close()  # the leash
         await asyncio.to_thread(self._end)
+        await self._http.close()
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a completion. Closing the iterator ends it there too.
@@ -230,13 +234,17 @@ class VllmServer:
             async with self._http.post("/v1/completions", json=body) as answer:
                 if answer.status != 200:
                     raise _refused(answer.status, await answer.read())
-                async for line in answer.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    chunk = json.loads(line.removeprefix(b"data: "))
-                    if "error" in chunk:
-                        raise ModelError(f"vLLM: {chunk['error'].get('message')}")
-                    yield chunk
+                self._open.add(answer)
+                try:
+                    async for line in answer.content:
+                        if not line.startswith(b"data: {"):
+                            continue
+                        chunk = json.loads(line.removeprefix(b"data: "))
+                        if "error" in chunk:
+                            raise ModelError(f"vLLM: {chunk['error'].get('message')}")
+                        yield chunk
+                finally:
+                    self._open.discard(answer)
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ReplicaLostError(f"vLLM's server is gone: {error}") from None
 

@@ -91,13 +91,13 @@ class MemoryOfWorkers:
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_EVERY_S):
             held: dict[str, int] = {}
-            for name, pid in _workers_below(self.pid):
-                held[name] = held.get(name, 0) + _pss_bytes(pid)
+            for name, pid in workers_below(self.pid):
+                held[name] = held.get(name, 0) + pss_bytes(pid)
             if sum(held.values()) > self.peak_bytes:
                 self.peak_bytes, self.at_peak = sum(held.values()), held
 
 
-def _workers_below(pid: int) -> list[tuple[str, int]]:
+def workers_below(pid: int) -> list[tuple[str, int]]:
     """(name, pid) of Ray's worker processes among the descendants of a process."""
     parents, names = {}, {}
     for folder in Path("/proc").iterdir():
@@ -115,7 +115,7 @@ def _workers_below(pid: int) -> list[tuple[str, int]]:
     return [(name, child) for child, name in names.items() if name.startswith("ray::") and below(child)]
 
 
-def _pss_bytes(pid: int) -> int:
+def pss_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

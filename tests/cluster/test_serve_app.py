@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -292,27 +293,43 @@ def test_serve_build_takes_the_import_path(registry: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_replica_fails_no_request_that_had_not_begun(endpoint: str, config: dict[str, Any]) -> None:
-    import ray
+def test_a_killed_replica_fails_no_request_that_had_not_begun(
+    endpoint: str, config: dict[str, Any], processes_named: Callable[[str], list[int]]
+) -> None:
     from ray import serve
 
     from rankloom.deploy.app import build
 
     serve.run(build(config | {"replicas": {"min": 2, "max": 2}}))
+    started = threading.Semaphore(0)
 
     def ask(number: int) -> str:
         model = ("first", "second", str(config["base"]))[number % 3]
         answer = client(endpoint).completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0)
         return answer.choices[0].text
 
-    with ThreadPoolExecutor(6) as pool:
+    def stream(model: str) -> str | None:
+        """The code of the error that it ended with, if it did."""
+        asked: dict[str, Any] = {"model": model, "prompt": PROMPT, "max_tokens": 300, "stream": True}
+        begun = client(endpoint).completions.create(**asked, extra_body={"ignore_eos": True})
+        next(iter(begun))
+        started.release()
+        try:
+            return None if list(begun)[-1].choices[0].finish_reason == "length" else "cut off"
+        except openai.APIError as error:
+            return error.code
+
+    with ThreadPoolExecutor(10) as pool:
+        streams = [pool.submit(stream, str(config["base"])) for _ in range(4)]  # the base's go to both replicas
+        for _ in streams:
+            assert started.acquire(timeout=60)
         asked = [pool.submit(ask, number) for number in range(60)]
-        while sum(each.done() for each in asked) < 15:
-            time.sleep(0.05)
-        replicas = [each for each in ray.util.list_named_actors(all_namespaces=True) if "#Replica#" in each["name"]]
+        replicas = processes_named("ServeReplica:default:Replica")
         assert len(replicas) == 2
-        ray.kill(ray.get_actor(**replicas[0]), no_restart=True)
+        os.kill(replicas[0], signal.SIGKILL)
+        ends = [each.result() for each in streams]
         texts = [each.result() for each in asked]
+    assert set(ends) == {None, "replica_lost"}
     assert len(set(texts)) == 3
 
 

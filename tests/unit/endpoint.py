@@ -114,14 +114,23 @@ def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1"
         registry.promote("bank@1")
     replicas = Replicas(broken)
     gateway = Gateway(parse(ServeConfig, {"base": "org/base", "refresh_s": 0.2} | config), registry, replicas)
-    with socket.create_server((host, 0)) as listening:
+    with listening(gateway, host) as url:
+        made = Endpoint(url, gateway, replicas, registry, tmp_path / "adapters")
+        with made.http:
+            yield made
+
+
+@contextmanager
+def listening(gateway: Gateway, host: str = "127.0.0.1") -> Iterator[str]:
+    """Starts a gateway and serves it over HTTP, at a URL; both end."""
+    with socket.create_server((host, 0)) as opened:
         # asyncio sees to it for most sockets, uvloop, which Ray Serve runs on, for all; else each answer waits 40 ms
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = uvicorn.Server(uvicorn.Config(build_api(lambda: gateway), log_level="warning", lifespan="off"))
 
         async def serve() -> None:
             await gateway.start()
-            await server.serve([listening])
+            await server.serve([opened])
             await gateway.close()
 
         thread = threading.Thread(target=asyncio.run, args=(serve(),))
@@ -129,10 +138,7 @@ def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1"
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         try:
-            port = listening.getsockname()[1]
-            made = Endpoint(f"http://{host}:{port}", gateway, replicas, registry, tmp_path / "adapters")
-            with made.http:
-                yield made
+            yield f"http://{host}:{opened.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(20)

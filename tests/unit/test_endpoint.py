@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +135,7 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"temperature": float("nan")}, "temperature: ", "temperature"),
     ({"temperature": 1e309}, "temperature: ", "temperature"),
     ({"top_p": 0}, "top_p: ", "top_p"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty: ", "repetition_penalty"),
     ({"n": 0}, "n: ", "n"),
     ({"n": 17}, "17 completions in one request, above 16", "n"),
     ({"seed": -1}, "seed: ", "seed"),
@@ -479,3 +482,20 @@ def test_the_console_is_one_page_that_asks_nobody_else(shared: Endpoint) -> None
     assert after["requests"] - before["requests"] == 1
     bank = next(model for model in after["models"] if model["id"] == "bank")
     assert (bank["ref"], bank["method"], bank["rows"]) == ("bank@1", "lora", [])
+
+
+@pytest.mark.slow
+def test_litellm_and_langchain(shared: Endpoint) -> None:
+    python = os.environ.get("RANKLOOM_TEST_CLIENTS")
+    if python is None:
+        pytest.skip("RANKLOOM_TEST_CLIENTS names no interpreter with litellm and langchain-openai")
+    script = Path(__file__).parent / "other_clients.py"
+    done = subprocess.run([python, script, shared.url], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for client in ("litellm", "langchain"):
+        assert found[client] == "bank@2|user=hi;|"
+        assert found[f"{client} in a stream"] == "bank@1|user=hi;|"
+    assert found["missing"][:2] == ["NotFoundError", 404]
+    assert "`bank`" in found["missing"][2]
+    assert found["overload"][:2] == ["ServiceUnavailableError", 503]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,26 @@ def test_a_bad_adapter_fails_its_own_requests_alone(tiny_model: Callable[..., Pa
     assert engine.stats().adapter_failures == 6
 
 
+def test_a_refused_version_is_not_fetched_again_at_once(tiny_llama: Path, tmp_path: Path) -> None:
+    write_adapter(tiny_llama, tmp_path / "silent", "silent")
+    publish(tmp_path / "registry", tiny_llama, "silent", tmp_path / "silent")
+    engine = engine_on(tiny_llama, tmp_path / "registry")
+
+    async def work() -> None:
+        messages = []
+        for number in range(20):
+            with pytest.raises(RegistryError, match=r"silent@1.*does nothing") as error:
+                await completed(engine, [5, 6, 7], "silent@1", id=str(number))
+            messages.append(str(error.value))
+        with pytest.raises(RegistryError, match="does nothing"):
+            await engine.pin("silent@1")
+        assert len(set(messages)) == 1
+        assert str(tmp_path) not in messages[0]
+
+    serving(engine, work)
+    assert engine.stats().adapter_failures < 5  # after a second it is tried again
+
+
 @pytest.mark.parametrize(
     "ref", ["../lora@1", "/lora@1", "lora\0@1", "l" * 10_000, "", "lora@-1", "lora", "lora@champion"]
 )
@@ -338,6 +359,26 @@ def test_closing_ends_what_is_under_way(tiny_llama: Path, registry: Path) -> Non
             await job
         with pytest.raises(OverloadedError, match="stopping"):
             await collect(engine, request)
+
+    serving(engine, work)
+
+
+def test_closing_while_its_thread_takes_in_what_came_ends_it(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry)
+
+    def close() -> None:  # what `close` does, at the instant when its wake-up is taken in with the rest
+        engine._stopping = True
+        engine._inbox.put(lambda: None)
+
+    async def work() -> None:
+        both = threading.Event()
+        engine._inbox.put(lambda: both.wait() and None)
+        engine._inbox.put(close)
+        both.set()
+        await asyncio.to_thread(engine._thread.join, 20)
+        ended = not engine.alive
+        engine._inbox.put(lambda: None)  # else the test itself would wait for ever
+        assert ended
 
     serving(engine, work)
 

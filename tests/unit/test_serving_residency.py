@@ -1,7 +1,9 @@
-"""Which adapter is loaded, which one goes: least recently used first, pinned and used ones never."""
+"""Which adapter is loaded, which one goes, and which ones were refused."""
 
 from __future__ import annotations
 
+from rankloom.errors import RegistryError
+from rankloom.serving.refusals import LONGEST_S, MOST, Refusals
 from rankloom.serving.residency import Residency
 
 
@@ -81,3 +83,30 @@ def test_a_failure_is_forgotten_and_its_place_is_free() -> None:
     assert residency.next_load() == ("good", None)
     residency.ask("bad")
     assert residency.next_load() is None  # the one place is being filled
+
+
+def test_a_refusal_holds_for_twice_as_long_each_time_and_is_forgotten_when_it_loads() -> None:
+    refusals, now = Refusals(), 100.0
+    assert refusals.get("bad@1", now) is None
+    for held_s in (1, 2, 4, 8):
+        refusals.add("bad@1", RegistryError("does nothing"), now)
+        first, second = (refusals.get("bad@1", now + 0.99 * held_s) for _ in range(2))
+        assert first is not second  # each is raised by itself
+        assert (type(first), str(first)) == (RegistryError, "does nothing")
+        now += held_s
+        assert refusals.get("bad@1", now) is None
+    for _ in range(20):
+        refusals.add("bad@1", RegistryError("does nothing"), now)
+    assert refusals.get("bad@1", now + LONGEST_S - 1) is not None
+    assert refusals.get("bad@1", now + LONGEST_S) is None
+    refusals.clear("bad@1")
+    refusals.add("bad@1", RegistryError("does nothing"), now)
+    assert refusals.get("bad@1", now + 1) is None
+
+
+def test_no_more_refusals_are_remembered_than_fit() -> None:
+    refusals = Refusals()
+    for number in range(MOST + 1):
+        refusals.add(f"bad@{number}", RegistryError("does nothing"), 0.0)
+    assert refusals.get("bad@0", 0.5) is None
+    assert refusals.get("bad@1", 0.5) is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rankloom.serving.protocol import Sampling
-from rankloom.serving.sampling import Turn, choose
+from rankloom.serving.sampling import COLDEST, LARGEST, Turn, choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0])
 
@@ -31,6 +31,16 @@ def frequencies(logits: torch.Tensor, num: int = 4000, **settings: Any) -> torch
 
 def test_greedy_takes_the_likeliest() -> None:
     assert tokens(LOGITS, turn(0.99, temperature=0)) == [0]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6, COLDEST])
+@pytest.mark.parametrize("scale", [1.0, 1e-3 * LARGEST])
+def test_the_coldest_and_the_most_punished_rows_break_no_other(temperature: float, scale: float) -> None:
+    extreme = turn(0.99, temperature=temperature, repetition_penalty=0.01, prompt=(1,), top_p=5e-324)
+    logits = torch.stack([scale * LOGITS, LOGITS])
+    extreme_token, other = (chosen.token for chosen in choose(logits, [extreme, turn(0.5)]))
+    assert extreme_token == 1  # its logit is multiplied
+    assert other == tokens(LOGITS, turn(0.5))[0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -26,11 +26,14 @@ from rankloom.serving.answer import ATTEMPTS, Answer
 from rankloom.serving.gateway import Gateway
 from rankloom.serving.policy import Ask, Target
 from rankloom.serving.replies import DONE, Kind, Reply, event, reply_id
-from rankloom.serving.wire import AdapterRequest, ChatRequest, CompletionRequest, WireError, wire_error
+from rankloom.serving.wire import AdapterRequest, ChatRequest, CompletionRequest, ErrorReply, WireError, wire_error
 from rankloom.serving.work import ReplicaLostError, Work
 
 CONSOLE = Path(__file__).parent / "console"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the app's document says of an answer that may come in a stream."""
+REFUSAL: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorReply, "description": "Whatever went wrong"}}
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,7 +44,7 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
     Args:
         gateway: the gateway at that moment; not called before the first request.
     """
-    api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None)
+    api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None, responses=REFUSAL)
     api.add_middleware(
         Gate,
         config=lambda: gateway().config,
@@ -60,7 +63,8 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
 
     @api.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(WireError(error.status_code, str(error.detail)))
+        told = WireError(error.status_code, str(error.detail))
+        return JSONResponse(told.body(), told.status, error.headers)
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
@@ -103,11 +107,11 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
             return _failed(request, error, gate)
         raise AssertionError("unreachable")
 
-    @api.post("/v1/chat/completions")
+    @api.post("/v1/chat/completions", responses=OR_EVENTS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await answer(request, "chat", body)
 
-    @api.post("/v1/completions")
+    @api.post("/v1/completions", responses=OR_EVENTS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await answer(request, "text", body)
 
@@ -150,7 +154,7 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         ready = await gateway().answers()
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(gateway().metrics.exposition(), media_type=EXPOSITION)
 

@@ -28,7 +28,7 @@ from rankloom.serving.protocol import Stats
 from rankloom.serving.residents import Residents
 from rankloom.serving.row import Row
 from rankloom.serving.runner import Runner, Work
-from rankloom.serving.sampling import choose
+from rankloom.serving.sampling import LARGEST, choose
 from rankloom.serving.scheduler import Budget, Portion, Seat, portion, seat
 from rankloom.serving.text import Pieces
 
@@ -71,10 +71,15 @@ class Core:
 
     def enter(self, row: Row) -> None:
         """A request comes in."""
+        adapter = row.request.adapter
+        if adapter is not None and (refusal := self.adapters.refusal(adapter)) is not None:
+            row.ended = True
+            row.stream.fail(refusal)
+            return
         row.arrival = next(self._arrivals)
         self._waiting[row.request.id] = row
-        if row.request.adapter is not None:
-            self.adapters.ask(row.request.adapter)
+        if adapter is not None:
+            self.adapters.ask(adapter)
 
     def leave(self, row: Row) -> None:
         """Whoever asked is gone, or has everything."""
@@ -151,11 +156,12 @@ class Core:
             if new_to_prompt and row.cached >= row.num_prompt:
                 self._keep_prefix(row)
         rows = [self._running[p.id] for p in portions if p.predicts]
-        sound = logits_MV.isfinite().all(-1).tolist()
+        least_M, most_M = logits_MV.aminmax(dim=-1)
+        sound = ((least_M > -LARGEST) & (most_M < LARGEST)).tolist()  # which nan is not
         for row, is_sound in zip(rows, sound, strict=True):
             if not is_sound:
                 where = row.request.adapter or self._base.id
-                self._end(row, RegistryError(f"{where}: gives values that are no finite numbers"))
+                self._end(row, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
         logits_MV = logits_MV if all(sound) else logits_MV[torch.tensor(sound, device=logits_MV.device)]
         rows = [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]
         for row, chosen in zip(rows, choose(logits_MV, [row.turn() for row in rows]), strict=True):

@@ -117,8 +117,9 @@ class ServingEngine:
                     self._take_in()
                     worked = self._core.step()
                     self._mailbox.deliver()
-                    if not worked:
-                        self._inbox.get()()  # until something comes in
+                    # until something comes in; `close` wakes it, but `_take_in` may have taken that already
+                    if not worked and not self._stopping:
+                        self._inbox.get()()
         finally:  # also where a bug ends it: nobody is left waiting
             self._admission.stopping = True
             self._take_in()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankloom.adapters.folded import Folded, fold
 from rankloom.adapters.probe import check_logits, probe_tokens
-from rankloom.errors import IncompatibleError
+from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import Base
 from rankloom.registry import Record, Registry
 
@@ -36,11 +36,17 @@ class Loader:
         check_base(self._base, record)
         with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
             folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
-            adapter = fold(self._base.model, folder)
-            vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
-            tokens = probe_tokens(folder, vocabulary)
-            found, plain = self._logits(adapter, tokens), self._logits(None, tokens)
-            check_logits(folder, found, plain, quantization=self._base.quantization)
+            try:
+                return self._verified(folder)
+            except RegistryError as error:  # whoever reads it knows the version, and not this folder
+                raise RegistryError(str(error).replace(str(folder), record.ref)) from None
+
+    def _verified(self, folder: Path) -> Folded:
+        adapter = fold(self._base.model, folder)
+        vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
+        tokens = probe_tokens(folder, vocabulary)
+        found, plain = self._logits(adapter, tokens), self._logits(None, tokens)
+        check_logits(folder, found, plain, quantization=self._base.quantization)
         return adapter
 
     def forget(self, ref: str) -> None:

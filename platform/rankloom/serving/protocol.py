@@ -32,7 +32,7 @@ class Sampling(Frozen):
     """Taken off the logit of every token that was generated already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """The same, times how often it was."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Divides the logit, if it is above 0, else multiplies it, of every token of prompt and completion."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """With a seed, the same request gives the same tokens, whoever else is in the batch; null: a random one."""

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from rankloom.errors import OverloadedError, RankloomError, RegistryError
+from rankloom.errors import AdapterNotFoundError, OverloadedError, RankloomError, RegistryError
 from rankloom.serving.protocol import Resident
+from rankloom.serving.refusals import Refusals
 from rankloom.serving.residency import Residency
 
 logger = logging.getLogger(__name__)
@@ -53,10 +55,15 @@ class Residents(Generic[H]):
     ) -> None:
         """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
         self._residency: Residency[H] = Residency(capacity)
+        self._refusals = Refusals()
         self._loader, self._post, self._failed = loader, post, failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
         self._pins: dict[str, list[Future[None]]] = {}
         self.num_loads = self.num_evictions = self.num_failures = 0
+
+    def refusal(self, ref: str) -> RankloomError | None:
+        """Why it can't be loaded, where that was found out a short while ago."""
+        return self._refusals.get(ref, time.monotonic())
 
     def ask(self, ref: str) -> None:
         self._residency.ask(ref)
@@ -70,7 +77,9 @@ class Residents(Generic[H]):
 
     def pin(self, ref: str, done: Future[None]) -> None:
         """Load it, unless it is there, and keep it; `done` is told."""
-        if not self._residency.pin(ref):
+        if (error := self.refusal(ref)) is not None:
+            _tell(done, error)
+        elif not self._residency.pin(ref):
             capacity = self._residency.capacity
             _tell(done, OverloadedError(f"{ref} can't be pinned: all {capacity} places are; unpin another"))
         elif self.get(ref) is not None:
@@ -112,6 +121,7 @@ class Residents(Generic[H]):
         error, pins = load.exception(), self._pins.pop(ref, [])
         if error is None:
             self._residency.loaded(ref, load.result())
+            self._refusals.clear(ref)
             self.num_loads += 1
             for done in pins:
                 _tell(done, None)
@@ -120,6 +130,8 @@ class Residents(Generic[H]):
             logger.error("loading %s failed", ref, exc_info=error)
             error = RegistryError(f"{ref}: can't be loaded: {error}")
         self.num_failures += 1
+        if not isinstance(error, AdapterNotFoundError):  # which may yet be published
+            self._refusals.add(ref, error, time.monotonic())
         self._failed(ref, error)
         self._residency.failed(ref)
         for done in pins:

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from rankloom.serving.protocol import Sampling
 
+COLDEST = 1e-5
+"""Below this temperature a row is greedy: what is left of the others' probabilities fp32 does not hold."""
+LARGEST = 1e30
+"""Logits up to this can be divided by any penalty and temperature that is allowed, and stay finite."""
 CANDIDATES = 1024
 """Of the likeliest tokens, how many top-p looks at first; all, where these are not likely enough."""
 
@@ -43,10 +47,10 @@ class Chosen:
 
 
 def choose(logits_MV: Tensor, turns: Sequence[Turn]) -> list[Chosen]:
-    """Args: logits_MV: in fp32; not changed."""
+    """Args: logits_MV: in fp32, within `LARGEST`; not changed."""
     adjusted_MV = _adjusted(logits_MV, turns)
     tokens: list[int] = adjusted_MV.argmax(-1).tolist()
-    drawn = [m for m, turn in enumerate(turns) if turn.sampling.temperature > 0]
+    drawn = [m for m, turn in enumerate(turns) if turn.sampling.temperature >= COLDEST]
     if drawn:
         rows_MV = adjusted_MV if len(drawn) == len(turns) else adjusted_MV[drawn]
         for m, token in zip(drawn, _draw(rows_MV, [turns[m] for m in drawn]), strict=True):

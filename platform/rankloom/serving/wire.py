@@ -52,6 +52,21 @@ class WireError(Exception):
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
 
 
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    """The key of the request that it is about."""
+    code: str | None
+    """What a program can tell it by."""
+
+
+class ErrorReply(BaseModel):
+    """The body of every answer that is an error; for the app's document."""
+
+    error: ErrorFacts
+
+
 def wire_error(error: Exception) -> WireError:
     """How a client learns of a failure; what is no business of his stays in the log."""
     if isinstance(error, WireError):
@@ -132,7 +147,7 @@ class _Common(_Body):
     """Not OpenAI's."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Not OpenAI's."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None

@@ -1,0 +1,33 @@
+"""Asks the endpoint at argv[1] and prints what came as JSON; for an interpreter with litellm and langchain-openai."""
+
+import json
+import sys
+
+import litellm
+from langchain_openai import ChatOpenAI
+
+url = f"{sys.argv[1]}/v1"
+hi = [{"role": "user", "content": "hi"}]
+
+
+def lite(model, key="none", **more):
+    return litellm.completion(
+        model=f"openai/{model}", messages=hi, api_base=url, api_key=key, num_retries=0, max_retries=0, **more
+    )
+
+
+found = {
+    "litellm": lite("bank@2").choices[0].message.content,
+    "litellm in a stream": "".join(part.choices[0].delta.content or "" for part in lite("bank", stream=True)),
+    "langchain": ChatOpenAI(model="bank@2", base_url=url, api_key="none").invoke("hi").content,
+    "langchain in a stream": "".join(
+        part.content for part in ChatOpenAI(model="bank", base_url=url, api_key="none").stream("hi")
+    ),
+}
+for name, model, text in (("missing", "bnk", "hi"), ("overload", "bank", "overload")):
+    try:
+        hi[0]["content"] = text
+        lite(model)
+    except Exception as error:
+        found[name] = [type(error).__name__, error.status_code, str(error)]
+print(json.dumps(found))

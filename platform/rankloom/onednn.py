@@ -2,8 +2,8 @@
 
 torch multiplies fp32 matrices with MKL, which on AMD's processors leaves AVX-512 unused. oneDNN, which torch keeps for
 other types, does not: about twice the throughput there, on the weights as they are. `use_onednn` gives a frozen model
-linears that know; they compute as before wherever oneDNN has no advantage or the weight trains. AMD's processors without
-AVX-512 gain on weights that are `packed`, for a few rows: 1.1 to 2.2 times MKL's throughput for 4 to 32.
+linears that know; they compute as before wherever oneDNN has no advantage or the weight trains. AMD's processors
+without AVX-512 gain on weights that are `packed`, for a few rows: 1.1 to 2.2 times MKL's throughput for 4 to 32.
 
 Shapes: N rows, I in, O out.
 """
@@ -53,9 +53,11 @@ def packed(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     For few rows the layout is a good part of a product's time: without it, it is made anew in each call. None: this
     linear has no such forward.
     """
-    if type(module) not in (nn.Linear, FrozenLinear) or not is_amd() or not _fit(module.weight[:1], module.weight):
+    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FrozenLinear) or not is_amd():
         return None
     weight_OI, bias_O = module.weight.detach(), module.bias
+    if not _fit(weight_OI[:1], weight_OI):
+        return None
     weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR)
     fewest = 1 if has_advantage() else FEWEST
 

@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rankloom.adapters.folded import Folded
-from rankloom.adapters.weights import PREFIX, read_adapter
+from rankloom.adapters.weights import read_adapter
 from rankloom.errors import RegistryError
-from rankloom.registry.checks import WEIGHTS
+from rankloom.registry.checks import PREFIX, WEIGHTS
 
 
 def more_than_lora(model: PreTrainedModel, folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def write_plain(adapter: Folded, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, factors in adapter.linears.items():
         less = adapter.rank - factors.rank
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pad(factors.a_IR.T, (0, 0, 0, less)).contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pad(factors.a_RI, (0, 0, 0, less))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pad(factors.b_RO.T, (0, less)).contiguous()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",

@@ -15,8 +15,8 @@ from rankloom.errors import ConfigError
 
 class EngineConfig(Frozen):
     """rankloom's own engine, for every kind of adapter. What it holds beside the base: `cache_tokens` and
-    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice unless it computes
-    in fp32 on a CPU."""
+    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice unless it
+    computes in fp32 on a CPU."""
 
     type: Literal["bank"] = "bank"
     rows: Annotated[int, Field(ge=1)] = 16
@@ -35,7 +35,7 @@ class EngineConfig(Frozen):
 
     pack_weights: bool = True
     """Keep a second copy of the base's linear weights in the layout that multiplies fastest. Of use for fp32 on AMD
-    processors with AVX-512, where it takes a quarter off a step of 16 rows; elsewhere there is no copy."""
+    processors; elsewhere there is no copy."""
 
     @model_validator(mode="after")
     def _every_row_moves(self) -> Self:

@@ -118,7 +118,7 @@ class ServingEngine:
                     worked = self._core.step()
                     self._mailbox.deliver()
                     # until something comes in; `close` wakes it, but `_take_in` may have taken that already
-                    if not worked and not self._stopping:
+                    if not worked and not self._admission.stopping:
                         self._inbox.get()()
         finally:  # also where a bug ends it: nobody is left waiting
             self._admission.stopping = True

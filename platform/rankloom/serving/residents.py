@@ -16,6 +16,7 @@ from rankloom.errors import AdapterNotFoundError, OverloadedError, RankloomError
 from rankloom.serving.protocol import Resident
 from rankloom.serving.refusals import Refusals
 from rankloom.serving.residency import Residency
+from rankloom.serving.work import ReplicaLostError
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Residents(Generic[H]):
             logger.error("loading %s failed", ref, exc_info=error)
             error = RegistryError(f"{ref}: can't be loaded: {error}")
         self.num_failures += 1
-        if not isinstance(error, AdapterNotFoundError):  # which may yet be published
+        if not isinstance(error, (AdapterNotFoundError, ReplicaLostError)):  # one may yet be published
             self._refusals.add(ref, error, time.monotonic())
         self._failed(ref, error)
         self._residency.failed(ref)

@@ -200,6 +200,8 @@ class VllmEngine:
         if ref is None:
             yield
             return
+        if (refusal := self._adapters.refusal(ref)) is not None:
+            raise refusal
         self._adapters.ask(ref)
         self._adapters.load_next()
         arrival = self._loop.create_future()

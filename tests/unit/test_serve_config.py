@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rankloom.cli import main
 from rankloom.config import load, parse
@@ -113,3 +114,11 @@ def test_serve_refuses_before_anything_starts(tmp_path: Path, capsys: pytest.Cap
         ):
             ended, told = run(*arguments)
             assert (ended, message in told) == (code, True), told
+
+
+def test_the_shipped_deploy_file_has_a_configs_keys() -> None:
+    [application] = yaml.safe_load((Path(__file__).parents[2] / "serve" / "deploy.yaml").read_text())["applications"]
+    [ingress] = application["deployments"]
+    assert ingress["name"] == "Ingress"
+    for tree in (application["args"], ingress["user_config"]):
+        assert parse(ServeConfig, tree).base is not None

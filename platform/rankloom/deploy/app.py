@@ -4,7 +4,7 @@
 
 What an ingress needs to know is its `user_config`: Serve changes that in the running process, so that other routes,
 adapters and limits end no connection. What a replica needs are its arguments: another base or engine makes new ones,
-which take over while the old ones finish.
+which take over while the old ones finish. (`serve deploy` makes all anew where `args` differ: serve/deploy.yaml.)
 """
 
 from collections.abc import AsyncIterator

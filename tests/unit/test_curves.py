@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def test_each_trial_has_its_curves_where_tensorboard_reads_them_and_a_resumed_st
     config = study()
     board = Board(config)
     take(config, board, tmp_path, FIRST)
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which have the second and then a count
     take(config, board, tmp_path, THEN)  # report 3 comes again: it had not been saved
     assert curve("s-0000", "eval/loss") == [(10, 3.0), (20, 2.0), (30, 1.25), (40, 1.0)]
     assert curve("s-0000", "train/loss")[0] == (10, 4.0)

@@ -48,7 +48,7 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
     [resumed] = [event["step"] for event in events if event["event"] == "resumed"]
     assert resumed >= 20
     kinds = {event["event"] for event in events}
-    assert {"phase", "report", "step", "eval", "done"} <= kinds
+    assert {"phase", "data", "step", "eval", "done"} <= kinds
     assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, 161))
     run = Path(result["run"])
     assert (run / "events.jsonl").read_text().count('"event": "eval"') == len(

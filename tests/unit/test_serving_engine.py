@@ -367,7 +367,7 @@ def test_closing_while_its_thread_takes_in_what_came_ends_it(tiny_llama: Path, r
     engine = engine_on(tiny_llama, registry)
 
     def close() -> None:  # what `close` does, at the instant when its wake-up is taken in with the rest
-        engine._stopping = True
+        engine._admission.stopping = True
         engine._inbox.put(lambda: None)
 
     async def work() -> None:

@@ -61,8 +61,8 @@ def lines(event: Event) -> list[str]:
     kind = event["event"]
     if kind == "phase":
         return [f"{event['phase']:<8} {event['message']}"]
-    if kind == "report":
-        return _report_lines(event["data"])
+    if kind == "data":
+        return _report_lines(event["report"])
     if kind == "resumed":
         return [f"resumed at step {event['step']}"]
     if kind == "eval":

@@ -61,7 +61,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> di
     _phase(session, "data", f"reading {trial.data.train.path}")
     tokenizer = load_tokenizer(trial.model)
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
-    session.emit({"event": "report", "data": data.report.to_dict()})
+    session.emit({"event": "data", "report": data.report.to_dict()})
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_for(trial, session.device)
     check_lengths(data, base)

@@ -26,7 +26,8 @@ METHODS: list[dict[str, Any]] = [
     {"type": "dora", "rank": 4},
     {"type": "adalora", "initial_rank": 6, "target_rank": 3, "interval": 1},
     {"type": "full"},
-    {"type": "galore", "rank": 8, "interval": 3},
+    # where two singular values are almost alike at the cut, rounding decides between subspaces: at rank 8 they may be
+    {"type": "galore", "rank": 4, "interval": 3},
     {"type": "lisa", "num_layers": 1, "interval": 2},
 ]
 

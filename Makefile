@@ -40,7 +40,7 @@ demo: $(READY)
 	rm -rf demo-output
 	$(BIN)/rankloom tune configs/studies/quickstart.yaml trial.output.root=demo-output
 	$(BIN)/rankloom adapters list --registry demo-output/registry
-	$(BIN)/python serve/ask.py configs/serve/quickstart.yaml "I lost my card, can you block it?" registry=demo-output/registry
+	$(BIN)/python serve/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu'

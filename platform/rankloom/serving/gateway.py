@@ -262,24 +262,19 @@ class Gateway:
         self.metrics.in_flight.dec()
         outcome = _outcome(error)
         now, work = time.monotonic(), answer.work
-        labels = (answer.target.ref or "base", answer.traffic)
-        self.metrics.requests.labels(*labels, outcome).inc()
+        adapter = answer.target.ref or "base"
+        first_s = between_s = token_s = None
+        if answer.first_at is not None:
+            first_s = answer.first_at - answer.begun_at
+            between_s = (now - answer.first_at) / (answer.tokens - 1) if answer.tokens > 1 else None
+            token_s = (now - answer.begun_at) / answer.tokens if answer.tokens else None
         tokens = {"prompt": answer.prompt_tokens, "cached": answer.cached_tokens, "completion": answer.tokens}
-        for kind, count in tokens.items():
-            self.metrics.tokens.labels(*labels, kind).inc(count)
-        first_s = None if answer.first_at is None else answer.first_at - answer.begun_at
-        token_s = None
-        if first_s is not None:
-            self.metrics.first_token_s.labels(*labels).observe(first_s)
-            if answer.tokens > 1 and answer.first_at is not None:
-                self.metrics.token_s.labels(*labels).observe((now - answer.first_at) / (answer.tokens - 1))
-            if answer.tokens:
-                token_s = (now - answer.begun_at) / answer.tokens
+        self.metrics.ended(adapter, answer.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
         if answer.key and answer.key.tokens_per_minute is not None:
             used = answer.prompt_tokens + answer.tokens
             self._meter(answer.key, "tokens", answer.key.tokens_per_minute).take(used, now)
         facts = {
-            "adapter": labels[0], "traffic": answer.traffic, "outcome": outcome, "key": answer.key and answer.key.id,
+            "adapter": adapter, "traffic": answer.traffic, "outcome": outcome, "key": answer.key and answer.key.id,
             "route": answer.decision.route, "arm": answer.decision.arm, "prompts": len(work.prompts), "n": work.n,
             "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "first_s": _round(first_s),
             "total_s": _round(now - answer.begun_at), "error": type(error).__name__ if error else None,

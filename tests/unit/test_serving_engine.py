@@ -81,6 +81,20 @@ def test_a_prefix_is_reused_by_the_same_version_alone(tiny_llama: Path, registry
     serving(engine, work)
 
 
+def test_requests_that_come_at_once_begin_in_one_step(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry)
+    short = GREEDY.model_copy(update={"max_tokens": 1})
+
+    async def work() -> None:
+        for turn in (1, 2, 3):
+            await asyncio.sleep(0.2)  # until it has nothing to do
+            jobs = [collect(engine, Request(f"{turn}-{i}", None, (5, 6, 7 + i), short)) for i in range(6)]
+            await asyncio.gather(*jobs)
+            assert engine.stats().steps == turn
+
+    serving(engine, work)
+
+
 def test_a_prompt_that_comes_several_times_at_once_is_computed_once(tiny_llama: Path, registry: Path) -> None:
     engine = engine_on(tiny_llama, registry)
     prompt = [5 + i % 90 for i in range(100)]

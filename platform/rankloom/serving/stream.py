@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 from rankloom.errors import RankloomError
 from rankloom.serving.protocol import Delta
+
+TURN_S = 0.1
+"""The longest that the engine waits for a turn of the event loop."""
 
 
 class Mailbox:
@@ -27,6 +31,13 @@ class Mailbox:
         outgoing, self._outgoing = self._outgoing, []
         if outgoing and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, outgoing)
+
+    def wait_for_turn(self) -> None:
+        """Until what the event loop has ready now is done: requests that came together have all been sent by then."""
+        done = threading.Event()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(done.set)
+            done.wait(TURN_S)
 
 
 def _deliver(outgoing: list[tuple[asyncio.Queue[Delta | RankloomError], Delta | RankloomError]]) -> None:

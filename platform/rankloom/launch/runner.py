@@ -59,7 +59,7 @@ class Work:
     load_s: float = 0.0
     import_s: float = 0.0
     """Of `load_s`."""
-    first_steps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    first_steps: dict[str, list[float]] = field(default_factory=dict)
     """Trial -> the clock times at which its first step here began and was done."""
     memory_bytes: int = 0
     """At its peak."""
@@ -103,7 +103,7 @@ class Runner:
             due = []
             for step in steps:
                 member = by_key[step.name]
-                self._work.first_steps.setdefault(member.trial_id, (clock, clock + seconds))
+                self._work.first_steps.setdefault(member.trial_id, [clock, clock + seconds])
                 self._work.tokens += step.tokens - member.tokens
                 member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
                 member.failure = step.error

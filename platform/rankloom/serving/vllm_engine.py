@@ -282,7 +282,7 @@ class VllmLoader:
         """Give vLLM an adapter that changes nothing."""
         name = find_target_linears(self._base.model, "all-linear")[0]
         num_in, num_out = in_out(self._base.model.get_submodule(name))
-        nothing = Factors(torch.zeros(num_in, 1), torch.zeros(1, num_out), None, None)
+        nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)
         write_plain(Folded({name: nothing}, {}, {}), self._server.scratch / ZERO)
         self._server.load(ZERO, self._server.scratch / ZERO)
 

@@ -1,8 +1,9 @@
 """What an idle endpoint adds to its engine: the time to one token over HTTP, less the same in the engine alone.
 
-    python benchmarks/serve_overhead.py [--requests 200]
+    python benchmarks/serve_overhead.py [--base tiny|MODEL] [--requests 200]
 
-One client, one request after the other, one token each, on a local Ray. Prints the medians in milliseconds.
+One client, one request after the other, one token each, on a local Ray. The base is a random two-layer Llama unless
+told: a larger one's own time varies by more than what is measured. Prints the medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import tiny_llama
 
 PROMPT = "The capital of France is"
 
@@ -87,13 +90,15 @@ def over_http(base: str, count: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="builtin:smollm2")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny")
     parser.add_argument("--requests", type=int, default=200)
     given = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     warm = 20
-    alone, http = (measure(given.base, given.requests + warm)[warm:] for measure in (engine_alone, over_http))
+    with tempfile.TemporaryDirectory() as scratch:
+        base = tiny_llama(Path(scratch) / "model") if given.base == "tiny" else given.base
+        alone, http = (measure(base, given.requests + warm)[warm:] for measure in (engine_alone, over_http))
     medians = {"engine_ms": 1e3 * statistics.median(alone), "http_ms": 1e3 * statistics.median(http)}
     print(json.dumps({name: round(value, 2) for name, value in medians.items()} | {"requests": given.requests}))
     print(f"added: {medians['http_ms'] - medians['engine_ms']:.2f} ms")

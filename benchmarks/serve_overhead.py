@@ -65,8 +65,9 @@ def over_http(base: str, count: int) -> list[float]:
 
     from rankloom.config import parse
     from rankloom.config.serve import ServeConfig
-    from rankloom.deploy.app import application
+    from rankloom.deploy.app import GRPC, application
 
+    os.environ.update(GRPC)  # as `rankloom serve` does
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}

@@ -62,7 +62,7 @@ def serve(
 
 
 def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
-    from rankloom.deploy.app import application
+    from rankloom.deploy.app import GRPC, application
     from rankloom.launch.cluster import attached
 
     local = not os.environ.get("RAY_ADDRESS")
@@ -70,6 +70,7 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
     if local:
         _check_port(settings.host, port)
     built = application(settings)
+    os.environ.update(GRPC)  # of Serve's proxy, where this starts Ray
     with attached() as nodes:
         from ray import serve as ray_serve
 

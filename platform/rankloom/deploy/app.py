@@ -30,7 +30,9 @@ from rankloom.serving.work import Progress, ReplicaLostError, Work
 
 FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
 """The settings whose change makes new replicas."""
-ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+"""Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes half the time."""
+ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
 
 
@@ -78,7 +80,7 @@ def _told(error: Exception) -> Exception:
 @serve.deployment(
     num_replicas=1,
     max_ongoing_requests=100_000,
-    ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ONE_LOOP}},
+    ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ENVIRONMENT}},
 )
 @serve.ingress()
 class Ingress:
@@ -141,7 +143,7 @@ def application(config: ServeConfig) -> serve.Application:
         ray_actor_options={
             "num_cpus": replicas.cpus,
             "num_gpus": replicas.gpus,
-            "runtime_env": {"env_vars": ONE_LOOP},
+            "runtime_env": {"env_vars": ENVIRONMENT},
         },
         request_router_config=RequestRouterConfig(
             request_router_class=AdapterRouter, request_router_kwargs={"room": config.engine.rows}

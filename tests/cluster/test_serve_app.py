@@ -320,8 +320,9 @@ def test_a_killed_replica_fails_no_request_that_had_not_begun(
             return error.code
 
     with ThreadPoolExecutor(10) as pool:
-        streams = [pool.submit(stream, str(config["base"])) for _ in range(4)]  # the base's go to both replicas
-        for _ in streams:
+        streams = []
+        for _ in range(4):  # one after the other: the base's go to both replicas by what is under way
+            streams.append(pool.submit(stream, str(config["base"])))
             assert started.acquire(timeout=60)
         asked = [pool.submit(ask, number) for number in range(60)]
         replicas = processes_named("ServeReplica:default:Replica")

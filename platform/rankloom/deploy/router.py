@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -26,7 +27,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         """One replica a rank, so that the next is asked only where the one before is full."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # where all are full, don't ask without a pause
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        # shuffled: several requests on the base, which come before the loads show the first, do not all go to one
+        shuffled = random.sample(candidate_replicas, len(candidate_replicas))
+        replicas = {replica.replica_id.unique_id: replica for replica in shuffled}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
         return [[replicas[name]] for name in rank_replicas(_adapter(pending_request), loads, room=self._room)]
 

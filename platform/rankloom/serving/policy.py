@@ -235,7 +235,8 @@ def rank_replicas(adapter: str | None, loads: Mapping[str, int], *, room: int, s
 
     Every adapter has a replica of its own by hashing, where its weights stay (rendezvous hashing, Thaler and
     Ravishankar 1998, with bounded loads, arXiv 1608.01350): the first in its order that is not overloaded. So all who
-    ask agree without talking, and when a replica goes, only its adapters move. For the base the least loaded is best.
+    ask agree without talking, and when a replica goes, only its adapters move. For the base the least loaded is best,
+    and of several the first one given.
 
     Args:
         loads: requests under way on each replica.
@@ -243,7 +244,7 @@ def rank_replicas(adapter: str | None, loads: Mapping[str, int], *, room: int, s
         spill: with more, it is overloaded above this many times the mean load.
     """
     if adapter is None:
-        return sorted(loads, key=lambda replica: (loads[replica], replica))
+        return sorted(loads, key=lambda replica: loads[replica])
     order = sorted(loads, key=lambda replica: draw(adapter, replica), reverse=True)
     bound = max(room, spill * (sum(loads.values()) + 1) / max(1, len(loads)))
     return sorted(order, key=lambda replica: loads[replica] + 1 > bound)

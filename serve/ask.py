@@ -23,8 +23,8 @@ def main(config: str, question: str, *overrides: str) -> None:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        ready = server.stdout.readline()
-        if not ready:
+        ready = next((line for line in server.stdout if line.startswith("{")), None)  # Ray may print lines of its own
+        if ready is None:
             sys.exit(server.wait())  # it said why
         client = OpenAI(base_url=f"{json.loads(ready)['url']}/v1", api_key="none")
         rows = []

@@ -31,7 +31,7 @@ from rankloom.serving.work import Progress, ReplicaLostError, Work
 FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
 """The settings whose change makes new replicas."""
 GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
-"""Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes half the time."""
+"""Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes longer."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
 

@@ -30,7 +30,8 @@ def logprobs(rank: int) -> list[float]:
 
 
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, max_rank: int) -> None:
+        self.max_rank = max_rank
         self.ranks = {"base": 0}
         self.running = 0
         self.calls: list[str] = []
@@ -51,6 +52,9 @@ class Server:
     async def load(self, request: web.Request) -> web.Response:
         body = await request.json()
         config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
+        if config["r"] > self.max_rank:
+            text = f"LoRA rank {config['r']} is greater than max_lora_rank {self.max_rank}."
+            return web.json_response({"error": {"message": text}}, status=400)
         if config["r"] == 7:
             return web.json_response({"error": {"message": "seven is no rank"}}, status=400)
         self.ranks[body["lora_name"]] = 0 if body["lora_name"] == "zero" else config["r"]
@@ -104,11 +108,12 @@ def main() -> None:
     options = argparse.ArgumentParser()
     for name in ("uds", "start"):
         options.add_argument(f"--{name}")
-    given, rest = options.parse_known_args()
-    print("options:", *rest, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", flush=True)
+    options.add_argument("--max-lora-rank", type=int)
+    given, _ = options.parse_known_args()
+    print("options:", *sys.argv[1:], f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", flush=True)
     if given.start == "fail":
         sys.exit("ValueError: this model is not for me")
-    server, app = Server(), web.Application()
+    server, app = Server(given.max_lora_rank), web.Application()
     app.add_routes([
         web.get("/health", server.health), web.get("/v1/models", server.models), web.get("/metrics", server.metrics),
         web.post("/v1/completions", server.complete), web.post("/v1/load_lora_adapter", server.load),

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 
 from rankloom.cli.tables import print_table
 
@@ -29,10 +29,13 @@ def main(config: str, question: str, *overrides: str) -> None:
         client = OpenAI(base_url=f"{json.loads(ready)['url']}/v1", api_key="none")
         rows = []
         for model in client.models.list():
-            found = client.completions.create(
-                model=model.id, prompt=f"{question}\n", max_tokens=MOST_TOKENS, temperature=0
-            )
-            rows.append([model.id, found.choices[0].text.strip().partition("\n")[0]])
+            try:
+                found = client.completions.create(
+                    model=model.id, prompt=f"{question}\n", max_tokens=MOST_TOKENS, temperature=0
+                )
+                rows.append([model.id, found.choices[0].text.strip().partition("\n")[0]])
+            except APIStatusError as error:  # as of DoRA on vLLM
+                rows.append([model.id, error.message])
         print(f"\nWhat each model answers to: {question}\n")
         print_table(["model", "answer"], rows)
     finally:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,12 +49,13 @@ class Share:
 class _Layout:
     """Which tokens are whose, for the modules that see the same ones."""
 
-    compiled: Shares | None
     loose: tuple[tuple[Folded, slice], ...]
     stacked: tuple[tuple[int, Groups], ...]
     """Rank class, and its slots' tokens."""
     whole: tuple[tuple[Folded, slice], ...]
     """Tokens of the adapters that also have embeddings or whole modules."""
+    compiled: Shares | None = None
+    """In place of the loose ones, where these are computed in one call a linear."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,7 @@ class FoldedBank:
             shares: at most one for each adapter, and one for the base.
             stack: False: no stacks, which leaves the slots as they are.
         """
-        if self.compiles:
-            order = sorted(range(len(shares)), key=lambda i: shares[i].adapter is not None)
-            ordered = [shares[i] for i in order]
-            return Route(
-                tuple(order),
-                self._compiled([(share.adapter, share.num_tokens) for share in ordered]),
-                self._compiled([(share.adapter, share.num_predicting) for share in ordered]),
-            )
+        stack = stack and not self.compiles
         by_class: dict[int, list[int]] = {}
         for i, share in enumerate(shares):
             if stack and share.adapter is not None and share.adapter.rank and share.num_tokens <= FEW:
@@ -139,12 +133,12 @@ class FoldedBank:
             chosen = [in_slots[adapter] for adapter in slots]
             stacks.append((rank, chosen))
             order += chosen
-        order += [i for i in range(len(shares)) if i not in set(order)]
-        return Route(
-            tuple(order),
-            _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks),
-            _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks),
-        )
+        order += sorted({*range(len(shares))}.difference(order))
+        body = _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks)
+        head = _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks)
+        if self.compiles:
+            body, head = self._compiled(body), self._compiled(head)
+        return Route(tuple(order), body, head)
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
@@ -161,20 +155,14 @@ class FoldedBank:
             return None
         return route.head if module is self._head else route.body
 
-    def _compiled(self, counted: Sequence[tuple[Folded | None, int]]) -> _Layout:
-        """From adapters with their tokens, in order."""
-        present, start = [], 0
-        for adapter, count in counted:
-            if adapter is not None and count:
-                present.append((adapter, slice(start, start + count)))
-            start += count
-        whole = tuple((adapter, span) for adapter, span in present if adapter.embeddings or adapter.whole)
-        if not present:
-            return _Layout(None, (), (), whole)
-        adapters = tuple(adapter for adapter, _ in present)
+    def _compiled(self, layout: _Layout) -> _Layout:
+        """The same, its loose adapters in one call a linear."""
+        if not layout.loose:
+            return layout
+        adapters, spans = zip(*layout.loose, strict=True)
         table_SK5 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
-        spans_K2 = np.array([(span.start, span.stop) for _, span in present])
-        return _Layout(Shares(adapters, table_SK5, spans_K2), (), (), whole)
+        spans_K2 = np.array([(span.start, span.stop) for span in spans])
+        return replace(layout, loose=(), compiled=Shares(adapters, table_SK5, spans_K2))
 
     def _class(self, rank: int, num_slots: int, at_work: Collection[int]) -> _Class:
         """The stacks of a rank class, with room; where there is none, classes that are not at work make it."""
@@ -253,7 +241,7 @@ def _lay_out(counted: Sequence[tuple[Folded | None, int, int]], stacks: Sequence
         if any(counts):
             stacked.append((rank, Groups(counts, [rank] * len(members), start=spans[members[0]][1].start)))
     whole = [(adapter, span) for adapter, span in present.values() if adapter.embeddings or adapter.whole]
-    return _Layout(None, tuple(loose), tuple(stacked), tuple(whole))
+    return _Layout(tuple(loose), tuple(stacked), tuple(whole))
 
 
 class _Stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from rankloom.errors import RankloomError
 from rankloom.serving.protocol import Delta
@@ -29,15 +29,21 @@ class Mailbox:
 
     def deliver(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        if outgoing and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, outgoing)
+        if outgoing:
+            self._call_soon(_deliver, outgoing)
 
     def wait_for_turn(self) -> None:
         """Until what the event loop has ready now is done: requests that came together have all been sent by then."""
         done = threading.Event()
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(done.set)
+        if self._call_soon(done.set):
             done.wait(TURN_S)
+
+    def _call_soon(self, call: Callable[..., object], *arguments: object) -> bool:
+        """Have the event loop call it; whether there is one."""
+        if self._loop is None or self._loop.is_closed():
+            return False
+        self._loop.call_soon_threadsafe(call, *arguments)
+        return True
 
 
 def _deliver(outgoing: list[tuple[asyncio.Queue[Delta | RankloomError], Delta | RankloomError]]) -> None:

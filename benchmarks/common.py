@@ -92,7 +92,7 @@ class MemoryOfWorkers:
         while not self._stop.wait(SAMPLE_EVERY_S):
             held: dict[str, int] = {}
             for name, pid in workers_below(self.pid):
-                held[name] = held.get(name, 0) + pss_bytes(pid)
+                held[name] = held.get(name, 0) + _pss_bytes(pid)
             if sum(held.values()) > self.peak_bytes:
                 self.peak_bytes, self.at_peak = sum(held.values()), held
 
@@ -115,7 +115,7 @@ def workers_below(pid: int) -> list[tuple[str, int]]:
     return [(name, child) for child, name in names.items() if name.startswith("ray::") and below(child)]
 
 
-def pss_bytes(pid: int) -> int:
+def _pss_bytes(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

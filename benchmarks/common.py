@@ -1,4 +1,4 @@
-"""What the benchmarks share: a tiny model, the machine in words, memory of processes, and results on disk."""
+"""What the benchmarks share: a tiny model, an endpoint, the machine in words, memory of processes, results on disk."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import csv
 import json
 import os
 import platform
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,31 @@ def today() -> str:
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def endpoint(config: dict[str, Any]) -> Iterator[str]:
+    """A deployment on a local Ray of two cores, as `rankloom serve` would have it, at a URL."""
+    import ray
+    from ray import serve
+
+    from rankloom.deploy.app import GRPC, build
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.update(GRPC)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(config))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 class MemoryOfWorkers:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
-import os
-import socket
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import tiny_llama
+from common import endpoint, tiny_llama
 
 PROMPT = "The capital of France is"
 
@@ -58,24 +57,8 @@ def engine_alone(base: str, count: int) -> list[float]:
 
 def over_http(base: str, count: int) -> list[float]:
     """Seconds a request, through the proxy, the ingress, the router and a replica."""
-    import http.client
-
-    import ray
-    from ray import serve
-
-    from rankloom.config import parse
-    from rankloom.config.serve import ServeConfig
-    from rankloom.deploy.app import GRPC, application
-
-    os.environ.update(GRPC)  # as `rankloom serve` does
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source})
-    with tempfile.TemporaryDirectory() as root:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application(parse(ServeConfig, {"base": base, "registry": root, "refresh_s": 60})))
-        connection = http.client.HTTPConnection("127.0.0.1", port)
+    with tempfile.TemporaryDirectory() as root, endpoint({"base": base, "registry": root, "refresh_s": 60}) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
         body: dict[str, Any] = {"model": base, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
         seconds = []
         for _ in range(count):
@@ -85,8 +68,6 @@ def over_http(base: str, count: int) -> list[float]:
             text = answer.read()
             assert answer.status == 200, text
             seconds.append(time.perf_counter() - began)
-        serve.shutdown()
-        ray.shutdown()
     return seconds
 
 
@@ -95,7 +76,6 @@ def main() -> None:
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--requests", type=int, default=200)
     given = parser.parse_args()
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     warm = 20
     with tempfile.TemporaryDirectory() as scratch:
         base = tiny_llama(Path(scratch) / "model") if given.base == "tiny" else given.base

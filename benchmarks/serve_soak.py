@@ -28,14 +28,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
-from common import machine, tiny_llama, today, workers_below, write_json
+from common import endpoint, machine, tiny_llama, today, workers_below, write_json
 
 CLIENTS, ADAPTERS, RESIDENT = 16, 12, 6
 GROWTH = 1.05
@@ -123,36 +123,13 @@ class Adapters:
         return self.registry.publish(name, self._work / f"a{like}", self._draft).ref
 
 
-@contextlib.contextmanager
-def endpoint(base: str, root: Path) -> Iterator[str]:
-    """On a local Ray, at a URL."""
-    import ray
-    from ray import serve
-
-    from rankloom.deploy.app import build
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+def config_of(base: str, root: Path) -> dict[str, Any]:
     judge = {"min_requests": 1_000_000}  # canaries begin and end by hand here
-    serve.run(
-        build(
-            {
-                "base": base, "registry": str(root), "refresh_s": 1.0,
-                "routes": {"front": {"canary": {"adapter": "a0", "share": 0.3, "judge": judge}, "fallback": ["base"]}},
-                "engine": {"rows": 8, "resident": RESIDENT, "cache_tokens": 4096, "prefix_tokens": 2048},
-            }
-        )
-    )  # fmt: skip
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    return {
+        "base": base, "registry": str(root), "refresh_s": 1.0,
+        "routes": {"front": {"canary": {"adapter": "a0", "share": 0.3, "judge": judge}, "fallback": ["base"]}},
+        "engine": {"rows": 8, "resident": RESIDENT, "cache_tokens": 4096, "prefix_tokens": 2048},
+    }  # fmt: skip
 
 
 def client(url: str) -> openai.OpenAI:
@@ -271,7 +248,6 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=0)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # of this process and those that it starts
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -287,7 +263,7 @@ def main() -> None:
             parts["walk"] = lambda url: walk(url, adapters, given.registered)
         if given.idle:
             parts["idle"] = lambda url: idle(url, base, given.idle)
-        with endpoint(base, Path(folder) / "registry") as url:
+        with endpoint(config_of(base, Path(folder) / "registry")) as url:
             for name, part in parts.items():
                 figures[name] = part(url)
                 print(json.dumps({name: figures[name]}, indent=2), flush=True)

@@ -184,7 +184,7 @@ def walk(url: str, adapters: Adapters, count: int) -> dict[str, Any]:
     names = [adapters.publish(f"many{i}", i % ADAPTERS).partition("@")[0] for i in range(count)]
     load, mine = Load(), client(url)
     deadline = time.monotonic() + 60
-    while len(mine.models.list().data) < count and time.monotonic() < deadline:
+    while not {*names} <= {model.id for model in mine.models.list()} and time.monotonic() < deadline:
         time.sleep(0.5)
     memory, seconds = [now_mb()], []
     for _ in range(2):

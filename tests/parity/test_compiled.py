@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from rankloom.adapters.compiled import Shares, add_shares, addresses
+from rankloom.adapters import compiled
+from rankloom.adapters.compiled import Shares, addresses
 from rankloom.adapters.folded import Factors, Folded
 
 SITE = "layer.q_proj"
@@ -24,6 +28,14 @@ def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifte
     return Folded({SITE: factors}, {}, {})
 
 
+def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[Folded], stops: np.ndarray) -> None:
+    """The compiled way, on the second of two linears."""
+    table_SK5 = np.stack([addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
+    sizes_S2 = np.array([(1, 1), (x_NI.shape[1], y_NO.shape[1])])
+    shares = Shares(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sizes_S2)
+    shares.add_to(y_NO, x_NI, 1)
+
+
 def both(x_NI: torch.Tensor, y_NO: torch.Tensor, adapters: list[Folded], counts: list[int], num_base: int) -> None:
     """Checks that both ways give the same; the first `num_base` tokens are nobody's, and so are the last two."""
     expected_NO, found_NO = y_NO.clone(), y_NO.clone()
@@ -31,11 +43,19 @@ def both(x_NI: torch.Tensor, y_NO: torch.Tensor, adapters: list[Folded], counts:
     for adapter, start, stop in zip(adapters, stops, stops[1:], strict=False):
         if factors := adapter.linears.get(SITE):
             factors.add_to(expected_NO[start:stop], x_NI[start:stop])
-    table_SK5 = np.stack([addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
-    add_shares(found_NO, x_NI, Shares(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1)), 1)
+    add(found_NO, x_NI, adapters, stops)
     torch.testing.assert_close(found_NO, expected_NO, atol=1e-5, rtol=1e-5, equal_nan=True)
     nobody = [*range(num_base), *range(int(stops[-1]), len(y_NO))]
     assert torch.equal(found_NO[nobody], y_NO[nobody])
+
+
+@pytest.fixture(params=[1, 2, 3], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test, on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 7, 8, 16, 33, 64])
@@ -60,9 +80,28 @@ def test_what_is_no_number_stays_with_its_adapter(bad: float, count: int) -> Non
     for adapters in ([sick, well], [well, sick]):
         at = slice(0, count) if adapters[0] is sick else slice(count, 2 * count)
         x_NI, y_NO = torch.randn(2 * count, 8), torch.zeros(2 * count, 8)
-        table_SK5 = np.stack([addresses(adapter, [SITE]) for adapter in adapters], axis=1)
-        add_shares(y_NO, x_NI, Shares(adapters, table_SK5, np.array([[0, count], [count, 2 * count]])), 0)
+        add(y_NO, x_NI, adapters, np.array([0, count, 2 * count]))
         sick_NO = y_NO[at]
         assert not sick_NO.isfinite().any()
         y_NO[at] = 0
         assert y_NO.isfinite().all()
+
+
+def test_calls_from_several_python_threads_do_not_mix() -> None:
+    """As where an adapter is tried while rows decode; each call has results of its own, and computes them again."""
+    adapters, counts = [folded(r, 96, 64) for r in (3, 8, 16)], [1, 5, 2]
+
+    def often(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(200):
+            x_NI, y_NO = torch.randn(13, 96, generator=generator), torch.randn(13, 64, generator=generator)
+            both(x_NI, y_NO, adapters, counts, num_base=3)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(often, range(3)))
+
+
+def test_another_openmp_than_libgomp_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(compiled, "kernel", compiled.kernel.__wrapped__)
+    both(torch.randn(20, 96), torch.randn(20, 64), [folded(3, 96, 64), folded(8, 96, 64)], [7, 8], num_base=3)

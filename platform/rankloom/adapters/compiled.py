@@ -4,6 +4,10 @@ A decoding row reads all of its adapter's weights for one token, so that memory 
 weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
 four share what is read. `Factors.add_to` is the plain reference.
 
+Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: with threads of another
+pool, each one's idle threads would be in the other's way. What a forward's calls have in common is laid out once
+(`Shares`), because between two products every line of Python runs with cold caches.
+
 Compiled once a machine, and kept in numba's cache.
 
 Shapes: N tokens, S linears of the model, K adapters at work, I in, O out, R rank.
@@ -11,14 +15,14 @@ Shapes: N tokens, S linears of the model, K adapters at work, I in, O out, R ran
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -26,19 +30,47 @@ from rankloom.adapters.folded import Factors, Folded
 
 A, B, RANK, FACTOR, SHIFT = range(5)
 """What a table has for an adapter on a linear: addresses, 0 for what it lacks, and the rank."""
+X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, TABLE, SPANS, NUM_SHARES, EACH, TAKEN = range(10)
+"""A call: addresses, sizes, how many tokens a thread takes at once, and how often that was done."""
+PARTS = 4
+"""So often each thread takes tokens: one that comes late, or whose core has other work, takes fewer."""
 MATH = {"contract", "reassoc", "nsz"}
 """What the compiler may do to sums; nan and inf stay what they are."""
 
 
-@dataclass(frozen=True)
 class Shares:
     """The adapters of a forward and whose tokens are whose."""
 
-    adapters: Sequence[Folded]
-    """Holds what the table points to."""
-    table_SK5: np.ndarray
-    spans_K2: np.ndarray
-    """First token, and the one after the last."""
+    def __init__(
+        self, adapters: Sequence[Folded], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
+    ) -> None:
+        """Args:
+        table_SK5: each adapter's `addresses`.
+        spans_K2: first token, and the one after the last; ascending.
+        sizes_S2: I and O of each linear.
+        """
+        self._held = adapters, table_SK5, spans_K2  # the calls have their addresses
+        self._run, num_tokens, most = kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
+        each = max(1, num_tokens // (PARTS * most))
+        self._num_threads = min(most, -(-num_tokens // each))
+        self._calls_SC = np.zeros((len(table_SK5), TAKEN + 1), np.int64)
+        self._calls_SC[:, NUM_IN], self._calls_SC[:, NUM_OUT] = sizes_S2.T
+        self._calls_SC[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
+        constants = {NUM_TOKENS: num_tokens, SPANS: spans_K2.ctypes.data, NUM_SHARES: len(spans_K2), EACH: each}
+        self._calls_SC[:, list(constants)] = list(constants.values())
+        self._first, self._stride = self._calls_SC.ctypes.data, self._calls_SC.strides[0]
+
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, site: int) -> None:
+        """Change the base's result in place as each share's `Factors.add_to` would.
+
+        Args:
+            x_NI, y_NO: contiguous, in fp32, of all the spans' tokens; dimensions of 1 before N don't matter.
+            site: the linear's place in S.
+        """
+        call_C = self._calls_SC[site]
+        assert x_NI.numel() >= call_C[NUM_TOKENS] * call_C[NUM_IN]
+        call_C[X], call_C[Y], call_C[TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
+        self._run(self._first + site * self._stride, self._num_threads)
 
 
 def addresses(adapter: Folded, sites: Sequence[str]) -> np.ndarray:
@@ -46,20 +78,21 @@ def addresses(adapter: Folded, sites: Sequence[str]) -> np.ndarray:
     return np.array([_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
 
 
-def add_shares(y_NO: Tensor, x_NI: Tensor, shares: Shares, site: int) -> None:
-    """Change the base's result in place as each share's `Factors.add_to` would; `site` is the linear's place in S."""
-    assert x_NI.dtype == y_NO.dtype == torch.float32
-    assert x_NI.is_contiguous()
-    assert y_NO.is_contiguous()
-    _add(x_NI.data_ptr(), y_NO.data_ptr(), x_NI.shape[1], y_NO.shape[1], shares.table_SK5, site, shares.spans_K2)
-
-
-def compile_kernels() -> None:
-    """Compile now what the first call would otherwise: seconds where numba has it not in its cache."""
-    with contextlib.suppress(RuntimeError):  # nowhere to write: every process compiles
-        _add.enable_caching()
-    nothing = Shares((), np.empty((1, 0, 5), np.int64), np.empty((0, 2), np.int64))
-    add_shares(torch.empty(0, 1), torch.empty(0, 1), nothing, 0)
+@cache
+def kernel() -> Callable[[int, int], None]:
+    """What runs the call at an address on so many threads, compiled: seconds, where numba's cache does not have it."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        part = cfunc(signature, cache=True)(_part)
+    except RuntimeError:  # nowhere to write: every process compiles
+        part = cfunc(signature)(_part)
+    try:
+        region = ctypes.CDLL(None).GOMP_parallel  # torch made its own known to the process
+    except (AttributeError, OSError, TypeError):  # another OpenMP, or none
+        return lambda call, _: part.ctypes(ctypes.cast(call, ctypes.POINTER(ctypes.c_int64)))
+    region.restype, region.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    address = part.address
+    return lambda call, num_threads: region(address, call, num_threads, 0)
 
 
 def _addresses(factors: Factors | None) -> list[int]:
@@ -71,34 +104,62 @@ def _addresses(factors: Factors | None) -> list[int]:
     return [a, b, factors.rank, factor, shift]
 
 
-def _pointer(_typing: Any, _address: Any) -> Any:
-    """For numba: how an address becomes a pointer to fp32."""
+def _pointer_to(kind: Any) -> Any:
+    """For numba: how an address becomes a pointer."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    def pointer(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+        return types.CPointer(kind)(types.int64), generate
+
+    return intrinsic(pointer)
 
 
-_floats_at: Any = intrinsic(_pointer)
+def _next(_typing: Any, _call: Any) -> Any:
+    """For numba: counts a call's TAKEN up, and returns what it was; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        taken = builder.gep(arguments[0], [context.get_constant(types.intp, TAKEN)])
+        return builder.atomic_rmw("add", taken, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+_floats_at: Any = _pointer_to(types.float32)
+_ints_at: Any = _pointer_to(types.int64)
+_take: Any = intrinsic(_next)
+
+
+def _part(call: Any) -> None:
+    """One thread's part of a call."""
+    c = carray(call, TAKEN + 1)
+    num_tokens, each = c[NUM_TOKENS], c[EACH]
+    x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
+    table, spans = carray(_ints_at(c[TABLE]), (c[NUM_SHARES], 5)), carray(_ints_at(c[SPANS]), (c[NUM_SHARES], 2))
+    h = np.empty((4, table[:, RANK].max() + 3), np.float32)
+    first = _take(call) * each
+    while first < num_tokens:
+        _add(x, y, table, spans, h, first, min(first + each, num_tokens))
+        first = _take(call) * each
+
 
 # The kernels below take tokens by ones and fours, and ranks by fours and twos: as many sums as there are registers.
 # Where the rank is no multiple, the last rank is computed again, and `h` is zero beyond it.
 
 
 @njit(fastmath=MATH, nogil=True)
-def _add(x_at: int, y_at: int, num_in: int, num_out: int, table_SK5: np.ndarray, site: int, spans: np.ndarray) -> None:
-    if len(spans) == 0:
-        return
-    num_tokens = spans[-1, 1]
-    x, y = carray(_floats_at(x_at), (num_tokens, num_in)), carray(_floats_at(y_at), (num_tokens, num_out))
-    table = table_SK5[site]
-    h = np.zeros((4, table[:, RANK].max() + 3), np.float32)
+def _add(
+    x: np.ndarray, y: np.ndarray, table: np.ndarray, spans: np.ndarray, h: np.ndarray, first: int, last: int
+) -> None:
+    """The tokens from `first` up to `last`."""
     for k in range(len(spans)):
-        start, stop, rank = spans[k, 0], spans[k, 1], table[k, RANK]
+        start, stop, rank = max(spans[k, 0], first), min(spans[k, 1], last), table[k, RANK]
+        if start >= stop:
+            continue
         if rank > 0:
-            a = carray(_floats_at(table[k, A]), (rank, num_in))
-            b = carray(_floats_at(table[k, B]), (rank, num_out))
+            a = carray(_floats_at(table[k, A]), (rank, x.shape[1]))
+            b = carray(_floats_at(table[k, B]), (rank, y.shape[1]))
             h[:, rank : rank + 3] = 0
             fours = start + (stop - start) // 4 * 4
             for t in range(start, fours, 4):
@@ -108,11 +169,11 @@ def _add(x_at: int, y_at: int, num_in: int, num_out: int, table_SK5: np.ndarray,
                 _down_one(x[t], a, h[0])
                 _up_one(y[t], b, h[0])
         if table[k, FACTOR] != 0:
-            factor = carray(_floats_at(table[k, FACTOR]), num_out)
+            factor = carray(_floats_at(table[k, FACTOR]), y.shape[1])
             for t in range(start, stop):
                 y[t] *= factor
         if table[k, SHIFT] != 0:
-            shift = carray(_floats_at(table[k, SHIFT]), num_out)
+            shift = carray(_floats_at(table[k, SHIFT]), y.shape[1])
             for t in range(start, stop):
                 y[t] += shift
 

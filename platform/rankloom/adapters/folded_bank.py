@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.compiled import Shares, add_shares, addresses, compile_kernels
+from rankloom.adapters.compiled import Shares, addresses, kernel
 from rankloom.adapters.folded import Factors, Folded
 from rankloom.adapters.grouped import Groups, Stacked, scale_spans, shift_spans
 from rankloom.models import in_out, is_linear
@@ -89,7 +89,8 @@ class FoldedBank:
         self._sites = {name: module for name, module in model.named_modules() if is_linear(module)}
         self.compiles = self._device.type == "cpu" and self._dtype == torch.float32
         if self.compiles:
-            compile_kernels()
+            kernel()
+            self._sizes_S2 = np.array([in_out(module) for module in self._sites.values()])
         for name, module in self._sites.items():
             self._patch(name, module, self._linear_at(name, module))
 
@@ -135,10 +136,11 @@ class FoldedBank:
             order += chosen
         order += sorted({*range(len(shares))}.difference(order))
         body = _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks)
+        body = self._compiled(body) if self.compiles else body
+        if all(share.num_predicting == share.num_tokens for share in shares):  # as where all rows decode
+            return Route(tuple(order), body, body)
         head = _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks)
-        if self.compiles:
-            body, head = self._compiled(body), self._compiled(head)
-        return Route(tuple(order), body, head)
+        return Route(tuple(order), body, self._compiled(head) if self.compiles else head)
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
@@ -162,7 +164,7 @@ class FoldedBank:
         adapters, spans = zip(*layout.loose, strict=True)
         table_SK5 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
         spans_K2 = np.array([(span.start, span.stop) for span in spans])
-        return replace(layout, loose=(), compiled=Shares(adapters, table_SK5, spans_K2))
+        return replace(layout, loose=(), compiled=Shares(adapters, table_SK5, spans_K2, self._sizes_S2))
 
     def _class(self, rank: int, num_slots: int, at_work: Collection[int]) -> _Class:
         """The stacks of a rank class, with room; where there is none, classes that are not at work make it."""
@@ -186,9 +188,11 @@ class FoldedBank:
             layout = self._layout(module)
             if layout is None:
                 return y
-            x_NI, y_NO = x.flatten(0, -2), y.view(-1, y.shape[-1])
             if layout.compiled:
-                add_shares(y_NO, x_NI.contiguous(), layout.compiled, site)
+                layout.compiled.add_to(y, x.contiguous(), site)
+            if not (layout.stacked or layout.loose or layout.whole):
+                return y
+            x_NI, y_NO = x.flatten(0, -2), y.view(-1, y.shape[-1])
             for rank, groups in layout.stacked:
                 if stack := self._classes[rank].stacks.get(name):
                     stack.add_to(y_NO, x_NI, groups)

@@ -34,13 +34,15 @@ GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 """Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes longer."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
+LOGGING = {"enable_access_log": False}
+"""The gateway logs every request, and knows more of it."""
 
 
 class RayReplicas:
     """`gateway.Replicas` through a handle."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        self._handle = handle.options(_by_reference=False)  # over gRPC, whatever the process that bound it does
 
     async def run(self, work: Work) -> AsyncIterator[Progress]:
         stream = self._handle.options(stream=True).run.remote(work)
@@ -80,6 +82,7 @@ def _told(error: Exception) -> Exception:
 @serve.deployment(
     num_replicas=1,
     max_ongoing_requests=100_000,
+    logging_config=LOGGING,
     ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ENVIRONMENT}},
 )
 @serve.ingress()
@@ -140,6 +143,7 @@ def application(config: ServeConfig) -> serve.Application:
         name="Replica",
         max_ongoing_requests=config.engine.rows + config.engine.waiting,
         graceful_shutdown_timeout_s=config.limits.timeout_s,
+        logging_config=LOGGING,
         ray_actor_options={
             "num_cpus": replicas.cpus,
             "num_gpus": replicas.gpus,

@@ -37,7 +37,8 @@ class Answer:
         """
         Args:
             run: does the work, on some replica.
-            ended: is told of the end, with the error that it ended with, or CancelledError.
+            ended: is told of the end, with the error that it ended with, or CancelledError; with none, there is
+                something to `drain`.
             lost: is told each time that a replica was lost and the work is begun again.
             deadline: of `time.monotonic`.
         """
@@ -53,6 +54,8 @@ class Answer:
         self._run, self._ended, self._lost = run, ended, lost
         self._stream: AsyncIterator[Progress] | None = None
         self._deadline = deadline
+        self._unfinished = len(work.prompts) * work.n
+        """Completions. With the last one all is said: the stream's own end comes later, and nobody waits for it."""
         self._over = False
         self._first: Progress | None = None
 
@@ -77,12 +80,19 @@ class Answer:
         try:
             if self._first is not None:
                 yield self._first
-            while (progress := await self._next()) is not None:
+            while self._unfinished and (progress := await self._next()) is not None:
                 yield progress
         except BaseException as error:
             await self._end(error)
             raise
         await self._end(None)
+
+    async def drain(self) -> None:
+        """Wait for the stream's own end, which says no more than that all completions have ended."""
+        assert self._stream is not None
+        with contextlib.suppress(Exception):
+            async for _ in self._stream:
+                pass
 
     async def aclose(self) -> None:
         """End it, if it has not ended: nobody reads it any more."""
@@ -99,6 +109,7 @@ class Answer:
         self.prompt_tokens = progress.prompt_tokens
         for index, delta in progress.deltas:
             self.tokens += len(delta.tokens)
+            self._unfinished -= delta.finish is not None
             if index == 0:
                 self.cached_tokens = delta.cached_tokens
         return progress
@@ -109,6 +120,6 @@ class Answer:
         self._over = True
         self._ended(self, error)
         close: Callable[[], Any] | None = getattr(self._stream, "aclose", None)
-        if close is not None:
+        if close is not None and error is not None:
             with contextlib.suppress(Exception):
                 await close()

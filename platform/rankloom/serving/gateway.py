@@ -260,6 +260,8 @@ class Gateway:
         """Measure, charge, log and judge a request that is over."""
         self._in_flight -= 1
         self.metrics.in_flight.dec()
+        if error is None:
+            self._background(answer.drain())
         outcome = _outcome(error)
         now, work = time.monotonic(), answer.work
         adapter = answer.target.ref or "base"

@@ -2,8 +2,11 @@
 
     python benchmarks/serve_overhead.py [--base tiny|MODEL] [--requests 200]
 
-One client, one request after the other, one token each, on a local Ray. The base is a random two-layer Llama unless
-told: a larger one's own time varies by more than what is measured. Prints the medians in milliseconds.
+One client, one request after the other, one token each, on a local Ray; the requests take turns between two ways:
+"ingress" asks the ingress at a port of its own (Ray Serve's direct ingress), so that what is added is ours: ingress,
+router and the call to a replica; "proxy" asks Ray Serve's HTTP proxy before it, as users do. The base is a random
+two-layer Llama unless told: a larger one's own time varies by more than what is measured. Prints the medians in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ import argparse
 import asyncio
 import http.client
 import json
+import os
+import socket
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import endpoint, tiny_llama
+from common import tiny_llama
 
 PROMPT = "The capital of France is"
 
@@ -55,19 +60,31 @@ def engine_alone(base: str, count: int) -> list[float]:
         return asyncio.run(measure())
 
 
-def over_http(base: str, count: int) -> list[float]:
-    """Seconds a request, through the proxy, the ingress, the router and a replica."""
+def over_http(base: str, count: int) -> dict[str, list[float]]:
+    """Seconds a request, by the way that it took."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    from common import endpoint  # imports Ray Serve, which reads them
+
+    seconds: dict[str, list[float]] = {"ingress": [], "proxy": []}
     with tempfile.TemporaryDirectory() as root, endpoint({"base": base, "registry": root, "refresh_s": 60}) as url:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        at = {"ingress": f"127.0.0.1:{port}", "proxy": url.removeprefix("http://")}
+        connections = {way: http.client.HTTPConnection(address) for way, address in at.items()}
         body: dict[str, Any] = {"model": base, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
-        seconds = []
         for _ in range(count):
-            began = time.perf_counter()
-            connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read()
-            assert answer.status == 200, text
-            seconds.append(time.perf_counter() - began)
+            for way, connection in connections.items():
+                began = time.perf_counter()
+                connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+                answer = connection.getresponse()
+                text = answer.read()
+                assert answer.status == 200, text
+                seconds[way].append(time.perf_counter() - began)
     return seconds
 
 
@@ -79,10 +96,12 @@ def main() -> None:
     warm = 20
     with tempfile.TemporaryDirectory() as scratch:
         base = tiny_llama(Path(scratch) / "model") if given.base == "tiny" else given.base
-        alone, http = (measure(base, given.requests + warm)[warm:] for measure in (engine_alone, over_http))
-    medians = {"engine_ms": 1e3 * statistics.median(alone), "http_ms": 1e3 * statistics.median(http)}
-    print(json.dumps({name: round(value, 2) for name, value in medians.items()} | {"requests": given.requests}))
-    print(f"added: {medians['http_ms'] - medians['engine_ms']:.2f} ms")
+        alone = engine_alone(base, given.requests + warm)
+        found = {"engine": alone} | over_http(base, given.requests + warm)
+    medians = {way: 1e3 * statistics.median(seconds[warm:]) for way, seconds in found.items()}
+    print(json.dumps({f"{way}_ms": round(ms, 2) for way, ms in medians.items()} | {"requests": given.requests}))
+    for way in ("ingress", "proxy"):
+        print(f"added, asked at the {way}: {medians[way] - medians['engine']:.2f} ms")
 
 
 if __name__ == "__main__":

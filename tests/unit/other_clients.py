@@ -1,4 +1,7 @@
-"""Asks the endpoint at argv[1] and prints what came as JSON; for an interpreter with litellm and langchain-openai."""
+"""Asks the endpoint at argv[1] and prints what came as JSON; for an interpreter with litellm and langchain-openai.
+
+argv[2] is a key, argv[3] one that has used up what it may ask for.
+"""
 
 import json
 import sys
@@ -6,11 +9,11 @@ import sys
 import litellm
 from langchain_openai import ChatOpenAI
 
-url = f"{sys.argv[1]}/v1"
+url, good, used_up = f"{sys.argv[1]}/v1", sys.argv[2], sys.argv[3]
 hi = [{"role": "user", "content": "hi"}]
 
 
-def lite(model, key="none", **more):
+def lite(model, key=good, **more):
     return litellm.completion(
         model=f"openai/{model}", messages=hi, api_base=url, api_key=key, num_retries=0, max_retries=0, **more
     )
@@ -19,15 +22,16 @@ def lite(model, key="none", **more):
 found = {
     "litellm": lite("bank@2").choices[0].message.content,
     "litellm in a stream": "".join(part.choices[0].delta.content or "" for part in lite("bank", stream=True)),
-    "langchain": ChatOpenAI(model="bank@2", base_url=url, api_key="none").invoke("hi").content,
+    "langchain": ChatOpenAI(model="bank@2", base_url=url, api_key=good).invoke("hi").content,
     "langchain in a stream": "".join(
-        part.content for part in ChatOpenAI(model="bank", base_url=url, api_key="none").stream("hi")
+        part.content for part in ChatOpenAI(model="bank", base_url=url, api_key=good).stream("hi")
     ),
 }
-for name, model, text in (("missing", "bnk", "hi"), ("overload", "bank", "overload")):
+wrong = (("missing", "bnk", "hi", good), ("overload", "bank", "overload", good), ("used up", "bank", "hi", used_up))
+for name, model, text, key in wrong:
     try:
         hi[0]["content"] = text
-        lite(model)
+        lite(model, key)
     except Exception as error:
         found[name] = [type(error).__name__, error.status_code, str(error)]
 print(json.dumps(found))

@@ -485,12 +485,17 @@ def test_the_console_is_one_page_that_asks_nobody_else(shared: Endpoint) -> None
 
 
 @pytest.mark.slow
-def test_litellm_and_langchain(shared: Endpoint) -> None:
+def test_litellm_and_langchain(tmp_path: Path) -> None:
     python = os.environ.get("RANKLOOM_TEST_CLIENTS")
     if python is None:
         pytest.skip("RANKLOOM_TEST_CLIENTS names no interpreter with litellm and langchain-openai")
     script = Path(__file__).parent / "other_clients.py"
-    done = subprocess.run([python, script, shared.url], capture_output=True, text=True, timeout=120, check=False)
+    file = KeyFile(tmp_path / "keys.json")
+    (good, _), (once, _) = file.create("good"), file.create("once", requests_per_minute=1)
+    with endpoint(tmp_path, auth={"keys": str(file.path)}) as made:
+        made.client(once).completions.create(model="bank@2", prompt="hi")
+        asked = [python, script, made.url, good, once]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for client in ("litellm", "langchain"):
@@ -499,3 +504,4 @@ def test_litellm_and_langchain(shared: Endpoint) -> None:
     assert found["missing"][:2] == ["NotFoundError", 404]
     assert "`bank`" in found["missing"][2]
     assert found["overload"][:2] == ["ServiceUnavailableError", 503]
+    assert found["used up"][:2] == ["RateLimitError", 429]

@@ -10,6 +10,7 @@ which take over while the old ones finish. (`serve deploy` makes all anew where 
 from collections.abc import AsyncIterator
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -72,7 +73,7 @@ def _told(error: Exception) -> Exception:
     """The error as the replica raised it, or what its end means."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
-    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+    if isinstance(error, (RayActorError, DeploymentUnavailableError, AioRpcError)):
         return ReplicaLostError("the replica was lost")
     if isinstance(error, BackPressureError):
         return OverloadedError("All replicas are full; try again later.")

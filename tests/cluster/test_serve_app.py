@@ -292,7 +292,6 @@ def test_serve_build_takes_the_import_path(registry: Path, tmp_path: Path) -> No
     assert "import_path: serve.app:app" in (tmp_path / "out.yaml").read_text()
 
 
-@pytest.mark.slow
 def test_a_killed_replica_fails_no_request_that_had_not_begun(
     endpoint: str, config: dict[str, Any], processes_named: Callable[[str], list[int]]
 ) -> None:
@@ -334,7 +333,6 @@ def test_a_killed_replica_fails_no_request_that_had_not_begun(
     assert len(set(texts)) == 3
 
 
-@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(config: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(f"base: {config['base']}\nregistry: {config['registry']}\nport: 0\n")

@@ -95,8 +95,7 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
             signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
         typer.echo("stopping: what is under way is finished first", err=True)
-        ray_serve.delete(settings.name)
-        ray_serve.shutdown()
+        ray_serve.delete(settings.name)  # and no more: a cluster's Serve may have others, and a local Ray ends now
 
 
 def _check_room(settings: ServeConfig, nodes: Sequence[dict[str, float]]) -> None:

@@ -118,8 +118,11 @@ class Answer:
         if self._over:
             return
         self._over = True
+        if error is None:
+            asyncio.get_running_loop().call_soon(self._ended, self, None)  # the client first
+            return
         self._ended(self, error)
         close: Callable[[], Any] | None = getattr(self._stream, "aclose", None)
-        if close is not None and error is not None:
+        if close is not None:
             with contextlib.suppress(Exception):
                 await close()

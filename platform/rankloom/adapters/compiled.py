@@ -49,6 +49,9 @@ class Shares:
         spans_K2: first token, and the one after the last; ascending.
         sizes_S2: I and O of each linear.
         """
+        assert table_SK5.flags.c_contiguous
+        assert spans_K2.flags.c_contiguous
+        assert table_SK5.dtype == spans_K2.dtype == np.int64
         self._held = adapters, table_SK5, spans_K2  # the calls have their addresses
         self._run, num_tokens, most = kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
         each = max(1, num_tokens // (PARTS * most))
@@ -68,6 +71,9 @@ class Shares:
             site: the linear's place in S.
         """
         call_C = self._calls_SC[site]
+        assert x_NI.is_contiguous()
+        assert y_NO.is_contiguous()
+        assert x_NI.dtype == y_NO.dtype == torch.float32
         assert x_NI.numel() >= call_C[NUM_TOKENS] * call_C[NUM_IN]
         call_C[X], call_C[Y], call_C[TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
         self._run(self._first + site * self._stride, self._num_threads)

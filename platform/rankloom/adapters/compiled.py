@@ -4,9 +4,9 @@ A decoding row reads all of its adapter's weights for one token, so that memory 
 weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
 four share what is read. `Factors.add_to` is the plain reference.
 
-Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: with threads of another
-pool, each one's idle threads would be in the other's way. What a forward's calls have in common is laid out once
-(`Shares`), because between two products every line of Python runs with cold caches.
+Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: numba's own may be those
+of another pool, each one's idle threads in the other's way, or may not be called from two threads. What a forward's
+calls have in common is laid out once (`Shares`), because every line of Python between two products has cold caches.
 
 Compiled once a machine, and kept in numba's cache.
 

@@ -109,6 +109,29 @@ def test_scaled_rows_are_the_references(by_slot: bool, bias: bool, groups: Group
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["slot by slot", "stacked"])
+def test_a_model_may_change_what_a_layer_gave_in_place(way: Way, groups: Groups) -> None:
+    """As Falcon, which adds attention's result to the MLP's."""
+    x_NI, a_KRI, b_KOR = (t.requires_grad_() for t in stacks(groups))
+    factor_KO, weight_OI = torch.rand(4, 5) + 0.5, torch.randn(5, 6)
+
+    def layers() -> list[Tensor]:
+        onto = F.linear(x_NI, weight_OI)[None]
+        linear = grouped_linear(x_NI[None], weight_OI, None, a_KRI, b_KOR, SCALES, groups, way)
+        return [
+            grouped_lora(onto, x_NI[None], a_KRI, b_KOR, SCALES, groups, way),
+            linear,
+            scale_rows(linear.clone(), factor_KO, None, groups),
+        ]
+
+    for changed, kept in zip(layers(), layers(), strict=True):
+        expected = gradients(kept * 2 + kept.detach(), x_NI, a_KRI, b_KOR)
+        changed *= 2
+        changed += kept.detach()
+        for one, other in zip(gradients(changed, x_NI, a_KRI, b_KOR), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["slot by slot", "stacked"])
 def test_bf16_and_a_result_of_another_type(way: Way, groups: Groups) -> None:
     x_NI, a_KRI, b_KOR = stacks(groups)
     expected = 1 + grouped_lora_reference(x_NI, a_KRI, b_KOR, SCALES, groups)

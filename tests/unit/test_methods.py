@@ -13,6 +13,7 @@ import torch
 from galore_torch import GaLoreAdamW
 from transformers import AutoModelForCausalLM
 
+from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, parse
 from rankloom.config.model import NoQuantization
 from rankloom.config.trial import TrialConfig
@@ -101,9 +102,12 @@ def test_rslora_scales_by_the_square_root_of_the_rank(tiny_llama: Path) -> None:
     assert {layer.scaling["default"] for layer in layers} == {4.0}
 
 
+@pytest.mark.parametrize("rank", [4, 48, 200], ids=["", "above some layers' widths", "above all"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_inits_that_change_the_base_export_for_the_unchanged_base(init: str, tiny_llama: Path, tmp_path: Path) -> None:
-    trial = trial_of(tiny_llama, {"type": "lora", "rank": 4, "init": init}, learning_rate=1e-3)
+def test_inits_that_change_the_base_export_for_the_unchanged_base(
+    init: str, rank: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trial = trial_of(tiny_llama, {"type": "lora", "rank": rank, "init": init}, learning_rate=1e-3)
     method, model, _, base = steps(trial, 3)
     method.export(model, base, tmp_path)
     fresh = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -112,8 +116,10 @@ def test_inits_that_change_the_base_export_for_the_unchanged_base(init: str, tin
         trained = model.eval()(ids).logits
         untouched = fresh(ids).logits
         loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)(ids).logits
+        ours = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path)(ids).logits
     assert (trained - untouched).abs().max() > 1e-3
     torch.testing.assert_close(loaded, trained, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, loaded)
 
 
 def test_galore_equals_galore_torch() -> None:

@@ -167,8 +167,8 @@ def grouped_linear(
     if not groups.slots:
         return F.linear(x, weight_OI, bias_O)
     way = way or fastest(x, b_KOR, groups)
-    result: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
-    return result
+    y_NO: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
+    return y_NO.view(*x.shape[:-1], -1)  # here, for models may not change a view that a Function made in place
 
 
 def fastest(x: Tensor, b_KOR: Tensor, groups: Groups) -> Way:
@@ -335,12 +335,11 @@ class _Linear(torch.autograd.Function):
         kept = way.add(y_NO, _rows(x), a_KRI, b_KOR, scale_K, groups)
         ctx.save_for_backward(x, weight_OI, a_KRI, b_KOR, *kept)
         ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
-        return y_NO.view(*x.shape[:-1], -1)
+        return y_NO
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, a_KRI, b_KOR, *kept = ctx.saved_tensors
-        dy_NO = _rows(dy)
         dx_NI = onednn.times(dy_NO, weight_OI) if ctx.needs_input_grad[0] else None
         da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), a_KRI, b_KOR, kept, ctx.scale_K, ctx.groups, dx_NI)
         dx = None if dx_NI is None else dx_NI.view(x.shape)
@@ -394,8 +393,8 @@ def scale_rows(
     if not groups.slots:
         return y
     by_slot = y.device.type == "cpu" if by_slot is None else by_slot
-    result: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)
-    return result
+    result_NO: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)
+    return result_NO.view(y.shape)  # here, as in `grouped_linear`
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -407,12 +406,11 @@ class _ScaleRows(torch.autograd.Function):
         scale_spans(result_NO, factor_KO.to(y.dtype), groups, by_slot)
         if bias_O is not None:
             shift_spans(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups, by_slot)
-        return result_NO.view(y.shape)
+        return result_NO
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         y, factor_KO, bias_O = ctx.saved_tensors
-        dy_NO = _rows(gradient)
         dfactor_KO = _sums(dy_NO * _rows(y), factor_KO, ctx.groups, ctx.by_slot)
         if bias_O is not None:
             dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O

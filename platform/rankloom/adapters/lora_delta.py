@@ -12,24 +12,36 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
+from rankloom.registry.checks import PREFIX, WEIGHTS
+
 
 def save_without_base_change(model: peft.PeftModel, initial: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a plain LoRA folder of twice the rank.
+    """Write a plain LoRA folder, of twice each layer's rank.
+
+    A layer narrower than the rank has factors as narrow as itself, and is scaled by alpha over the rank all the same.
 
     Args:
         initial: A₀ [r, in] and B₀ [out, r] by the parameter's name in `model`, as they were right after attaching.
     """
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     # PEFT leaves the adapter's name out of the saved keys
     before = {name.replace(".default.", "."): value for name, value in initial.items()}
-    doubled = {}
+    doubled, ranks = {}, {}
     for name, after in load_file(file).items():
         moved = before[name].to(after.dtype)
-        doubled[name] = torch.cat([after, moved], dim=0) if "lora_A" in name else torch.cat([after, -moved], dim=1)
+        if "lora_A" in name:
+            doubled[name] = torch.cat([after, moved], dim=0)
+            ranks[name.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = len(doubled[name])
+        else:
+            doubled[name] = torch.cat([after, -moved], dim=1)
     save_file(doubled, file, metadata={"format": "pt"})
     config = model.peft_config["default"]
+    scaling = config.lora_alpha / config.r
     plain = peft.LoraConfig.from_pretrained(folder)
-    plain.r, plain.lora_alpha, plain.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
-    plain.inference_mode = True
+    plain.r = max(ranks.values())
+    plain.lora_alpha = plain.r * scaling
+    plain.rank_pattern = {name: rank for name, rank in ranks.items() if rank != plain.r}
+    plain.alpha_pattern = {name: rank * scaling for name, rank in plain.rank_pattern.items()}
+    plain.init_lora_weights = plain.inference_mode = True
     plain.save_pretrained(folder)

@@ -201,6 +201,14 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
     return keys, models
 
 
+def is_whole_number(cls: type[BaseModel], name: str) -> bool:
+    """Whether the setting of this dotted name takes whole numbers, and no others."""
+    *path, last = name.split(".")
+    fields = [m.model_fields[last].annotation for m in _walk(cls, tuple(path))[1] if last in m.model_fields]
+    kinds = {kind for annotation in fields for kind in (get_args(annotation) or (annotation,))}
+    return int in kinds and float not in kinds
+
+
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("type")
     return str(get_args(field.annotation)[0]) if field and get_args(field.annotation) else None

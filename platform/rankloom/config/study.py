@@ -12,9 +12,21 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from rankloom.config.base import Frozen, dump, parse
+from rankloom.config.base import Frozen, dump, is_whole_number, parse
 from rankloom.config.compatible import COMPATIBLE
-from rankloom.config.space import Knob, Point, Tree, grid, knobs_of, merge, place, probes, with_alpha
+from rankloom.config.space import (
+    Knob,
+    LogUniform,
+    Point,
+    Tree,
+    Uniform,
+    grid,
+    knobs_of,
+    merge,
+    place,
+    probes,
+    with_alpha,
+)
 from rankloom.config.trial import Name, TrialConfig
 from rankloom.errors import ConfigError, IncompatibleError
 
@@ -260,6 +272,9 @@ class StudyConfig(Frozen):
         origin = f"space[{index}]"
         try:
             knobs = knobs_of(self.space[index])
+            for name, knob in knobs.items():
+                if isinstance(knob, (Uniform, LogUniform)) and is_whole_number(TrialConfig, name):
+                    raise ConfigError(_no_fractions(name, knob))
             if self.search.algorithm == "grid":
                 next(grid(knobs))
         except ConfigError as error:
@@ -276,6 +291,15 @@ class StudyConfig(Frozen):
                 refusals.append(error)
         if not allowed:
             raise IncompatibleError(f"{origin}: none of its trials is possible: {refusals[0]}")
+
+
+def _no_fractions(name: str, knob: Uniform | LogUniform) -> str:
+    (kind,) = type(knob).model_fields
+    low, high = (f"{bound:.0f}" for bound in knob.bounds)
+    return (
+        f"{name}.{kind}: {name} is a whole number, and {kind} draws others too; allowed: randint or choice, for "
+        f"example {{randint: [{low}, {high}]}}"
+    )
 
 
 def is_fusable(trial: TrialConfig) -> bool:

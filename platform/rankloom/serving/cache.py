@@ -57,11 +57,18 @@ class Shelf:
         return len(self.keys_RHTE[0])
 
     def resize(self, num_places: int) -> None:
+        """Raises torch.OutOfMemoryError; all rows are still there then, and all blocks of one size."""
         kept = len(self.rows)
-        for layers in (self.keys_RHTE, self.values_RHTE):
-            for i, before in enumerate(layers):  # one by one, so that little is there twice
-                layers[i] = before.new_zeros(num_places, *before.shape[1:])
-                layers[i][:kept] = before[:kept]
+        try:
+            for layers in (self.keys_RHTE, self.values_RHTE):
+                for i, before in enumerate(layers):  # one by one, so that little is there twice
+                    grown = before.new_zeros(num_places, *before.shape[1:])
+                    grown[:kept] = before[:kept]
+                    layers[i] = grown
+        finally:
+            least = min(map(len, self.blocks()))
+            for layers in (self.keys_RHTE, self.values_RHTE):
+                layers[:] = [block[:least] for block in layers]
 
     def blocks(self) -> Sequence[Tensor]:
         return (*self.keys_RHTE, *self.values_RHTE)
@@ -93,7 +100,10 @@ class RowCache:
         return shelf, shelf.rows.index(row)
 
     def reserve(self, row: str, length: int) -> None:
-        """Make sure that a row, new or not, has a place for so many tokens; the caller keeps to `capacity`."""
+        """Make sure that a row, new or not, has a place for so many tokens; the caller keeps to `capacity`.
+
+        Raises torch.OutOfMemoryError where the device has none for it; every row is where it was.
+        """
         width, before = shelf_width(length), self._widths.get(row)
         if before is not None and before >= width:
             return
@@ -136,14 +146,21 @@ class RowCache:
         """Twice the places, or as many as the budget has, others' unused ones given up first."""
         wanted = max(4, 2 * shelf.num_places)
         if self._allocated() + (wanted - shelf.num_places) * shelf.width > self.capacity:
-            for width, other in list(self.shelves.items()):
-                if other is not shelf and not other.rows:
-                    del self.shelves[width]
-                elif other is not shelf:
-                    other.resize(len(other.rows))
+            self._give_up_unused(shelf)
             spare = (self.capacity - self._allocated()) // shelf.width
             wanted = min(wanted, shelf.num_places + max(1, spare))
-        shelf.resize(wanted)
+        try:
+            shelf.resize(wanted)
+        except torch.OutOfMemoryError:
+            self._give_up_unused(shelf)
+            shelf.resize(shelf.num_places + 1)
+
+    def _give_up_unused(self, but: Shelf) -> None:
+        for width, other in list(self.shelves.items()):
+            if other is not but and not other.rows:
+                del self.shelves[width]
+            elif other is not but:
+                other.resize(len(other.rows))
 
     def _allocated(self) -> int:
         return sum(shelf.num_places * width for width, shelf in self.shelves.items())

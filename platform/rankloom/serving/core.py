@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rankloom.adapters.folded import Folded
 from rankloom.config.engine import EngineConfig
-from rankloom.errors import ModelError, RankloomError, RegistryError
+from rankloom.device import is_lost
+from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
 from rankloom.models import Base
 from rankloom.registry import Registry
 from rankloom.serving.cache import RowCache, shelf_width
@@ -29,7 +30,7 @@ from rankloom.serving.residents import Residents
 from rankloom.serving.row import Row
 from rankloom.serving.runner import Runner, Work
 from rankloom.serving.sampling import LARGEST, choose
-from rankloom.serving.scheduler import Budget, Portion, Seat, portion, seat
+from rankloom.serving.scheduler import Budget, Portion, Seat, halved, portion, seat
 from rankloom.serving.text import Pieces
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ class Core:
         self._runner = Runner(base.model, pack=config.pack_weights)
         self._cache = RowCache(self._runner.shape, config.cache_tokens)
         self._prefixes = PrefixTree(config.prefix_tokens)
-        self._budget = Budget(config.rows, config.cache_tokens, config.step_tokens)
         self._pieces = Pieces(base.tokenizer)
         loader = Loader(base, registry, self._logits_alone)
         self.adapters = Residents(config.resident, loader, post, failed=self._fail_waiting)
@@ -107,25 +107,36 @@ class Core:
         )
 
     def step(self) -> bool:
-        """One round: plan, compute, apply. False: there was nothing to compute."""
+        """One round: plan, compute, apply. False: there was nothing to compute.
+
+        Where memory runs out, kept prefixes are forgotten, then rows wait, and one that does not fit alone is refused.
+        Raises what lost the device: no other step can do better.
+        """
         self.adapters.load_next()
+        num_waiting = len(self._waiting)
         portions = self._plan()
         if not portions:
-            return False
+            return len(self._waiting) < num_waiting  # some were refused, so that others may have a place
         try:
-            logits_MV = self._compute(portions)
-            self._apply(portions, logits_MV)
+            portions, logits_MV = self._compute(portions)
+            if portions:
+                self._apply(portions, logits_MV)
         except Exception as error:  # these rows are lost, the engine is not
+            if is_lost(error):
+                raise
             logger.exception("a step failed")
             for p in portions:
                 if p.id in self._running:
                     self._end(self._running[p.id], ModelError(f"a step of the engine failed: {error}"))
         return True
 
-    def _plan(self) -> tuple[Portion, ...]:
+    def _plan(self) -> Sequence[Portion]:
+        if not self._running:
+            self._cache.capacity = self._config.cache_tokens  # what lacked memory has ended
+        budget = Budget(self._config.rows, self._cache.capacity, self._config.step_tokens)
         following = self._following()
         waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
-        seating = seat([self._seat(row) for row in self._running.values()], waiting, self._budget, shelf_width)
+        seating = seat([self._seat(row) for row in self._running.values()], waiting, budget, shelf_width)
         for name in seating.preempted:
             row = self._waiting[name] = self._running.pop(name)
             self._keep_prefix(row)
@@ -135,16 +146,51 @@ class Core:
         for name in seating.admitted:
             row = self._running[name] = self._waiting.pop(name)
             row.adapter = self._adapter_of(row)
+            if not self._reserve(row):
+                break
             self._reuse_prefix(row)
-        return portion([self._seat(row) for row in self._running.values()], self._budget)
+        return portion([self._seat(row) for row in self._running.values()], budget)
 
-    def _compute(self, portions: Sequence[Portion]) -> Tensor:
-        works = []
-        for p in portions:
-            row = self._running[p.id]
-            self._cache.reserve(p.id, len(row.tokens))
-            works.append(Work(p.id, row.adapter, p.start, row.tokens[p.start : p.start + p.count], p.predicts))
-        return self._runner.forward(self._cache, works)
+    def _compute(self, portions: Sequence[Portion]) -> tuple[Sequence[Portion], Tensor]:
+        """The portions that there is memory for, and what follows those of them that predict."""
+        portions = [p for p in portions if self._reserve(self._running[p.id])]
+        while portions:
+            rows = [self._running[p.id] for p in portions]
+            works = [
+                Work(p.id, row.adapter, p.start, row.tokens[p.start : p.start + p.count], p.predicts)
+                for p, row in zip(portions, rows, strict=True)
+            ]
+            try:
+                return portions, self._runner.forward(self._cache, works)
+            except torch.OutOfMemoryError:
+                pass  # what the forward holds on to is freed once this block is left
+            self._prefixes.clear()
+            if len(portions) == portions[0].count == 1:
+                self._end(rows[0], _too_large(rows[0]))
+                break
+            portions = halved(portions)
+        return (), torch.empty(0)
+
+    def _reserve(self, row: Row) -> bool:
+        """A place in the cache for all of a running row's tokens. False: there is no memory for it, it runs no more."""
+        name = row.request.id
+        for _ in range(2):
+            try:
+                self._cache.reserve(name, len(row.tokens))
+                return True
+            except torch.OutOfMemoryError:
+                self._prefixes.clear()
+        others = [other for other in self._running if other != name and other in self._cache]
+        if not others:
+            self._end(row, _too_large(row))
+            return False
+        self._waiting[name] = self._running.pop(name)
+        if name in self._cache:
+            self._cache.remove(name)
+        row.cached = 0
+        self._counted.preemptions += 1
+        self._cache.capacity = self._cache.held  # until they have ended
+        return False
 
     def _apply(self, portions: Sequence[Portion], logits_MV: Tensor) -> None:
         self._counted.steps += 1
@@ -207,7 +253,6 @@ class Core:
         return None if row.request.adapter is None else self.adapters.get(row.request.adapter)
 
     def _reuse_prefix(self, row: Row) -> None:
-        self._cache.reserve(row.request.id, len(row.tokens))
         length, pieces = self._prefixes.match(row.request.adapter, row.tokens[:-1])
         for piece in pieces:
             self._cache.write(row.request.id, row.cached, piece)
@@ -219,7 +264,10 @@ class Core:
     def _keep_prefix(self, row: Row) -> None:
         if self._config.prefix_tokens:
             read = partial(self._cache.read, row.request.id)
-            self._prefixes.insert(row.request.adapter, row.tokens[: row.cached], read)
+            try:
+                self._prefixes.insert(row.request.adapter, row.tokens[: row.cached], read)
+            except torch.OutOfMemoryError:
+                self._prefixes.clear()
 
     def _fail_waiting(self, ref: str, error: RankloomError) -> None:
         for row in [row for row in self._waiting.values() if row.request.adapter == ref]:
@@ -234,3 +282,7 @@ class Core:
             cache.reserve("probe", len(tokens))
             logits_MV = self._runner.forward(cache, [Work("probe", adapter, 0, tokens)], stack=False)
         return logits_MV[0].to(self._base.model.dtype)
+
+
+def _too_large(row: Row) -> OverloadedError:
+    return OverloadedError(f"there is no memory for a request of {len(row.tokens)} tokens now; try again later")

@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rankloom.adapters.folded import Folded, fold
 from rankloom.adapters.probe import check_logits, probe_tokens
-from rankloom.errors import IncompatibleError, RegistryError
+from rankloom.errors import IncompatibleError, OverloadedError, RegistryError
 from rankloom.models import Base
 from rankloom.registry import Record, Registry
 
@@ -31,6 +32,7 @@ class Loader:
             AdapterNotFoundError: no such version.
             IncompatibleError: it was tuned on another base.
             RegistryError: it is broken, or does nothing.
+            OverloadedError: there is no memory for it now.
         """
         record = self._registry.get(ref)
         check_base(self._base, record)
@@ -40,6 +42,9 @@ class Loader:
                 return self._verified(folder)
             except RegistryError as error:  # whoever reads it knows the version, and not this folder
                 raise RegistryError(str(error).replace(str(folder), record.ref)) from None
+            except torch.OutOfMemoryError:
+                pass  # what it holds on to is freed once this block is left
+        raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")
 
     def _verified(self, folder: Path) -> Folded:
         adapter = fold(self._base.model, folder)

@@ -71,6 +71,10 @@ class PrefixTree:
         while self.num_tokens > self.capacity:
             self._drop(min(self._leaves(), key=lambda leaf: leaf.used))
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._roots, self.num_tokens = {}, 0
+
     def _follow(self, key: str | None, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
         """The nodes on the way, and how many of each one's tokens agree."""
         self._clock += 1

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+from rankloom.device import is_lost
 from rankloom.errors import AdapterNotFoundError, OverloadedError, RankloomError, RegistryError
 from rankloom.serving.protocol import Resident
 from rankloom.serving.refusals import Refusals
@@ -119,7 +120,10 @@ class Residents(Generic[H]):
             self._post(partial(self._loaded, ref, load))
 
     def _loaded(self, ref: str, load: Future[H]) -> None:
-        error, pins = load.exception(), self._pins.pop(ref, [])
+        error = load.exception()
+        if error is not None and is_lost(error):
+            raise error
+        pins = self._pins.pop(ref, [])
         if error is None:
             self._residency.loaded(ref, load.result())
             self._refusals.clear(ref)
@@ -131,7 +135,7 @@ class Residents(Generic[H]):
             logger.error("loading %s failed", ref, exc_info=error)
             error = RegistryError(f"{ref}: can't be loaded: {error}")
         self.num_failures += 1
-        if not isinstance(error, (AdapterNotFoundError, ReplicaLostError)):  # one may yet be published
+        if not isinstance(error, (AdapterNotFoundError, OverloadedError, ReplicaLostError)):  # it may yet be published
             self._refusals.add(ref, error, time.monotonic())
         self._failed(ref, error)
         self._residency.failed(ref)

@@ -8,7 +8,7 @@ the oldest always finishes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,11 @@ def portion(running: Sequence[Seat], budget: Budget) -> tuple[Portion, ...]:
         if count > 0:
             portions.append(Portion(row.id, row.cached, count, predicts=count == pending))
     return tuple(portions)
+
+
+def halved(portions: Sequence[Portion]) -> tuple[Portion, ...]:
+    """The first half of a step's rows; of a single row, the first half of its tokens."""
+    if len(portions) > 1:
+        return tuple(portions[: len(portions) // 2])
+    (only,) = portions
+    return (replace(only, count=only.count // 2, predicts=False),)

@@ -10,6 +10,7 @@ import torch
 
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
+from rankloom.device import free_cuda_bytes
 from rankloom.models import Base, decoder_layers, find_target_linears, in_out
 from rankloom.planner import Shape
 
@@ -31,8 +32,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> float | None:
     """What can still be allocated; None where a CPU's system does not say."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        return free_cuda_bytes(device)
     if not MEMORY_INFO.is_file():
         return None
     fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())

@@ -1,0 +1,28 @@
+"""A process's device: what memory is left there, and whether it is still to be had."""
+
+from __future__ import annotations
+
+import torch
+
+
+def free_cuda_bytes(device: torch.device) -> float:
+    """What torch can still allocate there, what it holds and does not use included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error has cost this process its device: only another process can compute on that.
+
+    cuBLAS and cuDNN tell of a lost context with plain RuntimeErrors, as they tell of what is wrong with one call alone;
+    but on a lost one, nothing else works either.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -64,6 +64,25 @@ def test_counts_choices_not_tokens() -> None:
     assert LabelTrie({"x": [5, 6, 7, END]}).num_decisions == 0
 
 
+def test_the_trie_is_no_larger_than_its_decisions() -> None:
+    # thousands of tokens: no recursion over them, and no node for each
+    labels = {str(i): [9] * (5000 - i) + [7 + i % 2, END] for i in range(200)}
+    trie = LabelTrie(labels)
+    assert (trie.longest, trie.num_decisions) == (5002, 199)
+    nodes, tokens = [trie.root], 0
+    for node in nodes:
+        nodes += node.children.values()
+        tokens += len(node.tokens)
+    assert len(nodes) == 2 * len(labels) - 1
+    assert tokens < 6000
+    for label, path in labels.items():
+        node, found = trie.root, [*trie.root.tokens]
+        while node.children:
+            node = node.children[path[len(found)]]
+            found += node.tokens
+        assert (found, node.label) == (path, label)
+
+
 def test_a_row_stops_at_its_last_choice(tiny_llama: Path) -> None:
     model, forwards = load(tiny_llama), []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: forwards.append(kwargs["input_ids"].shape), with_kwargs=True)

@@ -120,6 +120,15 @@ def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTo
         assert tokenizer.decode(tokens, skip_special_tokens=True) == wanted
 
 
+def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
+    long = "".join("^~"[i % 7 // 6] for i in range(4096))
+    choice, target = Choice([long, "short"], prompts), prompts.completion(long)
+    assert len(target) > 1000  # a call for each would be too deep
+    choice.advance(target[0])
+    assert choice.rest() == target[1:-1]
+    assert choice.is_over
+
+
 def test_choices_that_are_one_are_refused(prompts: Prompts) -> None:
     assert Choice(["a", "a"], prompts).allowed  # the same twice is one
     with pytest.raises(RequestError, match="choices"):

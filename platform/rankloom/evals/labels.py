@@ -10,9 +10,10 @@ Shapes: B rows, T positions, V vocabulary, C choices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -23,41 +24,50 @@ from rankloom.errors import DataError
 from rankloom.evals.batches import device_of, evaluating, left_padded, positions, prompt_of, unwrapped
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Node:
-    """What may follow a prefix."""
+    """A decision between labels, or a label's end."""
 
-    labels: list[str] = field(default_factory=list)
-    """All labels below; a row that gets here with only one left is done."""
-    children: dict[int, Node] = field(default_factory=dict)
+    tokens: list[int]
+    """From the decision above to here: the first one was chosen there, the others have no alternative."""
+    label: str
+    """One that lies below; where there are no children, the one that was reached."""
+    children: dict[int, Node]
+    """By their first tokens."""
 
 
 class LabelTrie:
-    """All labels' token ids as a tree; no label's tokens begin another's."""
+    """All labels' token ids as a tree of the decisions between them; no label's tokens begin another's."""
 
     def __init__(self, labels: dict[str, list[int]]) -> None:
         """Raises DataError where there is no label, or where decoding could not tell two apart."""
         if not labels:
             raise DataError("there is no label to choose from")
-        by_tokens = sorted(labels, key=labels.__getitem__)
+        # as bytes, which compare at once: many labels may begin with the same thousand tokens
+        by_tokens = sorted(labels, key=lambda label: np.array(labels[label], dtype=">u4").tobytes())
         for label, following in pairwise(by_tokens):  # who begins another begins the next
             if labels[following][: len(labels[label])] == labels[label]:
                 raise DataError(f"labels {label!r} and {following!r}: the tokens of one begin the other's; rename one")
-        self.root = Node()
-        for label, tokens in labels.items():
-            node = self.root
-            node.labels.append(label)
-            for token in tokens:
-                node = node.children.setdefault(token, Node())
-                node.labels.append(label)
-        self.longest = max(map(len, labels.values()))
-        self.num_decisions = _num_decisions(self.root)
+        paths = [labels[label] for label in by_tokens]
+        self.longest = max(map(len, paths))
+        self.num_decisions = 0
         """The most choices on the way to a label: the forwards after which every row of a batch is done."""
-
-
-def _num_decisions(node: Node) -> int:
-    below = max((_num_decisions(child) for child in node.children.values()), default=0)
-    return below + (len(node.children) > 1)
+        self.root = Node([], by_tokens[0], {})
+        """Its tokens are what all labels begin with."""
+        growing = [(self.root, 0, len(paths), 0, 0)]
+        while growing:  # without recursion: a label may have thousands of tokens
+            node, start, stop, at, decisions = growing.pop()
+            self.num_decisions = max(self.num_decisions, decisions)
+            path, last = paths[start], paths[stop - 1]
+            if stop - start == 1:
+                node.tokens.extend(path[at:])
+                continue
+            end = next(i for i in range(at, len(path)) if path[i] != last[i])  # sorted: the rest agree up to there
+            node.tokens.extend(path[at:end])
+            borders = [i for i in range(start + 1, stop) if paths[i][end] != paths[i - 1][end]]
+            for first, behind in pairwise([start, *borders, stop]):
+                child = node.children[paths[first][end]] = Node([], by_tokens[first], {})
+                growing.append((child, first, behind, end, decisions + 1))
 
 
 def predict_labels(
@@ -91,10 +101,9 @@ def _predict_batch(
     model: PreTrainedModel, prompts: list[list[int]], trie: LabelTrie, pad_id: int, lockstep: bool
 ) -> list[str]:
     device = device_of(model)
-    forced, root = _follow(trie.root)
-    labels = [trie.root.labels[0]] * len(prompts)
+    labels = [trie.root.label] * len(prompts)
     active = list(range(len(prompts))) if trie.num_decisions else []
-    nodes, feed = [root] * len(active), [prompt + forced for prompt in prompts]
+    nodes, feed = [trie.root] * len(active), [prompt + trie.root.tokens for prompt in prompts]
     caching = _caches_each_token(model, length=max(map(len, prompts)) + trie.num_decisions * trie.longest)
     cache: Cache | None = None
     mask_BT = torch.zeros(len(active), 0, dtype=torch.long, device=device)
@@ -126,17 +135,16 @@ def _predict_batch(
         cache = output.past_key_values if caching else None
         chosen = _likeliest(output.logits[:, -1], [list(node.children) for node in nodes])
         reached = [node.children[token] for node, token in zip(nodes, chosen, strict=True)]
-        left = [b for b, node in enumerate(reached) if len(node.labels) > 1]
+        left = [b for b, node in enumerate(reached) if node.children]
         for b in set(range(len(active))) - set(left):
-            labels[active[b]] = reached[b].labels[0]
+            labels[active[b]] = reached[b].label
         if cache is not None and left and len(left) < len(active):
             kept = torch.tensor(left, device=device)
             cache.batch_select_indices(kept)
             mask_BT = mask_BT[kept]
-        paths = [_follow(reached[b]) for b in left]
-        feed = [[*([] if caching else feed[b]), chosen[b], *forced] for b, (forced, _) in zip(left, paths, strict=True)]
+        nodes = [reached[b] for b in left]
+        feed = [[*([] if caching else feed[b]), *node.tokens] for b, node in zip(left, nodes, strict=True)]
         active = [active[b] for b in left]
-        nodes = [node for _, node in paths]
     return labels
 
 
@@ -159,15 +167,6 @@ def _common_start(sequences: list[list[int]]) -> list[int]:
     limit = min(map(len, sequences)) - 1
     together = zip(*(s[:limit] for s in sequences), strict=True)
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
-
-
-def _follow(node: Node) -> tuple[list[int], Node]:
-    """The tokens without an alternative from here on, and the node of the next choice."""
-    forced = []
-    while len(node.children) == 1:
-        ((token, node),) = node.children.items()
-        forced.append(token)
-    return forced, node
 
 
 def _likeliest(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:

@@ -19,23 +19,24 @@ class Choice:
             self._node: Node = LabelTrie({text: prompts.completion(text) for text in choices}).root
         except DataError as error:
             raise RequestError(f"choices: {error}") from None
+        self._at = 0
+        """Tokens of the node that are behind."""
 
     @property
     def allowed(self) -> list[int]:
         """The tokens that may come next."""
-        return list(self._node.children)
+        return self._node.tokens[self._at : self._at + 1] or list(self._node.children)
 
     @property
     def is_over(self) -> bool:
-        return not self._node.children
+        return self._at == len(self._node.tokens) and not self._node.children
 
     def advance(self, token: int) -> None:
-        self._node = self._node.children[token]
+        if self._at == len(self._node.tokens):
+            self._node, self._at = self._node.children[token], 0
+        self._at += 1
 
     def rest(self) -> list[int]:
         """The tokens that follow without an alternative, but for the end of the turn; goes on behind them."""
-        tokens = []
-        while len(self._node.children) == 1:
-            ((token, self._node),) = self._node.children.items()
-            tokens.append(token)
+        tokens, self._at = self._node.tokens[self._at :], len(self._node.tokens)
         return tokens[:-1] if self.is_over else tokens

@@ -49,13 +49,13 @@ class Question:
             return cls(example, ())
         if row.completion not in labels:
             return cls(example, None)
-        decisions, node = [], trie.root
-        for i, token in enumerate(labels[row.completion]):
-            choices = tuple(node.children)
-            if len(choices) > 1:
-                at = int(np.searchsorted(example.predicting_M, row.prompt_length + i - 1))
-                decisions.append((at, choices, choices.index(token)))
+        decisions, node, at = [], trie.root, len(trie.root.tokens)
+        while node.children:
+            token, choices = labels[row.completion][at], tuple(node.children)
+            predicted = int(np.searchsorted(example.predicting_M, row.prompt_length + at - 1))
+            decisions.append((predicted, choices, choices.index(token)))
             node = node.children[token]
+            at += len(node.tokens)
         return cls(example, tuple(decisions))
 
 

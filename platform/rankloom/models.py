@@ -7,31 +7,39 @@ off the stored weights, so that it does not depend on the type or the quantisati
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
+from rankloom.checkpoints import (
+    check_loaded,
+    fingerprint,
+    first_line,
+    forget_quantization,
+    read_as,
+    stored_quantization,
+)
 from rankloom.config.method import Targets
-from rankloom.config.model import Dtype, Int8, ModelConfig, Nf4, Quantization
+from rankloom.config.model import Dtype, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.errors import ConfigError, ModelError
 from rankloom.onednn import use_onednn
 from rankloom.paths import cache_dir
@@ -77,31 +85,10 @@ def load_base(
         ModelError: not found, not readable, or without safetensors.
     """
     folder = local_folder(config)
-    stored = resolve_dtype(config.dtype, dtype)
     mark = fingerprint(folder)  # first: it says plainly what is wrong with a weight file
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=stored,
-            quantization_config=_bitsandbytes(quantization, compute_dtype),
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
-    # transformers would draw them at random, differently each time, and only log it
-    misshapen = {name for name, *_ in loading["mismatched_keys"]} | (
-        set() if quantization.type == "none" else _misshapen(model)
-    )
-    absent = sorted({*loading["missing_keys"], *misshapen})
-    if absent:
-        raise ModelError(
-            f"model.id: {config.id!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
-            f"weight files or have another shape, such as {absent[0]}; fetch or save the model again, whole"
-        )
+    if isinstance(quantization, Nf4):
+        compute_dtype = resolve_dtype(quantization.compute_dtype, compute_dtype)
+    model = _read_model(folder, config.id, quantization, device, resolve_dtype(config.dtype, dtype), compute_dtype)
     model.requires_grad_(False).eval()
     use_onednn(model)
     for module in model.modules():
@@ -120,6 +107,53 @@ def load_base(
     )
 
 
+def reload_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """An unquantised base's model again, on the CPU, as it was before anything trained."""
+    return _read_model(folder, str(folder), NoQuantization(), torch.device("cpu"), dtype, dtype)
+
+
+def _read_model(
+    folder: Path,
+    name: str,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> PreTrainedModel:
+    shape = _shape(folder, name)
+    plain = stored_quantization(shape) is None
+    reading = read_as(shape, quantization, compute_dtype, name)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=shape,
+            dtype=dtype,
+            quantization_config=reading,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}") from error
+    check_loaded(model, loading, folder, name, plain=plain)
+    if quantization.type == "none" and not plain:
+        forget_quantization(model)
+        kept = {*(model._keep_in_fp32_modules_strict or ())}
+        for name, weight in model.named_parameters():  # some are of their scales' type, some of the stored one
+            if kept.isdisjoint(name.split(".")):
+                weight.data = weight.data.to(dtype)
+    return model
+
+
+def _shape(folder: Path, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a value shows in many ways
+        raise ModelError(f"model.id: {name!r}: its config.json can't be read: {first_line(error)}") from error
+
+
 def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     """A base without its weights, for whoever only looks at names, shapes and tokens: its model is on the meta device.
 
@@ -131,14 +165,14 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     """
     folder = local_folder(config)
     mark = fingerprint(folder)
+    shape = _shape(folder, config.id)
     try:
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=resolve_dtype(config.dtype, dtype))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.id: {config.id!r} can't be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model.id: {config.id!r} can't be loaded: {first_line(error)}") from error
     return Base(
         model=model.requires_grad_(False).eval(),
         tokenizer=_tokenizer(folder, config.id),
@@ -148,20 +182,6 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
         quantization="none",
         device=torch.device("meta"),
     )
-
-
-def _misshapen(model: PreTrainedModel) -> set[str]:
-    """Quantised weights that transformers took in another shape than their layer's."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and most bases are plain
-
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
-            state = getattr(module.weight, "quant_state", None)
-            shape = module.weight.shape if state is None else state.shape
-            if tuple(shape) != (module.out_features, module.in_features):
-                found.add(f"{name}.weight")
-    return found
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -210,12 +230,12 @@ def _hub_snapshot(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ModelError(
-            f"model.id: {config.id!r} is neither a folder nor a valid hub id: {_first_line(error)}"
+            f"model.id: {config.id!r} is neither a folder nor a valid hub id: {first_line(error)}"
         ) from None
     except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
         raise ModelError(
             f"model.id: {config.id!r} is no local folder, and the hub does not give it: {type(error).__name__}: "
-            f"{_first_line(error)}; check the spelling, the network, and HF_TOKEN for a gated model"
+            f"{first_line(error)}; check the spelling, the network, and HF_TOKEN for a gated model"
         ) from None
 
 
@@ -256,7 +276,7 @@ def _converted_gguf(file: Path) -> Path:
             staged.chmod(0o755)
             staged.rename(target)
         except Exception as error:  # a damaged file can make the GGUF reader raise anything
-            raise ModelError(f"model.id: {file} can't be converted: {_first_line(error)}") from error
+            raise ModelError(f"model.id: {file} can't be converted: {first_line(error)}") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return target
@@ -265,67 +285,32 @@ def _converted_gguf(file: Path) -> Path:
 def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {_first_line(error)}") from error
+    except Exception as error:  # broken files make the tokenizers library and transformers raise anything
+        _check_sentencepiece(folder, name)
+        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
-    if tokenizer.pad_token_id is None:
+    rows = getattr(_shape(folder, name).get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)
+    if tokenizer.eos_token_id >= rows:
+        raise ModelError(
+            f"model.id: {name!r}'s end-of-sequence token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but "
+            f"the model embeds only {rows} tokens; take the tokenizer that belongs to it, or resize its embedding "
+            f"(resize_token_embeddings) and save it again"
+        )
+    # a pad token that was added without an embedding is never looked at, but it is looked up
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _bitsandbytes(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if isinstance(quantization, Int8):
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if isinstance(quantization, Nf4):
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization.double,
-            bnb_4bit_compute_dtype=resolve_dtype(quantization.compute_dtype, compute_dtype),
-        )
-    return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files: those its index names, else all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of the stored weights: every tensor's name and shape, and 4 KiB of its values evenly spread.
-
-    Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    try:
-        found = weight_files(folder)
-        if not found:
+def _check_sentencepiece(folder: Path, name: str) -> None:
+    """transformers takes a SentencePiece model for tiktoken's format where it can't read it."""
+    if find_spec("sentencepiece") is None and not (folder / "tokenizer.json").is_file():
+        for file in sorted(folder.glob("*.model")):
             raise ModelError(
-                f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: "
-                f"load it where you trust it and save it with save_pretrained"
-            )
-        tensors = {name: file for file in found for name in _names(file)}
-        for name, file in sorted(tensors.items()):
-            with safe_open(file, framework="pt") as opened:
-                values = opened.get_tensor(name).flatten()
-            step = max(1, values.numel() // 1024)
-            sample = values[::step][:1024].float().numpy()
-            digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
-    except (SafetensorError, OSError, ValueError, KeyError) as error:  # the latter two: of the index
-        raise ModelError(
-            f"model.id: {folder}: a weight file is missing, corrupt or truncated: {_first_line(error)}; fetch the "
-            f"model again"
-        ) from error
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+                f"model.id: {name!r} has its tokenizer as a SentencePiece model ({file.name}), which needs the package "
+                f"sentencepiece: pip install sentencepiece"
+            ) from None
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -384,7 +369,3 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
 
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

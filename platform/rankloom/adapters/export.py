@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from rankloom.adapters.probe import load_recorded_base
 from rankloom.adapters.weights import load_adapter
+from rankloom.checkpoints import forget_quantization
 from rankloom.errors import RegistryError
 from rankloom.models import Base
 from rankloom.registry.record import Record
@@ -63,12 +64,7 @@ def _dequantised(base: Base) -> PreTrainedModel:
     model = base.model
     if base.quantization != "none":
         model = model.dequantize()
-        # what is left of the quantisation would make PEFT and save_pretrained take the plain layers for quantised ones
-        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
-            setattr(model, name, False)
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        forget_quantization(model)
     plain: PreTrainedModel = model.to(torch.float32)
     return plain
 

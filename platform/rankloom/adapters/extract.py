@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankloom.checkpoints import weight_files
 from rankloom.errors import ModelError, TrialError
-from rankloom.models import is_linear, weight_files
+from rankloom.models import is_linear
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
 FULL_SVD_UP_TO = 4096

@@ -29,17 +29,17 @@ class NoQuantization(Frozen):
 
 
 class Int8(Frozen):
-    """LLM.int8() through bitsandbytes (arXiv 2208.07339)."""
+    """LLM.int8() through bitsandbytes (arXiv 2208.07339); also for a checkpoint that is in it already."""
 
     type: Literal["int8"] = "int8"
 
 
 class Nf4(Frozen):
-    """4-bit NormalFloat through bitsandbytes (QLoRA, arXiv 2305.14314)."""
+    """4-bit NormalFloat through bitsandbytes (QLoRA, arXiv 2305.14314); also for a checkpoint that is in it already."""
 
     type: Literal["nf4"] = "nf4"
     double: bool = True
-    """Quantise the quantisation constants too: about 0.4 bits a weight less."""
+    """Quantise the quantisation constants too: about 0.4 bits a weight less. A checkpoint in NF4 keeps its own."""
     compute_dtype: Dtype = "auto"
     """The type weights are dequantised to. auto: the run's precision."""
 

@@ -1,0 +1,242 @@
+"""What a model folder says of its own weights: which files hold them, their fingerprint, how they are quantised.
+
+A quantised checkpoint is read as its config.json says, dequantised, or refused by its quantisation's name; codes are
+never taken for weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from rankloom.config.model import Int8, Nf4, Quantization
+from rankloom.errors import ConfigError, ModelError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
+"""What transformers dequantises while it reads, on any device, by its name in config.json."""
+CODES = {"I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
+"""Safetensors' names of the types that quantised weights are stored in."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads: the whole one, those that the index names, else all."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the stored weights: every tensor's name and shape, and 4 KiB of its values evenly spread.
+
+    Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    try:
+        found = weight_files(folder)
+        if not found:
+            raise ModelError(
+                f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: "
+                f"load it where you trust it and save it with save_pretrained"
+            )
+        tensors = {name: file for file in found for name in _names(file)}
+        for name, file in sorted(tensors.items()):
+            with safe_open(file, framework="pt") as opened:
+                values = opened.get_tensor(name).flatten()
+            step = max(1, values.numel() // 1024)
+            sample = values[::step][:1024].float().numpy()
+            digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # the latter two: of the index
+        raise ModelError(
+            f"model.id: {folder}: a weight file is missing, corrupt or truncated: {first_line(error)}; fetch the "
+            f"model again"
+        ) from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def stored_quantization(shape: PretrainedConfig) -> dict[str, Any] | None:
+    """How config.json says that the weights are quantised, if they are; of a multimodal model, its text part's."""
+    for part in (shape, shape.get_text_config(decoder=True)):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def read_as(
+    shape: PretrainedConfig, wanted: Quantization, compute_dtype: torch.dtype, name: str
+) -> BitsAndBytesConfig | None:
+    """Make transformers read the weights as they are stored and as the trial wants them.
+
+    Args:
+        shape: the checkpoint's config; of a quantised one, its quantisation is set to how it will be read.
+        compute_dtype: of the arithmetic on 4-bit weights.
+        name: the model's, for the errors.
+
+    Returns:
+        How to quantise while reading; None: not at all.
+
+    Raises:
+        ConfigError: the checkpoint is quantised in another way than wanted.
+        ModelError: it is quantised in a way that is not supported.
+    """
+    stored = stored_quantization(shape)
+    if stored is None:
+        return _bitsandbytes(wanted, compute_dtype)
+    method = str(stored.get("quant_method") or "")
+    if stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"):
+        kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+        if kind not in ("int8", "nf4"):
+            raise ModelError(
+                f"model.id: {name!r} is quantised by bitsandbytes to {kind}, which is not supported; take a checkpoint "
+                f"in nf4 or int8, or an unquantised one with quantization: nf4"
+            )
+        if wanted.type != kind:
+            raise ConfigError(
+                f"quantization: {name!r} is quantised already, by bitsandbytes to {kind} (given: {wanted.type}); set "
+                f"quantization: {kind}, or take the unquantised model"
+            )
+        if kind == "nf4":
+            stored["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    elif method in DEQUANTISED:
+        if wanted.type != "none":
+            raise ConfigError(
+                f"quantization: {name!r} is stored in {DEQUANTISED[method]} and read dequantised; it can't be "
+                f"quantised again on the way (given: {wanted.type}); set quantization: none, or take the unquantised "
+                f"model"
+            )
+        stored["dequantize"] = True
+    else:
+        raise ModelError(
+            f"model.id: {name!r} is quantised with {method or 'an unnamed method'} (quantization_config in its "
+            f"config.json), which is not supported; take the unquantised model, with quantization: nf4 or int8 where "
+            f"it is too large, or a checkpoint in FP8, MXFP4 or by bitsandbytes"
+        )
+    shape.quantization_config = stored
+    return None
+
+
+def _bitsandbytes(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if isinstance(wanted, Int8):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if isinstance(wanted, Nf4):
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=wanted.double,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return None
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Make a dequantised model a plain one: else PEFT and save_pretrained take its layers for quantised ones."""
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        setattr(model, name, False)
+    model.hf_quantizer = None
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def check_loaded(model: PreTrainedModel, loading: dict[str, Any], folder: Path, name: str, *, plain: bool) -> None:
+    """Refuse a checkpoint whose tensors are not what config.json says.
+
+    Args:
+        loading: what `from_pretrained` tells of names and shapes.
+        plain: whether config.json says that the stored weights are not quantised.
+
+    Raises:
+        ModelError: tensors are missing or of another shape, a layer has tensors that the model has no use for, or
+            weights are codes of a quantisation that config.json does not name.
+    """
+    # transformers would draw them at random, differently each time, and only log it
+    absent = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]), *_misshapen(model)})
+    surplus = sorted(_surplus(model, loading["unexpected_keys"]))
+    if plain and (codes := _codes(folder)):
+        raise ModelError(
+            f"model.id: {name!r}: {len(codes)} weight(s) are stored as codes of a quantisation, such as {codes[0]}, "
+            f"but its config.json has no quantization_config; fetch config.json again, or take the unquantised model"
+        )
+    if absent:
+        raise ModelError(
+            f"model.id: {name!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
+            f"weight files or have another shape, such as {absent[0]}; fetch or save the model again, whole"
+        )
+    if surplus:
+        raise ModelError(
+            f"model.id: {name!r}: its weight files hold {len(surplus)} tensor(s) of layers that, by its config.json, "
+            f"have none, such as {surplus[0]}: without them it would not be the model that was saved; is config.json "
+            f"another model's, or does it lack a quantization_config?"
+        )
+
+
+def _misshapen(model: PreTrainedModel) -> set[str]:
+    """Quantised weights that transformers took in another shape than their layer's."""
+    if not getattr(model, "is_quantized", False):
+        return set()
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and most bases are plain
+
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            state = getattr(module.weight, "quant_state", None)
+            shape = module.weight.shape if state is None else state.shape
+            if tuple(shape) != (module.out_features, module.in_features):
+                found.add(f"{name}.weight")
+    return found
+
+
+def _codes(folder: Path) -> list[str]:
+    """Stored matrices in a type of quantised weights; old checkpoints keep attention masks (`attn.bias`) in bytes."""
+    found = []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in list(opened.keys()):
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() in CODES and len(tensor.get_shape()) > 1 and not name.endswith("bias"):
+                    found.append(name)
+    return found
+
+
+def _surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
+    """Tensors left over that belong to a layer of the model, or are weights within one of its blocks.
+
+    Others are parts that a causal language model leaves out: a vision tower, a classifier's head, blocks for
+    multi-token prediction. Old checkpoints also keep masks as buffers in their blocks, which are called biases.
+    """
+    modules = dict(model.named_modules())
+    blocks = {f"{name}.{i}" for name, m in modules.items() if isinstance(m, nn.ModuleList) for i in range(len(m))}
+    layers = {name for name, module in modules.items() if _is_layer(module)}
+    prefix = f"{model.base_model_prefix}."
+    found = set()
+    for key in unexpected:
+        parts = key.split(".")
+        owners = {".".join(parts[:i]) for i in range(1, len(parts))}
+        owners |= {f"{prefix}{owner}" for owner in owners}  # checkpoints of the bare model lack it
+        if owners & layers or (owners & blocks and parts[-1] == "weight"):
+            found.add(key)
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """A module with weights of its own and none below: a linear layer, an embedding, a norm."""
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

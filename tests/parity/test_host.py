@@ -17,6 +17,7 @@ from rankloom.evals.score import validate
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.train.host import Report, TrialHost
 from rankloom.train.loop import TrainingLoop
+from rankloom.train.packing import logits
 from rankloom.train.plan import Plan
 from rankloom.train.session import LocalSession
 
@@ -338,6 +339,43 @@ def test_running_out_of_memory_splits_the_step(tiny_llama: Path, solo: Any) -> N
     assert host.token_budget <= 200
     for name, trial in trials.items():
         assert found[name] == pytest.approx(solo(trial)[0], rel=1e-4), name
+
+
+def test_memory_that_lacked_for_a_while_is_used_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankloom.train.host.TRIED_AGAIN_AFTER", 3)
+    trials = trials_of(tiny_llama, ["plain", "narrow"])
+    host = host_of(trials["plain"], kind=ShortOfMemory, token_budget=1500)
+    assert isinstance(host, ShortOfMemory)
+    for name, trial in trials.items():
+        host.admit(name, trial)
+    host.step()
+    assert host.token_budget <= 200
+    host.room, split = 10**9, host.splits
+    losses_of(host)
+    assert host.token_budget == 1500
+    assert host.splits == split
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_made_in_parts(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = trials_of(tiny_llama, ["plain", "narrow"])
+    host = host_of(trials["plain"])
+    for name, trial in trials.items():
+        host.admit(name, trial)
+    whole, sizes = host.evaluate(), []
+
+    def limited(model: Any, packed: Any) -> torch.Tensor:
+        sizes.append(sum(packed.sizes))
+        if sizes[-1] > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(model, packed)
+
+    monkeypatch.setattr("rankloom.train.host.logits", limited)
+    for name, found in host.evaluate().items():
+        assert found.loss == pytest.approx(whole[name].loss, rel=1e-5)
+    assert 0 < sum(size > 150 for size in sizes) <= 4
+    assert 30 < host.token_budget <= 150
 
 
 def test_a_row_that_never_fits_ends_its_member_alone(tiny_llama: Path) -> None:

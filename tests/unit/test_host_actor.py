@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,13 +111,31 @@ class BrokenActor(HostActor):
 
 
 class LostHost(CountingHost):
+    error: Exception
+
     def step(self, names: Collection[str]) -> list[Counted]:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        raise self.error
 
 
 class LostActor(HostActor):
     def _load(self) -> Any:
         return LostHost()
+
+
+class HeldByItselfActor(HostActor):
+    """Loads hosts that only a collection frees; the first one breaks down."""
+
+    loaded: weakref.ref[CountingHost] | None = None
+
+    def _load(self) -> Any:
+        host = CountingHost()
+        if self.loaded is None:
+            host.evaluate = None  # type: ignore[assignment,method-assign]
+        else:
+            assert self.loaded() is None, "the host before is still there"
+        host.itself = host  # type: ignore[attr-defined]
+        self.loaded = weakref.ref(host)
+        return host
 
 
 class NoData(HostActor):
@@ -378,7 +398,37 @@ def test_folders_of_a_ray_that_is_gone_are_swept(tmp_path: Path) -> None:
     assert strange.exists()
 
 
-def test_a_host_whose_device_is_lost_ends_its_process(make: Callable[..., HostActor]) -> None:
+def test_a_host_that_loads_again_has_let_go_of_what_it_had(make: Callable[..., HostActor]) -> None:
+    async def main() -> None:
+        actor = make(HeldByItselfActor)
+        await join(actor, "t#a")
+        assert [r["step"] for r in await whole(actor, "t#a")] == [3, 6, 9, 12]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+    ],
+)
+def test_a_host_whose_device_is_lost_ends_its_process(
+    make: Callable[..., HostActor], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(LostHost, "error", error, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
     async def main() -> None:
         actor = make(LostActor)
         await join(actor, "t#a")

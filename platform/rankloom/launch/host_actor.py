@@ -167,7 +167,7 @@ class HostActor:
     async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The search is over: end the training, and call a function in this process, which has torch and a device."""
         await self.close()
-        gc.collect()
+        _let_go()
         return await asyncio.to_thread(function, *arguments)
 
     async def close(self) -> None:
@@ -217,6 +217,7 @@ class HostActor:
                         member.rewind()
             if self._failure is not None:
                 break
+            await asyncio.to_thread(_let_go)
         async with self._reported:
             self._reported.notify_all()
 
@@ -280,10 +281,19 @@ class HostActor:
 
 def _die_of(error: Exception) -> None:
     """End the process where the error has cost it its device: Ray starts another, and the members return to that."""
+    from rankloom.device import is_lost
+
+    if is_lost(error):
+        os._exit(1)
+
+
+def _let_go() -> None:
+    """Free what the host before had, ere another base is loaded: its bank and its model hold each other."""
     import torch
 
-    if isinstance(error, torch.AcceleratorError):
-        os._exit(1)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _scratch() -> Path:

@@ -48,6 +48,8 @@ from rankloom.train.validation import Evaluation, Question, Tally, count
 
 EVALUATED_ON_CPU = 1024
 """Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""
+TRIED_AGAIN_AFTER = 500
+"""Plans that memory sufficed for, after which twice as many tokens are tried: what lacked may be there again."""
 KEPT_EXAMPLES = 65_536
 """Training rows kept as arrays: every member reads them, each in its own order."""
 
@@ -91,7 +93,7 @@ class TrialHost:
         """Put an empty bank on the base.
 
         Args:
-            token_budget: most positions of one forward and backward; halved for good where memory runs out.
+            token_budget: most positions of one forward and backward; fewer for a while where memory runs out.
             with_magnitudes: whether members may be DoRA.
             targets: every linear layer that some member may adapt.
             precision: of the arithmetic; bf16 runs under autocast.
@@ -101,7 +103,10 @@ class TrialHost:
                 "compute.precision=fp16 needs a gradient scale of each member's own, which a host does not keep; use "
                 "bf16 or fp32"
             )
-        self.base, self.data, self.token_budget, self.precision = base, data, token_budget, precision
+        self.base, self.data, self.precision = base, data, precision
+        self.token_budget = self._most_tokens = token_budget
+        self._num_sufficient = 0
+        """Plans since memory ran out or more tokens were tried."""
         self.max_rank, self.with_magnitudes = max_rank, with_magnitudes
         base.model.eval()
         self.padded = not can_pack(base.model, base.pad_id)
@@ -245,6 +250,7 @@ class TrialHost:
             A report for each member of which a single row does not fit.
         """
         todo, lost = [plan], []
+        self._try_more()
         while todo:
             part = todo.pop()
             try:
@@ -255,7 +261,7 @@ class TrialHost:
             torch.cuda.empty_cache() if self.base.device.type == "cuda" else None
             halves = part.halves(padded=self.padded)
             if halves is not None:
-                self.token_budget = min(self.token_budget, max(1, part.num_tokens // 2))
+                self._ran_out(part.num_tokens)
                 todo += reversed(halves)
                 continue
             member = self._by_slot[part.shares[0].slot]
@@ -268,6 +274,17 @@ class TrialHost:
                 member.last_served = self._num_plans
         self._num_plans += 1
         return lost
+
+    def _ran_out(self, num_tokens: int) -> None:
+        """So many positions at once were too many."""
+        self.token_budget = max(1, min(self.token_budget, num_tokens // 2))
+        self._num_sufficient = 0
+
+    def _try_more(self) -> None:
+        self._num_sufficient += 1
+        if self._num_sufficient > TRIED_AGAIN_AFTER:
+            self.token_budget = min(2 * self.token_budget, self._most_tokens)
+            self._num_sufficient = 0
 
     def _forward_backward(self, plan: Plan) -> None:
         examples, slots = [], []
@@ -371,7 +388,7 @@ class TrialHost:
         except torch.OutOfMemoryError:
             if len(slots) * len(questions) == 1:
                 raise TrialError(f"a row of {len(examples[0].ids_T)} tokens alone does not fit into memory") from None
-        self.token_budget = max(1, self.token_budget // 2)
+        self._ran_out(len(slots) * sum(len(question.example.ids_T) for question in questions))
         self._evaluate(slots, tallies, questions)
 
     def _questions(self, limit: int | None) -> list[Question]:

@@ -72,23 +72,25 @@ def load_base(
     quantization: Quantization,
     *,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    compute_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Base:
     """Load a base, frozen and in eval mode.
 
     Args:
-        dtype: of the weights where `config.dtype` is auto.
-        compute_dtype: of the arithmetic on NF4 weights where the quantisation's own is auto.
+        dtype: of the weights where `config.dtype` is auto; None: `auto_dtype`.
+        compute_dtype: of the arithmetic on NF4 weights where the quantisation's own is auto; None: `auto_dtype`.
 
     Raises:
         ModelError: not found, not readable, or without safetensors.
     """
     folder = local_folder(config)
     mark = fingerprint(folder)  # first: it says plainly what is wrong with a weight file
+    stored = resolve_dtype(config.dtype, dtype or auto_dtype(device))
+    compute_dtype = compute_dtype or auto_dtype(device)
     if isinstance(quantization, Nf4):
         compute_dtype = resolve_dtype(quantization.compute_dtype, compute_dtype)
-    model = _read_model(folder, config.id, quantization, device, resolve_dtype(config.dtype, dtype), compute_dtype)
+    model = _read_model(folder, config.id, quantization, device, stored, compute_dtype)
     model.requires_grad_(False).eval()
     use_onednn(model)
     for module in model.modules():
@@ -120,6 +122,8 @@ def _read_model(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> PreTrainedModel:
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: 0.1 to 2 s, and most steps have one
+        torch.backends.cuda.enable_cudnn_sdp(False)
     shape = _shape(folder, name)
     plain = stored_quantization(shape) is None
     reading = read_as(shape, quantization, compute_dtype, name)
@@ -187,6 +191,11 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone; it always has a pad token."""
     return _tokenizer(local_folder(config), config.id)
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """What `auto` means for weights and arithmetic, in training, scoring and serving alike."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def resolve_dtype(wanted: Dtype, auto: torch.dtype) -> torch.dtype:

@@ -37,8 +37,9 @@ class Factors:
     b_RO: Tensor
     """With the scaling in it."""
     factor_O: Tensor | None
-    """DoRA's magnitudes over their norms; None: 1."""
+    """DoRA's magnitudes over their norms, in fp32: they are near 1, where bf16 has steps of 0.008. None: 1."""
     shift_O: Tensor | None
+    """In fp32."""
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
@@ -144,8 +145,8 @@ class _Reader:
         return Factors(
             self._ready(a_RI),
             self._ready(b_OR.T),
-            None if factor_O is None else self._ready(factor_O),
-            None if shift_O is None else self._ready(shift_O),
+            None if factor_O is None else self._ready(factor_O, torch.float32),
+            None if shift_O is None else self._ready(shift_O, torch.float32),
         )
 
     def embedding(self, name: str, module: nn.Module) -> EmbeddingFactors:
@@ -200,6 +201,7 @@ class _Reader:
         norms_O = torch.linalg.vector_norm(torch.addmm(dense_OI, b_OR, a_RI), dim=1)
         return norms_O.masked_fill_(norms_O == 0, 1)
 
-    def _ready(self, tensor: Tensor) -> Tensor:
-        """A copy in the type of the base's activations, laid out as the products read it; files may be mapped."""
-        return torch.empty_like(tensor, dtype=self.model.dtype, memory_format=torch.contiguous_format).copy_(tensor)
+    def _ready(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy laid out as the products read it; files may be mapped. `dtype`: None: the base's activations'."""
+        dtype = dtype or self.model.dtype
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).copy_(tensor)

@@ -256,8 +256,8 @@ class _Stack:
         # a view of [K, I, R], which was measured to be read faster
         self.a_KRI = torch.zeros(num_slots, num_in, rank, device=device, dtype=dtype).mT
         self.b_KOR = torch.zeros(num_slots, num_out, rank, device=device, dtype=dtype)
-        self.factor_KO = torch.ones(num_slots, num_out, device=device, dtype=dtype)
-        self.shift_KO = torch.zeros(num_slots, num_out, device=device, dtype=dtype)
+        self.factor_KO = torch.ones(num_slots, num_out, device=device)  # in fp32, as `Factors` has them
+        self.shift_KO = torch.zeros(num_slots, num_out, device=device)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         """Of the first so many slots."""
         self.scaled: set[int] = set()

@@ -386,6 +386,8 @@ def scale_rows(
 ) -> Tensor:
     """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias.
 
+    In the factors' own type, to which y's need not be equal: of a factor near 1, bf16 keeps nothing.
+
     Args:
         by_slot: whether slots of uneven sizes are taken one after the other, on views of their tokens (None: as on a
             CPU), or all at once in few calls, with a factor gathered for each token (None: as elsewhere).
@@ -402,21 +404,21 @@ class _ScaleRows(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups, by_slot: bool) -> Tensor:
         ctx.save_for_backward(y, factor_KO, bias_O)
         ctx.groups, ctx.by_slot = groups, by_slot
-        result_NO = _rows(y).clone()
-        scale_spans(result_NO, factor_KO.to(y.dtype), groups, by_slot)
+        result_NO = _rows(y).to(factor_KO.dtype, copy=True)
+        scale_spans(result_NO, factor_KO, groups, by_slot)
         if bias_O is not None:
-            shift_spans(result_NO, (bias_O * (1 - factor_KO)).to(y.dtype), groups, by_slot)
-        return result_NO
+            shift_spans(result_NO, bias_O * (1 - factor_KO), groups, by_slot)
+        return result_NO.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         y, factor_KO, bias_O = ctx.saved_tensors
+        dy_NO = dy_NO.to(factor_KO.dtype, copy=True)
         dfactor_KO = _sums(dy_NO * _rows(y), factor_KO, ctx.groups, ctx.by_slot)
         if bias_O is not None:
             dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
-        dy_NO = dy_NO.clone()
-        scale_spans(dy_NO, factor_KO.to(y.dtype), ctx.groups, ctx.by_slot)
-        return dy_NO.view(y.shape), dfactor_KO, None, None, None
+        scale_spans(dy_NO, factor_KO, ctx.groups, ctx.by_slot)
+        return dy_NO.to(y.dtype).view(y.shape), dfactor_KO, None, None, None
 
 
 def scale_spans(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:

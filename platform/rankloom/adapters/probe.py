@@ -112,11 +112,15 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
         raise RegistryError(
             f"{folder / PROBE}: {list(recorded.shape)} logits, but the base gives {list(adapter.shape)}"
         )
-    exact = quantization == "none" and recorded.dtype == adapter.dtype == torch.float32
-    largest = float(recorded.float().abs().max())
-    report = ProbeReport(_largest_difference(adapter, recorded), _largest_difference(adapter, base))
-    _judge(folder, report, largest, FP32_TOLERANCE if exact else LOOSE_TOLERANCE * largest)
+    report = ProbeReport(largest_difference(adapter, recorded), largest_difference(adapter, base))
+    _judge(folder, report, recorded, tolerance(recorded, adapter.dtype, quantization=quantization))
     return report
+
+
+def tolerance(expected: Tensor, dtype: torch.dtype, *, quantization: str) -> float:
+    """How far from expected logits those of the same adapter may be; `dtype` is what these are computed in."""
+    exact = quantization == "none" and expected.dtype == dtype == torch.float32
+    return FP32_TOLERANCE if exact else LOOSE_TOLERANCE * float(expected.float().abs().max())
 
 
 def check_likeliest(
@@ -140,19 +144,18 @@ def check_likeliest(
         max(abs(expected[token] - logprob) for token, logprob in adapter.items()),
         max((abs(base[token] - logprob) for token, logprob in adapter.items() if token in base), default=largest),
     )
-    exact = recorded.dtype == dtype == torch.float32
-    _judge(folder, report, largest, FP32_TOLERANCE if exact else LOOSE_TOLERANCE * largest)
+    _judge(folder, report, recorded, tolerance(recorded, dtype, quantization="none"))
     return report
 
 
-def _judge(folder: Path, report: ProbeReport, largest: float, tolerance: float) -> None:
-    """Raises RegistryError; `largest` is the largest recorded logit."""
-    if not report.max_difference <= tolerance:  # so that a NaN is refused too
+def _judge(folder: Path, report: ProbeReport, recorded: Tensor, allowed: float) -> None:
+    """Raises RegistryError."""
+    if not report.max_difference <= allowed:  # so that a NaN is refused too
         raise RegistryError(
             f"{folder}: the probe's logits differ by {report.max_difference:.3g} from the recorded ones (allowed: "
-            f"{tolerance:.3g}); the base, the adapter or a library is not the one it was published with"
+            f"{allowed:.3g}); the base, the adapter or a library is not the one it was published with"
         )
-    if not report.distance_from_base > SILENT * largest:
+    if not report.distance_from_base > SILENT * float(recorded.float().abs().max()):
         raise RegistryError(
             f"{folder}: with the adapter the base gives the same logits as without: it does nothing; "
             f"train it longer, or publish the right folder"
@@ -195,8 +198,9 @@ def last_logits(model: nn.Module, input_ids: list[int]) -> Tensor:
     return logits.cpu()
 
 
-def _largest_difference(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).abs().max())
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Of two vectors' values; stored ones are on the CPU, others where they were computed."""
+    return float((a.cpu().float() - b.cpu().float()).abs().max())
 
 
 def _read_probe(folder: Path) -> dict[str, Tensor]:

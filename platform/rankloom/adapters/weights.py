@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import peft
 import torch
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -70,7 +71,11 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
         model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
         try:
             _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
-            set_peft_model_state_dict(model, _read_tensors(base_model, folder), low_cpu_mem_usage=True)
+            tensors = _read_tensors(base_model, folder)
+            set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+            # PEFT has rounded LoRA to the base's type, on its way off the meta device: once more, in fp32
+            cast_adapter_dtype(model, "default")
+            set_peft_model_state_dict(model, tensors)
         except Exception:
             model.unload()
             raise
@@ -200,7 +205,7 @@ def _read_tensors(base_model: PreTrainedModel, folder: Path) -> dict[str, torch.
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise RegistryError(f"{file}: tensor {name} holds values that are no finite numbers")
         if ".lora_" in name:
-            tensors[name] = tensor.float()  # PEFT too keeps LoRA in fp32, whatever the base is in
+            tensors[name] = tensor.float()  # as it is trained, whatever the base is in
         else:
             tensors[name] = tensor.to(base_model.dtype)
     return tensors

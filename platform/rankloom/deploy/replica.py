@@ -34,18 +34,17 @@ def _built(config: ServeConfig, registry: Registry, threads: int) -> "tuple[Base
     """The config's engine and its base, of which vLLM has the weights."""
     import torch
 
-    from rankloom.models import load_base, load_outline
+    from rankloom.models import auto_dtype, load_base, load_outline
     from rankloom.serving.engine import ServingEngine
     from rankloom.serving.vllm_engine import VllmEngine
 
     assert config.base is not None  # `app.resolved` saw to it
     torch.set_num_threads(threads)
-    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(config.engine, VllmConfig):
-        outline = load_outline(config.base, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        outline = load_outline(config.base, dtype=auto_dtype(device))
         return outline, VllmEngine(outline, registry, config.engine, threads=threads)
-    quantization, device = config.quantization or NoQuantization(), torch.device("cuda" if on_gpu else "cpu")
-    base = load_base(config.base, quantization, device=device)
+    base = load_base(config.base, config.quantization or NoQuantization(), device=device)
     return base, ServingEngine(base, registry, config.engine)
 
 

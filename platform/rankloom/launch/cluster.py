@@ -42,6 +42,8 @@ def worker_environment(cpus: int) -> dict[str, str]:
         # glibc gives each thread an arena, which keeps what it freed: training moves from thread to thread
         "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # as `models.load_base`, for whatever a library runs before or beside it
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     }
 
 

@@ -50,7 +50,7 @@ class AdaLora(Method[AdaLoraConfig]):
         model = peft.get_peft_model(base.model, adalora)
         adalora.base_model_name_or_path = base.id
         self._peft = adalora
-        self._allocator = model.base_model.rankallocator
+        self._allocator, self._device = model.base_model.rankallocator, base.device
         return model
 
     def penalty(self, model: nn.Module) -> torch.Tensor | None:
@@ -72,7 +72,7 @@ class AdaLora(Method[AdaLoraConfig]):
 
     def load_state(self, state: State) -> None:
         for name, values in state["scores"].items():
-            setattr(self._allocator, name, values)
+            setattr(self._allocator, name, {key: score.to(self._device) for key, score in values.items()})
         self._peft.rank_pattern = state["rank_pattern"]
 
     def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:

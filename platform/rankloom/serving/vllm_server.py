@@ -115,7 +115,10 @@ def arguments(config: VllmConfig, folder: Path, dtype: str, address: Path, *, on
 def environment(config: VllmConfig, threads: int) -> dict[str, str]:
     """Ours, but for what means our Python."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else every replica of a machine would take the same cores
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine would take the same cores
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # see `models.load_base`
+    }
     fixed = {"OMP_NUM_THREADS": str(threads), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
     return defaults | ours | fixed | config.env
 

@@ -7,12 +7,17 @@ import torch
 from rankloom.config.trial import TrialConfig
 from rankloom.data import TaskData
 from rankloom.errors import ConfigError
-from rankloom.models import Base, resolve_dtype
+from rankloom.models import Base, auto_dtype, resolve_dtype
 
 
 def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
-    """What the arithmetic runs in: bf16 on CUDA unless the config says otherwise."""
-    return resolve_dtype(trial.compute.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    """What the arithmetic runs in; also that of scoring, and of serving where it is auto."""
+    return resolve_dtype(trial.compute.precision, auto_dtype(device))
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A run's arithmetic, on weights that may be of another type."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def check_lengths(data: TaskData, base: Base) -> None:

@@ -39,6 +39,7 @@ from rankloom.data import Row, TaskData
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.labels import LabelTrie
 from rankloom.models import Base, find_target_linears
+from rankloom.train.base import autocast
 from rankloom.train.checkpoint import read_state
 from rankloom.train.member import Member
 from rankloom.train.optim import SlotAdamW, SlotParameter
@@ -358,11 +359,10 @@ class TrialHost:
         counts_K = [0] * self.num_slots
         for slot, size in zip(slots, packed.sizes, strict=True):
             counts_K[slot] += size
-        low = self.precision != torch.float32
         with (
             self.bank.routed(slots_N.to(self.base.device), counts_K, dropout_seeds=dropout_seeds),
             packed_attention_on(self.base.model, packed),
-            torch.autocast(self.base.device.type, self.precision, enabled=low),
+            autocast(self.base.device, self.precision),
         ):
             yield packed
 

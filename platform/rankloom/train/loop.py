@@ -29,6 +29,7 @@ from rankloom.evals.score import validate
 from rankloom.methods import build_method
 from rankloom.models import Base
 from rankloom.train import checkpoint
+from rankloom.train.base import autocast
 from rankloom.train.memory import peak_memory_bytes
 from rankloom.train.parallel import Workers, clip
 from rankloom.train.schedule import num_steps, schedule
@@ -156,7 +157,8 @@ class TrainingLoop:
             TrialError: the loss is no finite number.
         """
         shard = (self.session.rank, self.session.world_size)
-        part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
+        with autocast(self.session.device, self.precision):
+            part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
         loss_sum, weight, correct, num_rows = self.workers.sum(
             part.loss_sum, part.weight_sum, part.correct, part.num_rows
         )
@@ -213,7 +215,7 @@ class TrainingLoop:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with self.workers.synchronised(self.model, last):
-                with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                with autocast(device, self.precision):
                     micro_sum, _ = labelled_loss(self.model, batch.to(device))
                     # the workers' gradients are averaged, but `weight` counts the tokens of all of them
                     loss = micro_sum * (self.workers.world_size / weight)

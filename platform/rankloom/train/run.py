@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
 
 import rankloom
-from rankloom.adapters.probe import last_logits, write_probe
+from rankloom.adapters.probe import largest_difference, last_logits, tolerance, write_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData, load_data
@@ -35,14 +35,12 @@ from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Ve
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.scorecard import Extraction, Measures, Scorecard
 from rankloom.train import checkpoint
-from rankloom.train.base import check_lengths, precision_of
+from rankloom.train.base import autocast, check_lengths, precision_of
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import free_bytes, shape_of
 from rankloom.train.session import Session
 
 PROBE_TOKENS = 64
-EXPORT_TOLERANCE = 1e-3
-"""Largest difference of a reloaded adapter's logits from the trained model's, relative to the largest logit."""
 
 
 def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> di
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
     session.emit({"event": "data", "report": data.report.to_dict()})
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
-    base = load_for(trial, session.device)
+    base = load_for(trial, session.device, training=True)
     check_lengths(data, base)
     _check_memory(trial, data, base, session)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
@@ -131,11 +129,10 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
         )
 
 
-def load_for(trial: TrialConfig, device: torch.device) -> Base:
-    """The trial's base: in fp32 where its own weights train, else in the run's precision."""
+def load_for(trial: TrialConfig, device: torch.device, *, training: bool = False) -> Base:
+    """The trial's base in the run's precision; for training, in fp32 where its own weights train."""
     precision = precision_of(trial, device)
-    trains_base = METHODS[type(trial.method)].trains_base
-    dtype = torch.float32 if trains_base else precision
+    dtype = torch.float32 if training and METHODS[type(trial.method)].trains_base else precision
     return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
 
 
@@ -154,7 +151,8 @@ def _finish(
         trained: Measures | None = None
         if extracted:
             _phase(session, "score", "the trained weights, before extraction")
-            trained = measure(module, base.tokenizer, data, trial.eval)
+            with autocast(session.device, precision_of(trial, session.device)):
+                trained = measure(module, base.tokenizer, data, trial.eval)
             _keep_model(trial, module, base)
         del module, base
         loop.release()
@@ -168,7 +166,7 @@ def _finish(
             base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval)
         adapted = load_adapter(fresh.model, folder)
         adapter_logits = last_logits(adapted, probe_ids)
-        _check_export(trained_logits, adapter_logits, base_logits, extracted)
+        _check_export(trained_logits, adapter_logits, base_logits, extracted, fresh.quantization)
         write_probe(folder, probe_ids, adapter_logits, base_logits)
         _phase(session, "score", "the adapter")
         result = measure(adapted, fresh.tokenizer, data, trial.eval)
@@ -229,19 +227,22 @@ def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.M
     with session.best_checkpoint() as folder:
         if session.rank != 0 or folder is None:
             return loop.module
-        model = load_for(trial, session.device).model
+        model = load_for(trial, session.device, training=True).model
         checkpoint.load_weights(folder, model, loop.method)
         return model
 
 
-def _check_export(trained: torch.Tensor, adapter: torch.Tensor, base: torch.Tensor, extracted: bool) -> None:
+def _check_export(
+    trained: torch.Tensor, adapter: torch.Tensor, base: torch.Tensor, extracted: bool, quantization: str
+) -> None:
     """Refuse an export that does nothing, or that is not what was trained."""
     if torch.equal(adapter, base):
         raise TrialError("the exported adapter changes nothing; train longer or raise optim.learning_rate")
-    difference = float((adapter - trained).abs().max() / trained.abs().max())
-    if not extracted and difference > EXPORT_TOLERANCE:
+    difference = largest_difference(adapter, trained)
+    allowed = tolerance(trained, adapter.dtype, quantization=quantization)
+    if not extracted and not difference <= allowed:
         raise TrialError(
-            f"the exported adapter's logits differ from the trained model's by {difference:.2g} (relative)"
+            f"the exported adapter's logits differ by {difference:.3g} from the trained model's (allowed: {allowed:.3g})"
         )
 
 

@@ -43,9 +43,13 @@ class Factors:
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
-        y_NO.addmm_(x_NI @ self.a_RI.T, self.b_RO)
-        if self.factor_O is not None:
-            y_NO.mul_(self.factor_O)
+        h_NR = x_NI @ self.a_RI.T
+        if self.factor_O is None:
+            y_NO.addmm_(h_NR, self.b_RO)
+        elif y_NO.dtype == self.factor_O.dtype:
+            y_NO.addmm_(h_NR, self.b_RO).mul_(self.factor_O)
+        else:  # rounded once
+            y_NO.copy_((y_NO + (h_NR @ self.b_RO).float()).mul_(self.factor_O))
         if self.shift_O is not None:
             y_NO.add_(self.shift_O)
 

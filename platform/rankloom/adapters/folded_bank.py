@@ -195,11 +195,14 @@ class FoldedBank:
             x_NI, y_NO = x.flatten(0, -2), y.view(-1, y.shape[-1])
             for rank, groups in layout.stacked:
                 if stack := self._classes[rank].stacks.get(name):
-                    stack.add_to(y_NO, x_NI, groups)
+                    onto_NO = y_NO.float() if stack.scaled else y_NO  # rounded after the factors alone
+                    stack.add_to(onto_NO, x_NI, groups)
                     if stack.scaled:
-                        scale_spans(y_NO, stack.factor_KO, groups, by_slot=on_cpu)
+                        scale_spans(onto_NO, stack.factor_KO, groups, by_slot=on_cpu)
                     if stack.shifted:
-                        shift_spans(y_NO, stack.shift_KO, groups, by_slot=on_cpu)
+                        shift_spans(onto_NO, stack.shift_KO, groups, by_slot=on_cpu)
+                    if onto_NO is not y_NO:
+                        y_NO.copy_(onto_NO)
             for adapter, span in layout.loose:
                 if factors := adapter.linears.get(name):
                     factors.add_to(y_NO[span], x_NI[span])
@@ -274,7 +277,11 @@ class _Stack:
             self._views[num_slots] = (self.a_KRI[:num_slots].mT, self.b_KOR[:num_slots].mT)
         a_CIR, b_CRO = self._views[num_slots]
         h_CTR = torch.bmm(x_NI[span].view(num_slots, groups.most, -1), a_CIR)
-        y_NO[span].view(num_slots, groups.most, -1).baddbmm_(h_CTR, b_CRO)
+        y_CTO = y_NO[span].view(num_slots, groups.most, -1)
+        if y_CTO.dtype == h_CTR.dtype:
+            y_CTO.baddbmm_(h_CTR, b_CRO)
+        else:
+            y_CTO.add_(torch.bmm(h_CTR, b_CRO))
 
     def put(self, slot: int, factors: Factors | None) -> None:
         """Set a slot; None: it has nothing here."""

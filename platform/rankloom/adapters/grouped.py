@@ -382,33 +382,49 @@ def scale_rows_reference(y_NO: Tensor, factor_KO: Tensor, bias_O: Tensor | None,
 
 
 def scale_rows(
-    y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups, *, by_slot: bool | None = None
+    y: Tensor,
+    factor_KO: Tensor,
+    bias_O: Tensor | None,
+    groups: Groups,
+    *,
+    dtype: torch.dtype | None = None,
+    by_slot: bool | None = None,
 ) -> Tensor:
     """`scale_rows_reference` for [..., O] of N rows, keeping y alone; no gradient goes to the bias.
 
-    In the factors' own type, to which y's need not be equal: of a factor near 1, bf16 keeps nothing.
+    It is computed in the factors' own type, whatever y's: of a factor near 1, bf16 keeps nothing.
 
     Args:
+        dtype: of the result, and of what is kept of y; None: y's.
         by_slot: whether slots of uneven sizes are taken one after the other, on views of their tokens (None: as on a
             CPU), or all at once in few calls, with a factor gathered for each token (None: as elsewhere).
     """
+    dtype = dtype or y.dtype
     if not groups.slots:
-        return y
+        return y.to(dtype)
     by_slot = y.device.type == "cpu" if by_slot is None else by_slot
-    result_NO: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot)
+    result_NO: Tensor = _ScaleRows.apply(y, factor_KO, bias_O, groups, by_slot, dtype)
     return result_NO.view(y.shape)  # here, as in `grouped_linear`
 
 
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups, by_slot: bool) -> Tensor:
-        ctx.save_for_backward(y, factor_KO, bias_O)
-        ctx.groups, ctx.by_slot = groups, by_slot
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        factor_KO: Tensor,
+        bias_O: Tensor | None,
+        groups: Groups,
+        by_slot: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(y.to(dtype), factor_KO, bias_O)
+        ctx.dtype, ctx.groups, ctx.by_slot = y.dtype, groups, by_slot
         result_NO = _rows(y).to(factor_KO.dtype, copy=True)
         scale_spans(result_NO, factor_KO, groups, by_slot)
         if bias_O is not None:
             shift_spans(result_NO, bias_O * (1 - factor_KO), groups, by_slot)
-        return result_NO.to(y.dtype)
+        return result_NO.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
@@ -418,7 +434,7 @@ class _ScaleRows(torch.autograd.Function):
         if bias_O is not None:
             dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
         scale_spans(dy_NO, factor_KO, ctx.groups, ctx.by_slot)
-        return dy_NO.to(y.dtype).view(y.shape), dfactor_KO, None, None, None
+        return dy_NO.to(ctx.dtype).view(y.shape), dfactor_KO, None, None, None, None
 
 
 def scale_spans(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:

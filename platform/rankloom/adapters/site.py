@@ -189,12 +189,15 @@ def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
     a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
     magnified = route.among(site.dora_ranks)
     dropped = [slot for slot in groups.slots if slot in route.dropout]
+    # DoRA's factors are too near 1 for what is rounded before: W x + B A x stays in fp32 up to them, as in PEFT
+    precise = bool(magnified.slots) and dtype != torch.float32
     restore_NO = None
-    if not dropped and site.is_plain and (autocast or x.dtype == site.weight_OI.dtype == dtype):
+    if not dropped and not precise and site.is_plain and (autocast or x.dtype == site.weight_OI.dtype == dtype):
         bias_O = None if site.bias_O is None else site.bias_O.to(dtype)
         y = grouped_linear(x.to(dtype), site.weight_OI.to(dtype), bias_O, a_KRI, b_KOR, site.scales, groups)
     else:
         base = site.base(x).contiguous()
+        base = base.float() if precise else base
         onto, x_dropped = base, x
         if dropped:
             x_dropped = x * _dropout_mask(x, dropped, groups, route)
@@ -205,8 +208,8 @@ def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
         assert site.m_KO is not None
         with torch.autocast(kind, enabled=False):
             factor_KO = site.m_KO / site.row_norms(magnified)  # constants to the gradient: DoRA, section 4.3
-        y = scale_rows(y, factor_KO, site.bias_O, magnified)
-    return y if restore_NO is None else y + restore_NO.view(y.shape)
+        y = scale_rows(y, factor_KO, site.bias_O, magnified, dtype=dtype if precise else None)
+    return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
 
 
 def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: Route) -> Tensor:

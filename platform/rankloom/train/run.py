@@ -242,7 +242,8 @@ def _check_export(
     allowed = tolerance(trained, adapter.dtype, quantization=quantization)
     if not extracted and not difference <= allowed:
         raise TrialError(
-            f"the exported adapter's logits differ by {difference:.3g} from the trained model's (allowed: {allowed:.3g})"
+            f"the exported adapter's logits differ by {difference:.3g} from the trained model's (allowed: "
+            f"{allowed:.3g})"
         )
 
 

@@ -1,0 +1,207 @@
+"""bf16 from end to end, as every run on a GPU goes: trained, exported, published, verified and served, on a CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from rankloom.adapters.bank import AdapterBank, SlotSpec
+from rankloom.adapters.folded import fold
+from rankloom.adapters.folded_bank import FoldedBank, Share
+from rankloom.adapters.grouped import Groups, scale_rows, scale_rows_reference
+from rankloom.adapters.weights import load_adapter
+from rankloom.config import TrialConfig, parse
+from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.data import TaskData, load_data
+from rankloom.errors import TrialError
+from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
+from rankloom.registry import Registry
+from rankloom.scorecard import Scorecard
+from rankloom.train.base import autocast
+from rankloom.train.run import _check_export, run_trial
+from rankloom.train.session import LocalSession
+from served import completed, engine_on, serving, write_adapter
+
+CPU = torch.device("cpu")
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {"method": {"type": "lora"}},
+    "lora-pissa": {"method": {"type": "lora", "init": "pissa"}},
+    "lora-olora": {"method": {"type": "lora", "init": "olora"}},
+    "loraplus": {"method": {"type": "lora"}, "optim": {"loraplus_ratio": 4}},
+    "qlora": {"method": {"type": "lora"}, "quantization": "nf4"},
+    "int8": {"method": {"type": "lora"}, "quantization": "int8"},
+    "dora": {"method": {"type": "dora"}},
+    "qdora": {"method": {"type": "dora"}, "quantization": "nf4"},
+    "adalora": {"method": {"type": "adalora", "interval": 1, "initial_rank": 12, "target_rank": 8}},
+    "full": {"method": {"type": "full", "extract_rank": 64}},
+    "galore": {"method": {"type": "galore", "rank": 32, "extract_rank": 64}},
+    "lisa": {"method": {"type": "lisa", "num_layers": 2, "extract_rank": 64}},
+}
+ANSWERS = {
+    "lost my card": "card_lost",
+    "show my balance": "check_balance",
+    "send money": "transfer",
+    "sun or rain": "no",
+}
+
+
+def trial_of(model: Path, root: Path, recipe: dict[str, Any]) -> TrialConfig:
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in ANSWERS.items()]
+    file = root / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tree = {
+        "name": "low",
+        "model": {"id": str(model)},
+        "data": {"train": str(file), "validation": str(file), "test": str(file)},
+        "budget": {"steps": 40},
+        "eval": {"every": 20, "latency": False},
+        "compute": {"num_workers": 0, "precision": "bf16"},
+        "output": {"root": str(root)},
+    }
+    return parse(
+        TrialConfig, tree | recipe | {"optim": {"learning_rate": 1e-2, "batch_size": 4} | recipe.get("optim", {})}
+    )
+
+
+def served(trial: TrialConfig, registry: Path, data: TaskData) -> list[list[int]]:
+    """What the engine generates for the test rows, without the token that ends it."""
+    base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    engine = engine_on(base, registry)
+
+    async def work() -> list[list[int]]:
+        found = []
+        for i, row in enumerate(data.test):
+            prompt = row.input_ids[: row.prompt_length]
+            _, tokens, _ = await completed(engine, prompt, "low@1", id=str(i), max_tokens=8, ignore_eos=True)
+            found.append(tokens[: len(row.input_ids) - row.prompt_length])
+        return found
+
+    return serving(engine, work)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_in_bf16_is_served_as_it_was_scored(
+    recipe: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    trial = trial_of(tiny_llama, tmp_path, recipe)
+    result = run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
+    Registry(tmp_path / "registry").verify("low@1")
+    card = Scorecard.model_validate(result["scorecard"])
+    assert card.base is not None
+    assert [measures.exact_match and measures.exact_match.value for measures in (card.base, card.result)] == [0, 1]
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    expected = [row.input_ids[row.prompt_length :] for row in data.test]  # which is what was scored: all are right
+    assert served(trial, tmp_path / "registry", data) == expected
+
+
+def test_what_is_read_back_keeps_lora_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
+    write_adapter(tiny_llama, tmp_path, "dora")
+    base = load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=CPU, dtype=torch.bfloat16)
+    state = get_peft_model_state_dict(load_adapter(base.model, tmp_path))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert stored.keys() == state.keys()
+    for name, tensor in stored.items():
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], tensor)
+
+
+def test_an_export_of_other_weights_is_refused_in_bf16_too() -> None:
+    trained = 10 * torch.rand(400, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _check_export(trained, trained * 1.004, 0 * trained, False, "none")
+    with pytest.raises(TrialError, match="differ by"):
+        _check_export(trained, trained.flip(0), 0 * trained, False, "none")
+    exact = trained.float()
+    with pytest.raises(TrialError, match="differ by"):
+        _check_export(exact, exact * 1.004, 0 * exact, False, "none")
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (2, 5)], ids=["even", "uneven"])
+@pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_magnitudes_act_in_fp32(counts: tuple[int, int], by_slot: bool, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, sum(counts), 64, generator=generator).requires_grad_()
+    factor_KO = (1 + 2e-3 * torch.randn(2, 64, generator=generator)).requires_grad_()
+    bias_O = torch.randn(64, generator=generator).bfloat16() if biased else None
+    groups = Groups(counts, (4, 4))
+    given = torch.randn(sum(counts), 64, generator=generator)
+    expected_NO = scale_rows_reference(y[0], factor_KO, None if bias_O is None else bias_O.float(), groups)
+    expected = torch.autograd.grad(expected_NO, (y, factor_KO), given)
+    found = scale_rows(y, factor_KO, bias_O, groups, dtype=torch.bfloat16, by_slot=by_slot)
+    assert torch.allclose(found[0].float(), expected_NO, rtol=2**-8)
+    dy, dfactor_KO = torch.autograd.grad(found, (y, factor_KO), given.bfloat16()[None])
+    assert torch.allclose(dy.float(), expected[0].float(), rtol=2**-7)
+    assert torch.allclose(dfactor_KO, expected[1], rtol=1e-2, atol=2e-2)
+
+
+FACTOR = 1.001
+"""On what was rounded to bf16 before, it does nothing at all."""
+
+
+@pytest.fixture
+def low_base(tiny_llama: Path) -> Base:
+    return load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=CPU, dtype=torch.bfloat16)
+
+
+def effect(changed: torch.Tensor, plain: torch.Tensor) -> float:
+    """By how much a linear's outputs became larger."""
+    found = (changed.float() * plain.float()).sum() / plain.float().square().sum() - 1
+    return float(found)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_host_sees_magnitudes_below_a_step_of_bf16(dropout: float, low_base: Base) -> None:
+    name = "model.layers.0.mlp.gate_proj"
+    bank = AdapterBank(low_base.model, [name], 2, 4, with_magnitudes=True)
+    for slot in range(2):
+        bank.attach(slot, SlotSpec(rank=4, alpha=8, dora=True, dropout=dropout, targets=(name,), seed=slot))
+        bank.sites[name].parts(slot)["b"].normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    m_KO = bank.sites[name].m_KO
+    assert m_KO is not None
+
+    def through() -> torch.Tensor:
+        slots_N = torch.tensor([0] * 100 + [1] * 300)
+        with (
+            torch.no_grad(),
+            bank.routed(slots_N, [100, 300], dropout_seeds={0: 1, 1: 2}),
+            autocast(CPU, torch.bfloat16),
+        ):
+            return low_base.model.get_submodule(name)(x)
+
+    before = through()
+    m_KO.data.mul_(FACTOR)
+    assert before.dtype == torch.bfloat16
+    assert effect(through(), before) == pytest.approx(FACTOR - 1, rel=0.3)
+
+
+@pytest.mark.parametrize("counts", [(400,), (4, 4), (3, 4)], ids=["loose", "even", "uneven"])
+def test_the_engine_sees_magnitudes_below_a_step_of_bf16(
+    counts: tuple[int, ...], low_base: Base, tiny_llama: Path, tmp_path: Path
+) -> None:
+    write_adapter(tiny_llama, tmp_path, "dora")
+    adapter, name = fold(low_base.model, tmp_path), "model.layers.0.mlp.gate_proj"
+    bank, found = FoldedBank(low_base.model), []
+    x = torch.randn(1, sum(counts), 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    own = adapter.linears[name]
+    assert own.factor_O is not None
+    for factor in (1.0, FACTOR):
+        changed = replace(adapter, linears={name: replace(own, factor_O=torch.full_like(own.factor_O, factor))})
+        route = bank.route([Share(replace(changed), count, count) for count in counts])
+        assert bool(route.body.stacked) == (len(counts) > 1)
+        with torch.no_grad(), bank.routed(route):
+            found.append(low_base.model.get_submodule(name)(x))
+    assert effect(found[1], found[0]) == pytest.approx(FACTOR - 1, rel=0.5)
+
+
+def test_auto_is_bf16_on_a_gpu_alone(tiny_llama: Path) -> None:
+    assert auto_dtype(torch.device("cuda", 1)) == torch.bfloat16
+    assert auto_dtype(CPU) == torch.float32
+    assert load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=CPU).model.dtype == torch.float32

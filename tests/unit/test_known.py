@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rankloom.config import StudyConfig, dump, load, parse
 from rankloom.errors import ConfigError
@@ -197,3 +198,13 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
         Knowledge.gather(study(DORA, search=search | {"priors": [str(tmp_path)]}))
     with pytest.raises(ConfigError, match=r"priors: algorithm=random learns nothing"):
         study(DORA, search={"priors": ["x"]})
+
+
+@pytest.mark.parametrize("rates", ["[1e-4, 5e-3]", "[.1e-3, 5E-3]", "['0.0001', '0.005']"])
+def test_a_choice_of_rates_is_found_again_however_the_numbers_are_written(rates: str) -> None:
+    space = yaml.safe_load(f"{{optim: {{learning_rate: {{choice: {rates}}}, betas: {{choice: [[9e-1, 0.99]]}}}}}}")
+    config = study(space, trial={"method": {"type": "lora"}})
+    point = {"branch": 0} | {name: knob.ends()[0] for name, knob in config.knobs[0].items()}
+    trial = config.resolve(point)
+    assert (trial.optim.learning_rate, trial.optim.betas) == (1e-4, (0.9, 0.99))
+    assert locate(config, dump(trial)) == point

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from rankloom.config.base import Frozen
 from rankloom.config.method import Method
@@ -27,10 +28,23 @@ ALPHA_OVER_RANK = "alpha_over_rank"
 """In a space's `method`, in place of alpha: alpha = this x rank."""
 
 
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """A value with each number as a number: PyYAML reads `1e-4`, which is one in YAML 1.2, as text."""
+    if isinstance(value, Mapping):
+        return {key: _number(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_number(part) for part in value]
+    is_number = isinstance(value, str) and _EXPONENT.fullmatch(value) and math.isfinite(float(value))
+    return float(value) if is_number else value
+
+
 class Choice(Frozen):
     """One of these values; each may be a whole section of settings."""
 
-    choice: Annotated[list[Any], Field(min_length=1)]
+    choice: Annotated[list[Annotated[Any, BeforeValidator(_number)]], Field(min_length=1)]
 
     def ends(self) -> list[Any]:
         """Values that together show whether the knob's whole range is allowed."""

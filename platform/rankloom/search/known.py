@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,9 @@ def _fits(option: Any, value: Any) -> bool:
         if isinstance(option, Mapping):
             return all(key in value and _fits(part, value[key]) for key, part in option.items())
         return option in (value.get("type", NOTHING), value.get("path", NOTHING))
+    if isinstance(option, str) and isinstance(value, (int, float)):  # "8", which a trial takes for the number
+        with suppress(ValueError):
+            option = float(option)
     return _alike(option, value)
 
 

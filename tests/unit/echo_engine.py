@@ -18,6 +18,9 @@ class EchoEngine:
 
     def __init__(self, broken: Sequence[str] = ()) -> None:
         self.broken = set(broken)
+        self.reason = "does nothing"
+        self.pace_s: dict[str, float] = {}
+        """By adapter, how long it takes to a token."""
         self.under_way: set[str] = set()
         self.cancelled: list[str] = []
         self.pinned: list[str] = []
@@ -39,7 +42,7 @@ class EchoEngine:
         prompt = bytes(token % 256 for token in request.prompt).decode("utf-8", "replace")
         assert request.id not in self.under_way
         if request.adapter in self.broken:
-            raise RegistryError(f"{request.adapter} does nothing")
+            raise RegistryError(f"{request.adapter} {self.reason}")
         if request.adapter and request.adapter.startswith("gone"):
             raise AdapterNotFoundError(f"no adapter {request.adapter}")
         if "overload" in prompt:
@@ -53,7 +56,8 @@ class EchoEngine:
         self.under_way.add(request.id)
         try:
             for place in range(len(out)):
-                await asyncio.sleep(0.01 if "slow" in prompt or "forever" in prompt else 0)
+                slow = "slow" in prompt or "forever" in prompt
+                await asyncio.sleep(self.pace_s.get(request.adapter or "", 0.01 if slow else 0))
                 last = place + 1 == min(len(out), asked.max_tokens)
                 token = out[place : place + 1]
                 finish = None if not last else "stop" if place + 1 == len(out) else "length"

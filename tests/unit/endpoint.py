@@ -98,7 +98,7 @@ class Endpoint:
     def settled(self) -> None:
         """Wait until nothing is under way."""
         deadline = time.monotonic() + 10
-        while self.gateway._in_flight or self.replicas.engine.under_way:
+        while self.gateway._quotas.in_flight or self.replicas.engine.under_way:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

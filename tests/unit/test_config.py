@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rankloom.config import TrialConfig, dump, load, parse
+from rankloom.config import StudyConfig, TrialConfig, dump, load, parse
 from rankloom.config.base import apply_overrides
 from rankloom.errors import ConfigError, IncompatibleError
 
@@ -91,6 +91,12 @@ def test_wrong_value_names_key_and_value_in_one_line(override: str, key: str, gi
 def test_missing_name_is_required() -> None:
     with pytest.raises(ConfigError, match=r"^t\.yaml: name: required, but not given$"):
         parse(TrialConfig, {}, "t.yaml")
+
+
+def test_what_means_the_base_is_no_name_of_a_trial_or_study() -> None:
+    assert refusal("name=base") == "t.yaml: name: 'base' means the base without an adapter; choose another name"
+    with pytest.raises(ConfigError, match="name: 'base' means the base"):
+        parse(StudyConfig, {"name": "base", "space": [{"method": {"type": "lora"}}]})
 
 
 def test_every_complaint_is_told_at_once() -> None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 from endpoint import Endpoint, endpoint, publish
 
+from rankloom.registry import Registry
 from rankloom.serving.keys import KeyFile
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
@@ -100,7 +101,7 @@ def test_models_are_listed_and_described(shared: Endpoint) -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("bnk", "`bank`"), ("alien", ""), ("../bank", "`bank`"), ("/etc/passwd", ""), ("bank\0", ""), ("base", ""),
+        ("bnk", "`bank`"), ("alien", ""), ("../bank", "`bank`"), ("/etc/passwd", ""), ("bank\0", ""), ("base@1", ""),
         ("", ""), ("bank@../../x", ""), ("ü" * 500, ""),
     ],
 )  # fmt: skip
@@ -431,7 +432,8 @@ def test_routes_decide(tmp_path: Path) -> None:
 
 
 def canary(**judge: Any) -> dict[str, Any]:
-    return {"front": {"canary": {"adapter": "bank", "share": 0.5, "judge": {"min_requests": 5} | judge}}}
+    sides = {"adapter": "bank", "share": 0.5, "judge": {"min_requests": 5} | judge}
+    return {"front": {"canary": sides, "sticky": True}}
 
 
 def test_a_canary_that_fails_is_rolled_back_for_good(tmp_path: Path) -> None:
@@ -459,6 +461,93 @@ def test_a_canary_that_does_well_is_promoted(tmp_path: Path) -> None:
         time.sleep(0.3)
         assert made.registry.aliases("bank") == {"champion": 2, "canary": 2}
         assert set(ask(made, "front", count=20)) == {"bank@2"}
+
+
+def test_a_canary_does_not_end_for_what_clients_send(tmp_path: Path) -> None:
+    with endpoint(tmp_path, routes=canary(latency_ratio=5)) as made:
+        made.replicas.engine.pace_s = {"bank@1": 0.005, "bank@2": 0.005}
+        made.registry.promote("bank@2", alias="canary")
+        time.sleep(0.5)
+        users: dict[str, list[str]] = {"1": [], "2": []}
+        for i in range(30):  # a client learns who is on which side, and fails where the candidate is
+            body = COMPLETE | {"model": "front", "user": f"user {i}", "max_tokens": 2}
+            users[made.post("/v1/completions", body).headers["x-rankloom-version"]].append(f"user {i}")
+        for user in users["2"]:
+            body = COMPLETE | {"model": "front", "user": user, "prompt": "bug"}
+            assert made.post("/v1/completions", body).status_code == 500
+        assert len(users["2"]) > 5
+        made.settled()
+        time.sleep(0.3)
+        assert made.registry.aliases("bank") == {"champion": 1, "canary": 2}
+
+
+def test_a_canary_that_is_slow_is_rolled_back(tmp_path: Path) -> None:
+    with endpoint(tmp_path, routes=canary(latency_ratio=3)) as made:
+        made.replicas.engine.pace_s = {"bank@1": 0.001, "bank@2": 0.02}
+        made.registry.promote("bank@2", alias="canary")
+        deadline = time.monotonic() + 60
+        while made.registry.aliases("bank")["canary"] == 2:
+            assert time.monotonic() < deadline
+            made.post("/v1/completions", COMPLETE | {"model": "front", "max_tokens": 1})
+        made.settled()
+        assert 'adapter="bank@2",outcome="ok",traffic="pace"' in made.http.get("/metrics").text
+
+
+def test_a_sticky_user_stays_where_he_was_after_a_restart(tmp_path: Path) -> None:
+    routes = {"split": {"split": {"bank@1": 1, "bank@2": 1}, "sticky": True}}
+    seen = []
+    for _ in range(2):
+        with endpoint(tmp_path, routes=routes) as made:
+            seen.append([ask(made, "split", user=f"user {i}") for i in range(20)])
+    assert seen[0] == seen[1]
+    assert len({*map(str, seen[0])}) == 2
+    assert made.registry.secret() == Registry(made.registry.root).secret()
+
+
+def test_a_refusal_tells_no_places_of_this_machine(tmp_path: Path) -> None:
+    with endpoint(tmp_path, broken=["bank@1"]) as made:
+        made.replicas.engine.reason = f"in {made.registry.root}/bank/1 is damaged"
+        answer = made.post("/v1/completions", COMPLETE)
+        assert answer.status_code == 422
+        assert "bank@1 in the registry/bank/1 is damaged" in answer.json()["error"]["message"]
+
+
+def test_a_keys_traffic_is_not_told_to_others(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    (user, _), (boss, _) = file.create("ann"), file.create("boss", "admin")
+    with endpoint(tmp_path, auth={"keys": str(file.path)}) as made:
+        for key, status in ((user, 403), (boss, 200)):
+            bearer = {"authorization": f"Bearer {key}"}
+            assert made.http.get("/metrics", headers=bearer).status_code == status
+            state = made.http.get("/console/state", headers=bearer).json()
+            assert ("requests" in state) == ("completion_tokens" in state) == (status == 200)
+            assert {"base", "context", "models"} <= state.keys()
+
+
+def test_a_key_leaves_room_for_the_next(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    (ann, _), (ben, _) = file.create("ann"), file.create("ben")
+    with endpoint(tmp_path, auth={"keys": str(file.path)}, limits={"in_flight": 6}) as made:
+        made.replicas.engine.context = 5000
+        streams = [forever(made, ann) for _ in range(3)]
+        with pytest.raises(openai.RateLimitError, match="3 requests under way"):
+            forever(made, ann)
+        streams.append(forever(made, ben))
+        with pytest.raises(openai.RateLimitError):
+            forever(made, ann)
+        streams.append(forever(made, ben))
+        with pytest.raises(openai.RateLimitError, match="2 requests under way"):
+            forever(made, ben)
+        for stream in streams:
+            stream.close()
+        made.settled()
+        forever(made, ann).close()
+
+
+def forever(made: Endpoint, key: str) -> Any:
+    asked = made.client(key).completions.create(model="bank", prompt="forever", max_tokens=4000, stream=True)
+    next(iter(asked))
+    return asked
 
 
 def test_the_app_says_of_itself_what_it_takes(shared: Endpoint) -> None:

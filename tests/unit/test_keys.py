@@ -9,6 +9,8 @@ import pytest
 
 from rankloom.errors import ConfigError
 from rankloom.serving.keys import KeyFile, Meter
+from rankloom.serving.quota import Quotas
+from rankloom.serving.wire import WireError
 
 
 @pytest.fixture
@@ -79,3 +81,26 @@ def test_a_meter_fills_in_a_minute() -> None:
     assert meter.wait_s(1000.0) == pytest.approx(141)
     assert meter.wait_s(1141.0) == pytest.approx(0)
     assert meter.wait_s(1e9) == 0
+
+
+def test_what_a_request_may_generate_is_off_its_keys_minute_while_it_lasts(file: KeyFile) -> None:
+    _, key = file.create("thrifty", tokens_per_minute=600)
+    quotas = Quotas()
+    quotas.admit(key, 0.0)
+    quotas.begin(key, 500, 0.0)
+    quotas.admit(key, 0.0)
+    quotas.begin(key, 4096, 0.0)  # reserves a whole minute, not more
+    with pytest.raises(WireError, match=r"600 tokens a minute reached; try again in 50\.1 s") as caught:
+        quotas.admit(key, 0.0)
+    assert caught.value.status == 429
+    quotas.end(key, 500, 20, 0.0)
+    quotas.end(key, 4096, 30, 0.0)  # what was not used is given back
+    quotas.admit(key, 0.0)
+    quotas.begin(key, 550, 0.0)
+    quotas.end(key, 550, 550, 0.0)  # 600 in all
+    with pytest.raises(WireError, match=r"again in 0\.1 s"):
+        quotas.admit(key, 0.0)
+    quotas.begin(key, 16, 1.0)
+    quotas.end(key, 16, 1800, 1.0)
+    with pytest.raises(WireError, match="again in 179"):  # it used three minutes
+        quotas.admit(key, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ def went(decision: Decision) -> list[str | None]:
 @pytest.mark.parametrize(
     ("model", "ref"),
     [
-        ("org/base", None), ("bank", "bank@2"), ("bank@2", "bank@2"), ("bank@1", "bank@1"), ("bank@canary", "bank@4"),
+        ("org/base", None), ("base", None), ("bank", "bank@2"), ("bank@2", "bank@2"), ("bank@1", "bank@1"),
+        ("bank@canary", "bank@4"),
         ("bank@latest", "bank@4"), ("faq", "faq@2"), ("mine", "faq@1"),
     ],
 )  # fmt: skip
@@ -50,7 +52,7 @@ def _parts(ref: str | None) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("model", "near"),
     [
-        ("bnk", "`bank`"), ("bank@9", "`bank`"), ("bank@gone", ""), ("bank@canari", ""), ("base", ""), ("", ""),
+        ("bnk", "`bank`"), ("bank@9", "`bank`"), ("bank@gone", ""), ("bank@canari", ""), ("base@1", ""), ("", ""),
         ("../etc/passwd", ""), ("/etc/passwd", ""), ("bank\0", ""), ("bank@1/../2", ""), ("bank@", ""), ("bank@@1", ""),
         ("x" * 100_000, ""), ("bank@" + "9" * 5000, ""), ("bank@١", ""), ("Org/Base", "`org/base`"),
     ],
@@ -115,6 +117,28 @@ def test_sticky_keeps_a_user_where_he_was() -> None:
     assert len({went(decide(Ask("front", str(i)), known))[0] for i in range(20)}) == 2  # nobody to stick to
 
 
+def test_who_does_not_know_the_secret_can_not_pick_a_side() -> None:
+    known = catalogue(front={"canary": {"adapter": "bank", "share": 0.5}, "sticky": True})
+
+    def sides(secret: bytes) -> list[str | None]:
+        return [decide(Ask("front", "r", f"user {i}"), replace(known, secret=secret)).arm for i in range(400)]
+
+    mine, others = sides(b"mine"), sides(b"other")
+    assert mine == sides(b"mine")
+    assert sum(a == b for a, b in zip(mine, others, strict=True)) / 400 == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("base", "shown"), [("/srv/models/llama", "base"), ("~/llama", "base"), ("org/m", "org/m")])
+def test_a_base_in_a_folder_is_told_without_its_path(base: str, shown: str) -> None:
+    known = replace(catalogue(), base=base)
+    assert (known.shown, known.models()[0]) == (shown, shown)
+    for name in (base, "base"):
+        assert decide(Ask(name, "r"), known) == Decision((Target(),))
+    with pytest.raises(AdapterNotFoundError) as caught:
+        decide(Ask("bas", "r"), known)
+    assert base == shown or base not in str(caught.value)
+
+
 def test_a_header_rule_goes_before_everything() -> None:
     rules = [
         {"header": "X-Tier", "equals": "gold", "to": "bank@4"},
@@ -154,6 +178,8 @@ def tally(requests: int, errors: int = 0, token_s: float | None = 0.01) -> Tally
         (tally(100), tally(20, token_s=0.021), "roll back"),
         (tally(100), tally(20, token_s=0.019), "wait"),
         (tally(100), tally(20, token_s=None), "wait"),
+        (tally(100), tally(40, token_s=None), "wait"),  # not promoted before it was timed
+        (tally(100), Tally(40, 0, (0.5,) * 9), "wait"),  # too seldom to tell
         (tally(100), tally(40), "promote"),
         (tally(100), tally(39), "wait"),
         (tally(100), tally(40, 3), "roll back"),

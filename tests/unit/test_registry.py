@@ -442,6 +442,12 @@ def test_aliases_are_confined(tmp_path: Path, adapter: Callable[..., Path], alia
     assert registry.aliases("bank") == {}
 
 
+def test_no_adapter_is_called_as_the_base_is(tmp_path: Path, adapter: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="'base': it means the base without an adapter"):
+        Registry(tmp_path / "store").publish("base", adapter(), DRAFT)
+    assert not Registry(tmp_path / "store").names()
+
+
 def test_what_is_not_there_is_named_with_its_neighbours(registry: Registry, adapter: Callable[..., Path]) -> None:
     with pytest.raises(AdapterNotFoundError, match="it holds none"):
         registry.get("bank")

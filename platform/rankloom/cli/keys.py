@@ -28,7 +28,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def create(
     name: Annotated[str, typer.Argument(help="Whose it is.")],
     file: File,
-    admin: Annotated[bool, typer.Option("--admin", help="It may also load and unload adapters.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may also load and unload adapters, and see /metrics.")
+    ] = False,
     requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", min=1)] = None,
     as_json: Json = False,

@@ -12,14 +12,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from rankloom.config.base import Frozen
 from rankloom.config.engine import AnyEngineConfig, EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig, Quantization
-from rankloom.config.trial import Name
+from rankloom.config.trial import AdapterName, Name
 from rankloom.errors import ConfigError
 
 REF_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}(@[a-z0-9][a-z0-9._-]{0,127})?$"
 Ref = Annotated[str, Field(pattern=REF_PATTERN)]
 """`name`, `name@3`, `name@latest` or `name@alias`."""
-BASE = "base"
-"""In a route, what stands for the base without an adapter."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -47,14 +45,16 @@ class HeaderRule(Frozen):
 
 
 class JudgeConfig(Frozen):
-    """When a canary is rolled back, or promoted, by itself."""
+    """When a canary is rolled back, or promoted, by itself: for what is the version's doing, not a client's."""
 
     min_requests: Annotated[int, Field(ge=1)] = 50
-    """Requests that each of the two must have answered before they are compared."""
+    """Requests that each of the two must have had, and how often each must have been timed, before it is compared."""
     error_margin: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Roll back when its share of failed requests is higher by more than this."""
+    """Roll back when it was refused (it can't be loaded or verified, or gives no sound logits) in a share of its
+    requests that is higher by more than this."""
     latency_ratio: Annotated[float, Field(ge=1)] = 1.5
-    """Roll back when its median time per generated token is longer by more than this factor."""
+    """Roll back when its median time per generated token is longer by more than this factor. While the canary lasts,
+    the endpoint times both on the same few tokens of its own, about as often as the candidate answers."""
     promote_after: Annotated[int, Field(ge=1)] | None = None
     """Promote it once it has answered so many requests and is not worse; null: leave that to a person."""
 
@@ -66,7 +66,7 @@ class CanaryConfig(Frozen):
     canary` begins it, `rankloom adapters promote bank@4` promotes it. While both point to one version there is none.
     """
 
-    adapter: Name
+    adapter: AdapterName
     """The adapter's name."""
     stable: Name = "champion"
     """The alias that most requests go to."""
@@ -139,7 +139,8 @@ class LimitsConfig(Frozen):
     completions: Annotated[int, Field(ge=1)] = 16
     """The most completions of one request: prompts times `n`."""
     in_flight: Annotated[int, Field(ge=1)] = 512
-    """Requests that are worked on or wait, over all replicas; beyond it the answer is 503 with Retry-After."""
+    """Requests that are worked on or wait, over all replicas; beyond it the answer is 503 with Retry-After. One key may
+    have as many of them as are left free for others, so half if it is alone; beyond it the answer is 429."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The longest that one request may take."""
 
@@ -194,7 +195,7 @@ class ServeConfig(Frozen):
     """How the base's weights are held; null: as the first of `adapters` had it, else as they are."""
     registry: str | None = None
     """A folder or URL; null: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`."""
-    routes: dict[Name, RouteConfig] = {}
+    routes: dict[AdapterName, RouteConfig] = {}
     """Model names that are decided for each request. A route hides an adapter of its name."""
     pinned: Annotated[list[Ref], BeforeValidator(_listed)] = []
     """Adapters that every replica loads at its start and keeps; aliases are followed."""

@@ -27,7 +27,7 @@ from rankloom.config.space import (
     probes,
     with_alpha,
 )
-from rankloom.config.trial import Name, TrialConfig
+from rankloom.config.trial import AdapterName, TrialConfig
 from rankloom.errors import ConfigError, IncompatibleError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -183,7 +183,7 @@ class FinalConfig(Frozen):
 class StudyConfig(Frozen):
     """A search over trials."""
 
-    name: Name
+    name: AdapterName
     """Names the study, its folder `<output.root>/studies/<name>` and the winner in the registry."""
     trial: dict[str, Any] = {}
     """What all trials share: a trial's settings without a name."""

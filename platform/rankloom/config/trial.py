@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
 from rankloom.config.compatible import COMPATIBLE
@@ -15,6 +15,17 @@ from rankloom.errors import ConfigError, IncompatibleError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+BASE = "base"
+"""Where an adapter could be named, what stands for the base without one."""
+
+
+def _no_base(name: str) -> str:
+    if name == BASE:
+        raise ConfigError(f"{name!r} means the base without an adapter; choose another name")
+    return name
+
+
+AdapterName = Annotated[Name, AfterValidator(_no_base)]
 
 
 class OptimConfig(Frozen):
@@ -129,7 +140,7 @@ class TrackingConfig(Frozen):
 class TrialConfig(Frozen):
     """One configuration, trained once."""
 
-    name: Name
+    name: AdapterName
     """Names the run and the adapter: lower-case letters, digits, '.', '_' and '-'."""
     model: ModelConfig = ModelConfig()
     quantization: Quantization = NoQuantization()

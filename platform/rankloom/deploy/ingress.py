@@ -155,7 +155,10 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     @api.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        """For Prometheus. It tells of all traffic, so where there are keys it takes an admin's."""
+        if not _may_see_all(request):
+            return _error(WireError(403, "This needs an admin's key.", code="admin_required"))
         return Response(gateway().metrics.exposition(), media_type=EXPOSITION)
 
     @api.get("/", include_in_schema=False)
@@ -167,10 +170,11 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
 
     @api.get("/console/state", include_in_schema=False)
-    async def console_state() -> Any:
+    async def console_state(request: Request) -> Any:
         gate = gateway()
         models = [_model(gate, name) | _told(gate, name) for name in gate.catalogue.models()]
-        return {"base": gate.catalogue.base, "context": gate.served.context, "models": models} | gate.metrics.totals()
+        totals = gate.metrics.totals() if _may_see_all(request) else {}
+        return {"base": gate.catalogue.shown, "context": gate.served.context, "models": models} | totals
 
     return api
 
@@ -196,6 +200,12 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
+def _may_see_all(request: Request) -> bool:
+    """Whether what others do may be told: one key's traffic is not another's to see."""
+    caller = _caller(request)
+    return caller.key is None or caller.admin
+
+
 def _admin(request: Request) -> None:
     caller = _caller(request)
     if not caller.admin:
@@ -207,7 +217,7 @@ def _model(gateway: Gateway, name: str) -> dict[str, Any]:
     target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
     entry: dict[str, Any] = {"id": name, "object": "model", "created": gateway.created, "owned_by": "rankloom"}
     if target and target.ref:
-        entry |= {"root": target.ref, "parent": gateway.catalogue.base}
+        entry |= {"root": target.ref, "parent": gateway.catalogue.shown}
         if record := gateway.shelves.record(target.ref):
             entry["created"] = int(record.created.timestamp())
     return entry | {

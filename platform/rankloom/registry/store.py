@@ -2,6 +2,7 @@
 
     <root>/<name>/<version>/    an adapter as PEFT reads it, with record.json and README.md; it never changes
     <root>/<name>/aliases.json  every move of every alias; an alias points where its last move left it
+    <root>/secret               random bytes, where an endpoint has sticky routes
 
 A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` where that alias is
 set, else the latest version. What may be published is in `checks.py`, how it becomes visible at once in `storage.py`.
@@ -13,6 +14,7 @@ import difflib
 import logging
 import os
 import re
+import secrets
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +28,7 @@ import filelock
 import pyarrow
 from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from rankloom.config.trial import NAME_PATTERN
+from rankloom.config.trial import BASE, NAME_PATTERN
 from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, RegistryError
 from rankloom.registry.card import model_card
 from rankloom.registry.checks import CARD, RECORD, WEIGHTS, check_contents, check_files, describe, read_folder
@@ -37,6 +39,7 @@ CHAMPION = "champion"
 LATEST = "latest"
 _ALIASES = "aliases.json"
 _REMOVED = "removed.json"
+_SECRET = "secret"
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _ALLOWED = "1 to 128 lower-case letters, digits, '.', '_' or '-', beginning with a letter or digit"
 
@@ -78,6 +81,8 @@ class Registry:
         An older record.json or README.md in the folder is not copied.
         """
         _check_name(name)
+        if name == BASE:
+            raise ConfigError(f"adapter name {name!r}: it means the base without an adapter; choose another")
         with self._reporting(f"publish {name}; nothing was published"):
             sources = {file: path for file, path in read_folder(folder).items() if file not in (RECORD, CARD)}
             with self._storage.lock(name), self._storage.staging(name) as staged:
@@ -106,6 +111,15 @@ class Registry:
             if same and record.files[WEIGHTS] == weights:
                 return record
         return self.publish(name, folder, draft)
+
+    def secret(self) -> bytes:
+        """32 random bytes, made when they are first asked for: the same for all who can read this registry."""
+        with self._reporting("read its secret"):
+            if not self._storage.exist([_SECRET])[0]:
+                with self._storage.lock(""):
+                    if not self._storage.exist([_SECRET])[0]:
+                        self._storage.write(_SECRET, secrets.token_bytes(32))
+            return self._storage.read(_SECRET)
 
     def names(self) -> Sequence[str]:
         """Every folder that may hold an adapter, without looking into it; fit for shell completion."""

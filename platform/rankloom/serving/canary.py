@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rankloom.config.serve import CanaryConfig, RouteConfig
-from rankloom.serving.policy import Catalogue, Decision, Shelf, Tally, Target, canary_arms, judge
-
-WINDOW = 1024
-"""Answers whose pace is remembered."""
+from rankloom.serving.policy import MOST_TIMES, Catalogue, Decision, Shelf, Tally, Target, canary_arms, judge
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,7 +30,7 @@ class Move:
 class _Side:
     requests: int = 0
     errors: int = 0
-    token_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    token_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_TIMES))
 
     def tally(self) -> Tally:
         return Tally(self.requests, self.errors, tuple(self.token_s))
@@ -75,31 +72,55 @@ class Canaries:
                 read = replace(read, shelves={**read.shelves, trial.config.adapter: closed})
         return read
 
-    def count(self, decision: Decision, target: Target, *, failed: bool, token_s: float | None) -> Move | None:
+    def count(self, decision: Decision, target: Target, *, refused: bool) -> Move | None:
         """Remember how an answer went; tell which alias to move, where that decides the canary.
 
         Args:
             target: who answered, or was to.
-            token_s: seconds per token; None where nothing was generated.
+            refused: the version itself could not be served.
         """
-        trial = self._trials.get(decision.route or "")
-        if trial is None or decision.arm is None or trial.judged:
+        trial = self._under_way(decision.route)
+        if trial is None or decision.arm is None:
             return None
         stable, candidate = trial.arms
-        if stable is None or candidate is None or target != (candidate if decision.arm == "canary" else stable):
+        if target != (candidate if decision.arm == "canary" else stable):
             return None  # of a version that is not compared any more, or a fallback
         side = trial.candidate if decision.arm == "canary" else trial.stable
         side.requests += 1
-        side.errors += failed
-        if token_s is not None and not failed:
-            side.token_s.append(token_s)
-        if trial.config.judge is None:
+        side.errors += refused
+        return self._judged(decision.route, trial)
+
+    def to_time(self, route: str | None) -> tuple[Target, Target] | None:
+        """The stable version and the candidate of a canary whose pace counts."""
+        trial = self._under_way(route)
+        stable, candidate = trial.arms if trial else (None, None)
+        return (stable, candidate) if stable and candidate else None
+
+    def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> Move | None:
+        """Remember the seconds that each side took to a token of the same work; the rest as `count`."""
+        trial = self._under_way(route)
+        if trial is None or trial.arms != arms or None in token_s:
             return None
+        for side, took in zip((trial.stable, trial.candidate), token_s, strict=True):
+            side.token_s.append(took or 0.0)
+        return self._judged(route, trial)
+
+    def _under_way(self, route: str | None) -> _Trial | None:
+        """The route's canary, if it has both sides and is not decided."""
+        trial = self._trials.get(route or "")
+        open_ = trial is not None and trial.config.judge is not None and not trial.judged
+        return trial if trial and open_ and None not in trial.arms else None
+
+    def _judged(self, route: str | None, trial: _Trial) -> Move | None:
+        stable, candidate = trial.arms
+        assert trial.config.judge is not None
+        assert stable is not None
+        assert candidate is not None  # `_under_way` saw to it
         verdict = judge(trial.config.judge, trial.stable.tally(), trial.candidate.tally())
         if verdict.action == "wait":
             return None
         trial.judged = True
-        facts = {"route": decision.route, "stable": stable.ref, "candidate": candidate.ref, "reason": verdict.reason}
+        facts = {"route": route, "stable": stable.ref, "candidate": candidate.ref, "reason": verdict.reason}
         logger.warning(json.dumps({"event": f"canary: {verdict.action}"} | facts))
         if verdict.action == "promote":
             return Move(candidate.ref or "", trial.config.stable)

@@ -11,19 +11,24 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from rankloom.config.serve import BASE, ServeConfig
-from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
+from rankloom.config.serve import ServeConfig
+from rankloom.config.trial import BASE
+from rankloom.errors import AdapterNotFoundError, IncompatibleError, RankloomError, RegistryError
 from rankloom.registry import Record, Registry
 from rankloom.serving.answer import Answer
 from rankloom.serving.canary import Canaries, Move
-from rankloom.serving.keys import Key, Meter
+from rankloom.serving.keys import Key
 from rankloom.serving.metrics import Metrics, Outcome, Traffic
+from rankloom.serving.pace import pace_work, token_seconds
 from rankloom.serving.policy import Ask, Catalogue, Decision, Shelf, Target, decide
+from rankloom.serving.quota import Quotas
 from rankloom.serving.shelves import Shelves
 from rankloom.serving.wire import WireError, wire_error
 from rankloom.serving.work import Progress, Work
@@ -66,10 +71,13 @@ class Gateway:
         self.ready = False
         self._replicas = replicas
         self._registry = registry
-        self._meters: dict[tuple[str, str], Meter] = {}
+        self._quotas = Quotas()
         self._canaries = Canaries(config.routes)
         self._loaded: dict[str, Target] = {}
-        self._in_flight = 0
+        self._timing: set[str] = set()
+        """Routes whose canary's sides are being timed."""
+        self._secret: bytes | None = None
+        """What only this endpoint's operators know, which draws the sides of sticky routes."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading = asyncio.Lock()
         self._read: Mapping[str, Shelf] = {}
@@ -117,9 +125,18 @@ class Gateway:
         async with self._reading:
             if time.monotonic() - self._read_at < at_most_every_s:
                 return
+            if self._secret is None and any(route.sticky for route in self.config.routes.values()):
+                self._secret = await asyncio.to_thread(self._find_secret)
             self._read = await asyncio.to_thread(self.shelves.read, self._names())
             self._read_at = time.monotonic()
             self._put_up()
+
+    def _find_secret(self) -> bytes:
+        try:
+            return self._registry.secret()
+        except RegistryError as error:
+            logger.warning("sticky routes will draw anew at the next start: %s", error)
+            return secrets.token_bytes(32)
 
     def _names(self) -> list[str] | None:
         if self.config.adapters == "all":
@@ -130,7 +147,8 @@ class Gateway:
 
     def _put_up(self) -> None:
         offered = None if self.config.adapters == "all" else tuple(self.config.adapters)
-        read = Catalogue(self.served.base, self._read, offered, self.config.routes, dict(self._loaded))
+        loaded, secret = dict(self._loaded), self._secret or b""
+        read = Catalogue(self.served.base, self._read, offered, self.config.routes, loaded, secret)
         self.catalogue = self._canaries.follow(read)
 
     async def _keep_fresh(self) -> None:
@@ -149,7 +167,7 @@ class Gateway:
             WireError: the name is taken. AdapterNotFoundError, RegistryError, IncompatibleError: it can't be served.
         """
         taken = self.catalogue
-        if name in (taken.base, *taken.routes) or (name in taken.shelves and name != ref.partition("@")[0]):
+        if name in (taken.base, BASE, *taken.routes) or (name in taken.shelves and name != ref.partition("@")[0]):
             raise WireError(400, f"`{name}` has a meaning here already.", param="lora_name")
         record = await asyncio.to_thread(self._registry.get, ref)
         if not self._fits(record):
@@ -177,26 +195,7 @@ class Gateway:
 
     def admit(self, key: Key | None) -> None:
         """Count a request against its key. Raises WireError 429 where it has used up its share."""
-        if key is None:
-            return
-        now = time.monotonic()
-        for what, per_minute in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
-            if per_minute is None:
-                continue
-            wait_s = self._meter(key, what, per_minute).wait_s(now)
-            if wait_s > 0:
-                raise WireError(
-                    429,
-                    f"Rate limit of {per_minute} {what} a minute reached; try again in {wait_s:.1f} s.",
-                    code="rate_limit_exceeded",
-                    kind=what,
-                    retry_after_s=wait_s,
-                )
-        if key.requests_per_minute is not None:
-            self._meter(key, "requests", key.requests_per_minute).take(1, now)
-
-    def _meter(self, key: Key, what: str, per_minute: int) -> Meter:
-        return self._meters.setdefault((key.id, what), Meter(per_minute))
+        self._quotas.admit(key, time.monotonic())
 
     async def begin(self, ask: Ask, work: Work, key: Key | None = None) -> Answer:
         """Send a request where it belongs, and wait for its first tokens.
@@ -205,9 +204,8 @@ class Gateway:
             Whatever `wire_error` knows.
         """
         decision = await self._decide(ask)
-        if self._in_flight >= self.config.limits.in_flight:
-            raise OverloadedError(f"{self._in_flight} requests are under way; try again later.")
-        if decision.shadow is not None and self._in_flight < self.config.limits.in_flight // 2:
+        self._quotas.check_room(key, self.config.limits.in_flight)
+        if decision.shadow is not None and self._quotas.in_flight < self.config.limits.in_flight // 2:
             self._background(self._shadow(decision.shadow, replace(work, id=f"{work.id}-shadow")))
         deadline = time.monotonic() + self.config.limits.timeout_s
         refused: Exception | None = None
@@ -221,7 +219,14 @@ class Gateway:
                 continue
             return answer
         assert refused is not None
-        raise refused
+        raise type(refused)(self._public(str(refused)))
+
+    def _public(self, text: str) -> str:
+        """An error's text without the places of this machine, which are no client's business."""
+        root = self._registry.root
+        for place in (root if "://" in root else str(Path(root).expanduser().absolute()), root):
+            text = text.replace(place, "the registry")
+        return text.replace(self.catalogue.base, self.catalogue.shown)
 
     async def _decide(self, ask: Ask) -> Decision:
         try:
@@ -232,13 +237,28 @@ class Gateway:
 
     async def _shadow(self, target: Target, work: Work) -> None:
         """Do the work a second time for nobody."""
-        ask = Ask(model=target.ref or "base", id=work.id)
-        deadline = time.monotonic() + self.config.limits.timeout_s
-        answer = self._answer(work, target, Decision((target,)), ask, None, deadline, "shadow")
         with contextlib.suppress(Exception):  # it is measured, and nobody waits for it
-            await answer.open()
-            async for _ in answer:
+            async for _ in await self._unasked(target, work, "shadow"):
                 pass
+
+    async def _unasked(self, target: Target, work: Work, traffic: Traffic) -> Answer:
+        """The endpoint's own work, begun. Raises as `Answer.open` does."""
+        ask = Ask(model=target.ref or BASE, id=work.id)
+        deadline = time.monotonic() + self.config.limits.timeout_s
+        answer = self._answer(work, target, Decision((target,)), ask, None, deadline, traffic)
+        await answer.open()
+        return answer
+
+    async def _time_sides(self, route: str, stable: Target, candidate: Target) -> None:
+        """Give both sides of a canary the same work, one after the other, and compare."""
+        self._timing.add(route)
+        try:
+            took = [await token_seconds(await self._unasked(t, pace_work(), "pace")) for t in (stable, candidate)]
+            self._moved(self._canaries.timed(route, (stable, candidate), took))
+        except Exception as error:  # what is wrong with a side shows in its requests
+            logger.info(_line("canary: not timed", None, route=route, error=type(error).__name__))
+        finally:
+            self._timing.discard(route)
 
     def _answer(
         self,
@@ -250,7 +270,7 @@ class Gateway:
         deadline: float,
         traffic: Traffic,
     ) -> Answer:
-        self._in_flight += 1
+        self._quotas.begin(key, _most_tokens(work), time.monotonic())
         self.metrics.in_flight.inc()
         lost = self.metrics.retries.inc
         work = replace(work, adapter=target.ref)
@@ -258,23 +278,19 @@ class Gateway:
 
     def _ended(self, answer: Answer, error: BaseException | None) -> None:
         """Measure, charge, log and judge a request that is over."""
-        self._in_flight -= 1
+        now, work = time.monotonic(), answer.work
+        self._quotas.end(answer.key, _most_tokens(work), answer.prompt_tokens + answer.tokens, now)
         self.metrics.in_flight.dec()
         if error is None:
             self._background(answer.drain())
         outcome = _outcome(error)
-        now, work = time.monotonic(), answer.work
-        adapter = answer.target.ref or "base"
-        first_s = between_s = token_s = None
+        adapter = answer.target.ref or BASE
+        first_s = between_s = None
         if answer.first_at is not None:
             first_s = answer.first_at - answer.begun_at
             between_s = (now - answer.first_at) / (answer.tokens - 1) if answer.tokens > 1 else None
-            token_s = (now - answer.begun_at) / answer.tokens if answer.tokens else None
         tokens = {"prompt": answer.prompt_tokens, "cached": answer.cached_tokens, "completion": answer.tokens}
         self.metrics.ended(adapter, answer.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
-        if answer.key and answer.key.tokens_per_minute is not None:
-            used = answer.prompt_tokens + answer.tokens
-            self._meter(answer.key, "tokens", answer.key.tokens_per_minute).take(used, now)
         facts = {
             "adapter": adapter, "traffic": answer.traffic, "outcome": outcome, "key": answer.key and answer.key.id,
             "route": answer.decision.route, "arm": answer.decision.arm, "prompts": len(work.prompts), "n": work.n,
@@ -282,12 +298,26 @@ class Gateway:
             "total_s": _round(now - answer.begun_at), "error": type(error).__name__ if error else None,
         }  # fmt: skip
         logger.info(_line("request", answer.ask, **facts))
-        failed = outcome == "server error" or isinstance(error, _REFUSED)
-        if answer.traffic == "live" and (failed or outcome == "ok"):
-            move = self._canaries.count(answer.decision, answer.target, failed=failed, token_s=token_s)
-            if move is not None:
-                self._put_up()
-                self._background(self._move(move))
+        refused = isinstance(error, _REFUSED)
+        if answer.traffic == "live" and (
+            refused or error is None
+        ):  # all else may be the request's doing, or a replica's
+            self._judge(answer, refused=refused)
+
+    def _judge(self, answer: Answer, *, refused: bool) -> None:
+        """Let an answer count for its side of a canary, and have both sides timed."""
+        self._moved(self._canaries.count(answer.decision, answer.target, refused=refused))
+        route = answer.decision.route
+        sides = self._canaries.to_time(route) if answer.decision.arm == "canary" else None
+        if route is None or sides is None or route in self._timing:
+            return
+        if self._quotas.in_flight < self.config.limits.in_flight:
+            self._background(self._time_sides(route, *sides))
+
+    def _moved(self, move: Move | None) -> None:
+        if move is not None:
+            self._put_up()
+            self._background(self._move(move))
 
     async def _move(self, move: Move) -> None:
         try:
@@ -308,6 +338,12 @@ def _outcome(error: BaseException | None) -> Outcome:
     if isinstance(error, Exception):
         return "server error" if wire_error(error).status >= 500 else "client error"
     return "ok" if error is None else "cancelled"
+
+
+def _most_tokens(work: Work) -> int:
+    """How many tokens the completions of some work may have."""
+    each = work.sampling.max_tokens if work.max_tokens is None else work.max_tokens
+    return len(work.prompts) * work.n * each
 
 
 def _line(what: str, ask: Ask | None, **facts: Any) -> str:

@@ -39,7 +39,7 @@ class Key(BaseModel):
     name: Name
     """Whose it is."""
     role: Role
-    """admin: may also load and unload adapters."""
+    """admin: may also load and unload adapters, and see what all others do."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
@@ -150,7 +150,7 @@ class Meter:
     """How much of something a key has left: a bucket that fills in a minute.
 
     What a request costs in tokens is known when it ends, so that the bucket may go below empty; it is then the next one
-    that waits. The debt is bounded by what the requests under way can use.
+    that waits. While it lasts, what it may generate is taken off (`quota.py`), so that only one can overdraw.
     """
 
     def __init__(self, per_minute: int) -> None:

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from rankloom.serving.protocol import Stats
 
 Outcome = Literal["ok", "client error", "server error", "cancelled"]
-Traffic = Literal["live", "shadow"]
+Traffic = Literal["live", "shadow", "pace"]
 
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)

@@ -7,18 +7,21 @@ stable version, `rank_replicas` orders the processes that could do the work. Not
 from __future__ import annotations
 
 import difflib
-import hashlib
+import hmac
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rankloom.config.serve import BASE, REF_PATTERN, CanaryConfig, JudgeConfig, RouteConfig
+from rankloom.config.serve import REF_PATTERN, CanaryConfig, JudgeConfig, RouteConfig
+from rankloom.config.trial import BASE
 from rankloom.errors import AdapterNotFoundError
 
 CHAMPION = "champion"
 LATEST = "latest"
+MOST_TIMES = 1024
+"""Measurements of a side's pace that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,19 @@ class Catalogue:
     routes: Mapping[str, RouteConfig] = field(default_factory=dict)
     loaded: Mapping[str, Target] = field(default_factory=dict)
     """Names that were given to versions at run time."""
+    secret: bytes = field(default=b"", repr=False)
+    """With it sticky routes draw, so that nobody can work out another side's users."""
+
+    @property
+    def shown(self) -> str:
+        """The base's id as clients are told it: of a folder not the path, which is no business of theirs."""
+        is_path = self.base.startswith(("/", "~", ".")) or self.base.count("/") > 1
+        return BASE if is_path else self.base
 
     def models(self) -> list[str]:
         """The names to show: the base, routes, then adapters."""
         refs = self.shelves if self.offered is None else [r for r in self.offered if self.find(r)]
-        return list(dict.fromkeys([self.base, *self.routes, *self.loaded, *refs]))
+        return list(dict.fromkeys([self.shown, *self.routes, *self.loaded, *(r for r in refs if r != BASE)]))
 
     def find(self, ref: str) -> Target | None:
         """What a ref means in the configuration: any version on the shelves, or the base."""
@@ -80,11 +91,11 @@ class Catalogue:
 
     def asked(self, model: str) -> Target | None:
         """What a client's model name means, routes aside; None: nothing that it may have."""
-        if model == self.base:
+        if model in (self.base, BASE):
             return Target()
         if model in self.loaded:
             return self.loaded[model]
-        if model == BASE or not re.fullmatch(REF_PATTERN, model):  # that word is for routes
+        if not re.fullmatch(REF_PATTERN, model):
             return None
         if self.offered is None or model in self.offered:
             return self.find(model)
@@ -154,7 +165,8 @@ def _chosen(
     for rule in route.rules:
         if ask.headers.get(rule.header.lower()) == rule.equals:
             return catalogue.find(rule.to), None
-    lot = draw(ask.model, "user", ask.user) if route.sticky and ask.user else draw(ask.model, "id", ask.id)
+    by = ("user", ask.user) if route.sticky and ask.user else ("id", ask.id)
+    lot = draw(ask.model, *by, secret=catalogue.secret)
     if route.canary:
         stable, candidate = canary_arms(route.canary, catalogue)
         if candidate is None:
@@ -172,9 +184,9 @@ def canary_arms(canary: CanaryConfig, catalogue: Catalogue) -> tuple[Target | No
     return stable, None if candidate == stable else candidate
 
 
-def draw(*parts: str | None) -> float:
-    """A number in [0, 1) that depends on nothing but `parts`, evenly spread."""
-    digest = hashlib.sha256("\0".join(part or "" for part in parts).encode()).digest()
+def draw(*parts: str | None, secret: bytes = b"") -> float:
+    """A number in [0, 1) that depends on nothing but `parts` and `secret`, evenly spread."""
+    digest = hmac.digest(secret, "\0".join(part or "" for part in parts).encode(), "sha256")
     return int.from_bytes(digest[:7]) / 2**56  # 56 bits: a float holds no quotient below 1 as 1
 
 
@@ -201,9 +213,9 @@ class Tally:
 
     requests: int = 0
     errors: int = 0
-    """Requests that failed by the server's fault."""
+    """Of these, how often the version itself could not be served."""
     token_s: tuple[float, ...] = ()
-    """Seconds per generated token, of the latest answers."""
+    """Seconds to a token of the same work, as they were measured last."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +232,12 @@ def judge(config: JudgeConfig, stable: Tally, candidate: Tally) -> Verdict:
         return Verdict("wait", f"fewer than {config.min_requests} requests on one of them")
     failed, usual = candidate.errors / candidate.requests, stable.errors / stable.requests
     if failed > usual + config.error_margin:
-        return Verdict("roll back", f"{failed:.1%} of its requests failed, of the stable version's {usual:.1%}")
-    if stable.token_s and candidate.token_s:
-        slow, pace = statistics.median(candidate.token_s), statistics.median(stable.token_s)
-        if slow > pace * config.latency_ratio:
-            return Verdict("roll back", f"it takes {1e3 * slow:.1f} ms a token, the stable version {1e3 * pace:.1f} ms")
+        return Verdict("roll back", f"{failed:.1%} of its requests were refused, of the stable version's {usual:.1%}")
+    if min(len(stable.token_s), len(candidate.token_s)) < min(config.min_requests, MOST_TIMES):
+        return Verdict("wait", f"timed less often than {config.min_requests} times")
+    slow, pace = statistics.median(candidate.token_s), statistics.median(stable.token_s)
+    if slow > pace * config.latency_ratio:
+        return Verdict("roll back", f"it takes {1e3 * slow:.1f} ms a token, the stable version {1e3 * pace:.1f} ms")
     if config.promote_after is not None and candidate.requests >= config.promote_after:
         return Verdict("promote", f"not worse in {candidate.requests} requests")
     return Verdict("wait", "not worse")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from rankloom.data.encode import Encoder
 from rankloom.errors import RequestError
 from rankloom.serving.choices import Choice
 from rankloom.serving.prompts import Prompts
@@ -85,6 +87,18 @@ def _name(byte: int) -> str:
 def test_pieces_are_bytes_that_make_up_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
     pieces, text = Pieces(tokenizer), "größe 日本 ok"
     assert b"".join(pieces[token] for token in ids(tokenizer, text)).decode() == text
+
+
+def test_texts_become_the_tokens_that_the_tokenizer_says(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(2)  # as some tokenizer.json do
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    texts = ["my card was lost", "", "größer <|end|> 日本", "a"]
+    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    encoder = Encoder(tokenizer)
+    assert encoder.encode(texts) == expected
+    assert len(expected[0]) > 2
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        tokenizer("a")  # takes off what a tokenizer.json may have set: truncation, padding
         first = tokenizer.convert_ids_to_tokens(self.encode(["a"])[0][:1])
         self._adds_space = first[0].startswith(("▁", "Ġ"))
         bos = tokenizer.bos_token_id
@@ -20,6 +21,10 @@ class Encoder:
         """Token ids of texts that begin a row."""
         if not texts:
             return []
+        if self._tokenizer.is_fast:
+            # without offsets, which take longer than all else; other threads run meanwhile, as with `encode` they don't
+            backend = self._tokenizer.backend_tokenizer
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]

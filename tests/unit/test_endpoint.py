@@ -121,7 +121,7 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"messages": []}, "messages: ", "messages"),
     ({"messages": "hi"}, "messages: ", "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role: ", "messages"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content: Field required", "messages"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content: required", "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0", "messages"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with the user", None),
     ({"max_tokens": 0}, "max_tokens: ", "max_tokens"),
@@ -135,22 +135,22 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"temperature": -0.1}, "temperature: ", "temperature"),
     ({"temperature": float("nan")}, "temperature: ", "temperature"),
     ({"temperature": 1e309}, "temperature: ", "temperature"),
-    ({"top_p": 0}, "top_p: ", "top_p"),
+    ({"top_p": -0.1}, "top_p: ", "top_p"),
     ({"repetition_penalty": 5e-324}, "repetition_penalty: ", "repetition_penalty"),
     ({"n": 0}, "n: ", "n"),
     ({"n": 17}, "17 completions in one request, above 16", "n"),
-    ({"seed": -1}, "seed: ", "seed"),
+    ({"seed": -(2**63) - 1}, "seed: ", "seed"),
     ({"seed": 2**63}, "seed: ", "seed"),
-    ({"stop": ["a"] * 17}, "stop", "stop"),
-    ({"stop": ""}, "stop", "stop"),
+    ({"stop": ["a"] * 65}, "stop: at most 64 (given 65)", "stop"),
+    ({"stop": ["a", ""]}, "stop.1: at least 1 character", "stop"),
+    ({"stop": [str(n) + "s" * 200 for n in range(30)]}, "stop: at most 4096 characters in all", "stop"),
     ({"top_logprobs": 2}, "needs logprobs", "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: ", "top_logprobs"),
-    ({"stream_options": {"include_usage": True}}, "is for stream", "stream_options"),
     ({"logit_bias": {"5": 1.0}}, "logit_bias: ", "logit_bias"),
     ({"tools": [{"type": "function"}]}, "tools: ", "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: ", "structured_outputs"),
-    ({"temprature": 1}, "temprature: Extra inputs are not permitted", "temprature"),
+    ({"temprature": 1}, "temprature: unknown key; did you mean temperature?", "temprature"),
     ({"model": 5}, "model: ", "model"),
     ({"model": "x" * 513}, "model: ", "model"),
     ({"user": "u" * 513}, "user: ", "user"),
@@ -376,7 +376,7 @@ def test_the_log_has_no_prompt_and_no_key(tmp_path: Path, caplog: pytest.LogCapt
     assert "failure" in everything
     assert "gateway.py" in everything  # where it failed
     assert "secret" not in everything
-    assert key.rpartition("-")[2] not in everything
+    assert key.split("-", 2)[2] not in everything
 
 
 def test_metrics(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -207,3 +208,22 @@ def test_an_adapter_has_a_replica_of_its_own_until_that_is_overloaded() -> None:
         assert replica == "d" or rank_replicas(adapter, left, room=4)[0] == replica  # only d's adapters move
     assert rank_replicas(None, {"a": 2, "b": 0, "c": 1}, room=4) == ["b", "c", "a"]
     assert rank_replicas("x@1", {}, room=4) == []
+
+
+def test_an_unknown_name_is_compared_with_few_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"adapter-{number:05}" for number in range(10_000)]
+    many = Catalogue("org/base", {name: Shelf((1,)) for name in names}, offered=tuple(names))
+    with pytest.raises(AdapterNotFoundError, match=r"Did you mean `adapter-04321`"):
+        decide(Ask("adapter-043211", "x"), many)
+    compared = 0
+    ratio = difflib.SequenceMatcher.real_quick_ratio
+
+    def counted(matcher: difflib.SequenceMatcher[str]) -> float:
+        nonlocal compared
+        compared += 1
+        return ratio(matcher)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "real_quick_ratio", counted)
+    with pytest.raises(AdapterNotFoundError):
+        decide(Ask("zzz", "x"), many)
+    assert 0 < compared <= 64

@@ -4,6 +4,7 @@ never read.
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 from collections.abc import Callable, MutableMapping
@@ -52,6 +53,9 @@ class Gate:
             return
         config = self._config()
         headers = Headers(scope=scope)
+        # HEAD is a GET whose body the server leaves out, and a path means the same with a slash at its end
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
         try:
             scope.setdefault("state", {})["caller"] = self._caller(scope, headers, config)
             most = config.limits.body_bytes
@@ -70,19 +74,24 @@ class Gate:
             if not (local or config.auth.anonymous):
                 raise WireError(
                     403,
-                    "This endpoint has no keys, so it answers its own machine alone. Set auth.keys, or auth.anonymous.",
+                    "This endpoint has no keys, so it answers its own machine alone, in HTTP/1.1 and through no proxy. "
+                    "Set auth.keys, or auth.anonymous.",
                     code="keys_required",
                 )
             return Caller(None, admin=local)
         if scope["path"] in OPEN:
             return Caller(None, admin=False)
-        kind, _, given = headers.get("authorization", "").partition(" ")
+        given = _key(headers)
         try:
-            key = self._file(config.auth.keys).find(given.strip() if kind.lower() == "bearer" else None)
+            key = self._file(config.auth.keys).find(given)
         except ConfigError:
             raise WireError(503, "The file of keys can't be read.", code="keys_unreadable") from None
         if key is None:
-            hint = "Incorrect API key provided." if given else "No API key provided: Authorization: Bearer KEY."
+            hint = (
+                "Incorrect API key provided."
+                if given
+                else "No API key provided: send the header Authorization: Bearer KEY."
+            )
             raise WireError(401, hint, code="invalid_api_key")
         return Caller(key, admin=key.role == "admin")
 
@@ -111,12 +120,36 @@ def _too_large(most: int) -> WireError:
     return WireError(413, f"The request's body is above {most} bytes.", code="body_too_large")
 
 
-def _is_local(scope: Scope, headers: Headers) -> bool:
-    """Whether the request comes from this machine, and not from a page of another site in its browser.
+def _key(headers: Headers) -> str | None:
+    """The key that is given: as OpenAI's clients do, as Azure's, or as a password."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    match kind.lower():
+        case "bearer":
+            return given.strip()
+        case "basic":
+            try:
+                return base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return None
+    return headers.get("api-key")
 
-    A page can have its own name lead to 127.0.0.1 (DNS rebinding), but not change the Host header.
+
+_PROXIES = frozenset({
+    "forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "x-envoy-external-address",
+})  # fmt: skip
+"""Headers that only a proxy sends, beside X-Forwarded-*."""
+
+
+def _is_local(scope: Scope, headers: Headers) -> bool:
+    """Whether the request comes from this machine, and neither through a proxy on it nor from a page of another site in
+    its browser.
+
+    A page can have its own name lead to 127.0.0.1 (DNS rebinding), but not change the Host header. nginx tells nothing
+    of its client unless told to, but speaks HTTP/1.0, which clients do not any more.
     """
-    if "x-forwarded-for" in headers or "forwarded" in headers:
+    if scope.get("http_version") == "1.0" or any(
+        name in _PROXIES or name.startswith("x-forwarded-") for name in headers
+    ):
         return False
     peer = (scope.get("client") or ("",))[0]
     host = re.sub(r":\d*$", "", headers.get("host", ""))

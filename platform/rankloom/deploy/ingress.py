@@ -4,25 +4,30 @@
 """
 
 # No `from __future__ import annotations`: FastAPI reads the handlers' annotations, which are local to a function here.
+import asyncio
 import json
 import logging
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import rankloom
 from rankloom.deploy.gate import Caller, Gate
 from rankloom.registry.card import scorecard_rows
 from rankloom.serving.answer import ATTEMPTS, Answer
+from rankloom.serving.bodies import SMALL, read
 from rankloom.serving.gateway import Gateway
 from rankloom.serving.policy import Ask, Target
 from rankloom.serving.replies import DONE, Kind, Reply, event, reply_id
@@ -45,6 +50,9 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         gateway: the gateway at that moment; not called before the first request.
     """
     api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None, responses=REFUSAL)
+    api.router.route_class = _Route
+    api.state.reader = ThreadPoolExecutor(1, "bodies")  # one at a time, so that no two hold up the event loop together
+    list_models, list_cards = _once_each_catalogue(_model), _once_each_catalogue(_card)
     api.add_middleware(
         Gate,
         config=lambda: gateway().config,
@@ -52,14 +60,13 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
     )
 
     @api.exception_handler(RequestValidationError)
-    async def wrong_input(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def wrong_path(_: Request, error: RequestValidationError) -> JSONResponse:
         detail = error.errors()[0]
-        where = [str(part) for part in detail["loc"] if part != "body"]
-        if detail["type"] == "json_invalid":
-            return _error(WireError(400, "The body is not valid JSON."))
-        key = ".".join(where)
-        text = detail["msg"].removeprefix("Value error, ")
-        return _error(WireError(400, f"{key or 'body'}: {text}", param=where[0] if where else None))
+        return _error(WireError(400, f"{'.'.join(map(str, detail['loc'][1:]))}: {detail['msg']}"))
+
+    @api.exception_handler(WireError)
+    async def wrong_body(_: Request, error: WireError) -> JSONResponse:
+        return _error(error)
 
     @api.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -116,8 +123,8 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         return await answer(request, "text", body)
 
     @api.get("/v1/models")
-    async def models() -> Any:
-        return {"object": "list", "data": [_model(gateway(), name) for name in gateway().catalogue.models()]}
+    async def models() -> Response:
+        return _json(b'{"object": "list", "data": [' + await list_models(gateway()) + b"]}")
 
     @api.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
@@ -159,7 +166,7 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         """For Prometheus. It tells of all traffic, so where there are keys it takes an admin's."""
         if not _may_see_all(request):
             return _error(WireError(403, "This needs an admin's key.", code="admin_required"))
-        return Response(gateway().metrics.exposition(), media_type=EXPOSITION)
+        return Response(await asyncio.to_thread(gateway().metrics.exposition), media_type=EXPOSITION)
 
     @api.get("/", include_in_schema=False)
     async def console() -> Response:
@@ -170,13 +177,72 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
         return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
 
     @api.get("/console/state", include_in_schema=False)
-    async def console_state(request: Request) -> Any:
+    async def console_state(request: Request) -> Response:
         gate = gateway()
-        models = [_model(gate, name) | _told(gate, name) for name in gate.catalogue.models()]
         totals = gate.metrics.totals() if _may_see_all(request) else {}
-        return {"base": gate.catalogue.shown, "context": gate.served.context, "models": models} | totals
+        head = {"base": gate.catalogue.shown, "context": gate.served.context} | totals
+        return _json(json.dumps(head)[:-1].encode() + b', "models": [' + await list_cards(gate) + b"]}")
 
     return api
+
+
+class _Read(Request):
+    """A request whose body was read already."""
+
+    def __init__(self, request: Request, asked: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._asked = asked
+
+    async def body(self) -> bytes:
+        return b"{}"  # there is one
+
+    async def json(self) -> Any:
+        return self._asked
+
+
+class _Route(APIRoute):
+    """Reads a body in a thread where it is large; FastAPI would on the event loop, and tell of every mistake in it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        kind = self.body_field.field_info.annotation
+        assert isinstance(kind, type)
+
+        async def read_and_handle(request: Request) -> Response:
+            what = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if what != "application/json" and not (what.startswith("application/") and what.endswith("+json")):
+                raise WireError(400, "The body is to be JSON: send the header content-type: application/json.")
+            try:
+                body = await request.body()
+            except ClientDisconnect:
+                raise WireError(400, "The body ended early.") from None
+            if len(body) <= SMALL:
+                asked = read(kind, body)
+            else:
+                loop = asyncio.get_running_loop()
+                asked = await loop.run_in_executor(request.app.state.reader, read, kind, body)
+            return await handle(_Read(request, asked))
+
+        return read_and_handle
+
+
+def _once_each_catalogue(tell: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
+    """What is told of all models, as the items of a JSON list. Made in a thread, as it may be thousands, and kept."""
+    held: tuple[Any, asyncio.Future[bytes]] | None = None
+
+    def make(gate: Gateway) -> bytes:
+        return ", ".join(json.dumps(tell(gate, name)) for name in gate.catalogue.models()).encode()
+
+    async def get(gate: Gateway) -> bytes:
+        nonlocal held
+        of = (gate.catalogue, gate.config)
+        if held is None or held[0][0] is not of[0] or held[0][1] is not of[1]:
+            held = of, asyncio.ensure_future(asyncio.to_thread(make, gate))
+        return await asyncio.shield(held[1])
+
+    return get
 
 
 def _page(name: str, kind: str) -> Response:
@@ -185,14 +251,15 @@ def _page(name: str, kind: str) -> Response:
     return Response((CONSOLE / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
 
 
-def _told(gateway: Gateway, name: str) -> dict[str, Any]:
+def _card(gateway: Gateway, name: str) -> dict[str, Any]:
     """What the console shows of a model: its exact version and its scorecard."""
+    model = _model(gateway, name)
     target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
     record = gateway.shelves.record(target.ref) if target and target.ref else None
     if record is None:
-        return {"ref": None}
+        return model | {"ref": None}
     rows = scorecard_rows(record.scorecard) if record.scorecard else []
-    return {"ref": record.ref, "method": record.method, "created": f"{record.created:%Y-%m-%d}", "rows": rows}
+    return model | {"ref": record.ref, "method": record.method, "created": f"{record.created:%Y-%m-%d}", "rows": rows}
 
 
 def _caller(request: Request) -> Caller:
@@ -229,6 +296,10 @@ def _headers(target: Target) -> dict[str, str]:
     """What the answer was made with."""
     version = {} if target.version is None else {"x-rankloom-version": str(target.version)}
     return {"x-rankloom-adapter": target.adapter or "base"} | version
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 def _error(error: WireError) -> JSONResponse:

@@ -31,7 +31,7 @@ from rankloom.serving.policy import Ask, Catalogue, Decision, Shelf, Target, dec
 from rankloom.serving.quota import Quotas
 from rankloom.serving.shelves import Shelves
 from rankloom.serving.wire import WireError, wire_error
-from rankloom.serving.work import Progress, Work
+from rankloom.serving.work import ContextError, Progress, Work
 
 _REFUSED = (AdapterNotFoundError, RegistryError, IncompatibleError)
 
@@ -149,7 +149,9 @@ class Gateway:
         offered = None if self.config.adapters == "all" else tuple(self.config.adapters)
         loaded, secret = dict(self._loaded), self._secret or b""
         read = Catalogue(self.served.base, self._read, offered, self.config.routes, loaded, secret)
-        self.catalogue = self._canaries.follow(read)
+        followed = self._canaries.follow(read)
+        if followed != self.catalogue:  # what was made of it is kept while it stays
+            self.catalogue = followed
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -203,6 +205,7 @@ class Gateway:
         Raises:
             Whatever `wire_error` knows.
         """
+        self._check_length(work)
         decision = await self._decide(ask)
         self._quotas.check_room(key, self.config.limits.in_flight)
         if decision.shadow is not None and self._quotas.in_flight < self.config.limits.in_flight // 2:
@@ -227,6 +230,16 @@ class Gateway:
         for place in (root if "://" in root else str(Path(root).expanduser().absolute()), root):
             text = text.replace(place, "the registry")
         return text.replace(self.catalogue.base, self.catalogue.shown)
+
+    def _check_length(self, work: Work) -> None:
+        """Refuse prompts of tokens that no replica can take, instead of sending them there."""
+        room = min(self.served.context, work.context or self.served.context)
+        longest = max((len(prompt) for prompt in work.prompts if isinstance(prompt, tuple)), default=0)
+        if longest > room:
+            raise ContextError(
+                f"This model's maximum context length is {room} tokens. However, your request needs more: {longest} in "
+                f"the prompt. Shorten the prompt."
+            )
 
     async def _decide(self, ask: Ask) -> Decision:
         try:

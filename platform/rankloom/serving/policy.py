@@ -6,12 +6,14 @@ stable version, `rank_replicas` orders the processes that could do the work. Not
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import hmac
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from rankloom.config.serve import REF_PATTERN, CanaryConfig, JudgeConfig, RouteConfig
@@ -22,6 +24,8 @@ CHAMPION = "champion"
 LATEST = "latest"
 MOST_TIMES = 1024
 """Measurements of a side's pace that are remembered."""
+NEAR = 32
+"""Names on each side in the alphabet that are compared with one that is not known."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,33 @@ class Catalogue:
             return self.loaded[model]
         if not re.fullmatch(REF_PATTERN, model):
             return None
-        if self.offered is None or model in self.offered:
+        if self.offered is None:
             return self.find(model)
         name, _, selector = model.partition("@")
-        of_name = [ref for ref in self.offered if ref.partition("@")[0] == name]
-        if name in of_name:  # offered without a selector: every version
+        of_name = self._offered_of.get(name, [])
+        if model in of_name or name in of_name:  # offered without a selector: every version
             return self.find(model)
         if not selector:
             return self.find(of_name[0]) if of_name else None
         target = self.find(model)
         return target if target in [self.find(ref) for ref in of_name] else None
+
+    def near(self, model: str) -> list[str]:
+        """Names like one that means nothing. Of thousands, its neighbours in the alphabet are compared."""
+        at = bisect.bisect(self._alphabet, model)
+        return difflib.get_close_matches(model[:128], self._alphabet[max(0, at - NEAR) : at + NEAR], n=3, cutoff=0.5)
+
+    @cached_property
+    def _offered_of(self) -> Mapping[str, list[str]]:
+        """The refs that are offered, by their adapter."""
+        found: dict[str, list[str]] = {}
+        for ref in self.offered or ():
+            found.setdefault(ref.partition("@")[0], []).append(ref)
+        return found
+
+    @cached_property
+    def _alphabet(self) -> list[str]:
+        return sorted(self.models())
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ def decide(ask: Ask, catalogue: Catalogue) -> Decision:
     if route is None:
         target = catalogue.asked(ask.model)
         if target is None:
-            raise AdapterNotFoundError(_unknown(ask.model, catalogue.models()))
+            raise AdapterNotFoundError(_unknown(ask.model, catalogue.near(ask.model)))
         return Decision((target,))
     first, arm = _chosen(ask, route, catalogue)
     wanted = [first, *(catalogue.find(ref) for ref in route.fallback)]
@@ -200,9 +221,8 @@ def _at(lot: float, weights: Mapping[str, float]) -> str:
     return key
 
 
-def _unknown(model: str, known: Sequence[str]) -> str:
+def _unknown(model: str, near: Sequence[str]) -> str:
     shown = model if len(model) <= 80 else f"{model[:77]}..."
-    near = difflib.get_close_matches(model[:256], known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
     return f"The model `{shown}` does not exist.{hint}"
 

@@ -36,7 +36,7 @@ class Sampling(Frozen):
     """Divides the logit, if it is above 0, else multiplies it, of every token of prompt and completion."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """With a seed, the same request gives the same tokens, whoever else is in the batch; null: a random one."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=16)] = ()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)] = ()
     """The completion ends before the first of these; the text has none of it."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The natural logarithm of each token's probability as the model gives it, before temperature, penalties and

@@ -6,9 +6,11 @@ import torch
 
 
 def free_cuda_bytes(device: torch.device) -> float:
-    """What torch can still allocate there, what it holds and does not use included."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """What torch can still allocate there, what it holds and does not use included, within this process's part."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    mine = torch.cuda.get_per_process_memory_fraction(device) * total
+    return max(0.0, min(free + torch.cuda.memory_reserved(device), mine) - allocated)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -24,6 +24,10 @@ LASTING, PASSING = 4, 2
 the gradient as it is found and as it is stacked, when the activations are gone."""
 
 
+PADDED = 3
+"""On a GPU, the most positions that a host computes in its banks' products for one token, padding included."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A base, its targets and its data, as far as memory goes."""
@@ -43,6 +47,8 @@ class Shape:
     quantization: str
     value_bytes: int
     """Of a number that is not quantised."""
+    padded: bool = False
+    """Whether slots' tokens are padded to those of others: on a GPU."""
 
     @property
     def num_weights(self) -> int:
@@ -58,6 +64,12 @@ class Shape:
         widths = self.activations * sum(wide + high for wide, high in self.linears)
         adapters = sum(rank + dora * high for _, high in self.targets)
         return (widths + adapters) * self.value_bytes + LOGITS * FP32 * self.vocabulary * self.predicted_share
+
+    @property
+    def padding_bytes(self) -> float:
+        """What a token takes in the widest of a bank's products: its input, its output and what is added to either."""
+        widest = max(wide + high + max(wide, high) for wide, high in self.targets)
+        return self.padded * PADDED * widest * self.value_bytes
 
     def adapter_numbers(self, rank: int, *, dora: bool) -> int:
         return sum(rank * (wide + high) + dora * high for wide, high in self.targets)
@@ -75,13 +87,16 @@ class HostSize:
     def bytes(self, shape: Shape) -> float:
         """What it takes beside its base, at the worst moment of a step."""
         bank = FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
-        tokens = self.token_budget * shape.token_bytes(self.max_rank, dora=self.with_magnitudes)
+        tokens = self.token_budget * self._token_bytes(shape)
         return LASTING * bank + max(tokens, PASSING * bank)
 
     def room(self, shape: Shape, available: float) -> int:
         """Tokens that the bank leaves room for."""
         lasting = LASTING * FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
-        return int((available - lasting) / shape.token_bytes(self.max_rank, dora=self.with_magnitudes))
+        return int((available - lasting) / self._token_bytes(shape))
+
+    def _token_bytes(self, shape: Shape) -> float:
+        return shape.token_bytes(self.max_rank, dora=self.with_magnitudes) + shape.padding_bytes
 
 
 def fit(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, available: float) -> HostSize:

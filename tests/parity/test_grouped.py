@@ -6,11 +6,13 @@ Shapes: N tokens, K slots, R rank, I in, O out.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom.adapters.grouped import (
     Groups,
@@ -24,6 +26,7 @@ from rankloom.adapters.grouped import (
     scale_rows,
     scale_rows_reference,
 )
+from rankloom.planner import PADDED
 
 WAYS = [SlotBySlot(), Stacked()]
 SCALES = [2.0, 0.5, 1.0, 4.0]
@@ -35,6 +38,8 @@ CASES = {
     "rows of no slot first": Groups([3, 2, 2, 5], [4, 4, 4, 2], start=4),
     "a slot without an adapter between": Groups([3, 3, 3, 3], [4, 0, 2, 3]),
     "even around a gap": Groups([2, 7, 2, 0], [4, 0, 4, 0]),
+    "lopsided": Groups([40, 1, 2, 1], [4, 2, 4, 3]),
+    "lopsided, two of none": Groups([1, 9, 1, 60], [4, 0, 1, 3], start=2),
     "no slot at work": Groups([3, 0, 0, 2], [0, 4, 4, 0], start=1),
 }
 
@@ -192,6 +197,32 @@ def test_padded_ranks_stay_zero_under_adamw(way: Way) -> None:
         assert not a_KRI[slot, rank:].any()
         assert not b_KOR[slot, :, rank:].any()
         assert a_KRI[slot, :rank].all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that an operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(t.numel() for t in (result,) if isinstance(t, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("counts", [[900, *[4] * 15], [512, 300, 200, *[30] * 6, *[2] * 7], [64, 128, 512] * 5])
+def test_padding_is_bounded_whatever_the_batch(counts: list[int]) -> None:
+    groups = Groups(counts, [8] * len(counts))
+    assert sorted(slot for part in groups.parts for slot in part.slots) == list(range(len(counts)))
+    assert sum(len(part.slots) * part.most for part in groups.parts) <= PADDED * groups.num_tokens
+    inputs = torch.randn(groups.num_tokens, 32), torch.randn(len(counts), 8, 32), torch.randn(len(counts), 32, 8)
+    scales, factor_KO = [1.0] * len(counts), torch.ones(len(counts), 32, requires_grad=True)
+    with Largest() as largest:
+        for tensor in inputs:
+            tensor.requires_grad_()
+        y = grouped_lora(torch.zeros(groups.num_tokens, 32), *inputs, scales, groups, Stacked())
+        scale_rows(y, factor_KO, None, groups, by_slot=False).sum().backward()
+    assert 0 < largest.numbers <= PADDED * groups.num_tokens * 32
 
 
 def test_both_ways_are_in_use_on_a_cpu() -> None:

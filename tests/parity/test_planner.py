@@ -16,7 +16,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError
 from rankloom.models import load_base, load_tokenizer
-from rankloom.planner import FP32, HostSize, Shape, fit, run_bytes
+from rankloom.planner import FP32, PADDED, HostSize, Shape, fit, run_bytes
 from rankloom.train import memory
 from rankloom.train.host import TrialHost
 from rankloom.train.loop import TrainingLoop
@@ -161,6 +161,16 @@ def test_what_there_is_room_for() -> None:
     assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
     with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.001 GB are free; lower"):
         fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
+
+
+def test_padding_on_a_gpu_is_counted() -> None:
+    padded = replace(SHAPE, padded=True)
+    assert WANTED.bytes(padded) - WANTED.bytes(SHAPE) == 4096 * PADDED * 3 * 1000 * 4
+    available = WANTED.bytes(SHAPE)
+    tokens = [
+        fit(WANTED, shape, ranks=[64], longest=100, available=available).token_budget for shape in (SHAPE, padded)
+    ]
+    assert tokens[1] < tokens[0] == 4096
 
 
 def test_a_quantised_base_is_smaller() -> None:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from rankloom.cli import main
+from rankloom.cli.serve import told_of_gpus
 from rankloom.config import load, parse
 from rankloom.config.engine import EngineConfig, VllmConfig
-from rankloom.config.serve import ServeConfig
+from rankloom.config.serve import ReplicasConfig, ServeConfig
 from rankloom.errors import ConfigError
 
 
@@ -50,6 +51,56 @@ def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(ServeConfig, {"adapters": ["bank"]} | change)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "idle", "engine", "gpus"),
+    [
+        ({}, 0, "bank", 0),
+        ({}, 3, "bank", 1),
+        ({"max": 2}, 3, "bank", 1),
+        ({"max": 3}, 2, "bank", 0.5),
+        ({"max": 3}, 1, "vllm", 0.3333),
+        ({"gpus": 0}, 3, "bank", 0),
+        ({"gpus": 2}, 0, "bank", 2),
+        ({}, 4, {"type": "vllm", "args": ["--tensor-parallel-size=2", "-pp", "2"]}, 4),
+        ({}, 3, {"type": "vllm", "args": ["--tensor_parallel_size", "2", "-pp=2"]}, 0),
+    ],
+)
+def test_replicas_have_idle_gpus_unless_told(replicas: dict[str, Any], idle: int, engine: Any, gpus: float) -> None:
+    config = parse(ServeConfig, {"base": "org/base", "replicas": replicas, "engine": engine})
+    assert config.replicas.gpus_of(idle, config.engine) == gpus
+
+
+@pytest.mark.parametrize(
+    ("replicas", "idle", "num_gpus", "given", "lines"),
+    [
+        ({"gpus": 0}, 0, 0, False, ["replicas.gpus is not set: 0 for each replica; there is no GPU"]),
+        ({"gpus": 0}, 0, 2, False, ["replicas.gpus is not set: 0 for each replica; 0 of 2 GPUs are idle"]),
+        (
+            {"gpus": 0.5, "max": 2},
+            1,
+            1,
+            False,
+            ["replicas.gpus is not set: 0.5 for each replica; 1 of 1 GPUs are idle"],
+        ),
+        ({"gpus": 1}, 3, 4, True, ["2 GPU(s) stand idle; raise replicas.max to use them"]),
+        ({"gpus": 0}, 1, 1, True, ["1 GPU(s) stand idle; set replicas.gpus=1 to use them"]),
+        ({"gpus": 1}, 1, 1, True, []),
+    ],
+)
+def test_what_replicas_have_and_what_stands_idle_is_told(
+    replicas: dict[str, Any], idle: int, num_gpus: int, given: bool, lines: list[str]
+) -> None:
+    assert list(told_of_gpus(ReplicasConfig(**replicas), idle, num_gpus, given=given)) == lines
+
+
+def test_rows_go_by_the_device_unless_told() -> None:
+    for engine, on_cpu, on_gpu in (
+        (EngineConfig(), 16, 64), (EngineConfig(rows=5), 5, 5), (EngineConfig(step_tokens=8), 8, 8),
+        (VllmConfig(), 16, 256), (VllmConfig(rows=5), 5, 5),
+    ):  # fmt: skip
+        assert (engine.num_rows(on_gpu=False), engine.num_rows(on_gpu=True)) == (on_cpu, on_gpu)
 
 
 def test_short_forms_on_a_command_line(tmp_path: Path) -> None:

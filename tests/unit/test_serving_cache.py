@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rankloom.serving.cache import NARROWEST, HeadShape, RowCache, shelf_width
+from rankloom.serving.cache import NARROWEST, ON_CPU, HeadShape, RowCache, room_for, shelf_width
 from rankloom.serving.prefix import PrefixTree
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -111,3 +111,25 @@ def test_what_is_short_or_too_long_is_not_kept() -> None:
     kept(tree, None, list(range(8)))
     kept(tree, None, list(range(200)))
     assert tree.num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "longest", "tokens"),
+    [
+        (1.0, 1 << 17, 300_000),  # half of what is free beside 20 GB of this and 10 of other processes
+        (0.5, 1 << 17, 100_000),  # 40 GB are its own, of which it has 20
+        (1.0, 4096, 8 * 4096),  # more than the rows can fill
+        (0.25, 4096, NARROWEST),
+    ],
+)
+def test_the_cache_is_as_large_as_the_memory_beside_the_base(
+    part: float, longest: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20e9)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: part)
+    shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
+    assert shape.bytes_per_token == 100_000
+    assert room_for(shape, 8, longest) == tokens
+    assert room_for(SHAPE, 8, longest) == ON_CPU

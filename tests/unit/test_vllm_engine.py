@@ -33,7 +33,7 @@ from rankloom.registry import Registry
 from rankloom.serving import leash
 from rankloom.serving.protocol import Delta, Engine, Request, Sampling
 from rankloom.serving.vllm_engine import VllmEngine
-from rankloom.serving.vllm_server import find_vllm
+from rankloom.serving.vllm_server import arguments, find_vllm
 from rankloom.serving.work import ReplicaLostError
 from served import load, publish, write_adapter
 
@@ -218,6 +218,18 @@ def test_the_server_gets_what_the_config_says(tiny_llama: Path, tmp_path: Path, 
         "--max-lora-rank=32", "--max-model-len=100", f"--kv-cache-memory-bytes={2**29}", "--dtype=float32",
         "--enforce-eager", "OMP_NUM_THREADS=2",
     } <= set(options)  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(1, "0.9"), (2, "0.9"), (0.5, "0.45"), (0.25, "0.225")])
+def test_a_server_takes_its_part_of_a_gpu(tmp_path: Path, gpus: float, share: str) -> None:
+    config = VllmConfig(args=("--gpu-memory-utilization=0.3",))
+    options = arguments(config, tmp_path, "bfloat16", tmp_path / "socket", on_gpu=True, gpus=gpus)
+    assert f"--gpu-memory-utilization={share}" in options
+    assert options[-1] == "--gpu-memory-utilization=0.3"  # whoever sets it has the last word
+    assert "--max-num-seqs=256" in options
+    assert not any("gpu" in option for option in arguments(
+        VllmConfig(), tmp_path, "float32", tmp_path / "socket", on_gpu=False
+    ))  # fmt: skip
 
 
 def test_an_environment_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch, python: str) -> None:

@@ -3,7 +3,7 @@
 `grouped_lora_reference` says what is computed. `grouped_lora` (onto a result that is there) and `grouped_linear` (with
 the frozen linear before it) compute the same, with gradients, in the way that was measured to be the fastest
 (`fastest`): slot by slot on views of the tokens, or in batched products with each slot's tokens padded to the largest
-count, or with torch's ragged product. `scale_rows` is DoRA's part.
+count. `scale_rows` is DoRA's part.
 
 Nothing that one slot holds, not even inf or nan, reaches another slot's tokens or gradients: padding repeats a slot's
 own last token, and no product runs over the tokens of two slots.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankloom import onednn
+from rankloom.planner import PADDED
 
 PAD_BELOW = 2**15
 """On a CPU: elements of an average slot's input and output below which calls cost more than padding them does."""
@@ -61,6 +62,27 @@ class Groups:
     def is_even(self) -> bool:
         """Whether the slots at work have equally many tokens, without a gap: [N] is [C, T] then."""
         return self.whole is not None and len(self.slots) * self.most == self.whole.stop - self.whole.start
+
+    @property
+    def parts(self) -> Sequence[Groups]:
+        """The slots at work, as many together as are padded to no more than `PADDED` times their tokens."""
+        return self._parts or (self,)
+
+    @cached_property
+    def _parts(self) -> Sequence[Groups]:
+        """Empty where all go together."""
+        parts: list[list[int]] = []
+        tokens = 0
+        for slot in sorted(self.slots, key=lambda slot: -self.counts[slot]):
+            tokens += self.counts[slot]
+            if not parts or (len(parts[-1]) + 1) * self.counts[parts[-1][0]] > PADDED * tokens:
+                parts.append([])
+                tokens = self.counts[slot]
+            parts[-1].append(slot)
+        if len(parts) <= 1:
+            return ()
+        of_part = [[rank if slot in part else 0 for slot, rank in enumerate(self.ranks)] for part in parts]
+        return [Groups(self.counts, ranks, start=self.start) for ranks in of_part]
 
     def picked(self, device: torch.device) -> slice | Tensor:
         """An index to the slots at work: a slice, and so a view, where they follow each other."""
@@ -245,12 +267,18 @@ class SlotBySlot:
 
 
 class Stacked:
-    """Batched products over all slots at work, each of the largest rank; tokens are padded where they are not even."""
+    """Batched products over all slots at work, each of the largest rank; tokens are padded where they are not even, and
+    slots of very different counts are taken apart."""
 
     def add(
         self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float] | None, groups: Groups
     ) -> list[Tensor]:
         """As `Way.add`; without scales, for stacks that have them in B."""
+        return [self._add(y_NO, x_NI, a_KRI, b_KOR, scale_K, part) for part in groups.parts]
+
+    def _add(
+        self, y_NO: Tensor, x_NI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Sequence[float] | None, groups: Groups
+    ) -> Tensor:
         picked = groups.picked(x_NI.device)
         a_CRI, b_COR = a_KRI[picked, : groups.rank], b_KOR[picked, :, : groups.rank]
         h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT)
@@ -259,7 +287,7 @@ class Stacked:
         if not groups.is_even:  # what padding repeats must not count in B's gradient
             h_CTR.masked_fill_(groups.padding(x_NI.device), 0)
         _add_bmm(y_NO, h_CTR, b_COR.mT, groups)
-        return [h_CTR]
+        return h_CTR
 
     def gradients(
         self,
@@ -272,7 +300,30 @@ class Stacked:
         groups: Groups,
         dx_NI: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        (h_CTR,) = kept
+        parts = [
+            self._gradients(dy_NO, x_NI, a_KRI, b_KOR, h_CTR, scale_K, part, dx_NI)
+            for part, h_CTR in zip(groups.parts, kept, strict=True)
+        ]
+        if parts[0][0].shape == a_KRI.shape:
+            return parts[0]
+        da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
+        for part, (da_CRI, db_COR) in zip(groups.parts, parts, strict=True):
+            picked = part.picked(x_NI.device)
+            da_KRI[picked, : part.rank], db_KOR[picked, :, : part.rank] = da_CRI, db_COR
+        return da_KRI, db_KOR
+
+    def _gradients(
+        self,
+        dy_NO: Tensor,
+        x_NI: Tensor,
+        a_KRI: Tensor,
+        b_KOR: Tensor,
+        h_CTR: Tensor,
+        scale_K: Sequence[float],
+        groups: Groups,
+        dx_NI: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of the slots at work alone."""
         picked = groups.picked(x_NI.device)
         a_CRI, b_COR = a_KRI[picked, : groups.rank], b_KOR[picked, :, : groups.rank]
         dy_CTO = _stacked(dy_NO, groups)
@@ -283,12 +334,7 @@ class Stacked:
         db_COR = torch.bmm(dy_CTO.mT, h_CTR)
         if dx_NI is not None:
             _add_bmm(dx_NI, dh_CTR, a_CRI, groups)
-        if da_CRI.shape == a_KRI.shape:
-            return da_CRI, db_COR
-        da_KRI, db_KOR = torch.zeros_like(a_KRI), torch.zeros_like(b_KOR)
-        da_KRI[picked, : groups.rank] = da_CRI
-        db_KOR[picked, :, : groups.rank] = db_COR
-        return da_KRI, db_KOR
+        return da_CRI, db_COR
 
 
 class _Onto(torch.autograd.Function):
@@ -463,10 +509,11 @@ def _sums(y_NO: Tensor, like_KO: Tensor, groups: Groups, by_slot: bool) -> Tenso
     """[K, O]: each slot's sum over its tokens."""
     found_KO = torch.zeros_like(like_KO)
     if groups.is_even or not by_slot:
-        y_CTO = _stacked(y_NO, groups)
-        if not groups.is_even:
-            y_CTO = y_CTO.masked_fill(groups.padding(y_NO.device), 0)
-        found_KO[groups.picked(y_NO.device)] = y_CTO.sum(1, dtype=like_KO.dtype)
+        for part in groups.parts:
+            y_CTO = _stacked(y_NO, part)
+            if not part.is_even:
+                y_CTO = y_CTO.masked_fill(part.padding(y_NO.device), 0)
+            found_KO[part.picked(y_NO.device)] = y_CTO.sum(1, dtype=like_KO.dtype)
     else:
         for slot, span in groups.spans.items():
             torch.sum(y_NO[span], 0, dtype=like_KO.dtype, out=found_KO[slot])

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +19,7 @@ from rankloom.cli.train import Json, Overrides
 from rankloom.errors import ConfigError, RankloomError
 
 if TYPE_CHECKING:
-    from rankloom.config.serve import ServeConfig
+    from rankloom.config.serve import ReplicasConfig, ServeConfig
 
 Deployment = Annotated[str, typer.Argument(help="A YAML file, or shipped:serve/banking77.yaml.", metavar="SERVE.yaml")]
 
@@ -62,25 +62,32 @@ def serve(
 
 
 def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
-    from rankloom.deploy.app import GRPC, application
+    from rankloom.deploy.app import GRPC, application, idle_gpus, on_idle_gpus, resolved
     from rankloom.launch.cluster import attached
+    from rankloom.paths import registry_root
+    from rankloom.registry import Registry
 
     local = not os.environ.get("RAY_ADDRESS")
     port = settings.port or _free_port(settings.host)
     if local:
         _check_port(settings.host, port)
-    built = application(settings)
+    settings = resolved(settings, Registry(settings.registry or registry_root()))
     os.environ.update(GRPC)  # of Serve's proxy, where this starts Ray
     with attached() as nodes:
         from ray import serve as ray_serve
 
+        num_gpus, given = int(sum(node.get("GPU", 0) for node in nodes)), settings.replicas.gpus
+        idle = num_gpus if local else idle_gpus()  # a new Ray does not know at once
+        settings = on_idle_gpus(settings, idle)
+        for line in told_of_gpus(settings.replicas, idle, num_gpus, given=given is not None):
+            typer.echo(line, err=True)
         if local:  # a cluster may grow
             _check_room(settings, nodes)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
         ray_serve.start(http_options={"host": settings.host, "port": port})
         typer.echo("starting; the base is loaded first", err=True)
         try:
-            ray_serve.run(built, name=settings.name, route_prefix="/")
+            ray_serve.run(application(settings), name=settings.name, route_prefix="/")
         except RuntimeError as error:
             reason = _why(settings.name) or str(error)
             ray_serve.delete(settings.name)
@@ -98,14 +105,32 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
         ray_serve.delete(settings.name)  # and no more: a cluster's Serve may have others, and a local Ray ends now
 
 
+def told_of_gpus(replicas: ReplicasConfig, idle: int, num_gpus: int, *, given: bool) -> Iterator[str]:
+    """What the replicas have, unless it was given, and what stands idle.
+
+    Args:
+        replicas: with its `gpus`.
+        idle: GPUs that nobody has reserved, of `num_gpus`.
+    """
+    gpus = replicas.gpus or 0
+    if not given:
+        found = f"{idle} of {num_gpus} GPUs are idle" if num_gpus else "there is no GPU"
+        yield f"replicas.gpus is not set: {gpus:g} for each replica; {found}"
+    left = int(idle - gpus * replicas.max)
+    if left > 0:
+        use = "raise replicas.max" if gpus else "set replicas.gpus=1"
+        yield f"{left} GPU(s) stand idle; {use} to use them"
+
+
 def _check_room(settings: ServeConfig, nodes: Sequence[dict[str, float]]) -> None:
     """Ray Serve would wait for what never comes."""
     replicas = settings.replicas
-    wanted = {"CPU": float(replicas.cpus), "GPU": replicas.gpus}
+    gpus = replicas.gpus or 0
+    wanted = {"CPU": float(replicas.cpus), "GPU": gpus}
     room = sum(min(int(node.get(kind, 0) // each) for kind, each in wanted.items() if each) for node in nodes)
     if room < replicas.min:
         raise ConfigError(
-            f"replicas.min={replicas.min}, each with {replicas.cpus} CPUs and {replicas.gpus:g} GPUs: this machine has "
+            f"replicas.min={replicas.min}, each with {replicas.cpus} CPUs and {gpus:g} GPUs: this machine has "
             f"room for {room}; lower replicas.min, replicas.cpus or replicas.gpus, or set RAY_ADDRESS"
         )
 

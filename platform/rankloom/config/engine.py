@@ -5,6 +5,7 @@ Read `rankloom/serving/engine.py` and `rankloom/serving/vllm_engine.py` for what
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -19,11 +20,11 @@ class EngineConfig(Frozen):
     computes in fp32 on a CPU."""
 
     type: Literal["bank"] = "bank"
-    rows: Annotated[int, Field(ge=1)] = 16
-    """Requests that are computed at once."""
-    cache_tokens: Annotated[int, Field(ge=256)] = 16384
-    """Tokens whose keys and values there is room for. Where requests outgrow it, the youngest ones wait and are
-    computed again. No request may be longer."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Requests that are computed at once; null: 16 on a CPU, 64 on a GPU, no more than `step_tokens`."""
+    cache_tokens: Annotated[int, Field(ge=256)] | None = None
+    """Tokens whose keys and values there is room for; null: 16384 on a CPU, on a GPU what half of the memory beside the
+    base holds. Where requests outgrow it, the youngest ones wait and are computed again. No request may be longer."""
     step_tokens: Annotated[int, Field(ge=1)] = 512
     """The most tokens that one step computes: longer prompts take several, so that others go on meanwhile."""
     prefix_tokens: Annotated[int, Field(ge=0)] = 8192
@@ -39,9 +40,13 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _every_row_moves(self) -> Self:
-        if self.step_tokens < self.rows:
+        if self.rows is not None and self.step_tokens < self.rows:
             raise ValueError(f"step_tokens ({self.step_tokens}) must be at least rows ({self.rows})")
         return self
+
+    def num_rows(self, *, on_gpu: bool) -> int:
+        """`rows`, or what null stands for."""
+        return self.rows or min(64 if on_gpu else 16, self.step_tokens)
 
 
 OURS = (
@@ -52,6 +57,9 @@ OURS = (
 """Options of vLLM's server that other settings stand for, or that rankloom needs as they are."""
 
 
+_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+
+
 class VllmConfig(Frozen):
     """vLLM, as a server of its own beside each replica, from a Python environment of its own. It takes LoRA, rsLoRA and
     AdaLoRA; other adapters are refused."""
@@ -60,8 +68,8 @@ class VllmConfig(Frozen):
     python: str | None = None
     """The interpreter of the environment that vLLM is installed in, on every node that replicas may run on; null:
     `$RANKLOOM_VLLM_PYTHON`."""
-    rows: Annotated[int, Field(ge=1)] = 16
-    """Requests that are computed at once."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Requests that are computed at once; null: 16 on a CPU, 256 on a GPU."""
     waiting: Annotated[int, Field(ge=0)] = 256
     """Requests that may wait beyond those under way; more are refused as overload."""
     resident: Annotated[int, Field(ge=1)] = 64
@@ -74,7 +82,7 @@ class VllmConfig(Frozen):
     context: Annotated[int, Field(ge=1)] | None = None
     """The most tokens of prompt and completion together; null: what the base has. The cache must have room for it."""
     cache_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory for keys and values; null: 4 on a CPU, on a GPU what vLLM finds free there."""
+    """Memory for keys and values; null: 4 on a CPU, on a GPU what is left of 90 % of the replica's part of it."""
     start_s: Annotated[float, Field(gt=0)] = 900.0
     """The longest that its start may take; vLLM compiles first, for minutes unless `args` has --enforce-eager."""
     args: tuple[str, ...] = ()
@@ -91,6 +99,17 @@ class VllmConfig(Frozen):
             if name in OURS:
                 raise ConfigError(f"args: {name} is rankloom's to set; use the engine's other settings")
         return self
+
+    def num_rows(self, *, on_gpu: bool) -> int:
+        """`rows`, or what null stands for."""
+        return self.rows or (256 if on_gpu else 16)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that its `args` share the base out to."""
+        words = [word for arg in self.args for word in arg.split("=", 1)]
+        sizes = [words[i + 1 : i + 2] for i, word in enumerate(words) if word.replace("_", "-") in _PARALLEL]
+        return math.prod(int(size[0]) for size in sizes if size and size[0].isdigit())
 
 
 def _bank_unless_told(value: Any) -> Any:

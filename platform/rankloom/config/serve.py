@@ -156,8 +156,22 @@ class ReplicasConfig(Frozen):
     """Requests under way on one replica, above which another is started."""
     cpus: Annotated[int, Field(ge=1)] = 1
     """CPU cores of a replica, and its torch threads."""
-    gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of a replica."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a replica; null: one of those that are idle when it is deployed, or an equal part of one where there are
+    fewer than `max`; without any, replicas compute on CPUs."""
+
+    def gpus_of(self, idle: int, engine: EngineConfig | VllmConfig) -> float:
+        """`gpus`, or what null stands for.
+
+        Args:
+            idle: GPUs that nobody has reserved.
+        """
+        if self.gpus is not None:
+            return self.gpus
+        wanted = engine.num_gpus if isinstance(engine, VllmConfig) else 1
+        if wanted > 1:
+            return wanted if idle >= wanted else 0
+        return 1e4 // -(-self.max // idle) / 1e4 if idle else 0  # Ray counts ten-thousandths
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasConfig:

@@ -10,6 +10,7 @@ which take over while the old ones finish. (`serve deploy` makes all anew where 
 from collections.abc import AsyncIterator
 from typing import Any
 
+import ray
 from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -35,6 +36,10 @@ GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 """Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes longer."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Of a replica that has none reserved: Ray itself leaves it all of its machine's."""
+ANSWER_S = 10.0
+"""The longest that a replica which is replaced is asked what it has."""
 LOGGING = {"enable_access_log": False}
 """The gateway logs every request, and knows more of it."""
 
@@ -128,8 +133,9 @@ def application(config: ServeConfig) -> serve.Application:
     Raises:
         ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
     """
-    config = resolved(config, Registry(config.registry or registry_root()))
+    config = on_idle_gpus(resolved(config, Registry(config.registry or registry_root())))
     replicas, tree = config.replicas, dump(config)
+    rows = config.engine.num_rows(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         scaling = {
@@ -142,16 +148,16 @@ def application(config: ServeConfig) -> serve.Application:
     held = serve.deployment(
         Replica,
         name="Replica",
-        max_ongoing_requests=config.engine.rows + config.engine.waiting,
+        max_ongoing_requests=rows + config.engine.waiting,
         graceful_shutdown_timeout_s=config.limits.timeout_s,
         logging_config=LOGGING,
         ray_actor_options={
             "num_cpus": replicas.cpus,
             "num_gpus": replicas.gpus,
-            "runtime_env": {"env_vars": ENVIRONMENT},
+            "runtime_env": {"env_vars": ENVIRONMENT | ({} if replicas.gpus else NO_GPU)},
         },
         request_router_config=RequestRouterConfig(
-            request_router_class=AdapterRouter, request_router_kwargs={"room": config.engine.rows}
+            request_router_class=AdapterRouter, request_router_kwargs={"room": rows}
         ),
         **scaling,
     ).bind({name: tree[name] for name in FOR_REPLICAS})
@@ -176,6 +182,36 @@ def resolved(config: ServeConfig, registry: Registry) -> ServeConfig:
     if config.quantization is None:
         recorded["quantization"] = first.trial.get("quantization", first.base.quantization)
     return parse(ServeConfig, dump(config) | recorded, f"the record of {first_ref}")
+
+
+def on_idle_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
+    """The config with `replicas.gpus`, which stays what it is where an application is deployed again.
+
+    Args:
+        idle: GPUs that nobody has reserved; None: as Ray says.
+    """
+    if config.replicas.gpus is not None:
+        return config
+    gpus = _gpus_now(config.name)
+    if gpus is None:
+        gpus = config.replicas.gpus_of(idle_gpus() if idle is None else idle, config.engine)
+    return config.model_copy(update={"replicas": config.replicas.model_copy(update={"gpus": gpus})})
+
+
+def idle_gpus() -> int:
+    """GPUs of the cluster that nobody has reserved; 0 where this process is not connected to one."""
+    return int(ray.available_resources().get("GPU", 0)) if ray.is_initialized() else 0
+
+
+def _gpus_now(name: str) -> float | None:
+    """What each replica of the application has that is there under this name; None: there is none."""
+    if not ray.is_initialized() or name not in serve.status().applications:
+        return None
+    try:
+        gpus: float = serve.get_deployment_handle("Replica", name).gpus.remote().result(timeout_s=ANSWER_S)
+    except Exception:  # it is not ours, of another version, or does not run
+        return None
+    return gpus
 
 
 def _base(record: Record) -> tuple[str, str]:

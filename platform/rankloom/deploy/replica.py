@@ -30,8 +30,12 @@ NOTE_S = 2.0
 logger = logging.getLogger("ray.serve")
 
 
-def _built(config: ServeConfig, registry: Registry, threads: int) -> "tuple[Base, Engine]":
-    """The config's engine and its base, of which vLLM has the weights."""
+def _built(config: ServeConfig, registry: Registry, threads: int, gpus: float) -> "tuple[Base, Engine]":
+    """The config's engine and its base, of which vLLM has the weights.
+
+    Args:
+        gpus: that are reserved for this process.
+    """
     import torch
 
     from rankloom.models import auto_dtype, load_base, load_outline
@@ -40,12 +44,21 @@ def _built(config: ServeConfig, registry: Registry, threads: int) -> "tuple[Base
 
     assert config.base is not None  # `app.resolved` saw to it
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+    if gpus and device.type == "cpu":
+        logger.warning("%g GPU(s) are reserved for this replica, but torch finds none; it computes on the CPU", gpus)
     if isinstance(config.engine, VllmConfig):
         outline = load_outline(config.base, dtype=auto_dtype(device))
-        return outline, VllmEngine(outline, registry, config.engine, threads=threads)
+        return outline, VllmEngine(outline, registry, config.engine, threads=threads, gpus=gpus)
+    if device.type == "cuda" and gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
     base = load_base(config.base, config.quantization or NoQuantization(), device=device)
     return base, ServingEngine(base, registry, config.engine)
+
+
+def _mine(kind: str, default: float) -> float:
+    """How much of a resource is reserved for this process."""
+    return float(ray.get_runtime_context().get_assigned_resources().get(kind, default))
 
 
 class Replica:
@@ -58,8 +71,8 @@ class Replica:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._config = parse(ServeConfig, config, "serve")
         self._registry = Registry(self._config.registry or registry_root())
-        threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-        self._base, self._engine = await asyncio.to_thread(_built, self._config, self._registry, threads)
+        threads, gpus = max(1, int(_mine("CPU", 1))), _mine("GPU", 0)
+        self._base, self._engine = await asyncio.to_thread(_built, self._config, self._registry, threads, gpus)
         await self._engine.start()
         self._pinned: set[str] = set()
         await self._pin()
@@ -76,6 +89,10 @@ class Replica:
 
     async def describe(self) -> Served:
         return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context)
+
+    async def gpus(self) -> float:
+        """That are reserved for this process."""
+        return _mine("GPU", 0)
 
     async def load(self, ref: str) -> None:
         """Load and verify an adapter, which stays until its place is needed."""

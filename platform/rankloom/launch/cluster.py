@@ -31,9 +31,16 @@ _INHERITED = (
 """What workers of a cluster that we did not start are told of the driver's environment; nothing secret."""
 
 
-def worker_environment(cpus: int) -> dict[str, str]:
-    """The environment of a worker process that computes on `cpus` cores."""
-    return {name: os.environ[name] for name in _INHERITED if name in os.environ} | {
+def worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
+    """The environment of a worker process that computes on `cpus` cores.
+
+    Args:
+        gpu: whether it has one, or a part of one, reserved; if not, it finds none.
+    """
+    told = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    if not gpu:
+        told["CUDA_VISIBLE_DEVICES"] = ""  # Ray itself leaves it all of its machine's
+    return told | {
         "OMP_NUM_THREADS": str(cpus),
         # idle OpenMP threads would spin on the cores that Ray's own processes and the other workers need; a fraction
         # of a millisecond they may: put to sleep between two operations, they cost a small model a quarter of its speed
@@ -154,7 +161,8 @@ def _connect(ray: Any, address: str | None) -> None:
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit():
         check_answers(host, int(port), f"RAY_ADDRESS={address}")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning of Ray's for its own future
+    # of a local Ray: its processes find no GPU that is not reserved for them
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "rankloom"}
     if address:
         options |= {"address": address, "runtime_env": _runtime_env()}

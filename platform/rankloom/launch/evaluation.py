@@ -44,7 +44,7 @@ def evaluate(
             num_cpus=share.cpus,
             num_gpus=1 if share.gpu else 0,
             max_retries=trial.compute.max_failures,
-            runtime_env={"env_vars": cluster.worker_environment(share.cpus)},
+            runtime_env={"env_vars": cluster.worker_environment(share.cpus, gpu=share.gpu)},
         )
         arguments = (dump(trial), adapter, registry, channel, share.cpus)
         waiting = Background(lambda: ray.get(task.remote(*arguments)))

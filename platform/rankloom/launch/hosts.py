@@ -194,7 +194,7 @@ class Hosts:
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=1000,
-                runtime_env={"env_vars": cluster.worker_environment(device.threads)},
+                runtime_env={"env_vars": cluster.worker_environment(device.threads, gpu=device.gpus > 0)},
             )
             .remote(self._tree, dump(self._groups[key]), self._bank, device, label)
         )

@@ -171,7 +171,7 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, chann
             failure_config=FailureConfig(max_failures=trial.compute.max_failures),
             # Ray keeps the latest besides the one with the highest score
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
-            worker_runtime_env={"env_vars": cluster.worker_environment(cpus)},
+            worker_runtime_env={"env_vars": cluster.worker_environment(cpus, gpu=share.gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

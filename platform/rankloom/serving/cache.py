@@ -16,8 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankloom.device import free_cuda_bytes
+
 NARROWEST = 256
 """Tokens of the first shelf's rows."""
+ON_CPU = 16384
+"""Tokens of a cache, where the device is no GPU."""
+OF_THE_FREE = 0.5
+"""The cache's part of a GPU's memory beside the base. The rest is for adapters, prefixes and what steps compute."""
 
 
 def shelf_width(length: int) -> int:
@@ -38,6 +44,19 @@ class HeadShape:
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
+
+
+def room_for(shape: HeadShape, num_rows: int, longest: int | None) -> int:
+    """Tokens of a cache beside what the device holds already.
+
+    Args:
+        longest: tokens that a row can have; None: any number.
+    """
+    if shape.device.type != "cuda":
+        return ON_CPU
+    tokens = int(OF_THE_FREE * free_cuda_bytes(shape.device)) // shape.bytes_per_token
+    most = num_rows * shelf_width(longest) if longest else tokens
+    return max(NARROWEST, min(tokens, most))
 
 
 class Shelf:

@@ -22,7 +22,7 @@ from rankloom.device import is_lost
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
 from rankloom.models import Base
 from rankloom.registry import Registry
-from rankloom.serving.cache import RowCache, shelf_width
+from rankloom.serving.cache import RowCache, room_for, shelf_width
 from rankloom.serving.loading import Loader
 from rankloom.serving.prefix import PrefixTree
 from rankloom.serving.protocol import Stats
@@ -59,7 +59,10 @@ class Core:
         """
         self._base, self._config = base, config
         self._runner = Runner(base.model, pack=config.pack_weights)
-        self._cache = RowCache(self._runner.shape, config.cache_tokens)
+        self._rows = config.num_rows(on_gpu=base.device.type != "cpu")
+        longest = getattr(base.model.config, "max_position_embeddings", None)
+        self.cache_tokens = config.cache_tokens or room_for(self._runner.shape, self._rows, longest)
+        self._cache = RowCache(self._runner.shape, self.cache_tokens)
         self._prefixes = PrefixTree(config.prefix_tokens)
         self._pieces = Pieces(base.tokenizer)
         loader = Loader(base, registry, self._logits_alone)
@@ -99,7 +102,7 @@ class Core:
             running=len(self._running),
             waiting=len(self._waiting),
             cache_tokens=self._cache.held + self._prefixes.num_tokens,
-            cache_capacity=self._config.cache_tokens + self._config.prefix_tokens,
+            cache_capacity=self.cache_tokens + self._config.prefix_tokens,
             adapter_loads=self.adapters.num_loads,
             adapter_evictions=self.adapters.num_evictions,
             adapter_failures=self.adapters.num_failures,
@@ -132,8 +135,8 @@ class Core:
 
     def _plan(self) -> Sequence[Portion]:
         if not self._running:
-            self._cache.capacity = self._config.cache_tokens  # what lacked memory has ended
-        budget = Budget(self._config.rows, self._cache.capacity, self._config.step_tokens)
+            self._cache.capacity = self.cache_tokens  # what lacked memory has ended
+        budget = Budget(self._rows, self._cache.capacity, self._config.step_tokens)
         following = self._following()
         waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
         seating = seat([self._seat(row) for row in self._running.values()], waiting, budget, shelf_width)

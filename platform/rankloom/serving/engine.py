@@ -44,7 +44,8 @@ class ServingEngine:
         """What the thread is to call between two steps."""
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
-        self._admission = Admission(config.rows + config.waiting, base.model.get_input_embeddings().weight.shape[0])
+        rows = config.num_rows(on_gpu=base.device.type != "cpu")
+        self._admission = Admission(rows + config.waiting, base.model.get_input_embeddings().weight.shape[0])
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
 
     @property
@@ -53,7 +54,7 @@ class ServingEngine:
 
     @property
     def context(self) -> int:
-        widest = 1 << (self._config.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
+        widest = 1 << (self._core.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
         own = getattr(self._base.model.config, "max_position_embeddings", None)
         return min(widest, own or widest)
 

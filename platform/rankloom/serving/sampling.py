@@ -119,7 +119,7 @@ def _draw(logits_MV: Tensor, turns: Sequence[Turn]) -> list[int]:
     while True:
         probs_MK, tokens_MK = probs_MV.topk(num_candidates)
         kept_MK = _kept(probs_MK, probs_MV, settings)
-        if num_candidates == vocabulary or all(kept_MK[:, -1][~torch.tensor(unbounded, device=device)] == 0):
+        if num_candidates == vocabulary or bool(((kept_MK[:, -1] == 0) | torch.tensor(unbounded, device=device)).all()):
             break
         num_candidates = vocabulary
     found: list[int] = tokens_MK.gather(1, _at(kept_MK, chance_M1))[:, 0].tolist()

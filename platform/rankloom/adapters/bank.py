@@ -213,9 +213,8 @@ class AdapterBank:
             dropout=config.lora_dropout,
             targets=tuple(names),
         )
-        ranks, alphas = ({name: _by_pattern(pattern, name, common) for name in names} for pattern, common in (
-            (config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)
-        ))  # fmt: skip
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in names}
+        alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in names}
         try:
             self._check(replace(spec, rank=max(ranks.values())))
         except IncompatibleError as error:
@@ -278,13 +277,6 @@ class AdapterBank:
             return site.base(x) if self._route is None else adapted(site, self._route, x)
 
         return forward
-
-
-def _by_pattern(pattern: Mapping[str, int], name: str, common: int) -> int:
-    """A layer's own rank or alpha, where PEFT's patterns give it one."""
-    from peft.utils.other import get_pattern_key
-
-    return pattern.get(get_pattern_key(list(pattern), name), common)
 
 
 def _alpha(scaling: float, rank: int, rslora: bool) -> float:

@@ -17,7 +17,6 @@ from pathlib import Path
 import peft
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -104,10 +103,11 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
     config, tensors = read_adapter(model, folder)
     reader = _Reader(model, folder, config, dict(tensors))
     linears, embeddings, whole = {}, {}, {}
+    ends = tuple(f".{target}" for target in config.target_modules)
     for name, module in model.named_modules():
         if _is_kept(name, config.modules_to_save):
             whole[name] = reader.module(name, module)
-        elif not f".{name}".endswith(tuple(f".{target}" for target in config.target_modules)):
+        elif not f".{name}".endswith(ends):
             continue
         elif is_linear(module):
             linears[name] = reader.linear(name, module)
@@ -172,14 +172,9 @@ class _Reader:
         return own.requires_grad_(False)
 
     def _settings(self, name: str) -> tuple[int, float]:
-        rank = self._by_pattern(self.config.rank_pattern, name, self.config.r)
-        alpha = self._by_pattern(self.config.alpha_pattern, name, self.config.lora_alpha)
+        rank = self.config.rank_pattern.get(name, self.config.r)
+        alpha = self.config.alpha_pattern.get(name, self.config.lora_alpha)
         return int(rank), scaling_of(alpha, int(rank), self.config.use_rslora)
-
-    @staticmethod
-    def _by_pattern(pattern: Mapping[str, float], name: str, common: float) -> float:
-        """A layer's own rank or alpha, where PEFT's patterns give it one."""
-        return pattern.get(get_pattern_key(list(pattern), name), common)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.pop(f"{PREFIX}{name}", None)

@@ -8,7 +8,6 @@ asks for, before PEFT gets to see a value. PEFT alone would ignore a tensor too 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,18 +16,22 @@ import peft
 import torch
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankloom.adapters.patterns import by_module
 from rankloom.errors import RegistryError
 from rankloom.models import is_linear
-from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS
+from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS, read_config
 
 _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 """Settings that do nothing here: the base is the one given, and it is never looked up."""
+
+_INITS = ("gaussian", "orthogonal")
+"""How A and B may have begun, which says nothing of what they are."""
 
 _Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT takes some names for regular expressions
 _Rank = Annotated[int, Field(ge=1)]
@@ -53,7 +56,14 @@ class _AdapterConfig(BaseModel):
     use_rslora: bool = False
     lora_bias: bool = False
     bias: Literal["none"] = "none"
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    init_lora_weights: bool | str = True
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _leaves_the_base(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value in _INITS:
+            return value
+        raise ValueError(f"expected true, false or one of {', '.join(_INITS)}; with others PEFT changes the base")
 
 
 def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
@@ -62,13 +72,16 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit; the base is as before.
     """
-    config = _read_config(folder)
+    config = _read_config(base_model, folder)
     shapes = _read_shapes(folder)
     _check_modules(base_model, config, folder)
     _check_ranks(config, shapes, folder)
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
-        model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
+        try:
+            model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
+        except (ValueError, TypeError) as error:  # what PEFT refuses for this kind of base
+            raise RegistryError(f"{folder}: PEFT can't put it onto the base: {error}") from None
         try:
             _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
             tensors = _read_tensors(base_model, folder)
@@ -101,35 +114,36 @@ def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraCo
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.
     """
-    config = _read_config(folder)
+    config = _read_config(base_model, folder)
     _check_modules(base_model, config, folder)
     _check_ranks(config, _read_shapes(folder), folder)
     return config, _read_tensors(base_model, folder)
 
 
-def _read_config(folder: Path) -> peft.LoraConfig:
+def _read_config(base_model: PreTrainedModel, folder: Path) -> peft.LoraConfig:
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such adapter folder")
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in PICKLES:
             raise RegistryError(f"{file}: pickled weights can run code; remove the file, only {WEIGHTS} is read")
     file = folder / CONFIG
+    if not file.exists():
+        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        config = _AdapterConfig.model_validate(raw)
-    except FileNotFoundError:
-        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RegistryError(f"{file}: not readable as JSON: {error}") from None
+        config = _AdapterConfig.model_validate(read_config(file))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise RegistryError(f"{file}: {key}: {first['msg']} (given {first['input']!r:.80})") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RegistryError(f"{file}: {key}: {reason} (given {first['input']!r:.80})") from None
     defaults = peft.LoraConfig().to_dict()
     for key, value in (config.model_extra or {}).items():
         if key not in _IGNORED and value and value != defaults.get(key):
             raise RegistryError(f"{file}: {key}: {value!r:.80} is not allowed; only plain LoRA and DoRA are loaded")
     settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
+    names = [name for name, _ in base_model.named_modules()]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        settings[pattern] = by_module(settings[pattern], names)
     # every value comes from the file, so none is drawn
     try:
         return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
@@ -152,11 +166,16 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
     """Refuse what PEFT would find out half-way, with a part of the base already wrapped."""
     modules = dict(base_model.named_modules())
+    ends: dict[str, list[str]] = {}
+    for name in modules:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ends.setdefault(".".join(parts[start:]), []).append(name)
     for target in config.target_modules:
-        found = {name: m for name, m in modules.items() if name == target or name.endswith(f".{target}")}
-        if not found:
+        if target not in ends:
             raise RegistryError(f"{folder / CONFIG}: target_modules: the base has no module {target!r}")
-        for name, module in found.items():
+        for name in ends[target]:
+            module = modules[name]
             if not is_linear(module) and not (isinstance(module, nn.Embedding) and not config.lora_bias):
                 raise RegistryError(
                     f"{folder / CONFIG}: target_modules: {name} is a {type(module).__name__}, which this adapter "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -138,11 +137,12 @@ def publish(
 
     A folder that `rankloom adapters export` wrote keeps its record.
 
-    Another LoRA or DoRA folder of PEFT's is first loaded on its unquantised base, to record a probe.
+    Another LoRA or DoRA folder of PEFT's is first loaded on its unquantised base, to record a probe. Of such a folder
+    only adapter_config.json and adapter_model.safetensors are read and published.
 
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
-    from rankloom.registry.checks import RECORD
+    from rankloom.registry.checks import RECORD, told_as
 
     registry = _open(root)
     if (folder / RECORD).is_file():
@@ -152,7 +152,8 @@ def publish(
     else:
         with TemporaryDirectory(prefix="rankloom-") as scratch:
             staged = Path(scratch) / "adapter"
-            record = registry.publish(name, staged, _foreign(folder, staged, name, base))
+            with told_as(staged, str(folder)):
+                record = registry.publish(name, staged, _foreign(folder, staged, name, base))
     _report(as_json, record, f"published {record.ref}; to make it the champion: rankloom adapters promote {record.ref}")
 
 
@@ -216,8 +217,9 @@ def verify(
     text = f"{record.ref}: {len(record.files)} files, all as recorded"
     if probe:
         from rankloom.adapters.probe import verify_probe
+        from rankloom.registry.checks import told_as
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch:
+        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", record.ref):
             report = verify_probe(registry.fetch(record.ref, Path(scratch) / "adapter"), record)
         shown["probe"] = {
             "max_difference": report.max_difference,
@@ -251,8 +253,9 @@ def export(
         registry.fetch(record.ref, output)
     else:
         from rankloom.adapters.export import merge
+        from rankloom.registry.checks import told_as
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch:
+        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", record.ref):
             merge(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
     done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
     _print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
@@ -298,12 +301,12 @@ def _recorded(folder: Path) -> Draft:
 
 
 def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draft:
-    """Copy a PEFT folder that rankloom did not make to `staged`, with a probe; returns its draft."""
-    from rankloom.registry.checks import CONFIG, check_contents, read_folder
+    """Write a PEFT folder that rankloom did not make to `staged`, plainly and with a probe; returns its draft."""
+    from rankloom.registry.checks import CARD, CONFIG, check_contents, find_adapter, read_config
 
-    sources = read_folder(folder)
-    check_contents(folder, sources)
-    config = json.loads((folder / CONFIG).read_bytes())
+    files = find_adapter(folder)
+    check_contents(folder, files)
+    config = read_config(folder / CONFIG)
     base_id = base_id or config.get("base_model_name_or_path")
     if not isinstance(base_id, str) or not base_id:
         raise RegistryError(f"{folder / CONFIG} names no base_model_name_or_path; give --base")
@@ -313,6 +316,7 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
     import torch
 
     from rankloom import __version__
+    from rankloom.adapters.foreign import write_plainly
     from rankloom.adapters.probe import check_probe, record_probe
     from rankloom.adapters.weights import load_adapter
     from rankloom.config.model import ModelConfig, NoQuantization
@@ -320,8 +324,12 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
     from rankloom.registry import BaseModelRef, Draft, Versions
 
     base = load_base(ModelConfig(id=base_id), NoQuantization(), device=torch.device("cpu"))
-    model = load_adapter(base.model, folder)
-    shutil.copytree(folder, staged)
+    notes = write_plainly(base.model, folder, staged, base_id)
+    if left := sorted(entry.name for entry in folder.iterdir() if entry.name not in (*files, CARD)):
+        notes.append(f"not read, and not published: {', '.join(left[:10])}{', ...' if left[10:] else ''}")
+    for note in notes:
+        typer.echo("".join(letter if letter.isprintable() else "?" for letter in note), err=True)
+    model = load_adapter(base.model, staged)
     record_probe(model, base.tokenizer(_PROBE_TEXT)["input_ids"], staged)
     check_probe(model, staged, quantization="none")  # an adapter that does nothing is refused here
     return Draft(

@@ -1,16 +1,19 @@
 """What an adapter's folder may hold, and whether it still holds it. Nothing here loads a weight.
 
 Weights are safetensors only: a pickle runs code when it is read. `read_folder` looks at a folder before it is
-published, `check_files` at one that has a record.
+published, `find_adapter` at one of somebody else's, `check_files` at one that has a record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,6 +26,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Stands before each module's name in a PEFT folder's tensors."""
+
+MAX_CONFIG_BYTES = 2**24
 
 ALLOWED = frozenset({".json", ".safetensors", ".md", ".txt", ".yaml", ".jinja"})
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
@@ -45,6 +50,74 @@ def read_folder(folder: Path) -> dict[str, Path]:
     ]
     _raise_any(f"{folder} can't be published", problems)
     return {entry.name: entry for entry in entries}
+
+
+def find_adapter(folder: Path) -> dict[str, Path]:
+    """The two files of a PEFT folder as it comes, whatever else lies there: name -> regular file.
+
+    A link is followed where it stays in the folder, or leads to the blobs of the hub cache that the folder is in.
+
+    Raises:
+        RegistryError: one of them is missing, or something else than a file.
+    """
+    if not folder.is_dir():
+        raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
+    home = folder.resolve()
+    found, problems = {}, []
+    for name in (CONFIG, WEIGHTS):
+        entry = home / name
+        target = Path(os.path.realpath(entry))
+        if not os.path.lexists(entry):
+            problems.append(_missing(home, name))
+        elif target.parent not in (home, home.parent.parent / "blobs"):
+            problems.append(f"{name} is a link out of the folder; put the file itself there")
+        elif not target.is_file():
+            problems.append(f"{name} is no regular file")
+        found[name] = target
+    _raise_any(f"{folder} can't be published", problems)
+    return found
+
+
+def _missing(folder: Path, name: str) -> str:
+    if name == WEIGHTS and (folder / "adapter_model.bin").exists():
+        return (
+            f"{name} is missing, and adapter_model.bin is a pickle, which can run code: load it with PEFT where you "
+            f"trust it, and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    if name == CONFIG:
+        others = sorted({*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")})
+        if others:
+            near = ", ".join(str(file.parent.relative_to(folder)) for file in others[:5])
+            return f"{name} is missing; there is one in {near}: give that folder"
+    return f"{name} is missing; PEFT's save_pretrained writes it"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """An adapter_config.json, as it is.
+
+    Raises:
+        RegistryError: it can't be read, is too large, or no JSON object.
+    """
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise RegistryError(f"{file} is larger than an adapter's config may be ({MAX_CONFIG_BYTES:,} bytes)")
+        tree = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RegistryError(f"{file} is not JSON: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("peft_type"), str):
+        raise RegistryError(f"{file} has no peft_type; it is no PEFT config")
+    return tree
+
+
+@contextmanager
+def told_as(folder: Path, name: str) -> Iterator[None]:
+    """Errors speak of `name`, which their reader knows, where they would of a temporary folder."""
+    try:
+        yield
+    except RegistryError as error:
+        raise RegistryError(str(error).replace(str(folder), name)) from None
 
 
 def check_contents(folder: Path, names: Iterable[str]) -> None:
@@ -104,11 +177,9 @@ def _refused(entry: Path) -> str | None:
 
 def _config_problems(file: Path) -> list[str]:
     try:
-        tree = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        return [f"{file.name} is not JSON: {error}"]
-    if not isinstance(tree, dict) or not isinstance(tree.get("peft_type"), str):
-        return [f"{file.name} has no peft_type; it is no PEFT config"]
+        read_config(file)
+    except RegistryError as error:
+        return [str(error).removeprefix(f"{file.parent}{os.sep}")]
     return []
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rankloom.adapters.folded import Folded, fold
 from rankloom.adapters.probe import check_logits, probe_tokens
-from rankloom.errors import IncompatibleError, OverloadedError, RegistryError
+from rankloom.errors import IncompatibleError, OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Record, Registry
+from rankloom.registry.checks import told_as
 
 Logits = Callable[[Folded | None, list[int]], Tensor]
 """What the base gives [V] after tokens, with an adapter or without."""
@@ -39,9 +40,8 @@ class Loader:
         with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
             folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             try:
-                return self._verified(folder)
-            except RegistryError as error:  # whoever reads it knows the version, and not this folder
-                raise RegistryError(str(error).replace(str(folder), record.ref)) from None
+                with told_as(folder, record.ref):
+                    return self._verified(folder)
             except torch.OutOfMemoryError:
                 pass  # what it holds on to is freed once this block is left
         raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")

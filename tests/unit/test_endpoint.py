@@ -340,6 +340,18 @@ def test_keys(tmp_path: Path) -> None:
             made.client(thrifty).models.list()
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_each_keys_prompts_are_its_own_unless_they_are_shared(tmp_path: Path, share: bool) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    keys = [file.create("ann"), file.create("ben"), file.create("ann")]
+    with endpoint(tmp_path, auth={"keys": str(file.path), "share_prefixes": share}) as made:
+        found, run = [], made.replicas.run
+        made.gateway._replicas.run = lambda work: (found.append(work.tenant), run(work))[1]  # type: ignore[method-assign,func-returns-value]
+        for key, _ in keys:
+            made.client(key).completions.create(model="bank", prompt="hi")
+    assert found == [None if share else kept.id for _, kept in keys]
+
+
 def test_without_keys_only_this_machine_is_answered(shared: Endpoint, tmp_path: Path) -> None:
     for headers in (
         {"host": "evil.example"},

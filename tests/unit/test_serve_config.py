@@ -27,6 +27,7 @@ from rankloom.errors import ConfigError
         ({"adapters": ["bank@1@2"]}, "adapters"),
         ({"host": "0.0.0.0"}, "rankloom keys create"),
         ({"host": "0.0.0.0", "auth": {"keys": "k", "anonymous": True}}, "exclude each other"),
+        ({"auth": {"share_prefixes": True}}, "share_prefixes is about keys"),
         ({"port": 70000}, "port: "),
         ({"replicas": {"min": 3, "max": 2}}, "max=2 is below min=3"),
         ({"routes": {"r": {}}}, "one of to, split and canary, not none"),

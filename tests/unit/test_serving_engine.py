@@ -38,6 +38,7 @@ from rankloom.errors import (
 )
 from rankloom.serving.protocol import Engine, Request, Sampling
 from rankloom.serving.runner import Runner
+from rankloom.serving.work import Prompt, Work, run
 from served import GREEDY, collect, completed, engine_on, load, publish, serving, with_peft, write_adapter
 
 LONG = list(range(10, 60))
@@ -77,6 +78,45 @@ def test_a_prefix_is_reused_by_the_same_version_alone(tiny_llama: Path, registry
 
     def with_adapter(name: str, prompt: list[int]) -> list[int]:
         return with_peft(tiny_llama, registry / name / "1", prompt, GREEDY.max_tokens)
+
+    serving(engine, work)
+
+
+def test_a_prefix_is_reused_by_the_same_tenant_alone(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry)
+    prompt = tuple(5 + i % 90 for i in range(100))
+
+    async def work() -> None:
+        async def cached(tenant: str | None, id: str = "r") -> int:
+            return (await collect(engine, Request(id, "lora@1", prompt, GREEDY, tenant)))[-1].cached_tokens
+
+        for tenant in ("ann", "ben", None):
+            assert (await cached(tenant), await cached(tenant)) == (0, 99)
+        # at once, they wait for their own alone
+        found = await asyncio.gather(*(cached(tenant, f"{tenant}{i}") for i in range(2) for tenant in ("cid", "dot")))
+        assert found == [0, 0, 99, 99]
+
+    serving(engine, work)
+
+
+def test_several_completions_with_a_seed_differ_and_come_again(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry)
+    sampling = Sampling(temperature=1, max_tokens=12, seed=7)
+
+    async def texts(*prompts: Prompt, n: int) -> list[str]:
+        found = [""] * (len(prompts) * n)
+        async for progress in run(engine, Work("w", "lora@1", prompts, sampling, n, 12)):
+            for index, delta in progress.deltas:
+                found[index] += delta.text
+        return found
+
+    async def work() -> None:
+        four = await texts((5, 6, 7), n=4)
+        assert len(set(four)) == 4
+        assert await texts((5, 6, 7), n=4) == four
+        assert await texts((5, 6, 7), n=1) == four[:1]
+        assert (await texts((9, 8), (5, 6, 7), n=4))[4:] == four
+        assert await texts(*[(5, 6, 7)] * 4, n=1) == four
 
     serving(engine, work)
 

@@ -33,7 +33,7 @@ from rankloom.registry import Registry
 from rankloom.serving import leash
 from rankloom.serving.protocol import Delta, Engine, Request, Sampling
 from rankloom.serving.vllm_engine import VllmEngine
-from rankloom.serving.vllm_server import arguments, find_vllm
+from rankloom.serving.vllm_server import arguments, completion, find_vllm
 from rankloom.serving.work import ReplicaLostError
 from served import load, publish, write_adapter
 
@@ -180,6 +180,12 @@ def test_what_is_refused_and_what_fails(tiny_llama: Path, tmp_path: Path, python
             await completed(engine)
 
     serving(tiny_llama, tmp_path / "registry", python, work, rows=1, waiting=0)
+
+
+def test_vllm_is_told_whose_a_prompt_is() -> None:
+    for tenant in ("0123abc", None):
+        body = completion(Request("r", None, (5, 30), Sampling(seed=3), tenant), "base", frozenset())
+        assert (body.get("cache_salt"), body["seed"]) == (tenant, 3)
 
 
 def test_a_server_that_ends_is_noticed(tiny_llama: Path, tmp_path: Path, python: str) -> None:

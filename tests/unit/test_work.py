@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from echo_engine import EchoEngine
 
 from rankloom.errors import RegistryError, RequestError
-from rankloom.serving.protocol import Engine, Sampling
+from rankloom.serving.protocol import Delta, Engine, Request, Sampling
 from rankloom.serving.work import ContextError, Conversation, Progress, Prompt, Work, run
 
 
@@ -41,6 +42,42 @@ def test_max_tokens_is_what_was_asked_or_what_fits() -> None:
             asyncio.run(done(engine, prompt, max_tokens=most))
     with pytest.raises(RequestError, match="empty"):
         asyncio.run(done(engine, ""))
+
+
+class Asked(EchoEngine):
+    """Remembers its requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        self.requests.append(request)
+        async for delta in super().generate(request):
+            yield delta
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "expected"),
+    [
+        (("one",), 7, [7, 8, 9]),
+        (("one", "two"), 7, [7, 8, 9, 7, 8, 9]),  # as each alone
+        (("one", "two", "one"), 7, [7, 8, 9, 7, 8, 9, 10, 11, 12]),  # the same prompt again is further draws
+        (("one",), 2**63 - 1, [2**63 - 1, 0, 1]),
+        (("one",), None, [None] * 3),
+    ],
+)
+def test_each_completion_of_a_prompt_is_another_draw(
+    prompts: tuple[str, ...], seed: int | None, expected: list[int | None]
+) -> None:
+    async def ask() -> list[int | None]:
+        engine = Asked()
+        async for _ in run(engine, Work("w", None, prompts, Sampling(seed=seed), n=3, tenant="t")):
+            pass
+        assert {request.tenant for request in engine.requests} == {"t"}
+        return [request.sampling.seed for request in sorted(engine.requests, key=lambda r: int(r.id.split("-")[1]))]
+
+    assert asyncio.run(ask()) == expected
 
 
 def test_one_failure_ends_them_all() -> None:

@@ -187,11 +187,16 @@ class AuthConfig(Frozen):
     """The file that `rankloom keys create` writes; every request then needs a key."""
     anonymous: bool = False
     """Answer everybody who can reach the port, without keys. Only this machine may load and unload adapters."""
+    share_prefixes: bool = False
+    """Keep what prompts begin with once for all keys: less to compute where they have a system prompt in common. But
+    `cached_tokens` and the time to the first token then tell a key's holder what others' prompts begin with."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> AuthConfig:
         if self.keys is not None and self.anonymous:
             raise ConfigError(f"keys={self.keys!r} and anonymous exclude each other; leave one out")
+        if self.share_prefixes and self.keys is None:
+            raise ConfigError("share_prefixes is about keys, and there are none; leave it out, or set auth.keys")
         return self
 
 

@@ -85,7 +85,8 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
             number = uuid.uuid4().hex
             headers = dict(request.headers.items())
             ask = Ask(body.model, number, body.user, headers, headers.get("x-request-id", "")[:128] or None)
-            work = Work(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context)
+            tenant = None if caller.key is None or gate.config.auth.share_prefixes else caller.key.id
+            work = Work(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context, tenant)
             count = len(prompts) * work.n
             for attempt in range(ATTEMPTS):
                 begun = await gate.begin(ask, work, caller.key)

@@ -37,7 +37,7 @@ class Admission:
             check_ref(request.adapter)
         if not request.prompt:
             raise RequestError("prompt: empty; give at least one token")
-        if not all(0 <= token < self._vocabulary for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
             raise RequestError(f"prompt: a token is outside of the vocabulary of {self._vocabulary}")
         if len(request.prompt) >= context:
             raise RequestError(

@@ -246,7 +246,7 @@ class Core:
         leading = {row.beginning for row in self._running.values() if row.cached < row.num_prompt}
         following = set()
         for row in sorted(self._waiting.values(), key=lambda row: row.arrival):
-            if row.beginning in leading and not self._prefixes.match(row.request.adapter, row.tokens)[0]:
+            if row.beginning in leading and not self._prefixes.match(row.whose, row.tokens)[0]:
                 following.add(row)
             elif row.beginning is not None:
                 leading.add(row.beginning)
@@ -256,7 +256,7 @@ class Core:
         return None if row.request.adapter is None else self.adapters.get(row.request.adapter)
 
     def _reuse_prefix(self, row: Row) -> None:
-        length, pieces = self._prefixes.match(row.request.adapter, row.tokens[:-1])
+        length, pieces = self._prefixes.match(row.whose, row.tokens[:-1])
         for piece in pieces:
             self._cache.write(row.request.id, row.cached, piece)
             row.cached += piece.shape[-2]
@@ -268,7 +268,7 @@ class Core:
         if self._config.prefix_tokens:
             read = partial(self._cache.read, row.request.id)
             try:
-                self._prefixes.insert(row.request.adapter, row.tokens[: row.cached], read)
+                self._prefixes.insert(row.whose, row.tokens[: row.cached], read)
             except torch.OutOfMemoryError:
                 self._prefixes.clear()
 

@@ -1,15 +1,16 @@
 """PrefixTree: keys and values of earlier rows, for rows that begin alike.
 
-A radix tree of tokens, one for each adapter version: keys and values depend on the adapter, so that the same prompt on
-another one must never find them. What two prompts share, such as a system prompt, is kept once. Least recently used
-leaves go when room is needed.
+A radix tree of tokens for each adapter version and tenant. Keys and values depend on the adapter, so that the same
+prompt on another one must never find them; and whether one is found tells what was asked before, so that it is found by
+who asked alone. What two prompts share, such as a system prompt, is kept once. Least recently used leaves go when room
+is needed.
 
 Shapes: L layers, H heads, t tokens of a node, E width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -35,10 +36,10 @@ class PrefixTree:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.num_tokens = 0
-        self._roots: dict[str | None, _Node] = {}
+        self._roots: dict[Hashable, _Node] = {}
         self._clock = 0
 
-    def match(self, key: str | None, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
+    def match(self, key: Hashable, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
         """The longest known beginning: its length, and its keys and values [2, L, H, t, E] piece by piece."""
         length, pieces = 0, []
         for node, common in self._follow(key, tokens):
@@ -47,7 +48,7 @@ class PrefixTree:
             length += common
         return (length, pieces) if length >= WORTHWHILE else (0, [])
 
-    def insert(self, key: str | None, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:
+    def insert(self, key: Hashable, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:
         """Keep a row's beginning.
 
         Args:
@@ -75,7 +76,7 @@ class PrefixTree:
         """Forget all."""
         self._roots, self.num_tokens = {}, 0
 
-    def _follow(self, key: str | None, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
+    def _follow(self, key: Hashable, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
         """The nodes on the way, and how many of each one's tokens agree."""
         self._clock += 1
         node, at = self._roots.get(key), 0

@@ -58,6 +58,8 @@ class Request:
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sampling: Sampling
+    tenant: str | None = None
+    """Whose it is, by a key's id: what it leaves computed is found by requests of the same tenant alone."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class Stats:
 
 @runtime_checkable
 class Engine(Protocol):
-    """One base with the adapters of a registry on it. All its methods are to be called on one event loop."""
+    """One base with the adapters of a registry on it. Its methods are to be called on one event loop, `tokens` and
+    `render_chat`, whose work is of the text's size, on any thread."""
 
     @property
     def base_id(self) -> str:

@@ -34,7 +34,9 @@ class Row:
         self.tokens = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.cached = 0
-        self.beginning = (request.adapter, request.prompt[:ALIKE]) if len(request.prompt) > ALIKE else None
+        self.whose = (request.tenant, request.adapter)
+        """Whose keys and values it may take over, and leave."""
+        self.beginning = (self.whose, request.prompt[:ALIKE]) if len(request.prompt) > ALIKE else None
         """Requests with the same one are worth computing one after the other; None: too short."""
         self.num_reused = 0
         """Tokens of the prompt that came from another row."""

@@ -149,6 +149,8 @@ def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, 
     }  # fmt: skip
     if asked.logprobs is not None:
         body |= {"logprobs": asked.logprobs, "return_tokens_as_token_ids": True}
+    if request.tenant is not None:
+        body["cache_salt"] = request.tenant
     if asked.choices is not None:
         body["structured_outputs"] = {"choice": asked.choices}
     return body

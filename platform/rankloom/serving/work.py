@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ class Conversation:
     """(role, content), oldest first."""
 
 
+AT_ONCE = 4096
+"""Characters that are made tokens in a few milliseconds, on the event loop; more, in a thread."""
+
 Prompt = str | tuple[int, ...] | Conversation
 
 
@@ -48,6 +52,8 @@ class Work:
     """The most tokens of each completion; None: as many as fit, up to `Sampling.max_tokens`."""
     context: int | None = None
     """The most tokens of prompt and completion together, where that is less than the engine's."""
+    tenant: str | None = None
+    """As `Request.tenant`."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,18 @@ async def run(engine: Engine, work: Work) -> AsyncIterator[Progress]:
         ContextError: a prompt is too long. And whatever `Engine.generate` raises.
     """
     room = min(engine.context, work.context or engine.context)
-    prompts = [_tokens(engine, prompt) for prompt in work.prompts]
-    requests = [
-        Request(f"{work.id}-{p * work.n + k}", work.adapter, tokens, _fitted(work, len(tokens), room))
-        for p, tokens in enumerate(prompts)
-        for k in range(work.n)
-    ]
+    if sum(map(_size, work.prompts)) > AT_ONCE:  # others' answers wait for nobody's prompt
+        prompts = await asyncio.to_thread(lambda: [_tokens(engine, prompt) for prompt in work.prompts])
+    else:
+        prompts = [_tokens(engine, prompt) for prompt in work.prompts]
+    requests: list[Request] = []
+    drawn: Counter[tuple[int, ...]] = Counter()
+    for tokens in prompts:
+        fitted = _fitted(work, len(tokens), room)
+        for _ in range(work.n):
+            sampling = _seeded(fitted, drawn[tokens])
+            drawn[tokens] += 1
+            requests.append(Request(f"{work.id}-{len(requests)}", work.adapter, tokens, sampling, work.tenant))
     total = sum(map(len, prompts))
     arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 
@@ -111,6 +123,20 @@ def _tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     if isinstance(prompt, Conversation):
         return tuple(engine.render_chat([{"role": role, "content": text} for role, text in prompt.messages]))
     return tuple(engine.tokens(prompt)) if isinstance(prompt, str) else prompt
+
+
+def _size(prompt: Prompt) -> int:
+    """Characters to work on, about."""
+    if isinstance(prompt, Conversation):
+        return sum(64 + len(text) for _, text in prompt.messages)
+    return len(prompt) if isinstance(prompt, str) else 0
+
+
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    """That of the number-th completion of one prompt, each of which is another draw."""
+    if sampling.seed is None:
+        return sampling
+    return sampling.model_copy(update={"seed": (sampling.seed + number) % 2**63})
 
 
 def _fitted(work: Work, prompt_tokens: int, room: int) -> Sampling:

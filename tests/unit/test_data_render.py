@@ -15,6 +15,12 @@ from rankloom.errors import ConfigError, DataError
 MakeTokenizer = Callable[..., Any]
 
 
+THINKING = (  # as thinking models do: only the last turn keeps what was thought
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
 def render(tokenizer: Any, format: str, rows: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
     renderer = Renderer(tokenizer, DataConfig(**settings), format, "data.train")
     columns = renderer({name: [row[name] for row in rows] for name in rows[0]}, list(range(len(rows))))
@@ -102,12 +108,10 @@ def test_every_assistant_turn_carries_loss(make_tokenizer: MakeTokenizer, has_te
 
 def test_turns_that_the_template_rewrites_carry_no_loss(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = (  # as thinking models do: what is not the last turn is shortened
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'][:2] }}<|end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    (row,) = render(tokenizer, "chat", chat("one", "yes", "two", "no maybe"))
-    assert tokenizer.decode(trained(row)) == "no maybe<|end|>"
+    tokenizer.chat_template = THINKING
+    (row,) = render(tokenizer, "chat", chat("one", "<think>hm</think>yes", "two", "<think>so</think>no maybe"))
+    assert tokenizer.decode(trained(row)) == "<think>so</think>no maybe<|end|>"
+    assert "<|assistant|>yes<|end|>" in tokenizer.decode(row["input_ids"])
     assert row["skipped_turns"] == 1
 
 
@@ -142,7 +146,7 @@ def test_roles_that_the_template_refuses(make_tokenizer: MakeTokenizer) -> None:
     tokenizer.chat_template = "{% if messages|length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + (
         tokenizer.chat_template
     )
-    with pytest.raises(DataError, match=r"row 1: .*user, assistant, user, assistant.*roles must alternate"):
+    with pytest.raises(DataError, match=r"row 1: .*user, assistant, user: roles must alternate"):
         render(tokenizer, "chat", chat("a", "b", "c", "d"))
 
 
@@ -228,7 +232,7 @@ def test_wrong_values_name_the_row(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(DataError, match=r"data.train: row 2: prompt must be text, found list"):
         render(tokenizer, "completion", [*pair(), {"prompt": ["a"], "completion": "b"}])
     with pytest.raises(DataError, match=r"row 1: messages must be a list"):
-        render(tokenizer, "chat", [{"messages": [{"from": "human", "value": "hi"}]}])
+        render(tokenizer, "chat", [{"messages": [{"who": "human", "value": "hi"}]}])
 
 
 def test_settings_that_would_be_ignored(make_tokenizer: MakeTokenizer) -> None:

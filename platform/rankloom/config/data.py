@@ -52,6 +52,9 @@ class DataConfig(Frozen):
     classification: text, label. auto: by the columns."""
     columns: dict[str, str] = {}
     """Renames: the format's column -> the data's, for example {label: category}."""
+    split_special_tokens: bool = True
+    """Special tokens that the rows' texts hold are kept as text; off: they are what the tokenizer makes of them. As
+    an engine's setting of this name."""
     instruction: str | None = None
     """A system prompt put before every row."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -67,9 +70,9 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> DataConfig:
-        known = {c for columns in COLUMNS.values() for c in columns}
-        if unknown := sorted(set(self.columns) - known):
-            raise ConfigError(f"unknown column {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        known = [name for table in (COLUMNS, OPTIONAL) for name in sorted({c for each in table.values() for c in each})]
+        if unknown := sorted(set(self.columns) - set(known)):
+            raise ConfigError(f"unknown column {unknown[0]!r}; allowed: {', '.join(known)}")
         return self
 
 
@@ -81,3 +84,16 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The columns each format reads; `auto` takes the first format whose columns are all there."""
+
+CONTEXT = ("input", "context")
+"""Columns that follow an instruction in its turn, as Alpaca's and Dolly's rows have them."""
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "chat": ("system", "tools"),
+    "instruction": ("system", *CONTEXT),
+    "completion": ("system", "tools"),
+    "classification": ("system",),
+    "text": (),
+}
+"""The columns that each format reads where they are there."""
+ALIASES = {"messages": ("conversations",), "response": ("output",), "tools": ("functions",)}
+"""Other names of columns, in common formats."""

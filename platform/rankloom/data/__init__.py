@@ -1,7 +1,8 @@
 """Data: a source's rows become messages, then tokens with loss weights, then batches.
 
-`load_data` is the way in: sources.py finds and reads rows, render.py turns them into tokens, split.py takes parts off,
-check.py counts what is wrong with them, rows.py keeps the result on disk, batching.py hands it to the loop.
+`load_data` is the way in: sources.py finds and reads rows, messages.py makes messages of them and render.py tokens
+(through template.py and encode.py, which serving uses too), split.py takes parts off, check.py counts what is wrong
+with them, rows.py keeps the result on disk, batching.py hands it to the loop.
 """
 
 from rankloom.data.batching import Batch, Cursor, collate

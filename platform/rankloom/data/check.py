@@ -53,6 +53,8 @@ class SplitReport(_Frozen):
     """Rows whose prompt has another completion elsewhere."""
     skipped_turns: int
     """Earlier assistant turns that carry no loss, since the chat template rewrites history."""
+    notes: dict[str, int]
+    """What is not trained as it stands -> in how many rows."""
     labels: dict[str, int] | None
     """Rows a label, in classification."""
 
@@ -168,6 +170,7 @@ def _split_report(part: Part, labelled: bool) -> SplitReport:
         duplicates=sum(count - 1 for count in seen.values()),
         conflicts=sum(len(completions[prompts[i]]) > 1 for i in first),
         skipped_turns=int(part.column("skipped_turns").to_numpy().sum()),
+        notes=dict(Counter(note for each in part.column("notes").to_pylist() for note in each.splitlines())),
         labels=dict(sorted(Counter(part.column("completion").to_pylist()).items())) if labelled else None,
     )
 
@@ -179,6 +182,7 @@ def _split_warnings(name: str, split: SplitReport, limit: int) -> list[str]:
         f"lost the start of the prompt to data.max_length={limit}": split.truncated,
         "repeat an earlier row word for word": split.duplicates,
         "have a prompt that another row completes differently": split.conflicts,
+        **split.notes,
     }
     lines = [f"{name}: {count} row(s) {what}" for what, count in counts.items() if count]
     if split.skipped_turns:

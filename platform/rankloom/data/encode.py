@@ -1,26 +1,79 @@
-"""Texts to token ids, the same way for training and for serving."""
+"""Texts to token ids, the same way for training and for serving.
+
+A special token that a user wrote is text: `Encoder.mark` tells it from those that a chat template puts there.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 
 class Encoder:
-    """A tokenizer's way with texts that begin a row and with texts that follow others."""
+    """A tokenizer's way with texts that begin a row and with texts that follow others.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        split_special_tokens: whether `mark` keeps special tokens as text; off: it changes nothing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         tokenizer("a")  # takes off what a tokenizer.json may have set: truncation, padding
+        added = tokenizer.added_tokens_decoder
+        self.special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        """The ids of special tokens."""
+        words = (
+            str(tokenizer.convert_ids_to_tokens(i)) for i in self.special if i in added and not added[i].single_word
+        )
+        self._words = sorted(word for word in words if word.strip())
+        self._number = {word: i for i, word in enumerate(self._words)}
+        self._pattern = re.compile(_any_of(self._words)) if split_special_tokens and self._words else None
+        # neither can be guessed, so no text holds a mark of its own
+        self._mark, self._alias = (f"\ue000{secrets.token_hex(8)}" for _ in range(2))
+        self._marks = re.compile(f"{self._mark}([0-9]+)\ue001")
         first = tokenizer.convert_ids_to_tokens(self.encode(["a"])[0][:1])
         self._adds_space = first[0].startswith(("▁", "Ġ"))
         bos = tokenizer.bos_token_id
         self.bos: list[int] = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
         """The token that this tokenizer puts before every text, if it does."""
 
+    def mark(self, value: Any) -> Any:
+        """Put a mark in the place of each special token in a text, or in the texts of a list or mapping."""
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            return self._pattern.sub(lambda found: f"{self._mark}{self._number[found[0]]}\ue001", value)
+        if isinstance(value, dict):
+            return {key: self.mark(each) for key, each in value.items()}
+        return [self.mark(each) for each in value] if isinstance(value, list) else value
+
+    def unmark(self, text: str) -> str:
+        """The text as it was before `mark`."""
+        return self._marks.sub(lambda found: self._words[int(found[1])], text) if self._mark in text else text
+
+    def is_marked(self, text: str) -> bool:
+        """Whether `mark` found a special token in the text."""
+        return self._mark in text
+
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that begin a row."""
+        """Token ids of texts that begin a row.
+
+        Raises:
+            ValueError: the tokenizer can't tell a special token from the same letters as text.
+        """
         if not texts:
             return []
+        if marked := [text for text in texts if self._mark in text]:
+            own = iter([self._encode_marked(text) for text in marked])
+            rest = iter(self.encode([text for text in texts if self._mark not in text]))
+            return [next(own if self._mark in text else rest) for text in texts]
         if self._tokenizer.is_fast:
             # without offsets, which take longer than all else; other threads run meanwhile, as with `encode` they don't
             backend = self._tokenizer.backend_tokenizer
@@ -41,3 +94,58 @@ class Encoder:
             ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode([text])[0]
             for ids, text in zip(after_anchor, texts, strict=True)
         ]
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """In one call, with the template's special tokens under names that only `_blind` knows."""
+        assert self._pattern is not None
+        if not self._tokenizer.is_fast:
+            return self._encode_apart(text)
+        blind, ids_of = self._blind
+        named = self._pattern.sub(lambda found: self._alias_of(found[0]), text)
+        (encoding,) = blind.encode_batch_fast([self.unmark(named)], add_special_tokens=False)
+        found = encoding.ids
+        if taken := self.special.intersection(found):
+            token = self._tokenizer.convert_ids_to_tokens(taken.pop())
+            raise ValueError(f"the tokenizer takes {token!r} in a text for its special token")
+        return [ids_of.get(token, token) for token in found]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """For tokenizers in Python: each special token of a text by itself."""
+        ids: list[int] = []
+        for i, part in enumerate(self._marks.split(text)):
+            if i % 2:
+                word = self._words[int(part)]
+                ids += self._tokenizer.encode(word, add_special_tokens=False, split_special_tokens=True)
+            elif part:
+                ids += (self.encode_rest if ids else self.encode)([part])[0]
+        return ids
+
+    def _alias_of(self, word: str) -> str:
+        return f"{self._alias}{self._number[word]}\ue001"
+
+    @cached_property
+    def _blind(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer with its special tokens renamed, so that their own names are text; and id there -> id here."""
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        state["post_processor"] = state["truncation"] = state["padding"] = None
+        for token in state["added_tokens"]:
+            if token["content"] in self._number:
+                token["content"] = self._alias_of(token["content"])
+        blind = Tokenizer.from_str(json.dumps(state))
+        ids_of = {
+            int(blind.token_to_id(self._alias_of(word)) or 0): int(self._tokenizer.convert_tokens_to_ids(word))
+            for word in self._words
+        }
+        return blind, ids_of
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A regular expression for the longest of these, in which no letter is looked at twice."""
+    words = set(words)
+    tails: dict[str, set[str]] = {}
+    for word in words - {""}:
+        tails.setdefault(word[0], set()).add(word[1:])
+    if not tails:
+        return ""
+    branches = "|".join(re.escape(head) + _any_of(tail) for head, tail in sorted(tails.items()))
+    return f"(?:{branches})?" if "" in words else f"(?:{branches})"

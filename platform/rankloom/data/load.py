@@ -32,7 +32,7 @@ from rankloom.data.split import split_off
 from rankloom.errors import ConfigError, DataError
 from rankloom.paths import cache_dir
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it with any change to what is made of the same input: older cache entries then go unused."""
 PARALLEL_FROM = 50_000
 """Rows from which rendering is worth several processes."""
@@ -44,6 +44,7 @@ RENDERED = datasets.Features(
         "row_digest": datasets.Value("string"),
         "preview": datasets.Value("string"),
         "skipped_turns": datasets.Value("int32"),
+        "notes": datasets.Value("string"),
         "chunk": datasets.Value("int32"),
         "status": datasets.Value("int8"),
         "source_row": datasets.Value("int64"),

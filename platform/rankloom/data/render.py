@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from rankloom.config.data import DataConfig
+from rankloom.config.data import CONTEXT, DataConfig
 from rankloom.data.encode import Encoder
+from rankloom.data.messages import messages as read_messages
+from rankloom.data.messages import plain, text
+from rankloom.data.messages import tools as read_tools
+from rankloom.data.template import ChatTemplate, Form, Message, TemplateError, shows_answer
 from rankloom.errors import ConfigError, DataError
 
 OK, TRUNCATED, EMPTY, OVER_LONG = range(4)
 """What became of a source's row: the last two are dropped."""
 PREVIEW_LENGTH = 80
-
-Message = dict[str, str]
+LINKS = {"role", "content", "tool_calls", "tool_call_id", "id"}
+"""Keys of a message that need no warning where the template does not show them by themselves."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Piece:
     trained: bool
     ended: bool = False
     """Whether the end token has to follow."""
+    muted: bool = False
+    """Whether it carries no loss even where everything does: a turn of weight 0."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Conversation:
     preview: str
     skipped_turns: int = 0
     """Earlier assistant turns without loss, since the template renders them differently once they are history."""
+    notes: tuple[str, ...] = ()
+    """What of the row is not trained as it stands, each a predicate of the row."""
 
     @property
     def prompt(self) -> str:
@@ -99,17 +105,20 @@ class Renderer:
             "text": self._from_text,
         }[format]
         self.end_id: int = tokenizer.eos_token_id
-        self.special = set(tokenizer.all_special_ids)
-        self.special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.encoder = Encoder(tokenizer)
-        self.takes_system = self.chat and takes_system(tokenizer)
+        self.encoder = Encoder(tokenizer, config.split_special_tokens)
+        self.template = ChatTemplate(tokenizer) if self.chat else None
+        self._shown: set[str] = set()
+        """What of a row the template is known to show."""
 
     def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         names = [f"{self.field}: row {i + 1}" for i in indices]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = [dict(zip(columns, map(plain, values), strict=True)) for values in zip(*columns.values(), strict=True)]
         found = [self.converse(row, name) for row, name in zip(rows, names, strict=True)]
-        starts = iter(self.encoder.encode([c.pieces[0].text for c in found if c]))
-        rest = iter(self.encoder.encode_rest([piece.text for c in found if c for piece in c.pieces[1:]]))
+        try:
+            starts = iter(self.encoder.encode([c.pieces[0].text for c in found if c]))
+            rest = iter(self.encoder.encode_rest([piece.text for c in found if c for piece in c.pieces[1:]]))
+        except ValueError as error:
+            raise DataError(f"{self.field}: {error}; set data.split_special_tokens=false, or remove it") from None
         result: dict[str, list[Any]] = {name: [] for name in OUTPUT}
         for conversation, name, index in zip(found, names, indices, strict=True):
             if conversation is None:
@@ -126,7 +135,7 @@ class Renderer:
         Raises:
             DataError: two labels are the same tokens, or one begins another, so that they can't be told apart.
         """
-        labels = sorted({label for value in values if (label := self._label(value, self.field)).strip()})
+        labels = sorted({label for value in values if (label := self._label(plain(value), self.field)).strip()})
         conversations = [self._render([_message("user", "a"), _message("assistant", label)], label) for label in labels]
         table: dict[str, list[int]] = {}
         for conversation, ids in zip(
@@ -141,108 +150,159 @@ class Renderer:
         return table
 
     def _from_pair(self, row: dict[str, Any], name: str, asked: str, answered: str) -> Conversation | None:
-        prompt, completion = self._text(row[asked], name, asked), self._text(row[answered], name, answered)
+        prompt, completion = row[asked], row[answered]
+        if _is_talk(prompt) or _is_talk(completion):  # TRL's conversational rows, which train the completion alone
+            before = (
+                read_messages(prompt, name, asked)
+                if _is_talk(prompt)
+                else [_message("user", text(prompt, name, asked))]
+            )
+            before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
+            after = completion if _is_talk(completion) else [{"role": "assistant", "content": completion}]
+            return self._from_messages([*before, *read_messages(after, name, answered)], row, name)
+        prompt, completion = text(prompt, name, asked), text(completion, name, answered)
+        extra = [each for column in CONTEXT if (each := text(row.get(column), name, column)).strip()]
         if not prompt.strip() or not completion.strip():
             return None
-        return self._render([_message("user", prompt), _message("assistant", completion)], name)
+        prompt = "\n\n".join([prompt, *extra])
+        return self._from_messages([_message("user", prompt), _message("assistant", completion)], row, name)
 
     def _from_labelled(self, row: dict[str, Any], name: str) -> Conversation | None:
-        text, label = self._text(row["text"], name, "text"), self._label(row["label"], name)
-        if not text.strip() or not label.strip():
-            return None
-        return self._render([_message("user", text), _message("assistant", label)], name)
+        asked, label = text(row["text"], name, "text"), self._label(row["label"], name)
+        return self._from_messages([_message("user", asked), _message("assistant", label)], row, name)
 
     def _from_text(self, row: dict[str, Any], name: str) -> Conversation | None:
-        text = self._text(row["text"], name, "text")
-        if not text.strip():
+        given = text(row["text"], name, "text")
+        if not given.strip():
             return None
-        return Conversation([Piece(text, trained=True, ended=True)], text, _preview(text))
+        marked = self.encoder.mark(given)
+        return Conversation([Piece(marked, trained=True, ended=True)], given, _preview(given), 0, self._notes(marked))
 
     def _from_chat(self, row: dict[str, Any], name: str) -> Conversation | None:
         given = row["messages"]
-        if given is None:
-            return None
-        if not isinstance(given, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in given):
-            raise DataError(
-                f"{name}: messages must be a list of {{role: ..., content: ...}}, found {str(given)[:80]!r}"
-            )
-        messages = [_message(str(m["role"]), self._text(m["content"], name, "messages.content")) for m in given]
-        while messages and messages[-1]["role"] != "assistant":  # nothing is learnt from what no turn answers
-            messages.pop()
-        asked = any(m["role"] != "system" and m["content"].strip() for m in messages[:-1])
-        if not messages or not asked or not messages[-1]["content"].strip():
-            return None
-        return self._render(messages, name)
+        return None if given is None else self._from_messages(read_messages(given, name), row, name)
 
-    def _text(self, value: Any, name: str, column: str) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            if math.isnan(value):
-                return ""
-            value = int(value) if value.is_integer() else value  # an integer column with a hole in it is read as floats
-        if not isinstance(value, (str, int, float)):
-            raise DataError(
-                f"{name}: {column} must be text, found {type(value).__name__} {str(value)[:60]!r} (in JSON, a text "
-                f"that looks like a date is read as one; csv and parquet keep it as it is)"
-            )
-        return str(value)
+    def _from_messages(self, messages: list[Message], row: dict[str, Any], name: str) -> Conversation | None:
+        # nothing is learnt from what no turn answers, nor from turns without loss
+        while messages and (messages[-1]["role"] != "assistant" or "weight" in messages[-1]):
+            messages = messages[:-1]
+        asked = any(m["role"] != "system" and (m["content"].strip() or m.get("tool_calls")) for m in messages[:-1])
+        if not asked or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
+            return None
+        if (system := text(row.get("system"), name, "system")).strip():
+            messages = _instructed(messages, system)
+        return self._render(messages, name, read_tools(row.get("tools"), name))
 
     def _label(self, value: Any, name: str) -> str:
         if isinstance(value, int) and self.label_names is not None:
             return self.label_names[value] if 0 <= value < len(self.label_names) else ""  # -1: without a label
-        return self._text(value, name, "label")
+        return text(value, name, "label")
 
-    def _render(self, messages: list[Message], name: str) -> Conversation:
+    def _render(self, messages: list[Message], name: str, tools: list[Any] | None = None) -> Conversation:
         if self.config.instruction:
             messages = _instructed(messages, self.config.instruction)
+        if self.template is None:
+            return self._render_plain(messages, name, tools)
         try:
-            return self._render_chat(messages, name) if self.chat else self._render_plain(messages)
-        except jinja2.TemplateError as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise DataError(
-                f"{name}: the tokenizer's chat template refuses the roles {roles}: {error}; try data.template=plain"
-            ) from None
+            return self._render_chat(messages, name, tools, self.template)
+        except TemplateError as error:
+            raise DataError(f"{name}: {error}; try data.template=plain, or another model's template") from None
 
-    def _render_plain(self, messages: list[Message]) -> Conversation:
+    def _render_plain(self, messages: list[Message], name: str, tools: list[Any] | None) -> Conversation:
+        if any(m.get("tool_calls") for m in messages):
+            raise DataError(
+                f"{name}: tool_calls need a chat template to be rendered: take a model that has one, with "
+                f"data.template=auto"
+            )
         pieces: list[Piece] = []
         prompt = ""
         for message in messages:
+            content = self.encoder.mark(message["content"])
             if message["role"] == "assistant" and (prompt or pieces):
-                pieces += [Piece(prompt, trained=False), Piece(message["content"], trained=True, ended=True)]
+                muted = "weight" in message
+                pieces += [Piece(prompt, trained=False), Piece(content, trained=not muted, ended=True, muted=muted)]
                 prompt = ""
             else:
-                prompt += f"{message['content']}\n"
-        return Conversation(pieces, messages[-1]["content"], _preview(messages[-2]["content"]))
+                prompt += f"{content}\n"
+        unread = sorted({key for m in messages for key in m} - LINKS - {"weight"})
+        notes = self._notes(*(piece.text for piece in pieces), unread=unread + ["tools"] * bool(tools))
+        return Conversation(pieces, messages[-1]["content"], _preview(messages[-2]["content"]), 0, notes)
 
-    def _render_chat(self, messages: list[Message], name: str) -> Conversation:
-        messages = messages if self.takes_system else system_in_user(messages)
-        whole, pieces, skipped = self._template(messages), list[Piece](), 0
+    def _render_chat(
+        self, given: list[Message], name: str, tools: list[Any] | None, template: ChatTemplate
+    ) -> Conversation:
+        weighted = ["weight" not in m for m in given]
+        messages = self.encoder.mark([{key: m[key] for key in m if key != "weight"} for m in given])
+        tools = self.encoder.mark(tools)
+        form, prompt = template.form(messages[:-1], tools), template.prompt(messages[:-1], tools)
+
+        def render(messages: list[Message], ask: bool = False) -> str:
+            return template.render(messages, form, tools=tools, ask=ask)
+
+        whole, pieces, skipped = render(messages), list[Piece](), 0
         done = 0  # characters of `whole` that are in `pieces`
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
         for i in turns[:-1]:
-            before = self._template(messages[:i], ask=True)
-            after = self._template(messages[: i + 1]).rstrip()
+            before = render(messages[:i], ask=True)
+            after = render(messages[: i + 1]).rstrip()
             if done <= len(before) < len(after) and whole.startswith(before) and whole.startswith(after):
-                pieces += [Piece(whole[done : len(before)], trained=False), Piece(after[len(before) :], trained=True)]
+                turn = Piece(after[len(before) :], trained=weighted[i], muted=not weighted[i])
+                pieces += [Piece(whole[done : len(before)], trained=False), turn]
                 done = len(after)
             else:
-                skipped += 1
-        prompt = self._template(messages[:-1], ask=True)
-        content = messages[-1]["content"]
+                skipped += weighted[i]
+        answer = messages[-1]
         if not prompt.startswith(whole[:done]):  # the last turn's prompt rewrites history: only that turn is trained on
-            pieces, done, skipped = [], 0, len(turns) - 1
-        start = len(prompt) if whole.startswith(prompt) else whole.rfind(content.strip())
-        if start < 0:
-            raise DataError(f"{name}: the tokenizer's chat template drops the completion {content[:60]!r}")
-        pieces.append(Piece(prompt[done:], trained=False))
+            pieces, done, skipped = [], 0, sum(weighted[i] for i in turns[:-1])
+        content = answer["content"].strip()
+        start = len(prompt) if whole.startswith(prompt) else whole.rfind(content) if content else -1
         # a line break after the end of the turn is never generated
-        pieces.append(Piece(whole[start:].rstrip(), trained=True, ended=True))
-        return Conversation(pieces, content, _preview(messages[-2]["content"]), skipped)
+        completion = whole[start:].rstrip()
+        if start < 0 or not shows_answer(answer, completion):
+            raise DataError(
+                f"{name}: the tokenizer's chat template drops the completion, or a part of it: "
+                f"{given[-1]['content'][:60]!r}; change the row, or use data.template=plain"
+            )
+        if self.config.train_on == "all" and sum(piece.muted for piece in pieces) < weighted.count(False):
+            raise DataError(
+                f"{name}: a turn of weight 0 can't be told from what the chat template puts around it; use "
+                f"data.train_on=completion"
+            )
+        pieces += [Piece(prompt[done:], trained=False), Piece(completion, trained=True, ended=True)]
+        notes = self._notes(whole, unread=self._unread(messages, tools, form, whole))
+        said = self._without_end(completion) if answer.get("tool_calls") else given[-1]["content"]
+        return Conversation(pieces, said, _preview(given[-2]["content"]), skipped, notes)
 
-    def _template(self, messages: list[Message], *, ask: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        return str(text)
+    def _unread(self, messages: list[Message], tools: list[Any] | None, form: Form, whole: str) -> list[str]:
+        """Which keys of the messages, and whether the tools, the template does not show."""
+        assert self.template is not None
+        without: dict[str, Any] = {
+            f"messages.{key}": [{name: value for name, value in m.items() if name != key} for m in messages]
+            for key in sorted({key for m in messages for key in m} - LINKS)
+        }
+        if any(call["function"]["arguments"] for m in messages for call in m.get("tool_calls") or ()):
+            without["messages.tool_calls.arguments"] = [_without_arguments(m) for m in messages]
+        if tools:
+            without["tools"] = messages
+        unread: list[str] = []
+        for what, bare in without.items():
+            if what not in self._shown:
+                kept = None if what == "tools" else tools
+                shows = self.template.render(bare, form, tools=kept) != whole
+                (self._shown.add if shows else unread.append)(what)
+        return unread
+
+    def _notes(self, *texts: str, unread: Sequence[str] = ()) -> tuple[str, ...]:
+        notes = [f"have {key}, which is not rendered" for key in unread]
+        if any(map(self.encoder.is_marked, texts)):
+            notes.append("hold special tokens, which are kept as text (data.split_special_tokens)")
+        return tuple(notes)
+
+    def _without_end(self, completion: str) -> str:
+        """A rendered turn without the special token that ends it."""
+        ends = self.tokenizer.convert_ids_to_tokens(list(self.encoder.special))
+        end = next((str(token) for token in ends if completion.endswith(str(token))), "")
+        return self.encoder.unmark(completion.removesuffix(end))
 
     def _rows(self, conversation: Conversation, tokens: list[list[int]], name: str) -> list[dict[str, Any]]:
         """A conversation's row, or rows; `tokens` are its pieces'."""
@@ -254,15 +314,20 @@ class Renderer:
             pieces = conversation.pieces
         everything = self.config.train_on == "all"
         ids = [token for part in tokens for token in part]
-        weights = [int(piece.trained or everything) for piece, part in zip(pieces, tokens, strict=True) for _ in part]
+        weights = [
+            int((piece.trained or everything) and not piece.muted)
+            for piece, part in zip(pieces, tokens, strict=True)
+            for _ in part
+        ]
         weights[0] = 0
-        text = conversation.completion if self.format == "text" else conversation.prompt
+        prompt = self.encoder.unmark(conversation.prompt)
         common = {
             "completion": "" if self.format == "text" else conversation.completion,
-            "prompt_digest": digest(text),
-            "row_digest": digest(f"{conversation.prompt}\0{conversation.completion}"),
+            "prompt_digest": digest(conversation.completion if self.format == "text" else prompt),
+            "row_digest": digest(f"{prompt}\0{conversation.completion}"),
             "preview": conversation.preview,
             "skipped_turns": conversation.skipped_turns,
+            "notes": "\n".join(conversation.notes),
         }
         if self.format == "classification":
             self._check_label(conversation.completion, tokens[-1], name)
@@ -271,7 +336,7 @@ class Renderer:
         return [{**common, **self._fit(ids, weights, len(tokens[-1]), name)}]
 
     def _ended(self, piece: Piece, ids: list[int]) -> list[int]:
-        if not piece.ended or (self.chat and ids and ids[-1] in self.special):
+        if not piece.ended or (self.chat and ids and ids[-1] in self.encoder.special):
             return ids
         return [*ids, self.end_id]
 
@@ -330,6 +395,7 @@ OUTPUT: dict[str, Callable[[], Any]] = {
     "row_digest": str,
     "preview": str,
     "skipped_turns": int,
+    "notes": str,
     "chunk": int,
     "status": int,
     "source_row": int,
@@ -365,6 +431,15 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def _is_talk(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _without_arguments(message: Message) -> Message:
+    calls = [call | {"function": call["function"] | {"arguments": {}}} for call in message.get("tool_calls") or ()]
+    return message | {"tool_calls": calls} if calls else message
+
+
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
@@ -373,24 +448,6 @@ def _instructed(messages: list[Message], instruction: str) -> list[Message]:
     if messages[0]["role"] == "system":
         return [_message("system", f"{instruction}\n\n{messages[0]['content']}"), *messages[1:]]
     return [_message("system", instruction), *messages]
-
-
-def system_in_user(messages: list[Message]) -> list[Message]:
-    """For templates without a system role."""
-    if messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return messages
-    merged = _message("user", f"{messages[0]['content']}\n\n{messages[1]['content']}")
-    return [merged, *messages[2:]]
-
-
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Some templates refuse a system message, and some silently drop it."""
-    mark = "a-system-message"
-    try:
-        text = tokenizer.apply_chat_template([_message("system", mark), _message("user", "a")], tokenize=False)
-    except jinja2.TemplateError:
-        return False
-    return mark in str(text)
 
 
 def _preview(text: str) -> str:

@@ -39,7 +39,7 @@ class ServingEngine:
     def __init__(self, base: Base, registry: Registry, config: EngineConfig) -> None:
         """Raises ModelError where the base's architecture can't be served."""
         self._base, self._config = base, config
-        self._prompts = Prompts(base.tokenizer, base.model)
+        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What the thread is to call between two steps."""
         self._mailbox = Mailbox()

@@ -1,0 +1,221 @@
+"""A chat template, held to showing what it is given: no message's text is lost on the way to the prompt.
+
+Templates differ in what they take: a text or a list of parts as content, a system message or none, a call's arguments
+as a mapping or as JSON. `ChatTemplate.form` finds what shows every message; the same for training and for serving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+"""role and content (a text, perhaps empty), and whatever else the template may read, such as tool_calls and name."""
+KEPT_FORMS = 1024
+"""Shapes of conversations whose form is remembered."""
+LONGEST_SHAPE = 64
+"""Messages up to which a shape is remembered."""
+THINKING_ENDS = "</think>"
+
+
+class TemplateError(ValueError):
+    """The template refuses the messages, or leaves out what they say."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How messages are given to the template."""
+
+    parts: Literal["none", "all", "turns"] = "none"
+    """Whose content is a list of parts; turns: all but the system's."""
+    merged: bool = False
+    """Whether system messages go into the user's turn that follows them."""
+    json_arguments: bool = False
+    """Whether the arguments of a call are JSON text, not a mapping."""
+    filled: bool = False
+    """Whether a turn of calls alone has an empty content, not none."""
+
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template is to get them."""
+        given = system_in_user(messages) if self.merged else list(messages)
+        return [self._one(message) for message in given]
+
+    def _one(self, message: Message) -> Message:
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [self._call(call) for call in calls]
+        if calls and not message["content"]:
+            message["content"] = "" if self.filled else None  # None: for the template the key is not there
+        elif self.parts == "all" or (self.parts == "turns" and message["role"] != "system"):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        return message
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        if self.json_arguments:
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": function}
+
+
+class ChatTemplate:
+    """A tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._forms: dict[Any, Form | TemplateError] = {}
+        # most templates take a text; some show nothing of it, and want a list of parts
+        mark = "a-message"
+        ask = [{"role": "user", "content": mark}]
+        wants_parts = not self._probe(ask, Form(), mark) and self._probe(ask, Form("all"), mark)
+        self._parts: tuple[Literal["none", "all", "turns"], ...] = ("all", "turns") if wants_parts else ("none",)
+        talk = [{"role": "system", "content": mark}, {"role": "user", "content": "a"}]
+        self._takes_system = any(self._probe(talk, Form(parts), mark) for parts in self._parts)
+        self._calls = self._form_of_calls(Form(self._parts[0]))
+
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+        """The prompt that asks for the assistant's next turn.
+
+        Raises:
+            TemplateError: the template refuses the messages, or leaves out the text of one.
+        """
+        text = self.render(messages, self.form(messages, tools), tools=tools, ask=True)
+        if (lost := _lost(messages, text)) is not None:
+            raise _leaves_out(messages, lost)
+        return text
+
+    def form(self, messages: Sequence[Message], tools: Any = None) -> Form:
+        """What shows all of such messages, by their roles and keys; their texts do not matter.
+
+        Raises:
+            TemplateError: nothing does.
+        """
+        shape = (*((m["role"], bool(m["content"].strip()), *sorted(m)) for m in messages), bool(tools))
+        form = self._forms.get(shape) or self._find(messages, tools)
+        if len(self._forms) < KEPT_FORMS and len(messages) <= LONGEST_SHAPE:
+            self._forms[shape] = form
+        if isinstance(form, TemplateError):
+            raise form
+        return form
+
+    def render(self, messages: Sequence[Message], form: Form, *, tools: Any = None, ask: bool = False) -> str:
+        """The template's text; raises TemplateError where it refuses."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                form.of(messages), tools=tools, tokenize=False, add_generation_prompt=ask
+            )
+        except Exception as error:  # a template is a program: beside its own refusals it can fail in any way
+            roles = ", ".join(str(m["role"]) for m in messages[:20]) + (", ..." if len(messages) > 20 else "")
+            raise TemplateError(f"the chat template refuses the roles {roles}: {_reason(error)}") from None
+        return str(text)
+
+    def _find(self, messages: Sequence[Message], tools: Any) -> Form | TemplateError:
+        # a text may be in the prompt by chance, as part of another: these can't
+        marks = [f"message-{i}-" if m["content"].strip() else "" for i, m in enumerate(messages)]
+        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        reason: TemplateError | None = None
+        for form in self._candidates(messages):
+            try:
+                text = self.render(marked, form, tools=tools, ask=True)
+            except TemplateError as error:
+                reason = reason or error
+                continue
+            lost = _lost(marked, text)
+            if lost is None:
+                return form
+            reason = reason or _leaves_out(messages, lost)
+        assert reason is not None
+        return reason
+
+    def _candidates(self, messages: Sequence[Message]) -> list[Form]:
+        """The likeliest first."""
+        has_system = any(m["role"] == "system" for m in messages)
+        parts = self._parts if has_system else self._parts[:1]
+        merged = ([False, True] if self._takes_system else [True, False]) if has_system else [False]
+        return [replace(self._calls, merged=m, parts=p) for m, p in product(merged, parts)]
+
+    def _form_of_calls(self, plain: Form) -> Form:
+        """How a call's arguments are given; most templates take a mapping, as they are to write it as JSON."""
+        function = {"name": "f", "arguments": {"of": "a"}}
+        call = {"type": "function", "id": "123456789", "function": function}
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        talk: list[Message] = [{"role": "user", "content": "a"}, turn]
+        for as_json, filled in product([False, True], [False, True]):
+            form = replace(plain, json_arguments=as_json, filled=filled)
+            try:
+                text = self.render(talk, form)
+            except TemplateError:
+                continue
+            if _lost(talk, text) is None and str(function["arguments"]) not in text:  # not as Python writes it
+                return form
+        return plain
+
+    def _probe(self, messages: Sequence[Message], form: Form, mark: str) -> bool:
+        try:
+            return mark in self.render(messages, form)
+        except TemplateError:
+            return False
+
+
+def system_in_user(messages: Sequence[Message]) -> list[Message]:
+    """For templates without a system role: its text begins the user's turn that follows, if one does."""
+    found: list[Message] = []
+    for message in messages:
+        texts: list[str] = []
+        while message["role"] == "user" and found and found[-1]["role"] == "system":
+            texts.insert(0, found.pop()["content"])
+        found.append({**message, "content": "\n\n".join([*texts, message["content"]])} if texts else message)
+    return found
+
+
+def seen(message: Message) -> str:
+    """What a template has to show of a message that is history: thinking is dropped there by design."""
+    content = str(message["content"] or "")
+    if message["role"] == "assistant":
+        content = content.rpartition(THINKING_ENDS)[2]
+    return content.strip()
+
+
+def shows_answer(message: Message, text: str) -> bool:
+    """Whether all that the assistant says in a turn that is trained on is in its text, its thinking too."""
+    thinking, _, answer = str(message["content"]).rpartition(THINKING_ENDS)
+    return thinking.replace("<think>", "").strip() in text and _lost([{**message, "content": answer}], text) is None
+
+
+def _lost(messages: Sequence[Message], text: str) -> int | None:
+    """The first message of which something is not in a prompt, in the order of the messages."""
+    at = 0
+    for i, message in enumerate(messages):
+        names = [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
+        for part in filter(None, [seen(message), *names]):
+            found = _find(text, part, at)
+            if found < 0 and (found := _find(text, part, 0)) < 0:
+                return i
+            if found >= at and message["role"] != "system":  # some templates put it somewhere else
+                at = found
+    return None
+
+
+def _find(text: str, part: str, start: int) -> int:
+    """Where a text is, as it is or as JSON, in which some templates show what tools return."""
+    found = text.find(part, start)
+    for ascii in (False, True) if found < 0 else ():
+        escaped = json.dumps(part, ensure_ascii=ascii)[1:-1]
+        if found < 0 and escaped != part:
+            found = text.find(escaped, start)
+    return found
+
+
+def _leaves_out(messages: Sequence[Message], index: int) -> TemplateError:
+    message = messages[index]
+    what = "a call" if message.get("tool_calls") and not message["content"] else "the text"
+    return TemplateError(f"the chat template leaves out {what} of message {index + 1} (role {message['role']!r})")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no details"
+    return text if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {text}"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
 import ray
 from ray import serve
 
-from rankloom.deploy.app import build, idle_gpus
+from rankloom.deploy.app import idle_gpus
 from rankloom.launch.cluster import worker_environment
 
 pytestmark = pytest.mark.cluster
@@ -28,7 +27,6 @@ def one_gpu() -> Iterator[None]:
         runtime_env={"env_vars": source},
     )  # fmt: skip
     yield
-    serve.shutdown()
     ray.shutdown()
 
 
@@ -44,30 +42,28 @@ def test_a_worker_sees_the_gpus_that_it_has_reserved() -> None:
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_replicas_take_idle_gpus_and_keep_them(
+def test_replicas_take_idle_gpus_and_keep_them_and_the_command_says_so(
     tiny_model: Callable[..., Path], tmp_path: Path, processes_named: Callable[[str], list[int]]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    config = {"base": str(tiny_model("llama")), "registry": str(tmp_path), "limits": {"timeout_s": 5.0}}
-
-    def deployed(**changed: Any) -> tuple[float, set[int]]:
-        """GPUs of a replica, and which replicas there are."""
-        serve.run(build(config | changed))
-        body = {"model": config["base"], "prompt": "card lost", "max_tokens": 1}
-        assert httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).status_code == 200
-        gpus = serve.get_deployment_handle("Replica", "default").gpus.remote().result(timeout_s=60)
-        return gpus, set(processes_named("ServeReplica:default:Replica"))
-
-    gpus, before = deployed(name="default")
-    assert (gpus, idle_gpus()) == (1, 0)
-    gpus, before = deployed(name="default", limits={"timeout_s": 5.0, "max_tokens": 9})
-    assert gpus == 1  # not none, for its own is taken
-    gpus, after = deployed(name="default", replicas={"gpus": 0})
-    assert (gpus, after & before) == (0, set())
-    assert all(environment_of(pid)["CUDA_VISIBLE_DEVICES"] == "" for pid in after)
+    command = [
+        sys.executable, "-m", "rankloom.cli", "serve", str(tmp_path / "serve.yaml"), "port=0", "--detach",
+    ]  # fmt: skip
+    (tmp_path / "serve.yaml").write_text(f"base: {tiny_model('llama')}\nregistry: {tmp_path}\n")
+    environment = os.environ | {"PYTHONPATH": SOURCE, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    try:
+        for change, idle, told in (
+            ([], 0, "replicas.gpus is not set: 1 for each replica; 1 of 1 GPUs are idle"),
+            (["replicas.gpus=0"], 1, "starting; the base is loaded first"),
+            ([], 1, "1 GPU(s) stand idle; set replicas.gpus=1 to use them"),  # it has what it had
+        ):
+            done = subprocess.run([*command, *change], env=environment, capture_output=True, text=True, timeout=180)
+            assert done.returncode == 0, done.stderr
+            assert told in done.stderr.splitlines()[:3]
+            assert idle_gpus() == idle
+            for pid in processes_named("ServeReplica:rankloom:Replica"):
+                assert environment_of(pid)["CUDA_VISIBLE_DEVICES"] == ("" if idle else "0")
+    finally:
+        serve.shutdown()
 
 
 def environment_of(pid: int) -> dict[str, str]:

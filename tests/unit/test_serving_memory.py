@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankloom.adapters.folded_bank import _Stack
 from rankloom.errors import ModelError, OverloadedError
 from rankloom.serving.cache import NARROWEST, HeadShape, RowCache
 from rankloom.serving.runner import Runner
@@ -177,6 +178,34 @@ def test_an_adapter_that_there_is_no_memory_for_can_be_asked_for_again(
             with pytest.raises(OverloadedError, match="no memory to load lora@1 now"):
                 await completed(engine, [5, 6], ref)
         assert (await completed(engine, [5, 6], ref))[1] == with_peft(tiny_llama, nothing / "lora" / "1", [5, 6], 12)
+
+    serving(engine, work)
+
+
+@pytest.mark.parametrize("lasts", [0, 5, 14])
+def test_an_adapter_that_is_half_in_its_slot_is_not_computed_with(
+    tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasts: int
+) -> None:
+    refs = []
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tiny_llama, tmp_path / name, "lora", seed=seed)
+        refs.append(publish(nothing, tiny_llama, name, tmp_path / name))
+    engine = engine_on(tiny_llama, nothing)
+    engine._core._runner.bank.compiles = False  # as on a GPU
+    count, put = itertools.count(), _Stack.put
+
+    def short(*args: Any) -> None:
+        if next(count) == lasts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        put(*args)
+
+    async def work() -> None:
+        await asyncio.gather(*map(engine.pin, refs))
+        monkeypatch.setattr(_Stack, "put", short)
+        found = await asyncio.gather(*(completed(engine, [5, 6], ref, id=ref) for ref in refs))
+        assert next(count) > lasts
+        for name, (_, tokens, _) in zip(("one", "two"), found, strict=True):
+            assert tokens == with_peft(tiny_llama, nothing / name / "1", [5, 6], 12)
 
     serving(engine, work)
 

@@ -327,11 +327,12 @@ class _Class:
         return places
 
     def _put(self, slot: int, adapter: Folded) -> None:
-        self._held[slot] = adapter
+        self._held[slot] = None  # where memory runs out half-way
         for name in adapter.linears.keys() - self.stacks.keys():
             self.stacks[name] = self._make(self._sites[name])
         for name, stack in self.stacks.items():
             stack.put(slot, adapter.linears.get(name))
+        self._held[slot] = adapter
 
 
 def placed(held: Sequence[Folded | None], wanted: Sequence[Folded]) -> list[Folded]:

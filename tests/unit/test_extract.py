@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,7 +168,8 @@ def test_refusals(tiny_llama: Path, tmp_path: Path) -> None:
     stored = load_file(tiny_llama / "model.safetensors")
     del stored["model.norm.weight"]
     (tmp_path / "base").mkdir()
-    save_file(stored, tmp_path / "base" / "model.safetensors")
+    shutil.copy(tiny_llama / "config.json", tmp_path / "base")
+    save_file(stored, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         extract_adapter(change(plain(tiny_llama)), tmp_path / "base", 4, tmp_path / "a", "b")
 

@@ -7,22 +7,20 @@ so that the rank is all that is lost. Every scaling is 1: alpha and rank agree i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import peft
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.checkpoints import weight_files
 from rankloom.errors import ModelError, TrialError
-from rankloom.models import is_linear
+from rankloom.models import bypassed, is_linear, reload_weights
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
 FULL_SVD_UP_TO = 4096
@@ -63,22 +61,38 @@ def adalora_to_lora(model: peft.PeftModel, folder: Path) -> None:
     _write(model.get_base_model(), parts, folder, config.base_model_name_or_path)
 
 
+def cannot_be_carried(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that no adapter can hold: those of a module with layers below it (Mamba's A_log).
+
+    An adapter has products for layers, and whole modules; such a module whole would hold its layers a second time.
+    """
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if any(True for child in module.children() for _ in child.parameters())
+        for parameter, _ in module.named_parameters(recurse=False)
+    ]
+
+
 @torch.no_grad()
 def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder: Path, base_id: str) -> float:
-    """Write what training changed as an adapter of (at most) a rank; the base is read tensor by tensor.
+    """Write what training changed as an adapter of (at most) a rank; the base is loaded again, to compare with.
 
     A tied head gets the embedding's difference a second time, because PEFT wraps the two apart. PEFT can't have
-    biases beside LoRA on an embedding: where linear biases changed, embeddings are kept whole.
+    biases beside LoRA on an embedding: where linear biases changed, embeddings are kept whole. So are layers whose
+    weight the model takes without calling them.
 
     Returns:
         The share of the difference's energy (squared Frobenius norm) that the adapter keeps.
 
     Raises:
-        TrialError: training changed nothing, or to something that isn't finite.
-        ModelError: the base's files don't hold a weight of the model.
+        TrialError: training changed nothing, to something that isn't finite, or what no adapter can hold.
+        ModelError: the base can't be loaded, or is another model.
     """
     modules = dict(model.named_modules())
-    stored = _stored_tensors(base_folder)
+    # not read off the files: they may name or group weights otherwise than the model does
+    stored = dict(reload_weights(base_folder, model.dtype).named_parameters(remove_duplicate=False))
+    alone = bypassed(model)
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(parameter, []).append(name)
@@ -86,11 +100,9 @@ def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder
     total = kept = 0.0
     # biases first: whether any changed decides how embeddings are kept
     for parameter, aliases in sorted(names.items(), key=lambda item: not item[1][0].endswith(".bias")):
-        before = _read(stored, model, aliases).to(parameter.device, parameter.dtype)
-        if before.shape != parameter.shape:
-            raise ModelError(
-                f"{base_folder}: {aliases[0]} is {list(before.shape)}, the model's {list(parameter.shape)}"
-            )
+        if aliases[0] not in stored or stored[aliases[0]].shape != parameter.shape:
+            raise ModelError(f"{base_folder} holds another model: {aliases[0]} is not in it, or of another shape")
+        before = stored[aliases[0]].to(parameter.device, parameter.dtype)
         if torch.equal(before, parameter):
             continue
         delta = parameter.float() - before.float()
@@ -100,9 +112,9 @@ def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder
         total += energy
         owners = [alias.rpartition(".")[0] for alias in aliases]
         attribute = aliases[0].rpartition(".")[2]
-        if attribute == "bias" and is_linear(modules[owners[0]]):
+        if attribute == "bias" and is_linear(modules[owners[0]]) and owners[0] not in alone:
             parts.biases[owners[0]] = delta
-        elif attribute == "weight" and all(_takes_factors(modules[owner]) for owner in owners):
+        elif attribute == "weight" and all(_takes_factors(modules[o]) and o not in alone for o in owners):
             whole = [owner for owner in owners if parts.biases and isinstance(modules[owner], nn.Embedding)]
             parts.whole.update(whole)
             if whole != owners:
@@ -152,37 +164,6 @@ def _truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return u[:, :r] * root, root[:, None] * vh[:r], float(s[:r].double().square().sum())
 
 
-def _stored_tensors(folder: Path) -> dict[str, Path]:
-    stored = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                stored.update(dict.fromkeys(opened.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: corrupt or truncated: {error}") from None
-    return stored
-
-
-def _read(stored: dict[str, Path], model: PreTrainedModel, aliases: list[str]) -> Tensor:
-    """A base weight under whichever of its names the checkpoint has."""
-    for name in (spelling for alias in aliases for spelling in _spellings(alias, model.base_model_prefix)):
-        if name in stored:
-            with safe_open(stored[name], framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-            return tensor
-    raise ModelError(
-        f"the base's safetensors hold no {aliases[0]}; a checkpoint whose weights are regrouped on loading (some "
-        f"mixture-of-experts models) can't be compared: save the base with save_pretrained first"
-    )
-
-
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """Checkpoints of the bare model (GPT-2's on the hub) lack the prefix."""
-    yield name
-    yield name.removeprefix(f"{prefix}.")
-    yield f"{prefix}.{name}"
-
-
 def _write(model: PreTrainedModel, parts: _Parts, folder: Path, base_id: str | None) -> None:
     modules = dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
@@ -194,9 +175,9 @@ def _write(model: PreTrainedModel, parts: _Parts, folder: Path, base_id: str | N
         tensors |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
         if parts.biases:  # PEFT has a bias on all layers or on none
             tensors[f"{key}lora_B.bias"] = parts.biases.get(name, b.new_zeros(len(b)))
+    if held := [name for name in cannot_be_carried(model) if name.rpartition(".")[0] in parts.whole]:
+        raise TrialError(f"{held[0]} changed, but its module also holds other layers and can't be kept whole")
     for name in parts.whole:
-        if any(True for child in modules[name].children() for _ in child.parameters()):
-            raise TrialError(f"{name} changed, but it also holds other layers and can't be kept whole in an adapter")
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in modules[name].state_dict().items()}
     ranks = {name: len(a) for name, (a, _) in parts.factors.items()}
     largest = max(ranks.values())

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankloom.adapters.modules import as_named
 from rankloom.adapters.patterns import by_module
 from rankloom.errors import RegistryError
 from rankloom.models import is_linear
@@ -79,7 +80,8 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
         try:
-            model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
+            with as_named():
+                model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
         except (ValueError, TypeError) as error:  # what PEFT refuses for this kind of base
             raise RegistryError(f"{folder}: PEFT can't put it onto the base: {error}") from None
         try:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rankloom.adapters.extract import adalora_to_lora
+from rankloom.adapters.modules import as_named
 from rankloom.config.method import AdaLoraConfig
 from rankloom.errors import ConfigError
 from rankloom.methods.base import Method, State, has_conv1d, peft_targets
@@ -47,7 +48,8 @@ class AdaLora(Method[AdaLoraConfig]):
             target_modules=peft_targets(base, config),
             fan_in_fan_out=has_conv1d(base),
         )
-        model = peft.get_peft_model(base.model, adalora)
+        with as_named():
+            model = peft.get_peft_model(base.model, adalora)
         adalora.base_model_name_or_path = base.id
         self._peft = adalora
         self._allocator, self._device = model.base_model.rankallocator, base.device
@@ -64,6 +66,9 @@ class AdaLora(Method[AdaLoraConfig]):
         return self.config.orthogonal_weight * torch.stack(norms).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
+        for parameter in self.trained(model).values():
+            if parameter.grad is None:  # no token of the step went there: an expert's layer
+                parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
 
     def state(self) -> State:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight trains. The yardstick of the others; FSDP2 on several workers."""
+"""Full fine-tuning: every weight trains that an adapter can hold. The yardstick of the others; FSDP2 on workers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.extract import extract_adapter
+from rankloom.adapters.extract import cannot_be_carried, extract_adapter
 from rankloom.config.method import FullConfig, FullRankConfig
-from rankloom.methods.base import Method
+from rankloom.methods.base import Method, endings
 from rankloom.models import Base
 
 FullRankT = TypeVar("FullRankT", bound=FullRankConfig)
@@ -22,10 +22,21 @@ class BaseTraining(Method[FullRankT]):
     trains_base = True
 
     def attach(self, base: Base) -> nn.Module:
-        return base.model.requires_grad_(True)
+        names = cannot_be_carried(base.model)
+        parameters = dict(base.model.named_parameters())
+        self._uncarried, self._frozen = frozenset(names), [parameters[name] for name in names]
+        if names:
+            self.notes.append(f"{len(names)} parameter(s) that no adapter can hold stay as they are: {endings(names)}")
+        base.model.requires_grad_(True)
+        self._freeze()
+        return base.model
+
+    def _freeze(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(model.named_parameters())
+        return {name: p for name, p in model.named_parameters() if name not in self._uncarried}
 
     def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:
         assert isinstance(model, PreTrainedModel)

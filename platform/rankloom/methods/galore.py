@@ -87,7 +87,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         config = self.config
         projected = {id(p) for p in self._projected}
-        groups = decay_groups((p for p in model.parameters() if id(p) not in projected), optim)
+        groups = decay_groups((p for p in self.trained(model).values() if id(p) not in projected), optim)
         groups.append(
             {
                 "params": self._projected,
@@ -101,7 +101,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
         kind = ProjectedAdamW8bit if config.optimizer == "adamw8bit" else ProjectedAdamW
         optimizer = kind(groups, **adam_settings(optim))
         if config.layerwise:
-            for parameter in model.parameters():
+            for parameter in self.trained(model).values():
                 parameter.register_post_accumulate_grad_hook(lambda p: _step_alone(optimizer, p))
         return optimizer
 

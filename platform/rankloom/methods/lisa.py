@@ -28,6 +28,7 @@ class Lisa(BaseTraining[LisaConfig]):
             raise ConfigError(
                 f"method.num_layers: {self.config.num_layers} is more than the model's {len(self._layers)} layers"
             )
+        super().attach(base)
         base.model.requires_grad_(False)
         base.model.get_input_embeddings().requires_grad_(True)
         if (head := base.model.get_output_embeddings()) is not None:
@@ -38,7 +39,7 @@ class Lisa(BaseTraining[LisaConfig]):
 
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         layers = {id(p) for layer in self._layers for p in layer.parameters()}
-        return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in layers}
+        return {name: p for name, p in super().trained(model).items() if p.requires_grad or id(p) in layers}
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         # over all layers, so that the groups stay the same; a frozen one has no gradient and hence no moments
@@ -60,4 +61,5 @@ class Lisa(BaseTraining[LisaConfig]):
         self._active = drawn
         for index, layer in enumerate(self._layers):
             layer.requires_grad_(index in drawn)
+        self._freeze()
         return changed

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from rankloom.adapters.lora_delta import save_without_base_change
+from rankloom.adapters.modules import as_named
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError
@@ -49,7 +50,8 @@ class Lora(Method[LoraConfig | DoraConfig]):
             target_modules=peft_targets(base, config),
             fan_in_fan_out=has_conv1d(base),
         )
-        model = peft.get_peft_model(base.model, lora)
+        with as_named():
+            model = peft.get_peft_model(base.model, lora)
         lora.base_model_name_or_path = base.id
         # PiSSA and OLoRA take a part of W away: its product is remembered, to be given back on export
         self._moved = (

@@ -16,8 +16,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
-from rankloom.models import decoder_layers
+from rankloom.models import decoder_layers, skips_layers
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -41,8 +42,15 @@ class Workers:
             fully_shard(model)
             return model
         devices = [self.device] if self.device.type == "cuda" else None
+        base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
         # every worker loaded the same base and drew the same adapter: nothing to broadcast
-        return DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False, init_sync=False)
+        return DistributedDataParallel(
+            model,
+            device_ids=devices,
+            forward_sync_buffers=False,
+            init_sync=False,
+            find_unused_parameters=skips_layers(base),
+        )
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the workers."""

@@ -66,6 +66,8 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> di
     _check_memory(trial, data, base, session)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
     loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
+    for note in loop.method.notes:
+        _phase(session, "train", note)
     if not train:
         loop.load_best()
     elif not loop.run():
@@ -144,8 +146,6 @@ def _finish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         folder.mkdir()
-        _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
-        energy = loop.method.export(module, base, folder)
         probe_ids = data.test[0].input_ids[:PROBE_TOKENS]
         trained_logits = last_logits(module.eval(), probe_ids)
         trained: Measures | None = None
@@ -153,9 +153,12 @@ def _finish(
             _phase(session, "score", "the trained weights, before extraction")
             with autocast(session.device, precision_of(trial, session.device)):
                 trained = measure(module, base.tokenizer, data, trial.eval)
-            _keep_model(trial, module, base)
-        del module, base
-        loop.release()
+            _keep_model(trial, module, base)  # whatever comes of the export
+        method = loop.method
+        loop.release()  # the optimiser's memory is the export's
+        _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
+        energy = method.export(module, base, folder)
+        del module, base, method
         gc.collect()
 
         fresh = load_for(trial, session.device)

@@ -1,0 +1,33 @@
+"""PEFT takes modules by the names that it is given.
+
+For mixture-of-experts models PEFT reads `gate_proj`, `up_proj`, `down_proj` (Mixtral's `w1` and so on) as transformers
+4 named the experts' layers, and moves the adapter from the modules that have these names today (dense layers, shared
+experts) onto the parameters of all routed experts. What is adapted here is always what `find_target_linears` names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.utils import transformers_weight_conversion
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def as_named() -> Iterator[None]:
+    """While it lasts, PEFT puts adapters where a config says, on mixture-of-experts models too."""
+    with _LOCK:
+        before = transformers_weight_conversion.convert_peft_config_for_transformers
+        transformers_weight_conversion.convert_peft_config_for_transformers = _unchanged
+        try:
+            yield
+        finally:
+            transformers_weight_conversion.convert_peft_config_for_transformers = before
+
+
+def _unchanged(config: Any, model: Any, conversions: Any) -> None:
+    """Leave the config as it is."""

@@ -123,13 +123,13 @@ def test_no_request_holds_up_others(address: str) -> None:
         least = float("inf")
         for _ in range(TRIES):
             time.sleep(0.05)
-            idle = others.waited()
+            idle = min(MOST_S, others.waited())
             status, text = send(address, path, body)
             time.sleep(0.02)
             least = min(least, others.waited() - idle)
             assert status in (200, 400, 404), (name, text)
             assert status == 200 or len(json.loads(text)["error"]["message"]) < 300, name
-            if least < MOST_S:
+            if least < MOST_S or least > 30 * MOST_S:
                 break
         assert least < MOST_S, name
     others.over = True

@@ -147,7 +147,7 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
     for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
         body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
         (talk,), _, _ = read(ChatRequest, json.dumps(body).encode()).wanted(LimitsConfig())
-        assert talk.messages == (("user", "aa"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
+        assert talk.messages == (("user", "aa", "ann"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
 
 
 def test_values_at_the_edge_mean_what_openai_means() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 from echo_engine import EchoEngine
@@ -112,3 +112,12 @@ def test_what_has_come_by_then_comes_together() -> None:
     counts = asyncio.run(read_slowly())
     assert sum(counts) == 56
     assert len(counts) < 10
+
+
+def test_a_template_is_given_the_names_of_who_speaks() -> None:
+    class Naming(EchoEngine):
+        def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+            return self.tokens(";".join(message.get("name", "-") for message in messages))
+
+    talk = Conversation((("user", "hi", "ann"), ("assistant", "yes"), ("user", "go on", "bob")))
+    assert asyncio.run(done(Naming(), talk)) == {0: "a@1|ann;-;bob|"}

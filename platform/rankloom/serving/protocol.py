@@ -170,7 +170,7 @@ class Engine(Protocol):
         """Token ids of a conversation by the base's chat template, asking for the assistant's turn.
 
         Args:
-            messages: each with `role` and `content`.
+            messages: each with `role` and `content`, and perhaps a `name`.
 
         Raises:
             RequestError: there is no template, or it refuses the conversation.

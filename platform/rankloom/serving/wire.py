@@ -302,7 +302,7 @@ class Message(_Body):
         _either("expected a text or a list of parts of type text"),
     ]
     name: Annotated[Text, Field(max_length=512)] | None = None
-    """Who of several speaks; without effect."""
+    """Who of several speaks; for chat templates that show it."""
     id: Annotated[Text, Field(max_length=512)] | None = None
     """Without effect."""
     annotations: list[Any] | None = None
@@ -314,10 +314,11 @@ class Message(_Body):
     refusal: None = None
     audio: None = None
 
-    def pair(self) -> tuple[str, str]:
-        """(role, text) as a chat template knows them."""
+    def told(self) -> tuple[str, str] | tuple[str, str, str]:
+        """(role, text) or (role, text, name) as a chat template knows them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return ("system" if self.role == "developer" else self.role), text
+        role = "system" if self.role == "developer" else self.role
+        return (role, text) if self.name is None else (role, text, self.name)
 
 
 class ChatRequest(_Common):
@@ -352,7 +353,7 @@ class ChatRequest(_Common):
             raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
-        talk = Conversation(tuple(message.pair() for message in self.messages))
+        talk = Conversation(tuple(message.told() for message in self.messages))
         return (talk,), self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None), most
 
 

@@ -26,8 +26,8 @@ class ReplicaLostError(RankloomError, RuntimeError):
 class Conversation:
     """A prompt that the base's chat template is still to be put around."""
 
-    messages: tuple[tuple[str, str], ...]
-    """(role, content), oldest first."""
+    messages: tuple[tuple[str, str] | tuple[str, str, str], ...]
+    """(role, content) or (role, content, name), oldest first."""
 
 
 AT_ONCE = 4096
@@ -121,14 +121,15 @@ async def run(engine: Engine, work: Work) -> AsyncIterator[Progress]:
 
 def _tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     if isinstance(prompt, Conversation):
-        return tuple(engine.render_chat([{"role": role, "content": text} for role, text in prompt.messages]))
+        named = [dict(zip(("role", "content", "name"), message, strict=False)) for message in prompt.messages]
+        return tuple(engine.render_chat(named))
     return tuple(engine.tokens(prompt)) if isinstance(prompt, str) else prompt
 
 
 def _size(prompt: Prompt) -> int:
     """Characters to work on, about."""
     if isinstance(prompt, Conversation):
-        return sum(64 + len(text) for _, text in prompt.messages)
+        return sum(64 + sum(map(len, message)) for message in prompt.messages)
     return len(prompt) if isinstance(prompt, str) else 0
 
 

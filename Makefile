@@ -13,8 +13,6 @@ READY := $(VENV)/.rankloom-ready
 
 # Idle OpenMP threads otherwise spin, which starves Ray's own processes on a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Ray turns token authentication on, or not, by what it finds under HOME; a local cluster of one user needs none.
-export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 # In a virtual environment that is not activated, Ray's workers find the tools beside their interpreter.
 export PATH := $(abspath $(BIN)):$(PATH)

@@ -77,7 +77,6 @@ def endpoint(config: dict[str, Any]) -> Iterator[str]:
 
     from rankloom.deploy.app import GRPC, build
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.update(GRPC)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

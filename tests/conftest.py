@@ -6,13 +6,15 @@ Every model is a saved folder (safetensors and tokenizer), so that tests load it
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run's Rays alone, which it starts and ends
 os.environ["RAY_memory_usage_threshold"] = "0.99"  # noqa: SIM112  # other work on this machine is no reason to kill a test's workers
 
 import pytest

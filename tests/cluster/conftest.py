@@ -41,7 +41,7 @@ def processes_named() -> Callable[[str], list[int]]:
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
     ports = free_ports(3)
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), environment["PATH"]]
     )  # a job runs `python`
@@ -104,9 +104,12 @@ def wait_for_jobs_api(address: str, head: subprocess.Popen[bytes], log: Path) ->
     import urllib.request
 
     deadline = time.monotonic() + 120
+    asked = urllib.request.Request(
+        f"{address}/api/jobs/", headers={"authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    )
     while True:
         try:
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
+            urllib.request.urlopen(asked, timeout=5).close()
             return
         except OSError:
             assert head.poll() is None, log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import socket
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,49 @@ def test_a_killed_replica_fails_no_request_that_had_not_begun(
         texts = [each.result() for each in asked]
     assert set(ends) == {None, "replica_lost"}
     assert len(set(texts)) == 3
+
+
+def test_a_replica_runs_nothing_of_who_has_no_token(
+    endpoint: str, processes_named: Callable[[str], list[int]], tmp_path: Path
+) -> None:
+    import grpc
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    assert httpx2.get(f"{endpoint}/readyz").status_code == 200
+    marker = tmp_path / "marker"
+    request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Payload(str(marker))))
+    codes = []
+    for port in {port for pid in processes_named("ServeReplica") for port in listening(pid)}:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=20)
+        codes.append(caught.value.code())
+    assert grpc.StatusCode.UNAUTHENTICATED in codes
+    assert not marker.exists()
+
+
+class Payload:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self._folder,)
+
+
+def listening(pid: int) -> set[int]:
+    """The TCP ports that a process listens on."""
+    sockets = set()
+    for opened in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(os.readlink(opened))
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
 
 
 def test_the_command_serves_until_it_is_interrupted(config: dict[str, Any], tmp_path: Path) -> None:

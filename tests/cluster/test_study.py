@@ -269,7 +269,7 @@ def test_what_can_not_be_is_refused_and_counted_and_the_search_goes_on(tiny_stud
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
+def test_a_stopped_study_goes_on_with_its_own_data(tiny_study: Make, tmp_path: Path) -> None:
     # some wait until others have ended: with all under way they would end together
     hosts = {"num_slots": 4, "num_waiting": 0, "checkpoint_every_s": 0}
     settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
@@ -286,11 +286,38 @@ def test_a_stopped_study_goes_on(tiny_study: Make) -> None:
     ended = {trial for trial, reports in before.items() if reports[-1]["step"] == 27}
     assert 1 <= len(ended) < 8
 
+    data = tmp_path / "rows.csv"
+    rows = data.read_text()
+    swapped = rows.replace("transfer\n", "x\n").replace("card_lost\n", "transfer\n").replace("x\n", "card_lost\n")
+    data.write_text(swapped)
+    with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
+        run(config, resume=True)
+    data.write_text(rows)
+
     result = run(config, resume=True)
     assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
     after = reports_of(Path(stopped["study"]))
     for trial in ended:
         assert after[trial] == before[trial]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_study_of_dedicated_runs_goes_on_with_its_own_data(tiny_study: Make, tmp_path: Path) -> None:
+    full = {"method": {"type": "full", "extract_rank": 4}, "optim": {"learning_rate": {"choice": [1e-3, 1e-4]}}}
+    hosts = {"num_slots": 1, "num_waiting": 0}
+    settings = tiny_study(space=[full], search={"algorithm": "grid"}, scheduler={"type": "fifo"}, hosts=hosts)
+    settings["trial"] |= {"budget": {"steps": 3}, "method": {"type": "full", "extract_rank": 4}}
+    config, stop = parse(StudyConfig, settings), threading.Event()
+    stopped = run(config, on_event=lambda event: stop.set() if event["event"] == "end" else None, stop=stop)
+    assert stopped["status"] == "interrupted"
+
+    data = tmp_path / "rows.csv"
+    rows = data.read_text()
+    data.write_text(rows.replace("transfer\n", "moved\n"))
+    with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
+        run(config, resume=True)  # its next trial, which begins only now
+    data.write_text(rows)
+    assert run(config, resume=True)["counts"]["done"] == 3
 
 
 def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Path) -> None:

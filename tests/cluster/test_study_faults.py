@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,3 +130,48 @@ def test_ctrl_c_at_any_time_leaves_a_study_that_goes_on(tiny_study: Make, tmp_pa
     result = json.loads(done.stdout)
     assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     assert result["winner"]["published"][0] == "tiny@1"
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+from rankloom.cli import main
+
+place, study = Path(sys.argv[1]), sys.argv[2]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
+
+def tune(*more):
+    try:
+        main(["tune", study, f"trial.output.root={place}/out", *more])
+    except SystemExit as end:
+        print(f"[exit {end.code}]", file=sys.stderr)
+
+tune()
+subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+tune("--resume")
+"""
+
+
+def may_mount() -> bool:
+    command = ["unshare", "-m", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs a mount namespace of its own")
+def test_a_full_disk_interrupts_a_study_and_ends_no_trial(tiny_study: Make, tmp_path: Path) -> None:
+    settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 6})
+    file, place = tmp_path / "study.yaml", tmp_path / "small"
+    file.write_text(yaml.safe_dump(settings))
+    place.mkdir()
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", FULL, str(place), str(file)],
+        env=os.environ | {"PYTHONPATH": SOURCE}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    first, _, second = done.stderr.partition("[exit 1]")
+    assert "error: output.root: " in first
+    assert "No space left on device; make room, --resume goes on" in first
+    for text in (done.stdout, done.stderr):
+        assert "Traceback" not in text
+        assert "died too often" not in text
+    assert "[exit 0]" in second
+    assert "6/6 trials (0 running, 0 stopped early, 0 failed)" in done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
+from rankloom.cli import main
 from rankloom.cli.adapters import app
 from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
 from rankloom.paths import registry_root
@@ -92,6 +94,37 @@ def test_show() -> None:
         assert expected in text
     assert json.loads(run("show", "bank", "--json").stdout)["aliases"] == ["champion"]
     assert json.loads(run("show", "bank@2", "--json").stdout)["aliases"] == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_records_text_is_not_obeyed(
+    registry: Registry,
+    folder: Path,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hostile = "org/\x1b]0;owned\x07\x1b[2J\u202etxt|`\r\nnext"
+    draft = registry.get("bank@1").draft()
+    base = draft.base.model_copy(update={"id": hostile})
+    card = SCORECARD.model_copy(update={"device": hostile})
+    registry.publish("odd", folder, draft.model_copy(update={"base": base, "scorecard": card, "method": hostile}))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    for command in (["list"], ["show", "odd"]):
+        app([*command, "--registry", registry.root], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07" in shown
+    written = (Path(registry.root) / "odd" / "1" / "README.md").read_text()
+    for text in (shown, written):
+        assert not set(re.sub(r"\x1b\[\d*m", "", text)) & {"\x1b", "\x07", "\u202e", "\r"}  # but rich's own bold
+    [row] = [line for line in written.splitlines() if line.startswith("| training time")]
+    assert row.replace(r"\|", "").count("|") == 4
+
+
+def test_an_error_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["adapters", "show", "bank", "--registry", "nowhere\x1b[2J"])
+    assert r"nowhere\x1b[2J" in capsys.readouterr().err
 
 
 def test_promote_rollback_and_rm(registry: Registry) -> None:
@@ -194,12 +227,14 @@ def test_a_foreign_folder_of_peft_is_published_verified_and_merged(
 
     silent = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")  # B is zero: it does nothing
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), silent).save_pretrained(tmp_path / "silent")
-    with pytest.raises(RegistryError, match="does nothing"):
+    with pytest.raises(RegistryError, match=f"{re.escape(str(tmp_path / 'silent'))}: .*does nothing"):
         run("publish", tmp_path / "silent", "--name", "foreign")
     assert Registry(registry_root()).versions("foreign") == [1]
 
 
-def test_errors_reach_the_caller() -> None:
+def test_errors_reach_the_caller(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="'base': it means the base"):
+        run("publish", folder, "--name", "base", "--base", "no/such-base")  # before anything is loaded
     with pytest.raises(AdapterNotFoundError, match="no adapter 'nothing'"):
         run("show", "nothing")
     with pytest.raises(ConfigError, match="allowed are"):

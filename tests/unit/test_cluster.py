@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rankloom.cli import main
 from rankloom.config.trial import ComputeConfig
 from rankloom.errors import ConfigError, RankloomError
-from rankloom.launch.cluster import Share, connected, share
+from rankloom.launch.cluster import Share, connected, open_ports, share
+from rankloom.launch.submit import is_open
 
 
 @pytest.mark.parametrize(
@@ -54,3 +60,43 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(ConfigError, match="rankloom submit"), connected(ComputeConfig()):
         pass
+
+
+def test_serve_starts_no_ray_that_runs_what_anybody_sends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert open_ports() is None
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert open_ports() is None  # Ray makes a token by itself
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = tmp_path / "serve.yaml"
+    config.write_text(f"base: org/base\nregistry: {tmp_path / 'registry'}\nport: 0\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(config)])
+    assert caught.value.code == 2
+    assert "error: RAY_AUTH_MODE=disabled: Ray's ports listen beyond this machine" in capsys.readouterr().err
+
+
+def test_nothing_of_ours_turns_rays_tokens_off() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = [root / "Makefile", root / "README.md", *root.glob("configs/**/*"), *root.glob("benchmarks/*.py")]
+    files += [*root.glob("jobs/*"), *root.glob("serve/*"), root / "tests" / "conftest.py"]
+    told = [file for file in files if file.is_file() and "RAY_AUTH_MODE" in file.read_text()]
+    assert [file.name for file in told if "disabled" in file.read_text()] == []
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, True), (401, False), (403, False), (404, False)])
+def test_submit_sees_whether_a_cluster_asks_for_a_token(status: int, expected: bool) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        log_message: Callable[..., None] = lambda *_: None
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert is_open(f"http://127.0.0.1:{server.server_port}/") is expected
+        server.shutdown()
+    assert not is_open("http://127.0.0.1:9")

@@ -24,6 +24,7 @@ from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
 from rankloom.cli.tune import tune as tune_command
 from rankloom.errors import RankloomError
+from rankloom.printable import printable
 
 app = typer.Typer(
     name="rankloom",
@@ -65,5 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")
     except RankloomError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        text = printable(str(error), keep="\n")
+        typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

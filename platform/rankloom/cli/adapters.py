@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import enum
 import json
-import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,6 +75,8 @@ def list_adapters(
 
     Example: rankloom adapters list bank-intents
     """
+    from rankloom.cli.tables import print_table
+
     registry = _open(root)
     records = registry.list(name)
     aliases = {each: registry.aliases(each) for each in {record.name for record in records}}
@@ -87,7 +87,7 @@ def list_adapters(
         typer.echo(f"no adapters in {registry.root}")
     else:
         header = ("adapter", "aliases", "method", "base", "accuracy", "loss", "size", "created")
-        _print_table(header, [(r.ref, " ".join(pointing[r.ref]) or "-", *_row(r)) for r in records])
+        print_table(header, [(r.ref, " ".join(pointing[r.ref]) or "-", *_row(r)) for r in records])
 
 
 @app.command()
@@ -96,6 +96,7 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
 
     Example: rankloom adapters show bank-intents@champion
     """
+    from rankloom.cli.tables import print_table
     from rankloom.registry.card import scorecard_rows
 
     registry = _open(root)
@@ -116,10 +117,10 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
         ("made with", ", ".join(f"{library} {number}" for library, number in record.versions.model_dump().items())),
         *((f"file {name}", f"{file.bytes:,} bytes") for name, file in sorted(record.files.items())),
     ]
-    _print_table(("", ""), facts)
+    print_table(("", ""), facts)
     if record.scorecard:
         typer.echo()
-        _print_table(("measure", "adapter", "base"), scorecard_rows(record.scorecard))
+        print_table(("measure", "adapter", "base"), scorecard_rows(record.scorecard))
 
 
 @app.command()
@@ -142,6 +143,7 @@ def publish(
 
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
+    from rankloom.registry import check_name
     from rankloom.registry.checks import RECORD, told_as
 
     registry = _open(root)
@@ -150,6 +152,7 @@ def publish(
             raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
         record = registry.publish(name, folder, _recorded(folder))
     else:
+        check_name(name)
         with TemporaryDirectory(prefix="rankloom-") as scratch:
             staged = Path(scratch) / "adapter"
             with told_as(staged, str(folder)):
@@ -311,11 +314,8 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
     if not isinstance(base_id, str) or not base_id:
         raise RegistryError(f"{folder / CONFIG} names no base_model_name_or_path; give --base")
 
-    from importlib.metadata import version
-
     import torch
 
-    from rankloom import __version__
     from rankloom.adapters.foreign import write_plainly
     from rankloom.adapters.probe import check_probe, record_probe
     from rankloom.adapters.weights import load_adapter
@@ -339,7 +339,7 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
         trial={"name": name, "model": {"id": base_id}, "quantization": "none"},
         data_fingerprint=None,
         scorecard=None,
-        versions=Versions(rankloom=__version__, **{each: version(each) for each in ("torch", "transformers", "peft")}),
+        versions=Versions.here(),
     )
 
 
@@ -366,21 +366,3 @@ def _report(as_json: bool, record: Record, text: str) -> None:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table on a terminal, aligned plain text in a pipe."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*header, box=None, show_header=any(header), header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*map(Text, row))  # Text: no [brackets] are taken for markup
-        Console().print(table)
-        return
-    lines = [header, *rows] if any(header) else [*rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rankloom.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -58,6 +60,10 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 def lines(event: Event) -> list[str]:
     """An event in words; steps have `step_line`."""
+    return [printable(line, keep="\n\t") for line in _lines(event)]
+
+
+def _lines(event: Event) -> list[str]:
     kind = event["event"]
     if kind == "phase":
         return [f"{event['phase']:<8} {event['message']}"]
@@ -65,6 +71,8 @@ def lines(event: Event) -> list[str]:
         return _report_lines(event["report"])
     if kind == "resumed":
         return [f"resumed at step {event['step']}"]
+    if kind == "warning":
+        return [f"warning: {event['message']}"]
     if kind == "eval":
         accuracy = "" if event["accuracy"] is None else f"  accuracy {100 * event['accuracy']:.1f} %"
         best = "  best so far" if event["best"] else ""

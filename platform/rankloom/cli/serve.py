@@ -63,13 +63,15 @@ def serve(
 
 def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
     from rankloom.deploy.app import GRPC, application, idle_gpus, on_idle_gpus, resolved
-    from rankloom.launch.cluster import attached
+    from rankloom.launch.cluster import attached, open_ports
     from rankloom.paths import registry_root
     from rankloom.registry import Registry
 
     local = not os.environ.get("RAY_ADDRESS")
     port = settings.port or _free_port(settings.host)
     if local:
+        if told := open_ports():
+            raise ConfigError(told)
         _check_port(settings.host, port)
     settings = resolved(settings, Registry(settings.registry or registry_root()))
     os.environ.update(GRPC)  # of Serve's proxy, where this starts Ray
@@ -94,6 +96,12 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
             raise RankloomError(f"the endpoint did not start: {reason}") from None
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else shown}:{port}"
+        typer.echo(_who_may_ask(settings), err=True)
+        if not local:
+            typer.echo(
+                "the cluster's own ports run what whoever reaches them sends, unless it was started with "
+                "RAY_AUTH_MODE=token", err=True,
+            )  # fmt: skip
         typer.echo(json.dumps({"url": url, "name": settings.name}) if as_json else f"ready at {url}/v1")
         if detach:
             return
@@ -120,6 +128,14 @@ def told_of_gpus(replicas: ReplicasConfig, idle: int, num_gpus: int, *, given: b
     if left > 0:
         use = "raise replicas.max" if gpus else "set replicas.gpus=1"
         yield f"{left} GPU(s) stand idle; {use} to use them"
+
+
+def _who_may_ask(settings: ServeConfig) -> str:
+    if settings.auth.keys is not None:
+        return f"open to whoever has a key of {settings.auth.keys}, on host={settings.host}"
+    if settings.auth.anonymous:
+        return f"open to everybody who reaches host={settings.host}: auth.anonymous is set"
+    return "open to this machine alone; for others: rankloom keys create, auth.keys and host"
 
 
 def _check_room(settings: ServeConfig, nodes: Sequence[dict[str, float]]) -> None:

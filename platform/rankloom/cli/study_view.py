@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rankloom.cli.progress import duration
+from rankloom.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,8 +61,14 @@ class Plain:
 
 def lines(event: Event) -> list[str]:
     """An event in words; the status has `status_line` and `table`."""
+    return [printable(line, keep="\n\t") for line in _lines(event)]
+
+
+def _lines(event: Event) -> list[str]:
     if event["event"] == "phase":
         return [f"{event['phase']:<8} {event['message']}"]
+    if event["event"] == "warning":
+        return [f"warning: {event['message']}"]
     if event["event"] == "end":
         reason = f": {event['error']}" if event["error"] else ""
         return [f"{event['name']}  {event['method']:<8} {event['status']}{reason}"]

@@ -102,7 +102,7 @@ def _submit(
     working_dir: Path | None,
 ) -> None:
     from rankloom.config import StudyConfig, TrialConfig, load
-    from rankloom.launch.submit import CONFIG_FILE, local_paths, submit
+    from rankloom.launch.submit import CONFIG_FILE, is_open, local_paths, submit
 
     shipped = None
     if verb != "evaluate" or is_config(subject):
@@ -123,6 +123,11 @@ def _submit(
         arguments = [subject, *overrides]
     job = submit([verb, *arguments, *options], address=address, config=shipped, working_dir=working_dir)
     typer.echo(f"submitted {job.id} to {address}", err=True)
+    if is_open(address):
+        typer.secho(
+            f"warning: {address} runs what whoever reaches it sends: start that cluster with RAY_AUTH_MODE=token, or "
+            f"keep its network private", fg=typer.colors.YELLOW, err=True,
+        )  # fmt: skip
     if not follow:
         typer.echo(job.hints, err=True)
         typer.echo(job.id)

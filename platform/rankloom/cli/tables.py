@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rankloom.printable import printable
 from rankloom.registry.card import measure_rows, scorecard_rows
 from rankloom.scorecard import Measures, Scorecard
 
@@ -51,13 +52,14 @@ def next_lines(result: dict[str, Any]) -> list[str]:
 
 
 def print_table(header: Sequence[str], rows: Rows) -> None:
-    """A rich table on a terminal, aligned plain text in a pipe."""
+    """A rich table on a terminal, aligned plain text in a pipe; a header of empty texts is left out."""
     if sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(_rich(header, rows))
         return
-    lines = [header, *rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
+    lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -67,7 +69,7 @@ def _rich(header: Sequence[str], rows: Rows) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, box=None, header_style="bold", pad_edge=False)
+    table = Table(*header, box=None, show_header=any(header), header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: no [brackets] are taken for markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: no [brackets] are taken for markup
     return table

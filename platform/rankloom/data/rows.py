@@ -32,6 +32,7 @@ class Rows(Sequence[Row]):
         self._dataset = dataset
         self.lengths = lengths
         """Tokens of each row."""
+        self._digest: str | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Rows:
@@ -63,6 +64,11 @@ class Rows(Sequence[Row]):
 
     def digest(self) -> str:
         """A hash of the rows' contents, the same on every machine."""
+        if self._digest is None:
+            self._digest = self._hashed()
+        return self._digest
+
+    def _hashed(self) -> str:
         assert self._dataset._indices is None, "only whole splits have a digest"
         table = self._dataset.data.table
         whole = hashlib.sha256()

@@ -113,6 +113,16 @@ def connected(compute: ComputeConfig) -> Iterator[Share]:
         yield share(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
 
 
+def open_ports() -> str | None:
+    """What is to be told of a Ray that runs what anybody sends to it; None: it asks for a token."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
+        return None
+    return (
+        "RAY_AUTH_MODE=disabled: Ray's ports listen beyond this machine, and run what whoever reaches them sends; "
+        "unset it, or set it to token"
+    )
+
+
 @contextmanager
 def attached() -> Iterator[list[dict[str, float]]]:
     """The same without sharing it out; yields each node's resources."""
@@ -176,8 +186,8 @@ def _connect(ray: Any, address: str | None) -> None:
         hint = f"RAY_ADDRESS is {address!r}: is the cluster up?" if address else "is there room in /tmp and in memory?"
         if "authentic" in reason.lower():
             hint = (
-                "the cluster and this process disagree on token authentication: set RAY_AUTH_MODE=token (the token is "
-                "read from RAY_AUTH_TOKEN or ~/.ray/auth_token), or RAY_AUTH_MODE=disabled, as the cluster was started"
+                "the cluster and this process disagree on token authentication: set RAY_AUTH_MODE as the cluster was "
+                "started; with token, it is read from RAY_AUTH_TOKEN or ~/.ray/auth_token"
             )
         raise RankloomError(f"Ray can't be reached: {type(error).__name__}: {reason[:500]}; {hint}") from None
 

@@ -35,6 +35,8 @@ def evaluate(
         except Exception as error:
             raise _one_line(failure_of(error)) from None
     on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    if told := cluster.open_ports():
+        on_event({"event": "warning", "message": told})
     single = trial.compute.model_copy(update={"num_workers": 1})
     with cluster.connected(single) as share:
         import ray

@@ -48,16 +48,18 @@ class HostActor:
         device: Device,
         label: str,
         scratch: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         """
         Args:
             study: the study's tree, for `hosts` and `search`.
             example: a trial's tree, with the base and the data that all members share.
             scratch: the folder for snapshots; None: this actor's own.
+            folder: the study's, for what its trials come from.
         """
         self._study = parse(StudyConfig, study)
         self._example = parse(TrialConfig, example)
-        self._bank, self._device, self._label = bank, device, label
+        self._bank, self._device, self._label, self._folder = bank, device, label, folder
         self._members: dict[str, Member] = {}
         self._changed = asyncio.Event()
         self._reported = asyncio.Condition()
@@ -246,7 +248,7 @@ class HostActor:
         import rankloom.train.host  # noqa: F401  # torch comes with it
 
         self._work.import_s = time.monotonic() - started
-        return open_host(self._study, self._example, self._bank, self._device)
+        return open_host(self._study, self._example, self._bank, self._device, self._folder)
 
     async def _reseat(self, runner: Runner) -> list[Member]:
         """Let members out and in; who trains next."""

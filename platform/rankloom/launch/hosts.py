@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
@@ -105,8 +106,9 @@ class Open:
 class Hosts:
     """The actor; all its methods are short."""
 
-    def __init__(self, study: dict[str, Any], nodes: Sequence[dict[str, float]]) -> None:
-        self._tree = study
+    def __init__(self, study: dict[str, Any], nodes: Sequence[dict[str, float]], folder: Path | None = None) -> None:
+        """`folder`: the study's, where it is kept what its trials come from; None: it is not."""
+        self._tree, self._folder = study, folder
         self._study = parse(StudyConfig, study)
         self._groups = groups(self._study)
         self._bank = bank_of(self._study)
@@ -142,7 +144,7 @@ class Hosts:
         if not self._open:
             trial = parse(TrialConfig, tree)
             self._groups.setdefault(host_key(trial), trial)
-            self._host_of(host_key(trial))
+            self._start(host_key(trial), to_train=False)
         return self._open[0].handle
 
     async def unseat(self, trial_id: str) -> None:
@@ -180,7 +182,7 @@ class Hosts:
             return self._start(key)
         return emptiest
 
-    def _start(self, key: str) -> Open:
+    def _start(self, key: str, *, to_train: bool = True) -> Open:
         import ray
 
         device = self._device
@@ -196,9 +198,10 @@ class Hosts:
                 max_concurrency=1000,
                 runtime_env={"env_vars": cluster.worker_environment(device.threads, gpu=device.gpus > 0)},
             )
-            .remote(self._tree, dump(self._groups[key]), self._bank, device, label)
+            .remote(self._tree, dump(self._groups[key]), self._bank, device, label, folder=self._folder)
         )
-        handle.ready.remote()  # it loads from now on, not from the first trial that joins
+        if to_train:
+            handle.ready.remote()  # it loads from now on, not from the first trial that joins
         self._open.append(Open(key, label, handle))
         return self._open[-1]
 

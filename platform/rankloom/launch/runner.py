@@ -185,14 +185,15 @@ class Runner:
         return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
 
 
-def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device) -> Any:
+def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device, folder: Path | None = None) -> Any:
     """Read the data, load the base and make a `TrialHost`, as large as is wanted and as there is memory for.
 
     Args:
         trial: one with the base and the data that all members share.
+        folder: the study's; a host on other data than it began with is refused.
 
     Raises:
-        RankloomError: the data or the base can't be loaded. TrialError: there is no room for any member.
+        RankloomError: the data or the base can't be loaded, or are others. TrialError: there is no room for any member.
     """
     import torch
 
@@ -202,6 +203,7 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
     from rankloom.train.base import check_lengths, precision_of
     from rankloom.train.host import TrialHost
     from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
+    from rankloom.train.origin import Origin, hold_study_to
 
     torch.set_num_threads(device.threads)
     place = local_device(trial.compute.device)
@@ -211,6 +213,8 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
     precision = precision_of(trial, place)
     base = load_base(trial.model, trial.quantization, device=place, dtype=precision, compute_dtype=precision)
     check_lengths(data, base)
+    if folder is not None:
+        hold_study_to(folder, trial, Origin.of(data, base))
     if place.type == "cuda":
         mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
         free = min(free_bytes(place) or 0.0, mine)

@@ -16,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import yaml
 
 import rankloom
 from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError
-from rankloom.launch.cluster import check_answers
+from rankloom.launch.cluster import CONNECT_TIMEOUT_S, check_answers
 
 POLL_EVERY_S = 1.0
 CONFIG_FILE = "config.yaml"
@@ -81,6 +82,15 @@ def submit(
         except Exception as error:  # RuntimeError with the server's text, or requests' own
             raise RankloomError(f"{address} refused the job: {_last_line(error)}") from None
     return Job(client, job_id, address)
+
+
+def is_open(address: str) -> bool:
+    """Whether a cluster takes jobs, and so code, without a token."""
+    try:
+        with urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=CONNECT_TIMEOUT_S) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):  # of these, urllib's for 401 and 403
+        return False
 
 
 def follow(job: Job, write: Callable[[str], None]) -> int:

@@ -129,6 +129,8 @@ def local_device(wanted: str) -> Any:
 
 def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool) -> dict[str, Any]:
     tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    if told := cluster.open_ports():
+        tell({"event": "warning", "message": told})
     with cluster.connected(trial.compute) as share:
         import ray
         from ray.train import TrainingFailedError
@@ -373,5 +375,8 @@ def _raise(failure: Failure, run: RunFolder) -> NoReturn:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # Ray Tune's errors hold that of their cause: its last line says it
+        text = text.strip().splitlines()[-1]
+    text = " ".join(text.split())
     return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -5,6 +5,6 @@ visible at once on a disk or an object store. Read `store.py` first.
 """
 
 from rankloom.registry.record import BaseModelRef, Draft, Lineage, Record, Versions
-from rankloom.registry.store import CHAMPION, Registry
+from rankloom.registry.store import CHAMPION, Registry, check_name
 
-__all__ = ["CHAMPION", "BaseModelRef", "Draft", "Lineage", "Record", "Registry", "Versions"]
+__all__ = ["CHAMPION", "BaseModelRef", "Draft", "Lineage", "Record", "Registry", "Versions", "check_name"]

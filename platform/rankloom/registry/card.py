@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rankloom.printable import printable
 from rankloom.registry.record import Record
 from rankloom.scorecard import Measures, Scorecard, Share
 
@@ -29,15 +30,20 @@ def model_card(record: Record) -> str:
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {record.name}, version {record.version}",
-        f"A low-rank adapter for `{record.base.id}`{quantized}, made with method `{record.method}` "
+        f"A low-rank adapter for `{_cell(record.base.id)}`{quantized}, made with method `{_cell(record.method)}` "
         f"({_SERVABLE[record.servable]}) on {record.created:%Y-%m-%d}. `record.json` has its whole configuration.",
     ]
     if record.scorecard:
         rows = ["| | this adapter | base |", "|---|---|---|"]
-        rows += [f"| {label} | {value} | {base} |" for label, value, base in scorecard_rows(record.scorecard)]
+        rows += [f"| {' | '.join(map(_cell, row))} |" for row in scorecard_rows(record.scorecard)]
         parts += ["## Scorecard", "\n".join(rows)]
     parts += ["## Load it with PEFT", _snippet(record)]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that ends neither a cell of a Markdown table nor a code span."""
+    return printable(text).replace("|", "\\|").replace("`", "'")
 
 
 def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:

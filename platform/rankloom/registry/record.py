@@ -6,10 +6,12 @@ writes the whole as `record.json` into the version's folder.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+import rankloom
 from rankloom.config.trial import Name
 from rankloom.scorecard import Scorecard
 
@@ -48,6 +50,16 @@ class Versions(_Plain):
     torch: str
     transformers: str
     peft: str
+
+    @classmethod
+    def here(cls) -> Versions:
+        """Those that are installed."""
+        return cls(rankloom=rankloom.__version__, **{each: version(each) for each in ("torch", "transformers", "peft")})
+
+    def changes(self, since: Versions) -> list[str]:
+        """`torch 2.12 -> 2.13` for each that is another now than it was then."""
+        then = since.model_dump()
+        return [f"{name} {then[name]} -> {now}" for name, now in self.model_dump().items() if then[name] != now]
 
 
 class StoredFile(_Plain):

@@ -80,9 +80,7 @@ class Registry:
 
         An older record.json or README.md in the folder is not copied.
         """
-        _check_name(name)
-        if name == BASE:
-            raise ConfigError(f"adapter name {name!r}: it means the base without an adapter; choose another")
+        check_name(name)
         with self._reporting(f"publish {name}; nothing was published"):
             sources = {file: path for file, path in read_folder(folder).items() if file not in (RECORD, CARD)}
             with self._storage.lock(name), self._storage.staging(name) as staged:
@@ -366,6 +364,12 @@ def parse_ref(ref: str) -> tuple[str, str | None]:
     if not (_NUMBER.fullmatch(selector) or (re.fullmatch(NAME_PATTERN, selector) and not selector.isdigit())):
         raise ConfigError(f"ref {_shown(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
     return name, selector
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError where nothing can be published under this name."""
+    if _check_name(name) == BASE:
+        raise ConfigError(f"adapter name {name!r}: it means the base without an adapter; choose another")
 
 
 def _check_name(name: str) -> str:

@@ -19,6 +19,7 @@ from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
 from rankloom.launch.membership import Report, costs_of, no_costs
 from rankloom.launch.trainer import Background, failure_of, fit
+from rankloom.train.origin import Origin, hold_study_to
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
@@ -72,7 +73,10 @@ class Dedicated:
                 if not running.join(0) or not self._events.empty():
                     continue
                 return self._end(n, running)
-            if event["event"] == "step":
+            if event["event"] == "origin":
+                study = self._best_folder.parents[1]
+                hold_study_to(study, self._trial, Origin.model_validate(event))
+            elif event["event"] == "step":
                 self._last_step = event
             elif event["event"] == "eval" and event["step"] > self._last["step"]:
                 self._last = self._report(event)

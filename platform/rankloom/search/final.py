@@ -24,6 +24,7 @@ from rankloom.launch.trainer import local_device
 from rankloom.models import Base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.scorecard import Measures, Scorecard
+from rankloom.train.origin import Origin, hold_study_to
 from rankloom.train.run import PROBE_TOKENS, draft_of, load_for
 
 Finalist = dict[str, Any]
@@ -45,6 +46,7 @@ def score_finalists(
         trial = parse(TrialConfig, finalists[mine[0]]["trial"])
         base = load_for(trial, local_device(trial.compute.device))
         data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
+        hold_study_to(Path(finalists[mine[0]]["folder"]).parents[1], trial, Origin.of(data, base))
         on_event({"event": "phase", "phase": "score", "message": "the base"})
         base_measures = measure(base.model, base.tokenizer, data, trial.eval) if trial.eval.base else None
         for i in mine:

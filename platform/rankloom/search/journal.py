@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,18 @@ from rankloom.search.board import CURVE, Board, Line
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
 STATUS_EVERY_S = 1.0
+ENOUGH = 2**20
+"""Bytes that a folder must take not to be called full."""
+
+
+def full(folder: Path) -> TrialError | None:
+    """What to tell where a study's folder takes nothing more; None: it does."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as opened:
+            opened.write(bytes(ENOUGH))
+    except OSError as error:
+        return TrialError(f"output.root: {folder} can't be written: {error.strerror}; make room, --resume goes on")
+    return None
 
 
 class Journal(tune.Callback):  # type: ignore[misc]
@@ -33,7 +46,9 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self.fatal: str | None = None
         """An error of the study's, not of a trial's: the data or the base can't be loaded."""
         self.interrupted = False
+        self._stopped = False
         self.host_stats: dict[str, dict[str, Any]] = {}
+        self._folder = path.parent
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._tell, self._hosts, self._stop = tell, hosts, stop
         self._stats: Any = None
@@ -63,6 +78,9 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._write({"event": "end", "trial": trial.trial_id, "status": status, "error": last.get("error")})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if problem := full(self._folder):  # no trial's fault: Tune has this one begin again at --resume
+            self.fatal = self.fatal or str(problem)
+            return
         if trial.trial_id not in self.board.trials:  # it never started
             self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
         error = " ".join(str(trial.get_pickled_error() or "its process died too often").split())[-400:]
@@ -77,6 +95,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         if self.fatal is not None and not in_main:
             raise TrialError(self.fatal)  # Tune ends its trials, and the run with this
         if (self._stop.is_set() or self.fatal) and in_main:
+            self._stopped = self._stop.is_set()
             self._stop.clear()
             signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
 
@@ -94,7 +113,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
             ended = self._statuses.get(trial_id) == "TERMINATED"
             if ended and standing is not None and standing.status == "running":
                 self.on_trial_complete(0, self._trials, trial)
-        self.interrupted = any(status not in ("TERMINATED", "ERROR") for status in self._statuses.values())
+        unfinished = any(status not in ("TERMINATED", "ERROR") for status in self._statuses.values())
+        self.interrupted = unfinished or self._stopped  # between two trials all may have ended, and more be to come
 
     def take_stats(self, stats: list[dict[str, Any]]) -> None:
         """What the hosts say of themselves; one that was given back keeps its last words."""

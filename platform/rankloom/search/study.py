@@ -7,8 +7,9 @@
     finish    the best by validation are scored on the test rows and published (`finish.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (what the searcher began with),
-journal.jsonl, tensorboard/, adapters/<trial> (each trial's best), dedicated/<trial> (runs that can't share a base),
-tune/ (Ray Tune's own state), and at the end results.parquet and result.json.
+journal.jsonl, tensorboard/, origins/ (fingerprints of its data and bases), adapters/<trial> (each trial's best),
+dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet and
+result.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from rankloom.search.finish import finish
 from rankloom.search.journal import Event, Tell
 from rankloom.search.known import Knowledge
 from rankloom.search.tuning import JOURNAL, running_hosts, search
+from rankloom.train.origin import study_warning
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
@@ -85,6 +87,8 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     knowledge.write(folder / KNOWN)
     if study.search.priors:
         on_event({"event": "phase", "phase": "priors", "message": _told(knowledge)})
+    if changed := study_warning(folder):
+        on_event({"event": "warning", "message": changed})
     board = Board.read(study, folder / JOURNAL)
     with tracked(study, _id(folder), board, folder) as track:
 
@@ -103,7 +107,12 @@ def _search(
     study: StudyConfig, knowledge: Knowledge, board: Board, folder: Path, tell: Tell, stop: threading.Event
 ) -> dict[str, Any]:
     tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    with cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})), running_hosts(study) as hosts:
+    if told := cluster.open_ports():
+        tell({"event": "warning", "message": told})
+    with (
+        cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})),
+        running_hosts(study, folder) as hosts,
+    ):
         journal = search(study, knowledge.points, board, folder, hosts, tell, stop)
         write_results(board, folder / RESULTS)
         outcome = {

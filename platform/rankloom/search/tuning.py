@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,9 +22,10 @@ from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.launch import cluster
 from rankloom.launch.hosts import Hosts, groups, share_out
+from rankloom.launch.run_folder import ERROR
 from rankloom.launch.trainer import failure_of
 from rankloom.search.board import Board
-from rankloom.search.journal import Journal, Tell
+from rankloom.search.journal import Journal, Tell, full
 from rankloom.search.proposers import Known
 
 JOURNAL, TUNE = "journal.jsonl", "tune"
@@ -34,11 +36,12 @@ SAVE_EVERY_S = "3"
 
 
 @contextmanager
-def running_hosts(study: StudyConfig) -> Iterator[Any]:
-    """The actor that opens and shares out the study's hosts, which end with it."""
+def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
+    """The actor that opens and shares out the study's hosts, which end with it; `folder` is the study's."""
     import ray
 
-    hosts = ray.remote(Hosts).options(max_concurrency=1000, **cluster.beside_me()).remote(dump(study), cluster.alive())
+    options = {"max_concurrency": 1000} | cluster.beside_me()
+    hosts = ray.remote(Hosts).options(**options).remote(dump(study), cluster.alive(), folder)
     try:
         yield hosts
     finally:
@@ -86,7 +89,10 @@ def search(
     except RankloomError:
         raise
     except Exception as error:
-        raise failure_of(error).error from None
+        if (problem := full(folder)) is not None:
+            raise problem from None
+        (folder / ERROR).write_text(f"{error}\n{traceback.format_exc()}", encoding="utf-8")
+        raise TrialError(f"{failure_of(error).error}; the whole trace is in {folder / ERROR}") from None
     finally:
         with suppress(ValueError):  # not in the main thread, where Ray Tune leaves its own handler
             signal.signal(signal.SIGINT, on_interrupt)

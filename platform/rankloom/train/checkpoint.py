@@ -2,6 +2,7 @@
 
     weights.safetensors   what trains, by parameter name
     state.pt              optimiser, method, random state, data cursor and progress; read with weights_only=True
+    origin.json           the data and the base that it was trained with (`origin.py`)
 
 The adapter that is published is not this: `Method.export` writes it.
 """

@@ -31,6 +31,7 @@ from rankloom.models import Base
 from rankloom.train import checkpoint
 from rankloom.train.base import autocast
 from rankloom.train.memory import peak_memory_bytes
+from rankloom.train.origin import Origin
 from rankloom.train.parallel import Workers, clip
 from rankloom.train.schedule import num_steps, schedule
 from rankloom.train.session import Session
@@ -88,6 +89,7 @@ class TrainingLoop:
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
         self.progress = Progress()
         self.saved_step: int | None = None
+        self.origin = Origin.of(data, base)
         self._restore()
 
     def run(self) -> bool:
@@ -185,6 +187,8 @@ class TrainingLoop:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             checkpoint.save(folder, self.module, self.method, self.optimizer, progress, write=first)
+            if first:
+                self.origin.write(folder)
             self.session.save_checkpoint(folder if first else None, {"step": self.progress.step, "score": score})
         self.saved_step = self.progress.step
 
@@ -244,6 +248,8 @@ class TrainingLoop:
     def _restore(self) -> None:
         with self.session.latest_checkpoint() as folder:
             if folder is not None:
+                if changed := self.origin.check(folder, self.trial):
+                    self.session.emit({"event": "warning", "message": changed})
                 checkpoint.load_weights(folder, self.module, self.method)
                 saved = checkpoint.load_optimizer(folder, self.method, self.optimizer)
                 self.cursor.load_state_dict(saved.pop("cursor"))

@@ -10,7 +10,6 @@ import gc
 import logging
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
 
-import rankloom
 from rankloom.adapters.probe import largest_difference, last_logits, tolerance, write_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig, dump
@@ -68,6 +66,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> di
     loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
     for note in loop.method.notes:
         _phase(session, "train", note)
+    session.emit({"event": "origin"} | loop.origin.model_dump())
     if not train:
         loop.load_best()
     elif not loop.run():
@@ -212,14 +211,7 @@ def draft_of(
         data_fingerprint=data.fingerprint,
         scorecard=scorecard,
         lineage=Lineage(run=trial.name, study=study),
-        versions=_library_versions(),
-    )
-
-
-def _library_versions() -> Versions:
-    """The libraries that make an adapter what it is."""
-    return Versions(
-        rankloom=rankloom.__version__, **{name: version(name) for name in ("torch", "transformers", "peft")}
+        versions=Versions.here(),
     )
 
 

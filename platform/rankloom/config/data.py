@@ -16,7 +16,8 @@ class Source(Frozen):
     """Where rows come from; a plain string is short for `{path: ...}`."""
 
     path: str
-    """`builtin:bank-intents`, a hub data set's id, or a jsonl, json, csv or parquet file, local or on an fsspec URL."""
+    """`builtin:bank-intents`, a hub data set's id, or a jsonl, json, csv, tsv or parquet file, local or on an fsspec
+    URL."""
     split: str | None = None
     """The split of a hub or built-in data set; null: the key's own name (train, validation, test; retention: test)."""
     subset: str | None = None
@@ -49,7 +50,9 @@ class DataConfig(Frozen):
     """Seed of the split."""
     format: Format = "auto"
     """chat: messages; instruction: instruction, response; completion: prompt, completion; text: text;
-    classification: text, label. auto: by the columns."""
+    classification: text, label. auto: by the columns. All but text also read a column `system`, chat and completion
+    `tools`, and instruction `input` and `context`, which follow the instruction. Other names: conversations for
+    messages, output for response, functions for tools."""
     columns: dict[str, str] = {}
     """Renames: the format's column -> the data's, for example {label: category}."""
     split_special_tokens: bool = True

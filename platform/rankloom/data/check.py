@@ -7,7 +7,7 @@ error, raised here or while rendering; what only makes it worse is a warning.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,16 +90,25 @@ class Part:
     """Indices of its rows."""
     empty: int
     over_long: int
+    unread: tuple[str, ...] = ()
+    """Columns of the source that nothing reads."""
 
     def column(self, name: str) -> pa.ChunkedArray:
         return self.rendered.data.column(name).take(pa.array(self.kept))
 
     def picked(self, kept: np.ndarray) -> Part:
         """Some of its rows; what was dropped before stays counted in the whole."""
-        return replace(self, kept=kept, empty=0, over_long=0)
+        return replace(self, kept=kept, empty=0, over_long=0, unread=())
+
+    def describe(self, limit: int) -> str:
+        """What was dropped, in words."""
+        return (
+            f"{self.empty} without a prompt or a completion, {self.over_long} whose completion does not fit in "
+            f"data.max_length={limit}"
+        )
 
 
-def usable(rendered: datasets.Dataset, field: str, config: DataConfig) -> Part:
+def usable(rendered: datasets.Dataset, field: str, config: DataConfig, unread: Sequence[str] = ()) -> Part:
     """The rows that were not dropped.
 
     Raises:
@@ -107,12 +116,10 @@ def usable(rendered: datasets.Dataset, field: str, config: DataConfig) -> Part:
     """
     status = rendered.data.column("status").to_numpy()
     empty, over_long = int((status == EMPTY).sum()), int((status == OVER_LONG).sum())
-    part = Part(rendered, field, np.flatnonzero((status != EMPTY) & (status != OVER_LONG)), empty, over_long)
+    kept = np.flatnonzero((status != EMPTY) & (status != OVER_LONG))
+    part = Part(rendered, field, kept, empty, over_long, tuple(unread))
     if not len(part.kept):
-        raise DataError(
-            f"{field}: none of its {len(status)} rows can be used: {empty} without a prompt or a completion, "
-            f"{over_long} whose completion does not fit in data.max_length={config.max_length}"
-        )
+        raise DataError(f"{field}: none of its {len(status)} rows can be used: {part.describe(config.max_length)}")
     if not _trained_tokens(part):
         raise DataError(
             f"{field}: no token of its {len(part.kept)} rows would be trained on; look at the rows, data.format "
@@ -130,6 +137,9 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
     splits = {name: _split_report(part, labels is not None and name != "retention") for name, part in parts.items()}
     overlaps = {name: _overlap(parts["train"], parts[name]) for name in ("validation", "test")}
     warnings = [line for name, split in splits.items() for line in _split_warnings(name, split, limit)]
+    for name, part in parts.items():
+        if part.unread:
+            warnings.append(f"{name}: {len(part.unread)} column(s) are not read: {', '.join(map(repr, part.unread))}")
     for name, overlap in overlaps.items():
         if overlap.rows:
             shown = "; ".join(map(repr, overlap.examples))
@@ -140,6 +150,9 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
     trained = splits["train"].labels or {}
     if labels is not None and len(labels) == 1:
         warnings.append(f"all rows have the label {next(iter(labels))!r}: there is nothing to tell apart")
+    for alike in _alike(labels or {}):
+        shown = ", ".join(map(repr, alike))
+        warnings.append(f"the labels {shown} differ in capitals or spaces alone, and are classes of their own")
     if absent := [label for label in labels or {} if label not in trained]:
         shown = ", ".join(map(repr, absent[:NUM_EXAMPLES]))
         warnings.append(f"train: {len(absent)} label(s) have no row to train on: {shown}")
@@ -190,6 +203,13 @@ def _split_warnings(name: str, split: SplitReport, limit: int) -> list[str]:
             f"{name}: {split.skipped_turns} earlier assistant turn(s) carry no loss: the template rewrites them"
         )
     return lines
+
+
+def _alike(labels: Mapping[str, Any]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault("".join(label.split()).casefold(), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _overlap(train: Part, other: Part) -> Overlap:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,16 @@ from rankloom.config.data import DataConfig, Source
 from rankloom.data.check import DataReport, Part, build_report, usable
 from rankloom.data.render import Renderer
 from rankloom.data.rows import FEATURES, Rows, store
-from rankloom.data.sources import FIELDS, Located, Role, builtin_test, explain, locate, pick_columns
+from rankloom.data.sources import (
+    FIELDS,
+    Located,
+    Role,
+    builtin_test,
+    explain,
+    locate,
+    pick_columns,
+    unread_columns,
+)
 from rankloom.data.split import split_off
 from rankloom.errors import ConfigError, DataError
 from rankloom.paths import cache_dir
@@ -165,13 +174,15 @@ def _parts(
         place = scratch / role
         place.mkdir()
         wanted = own.format if role == "retention" else format
-        columns, own_format = pick_columns(source.read(place), source, wanted, own.columns)
+        whole = source.read(place)
+        columns, own_format = pick_columns(whole, source, wanted, own.columns)
         renderer = Renderer(tokenizer, own, own_format, source.field, _label_names(columns), known)
         if role == "train":
             format = own_format
             if format == "classification":
                 labels = renderer.labels = renderer.label_table(_different(columns, "label"))
-        parts[role] = usable(_render(columns, renderer, place), source.field, own)
+        unread = unread_columns(whole, columns, own.columns)
+        parts[role] = usable(_render(columns, renderer, place), source.field, own, unread)
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
     fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
     if sum(fractions.values()) >= 1:
@@ -179,15 +190,14 @@ def _parts(
             f"data.test_fraction={config.test_fraction:g} and data.validation_fraction={config.validation_fraction:g} "
             f"leave nothing to train on; together they must be below 1"
         )
-    whole = parts["train"]
+    train = parts["train"]
     if fractions:
-        parts.update(_split(whole, fractions, config.split_seed))
+        parts.update(_split(train, fractions, config))
     if config.max_train_rows is not None and config.max_train_rows < len(parts["train"].kept):
         chosen = np.random.default_rng(config.split_seed).permutation(parts["train"].kept)[: config.max_train_rows]
         parts["train"] = parts["train"].picked(np.sort(chosen))
     # what was dropped from the source is train's to report, whatever was split off it
-    train = parts["train"]
-    parts["train"] = Part(train.rendered, train.field, train.kept, whole.empty, whole.over_long)
+    parts["train"] = replace(train, kept=parts["train"].kept)
     return parts, format, labels
 
 
@@ -198,10 +208,21 @@ _RETENTION: dict[str, Any] = {
 """Settings of the task that mean nothing for the second data set."""
 
 
-def _split(whole: Part, fractions: Mapping[str, float], seed: int) -> dict[str, Part]:
+def _split(whole: Part, fractions: Mapping[str, float], config: DataConfig) -> dict[str, Part]:
     digests, chunks = whole.column("prompt_digest").to_pylist(), whole.column("chunk").to_pylist()
     texts = [digest for digest, chunk in zip(digests, chunks, strict=True) if chunk == 0]
-    chosen = split_off(texts, fractions, seed, field=whole.field)
+    try:
+        chosen = split_off(texts, fractions, config.split_seed, field=whole.field)
+    except DataError:
+        if not whole.empty + whole.over_long:
+            raise
+        total, limit = len(texts) + whole.empty + whole.over_long, config.max_length
+        few = f"fits data.max_length={limit}" if not whole.empty else f"can be used ({whole.describe(limit)})"
+        raise DataError(
+            f"{whole.field}: only {len(texts)} of {total} rows {few}: too few to split off {' and '.join(fractions)}; "
+            f"{'raise data.max_length, ' if whole.over_long else ''}mend the others, or give "
+            f"{' and '.join(f'data.{name}' for name in fractions)}"
+        ) from None
     part_of = {digest: name for name, prompts in chosen.items() for digest in prompts}
     side = np.array([part_of.get(digest, "train") for digest in digests])
     return {name: whole.picked(whole.kept[side == name]) for name in ("train", *fractions)}

@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import fsspec
-import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 
-from rankloom.config.data import COLUMNS, Source
+from rankloom.config.data import ALIASES, COLUMNS, OPTIONAL, Source
+from rankloom.data.files import BUILDERS, not_utf8, read_files
 from rankloom.errors import ConfigError, DataError
 
 Role = Literal["train", "validation", "test", "retention"]
@@ -34,8 +34,6 @@ FIELDS: dict[Role, str] = {
     "retention": "eval.retention",
 }
 DEFAULT_SPLITS: dict[Role, str] = {"train": "train", "validation": "validation", "test": "test", "retention": "test"}
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File extension (`.gz` may follow) -> the `datasets` builder that reads it."""
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """The source is fine, but its copy can't be written."""
@@ -89,37 +87,53 @@ def pick_columns(
     """
     if not len(dataset):
         raise DataError(f"{located.field}: {located.path} has no rows")
-    there = f"{located.path} has {', '.join(map(repr, dataset.column_names)) or 'none'}"
+    names = dataset.column_names
+    there = f"{located.path} has {', '.join(map(repr, names)) or 'none'}"
     for role, name in columns.items():
-        if name not in dataset.column_names:
-            near = _nearest(name, dataset.column_names)
-            raise DataError(f"data.columns: {role}: no column {name!r}{near}; {there}")
+        if name not in names:
+            raise DataError(f"data.columns: {role}: no column {name!r}{_nearest(name, names)}; {there}")
+
+    def column_of(role: str) -> str:
+        others = (name for name in ALIASES.get(role, ()) if name in names and role not in names)
+        return columns.get(role) or next(others, role)
+
     if format == "auto":
         fitting = [
             f
             for f, roles in COLUMNS.items()
-            if set(columns) <= set(roles) and all(columns.get(r, r) in dataset.column_names for r in roles)
+            if set(columns) <= {*roles, *OPTIONAL[f]} and all(column_of(role) in names for role in roles)
         ]
         if not fitting:
             needs = "; ".join(f"{f}: {', '.join(roles)}" for f, roles in COLUMNS.items())
             how = "" if located.field == FIELDS["retention"] else "; rename with data.columns, e.g. {label: category}"
             raise DataError(f"{located.field}: no format fits the columns; {there}; formats need {needs}{how}")
         format = fitting[0]
-    roles = COLUMNS[format]
-    if unused := sorted(set(columns) - set(roles)):
+    roles, optional = COLUMNS[format], OPTIONAL[format]
+    if unused := sorted(set(columns) - {*roles, *optional}):
         raise ConfigError(
-            f"data.columns: {unused[0]!r} is not read by the format {format}, which reads {', '.join(roles)}; remove it"
+            f"data.columns: {unused[0]!r} is not read by the format {format}, which reads "
+            f"{', '.join([*roles, *optional])}; remove it"
         )
-    wanted = {columns.get(role, role): role for role in roles}
-    if missing := [name for name in wanted if name not in dataset.column_names]:
-        near = _nearest(missing[0], dataset.column_names)
-        spare = next((name for name in dataset.column_names if name not in wanted), None)
+    roles = (*roles, *(role for role in optional if column_of(role) in names))
+    wanted = {column_of(role): role for role in roles}
+    if missing := [name for name in wanted if name not in names]:
+        near = _nearest(missing[0], names)
+        spare = next((name for name in names if name not in wanted), None)
         how = f"; rename with data.columns, e.g. {{{wanted[missing[0]]}: {spare}}}" if spare else ""
         raise DataError(f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; {there}{how}")
     if len(wanted) < len(roles):
         raise ConfigError(f"data.columns: {', '.join(roles)} need a column each, given {dict(columns)}")
     kept = dataset.select_columns(list(wanted))
     return kept.rename_columns({name: role for name, role in wanted.items() if name != role}), format
+
+
+def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns: Mapping[str, str]) -> list[str]:
+    """The columns of a source that `pick_columns` left out."""
+    read = {columns.get(role, role) for role in picked.column_names}
+    read |= {
+        alias for role in picked.column_names if role not in dataset.column_names for alias in ALIASES.get(role, ())
+    }
+    return [name for name in dataset.column_names if name not in read]
 
 
 def _builtin(source: Source, role: Role) -> Located:
@@ -183,12 +197,13 @@ def _files(path: str, field: str) -> Located:
             )
         if len({BUILDERS[kind] for kind in kinds}) > 1:
             raise DataError(f"{field}: {path!r} matches files of several kinds: {', '.join(sorted(kinds))}; narrow it")
-        key = hashlib.sha256("\n".join(_content_key(filesystem, p) for p in paths).encode()).hexdigest()
+        marks = [_content_key(filesystem, p) for p in paths]
     except (DataError, ConfigError):
         raise
     except Exception as error:  # each filesystem raises its client's own kinds
         raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
     builder = BUILDERS[kinds.pop()]
+    key = hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
     return Located(field, path, key, lambda scratch: _read(filesystem, paths, builder, scratch, field))
 
 
@@ -218,6 +233,9 @@ def _matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
         return [pattern]
     if not glob.has_magic(pattern):
         return []
+    if isinstance(filesystem, LocalFileSystem):  # a folder of that very name is no pattern
+        folder = next(each for each in Path(pattern).parents if each.is_dir())
+        pattern = glob.escape(str(folder)) + pattern.removeprefix(str(folder))
     return sorted(p for p in filesystem.glob(pattern) if filesystem.isfile(p))
 
 
@@ -263,37 +281,19 @@ def _read(
         except Exception as error:  # as in _files
             raise DataError(f"{field}: {path} can't be fetched: {explain(error)}") from None
     try:
-        options = _csv_options(files, field) if builder == "csv" else {}
-        # the files' contents are this cache's key already; a cache by path and time, as the builder's own, can be stale
-        return datasets.load_dataset(builder, data_files=files, split="train", cache_dir=str(scratch), **options)
-    except DataError:
-        raise
+        return read_files(files, builder, scratch)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from None
     except Exception as error:  # pyarrow, pandas, gzip and the builder each raise their own kinds
         cause = _root(error)
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             raise cause from None
         if "corresponds to no data" in str(cause):  # what `datasets` says of a header without rows
             raise DataError(f"{field}: {', '.join(paths)} has no rows") from None
-        raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {explain(error)}") from None
-
-
-def _csv_options(files: list[str], field: str) -> dict[str, Any]:
-    """Every value is kept as it is written: '007', '1.50' and 'None' stay text."""
-    names: list[str] = []
-    for file in files:
-        head = pd.read_csv(file, nrows=1, dtype=str, keep_default_na=False)
-        if not isinstance(head.index, pd.RangeIndex):  # pandas would take the first column for row names
-            raise DataError(
-                f"{field}: {file}: its rows have more fields than its header; quote texts that hold a comma"
-            )
-        found = list(map(str, head.columns))
-        if names and set(found) != set(names):
-            raise DataError(
-                f"{field}: {file} has the columns {', '.join(found)}; the files before it {', '.join(names)}"
-            )
-        names = names or found
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False}
+        reason = explain(error)
+        if isinstance(cause, UnicodeDecodeError):
+            reason = next(filter(None, map(not_utf8, files)), reason)
+        raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {reason}") from None
 
 
 def _extension(path: str) -> str:

@@ -392,6 +392,9 @@ def test_the_command_serves_until_it_is_interrupted(config: dict[str, Any], tmp_
             found = re.search(r"http://127.0.0.1:\d+", line)
             assert found, line
             assert client(found[0]).completions.create(model="first", prompt=PROMPT, max_tokens=2).choices
+            for name in (b"mine", "é".encode(), b"\xff"):
+                answer = httpx2.get(f"{found[0]}/v1/models", headers={"x-request-id": name}, timeout=60)  # type: ignore[arg-type]
+                assert answer.status_code == 200, answer.text
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
         finally:

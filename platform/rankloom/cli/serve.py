@@ -62,7 +62,7 @@ def serve(
 
 
 def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
-    from rankloom.deploy.app import GRPC, application, idle_gpus, on_idle_gpus, resolved
+    from rankloom.deploy.app import PROXY, application, idle_gpus, on_idle_gpus, resolved
     from rankloom.launch.cluster import attached, open_ports
     from rankloom.paths import registry_root
     from rankloom.registry import Registry
@@ -74,7 +74,7 @@ def _run(settings: ServeConfig, detach: bool, as_json: bool) -> None:
             raise ConfigError(told)
         _check_port(settings.host, port)
     settings = resolved(settings, Registry(settings.registry or registry_root()))
-    os.environ.update(GRPC)  # of Serve's proxy, where this starts Ray
+    os.environ.update(PROXY)  # where this starts Ray
     with attached() as nodes:
         from ray import serve as ray_serve
 

@@ -34,6 +34,8 @@ FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh
 """The settings whose change makes new replicas."""
 GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 """Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes longer."""
+PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rankloom.deploy.proxy.middlewares"} | GRPC
+"""Of Serve's HTTP proxy."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}

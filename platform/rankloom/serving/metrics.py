@@ -108,10 +108,10 @@ class _Replicas:
         self.latest: dict[str, tuple[float, dict[str, int]]] = {}
 
     def collect(self) -> Iterable[Metric]:
-        keys = [*Stats.__dataclass_fields__, "resident"]
+        keys, latest = [*Stats.__dataclass_fields__, "resident"], dict(self.latest)  # read in a thread of its own
         for key in keys:
             family = GaugeMetricFamily if key in _GAUGES else CounterMetricFamily
             metric = family(f"rankloom_replica_{key}", f"The replica's {key.replace('_', ' ')}.", labels=["replica"])
-            for replica, (_, values) in self.latest.items():
+            for replica, (_, values) in latest.items():
                 metric.add_metric([replica], values[key])
             yield metric

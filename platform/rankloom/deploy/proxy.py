@@ -1,0 +1,35 @@
+"""What runs in Serve's own HTTP proxy, before the application; `rankloom serve` has the proxy import it."""
+
+from __future__ import annotations
+
+from urllib.parse import quote_from_bytes
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class PlainRequestIds:
+    """A client's X-Request-Id in ASCII: the proxy answers any other with a failure of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = scope.get("headers", ())
+        if any(name == b"x-request-id" and not value.isascii() for name, value in headers):
+            scope = {
+                **scope,
+                "headers": [
+                    (name, _plain(value)) if name == b"x-request-id" else (name, value) for name, value in headers
+                ],
+            }
+        await self._app(scope, receive, send)
+
+
+def _plain(value: bytes) -> bytes:
+    return quote_from_bytes(value).encode()
+
+
+def middlewares() -> list[Middleware]:
+    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    return [Middleware(PlainRequestIds)]

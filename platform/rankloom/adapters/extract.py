@@ -64,12 +64,13 @@ def adalora_to_lora(model: peft.PeftModel, folder: Path) -> None:
 def cannot_be_carried(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that no adapter can hold: those of a module with layers below it (Mamba's A_log).
 
-    An adapter has products for layers, and whole modules; such a module whole would hold its layers a second time.
+    An adapter has products for layers, and whole modules; such a module whole would hold its layers a second time. Nor
+    can it hold a module that is written a state from outside (RecurrentGemma's rg_lru): PEFT's copy would not get it.
     """
     return [
         f"{name}.{parameter}"
         for name, module in model.named_modules()
-        if any(True for child in module.children() for _ in child.parameters())
+        if hasattr(module, "recurrent_states") or any(True for child in module.children() for _ in child.parameters())
         for parameter, _ in module.named_parameters(recurse=False)
     ]
 

@@ -5,6 +5,7 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,3 +79,19 @@ def prompt_of(row: Row, model: PreTrainedModel, room: int) -> list[int]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompt = row.input_ids[: row.prompt_length]
     return prompt[-max(1, context - room) :] if context else prompt
+
+
+@torch.no_grad()
+def keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether the model can go on from a cache; some can't where none of their layers is attention."""
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device_of(model)), use_cache=True)
+    except ValueError:
+        return False
+    return True
+
+
+def bears_padding(model: PreTrainedModel) -> bool:
+    """Whether rows may be padded on the left: not where learned positions count from the first token on (BART)."""
+    learned = any(name.endswith("embed_positions") for name, _ in model.named_modules())
+    return not learned or "position_ids" in inspect.signature(type(model).forward).parameters

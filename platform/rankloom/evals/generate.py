@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.data.render import Row
-from rankloom.evals.batches import device_of, evaluating, left_padded, prompt_of, unwrapped
+from rankloom.evals.batches import bears_padding, device_of, evaluating, keeps_cache, left_padded, prompt_of, unwrapped
 
 ROOM = 8
 """Tokens allowed beyond the longest completion: enough to see that a generation does not end where it should."""
@@ -42,9 +42,11 @@ def generate_completions(
     bare, device = unwrapped(model), device_of(model)
     ends = end_ids(tokenizer, rows)
     limit = max(len(row.input_ids) - row.prompt_length for row in rows) + ROOM
+    batch_size = batch_size if bears_padding(bare) else 1
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
     found: dict[int, str] = {}
     with evaluating(bare):
+        caching = keeps_cache(bare)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             sequences = [prompt_of(rows[i], bare, limit) for i in indices]
@@ -53,6 +55,7 @@ def generate_completions(
                 input_ids=prompts.input_ids_BT,
                 attention_mask=prompts.attention_mask_BT,
                 max_new_tokens=limit,
+                use_cache=caching,
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
                 **PLAIN_GREEDY,

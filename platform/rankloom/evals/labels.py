@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rankloom.data.render import Row
 from rankloom.errors import DataError
-from rankloom.evals.batches import device_of, evaluating, left_padded, positions, prompt_of, unwrapped
+from rankloom.evals.batches import bears_padding, device_of, evaluating, left_padded, positions, prompt_of, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ def predict_labels(
             have to.
     """
     bare = unwrapped(model)
+    batch_size = batch_size if bears_padding(bare) else 1
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
     found: dict[int, str] = {}
     with evaluating(bare):
@@ -156,10 +157,18 @@ def _idle_forward(model: PreTrainedModel, pad_id: int) -> None:
 def _caches_each_token(model: PreTrainedModel, length: int) -> bool:
     """Whether the cache keeps every one of `length` tokens by itself, so that padding amid a row can be masked.
 
-    Not so with a recurrent state, nor beyond a sliding window: such models are run without a cache.
+    Not so with a recurrent state, beyond a sliding window, or where distance is counted by place in the cache: such
+    models are run without a cache.
     """
     layers = DynamicCache(config=model.config).layers
-    return all(isinstance(at, DynamicLayer) and getattr(at, "sliding_window", length) >= length for at in layers)
+    windows = [getattr(layer, "sliding_window", length) for layer in layers]
+    if "local" in (getattr(model.config, "attention_layers", None) or ()):  # GPT-Neo's windows
+        windows.append(model.config.window_size)
+    return (
+        min(windows, default=length) >= length
+        and model.config.model_type != "mpt"  # its ALiBi; those of BLOOM and Falcon go by the mask
+        and all(isinstance(at, DynamicLayer) and not isinstance(at, LinearAttentionCacheLayerMixin) for at in layers)
+    )
 
 
 def _common_start(sequences: list[list[int]]) -> list[int]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankloom.data.render import Row
-from rankloom.evals.batches import device_of, evaluating, left_padded, positions, prompt_of, unwrapped
+from rankloom.evals.batches import device_of, evaluating, keeps_cache, left_padded, positions, prompt_of, unwrapped
 
 NUM_WARMUP = 4
 NUM_STEPS = 32
@@ -59,6 +59,8 @@ def _prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
 
 def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:
     """Seconds of each decode step after the warm-up; generation goes on past any end token. None: no KV cache."""
+    if not keeps_cache(model):
+        return None
     device = device_of(model)
     prompts = left_padded(sequences, pad_id, device)
     ids_BT, mask_BT, cache = prompts.input_ids_BT, prompts.attention_mask_BT, None

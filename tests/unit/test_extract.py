@@ -126,7 +126,7 @@ def test_a_bias_is_exact_where_its_weight_stayed(tiny_model: Callable[..., Path]
 def test_large_matrices_are_sampled(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = change(plain(tiny_llama), "mlp")
     exact = extract_adapter(trained, tiny_llama, 8, tmp_path / "exact", "b")
-    monkeypatch.setattr("rankloom.adapters.extract.FULL_SVD_UP_TO", 16)
+    monkeypatch.setattr("rankloom.adapters.extract.FULL_SVD_UP_TO", {"cpu": 16})
     state = torch.get_rng_state()
 
     sampled = extract_adapter(trained, tiny_llama, 8, tmp_path / "sampled", "b")

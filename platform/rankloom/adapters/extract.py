@@ -23,8 +23,9 @@ from rankloom.errors import ModelError, TrialError
 from rankloom.models import bypassed, is_linear, reload_weights
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
-FULL_SVD_UP_TO = 4096
-"""The smaller dimension up to which all singular vectors are computed; beyond, only the wanted ones, by sampling."""
+FULL_SVD_UP_TO = {"cpu": 4096, "cuda": 512}
+"""The smaller dimension up to which all singular vectors are computed, which takes a GPU seconds for a matrix of
+thousands; beyond, only the wanted ones, by sampling."""
 
 
 @dataclass
@@ -154,7 +155,7 @@ def _in_out(linear: nn.Module) -> tuple[int, int]:
 def _truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best L [m, r] and R [r, n] with L·R near delta, of like size, and the energy of L·R."""
     r = min(rank, *delta.shape)
-    if min(delta.shape) <= FULL_SVD_UP_TO:
+    if min(delta.shape) <= FULL_SVD_UP_TO[delta.device.type]:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):

@@ -45,17 +45,22 @@ def labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         model: a causal language model; PEFT-wrapped, DDP-wrapped or sharded by FSDP2 as well.
-        batch: padded on the right, on the model's device.
+        batch: padded on the right; on the CPU, so that to find the trained positions nobody waits for the device.
 
     Returns:
         Two fp32 scalars; the first carries the gradient. Both are 0 where no token has weight.
     """
     weights_BT = batch.loss_weights_BT[:, 1:]
     rows_N, positions_N = (weights_BT > 0).nonzero(as_tuple=True)  # position t predicts token t + 1
-    with _head_sees(model, rows_N, positions_N):
-        logits_1NV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
     targets_N = batch.input_ids_BT[rows_N, positions_N + 1]
     weights_N = weights_BT[rows_N, positions_N].float()
+    device = device_of(model)
+    ids_BT, rows_N, positions_N, targets_N, weights_N = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (batch.input_ids_BT, rows_N, positions_N, targets_N, weights_N)
+    )
+    with _head_sees(model, rows_N, positions_N):
+        logits_1NV = model(input_ids=ids_BT, use_cache=False).logits
     losses_N = F.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
     return (losses_N * weights_N).sum(), weights_N.sum()
 
@@ -66,11 +71,11 @@ def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size
     Raises:
         DataError: no token of the rows carries loss.
     """
-    bare, device = unwrapped(model), device_of(model)
+    bare = unwrapped(model)
     total, weight, num_tokens = 0.0, 0.0, 0
     with evaluating(bare):
         for rows_of_batch in batches_by_length(rows, batch_size):
-            batch = collate(rows_of_batch, pad_id).to(device)
+            batch = collate(rows_of_batch, pad_id)
             loss_sum, weight_sum = labelled_loss(bare, batch)
             total += loss_sum.item()
             weight += weight_sum.item()

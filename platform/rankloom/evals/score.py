@@ -18,7 +18,7 @@ from rankloom.data import TaskData
 from rankloom.data.batching import collate
 from rankloom.data.render import Row
 from rankloom.errors import ConfigError
-from rankloom.evals.batches import batches_by_length, device_of, evaluating, unwrapped
+from rankloom.evals.batches import batches_by_length, evaluating, unwrapped
 from rankloom.evals.generate import exact_matches
 from rankloom.evals.intervals import share
 from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
@@ -100,7 +100,7 @@ def validate(
     if config.metric == "accuracy" and data.labels is None:
         raise ConfigError("eval.metric: accuracy needs classification data (text, label); use loss")
     rank, world = shard
-    bare, device = unwrapped(model), device_of(model)
+    bare = unwrapped(model)
     num_batches = math.ceil(math.ceil(len(rows) / world) / config.batch_size)
     mine = [rows[i] for i in range(rank, len(rows), world)]
     batches = batches_by_length(mine, config.batch_size)
@@ -111,7 +111,7 @@ def validate(
         for i in range(num_batches):
             counts = i < len(batches)
             batch_rows = batches[i] if counts else repeated
-            losses, weights = labelled_loss(bare, collate(batch_rows, pad_id).to(device))
+            losses, weights = labelled_loss(bare, collate(batch_rows, pad_id))
             if counts:
                 loss_sum += losses.item()
                 weight_sum += weights.item()

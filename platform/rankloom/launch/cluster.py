@@ -46,7 +46,7 @@ def worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
         # of a millisecond they may: put to sleep between two operations, they cost a small model a quarter of its speed
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "10000",
-        # glibc gives each thread an arena, which keeps what it freed: training moves from thread to thread
+        # glibc gives each thread an arena, which keeps what it freed
         "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # as `models.load_base`, for whatever a library runs before or beside it

@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class HostActor:
         self._order = 0
         self._scratch = scratch or _scratch()
         self._work = Work()
+        # for whatever computes: handles, workspaces and plans of a device's libraries are a thread's own
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
 
     async def ready(self) -> str:
         """Wait until the base is loaded.
@@ -170,11 +173,12 @@ class HostActor:
         """The search is over: end the training, and call a function in this process, which has torch and a device."""
         await self.close()
         _let_go()
-        return await asyncio.to_thread(function, *arguments)
+        return await self._computed(function, *arguments)
 
     async def close(self) -> None:
         """End the training, and leave nothing on the node."""
         if self._serving is not None:
+            self._changed.set()  # a training under way ends with its step
             self._serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._serving
@@ -219,14 +223,14 @@ class HostActor:
                         member.rewind()
             if self._failure is not None:
                 break
-            await asyncio.to_thread(_let_go)
+            await self._computed(_let_go)
         async with self._reported:
             self._reported.notify_all()
 
     async def _serve(self) -> None:
         """Load the base and train for ever."""
         started = time.monotonic()
-        runner = Runner(await asyncio.to_thread(self._load), self._study, self._work)
+        runner = Runner(await self._computed(self._load), self._study, self._work)
         self._work.load_s = time.monotonic() - started
         async with self._reported:
             self._runner = runner
@@ -235,13 +239,16 @@ class HostActor:
             self._changed.clear()
             members = await self._reseat(runner)
             if members:
-                due = await asyncio.to_thread(runner.train, members, self._changed.is_set)
+                due = await self._computed(runner.train, members, self._changed.is_set)
                 await self._make_reports(runner, due)
             else:
                 # not wait_for, which swallows a cancellation that comes together with the event
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(SWEEP_EVERY_S):
                         await self._changed.wait()
+
+    async def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _load(self) -> Any:
         started = time.monotonic()
@@ -259,7 +266,7 @@ class HostActor:
         seating = decide([m.seat for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
         evict, admit, train = ([self._members[key] for key in keys] for keys in seating)
         if evict or admit:
-            await asyncio.to_thread(runner.move, evict, admit)
+            await self._computed(runner.move, evict, admit)
         for member in list(self._members.values()):
             if member.seat.leaving and not member.seat.seated:
                 self._forget(member)
@@ -269,7 +276,7 @@ class HostActor:
     async def _make_reports(self, runner: Runner, members: list[Member]) -> None:
         if not members:
             return
-        reports = await asyncio.to_thread(runner.report, members)
+        reports = await self._computed(runner.report, members)
         async with self._reported:
             for member, report in zip(members, reports, strict=True):
                 member.reports[report["n"]] = report

@@ -295,14 +295,16 @@ class TrialHost:
             slots += [share.slot] * len(rows)
         seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
         with self._routed(examples, slots, seeds) as packed:
-            logits_MV = logits(self.base.model, packed)
-            losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
-            slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted)).to(losses_M.device)
-            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, slots_M, losses_M)
+            # before the forward, which is queued: a copy to the device amid it would wait for all of that
+            slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted))
             shares_K = torch.zeros(self.num_slots)
             for share in plan.shares:
                 shares_K[share.slot] = 1 / self._by_slot[share.slot].weight
-            loss = (sums_K * shares_K.to(sums_K.device)).sum()
+            slots_M, shares_K = (t.to(self.base.device, non_blocking=True) for t in (slots_M, shares_K))
+            logits_MV = logits(self.base.model, packed)
+            losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
+            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, slots_M, losses_M)
+            loss = (sums_K * shares_K).sum()
             # not .backward(): where memory runs out half-way, nothing has been added to anything
             found: list[Tensor | None] = [
                 *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
@@ -360,7 +362,7 @@ class TrialHost:
         for slot, size in zip(slots, packed.sizes, strict=True):
             counts_K[slot] += size
         with (
-            self.bank.routed(slots_N.to(self.base.device), counts_K, dropout_seeds=dropout_seeds),
+            self.bank.routed(slots_N.to(self.base.device, non_blocking=True), counts_K, dropout_seeds=dropout_seeds),
             packed_attention_on(self.base.model, packed),
             autocast(self.base.device, self.precision),
         ):

@@ -76,7 +76,9 @@ class TrainingLoop:
             data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
         )
         self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
-        self.workers = Workers(session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel)
+        self.workers = Workers(
+            session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel, precision
+        )
         torch.manual_seed(trial.seed)
         self.method = build_method(trial, self.num_steps)
         self.module = self.method.attach(base)
@@ -220,7 +222,7 @@ class TrainingLoop:
             last = index == len(batches) - 1
             with self.workers.synchronised(self.model, last):
                 with autocast(device, self.precision):
-                    micro_sum, _ = labelled_loss(self.model, batch.to(device))
+                    micro_sum, _ = labelled_loss(self.model, batch)
                     # the workers' gradients are averaged, but `weight` counts the tokens of all of them
                     loss = micro_sum * (self.workers.world_size / weight)
                     if last and (penalty := self.method.penalty(self.module)) is not None:

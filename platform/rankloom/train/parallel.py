@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -26,20 +27,29 @@ Strategy = Literal["ddp", "fsdp"]
 class Workers:
     """This worker's place among the others, and what they do together."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device, strategy: Strategy) -> None:
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, strategy: Strategy, precision: torch.dtype
+    ) -> None:
+        """Args: precision: of the arithmetic; the weights that are sharded are in fp32."""
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.strategy = strategy
+        self.precision = precision
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call forward and backward on; called again when the set of trainable parameters changed."""
         if self.world_size == 1:
             return model
         if self.strategy == "fsdp":
+            mesh = init_device_mesh(
+                self.device.type, (self.world_size,)
+            )  # by itself, FSDP takes GPUs where there are any
+            low = None if self.precision == torch.float32 else self.precision
+            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # gathered as they are used
             for layer in decoder_layers(model):
-                fully_shard(layer)
-            fully_shard(model)
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()

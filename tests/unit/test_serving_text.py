@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rankloom.data.encode import Encoder
 from rankloom.errors import RequestError
-from rankloom.serving.choices import Choice
+from rankloom.serving.choices import Choice, choice_tree
 from rankloom.serving.prompts import Prompts
-from rankloom.serving.text import Pieces, TextStream
+from rankloom.serving.text import Decoder, Stops, TextStream
 from served import load
 
 
@@ -30,16 +30,16 @@ def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def test_the_parts_are_the_whole_and_no_part_has_half_a_character(
     tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
-    stream = TextStream(tokenizer, ids(tokenizer, "prompt"))
-    parts = [stream.push(token) for token in ids(tokenizer, text)]
+    stream = TextStream(Decoder(tokenizer), ids(tokenizer, "prompt"))
+    parts = [stream.push([token]) for token in ids(tokenizer, text)]
     assert "".join(parts) + stream.finish() == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in part for part in parts)
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: PreTrainedTokenizerBase) -> None:
-    stream = TextStream(tokenizer, [])
-    parts = [stream.push(token) for token in ids(tokenizer, "a日")[:-1]]
+    stream = TextStream(Decoder(tokenizer), [])
+    parts = [stream.push([token]) for token in ids(tokenizer, "a日")[:-1]]
     assert parts == ["a", "", ""]
     assert stream.finish() == "\ufffd"
 
@@ -47,8 +47,8 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: PreTrainedToken
 def test_a_character_split_between_prompt_and_completion(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = ids(tokenizer, "日")
     assert len(tokens) == 3
-    stream = TextStream(tokenizer, tokens[:1])
-    text = "".join(stream.push(token) for token in [*tokens[1:], *ids(tokenizer, " ok")]) + stream.finish()
+    stream = TextStream(Decoder(tokenizer), tokens[:1])
+    text = "".join(stream.push([token]) for token in [*tokens[1:], *ids(tokenizer, " ok")]) + stream.finish()
     assert text.endswith(" ok")
 
 
@@ -68,9 +68,9 @@ def test_the_text_ends_before_a_stop_string(
 ) -> None:
     # byte by byte, so that every stop string lies over a border
     tokens = [token for byte in text.encode() for token in [tokenizer.convert_tokens_to_ids(_name(byte))]]
-    stream, found = TextStream(tokenizer, [], stop), ""
+    stream, found = TextStream(Decoder(tokenizer), [], Stops(stop)), ""
     for token in tokens:
-        found += stream.push(token)
+        found += stream.push([token])
         assert not any(s in found for s in stop)
         if stream.stopped:
             break
@@ -85,8 +85,8 @@ def _name(byte: int) -> str:
 
 
 def test_pieces_are_bytes_that_make_up_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    pieces, text = Pieces(tokenizer), "größe 日本 ok"
-    assert b"".join(pieces[token] for token in ids(tokenizer, text)).decode() == text
+    pieces, text = Decoder(tokenizer).piece, "größe 日本 ok"
+    assert b"".join(pieces(token) for token in ids(tokenizer, text)).decode() == text
 
 
 def test_texts_become_the_tokens_that_the_tokenizer_says(make_tokenizer: Callable[..., Any]) -> None:
@@ -124,7 +124,7 @@ def test_without_a_template_a_conversation_is_refused(tiny_model: Callable[..., 
 def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
     choices = ["card_lost", "card_found", "transfer", "card"]
     for wanted in choices:
-        choice, tokens = Choice(choices, prompts), []
+        choice, tokens = Choice(choice_tree(choices, prompts)), []
         target = prompts.completion(wanted)
         while not choice.is_over:
             assert target[len(tokens)] in choice.allowed
@@ -136,7 +136,7 @@ def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTo
 
 def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
     long = "".join("^~"[i % 7 // 6] for i in range(4096))
-    choice, target = Choice([long, "short"], prompts), prompts.completion(long)
+    choice, target = Choice(choice_tree([long, "short"], prompts)), prompts.completion(long)
     assert len(target) > 1000  # a call for each would be too deep
     choice.advance(target[0])
     assert choice.rest() == target[1:-1]
@@ -144,6 +144,6 @@ def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
 
 
 def test_choices_that_are_one_are_refused(prompts: Prompts) -> None:
-    assert Choice(["a", "a"], prompts).allowed  # the same twice is one
+    assert Choice(choice_tree(["a", "a"], prompts)).allowed  # the same twice is one
     with pytest.raises(RequestError, match="choices"):
-        Choice([], prompts)
+        choice_tree([], prompts)

@@ -9,16 +9,20 @@ from rankloom.evals.labels import LabelTrie, Node
 from rankloom.serving.prompts import Prompts
 
 
+def choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
+    """Raises RequestError where two become the same tokens."""
+    try:
+        # with the end of the turn, so that no choice's tokens begin another's
+        return LabelTrie({text: prompts.completion(text) for text in choices})
+    except DataError as error:
+        raise RequestError(f"choices: {error}") from None
+
+
 class Choice:
     """Where one completion is in the tree."""
 
-    def __init__(self, choices: Sequence[str], prompts: Prompts) -> None:
-        """Raises RequestError where two become the same tokens."""
-        try:
-            # with the end of the turn, so that no choice's tokens begin another's
-            self._node: Node = LabelTrie({text: prompts.completion(text) for text in choices}).root
-        except DataError as error:
-            raise RequestError(f"choices: {error}") from None
+    def __init__(self, tree: LabelTrie) -> None:
+        self._node: Node = tree.root
         self._at = 0
         """Tokens of the node that are behind."""
 

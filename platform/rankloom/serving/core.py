@@ -31,7 +31,6 @@ from rankloom.serving.row import Row
 from rankloom.serving.runner import Runner, Work
 from rankloom.serving.sampling import LARGEST, choose
 from rankloom.serving.scheduler import Budget, Portion, Seat, halved, portion, seat
-from rankloom.serving.text import Pieces
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,6 @@ class Core:
         self.cache_tokens = config.cache_tokens or room_for(self._runner.shape, self._rows, longest)
         self._cache = RowCache(self._runner.shape, self.cache_tokens)
         self._prefixes = PrefixTree(config.prefix_tokens)
-        self._pieces = Pieces(base.tokenizer)
         loader = Loader(base, registry, self._logits_alone)
         self.adapters = Residents(config.resident, loader, post, failed=self._fail_waiting)
         self._running: dict[str, Row] = {}
@@ -215,7 +213,7 @@ class Core:
         rows = [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]
         for row, chosen in zip(rows, choose(logits_MV, [row.turn() for row in rows]), strict=True):
             self._counted.generated_tokens += 1
-            if row.take(chosen, self._pieces):
+            if row.take(chosen):
                 self._end(row)
 
     def _end(self, row: Row, error: RankloomError | None = None) -> None:

@@ -21,12 +21,13 @@ from rankloom.errors import OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Registry
 from rankloom.serving.admission import STOPPING, Admission, check_ref
-from rankloom.serving.choices import Choice
 from rankloom.serving.core import Core
+from rankloom.serving.guide import Guides
 from rankloom.serving.prompts import Prompts
 from rankloom.serving.protocol import Delta, Request, Resident, Stats
 from rankloom.serving.row import Row
 from rankloom.serving.stream import Mailbox, Stream
+from rankloom.serving.text import Decoder
 
 SWITCH_S = 0.0005
 """How long one Python thread keeps others waiting; the longest gaps between tokens while adapters are loaded were
@@ -40,6 +41,7 @@ class ServingEngine:
         """Raises ModelError where the base's architecture can't be served."""
         self._base, self._config = base, config
         self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
+        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What the thread is to call between two steps."""
         self._mailbox = Mailbox()
@@ -82,7 +84,9 @@ class ServingEngine:
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
-            row = self._row(request)
+            guide = await self._guides.of(request)
+            self._admission.refuse_if_stopping()  # meanwhile
+            row = Row(request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context)
             self._inbox.put(partial(self._core.enter, row))
             try:
                 async for delta in row.stream:
@@ -105,10 +109,6 @@ class ServingEngine:
 
     def stats(self) -> Stats:
         return self._core.stats()
-
-    def _row(self, request: Request) -> Row:
-        choice = None if request.sampling.choices is None else Choice(request.sampling.choices, self._prompts)
-        return Row(request, Stream(self._mailbox), self._base.tokenizer, self._prompts.end_ids, choice, self.context)
 
     def _run(self) -> None:
         """The engine's thread."""

@@ -69,7 +69,9 @@ class Likelihood:
     token: int
     logprob: float
     piece: bytes
-    """What it contributes to the text, which may be a part of a UTF-8 character."""
+    """What it adds to the text where it stands, which may be a part of a UTF-8 character."""
+    name: str | None = None
+    """Of a token that no text shows, such as the end of the turn."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Delta:
     tokens: tuple[int, ...] = ()
     """All that were generated, also the one that ended the turn."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One a token where the request asks for them."""
+    """One a token where the request asks for them, as soon as its text is certain. Their pieces, one after the other,
+    are the completion; none is of a stop string."""
     finish: Literal["stop", "length"] | None = None
     """stop: the model ended its turn, or a stop string or a whole choice was reached; length: `max_tokens` or the
     context was."""

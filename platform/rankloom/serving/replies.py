@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,26 @@ def reply_id(kind: Kind, number: str) -> str:
 
 
 @dataclass
+class _Place:
+    """Where in a text its bytes have got to."""
+
+    characters: int = 0
+    part: bytes = b""
+    """Of a character that is not whole yet."""
+
+    def take(self, piece: bytes) -> int:
+        """The character that a piece begins in, or with; goes on behind the piece."""
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(self.part + piece[:1])
+        except UnicodeDecodeError:  # the part stays one, and shows as U+FFFD
+            self.characters, self.part = self.characters + bool(self.part), b""
+        begin, decoder = self.characters, codecs.getincrementaldecoder("utf-8")("replace")
+        self.characters += len(decoder.decode(self.part + piece))
+        self.part = decoder.getstate()[0]
+        return begin
+
+
+@dataclass
 class _Completion:
     """One completion as far as it is known."""
 
@@ -28,6 +49,8 @@ class _Completion:
     finish: str | None = None
     begun: bool = False
     """Whether a chunk of it was sent."""
+    place: _Place = field(default_factory=_Place)
+    """Of the logprobs that were written."""
 
 
 class Reply:
@@ -65,11 +88,11 @@ class Reply:
         """The same, as what a stream sends."""
         for index, delta in progress.deltas:
             each = self._completions[index]
-            begin, offset, each.begun = not each.begun, len(each.text), True
+            begin, each.begun = not each.begun, True
             self.add(Progress(progress.prompt_tokens, ((index, delta),)))
             if not (begin or delta.text or delta.logprobs or delta.finish):
                 continue
-            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(delta.logprobs, offset)}
+            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(delta.logprobs, each.place)}
             if self._kind == "chat":
                 choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
             else:
@@ -84,7 +107,7 @@ class Reply:
         """The body of an answer that is not streamed."""
         choices = []
         for index, each in enumerate(self._completions):
-            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(tuple(each.logprobs), 0)}
+            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(each.logprobs, _Place())}
             if self._kind == "chat":
                 choice["message"] = {"role": "assistant", "content": each.text, "refusal": None}
             else:
@@ -106,30 +129,37 @@ class Reply:
         suffix = ".chunk" if self._kind == "chat" else ""
         return self._head | {"object": self._head["object"] + suffix, "choices": choices}
 
-    def _likelihoods(self, tokens: tuple[TokenLogprobs, ...], offset: int) -> dict[str, Any] | None:
+    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: _Place) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         if self._kind == "chat":
             content = [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]
             return {"content": content, "refusal": None}
-        offsets, at = [], offset
-        for token in tokens:
-            offsets.append(at)
-            at += len(_text(token.chosen))
         return {
             "tokens": [_text(t.chosen) for t in tokens],
             "token_logprobs": [t.chosen.logprob for t in tokens],
-            "top_logprobs": [{_text(each): each.logprob for each in t.top} for t in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [_by_name(t) for t in tokens],
+            "text_offset": [place.take(t.chosen.piece) for t in tokens],
         }
 
 
 def _text(token: Likelihood) -> str:
-    return token.piece.decode("utf-8", "replace")
+    return token.piece.decode("utf-8", "replace") if token.name is None else token.name
 
 
 def _one(token: Likelihood) -> dict[str, Any]:
     return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.piece)}
+
+
+def _by_name(token: TokenLogprobs) -> dict[str, float]:
+    """The likeliest by their texts; of those that are no text, or another's, by their bytes, as OpenAI writes them."""
+    found: dict[str, float] = {}
+    for each in token.top:
+        text, spelt = _text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)
+        is_own = text not in (_text(token.chosen), *found) and "\N{REPLACEMENT CHARACTER}" not in text
+        names = [text] if each.token == token.chosen.token or is_own else []
+        found[next(name for name in (*names, spelt, f"token_id:{each.token}") if name not in found)] = each.logprob
+    return found
 
 
 def event(data: dict[str, Any] | str) -> bytes:

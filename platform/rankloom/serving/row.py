@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from rankloom.adapters.folded import Folded
 from rankloom.serving.choices import Choice
-from rankloom.serving.protocol import Delta, Likelihood, Request, TokenLogprobs
+from rankloom.serving.guide import Guide
+from rankloom.serving.protocol import Delta, Request
 from rankloom.serving.sampling import Chosen, Turn
 from rankloom.serving.stream import Stream
-from rankloom.serving.text import Pieces, TextStream
+from rankloom.serving.text import Decoder
+from rankloom.serving.transcript import Transcript
 
 ALIKE = 64
 """Tokens of two prompts that are the same where a part of one is worth waiting for."""
@@ -25,9 +25,9 @@ class Row:
         self,
         request: Request,
         stream: Stream,
-        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder,
         end_ids: frozenset[int],
-        choice: Choice | None,
+        guide: Guide,
         context: int,
     ) -> None:
         self.request, self.stream = request, stream
@@ -44,10 +44,12 @@ class Row:
         """Set while it has a place in the batch."""
         self.arrival = -1
         self.ended = False
-        self._end_ids, self._choice = end_ids, choice
+        self._ends = frozenset[int]() if request.sampling.ignore_eos else end_ids
+        self._guide = guide  # which is shared as long as one has it
+        self._choice = None if guide.tree is None else Choice(guide.tree)
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
-        self._text = TextStream(tokenizer, request.prompt, request.sampling.stop)
+        self._transcript = Transcript(decoder, request.prompt, guide.stops, self._ends)
 
     @property
     def generated(self) -> list[int]:
@@ -58,9 +60,9 @@ class Row:
         allowed = None if self._choice is None else self._choice.allowed
         return Turn(self.request.sampling, self.request.prompt, self.generated, self._random.random(), allowed)
 
-    def take(self, chosen: Chosen, pieces: Pieces) -> bool:
+    def take(self, chosen: Chosen) -> bool:
         """Add the chosen token, and those that follow from it, and send what is new; True: that was the last."""
-        new, is_over = [chosen.token], self._ends_with(chosen.token)
+        new, is_over = [chosen.token], chosen.token in self._ends
         if self._choice is not None:
             self._choice.advance(chosen.token)
             if self.request.sampling.logprobs is None:  # without them, what has no alternative need not be computed
@@ -73,20 +75,11 @@ class Row:
             finish = "stop"
         elif len(self.tokens) >= self._limit:
             finish = "length"
-        text = "".join(self._text.push(token) for token in kept if not self._ends_with(token))
+        text = self._transcript.push(kept, () if chosen.logprob is None else [chosen])
         if finish is not None:
-            text += self._text.finish()
-        if self._text.stopped:
+            text += self._transcript.finish()
+        if self._transcript.stopped:
             finish = "stop"
-        self.stream.send(Delta(text, tuple(kept), _logprobs(chosen, pieces), finish, self.num_reused))
+        logprobs = self._transcript.logprobs(last=finish is not None)
+        self.stream.send(Delta(text, tuple(kept), logprobs, finish, self.num_reused))
         return finish is not None
-
-    def _ends_with(self, token: int) -> bool:
-        return token in self._end_ids and not self.request.sampling.ignore_eos
-
-
-def _logprobs(chosen: Chosen, pieces: Pieces) -> tuple[TokenLogprobs, ...]:
-    if chosen.logprob is None:
-        return ()
-    top = tuple(Likelihood(token, logprob, pieces[token]) for token, logprob in chosen.top)
-    return (TokenLogprobs(Likelihood(chosen.token, chosen.logprob, pieces[chosen.token]), top),)

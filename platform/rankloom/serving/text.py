@@ -12,74 +12,136 @@ CONTEXT = 6
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-class TextStream:
-    """One completion's text as its tokens come."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids = list(prompt[-CONTEXT:])
-        self._start, self._done = 0, len(self._ids)
-        """Tokens from `_start` are decoded together; the text of those up to `_done` is out."""
-        self._held = ""
-        self.stopped = False
-        """Whether a stop string was reached; nothing comes after."""
-
-    def push(self, token: int) -> str:
-        """The text that is certain with this token."""
-        self._ids.append(token)
-        text = self._decoded_since()
-        if text.endswith(UNFINISHED):
-            return ""
-        self._start, self._done = self._done, len(self._ids)
-        return self._certain(text)
-
-    def finish(self) -> str:
-        """What was held back."""
-        if self.stopped:
-            return ""
-        text = self._certain(self._decoded_since())
-        rest, self._held = self._held, ""
-        return text if self.stopped else text + rest
-
-    def _decoded_since(self) -> str:
-        before, now = self._decode(self._ids[self._start : self._done]), self._decode(self._ids[self._start :])
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _certain(self, text: str) -> str:
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-class Pieces:
-    """What each token contributes to a text, as bytes: of a character that is split over tokens, its part."""
+class Decoder:
+    """A tokenizer's tokens as text and as bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self._special = frozenset(token for token in known if not self.text([token]))
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        self._known: dict[tuple[int, bool], bytes] = {}
 
-        self._known: dict[int, bytes] = {}
+    def text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def __getitem__(self, token: int) -> bytes:
-        if token not in self._known:
-            self._known[token] = self._found(token)
-        return self._known[token]
+    def name(self, token: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token))
 
-    def _found(self, token: int) -> bytes:
-        text = str(self._tokenizer.decode([token]))
+    def is_special(self, token: int) -> bool:
+        """Whether texts have nothing of it."""
+        return token in self._special
+
+    def piece(self, token: int, *, at_start: bool = False) -> bytes:
+        """What it adds to a text: of a character that is split over tokens, its part.
+
+        Args:
+            at_start: nothing stands before it, where many tokenizers leave a word's space out.
+        """
+        if (token, at_start) not in self._known:
+            self._known[token, at_start] = self._found(token, [] if at_start else self._anchor)
+        return self._known[token, at_start]
+
+    def _found(self, token: int, before: list[int]) -> bytes:
+        text = self.text([*before, token])[len(self.text(before)) :]
         if UNFINISHED not in text:
             return text.encode()
-        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        name = self.name(token)
         if name.startswith("<0x") and name.endswith(">"):  # SentencePiece's bytes
             return bytes([int(name[3:-1], 16)])
         if all(character in self._bytes for character in name):  # byte-level BPE's
             return bytes(self._bytes[character] for character in name)
         return text.encode()
+
+
+class Stops:
+    """Stop strings as one automaton (Aho and Corasick's): a step a character, however many and long they are."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self.depth = [0]
+        """By state: how many of the last characters may be the beginning of a stop string."""
+        self.reached = [0]
+        """By state: the length of the longest stop string that ends there; 0: none does."""
+        for stop in stops:
+            state = 0
+            for depth, letter in enumerate(stop, 1):
+                if letter not in self._next[state]:
+                    self._next[state][letter] = len(self._next)
+                    self._next.append({})
+                    self.depth.append(depth)
+                    self.reached.append(0)
+                state = self._next[state][letter]
+            self.reached[state] = len(stop)
+        self._shorter = [0] * len(self._next)
+        order = list(self._next[0].values())
+        for state in order:  # breadth first: what is shorter is known before
+            for letter, longer in self._next[state].items():
+                self._shorter[longer] = self.step(self._shorter[state], letter)
+                self.reached[longer] = max(self.reached[longer], self.reached[self._shorter[longer]])
+                order.append(longer)
+
+    def step(self, state: int, letter: str) -> int:
+        """The state after one more character; 0 is the first."""
+        while letter not in self._next[state]:
+            if not state:
+                return 0
+            state = self._shorter[state]
+        return self._next[state][letter]
+
+
+NO_STOPS = Stops(())
+
+
+class TextStream:
+    """One completion's text as its tokens come."""
+
+    def __init__(self, decoder: Decoder, prompt: Sequence[int], stops: Stops = NO_STOPS) -> None:
+        self._decoder, self._stops = decoder, stops
+        self._ids = [token for token in prompt[-CONTEXT:] if not decoder.is_special(token)]
+        self._start, self._done = 0, len(self._ids)
+        """Tokens from `_start` are decoded together; the text of those up to `_done` is certain."""
+        self._state, self._held = 0, ""
+        self.grown = ""
+        """What the tokens since the last whole character add."""
+        self.is_whole = True
+        """Whether that has no half of a character at its end."""
+        self.stopped = False
+        """Whether a stop string was reached; nothing comes after."""
+
+    @property
+    def at_start(self) -> bool:
+        """Whether nothing stands before the next token."""
+        return not self._decoder.text(self._ids[self._start :])
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that is certain with these tokens."""
+        self._ids += [token for token in tokens if not self._decoder.is_special(token)]
+        before = self._decoder.text(self._ids[self._start : self._done])
+        self.grown = self._decoder.text(self._ids[self._start :])[len(before) :]
+        self.is_whole = not self.grown.endswith(UNFINISHED)
+        return self._settled() if self.is_whole else ""
+
+    def finish(self) -> str:
+        """What was held back."""
+        text = "" if self.is_whole or self.stopped else self._settled()
+        self.is_whole = True
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _settled(self) -> str:
+        if self._done < len(self._ids):
+            self._start, self._done = self._done, len(self._ids)
+        return self._certain(self.grown)
+
+    def _certain(self, new: str) -> str:
+        text = self._held + new
+        for at, letter in enumerate(new, len(self._held) + 1):
+            self._state = self._stops.step(self._state, letter)
+            if self._stops.reached[self._state]:
+                self.stopped, self._held = True, ""
+                return text[: at - self._stops.reached[self._state]]
+        certain = len(text) - self._stops.depth[self._state]
+        self._held = text[certain:]
+        return text[:certain]

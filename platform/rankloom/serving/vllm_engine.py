@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,12 +30,14 @@ from rankloom.models import Base, find_target_linears, in_out
 from rankloom.registry import Registry
 from rankloom.registry.checks import told_as
 from rankloom.serving.admission import STOPPING, Admission, check_ref
-from rankloom.serving.choices import Choice
+from rankloom.serving.guide import Guides
 from rankloom.serving.loading import check_base
 from rankloom.serving.prompts import Prompts
-from rankloom.serving.protocol import Delta, Likelihood, Request, Resident, Stats, TokenLogprobs
+from rankloom.serving.protocol import Delta, Request, Resident, Stats
 from rankloom.serving.residents import Residents
-from rankloom.serving.text import Pieces, TextStream
+from rankloom.serving.sampling import Chosen
+from rankloom.serving.text import Decoder, Stops
+from rankloom.serving.transcript import Transcript
 from rankloom.serving.vllm_server import ZERO, VllmServer, completion, likelihoods
 from rankloom.serving.work import ReplicaLostError
 
@@ -58,7 +60,7 @@ class VllmEngine:
         on_gpu = gpus > 0 and torch.cuda.is_available()
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
         self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
-        self._pieces = Pieces(base.tokenizer)
+        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
         self._admission = Admission(config.num_rows(on_gpu=on_gpu) + config.waiting, _vocabulary(base))
         self._loader = VllmLoader(base, registry, self._server, config.max_rank)
         self._adapters: Residents[Sent] = Residents(config.resident, self._loader, self._post, self._failed)
@@ -100,11 +102,10 @@ class VllmEngine:
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
-            if request.sampling.choices is not None:
-                Choice(request.sampling.choices, self._prompts)  # refuses what is no set of texts
+            guide = await self._guides.of(request)  # also refuses what is no set of texts
             async with self._holding(request.adapter):
                 try:
-                    async with aclosing(self._completed(request)) as deltas:
+                    async with aclosing(self._completed(request, guide.stops)) as deltas:
                         async for delta in deltas:
                             self._generated_tokens += len(delta.tokens)
                             yield delta
@@ -147,23 +148,23 @@ class VllmEngine:
             adapter_failures=self._adapters.num_failures,
         )
 
-    async def _completed(self, request: Request) -> AsyncGenerator[Delta, None]:
+    async def _completed(self, request: Request, stops: Stops) -> AsyncGenerator[Delta, None]:
         """What vLLM generates. The usage, which knows of the prompt's cached part, comes behind the last delta."""
         asked = request.sampling
         ends = frozenset() if asked.ignore_eos and asked.choices is None else self._prompts.end_ids
-        text = TextStream(self._base.tokenizer, request.prompt, request.sampling.stop)
+        transcript = Transcript(self._decoder, request.prompt, stops, ends)
         last, cached = None, 0
         async with aclosing(
             self._server.stream(completion(request, request.adapter or self._server.base, ends))
         ) as chunks:
             async for chunk in chunks:
                 for choice in chunk["choices"]:
-                    delta = self._delta(choice, text, ends, request.sampling.logprobs)
+                    delta = _delta(choice, transcript, request.sampling.logprobs)
                     if delta.finish is None:
                         yield delta
                     else:
                         last = delta
-                if text.stopped:  # vLLM knows nothing of it
+                if transcript.stopped:  # vLLM knows nothing of it
                     break
                 details = (chunk.get("usage") or {}).get("prompt_tokens_details") or {}
                 cached = details.get("cached_tokens") or cached
@@ -172,31 +173,6 @@ class VllmEngine:
         self._prompt_tokens += len(request.prompt) - cached
         self._cached_tokens += cached
         yield replace(last, cached_tokens=cached)
-
-    def _delta(
-        self, choice: Mapping[str, Any], stream: TextStream, ends: frozenset[int], num_logprobs: int | None
-    ) -> Delta:
-        finish, kept, text = choice["finish_reason"], [], ""
-        if finish not in (None, "stop", "length"):
-            raise ModelError(f"vLLM ended a completion with {finish!r}")
-        for token in choice["token_ids"] or ():
-            kept.append(token)
-            text += "" if token in ends else stream.push(token)
-            if stream.stopped:
-                break
-        if finish is not None:
-            text += stream.finish()
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if num_logprobs is not None:
-            told = choice["logprobs"]
-            logprobs = tuple(
-                TokenLogprobs(self._named({token: logprob})[0], self._named(likelihoods(top))[:num_logprobs])
-                for token, logprob, top in zip(kept, told["token_logprobs"], told["top_logprobs"], strict=False)
-            )
-        return Delta(text, tuple(kept), logprobs, "stop" if stream.stopped else finish)
-
-    def _named(self, logprobs: Mapping[int, float]) -> tuple[Likelihood, ...]:
-        return tuple(Likelihood(token, logprob, self._pieces[token]) for token, logprob in logprobs.items())
 
     @asynccontextmanager
     async def _holding(self, ref: str | None) -> AsyncIterator[None]:
@@ -237,6 +213,31 @@ class VllmEngine:
         for arrival in self._arriving.pop(ref, ()):
             if not arrival.done():
                 arrival.set_exception(error)
+
+
+def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int | None) -> Delta:
+    finish: Literal["stop", "length"] | None = choice["finish_reason"]
+    tokens, text = choice["token_ids"] or [], ""
+    if finish not in (None, "stop", "length"):
+        raise ModelError(f"vLLM ended a completion with {finish!r}")
+    told: list[list[Chosen]] = [[] for _ in tokens]
+    if num_logprobs is not None:
+        named = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
+        told = [
+            [Chosen(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
+            for token, logprob, top in zip(tokens, named["token_logprobs"], named["top_logprobs"], strict=True)
+        ]
+    kept: list[int] = []
+    for token, chosen in zip(tokens, told, strict=True):
+        kept.append(token)
+        text += transcript.push([token], chosen)
+        if transcript.stopped:
+            break
+    if finish is not None:
+        text += transcript.finish()
+    if transcript.stopped:
+        finish = "stop"
+    return Delta(text, tuple(kept), transcript.logprobs(last=finish is not None), finish)
 
 
 @dataclass(frozen=True)

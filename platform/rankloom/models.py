@@ -6,7 +6,9 @@ off the stored weights, so that it does not depend on the type or the quantisati
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
 import shutil
 import tempfile
@@ -227,6 +229,14 @@ def local_folder(config: ModelConfig) -> Path:
     if config.revision:
         raise ConfigError(f"model.revision: {config.revision!r} means nothing for a local model; remove it")
     if not (folder / "config.json").is_file():
+        if (adapter := folder / "adapter_config.json").is_file():
+            base = None
+            with contextlib.suppress(ValueError, AttributeError):
+                base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                f"model.id: {config.id!r} holds an adapter, not a model; give its base"
+                + (f", which is {base!r}" if base else "")
+            )
         raise ModelError(f"model.id: {config.id!r} holds no config.json; it is no transformers model folder")
     return folder
 

@@ -173,3 +173,4 @@ def test_what_to_do_next() -> None:
     assert "--resume" in next_lines({"status": "interrupted", "steps": 3, "name": "x"})[0]
     done = {"status": "done", "name": "x", "version": 2, "run": "/r", "adapter": "/a", "registry": "/reg"}
     assert any("adapters promote x@2 --registry /reg" in line for line in next_lines(done))
+    assert any("adapters promote x@2 --registry '/a b'" in line for line in next_lines(done | {"registry": "/a b"}))

@@ -247,7 +247,10 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     text = "\n".join(study_view.result_lines(result, "study.yaml"))
     assert "on the test rows it is NOT better than the baseline, s-0000" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text
-    assert "--resume" in study_view.result_lines({"status": "interrupted"}, "study.yaml")[0]
+    (line,) = study_view.result_lines(
+        {"status": "interrupted"}, "my study.yaml", ["name=b", "trial.data.train=a b.csv"]
+    )
+    assert "rankloom tune 'my study.yaml' name=b 'trial.data.train=a b.csv' --resume goes on" in line
 
 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:

@@ -77,6 +77,8 @@ def test_grid_counts_and_lists_every_combination() -> None:
         ({"space": [{"data": {"max_length": {"uniform": [64.5, 99]}}}]}, r"max_length\.uniform.*randint or choice"),
         ({"space": [{"seed": {"randint": [1, 2], "choice": [1]}}]}, r"seed: expected randint alone"),
         ({"space": [{"seed": {"choice": []}}]}, r"seed.choice: .*at least 1"),
+        ({"space": [{"method": {"type": "lora", "rank": {"choices": [2, 4]}}}]}, r"rank: unknown 'choices'.*'choice'"),
+        ({"space": [{"seed": {"rand_int": [2, 4]}}]}, r"seed: unknown 'rand_int'; did you mean 'randint'"),
         ({"space": []}, "space"),
         ({"trial": {"optim": {"learning_rat": 1}}}, r"trial.*optim.learning_rat.*'learning_rate'"),
         ({"trial": {"name": "x"}}, r"trial.name.*remove it"),

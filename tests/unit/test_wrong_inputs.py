@@ -143,6 +143,9 @@ def changed(folder: Path, target: Path, file: str, change: Callable[[bytes], byt
         (["output.keep_model=true"], "output.keep_model saves the whole tuned model, for full, galore and lisa"),
         (["output.root=s3://bucket/x"], "compute.num_workers=0 keeps checkpoints on a local disk; give a folder"),
         (["optim.accumulation=9"], "optim.batch_size=4 leaves some of"),
+        (["method.init=orthogonal", "method.rank=5"], "method.init=orthogonal needs an even rank, not method.rank=5"),
+        (["method={type: full}", "model.dtype=fp16"], "method.type=full trains the base's own weights, and in fp16"),
+        (["method.target_modules=[q_proj]", "method.target_modules.0=v_proj"], "method.target_modules is a list; give"),
         (["budget={steps: 4, epochs: 3}"], "give epochs (3.0) or steps (4), not both"),
         (["method={type: adalora, target_rank: 12}"], "target_rank 12 must be below initial_rank 12"),
     ],
@@ -198,6 +201,8 @@ def pair(completion: str) -> str:
         ("a.csv", "text,label\n,a\n,b\n", [], "none of its 2 rows can be used: 2 without a prompt or a completion"),
         ("a.csv", "text,label\nhi,a\n", [], "at least 3 different prompts are needed; add rows, or give data.test"),
         ("a.csv", "text,label\none, two,a\n", [], "quote texts that hold a comma"),
+        ("a.csv", "text;label\none, two;a\n", [], "it is separated by ';', not by commas"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', [], "it is not UTF-8 (line 1); save it as UTF-8"),
         ("a.csv", b"text,label\n\xff\xfe,a\n", [], "{file} can't be read as csv"),
         ("a.jsonl", '{"text": "a", "label"\n', [], "{file} can't be read as json"),
         ("a.parquet", "no parquet", [], "{file} can't be read as parquet"),
@@ -312,6 +317,19 @@ def test_a_model_whose_weights_do_not_fit_its_config(
     assert "1 tensor(s) that its config.json asks for are missing from its weight files or have another shape" in text
     assert f"such as {name}" in text
     assert cli.untouched()
+
+
+def test_an_adapter_in_place_of_a_model(trial: Path, cli: Cli) -> None:
+    folder = trial.with_name("adapter")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    text = cli.fails(1, "train", trial, f"model.id={folder}")
+    assert "holds an adapter, not a model; give its base, which is 'org/base'" in text
+
+
+def test_olora_on_layers_that_peft_has_none_for(trial: Path, tiny_model: Callable[..., Path], cli: Cli) -> None:
+    text = cli.fails(2, "train", trial, f"model.id={tiny_model('gpt2')}", "method.init=olora")
+    assert "method.init=olora: PEFT has none for the Conv1D layers of" in text
 
 
 def test_layers_that_the_model_does_not_have(trial: Path, cli: Cli) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,7 +83,7 @@ def resolve_subject(subject: str, registry: str, overrides: Sequence[str]) -> tu
         except (OSError, ValidationError):
             raise ConfigError(
                 f"{subject}: a folder without a {RECORD} of rankloom's does not tell its base and data; publish it "
-                f"first: rankloom adapters publish {subject} --name NAME --base BASE"
+                f"first: rankloom adapters publish {shlex.quote(subject)} --name NAME --base BASE"
             ) from None
         adapter = str(folder)
     else:

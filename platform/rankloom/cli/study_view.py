@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -173,10 +174,10 @@ def interval(share: dict[str, float]) -> str:
     return f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
 
 
-def result_lines(result: dict[str, Any], config: str) -> list[str]:
+def result_lines(result: dict[str, Any], config: str, overrides: Sequence[str] = ()) -> list[str]:
     """What the study left, and the commands to go on with."""
     if result["status"] == "interrupted":
-        return [f"stopped; rankloom tune {config} --resume goes on from here"]
+        return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} goes on from here"]
     winner = result["winner"]
     found = [f"winner   {winner['name']} ({winner['method']}), chosen on the validation rows"]
     if result["beats_baseline"] is not None:
@@ -185,5 +186,5 @@ def result_lines(result: dict[str, Any], config: str) -> list[str]:
     found += [f"study    {result['study']}", f"trials   {result['results']}"]
     if winner["published"]:
         ref = winner["published"][0]
-        found.append(f"next     rankloom adapters promote {ref} --registry {result['registry']}")
+        found.append(f"next     rankloom adapters promote {ref} --registry {shlex.quote(result['registry'])}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,11 @@ def next_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"run      {result['run']}"]
     if "version" in result:
         ref = f"{result['name']}@{result['version']}"
+        registry = shlex.quote(result["registry"])
         lines += [
             f"adapter  {result['adapter']}",
-            f"next     rankloom adapters promote {ref} --registry {result['registry']}",
-            f"         rankloom evaluate {ref} --registry {result['registry']}",
+            f"next     rankloom adapters promote {ref} --registry {registry}",
+            f"         rankloom evaluate {ref} --registry {registry}",
         ]
     return lines
 

@@ -49,12 +49,12 @@ def tune(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
-        _print_result(result, config)
+        _print_result(result, config, overrides or [])
     if result["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
 
-def _print_result(result: dict[str, Any], config: str) -> None:
+def _print_result(result: dict[str, Any], config: str, overrides: list[str]) -> None:
     from rankloom.cli.study_view import result_lines, result_rows
     from rankloom.cli.tables import print_table
 
@@ -63,5 +63,5 @@ def _print_result(result: dict[str, Any], config: str) -> None:
         header, *rows = result_rows(result)
         print_table(header, rows)
         typer.echo()
-    for line in result_lines(result, config):
+    for line in result_lines(result, config, overrides):
         typer.echo(line)

@@ -98,7 +98,10 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from None
         node, *rest = result, *key.split(".")
-        for part in rest[:-1]:
+        for at, part in enumerate(rest[:-1]):
+            if isinstance(node.get(part), list):
+                name = ".".join(rest[: at + 1])
+                raise ConfigError(f"override {override!r}: {name} is a list; give it whole, as {name}=[...]")
             if not isinstance(node.get(part), dict):
                 # a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) is spelt out before one part changes
                 old = node.get(part)

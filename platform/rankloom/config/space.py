@@ -8,6 +8,7 @@ without torch: `study.py` checks a study with it, `rankloom/search/space.py` han
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
@@ -116,9 +117,18 @@ def knobs_of(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
             continue
         if kinds := [kind for kind in value if kind in _KNOBS]:
             found[name] = _knob(name, kinds[0], value)
+        elif (kind := _meant(value)) is not None:
+            raise ConfigError(f"{name}: unknown {next(iter(value))!r}; did you mean {kind!r}?")
         else:
             found |= knobs_of(value, f"{name}.")
     return found
+
+
+def _meant(value: Mapping[str, Any]) -> str | None:
+    """The knob that a mapping looks like: one key with a list, and a name that is nearly a knob's."""
+    if len(value) != 1 or not isinstance(next(iter(value.values())), list):
+        return None
+    return next(iter(difflib.get_close_matches(str(next(iter(value))), _KNOBS, n=1)), None)
 
 
 def _knob(name: str, kind: str, value: Mapping[str, Any]) -> Knob:

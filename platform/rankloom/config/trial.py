@@ -176,6 +176,13 @@ def conflicts(trial: TrialConfig) -> list[str]:
         found.append(
             f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B; {method.type} has none: set it to 1"
         )
+    if isinstance(method, LoraConfig) and method.init == "orthogonal" and method.rank % 2:
+        found.append(f"method.init=orthogonal needs an even rank, not method.rank={method.rank}")
+    if row.servable == "extracted" and trial.model.dtype == "fp16":
+        found.append(
+            f"method.type={method.type} trains the base's own weights, and in fp16 their updates overflow or round to "
+            f"nothing; set model.dtype=fp32 or bf16 (compute.precision=fp16 is for the arithmetic alone)"
+        )
     if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and trial.quantization.type != "none":
         found.append(
             f"method.init={method.init} rewrites the base's weights, so quantization={trial.quantization.type} is "

@@ -39,6 +39,10 @@ class Lora(Method[LoraConfig | DoraConfig]):
 
     def attach(self, base: Base) -> nn.Module:
         config = self.config
+        if config.init == "olora" and has_conv1d(base):
+            raise IncompatibleError(
+                f"method.init=olora: PEFT has none for the Conv1D layers of {base.id}; use default, pissa or gaussian"
+            )
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,

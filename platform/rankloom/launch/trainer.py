@@ -46,6 +46,7 @@ def fit(
     train: bool = True,
     on_event: Tell = lambda _: None,
     stop: threading.Event | None = None,
+    study: Path | None = None,
 ) -> dict[str, Any]:
     """Train, export, score and publish one trial.
 
@@ -54,6 +55,7 @@ def fit(
         train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
         on_event: called in this thread with every event of rank 0 (see `rankloom.train.session`).
         stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
+        study: as in `run_trial`.
 
     Returns:
         `run_trial`'s result, with `run` (the run's folder).
@@ -72,11 +74,18 @@ def fit(
     run = RunFolder(trial)
     run.decide(trial, resume=resume)  # what is refused leaves no trace, not even a lock
     with run.held():
-        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume, train=train)
+        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume, train=train, study=study)
 
 
 def _fit(
-    trial: TrialConfig, run: RunFolder, on_event: Tell, stop: threading.Event, *, resume: bool, train: bool
+    trial: TrialConfig,
+    run: RunFolder,
+    on_event: Tell,
+    stop: threading.Event,
+    *,
+    resume: bool,
+    train: bool,
+    study: Path | None,
 ) -> dict[str, Any]:
     if run.decide(trial, resume=resume) == "finished":
         return run.result()
@@ -89,7 +98,7 @@ def _fit(
                 on_event(event)
 
             launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-            outcome = launch(trial, run, tell, stop, train)
+            outcome = launch(trial, run, tell, stop, train, study)
             outcome["run"] = run.path
             if outcome["status"] == "done":
                 run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
@@ -101,7 +110,7 @@ def _fit(
 
 
 def _in_this_process(
-    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool
+    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool, study: Path | None
 ) -> dict[str, Any]:
     try:
         import torch
@@ -113,7 +122,7 @@ def _in_this_process(
             torch.set_num_threads(trial.compute.cpus_per_worker)
         assert run.local is not None
         session = LocalSession(run.local, device=local_device(trial.compute.device), on_event=tell, stop=stop)
-        return run_trial(trial, session, train=train)
+        return run_trial(trial, session, train=train, study=study)
     except Exception as error:
         _raise(failure_of(error), run)
 
@@ -127,7 +136,9 @@ def local_device(wanted: str) -> Any:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool) -> dict[str, Any]:
+def _on_ray(
+    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool, study: Path | None
+) -> dict[str, Any]:
     tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
     if told := cluster.open_ports():
         tell({"event": "warning", "message": told})
@@ -139,7 +150,7 @@ def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Even
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell({"event": "phase", "phase": "launch", "message": message})
         channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
-        fitting = Background(lambda: _ray_trainer(trial, run, share, channel, train).fit())
+        fitting = Background(lambda: _ray_trainer(trial, run, share, channel, train, study).fit())
         watch(fitting, channel, tell, stop)
         failure: Failure | None = ray.get(channel.failure.remote())
         if failure is not None:
@@ -153,14 +164,16 @@ def _on_ray(trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Even
         return outcome
 
 
-def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, channel: Any, train: bool) -> Any:
+def _ray_trainer(
+    trial: TrialConfig, run: RunFolder, share: cluster.Share, channel: Any, train: bool, study: Path | None
+) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     tree, cpus = dump(trial), share.cpus
 
     def each_worker() -> dict[str, Any] | None:
-        return work(tree, channel, cpus, train)
+        return work(tree, channel, cpus, train, study)
 
     return TorchTrainer(
         each_worker,
@@ -179,7 +192,7 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, share: cluster.Share, chann
     )
 
 
-def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool) -> dict[str, Any] | None:
+def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path | None) -> dict[str, Any] | None:
     """What every Ray Train worker runs; rank 0 returns the result, None after an error that the channel holds."""
     import ray
     import ray.train
@@ -194,7 +207,7 @@ def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool) -> dict[str
     torch.set_num_threads(cpus)
     try:
         with RayTrainSession.opened(rank, world_size, channel) as session:
-            outcome = run_trial(parse(TrialConfig, tree), session, train=train)
+            outcome = run_trial(parse(TrialConfig, tree), session, train=train, study=study)
         ray.get(channel.leave.remote(rank))
         return outcome
     except Exception as error:

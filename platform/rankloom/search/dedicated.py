@@ -19,7 +19,6 @@ from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
 from rankloom.launch.membership import Report, costs_of, no_costs
 from rankloom.launch.trainer import Background, failure_of, fit
-from rankloom.train.origin import Origin, hold_study_to
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
@@ -58,6 +57,7 @@ class Dedicated:
         self._trial = parse(TrialConfig, tree)
         self._sign = 1 if search.best == "max" else -1
         self._best_folder = best_folder
+        self._study = best_folder.parents[1]
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._running: Background | None = None
@@ -73,10 +73,7 @@ class Dedicated:
                 if not running.join(0) or not self._events.empty():
                     continue
                 return self._end(n, running)
-            if event["event"] == "origin":
-                study = self._best_folder.parents[1]
-                hold_study_to(study, self._trial, Origin.model_validate(event))
-            elif event["event"] == "step":
+            if event["event"] == "step":
                 self._last_step = event
             elif event["event"] == "eval" and event["step"] > self._last["step"]:
                 self._last = self._report(event)
@@ -100,13 +97,13 @@ class Dedicated:
     def finish(self) -> None:
         """End a run that was stopped: its best checkpoint's adapter goes where those of finished runs are."""
         if not self._best_folder.is_dir():
-            self._keep(fit(self._trial, resume=True, train=False))
+            self._keep(fit(self._trial, resume=True, train=False, study=self._study))
 
     def _start(self) -> Background:
         begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()
         self._stop, self._events = threading.Event(), queue.SimpleQueue()
         put, stop = self._events.put, self._stop
-        self._running = Background(lambda: fit(self._trial, resume=begun, on_event=put, stop=stop))
+        self._running = Background(lambda: fit(self._trial, resume=begun, on_event=put, stop=stop, study=self._study))
         return self._running
 
     def _report(self, event: dict[str, Any]) -> Report:

@@ -9,6 +9,8 @@ from rankloom.errors import OverloadedError, RankloomError, RequestError
 from rankloom.registry.store import parse_ref
 from rankloom.serving.protocol import Request
 
+AT_LEAST = 16
+"""Requests that one tenant may have at once in any engine: the completions of one of a client's, as the limits are."""
 STOPPING = "the engine is stopping; try another replica"
 
 
@@ -17,8 +19,8 @@ class Admission:
 
     def __init__(self, limit: int, vocabulary: int) -> None:
         self.limit, self._vocabulary = limit, vocabulary
-        self.open: set[str] = set()
-        """Their ids."""
+        self.open: dict[str, str | None] = {}
+        """Their ids, and whose each is."""
         self.stopping = False
 
     @contextmanager
@@ -31,6 +33,10 @@ class Admission:
         self.refuse_if_stopping()
         if len(self.open) >= self.limit:
             raise OverloadedError(f"{self.limit} requests are under way or waiting already; try again later")
+        if request.tenant is not None:  # none takes so many that the next one could have none
+            mine = sum(tenant == request.tenant for tenant in self.open.values())
+            if mine >= max(self.limit - len(self.open), AT_LEAST):
+                raise OverloadedError(f"{mine} requests of this key are under way or waiting already; try again later")
         if request.id in self.open:
             raise RequestError(f"id: {request.id!r} is under way already; give each request its own")
         if request.adapter is not None:
@@ -44,11 +50,11 @@ class Admission:
                 f"prompt: {len(request.prompt)} tokens leave no room for an answer; prompt and answer together can "
                 f"have {context}"
             )
-        self.open.add(request.id)
+        self.open[request.id] = request.tenant
         try:
             yield
         finally:
-            self.open.discard(request.id)
+            self.open.pop(request.id, None)
 
     def refuse_if_stopping(self) -> None:
         if self.stopping:

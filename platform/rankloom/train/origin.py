@@ -28,7 +28,7 @@ ORIGINS = "origins"
 
 
 class Origin(BaseModel):
-    """As plain data it also travels in events."""
+    """One of them."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -36,16 +36,18 @@ from rankloom.train import checkpoint
 from rankloom.train.base import autocast, check_lengths, precision_of
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import free_bytes, shape_of
+from rankloom.train.origin import Origin, hold_study_to
 from rankloom.train.session import Session
 
 PROBE_TOKENS = 64
 
 
-def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> dict[str, Any]:
+def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study: Path | None = None) -> dict[str, Any]:
     """Train, export, score and publish; every worker calls it, rank 0 returns the result as plain data.
 
     Args:
         train: False: a run that was stopped ends here, with the best checkpoint that it has.
+        study: the folder of the study that it is part of, which is held to its data and base.
 
     Returns:
         status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
@@ -61,12 +63,13 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True) -> di
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_for(trial, session.device, training=True)
     check_lengths(data, base)
+    if study is not None:
+        hold_study_to(study, trial, Origin.of(data, base))
     _check_memory(trial, data, base, session)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
     loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
     for note in loop.method.notes:
         _phase(session, "train", note)
-    session.emit({"event": "origin"} | loop.origin.model_dump())
     if not train:
         loop.load_best()
     elif not loop.run():

@@ -287,6 +287,7 @@ def test_an_adapter_is_given_a_name_and_loses_it(tmp_path: Path) -> None:
             ("again", "../../etc/passwd", 400, "adapter name"),
             ("again", "bank@9", 404, "no version 9"),
             ("bank", "faq", 400, "has a meaning"),
+            ("base", "faq", 400, "has a meaning"),
             ("../x", "bank@1", 400, "lora_name"),
             ("x\0y", "bank@1", 400, "lora_name"),
         ):

@@ -249,3 +249,25 @@ def test_a_lost_device_ends_the_engine(
             assert (await completed(engine, [5, 6]))[1] == with_peft(tiny_llama, None, [5, 6], 12)
 
     serving(engine, work)
+
+
+def test_a_device_that_is_lost_while_an_adapter_is_loaded_ends_the_engine(
+    tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tiny_llama, tmp_path / "lora", "lora")
+    ref = publish(nothing, tiny_llama, "lora", tmp_path / "lora")
+    engine = engine_on(tiny_llama, nothing)
+
+    def lost(*_: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    async def work() -> None:
+        monkeypatch.setattr("rankloom.serving.loading.fold", lost)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        waiting = [completed(engine, [5, 6], ref), engine.pin(ref)]
+        for refused in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(refused, OverloadedError)
+        await asyncio.to_thread(engine._thread.join, 5)
+        assert not engine.alive
+
+    serving(engine, work)

@@ -62,7 +62,9 @@ class EchoEngine:
                 token = out[place : place + 1]
                 finish = None if not last else "stop" if place + 1 == len(out) else "length"
                 one = Likelihood(token[0], -0.5, token)
-                logprobs = () if asked.logprobs is None else (TokenLogprobs(one, (one,) * asked.logprobs),)
+                logprobs = (
+                    () if asked.logprobs is None else (TokenLogprobs(one, self._likeliest(one)[: asked.logprobs]),)
+                )
                 yield Delta(token.decode("latin-1"), (token[0],), logprobs, finish, cached_tokens=3)  # type: ignore[arg-type]
                 if last:
                     return
@@ -71,6 +73,11 @@ class EchoEngine:
             raise
         finally:
             self.under_way.discard(request.id)
+
+    @staticmethod
+    def _likeliest(one: Likelihood) -> tuple[Likelihood, ...]:
+        others = ((one.token + step) % 256 for step in range(1, 20))
+        return (one, *(Likelihood(token, -1.0, bytes([token])) for token in others))
 
     async def pin(self, ref: str) -> None:
         if ref in self.broken:

@@ -86,6 +86,27 @@ def test_a_request_id_beyond_ascii_is_answered(shared: Endpoint) -> None:
         assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_large_answer_comes_whole(shared: Endpoint, path: str) -> None:
+    body = {"model": "bank", "n": 16, "max_tokens": 100, "prompt": "a" * 100, "logprobs": 20}
+    if "chat" in path:
+        del body["prompt"]
+        body |= {"messages": [{"role": "user", "content": "a" * 90}], "logprobs": True, "top_logprobs": 20}
+    answer = shared.post(path, body)
+    assert "chat" not in path or "content-length" not in answer.headers  # of megabytes, it came in parts
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(16))
+    for choice in choices:
+        told = choice["logprobs"]
+        text = choice["message"]["content"] if "chat" in path else choice["text"]
+        tokens = [each["token"] for each in told["content"]] if "chat" in path else told["tokens"]
+        assert "".join(tokens) == text
+        assert len(text) == 100
+        tops = [each["top_logprobs"] for each in told["content"]] if "chat" in path else told["top_logprobs"]
+        assert len(tops) == 100
+    assert answer.json()["usage"]["completion_tokens"] == 1600
+
+
 def test_thousands_of_models_are_listed(tmp_path: Path) -> None:
     with endpoint(tmp_path, refresh_s=600) as made:
         names = tuple(f"adapter-{number}" for number in range(10_000))

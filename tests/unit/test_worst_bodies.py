@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worst_bodies import worst_bodies
+from worst_bodies import CHAT, worst_bodies
 
 MOST_S = 0.1
 """The longest that others may wait, beyond what they wait on this machine while nothing happens."""
@@ -110,6 +110,8 @@ def send(address: str, path: str, body: bytes) -> tuple[int, str]:
 
 def requests() -> Iterator[tuple[str, str, bytes]]:
     yield from worst_bodies()
+    much = {"model": "bank", "n": 16, "max_tokens": 150, "logprobs": True, "top_logprobs": 20}
+    yield "many likelihoods", CHAT, json.dumps(much | {"messages": [{"role": "user", "content": "a" * 90}]}).encode()
     yield "models", "/v1/models", b""
     yield "console", "/console/state", b""
     yield "an unknown model", "/v1/completions", UNKNOWN

@@ -35,6 +35,8 @@ from rankloom.serving.wire import AdapterRequest, ChatRequest, CompletionRequest
 from rankloom.serving.work import ReplicaLostError, Work
 
 CONSOLE = Path(__file__).parent / "console"
+LARGE = 2**20
+"""Bytes of an answer that take a while to send."""
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What the app's document says of an answer that may come in a stream."""
@@ -105,7 +107,7 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
                 try:
                     async for progress in begun:
                         reply.add(progress)
-                    return JSONResponse(reply.whole(), headers=_headers(begun.target))
+                    return _whole(reply, _headers(begun.target))
                 except ReplicaLostError:  # nothing was answered yet
                     if attempt + 1 == ATTEMPTS:
                         raise
@@ -321,6 +323,18 @@ def _log_failure(request: Request, error: Exception) -> None:
     # where it happened, not its message, which may quote a prompt
     where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     logger.error(json.dumps(facts | {"error": type(error).__name__, "where": where}))
+
+
+def _whole(reply: Reply, headers: dict[str, str]) -> Response:
+    """An answer that is not streamed; a large one is sent in parts, between which others have their turn."""
+    if reply.length < LARGE:
+        return Response("".join(reply.body()), headers=headers, media_type="application/json")
+
+    async def parts() -> AsyncIterator[str]:
+        for part in reply.body():
+            yield part
+
+    return StreamingResponse(parts(), headers=headers, media_type="application/json")
 
 
 async def _events(answer: Answer, reply: Reply, request: Request, usage: bool) -> AsyncIterator[bytes]:

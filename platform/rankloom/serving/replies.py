@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rankloom.serving.protocol import Likelihood, TokenLogprobs
+from rankloom.serving.protocol import Delta, Likelihood, TokenLogprobs
 from rankloom.serving.work import Progress
 
 Kind = Literal["chat", "text"]
@@ -45,7 +45,8 @@ class _Completion:
     """One completion as far as it is known."""
 
     text: str = ""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    likelihoods: dict[str, list[str]] = field(default_factory=dict)
+    """As OpenAI writes them, as JSON: there may be a million, which are not to be written all at once in the end."""
     finish: str | None = None
     begun: bool = False
     """Whether a chunk of it was sent."""
@@ -70,29 +71,42 @@ class Reply:
         self._n = n
         self._logprobs = logprobs
         self._cached: dict[int, int] = {}
+        self._refusal: dict[str, None] = {"refusal": None} if kind == "chat" else {}
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.length = 0
+        """Characters of `body`, about."""
 
     def add(self, progress: Progress) -> None:
-        """Take in what was generated."""
-        self.prompt_tokens = progress.prompt_tokens
+        """Take in what was generated, for `body`."""
         for index, delta in progress.deltas:
-            self.completion_tokens += len(delta.tokens)
-            self._cached[index] = delta.cached_tokens
-            each = self._completions[index]
+            each = self._count(progress, index, delta)
             each.text += delta.text
-            each.logprobs += delta.logprobs
-            each.finish = delta.finish or each.finish
+            self.length += len(delta.text)
+            if self._logprobs:
+                for key, values in self._likelihoods(delta.logprobs, each.place).items():
+                    written = [json.dumps(value) for value in values]
+                    each.likelihoods.setdefault(key, []).extend(written)
+                    self.length += sum(map(len, written))
+
+    def _count(self, progress: Progress, index: int, delta: Delta) -> _Completion:
+        self.prompt_tokens = progress.prompt_tokens
+        self.completion_tokens += len(delta.tokens)
+        self._cached[index] = delta.cached_tokens
+        each = self._completions[index]
+        each.finish = delta.finish or each.finish
+        return each
 
     def chunks(self, progress: Progress) -> Iterator[dict[str, Any]]:
         """The same, as what a stream sends."""
         for index, delta in progress.deltas:
-            each = self._completions[index]
+            each = self._count(progress, index, delta)
             begin, each.begun = not each.begun, True
-            self.add(Progress(progress.prompt_tokens, ((index, delta),)))
             if not (begin or delta.text or delta.logprobs or delta.finish):
                 continue
-            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(delta.logprobs, each.place)}
+            choice: dict[str, Any] = {"index": index, "logprobs": None}
+            if self._logprobs:
+                choice["logprobs"] = self._likelihoods(delta.logprobs, each.place) | self._refusal
             if self._kind == "chat":
                 choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
             else:
@@ -103,17 +117,23 @@ class Reply:
         """What a stream with `include_usage` sends last."""
         return self._chunk([]) | {"usage": self.usage()}
 
-    def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        choices = []
+    def body(self) -> Iterator[str]:
+        """The body of an answer that is not streamed, as JSON in parts."""
+        yield json.dumps(self._head)[:-1] + ', "choices": ['
         for index, each in enumerate(self._completions):
-            choice: dict[str, Any] = {"index": index, "logprobs": self._likelihoods(each.logprobs, _Place())}
+            choice: dict[str, Any] = {"index": index, "finish_reason": each.finish}
             if self._kind == "chat":
                 choice["message"] = {"role": "assistant", "content": each.text, "refusal": None}
             else:
                 choice["text"] = each.text
-            choices.append(choice | {"finish_reason": each.finish})
-        return self._head | {"choices": choices, "usage": self.usage()}
+            yield (", " if index else "") + json.dumps(choice)[:-1] + ', "logprobs": '
+            if self._logprobs:
+                lists = [f'"{key}": [{", ".join(values)}]' for key, values in each.likelihoods.items()]
+                yield "{" + ", ".join([*lists, *(f'"{key}": null' for key in self._refusal)]) + "}"
+            else:
+                yield "null"
+            yield "}"
+        yield f'], "usage": {json.dumps(self.usage())}}}'
 
     def usage(self) -> dict[str, Any]:
         # further completions of a prompt find it in the cache; what counts is what the first one did
@@ -129,12 +149,9 @@ class Reply:
         suffix = ".chunk" if self._kind == "chat" else ""
         return self._head | {"object": self._head["object"] + suffix, "choices": choices}
 
-    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: _Place) -> dict[str, Any] | None:
-        if not self._logprobs:
-            return None
+    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: _Place) -> dict[str, list[Any]]:
         if self._kind == "chat":
-            content = [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]
-            return {"content": content, "refusal": None}
+            return {"content": [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]}
         return {
             "tokens": [_text(t.chosen) for t in tokens],
             "token_logprobs": [t.chosen.logprob for t in tokens],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -215,14 +216,14 @@ def local_folder(config: ModelConfig) -> Path:
         raise ConfigError(
             f"model.id: unknown {config.id!r}; allowed: {', '.join(BUILTIN)}, a hub id, a folder or a file"
         )
-    path = Path(config.id).expanduser()
-    if path.is_file() or path.suffix == ".gguf":
+    path = Path(os.path.expanduser(config.id))
+    if os.path.isfile(path) or path.suffix == ".gguf":  # os.path's: a name that can be none is no file, and no error
         if path.suffix != ".gguf":
             raise ConfigError(f"model.id: {config.id!r} is a file but no .gguf; give the model's folder")
-        if not path.is_file():
-            raise ModelError(f"model.id: no file {config.id!r}")
+        if not os.path.isfile(path):
+            raise ModelError(f"model.id: no file {config.id!r:.200}")
         folder = _converted_gguf(path)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         folder = path
     else:
         return _hub_snapshot(config)
@@ -246,17 +247,17 @@ def _hub_snapshot(config: ModelConfig) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     if config.id.startswith(("/", ".", "~")):
-        raise ModelError(f"model.id: no folder or file {config.id!r}")
+        raise ModelError(f"model.id: no folder or file {config.id!r:.200}")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ModelError(
-            f"model.id: {config.id!r} is neither a folder nor a valid hub id: {first_line(error)}"
+            f"model.id: {config.id!r:.200} is neither a folder nor a valid hub id: {first_line(error)}"
         ) from None
     except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
         raise ModelError(
-            f"model.id: {config.id!r} is no local folder, and the hub does not give it: {type(error).__name__}: "
+            f"model.id: {config.id!r:.200} is no local folder, and the hub does not give it: {type(error).__name__}: "
             f"{first_line(error)}; check the spelling, the network, and HF_TOKEN for a gated model"
         ) from None
 

@@ -103,6 +103,8 @@ def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
     [
         ({"id": "builtin:nothing"}, ConfigError, "builtin:smollm2"),
         ({"id": "/nowhere/at/all"}, ModelError, "no folder or file"),
+        ({"id": "~nobody-of-this-name/base"}, ModelError, "no folder or file"),
+        ({"id": "x" * 300}, ModelError, "neither a folder nor a valid hub id"),
         ({"id": "nowhere.gguf"}, ModelError, "no file"),
         ({"id": "a/b/c/d"}, ModelError, "hub id"),
     ],

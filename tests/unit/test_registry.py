@@ -312,6 +312,17 @@ def test_verify_notices_a_link_in_place_of_a_file(tmp_path: Path, adapter: Calla
         registry.fetch("bank", tmp_path / "copy")
 
 
+def test_a_size_that_no_file_has_is_no_record(tmp_path: Path, adapter: Callable[..., Path]) -> None:
+    registry = Registry(tmp_path / "store")
+    registry.publish("bank", adapter(), DRAFT)
+    file = tmp_path / "store" / "bank" / "1" / "record.json"
+    tree = json.loads(file.read_text())
+    tree["files"]["adapter_config.json"]["bytes"] = 10**400
+    file.write_text(json.dumps(tree))
+    with pytest.raises(RegistryError, match=r"is no record of this rankloom: files\.adapter_config\.json\.bytes"):
+        registry.get("bank")
+
+
 def test_verify_reads_the_header_even_where_the_checksum_holds(tmp_path: Path, adapter: Callable[..., Path]) -> None:
     """A record that was forged to fit a broken file does not pass."""
     registry = Registry(tmp_path / "store")

@@ -63,7 +63,7 @@ class Versions(_Plain):
 
 
 class StoredFile(_Plain):
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -287,7 +287,7 @@ def test_out_of_a_clone_or_a_trainers_output(folder: Path) -> None:
     (folder / "a\x1b[31mname").touch()
     os.mkfifo(folder / "pipe.json")
     told = cli("publish", folder, "--name", "a")
-    assert "not read, and not published: .git, .gitattributes, a?[31mname, adapter_model.bin, checkpoint-10" in told
+    assert "not read, and not published: .git, .gitattributes, a\\x1b[31mname, adapter_model.bin, checkpoint-10" in told
     assert {file.name for file in published().iterdir()} == {
         "README.md", "probe.safetensors", "record.json", CONFIG, WEIGHTS
     }  # fmt: skip

@@ -196,6 +196,25 @@ def test_an_exported_folder_that_was_changed_does_not_keep_its_scorecard(tmp_pat
         run("publish", tmp_path / "out", "--name", "copy", "--base", "org/tiny")
 
 
+@pytest.mark.usefixtures("registry")
+def test_an_exported_folder_keeps_its_record_through_a_hub_cache_and_git(tmp_path: Path) -> None:
+    run("export", "bank", "-o", tmp_path / "out")
+    snapshot = tmp_path / "models--org--bank" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "out").rename(snapshot.parents[1] / "blobs")
+    for file in (snapshot.parents[1] / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (snapshot / ".gitattributes").touch()
+    (snapshot / ".git").mkdir()
+    told = run("publish", snapshot, "--name", "copy").output
+    assert "not published: .git, .gitattributes" in told
+    assert Registry(registry_root()).get("copy").scorecard == SCORECARD
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("/etc/passwd")
+    with pytest.raises(RegistryError, match=r"README\.md is a link out of the folder"):
+        run("publish", snapshot, "--name", "copy")
+
+
 def test_a_foreign_folder_must_name_its_base(folder: Path) -> None:
     with pytest.raises(RegistryError, match="give --base"):
         run("publish", folder, "--name", "copy")

@@ -34,7 +34,7 @@ from rankloom.adapters.patterns import ByModule, by_module, fullmatch
 from rankloom.adapters.site import scaling_of
 from rankloom.errors import RegistryError
 from rankloom.models import in_out, is_linear
-from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS, find_adapter, read_config
+from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS, find_files, read_config
 
 _INSTEAD = "train a LoRA or DoRA without it, or merge it into its base with PEFT and serve that"
 _PARTS = re.compile(
@@ -90,7 +90,7 @@ def write_plainly(model: PreTrainedModel, folder: Path, plain: Path, base_id: st
     Raises:
         RegistryError: it is no LoRA or DoRA, or one that can't be served, with the tensor that shows it.
     """
-    files = find_adapter(folder)
+    files = find_files(folder, (CONFIG, WEIGHTS))
     settings = _read_settings(files[CONFIG], folder / CONFIG)
     tensors = _read_tensors(files[WEIGHTS], folder / WEIGHTS)
     _check_kind(settings, tensors, folder)

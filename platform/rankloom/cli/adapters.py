@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import json
+import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,7 @@ import typer
 
 from rankloom.errors import RankloomError, RegistryError
 from rankloom.paths import registry_root
+from rankloom.printable import printable
 
 if TYPE_CHECKING:
     from rankloom.registry import Draft, Record, Registry
@@ -147,16 +150,15 @@ def publish(
     from rankloom.registry.checks import RECORD, told_as
 
     registry = _open(root)
-    if (folder / RECORD).is_file():
-        if base:
-            raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
-        record = registry.publish(name, folder, _recorded(folder))
-    else:
-        check_name(name)
-        with TemporaryDirectory(prefix="rankloom-") as scratch:
-            staged = Path(scratch) / "adapter"
-            with told_as(staged, str(folder)):
-                record = registry.publish(name, staged, _foreign(folder, staged, name, base))
+    check_name(name)
+    has_record = (folder / RECORD).is_file()
+    if has_record and base:
+        raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
+    with TemporaryDirectory(prefix="rankloom-") as scratch:
+        staged = Path(scratch) / "adapter"
+        with told_as(staged, str(folder)):
+            draft = _recorded(folder, staged) if has_record else _foreign(folder, staged, name, base)
+            record = registry.publish(name, staged, draft)
     _report(as_json, record, f"published {record.ref}; to make it the champion: rankloom adapters promote {record.ref}")
 
 
@@ -285,29 +287,33 @@ def _open(root: str) -> Registry:
     return Registry(root)
 
 
-def _recorded(folder: Path) -> Draft:
-    """What the folder's own record says, if the folder is still what it was recorded of."""
+def _recorded(folder: Path, staged: Path) -> Draft:
+    """Copy what a folder's own record lists to `staged`; returns what it says, if they are still the same files."""
     from pydantic import ValidationError
 
     from rankloom.registry import Record
-    from rankloom.registry.checks import RECORD, check_files
+    from rankloom.registry.checks import RECORD, check_files, find_files
 
     try:
-        record = Record.model_validate_json((folder / RECORD).read_bytes())
-        check_files(folder, record)
+        record = Record.model_validate_json(find_files(folder, [RECORD])[RECORD].read_bytes())
+        staged.mkdir()
+        for name, file in find_files(folder, record.files).items():
+            shutil.copyfile(file, staged / name)
+        check_files(staged, record)
     except (OSError, ValidationError, RegistryError) as error:
         raise RegistryError(
             f"{folder / RECORD} does not describe this folder: {' '.join(str(error).split())}; delete it to "
             f"publish the folder as one from elsewhere, without its scorecard"
         ) from None
+    _tell_of_others(folder, [RECORD, *record.files])
     return record.draft()
 
 
 def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draft:
     """Write a PEFT folder that rankloom did not make to `staged`, plainly and with a probe; returns its draft."""
-    from rankloom.registry.checks import CARD, CONFIG, check_contents, find_adapter, read_config
+    from rankloom.registry.checks import CONFIG, WEIGHTS, check_contents, find_files, read_config
 
-    files = find_adapter(folder)
+    files = find_files(folder, (CONFIG, WEIGHTS))
     check_contents(folder, files)
     config = read_config(folder / CONFIG)
     base_id = base_id or config.get("base_model_name_or_path")
@@ -324,11 +330,9 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
     from rankloom.registry import BaseModelRef, Draft, Versions
 
     base = load_base(ModelConfig(id=base_id), NoQuantization(), device=torch.device("cpu"))
-    notes = write_plainly(base.model, folder, staged, base_id)
-    if left := sorted(entry.name for entry in folder.iterdir() if entry.name not in (*files, CARD)):
-        notes.append(f"not read, and not published: {', '.join(left[:10])}{', ...' if left[10:] else ''}")
-    for note in notes:
-        typer.echo("".join(letter if letter.isprintable() else "?" for letter in note), err=True)
+    for note in write_plainly(base.model, folder, staged, base_id):
+        _tell(note)
+    _tell_of_others(folder, files)
     model = load_adapter(base.model, staged)
     record_probe(model, base.tokenizer(_PROBE_TEXT)["input_ids"], staged)
     check_probe(model, staged, quantization="none")  # an adapter that does nothing is refused here
@@ -341,6 +345,18 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
         scorecard=None,
         versions=Versions.here(),
     )
+
+
+def _tell_of_others(folder: Path, known: Collection[str]) -> None:
+    """A card is written anew, so that nobody misses it."""
+    from rankloom.registry.checks import CARD
+
+    if left := sorted(entry.name for entry in folder.iterdir() if entry.name not in (*known, CARD)):
+        _tell(f"not read, and not published: {', '.join(left[:10])}{', ...' if left[10:] else ''}")
+
+
+def _tell(note: str) -> None:
+    typer.echo(printable(note), err=True)
 
 
 def _row(record: Record) -> tuple[str, ...]:

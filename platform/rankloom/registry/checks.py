@@ -1,7 +1,7 @@
 """What an adapter's folder may hold, and whether it still holds it. Nothing here loads a weight.
 
 Weights are safetensors only: a pickle runs code when it is read. `read_folder` looks at a folder before it is
-published, `find_adapter` at one of somebody else's, `check_files` at one that has a record.
+published, `find_files` at one that lies somewhere else than in a registry, `check_files` at one that has a record.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def read_folder(folder: Path) -> dict[str, Path]:
     return {entry.name: entry for entry in entries}
 
 
-def find_adapter(folder: Path) -> dict[str, Path]:
-    """The two files of a PEFT folder as it comes, whatever else lies there: name -> regular file.
+def find_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Some files of an adapter's folder as it comes, whatever else lies there: name -> regular file.
 
     A link is followed where it stays in the folder, or leads to the blobs of the hub cache that the folder is in.
 
@@ -64,7 +64,7 @@ def find_adapter(folder: Path) -> dict[str, Path]:
         raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
     home = folder.resolve()
     found, problems = {}, []
-    for name in (CONFIG, WEIGHTS):
+    for name in names:
         entry = home / name
         target = Path(os.path.realpath(entry))
         if not os.path.lexists(entry):
@@ -89,7 +89,7 @@ def _missing(folder: Path, name: str) -> str:
         if others:
             near = ", ".join(str(file.parent.relative_to(folder)) for file in others[:5])
             return f"{name} is missing; there is one in {near}: give that folder"
-    return f"{name} is missing; PEFT's save_pretrained writes it"
+    return f"{name} is missing" + ("; PEFT's save_pretrained writes it" if name in (CONFIG, WEIGHTS) else "")
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -186,6 +186,24 @@ def test_thinking(make_tokenizer: MakeTokenizer) -> None:
         rendered(drops, THINKS[:2])
 
 
+def test_a_prompt_that_opens_or_closes_the_thinking(make_tokenizer: MakeTokenizer) -> None:
+    opens = (
+        QWEN3.replace("(loop.last or thought)", "loop.last")
+        .replace("<think>\n{{", "<think>{{")
+        .replace("\n</think>\n\n", "</think>")
+    )
+    tokenizer = with_template(
+        make_tokenizer, opens.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    )
+    row = rendered(tokenizer, [ASKED, call({})])
+    assert trained(tokenizer, row) == '</think><tool_call>{"name": "get_balance", "arguments": {}}</tool_call><|end|>'
+    closes = QWEN3.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n\n</think>\n\n{% endif %}")
+    tokenizer = with_template(make_tokenizer, closes)
+    row = rendered(tokenizer, THINKS[2:])
+    assert trained(tokenizer, row) == "no<|end|>"
+    assert row["notes"] == "have messages.reasoning_content, which is not rendered"
+
+
 def call(arguments: Any, **rest: Any) -> dict[str, Any]:
     function = {"name": "get_balance", "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}], **rest}
@@ -232,6 +250,14 @@ def test_calls_and_tools_that_are_not_shown(make_tokenizer: MakeTokenizer) -> No
         rendered(make_tokenizer(), [ASKED, call({})])
     with pytest.raises(DataError, match="leaves out a call of message 2"):
         rendered(make_tokenizer(), [ASKED, call({}), *FOUND])
+    listed = with_template(make_tokenizer, "{{ tools | tojson }}" + PLAIN)  # the name is in the prompt, the call is not
+    with pytest.raises(DataError, match="leaves out a call of message 2"):
+        rendered(listed, [ASKED, call({}), *FOUND], TOOLS)
+    with pytest.raises(DataError, match="leaves out a call of message 2"):
+        rendered(
+            with_template(make_tokenizer, QWEN3.replace("t in m.tool_calls or []", "t in []")),
+            [ASKED, call({}), *FOUND],
+        )
     with pytest.raises(DataError, match="tool_calls need a chat template"):
         rendered(make_tokenizer(chat=False), [ASKED, call({})])
     names = with_template(make_tokenizer, DEEPSEEK_CALLS.replace(" + '\n' + t.function.arguments", ""))

@@ -23,7 +23,7 @@ from rankloom.data.encode import Encoder
 from rankloom.data.messages import messages as read_messages
 from rankloom.data.messages import plain, text
 from rankloom.data.messages import tools as read_tools
-from rankloom.data.template import ChatTemplate, Form, Message, TemplateError, shows_answer
+from rankloom.data.template import THOUGHTS, ChatTemplate, Form, Message, TemplateError, shows_answer
 from rankloom.errors import ConfigError, DataError
 
 OK, TRUNCATED, EMPTY, OVER_LONG = range(4)
@@ -255,13 +255,16 @@ class Renderer:
         if not prompt.startswith(whole[:done]):  # the last turn's prompt rewrites history: only that turn is trained on
             pieces, done, skipped = [], 0, sum(weighted[i] for i in turns[:-1])
         content = answer["content"].strip()
-        start = len(prompt) if whole.startswith(prompt) else whole.rfind(content) if content else -1
+        start = len(prompt)
+        if not whole.startswith(prompt):  # the prompt opens what the turn itself has not, such as thinking
+            shared = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(whole))
+            start = whole.rfind(content) if content else shared if not prompt[shared:].strip() else -1
         # a line break after the end of the turn is never generated
         completion = whole[start:].rstrip()
         if start < 0 or not shows_answer(answer, completion):
             raise DataError(
                 f"{name}: the tokenizer's chat template drops the completion, or a part of it: "
-                f"{given[-1]['content'][:60]!r}; change the row, or use data.template=plain"
+                f"{given[-1]['content'][:60] or 'a call'!r}; change the row, or use data.template=plain"
             )
         if self.config.train_on == "all" and sum(piece.muted for piece in pieces) < weighted.count(False):
             raise DataError(
@@ -269,7 +272,11 @@ class Renderer:
                 f"data.train_on=completion"
             )
         pieces += [Piece(prompt[done:], trained=False), Piece(completion, trained=True, ended=True)]
-        notes = self._notes(whole, unread=self._unread(messages, tools, form, whole))
+        unread = self._unread(messages, tools, form, whole)
+        for key in THOUGHTS:
+            if str(answer.get(key) or "").strip() not in completion and f"messages.{key}" not in unread:
+                unread.append(f"messages.{key}")  # the prompt has closed the thinking already
+        notes = self._notes(whole, unread=unread)
         said = self._without_end(completion) if answer.get("tool_calls") else given[-1]["content"]
         return Conversation(pieces, said, _preview(given[-2]["content"]), skipped, notes)
 

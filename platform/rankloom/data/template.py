@@ -21,6 +21,8 @@ KEPT_FORMS = 1024
 LONGEST_SHAPE = 64
 """Messages up to which a shape is remembered."""
 THINKING_ENDS = "</think>"
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message that hold what was thought before it; transformers gives templates the one they read."""
 
 
 class TemplateError(ValueError):
@@ -94,7 +96,10 @@ class ChatTemplate:
         Raises:
             TemplateError: nothing does.
         """
-        shape = (*((m["role"], bool(m["content"].strip()), *sorted(m)) for m in messages), bool(tools))
+        shape = (
+            *((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ())), *sorted(m)) for m in messages),
+            bool(tools),
+        )
         form = self._forms.get(shape) or self._find(messages, tools)
         if len(self._forms) < KEPT_FORMS and len(messages) <= LONGEST_SHAPE:
             self._forms[shape] = form
@@ -114,9 +119,8 @@ class ChatTemplate:
         return str(text)
 
     def _find(self, messages: Sequence[Message], tools: Any) -> Form | TemplateError:
-        # a text may be in the prompt by chance, as part of another: these can't
-        marks = [f"message-{i}-" if m["content"].strip() else "" for i, m in enumerate(messages)]
-        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        # a text, or a call's name, may be in the prompt by chance, as part of another: these can't
+        marked = [_marked(message, f"message-{i}-") for i, message in enumerate(messages)]
         reason: TemplateError | None = None
         for form in self._candidates(messages):
             try:
@@ -144,6 +148,7 @@ class ChatTemplate:
         call = {"type": "function", "id": "123456789", "function": function}
         turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         talk: list[Message] = [{"role": "user", "content": "a"}, turn]
+        usable = None
         for as_json, filled in product([False, True], [False, True]):
             form = replace(plain, json_arguments=as_json, filled=filled)
             try:
@@ -152,7 +157,8 @@ class ChatTemplate:
                 continue
             if _lost(talk, text) is None and str(function["arguments"]) not in text:  # not as Python writes it
                 return form
-        return plain
+            usable = usable or form
+        return usable or plain
 
     def _probe(self, messages: Sequence[Message], form: Form, mark: str) -> bool:
         try:
@@ -170,6 +176,17 @@ def system_in_user(messages: Sequence[Message]) -> list[Message]:
             texts.insert(0, found.pop()["content"])
         found.append({**message, "content": "\n\n".join([*texts, message["content"]])} if texts else message)
     return found
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """A message of the same shape, with texts that are nowhere else."""
+    marked = {**message, "content": mark if message["content"].strip() else ""}
+    if calls := message.get("tool_calls"):
+        names = (f"{mark}{i}-" for i in range(len(calls)))
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)
+        ]
+    return marked
 
 
 def seen(message: Message) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ def answers(kind: Any, found: list[Delta]) -> tuple[dict[str, Any], list[dict[st
         progress = Progress(1, ((0, delta),))
         whole.add(progress)
         chunks += [chunk["choices"][0] for chunk in streamed.chunks(progress)]
-    return whole.whole()["choices"][0], chunks
+    return json.loads("".join(whole.body()))["choices"][0], chunks
 
 
 def test_completions_tell_where_each_token_is(tokenizer: PreTrainedTokenizerBase) -> None:

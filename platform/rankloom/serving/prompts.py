@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ class Prompts:
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
+        with suppress(RequestError):  # what it takes to keep a special token as text is made now, not while others wait
+            self._encode(self._encoder.mark(str(tokenizer.eos_token)))
 
     def tokens(self, text: str) -> list[int]:
         """Of a text that begins a prompt."""

@@ -33,6 +33,9 @@ class Conversation:
 AT_ONCE = 4096
 """Characters that are made tokens in a few milliseconds, on the event loop; more, in a thread."""
 
+MOST = 256
+"""Deltas that come together; each may have twenty logprobs."""
+
 Prompt = str | tuple[int, ...] | Conversation
 
 
@@ -104,8 +107,10 @@ async def run(engine: Engine, work: Work) -> AsyncIterator[Progress]:
     try:
         while left:
             items = [await arrived.get()]
-            while not arrived.empty():
+            while not arrived.empty() and len(items) < MOST:
                 items.append(arrived.get_nowait())
+            if not arrived.empty():  # a client that reads late has all the rest at once, and others wait
+                await asyncio.sleep(0)
             left -= items.count(None)
             deltas = tuple(item for item in items if isinstance(item, tuple))
             if deltas:

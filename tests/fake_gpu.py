@@ -107,6 +107,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
         args = tuple(GPU if _is_any_gpu(value) else value for value in args)
         kwargs = {name: GPU if _is_any_gpu(value) else value for name, value in kwargs.items()}
         first = args[0] if args else None

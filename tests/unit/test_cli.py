@@ -129,6 +129,30 @@ def test_doctor_finds_what_tests_need_and_names_a_broken_registry(
     assert "can't be written" in capsys.readouterr().out
 
 
+def test_doctor_tells_what_attention_is_computed_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> dict[str, tuple[str, str]]:
+        with pytest.raises(SystemExit):
+            main(["doctor", "--json"])
+        return {check["name"]: (check["status"], check["detail"]) for check in json.loads(capsys.readouterr().out)}
+
+    import torch
+
+    first = told()
+    if not torch.cuda.is_available():
+        assert first["attention"] == ("ok", "torch has flash, math")
+    assert first["triton"][0] == "ok"
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)  # has them all
+    assert told()["attention"][1].startswith("torch has flash, memory-efficient, math, cuDNN; runs leave cuDNN's out")
+
+    def has_none(*_: object, **__: object) -> None:
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", has_none)
+    assert told()["attention"] == ("warning", "torch has no kernel")
+
+
 def test_configs_are_found_here_before_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     packed = shipped("configs") / "trials" / "lora.yaml"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, files, version
@@ -85,6 +87,36 @@ def _machine() -> Iterator[Check]:
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         native = "avx512_bf16" in flags or "amx_bf16" in flags
         yield Check("bf16", "ok", "native on this CPU" if native else "emulated on this CPU: fp32 is faster")
+
+
+def _attention() -> Iterator[Check]:
+    """Which of torch's kernels compute attention here: each is tried."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return  # told above
+    on_gpu = torch.cuda.is_available()
+    query = torch.zeros(1, 2, 16, 64, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
+    found = []
+    for name, backend in {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    }.items():
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")  # of why a kernel does not suit
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+            found.append(name)
+    unused = "; runs leave cuDNN's out, which takes up to seconds for each new shape" if "cuDNN" in found else ""
+    fast = {"flash", "memory-efficient"} & {*found}
+    yield Check("attention", "ok" if fast else "warning", f"torch has {', '.join(found) or 'no kernel'}{unused}")
+    try:
+        yield Check("triton", "ok", version("triton"))
+    except PackageNotFoundError:
+        missing = "not installed; torch for this GPU brings it: install torch again"
+        yield Check("triton", "warning" if on_gpu else "ok", missing if on_gpu else "not installed; a CPU needs none")
 
 
 def _bitsandbytes() -> Iterator[Check]:
@@ -173,5 +205,5 @@ def _registry(root: str) -> Iterator[Check]:
 
 
 _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    _python, _packages, _machine, _bitsandbytes, _ray, _demo_model, _vllm, _disk,
+    _python, _packages, _machine, _attention, _bitsandbytes, _ray, _demo_model, _vllm, _disk,
 )  # fmt: skip

@@ -169,7 +169,9 @@ def train_alone(config: dict[str, Any]) -> None:
     trial = spec["trials"][config["number"]]
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    )
     torch.manual_seed(trial["seed"])
     method = trial["method"]
     lora = peft.LoraConfig(
@@ -180,7 +182,8 @@ def train_alone(config: dict[str, Any]) -> None:
         output_dir=f"{folder}/out-{config['number']}", per_device_train_batch_size=1, per_device_eval_batch_size=1,
         num_train_epochs=1, learning_rate=trial["optim"]["learning_rate"], weight_decay=0.0, max_grad_norm=1.0,
         lr_scheduler_type="constant", optim="adamw_torch", save_strategy="no", report_to=[], disable_tqdm=True,
-        train_sampling_strategy="sequential", use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+        train_sampling_strategy="sequential", use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(), remove_unused_columns=False,
     )  # fmt: skip
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=items["train"], eval_dataset=items["validation"],

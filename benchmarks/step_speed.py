@@ -25,12 +25,14 @@ from common import RESULTS, machine, tiny_llama, today, write_json
 
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, TaskData, collate, load_data
-from rankloom.models import Base, load_base, load_tokenizer
+from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
+from rankloom.train.base import autocast
 from rankloom.train.host import TrialHost
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.session import LocalSession
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = auto_dtype(DEVICE)
 NUM_MEMBERS = 8
 Run = Callable[[], int]
 """Trains eight steps; how many tokens that were."""
@@ -55,7 +57,9 @@ def base_of(trial: TrialConfig) -> Base:
 
 def fused(model: str, batch_size: int, data: TaskData) -> Run:
     base = base_of(trial_of(model, batch_size))
-    host = TrialHost(base, data, num_slots=NUM_MEMBERS, max_rank=8, token_budget=2**20, with_magnitudes=False)
+    host = TrialHost(
+        base, data, num_slots=NUM_MEMBERS, max_rank=8, token_budget=2**20, with_magnitudes=False, precision=PRECISION
+    )
     for seed in range(NUM_MEMBERS):
         host.admit(f"member-{seed}", trial_of(model, batch_size, seed))
 
@@ -70,7 +74,7 @@ def fused(model: str, batch_size: int, data: TaskData) -> Run:
 
 def solo_loop(model: str, batch_size: int, data: TaskData, scratch: Path) -> Run:
     trial = trial_of(model, batch_size)
-    loop = TrainingLoop(trial, base_of(trial), data, LocalSession(scratch, device=DEVICE))
+    loop = TrainingLoop(trial, base_of(trial), data, LocalSession(scratch, device=DEVICE), PRECISION)
 
     def run() -> int:
         before = loop.progress.tokens
@@ -96,7 +100,9 @@ def solo_peft(model: str, batch_size: int, data: TaskData) -> Run:
         for _ in range(NUM_MEMBERS):
             batch = collate([data.train[i] for i in cursor.next()], pad).to(DEVICE)
             labels = batch.input_ids_BT.masked_fill(batch.loss_weights_BT == 0, -100)
-            adapted(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels).loss.backward()
+            with autocast(DEVICE, PRECISION):
+                found = adapted(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels)
+            found.loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -112,7 +118,7 @@ def load_plain(trial: TrialConfig) -> Any:
 
     from rankloom.models import local_folder
 
-    model = AutoModelForCausalLM.from_pretrained(local_folder(trial.model), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(local_folder(trial.model), dtype=PRECISION)
     return model.to(DEVICE)
 
 

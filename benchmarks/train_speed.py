@@ -25,7 +25,7 @@ import transformers
 
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Batch, Cursor, collate, load_data
-from rankloom.models import load_base, load_tokenizer
+from rankloom.models import auto_dtype, load_base, load_tokenizer
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.session import LocalSession
 
@@ -49,7 +49,7 @@ class OurLoop:
 
     def __init__(self, trial: TrialConfig, data: Any, scratch: Path) -> None:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
-        self.loop = TrainingLoop(trial, base, data, LocalSession(scratch, device=DEVICE))
+        self.loop = TrainingLoop(trial, base, data, LocalSession(scratch, device=DEVICE), auto_dtype(DEVICE))
         self.losses: list[float] = []
         self.loop.session.emit = lambda event: self.losses.append(event["loss"])  # type: ignore[method-assign]
 
@@ -92,6 +92,7 @@ class HfTrainer:
             output_dir=str(self.scratch), per_device_train_batch_size=1, num_train_epochs=1, max_grad_norm=1.0,
             lr_scheduler_type="constant", save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True,
             train_sampling_strategy="sequential", use_cpu=DEVICE.type == "cpu", remove_unused_columns=False,
+            bf16=DEVICE.type == "cuda",
         )  # fmt: skip
         clock = _Clock()
         trainer = transformers.Trainer(

@@ -32,17 +32,18 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-def trial_of(model: Path, method: dict[str, Any]) -> TrialConfig:
+def trial_of(model: Path, method: dict[str, Any], precision: str = "fp32") -> TrialConfig:
     return parse(
         TrialConfig,
         {
-            "name": "workers",
+            "name": method["type"] + ("" if precision == "fp32" else f"-{precision}"),
             "model": {"id": str(model)},
             "data": {"max_train_rows": 43},  # no multiple of the batch: the last one leaves a worker short
             "method": method,
             # a large epsilon: Adam divides by almost nothing where a gradient is almost nothing
             "optim": {"learning_rate": 2e-3, "batch_size": 6, "accumulation": 2, "eps": 1e-4},
             "budget": {"steps": 9},
+            "compute": {"precision": precision},
             "eval": {"every": 9, "max_rows": 15, "max_test_rows": 14, "metric": "accuracy", "latency": False},
             "output": {"publish": False},
         },
@@ -70,7 +71,7 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     for trial in trials:
-        run = root / trial.method.type
+        run = root / trial.name
         run.mkdir(parents=True, exist_ok=True)
         events: list[dict[str, Any]] = []
         result = run_trial(trial, WorkerSession(run, rank, world_size, events))
@@ -85,7 +86,7 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
 @pytest.fixture(scope="module")
 def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of workers -> the folder with all methods' runs; the processes start once."""
-    trials = [trial_of(tiny_llama, method) for method in METHODS]
+    trials = [*(trial_of(tiny_llama, method) for method in METHODS), trial_of(tiny_llama, {"type": "full"}, "bf16")]
     roots = {n: tmp_path_factory.mktemp(f"workers-{n}") for n in (1, 2)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,3 +108,12 @@ def test_two_workers_equal_one(kind: str, trained: dict[int, Path]) -> None:
     whole, split = (load_file(trained[n] / kind / "checkpoints" / "9" / "weights.safetensors") for n in (1, 2))
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, atol=3e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_shards_are_gathered_in_bf16_and_add_up_in_fp32(trained: dict[int, Path]) -> None:
+    one, two = (torch.load(trained[n] / "full-bf16" / "events.pt") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+    weights = load_file(trained[2] / "full-bf16" / "checkpoints" / "9" / "weights.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from rankloom.cli import main
+from rankloom.config.engine import VllmConfig
 from rankloom.config.trial import ComputeConfig
 from rankloom.errors import ConfigError, RankloomError
-from rankloom.launch.cluster import Share, connected, open_ports, share
+from rankloom.launch.cluster import Share, connected, open_ports, share, worker_environment
 from rankloom.launch.submit import is_open
+from rankloom.serving.vllm_server import environment as vllm_environment
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,12 @@ def test_what_does_not_fit_is_refused_unless_the_cluster_grows(
     with pytest.raises(ConfigError, match=message):
         share(ComputeConfig(**compute), nodes, growing=False)
     assert share(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
+
+
+def test_cudnns_attention_is_off_in_workers_and_in_vllm() -> None:
+    for environment in (worker_environment(1, gpu=True), vllm_environment(VllmConfig(), threads=1)):
+        assert environment["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
+    assert vllm_environment(VllmConfig(env={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}), threads=1) != environment
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint: all that a run needs to go on bit for bit, in one folder.
+"""A checkpoint: all that a run needs to go on bit for bit (on a GPU, to rounding), in one folder.
 
     weights.safetensors   what trains, by parameter name
     state.pt              optimiser, method, random state, data cursor and progress; read with weights_only=True

@@ -191,7 +191,9 @@ class TrialHost:
         return found
 
     def save(self, name: str, folder: Path) -> None:
-        """Write all that the member depends on into a folder that is there: it then goes on bit for bit.
+        """Write all that the member depends on into a folder that is there.
+
+        It then goes on bit for bit; on a GPU, to rounding.
 
         Amid a step of several micro-batches, what is written is the state before that step.
         """

@@ -57,7 +57,7 @@ class TrainingLoop:
     """One trial's training on this worker.
 
     Invariant: the weights after step n depend on the trial's config alone, not on the number of workers, of
-    micro-batches, nor on how often the run was stopped and resumed (to rounding; exactly, on one worker).
+    micro-batches, nor on how often the run was stopped and resumed (to rounding; exactly, on one worker on a CPU).
     """
 
     def __init__(

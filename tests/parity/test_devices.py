@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_gpu import OnGpu, one_gpu
 from rankloom.adapters.export import merge
+from rankloom.adapters.extract import _truncate
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
-from rankloom.config.model import NoQuantization
-from rankloom.data import load_data
+from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.data import Row, collate, load_data
+from rankloom.evals.loss import labelled_loss
 from rankloom.models import load_base
 from rankloom.registry import Registry
 from rankloom.train.host import TrialHost
@@ -118,6 +121,46 @@ def test_a_host_trains_saves_and_takes_members_back(gpu: torch.device, tiny_llam
     with torch.no_grad():
         exported = load_adapter(base.model, tmp_path / "folder")(tokens).logits
     assert torch.allclose(trained, exported, atol=1e-4)
+
+
+class Searches(TorchDispatchMode):
+    """Counts the searches on the device, whose result's size the CPU has to wait for."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func._opname == "nonzero" and isinstance(args[0], OnGpu)
+        return func(*args, **kwargs or {})
+
+
+def test_a_loss_finds_its_tokens_on_the_cpu(gpu: torch.device, tiny_llama: Path) -> None:
+    base = load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=gpu, dtype=torch.float32)
+    batch = collate([Row([7, 50, 101, 9], [0.0, 0.0, 1.0, 0.5], 2, ""), Row([7, 9], [0.0, 1.0], 1, "")], 0)
+    with Searches() as searches, torch.no_grad():
+        loss, weight = labelled_loss(base.model, batch)
+        assert searches.num == 0
+        torch.ones(3, device=gpu).nonzero()
+        assert searches.num == 1
+    assert (loss.device, weight.device) == (gpu, gpu)
+    assert weight.item() == 2.5
+
+
+def test_a_gpu_computes_the_wanted_singular_vectors_alone(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(600, 600, generator=generator))[0] for _ in range(2))
+    delta = u @ torch.diag(0.9 ** torch.arange(600)) @ v
+    left, right, energy = _truncate(delta, 16)
+    full = torch.linalg.svd
+
+    def small(matrix: torch.Tensor, **settings: Any) -> Any:
+        assert min(matrix.shape) < 64
+        return full(matrix, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", small)
+    near_left, near_right, near_energy = _truncate(delta.to(gpu), 16)
+    assert near_left.device == gpu
+    assert near_energy == pytest.approx(energy, rel=1e-5)
+    torch.testing.assert_close((near_left @ near_right).cpu(), left @ right, atol=1e-4, rtol=0)
 
 
 def test_what_is_on_two_devices_does_not_meet(gpu: torch.device) -> None:

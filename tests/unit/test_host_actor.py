@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import subprocess
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Coroutine
@@ -138,6 +139,29 @@ class HeldByItselfActor(HostActor):
         return host
 
 
+class OneThreadHost(CountingHost):
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads = {threading.get_ident()}
+
+    def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
+        self.threads.add(threading.get_ident())
+        super().admit(name, trial, checkpoint)
+
+    def step(self, names: Collection[str]) -> list[Counted]:
+        self.threads.add(threading.get_ident())
+        return super().step(names)
+
+    def evaluate(self, names: list[str]) -> dict[str, Any]:
+        self.threads.add(threading.get_ident())
+        return super().evaluate(names)
+
+
+class OneThreadActor(HostActor):
+    def _load(self) -> Any:
+        return OneThreadHost()
+
+
 class NoData(HostActor):
     def _load(self) -> Any:
         raise DataError("train: no such file")
@@ -175,6 +199,18 @@ async def whole(actor: HostActor, key: str) -> list[dict[str, Any]]:
         reports.append(await actor.advance(key, len(reports)))
     await actor.leave(key)
     return reports
+
+
+def test_one_thread_computes_whatever_else_goes_on(make: Callable[..., HostActor]) -> None:
+    async def main() -> set[int]:
+        actor = make(OneThreadActor)
+        await asyncio.gather(*(join(actor, f"t{i}#a") for i in range(6)))
+        await asyncio.gather(*(whole(actor, f"t{i}#a") for i in range(6)))
+        return actor._runner.host.threads | {await actor.work(threading.get_ident)}  # type: ignore[union-attr, attr-defined]
+
+    threads = asyncio.run(main())
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
 
 
 def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callable[..., HostActor]) -> None:

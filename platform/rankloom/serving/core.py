@@ -207,7 +207,7 @@ class Core:
         sound = ((least_M > -LARGEST) & (most_M < LARGEST)).tolist()  # which nan is not
         for row, is_sound in zip(rows, sound, strict=True):
             if not is_sound:
-                where = row.request.adapter or self._base.id
+                where = row.request.adapter or "the base"
                 self._end(row, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
         logits_MV = logits_MV if all(sound) else logits_MV[torch.tensor(sound, device=logits_MV.device)]
         rows = [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]

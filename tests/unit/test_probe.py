@@ -131,6 +131,18 @@ def test_a_broken_probe_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> 
         write_probe(tmp_path, ids, torch.zeros(size), torch.zeros(size))
         with pytest.raises(RegistryError, match=reason):
             verify_probe(tmp_path, record)
+    recorded = load_probe_logits(whole, tmp_path)
+    for name, tensor in (
+        ("input_ids", torch.ones(3, dtype=torch.bool)),
+        ("adapter_logits", recorded.to(torch.float8_e4m3fn)),
+        ("base_logits", recorded.to(torch.complex64)),
+    ):
+        save_file(
+            {"input_ids": torch.tensor(IDS), "adapter_logits": recorded, "base_logits": recorded + 1, name: tensor},
+            file,
+        )
+        with pytest.raises(RegistryError, match=rf"{name} is missing or no vector of numbers \(allowed: "):
+            verify_probe(tmp_path, record)
     write_probe(tmp_path, IDS, torch.full_like(load_probe_logits(whole, tmp_path), float("nan")), torch.zeros(3))
     with pytest.raises(RegistryError, match="differ by nan"):
         verify_probe(tmp_path, record)

@@ -32,6 +32,13 @@ machines, round them differently."""
 SILENT = 1e-6
 """A largest difference from the base's logits below this share of the largest logit is no effect."""
 
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS: dict[str, tuple[torch.dtype, ...]] = {
+    "input_ids": (torch.int64,),
+    "adapter_logits": _LOGITS,
+    "base_logits": _LOGITS,
+}
+
 
 @dataclass(frozen=True)
 class ProbeReport:
@@ -212,7 +219,8 @@ def _read_probe(folder: Path) -> dict[str, Tensor]:
             probe = {name: opened.get_tensor(name) for name in list(opened.keys())}
     except (SafetensorError, OSError) as error:
         raise RegistryError(f"{file}: corrupt or truncated: {error}; fetch or publish the adapter again") from None
-    for name, integers in (("input_ids", True), ("adapter_logits", False), ("base_logits", False)):
-        if name not in probe or probe[name].dim() != 1 or probe[name].is_floating_point() == integers:
-            raise RegistryError(f"{file}: {name} is missing or no vector of {'integers' if integers else 'numbers'}")
+    for name, kinds in _KINDS.items():
+        if name not in probe or probe[name].dim() != 1 or probe[name].dtype not in kinds:
+            allowed = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+            raise RegistryError(f"{file}: {name} is missing or no vector of numbers (allowed: {allowed})")
     return probe

@@ -238,6 +238,8 @@ def test_weights_of_the_base_beside_the_adapter(tiny_llama: Path, tmp_path: Path
     for number, (tensor, told) in enumerate((
         (head, None),
         (head.half(), None),
+        (head.half().float(), None),  # as where a quantised base is prepared for training
+        (head.bfloat16().float(), None),
         (head + 0.01, "lm_head.weight is not the base's weight.*modules_to_save.*--base"),
         (head[:-1], r"lm_head.weight has shape.*another vocabulary.*--base"),
     )):  # fmt: skip

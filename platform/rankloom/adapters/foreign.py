@@ -218,7 +218,8 @@ class _Adapter:
             if place.startswith(f"{module}.") and place in name:
                 kept[place.removeprefix(f"{module}.")] = tensor
                 return None
-        if not (torch.equal(weight.to(tensor.dtype), tensor) or torch.equal(tensor.to(weight.dtype), weight)):
+        types = (weight.dtype, torch.bfloat16, torch.float16)  # in which the base may have been when it was saved
+        if not any(torch.equal(weight.to(each).to(tensor.dtype), tensor) for each in types):
             self._refuse(
                 name,
                 "is not the base's weight, and neither LoRA nor in modules_to_save: train it as one of these, or save "

@@ -21,11 +21,14 @@ from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
+from rankloom.evals.loss import token_loss
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.scorecard import Scorecard
 from rankloom.train.base import autocast
-from rankloom.train.run import _check_export, run_trial
+from rankloom.train.host import TrialHost
+from rankloom.train.loop import TrainingLoop
+from rankloom.train.run import _check_export, load_for, run_trial
 from rankloom.train.session import LocalSession
 from served import completed, engine_on, serving, write_adapter
 
@@ -99,6 +102,35 @@ def test_every_recipe_in_bf16_is_served_as_it_was_scored(
     data = load_data(trial.data, load_tokenizer(trial.model))
     expected = [row.input_ids[row.prompt_length :] for row in data.test]  # which is what was scored: all are right
     assert served(trial, tmp_path / "registry", data) == expected
+
+
+def test_a_host_in_bf16_trains_and_exports_what_dedicated_runs_do(tiny_llama: Path, tmp_path: Path) -> None:
+    trials = {kind: trial_of(tiny_llama, tmp_path, {"method": {"type": kind, "rank": 8}}) for kind in ("lora", "dora")}
+    bases = [load_for(trials["lora"], CPU) for _ in range(3)]
+    data = load_data(trials["lora"].data, bases[0].tokenizer)
+    assert bases[0].model.dtype == torch.bfloat16
+    host = TrialHost(
+        bases[0], data, num_slots=2, max_rank=8, token_budget=2048, with_magnitudes=True, precision=torch.bfloat16
+    )
+    for kind, trial in trials.items():
+        host.admit(kind, trial)
+    fused = [{report.name: report.loss for report in host.step()} for _ in range(6)]
+    for (kind, trial), base in zip(trials.items(), bases[1:], strict=True):
+        alone: list[dict[str, Any]] = []
+        session = LocalSession(tmp_path / kind, device=CPU, on_event=alone.append)
+        loop = TrainingLoop(trial, base, data, session, torch.bfloat16)
+        for step in range(6):
+            loop.step()
+            assert fused[step][kind] == pytest.approx(alone[-1]["loss"], rel=2e-2)
+        assert fused[-1][kind] < 0.8 * fused[0][kind]
+        host.export(kind, tmp_path / kind / "adapter")
+    losses = {kind: evaluation.loss for kind, evaluation in host.evaluate().items()}
+    host.bank.remove()
+    for kind, loss in losses.items():
+        adapted = load_adapter(bases[0].model, tmp_path / kind / "adapter")
+        read_back = token_loss(adapted, list(data.validation), pad_id=bases[0].pad_id, batch_size=4).mean
+        adapted.unload()
+        assert loss == pytest.approx(read_back, rel=2e-2)
 
 
 def test_what_is_read_back_keeps_lora_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:

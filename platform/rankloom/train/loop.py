@@ -32,7 +32,7 @@ from rankloom.train import checkpoint
 from rankloom.train.base import autocast
 from rankloom.train.memory import peak_memory_bytes
 from rankloom.train.origin import Origin
-from rankloom.train.parallel import Workers, clip
+from rankloom.train.parallel import Workers, clip, reshard
 from rankloom.train.schedule import num_steps, schedule
 from rankloom.train.session import Session
 
@@ -163,6 +163,7 @@ class TrainingLoop:
         shard = (self.session.rank, self.session.world_size)
         with autocast(self.session.device, self.precision):
             part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
+        reshard(self.module)
         loss_sum, weight, correct, num_rows = self.workers.sum(
             part.loss_sum, part.weight_sum, part.correct, part.num_rows
         )

@@ -82,6 +82,12 @@ class Workers:
             yield
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward pass: FSDP2 leaves the root's weights gathered, in the type of their use."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float | None:
     """Scale the gradients to `max_norm` at most; their norm before, None where no gradient is left to measure."""
     with_gradient = [p for p in parameters if p.grad is not None]

@@ -131,7 +131,7 @@ class LimitsConfig(Frozen):
     """What one request may ask for, and how many at once."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 2 * 2**20
-    """The largest request body."""
+    """The largest request body. Others wait less than 100 ms while one of 2 MiB is read, for a larger one longer."""
     context: Annotated[int, Field(ge=1)] | None = None
     """The most tokens of prompt and completion together; null: what the base has."""
     max_tokens: Annotated[int, Field(ge=1)] = 4096

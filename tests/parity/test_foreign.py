@@ -17,7 +17,13 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, Gemma3Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    MixtralConfig,
+    PreTrainedModel,
+)
 from typer.testing import CliRunner
 
 from rankloom.adapters.foreign import write_plainly
@@ -229,6 +235,20 @@ def test_a_convolution_is_refused_by_its_tensor(tiny_llama: Path, tmp_path: Path
     config = peft.LoraConfig(r=2, target_modules=["conv", "q_proj"])
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a", save_embedding_layers=False)
     with pytest.raises(RegistryError, match=r"tensor \S+conv.lora_A.weight belongs on conv, a Conv1d.*target_modules"):
+        write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+
+
+def test_experts_are_refused_by_their_tensor(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    peft.get_peft_model(copy.deepcopy(model), lora).save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        RegistryError, match=r"lora_A.weight belongs on \S+experts\S*, a MixtralExperts, and only linear"
+    ):
         write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
 
 

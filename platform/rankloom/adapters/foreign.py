@@ -228,7 +228,7 @@ class _Adapter:
         return None
 
     def _take_part(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
-        module: Any = self._modules.get(layer)
+        module: Any = self._modules.get(layer.removesuffix(".base_layer"))  # of two parameters PEFT wraps one so
         if module is None:
             self._refuse(name, f"belongs on {layer}, which the base has not; is it another's? name that with --base")
         embeds = isinstance(module, nn.Embedding)
@@ -236,7 +236,7 @@ class _Adapter:
             self._refuse(
                 name,
                 f"belongs on {layer}, a {type(module).__name__}, and only linear layers and embeddings are served "
-                f"with a LoRA: train without it in target_modules",
+                f"with a LoRA: train without it in target_modules and target_parameters",
             )
         if embeds and part == "lora_magnitude_vector":
             self._refuse(name, "is a DoRA on an embedding, which can't be served: train without it in target_modules")
@@ -245,7 +245,7 @@ class _Adapter:
             expected.append("lora_B.bias")
         if self._settings.use_dora and not embeds:
             expected.append("lora_magnitude_vector")
-        if part not in expected or not self._is_target(layer):
+        if part not in expected or layer not in self._modules or not self._is_target(layer):
             self._refuse(name, f"is none that PEFT would load with this {CONFIG}; restore the one it was saved with")
         self._layers.setdefault(layer, dict.fromkeys(expected, torch.empty(0)))[part] = tensor
 

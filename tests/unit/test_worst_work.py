@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import time
@@ -117,6 +118,32 @@ def test_choices_are_made_a_tree_once_for_all_completions(
         assert len(engine._guides._made) <= 1
 
     serving(engine, ask)
+
+
+def test_choices_that_are_refused_after_their_client_has_gone_are_not_logged(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ended = engine_on(tiny_llama, tmp_path), asyncio.Event()
+
+    def refused(*_: object) -> None:
+        time.sleep(0.2)
+        raise RequestError("choices: secret")
+
+    monkeypatch.setattr(rankloom.serving.guide, "choice_tree", refused)
+
+    async def ask() -> None:
+        asked = Sampling(choices=tuple(CHOICES))
+        request = asyncio.create_task(anext(engine.generate(Request("r", None, (5,), asked))))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        request.cancel()
+        while engine._guides._making:
+            await asyncio.sleep(0.01)
+        gc.collect()
+        ended.set()
+
+    serving(engine, ask)
+    assert ended.is_set()
+    assert "secret" not in caplog.text
 
 
 def test_a_client_that_reads_late_does_not_get_all_at_once(tiny_llama: Path, tmp_path: Path) -> None:

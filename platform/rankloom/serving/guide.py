@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable
+from functools import partial
 from weakref import WeakValueDictionary
 
 from rankloom.serving.choices import choice_tree
@@ -45,7 +46,12 @@ class Guides:
         else:
             if key not in self._making:
                 self._making[key] = asyncio.create_task(asyncio.to_thread(Guide, sampling, self._prompts))
-                self._making[key].add_done_callback(lambda _: self._making.pop(key))
+                self._making[key].add_done_callback(partial(self._forget, key))
             guide = await asyncio.shield(self._making[key])  # others may wait for it
         self._made[key] = guide
         return guide
+
+    def _forget(self, key: Hashable, made: asyncio.Task[Guide]) -> None:
+        del self._making[key]
+        if not made.cancelled():
+            made.exception()  # else it is logged, with the choices, where everybody who waited for it has gone

@@ -121,6 +121,10 @@ def test_parquet_values(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), tmp_path / "c.parquet"
     )
+    times = pd.to_datetime(["2024-01-02"] * 3)
+    pd.DataFrame({"prompt": ["a", "b", "c"], "completion": times}).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="row 1: completion must be text, found the point in time '2024-01-02"):
+        load(tokenizer, tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"c.parquet has no rows"):
         load(tokenizer, tmp_path / "c.parquet")
 

@@ -47,6 +47,8 @@ def text(value: Any, name: str, column: str) -> str:
         if math.isnan(value):
             return ""
         value = int(value) if value.is_integer() else value  # an integer column with a hole in it is read as floats
+    if isinstance(value, datetime.datetime):
+        raise DataError(f"{name}: {column} must be text, found the point in time {str(value)!r}; write it as text")
     if isinstance(value, (str, int, float, decimal.Decimal, datetime.date, datetime.time)):
         return str(value)
     raise DataError(f"{name}: {column} must be text, found {type(value).__name__} {str(value)[:60]!r}")

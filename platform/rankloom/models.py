@@ -40,6 +40,7 @@ from rankloom.checkpoints import (
     forget_quantization,
     read_as,
     stored_quantization,
+    weight_files,
 )
 from rankloom.config.method import Targets
 from rankloom.config.model import Dtype, ModelConfig, Nf4, NoQuantization, Quantization
@@ -148,6 +149,7 @@ def _read_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}") from error
     check_loaded(model, loading, folder, name, plain=plain)
+    _check_causal(model, name)
     if quantization.type == "none" and not plain:
         forget_quantization(model)
         kept = {*(model._keep_in_fp32_modules_strict or ())}
@@ -158,10 +160,18 @@ def _read_model(
 
 
 def _shape(folder: Path, name: str) -> PretrainedConfig:
+    """A model's config, its dropout off: in a host its noise would be all members', and alone nothing else is meant."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what is wrong with a value shows in many ways
         raise ModelError(f"model.id: {name!r}: its config.json can't be read: {first_line(error)}") from error
+    parts = [shape]
+    for part in parts:
+        parts += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):  # attn_pdrop, hidden_dropout_prob, layerdrop
+                setattr(part, key, 0.0)
+    return shape
 
 
 def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
@@ -175,16 +185,8 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     """
     folder = local_folder(config)
     mark = fingerprint(folder)
-    shape = _shape(folder, config.id)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, dtype=resolve_dtype(config.dtype, dtype))
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.id: {config.id!r} can't be loaded: {first_line(error)}") from error
     return Base(
-        model=model.requires_grad_(False).eval(),
+        model=_on_meta(folder, config.id, _shape(folder, config.id), resolve_dtype(config.dtype, dtype)),
         tokenizer=_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
@@ -192,6 +194,44 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
         quantization="none",
         device=torch.device("meta"),
     )
+
+
+def load_shell(config: ModelConfig, quantization: Quantization, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model alone, without weights, on the meta device; what `load_base` would refuse by config.json is refused.
+
+    Raises:
+        ModelError: not found, not readable, or no causal language model. ConfigError: quantised in another way.
+    """
+    folder = local_folder(config)
+    if not weight_files(folder):
+        fingerprint(folder)  # which says what is wrong
+    shape = _shape(folder, config.id)
+    read_as(shape, quantization, dtype, config.id)
+    return _on_meta(folder, config.id, shape, dtype)
+
+
+def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}") from error
+    _check_causal(model, name)
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse an encoder, which sees the tokens that it is to predict; its config has `is_decoder`, and it is off."""
+    said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
+    if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
+        raise ModelError(
+            f"model.id: {name!r} ({type(model).__name__}) is no causal language model: each token sees those after it, "
+            f"so that it can't be tuned to generate; take a decoder, or set is_decoder in its config.json if it was "
+            f"trained as one"
+        )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GptOssConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GptOssConfig, OPTConfig
 
 from rankloom.checkpoints import fingerprint, weight_files
+from rankloom.config.data import DataConfig, Source
 from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization, Quantization
-from rankloom.errors import ConfigError, ModelError
+from rankloom.data import load_data
+from rankloom.errors import ConfigError, DataError, ModelError
 from rankloom.models import Base, load_base, load_tokenizer
+from rankloom.train.base import check_lengths
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]
@@ -201,3 +204,32 @@ def test_special_tokens_beyond_the_embedding(tiny_llama: Path, tmp_path: Path) -
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"<a new end>.*resize"):
         load_tokenizer(ModelConfig(id=str(folder)))
+
+
+def test_tokens_beyond_the_embedding_are_told_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_llama, tmp_path / "copy", {})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = "<image>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(20)))
+    config = DataConfig(train=Source(path=str(tmp_path / "rows.csv")))
+    base = load(folder)
+    with pytest.raises(DataError, match=r"'<image>'.*embeds only"):
+        check_lengths(load_data(config, base.tokenizer), base)
+
+
+def test_the_bases_own_dropout_is_off_in_every_run(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    config = GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    model = load(tmp_path / "gpt2").model.train()
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    opt = OPTConfig(
+        vocab_size=400, hidden_size=64, word_embed_proj_dim=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, dropout=0.5,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(opt).save_pretrained(tmp_path / "opt")  # which calls functions for it
+    make_tokenizer().save_pretrained(tmp_path / "opt")
+    model = load(tmp_path / "opt").model.train()
+    assert torch.equal(model(IDS).logits, model(IDS).logits)

@@ -272,7 +272,7 @@ def half(content: bytes) -> bytes:
     [
         ("config.json", lambda _: None, "holds no config.json; it is no transformers model folder"),
         ("config.json", half, "config.json' is not a valid JSON file"),
-        ("config.json", lambda _: b"[]", "has no usable tokenizer"),
+        ("config.json", lambda _: b"[]", "its config.json can't be read"),
         ("config.json", lambda c: c.replace(b'"llama"', b'"lama"'), "model type `lama`"),
         ("tokenizer.json", half, "has no usable tokenizer"),
         (WEIGHTS, lambda _: None, "holds no *.safetensors; other weight formats can run code and are not read"),

@@ -10,5 +10,17 @@ from rankloom.data.check import DataReport, SplitReport
 from rankloom.data.load import TaskData, load_data
 from rankloom.data.render import Row
 from rankloom.data.rows import Rows
+from rankloom.data.sources import check_files
 
-__all__ = ["Batch", "Cursor", "DataReport", "Row", "Rows", "SplitReport", "TaskData", "collate", "load_data"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "DataReport",
+    "Row",
+    "Rows",
+    "SplitReport",
+    "TaskData",
+    "check_files",
+    "collate",
+    "load_data",
+]

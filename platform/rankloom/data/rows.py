@@ -53,6 +53,12 @@ class Rows(Sequence[Row]):
         row = self._dataset[int(index)]
         return Row(row["input_ids"], list(map(float, row["loss_weights"])), row["prompt_length"], row["completion"])
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of the file."""
+        chunks = self._dataset.data.column("input_ids").chunks
+        return max((pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks), default=0)
+
     def select(self, num_rows: int, seed: int | None = None) -> Rows:
         """At most `num_rows` rows in their order: spread evenly, or a seeded random choice."""
         if num_rows >= len(self):

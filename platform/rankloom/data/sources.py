@@ -21,7 +21,7 @@ import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from rankloom.config.data import ALIASES, COLUMNS, OPTIONAL, Source
+from rankloom.config.data import ALIASES, COLUMNS, OPTIONAL, DataConfig, Source
 from rankloom.data.files import BUILDERS, not_utf8, read_files
 from rankloom.errors import ConfigError, DataError
 
@@ -69,6 +69,16 @@ def locate(source: Source, role: Role) -> Located:
                 raise ConfigError(f"{field}.{name}: {value!r} means nothing for the file {source.path!r}; remove it")
         return _files(source.path, field)
     return _hub(source, role)
+
+
+def check_files(config: DataConfig, retention: Source | None) -> None:
+    """Raise what `locate` does for sources that are files; data sets on the hub are not looked for."""
+    wanted: dict[Role, Source | None] = {
+        "train": config.train, "validation": config.validation, "test": config.test, "retention": retention
+    }  # fmt: skip
+    for role, source in wanted.items():
+        if source is not None and _is_file(source.path):
+            locate(source, role)
 
 
 def builtin_test(source: Source) -> Source | None:

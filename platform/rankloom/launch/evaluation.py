@@ -29,6 +29,9 @@ def evaluate(
     """
     trial, registry = resolved(trial), absolute(registry)
     adapter = None if adapter is None else absolute(adapter)
+    from rankloom.train.preflight import preflight
+
+    preflight([trial])
     if trial.compute.num_workers == 0:
         try:
             return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event)

@@ -72,7 +72,10 @@ def fit(
     tracking.check(trial)
     Registry(trial.output.registry_root)  # a wrong URL is found before the training
     run = RunFolder(trial)
-    run.decide(trial, resume=resume)  # what is refused leaves no trace, not even a lock
+    if run.decide(trial, resume=resume) != "finished" and study is None:  # what is refused leaves no trace, nor a lock
+        from rankloom.train.preflight import preflight
+
+        preflight([trial])
     with run.held():
         return _fit(trial, run, on_event, stop or threading.Event(), resume=resume, train=train, study=study)
 

@@ -65,7 +65,10 @@ def run(
     """
     study = resolved(study)
     folder = study_folder(study)
-    decide(study, folder, resume=resume)  # what is refused leaves no trace, not even a lock
+    if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
+        from rankloom.train.preflight import preflight
+
+        preflight(study.members())
     with hold(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), resume=resume)

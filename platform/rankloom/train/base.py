@@ -6,7 +6,7 @@ import torch
 
 from rankloom.config.trial import TrialConfig
 from rankloom.data import TaskData
-from rankloom.errors import ConfigError
+from rankloom.errors import ConfigError, DataError
 from rankloom.models import Base, auto_dtype, resolve_dtype
 
 
@@ -21,11 +21,20 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def check_lengths(data: TaskData, base: Base) -> None:
-    """A row beyond the model's positions would end the run with an index error, on CUDA with an aborted device."""
+    """A row beyond the model's positions or tokens would end the run with an index error, or an aborted device."""
     limit = getattr(base.model.config, "max_position_embeddings", None)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation, data.test))
     if limit is not None and longest > limit:
         raise ConfigError(
             f"data.max_length: a row of {longest} tokens is longer than the {limit} positions of {base.id!r}; set "
             f"data.max_length={limit}"
+        )
+    known = base.model.get_input_embeddings().weight.shape[0]
+    largest = max(rows.largest_token for rows in (data.train, data.validation, data.test))
+    if largest >= known:
+        token = base.tokenizer.convert_ids_to_tokens(largest)
+        raise DataError(
+            f"data: the rows hold {token!r}, which the tokenizer of {base.id!r} knows as token {largest}, but the "
+            f"model embeds only {known} tokens; take it out of the rows or the chat template, or resize the model's "
+            f"embedding (resize_token_embeddings) and save it again"
         )

@@ -11,7 +11,7 @@ Members share no trainable parameter and rows do not mix, so each member's gradi
 weights those of its dedicated run (`loop.py`) to rounding. No Ray and no scheduling here: who is admitted and evicted
 when is `launch`'s to say.
 
-The base's own dropout (GPT-2 has some) is off: its noise would be shared by all members.
+The base's own dropout (GPT-2 has some) is off, as in a dedicated run: its noise would be shared by all members.
 
 Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
 """

@@ -1,0 +1,56 @@
+"""What a trial would be refused for later, told before anything starts: before Ray, and before the first step.
+
+Looked at are the data's files and the model's outline, which has no weights. Hub ids are left to the workers, which
+have to fetch them anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from rankloom.config import TrialConfig, dump
+from rankloom.config.method import AdapterConfig, LisaConfig
+from rankloom.data import check_files
+from rankloom.errors import ConfigError
+from rankloom.models import decoder_layers, find_target_linears, load_shell
+
+
+def preflight(trials: Iterable[TrialConfig]) -> None:
+    """Refuse what is known to fail; trials that are alike in what is looked at are looked at once.
+
+    Raises:
+        RankloomError: as the run itself would.
+    """
+    seen: set[str] = set()
+    for trial in trials:
+        tree = dump(trial)
+        looked_at = repr([tree[key] for key in ("model", "quantization", "data")])
+        if looked_at not in seen:
+            seen.add(looked_at)
+            check_files(trial.data, trial.eval.retention)
+        method = repr([looked_at, trial.method.type, *_details(trial)])
+        if method not in seen and _is_local(trial.model.id):
+            seen.add(method)
+            _check_method(trial)
+
+
+def _details(trial: TrialConfig) -> list[object]:
+    return [getattr(trial.method, "target_modules", None), getattr(trial.method, "num_layers", None)]
+
+
+def _is_local(model: str) -> bool:
+    return model.startswith(("builtin:", "/", ".", "~")) or model.endswith(".gguf") or Path(model).exists()
+
+
+def _check_method(trial: TrialConfig) -> None:
+    model = load_shell(trial.model, trial.quantization, dtype=torch.float32)
+    method = trial.method
+    if isinstance(method, AdapterConfig):
+        find_target_linears(model, method.target_modules)
+    if isinstance(method, LisaConfig) and method.num_layers > len(decoder_layers(model)):
+        raise ConfigError(
+            f"method.num_layers: {method.num_layers} is more than the model's {len(decoder_layers(model))} layers"
+        )

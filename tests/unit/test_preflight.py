@@ -1,0 +1,128 @@
+"""What a run would be refused for later is told before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.errors import ConfigError, DataError, ModelError, RankloomError
+from rankloom.launch import cluster
+from rankloom.launch.evaluation import evaluate
+from rankloom.launch.trainer import fit
+from rankloom.methods.base import peft_targets
+from rankloom.models import FUSED_BY_KERNELS, find_target_linears, load_base
+from rankloom.search.study import run
+from rankloom.train.preflight import preflight
+
+SIZE = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
+    def save(kind: str, **settings: Any) -> Path:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**SIZE, **settings)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        make_tokenizer().save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return save
+
+
+def trial_of(model: Path, root: Path, **sections: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {"model": {"id": str(model)}, "output": {"root": str(root)}}
+    return tree | sections
+
+
+CASES: dict[str, tuple[dict[str, Any], type[RankloomError], str]] = {
+    "file": ({"data": {"train": "missing.csv"}}, DataError, r"missing\.csv"),
+    "test file": ({"data": {"test": "missing.jsonl"}}, DataError, r"data\.test.*missing\.jsonl"),
+    "targets": ({"method": {"type": "lora", "target_modules": ["nothing"]}}, ConfigError, "nothing"),
+    "layers": ({"method": {"type": "lisa", "num_layers": 9}}, ConfigError, r"num_layers: 9.*2 layers"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_train_and_tune_and_evaluate_refuse_before_ray(
+    case: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ray_started(*_: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(cluster, "connected", ray_started)
+    sections, kind, message = CASES[case]
+    tree = trial_of(tiny_llama, tmp_path / "out", **sections)
+    with pytest.raises(kind, match=message):
+        fit(parse(TrialConfig, tree | {"name": "t"}))
+    study = {"name": "s", "trial": tree, "space": [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]}
+    with pytest.raises(kind, match=message):
+        run(parse(StudyConfig, study | {"search": {"num_trials": 2}}))
+    with pytest.raises(kind, match=message):
+        evaluate(parse(TrialConfig, tree | {"name": "t"}), None, registry=str(tmp_path))
+    assert not list(tmp_path.glob("out/*/*"))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
+def test_an_encoder_is_no_causal_language_model(saved: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    folder = saved(kind, intermediate_size=128, num_attention_heads=4, max_position_embeddings=514)
+    with pytest.raises(ModelError, match="no causal language model"):
+        preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
+    with pytest.raises(ModelError, match="no causal language model"):
+        load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"is_decoder": True}))
+    load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
+
+
+def test_a_decoder_whose_config_does_not_say_so_is_one(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("GPTNeoX", intermediate_size=128, num_attention_heads=4)
+    preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
+
+
+def test_quantised_checkpoints_are_refused_by_their_config(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "gptq"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ModelError, match="gptq"):
+        preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+def test_mamba_is_adapted_where_an_adapter_does_something(
+    saved: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    heads = {"num_heads": 8, "head_dim": 16, "n_groups": 1} if kind == "Mamba2" else {}
+    base = load_base(
+        ModelConfig(id=str(saved(kind, state_size=8, **heads))), NoQuantization(), device=torch.device("cpu")
+    )
+    names = find_target_linears(base.model, "all-linear")
+    assert {name.rsplit(".", 1)[-1] for name in names} == ({"in_proj"} if kind == "Mamba2" else {"in_proj", "x_proj"})
+    with pytest.raises(ConfigError, match=r"out_proj.*does nothing"):
+        find_target_linears(base.model, ["out_proj"])
+    trial = parse(TrialConfig, trial_of(tmp_path / kind, tmp_path, name="t"))
+    model = peft.get_peft_model(base.model, peft.LoraConfig(target_modules=peft_targets(base, trial.method)))  # type: ignore[arg-type]
+    model(input_ids=torch.arange(5, 25)[None]).logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", FUSED_BY_KERNELS)
+def test_what_peft_refuses_is_known(kind: str) -> None:
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    model = torch.nn.Module()
+    model.config = transformers.PretrainedConfig()  # type: ignore[assignment]
+    model.config.model_type = kind
+    for name in FUSED_BY_KERNELS[kind]:
+        with pytest.raises(ValueError, match="incompatible"):
+            _check_lora_target_modules_mamba(peft.LoraConfig(), model, name)

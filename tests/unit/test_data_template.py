@@ -338,6 +338,7 @@ def test_special_tokens_in_texts_are_text(make_tokenizer: MakeTokenizer, kind: s
     row = rendered(tokenizer, [*talk, {"role": "assistant", "content": "no"}], split_special_tokens=False)
     assert row["input_ids"][: row["prompt_length"]] == off
     served = prompts(tokenizer)
+    assert "_blind" in vars(served._encoder)  # made at the start, not on a request's time
     assert not special & {*served.tokens(said)}
     assert [i for i in served.completion(said) if i in special] == [served.turn_end]
 

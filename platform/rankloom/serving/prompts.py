@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -31,6 +32,8 @@ class Prompts:
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
+        with contextlib.suppress(RequestError):  # what special tokens in texts need takes a second to make: not later
+            self.tokens(str(tokenizer.eos_token))
         with suppress(RequestError):  # what it takes to keep a special token as text is made now, not while others wait
             self._encode(self._encoder.mark(str(tokenizer.eos_token)))
 

@@ -339,7 +339,7 @@ def test_special_tokens_in_texts_are_text(make_tokenizer: MakeTokenizer, kind: s
     assert row["input_ids"][: row["prompt_length"]] == off
     served = prompts(tokenizer)
     assert "_blind" in vars(served._encoder)  # made at the start, not on a request's time
-    assert not special & {*served.tokens(said)}
+    assert sum(i in special for i in served.tokens(said)) == 4  # who writes a whole prompt writes its special tokens
     assert [i for i in served.completion(said) if i in special] == [served.turn_end]
 
 
@@ -381,13 +381,11 @@ def test_a_tokenizer_that_can_not_tell_is_refused() -> None:
     raw = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<s>", unk_token="<unk>")
-    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     with pytest.raises(RequestError, match="takes '<s>' in a text for its special token"):
         prompts(tokenizer).chat([{"role": "user", "content": "a <s>"}])
     with pytest.raises(DataError, match=r"data.split_special_tokens=false"):
-        rendered(
-            tokenizer, [{"role": "user", "content": "a <s> a"}, {"role": "assistant", "content": "a"}], template="plain"
-        )
+        rendered(tokenizer, [{"role": "user", "content": "a <s> a"}, {"role": "assistant", "content": "a"}])
 
 
 def test_a_template_error_names_few_roles(make_tokenizer: MakeTokenizer) -> None:

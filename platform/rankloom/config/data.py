@@ -56,8 +56,8 @@ class DataConfig(Frozen):
     columns: dict[str, str] = {}
     """Renames: the format's column -> the data's, for example {label: category}."""
     split_special_tokens: bool = True
-    """Special tokens that the rows' texts hold are kept as text; off: they are what the tokenizer makes of them. As
-    an engine's setting of this name."""
+    """Special tokens that the rows' texts hold are kept as text, apart from the template's own; off: they are what the
+    tokenizer makes of them, as they always are in rows without a chat template. As an engine's setting of this name."""
     instruction: str | None = None
     """A system prompt put before every row."""
     template: Literal["auto", "chat", "plain"] = "auto"

@@ -34,8 +34,9 @@ class EngineConfig(Frozen):
     waiting: Annotated[int, Field(ge=0)] = 256
     """Requests that may wait beyond those under way; more are refused as overload."""
     split_special_tokens: bool = True
-    """Special tokens in the texts of requests are kept as text, and mean nothing; off: they are what the tokenizer
-    makes of them. As `data.split_special_tokens` of the adapters that are served."""
+    """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
+    makes of them, as they always are in the prompt of a completion. As `data.split_special_tokens` of the adapters that
+    are served."""
 
     pack_weights: bool = True
     """Keep a second copy of the base's linear weights in the layout that multiplies fastest. Of use for fp32 on AMD
@@ -76,8 +77,9 @@ class VllmConfig(Frozen):
     waiting: Annotated[int, Field(ge=0)] = 256
     """Requests that may wait beyond those under way; more are refused as overload."""
     split_special_tokens: bool = True
-    """Special tokens in the texts of requests are kept as text, and mean nothing; off: they are what the tokenizer
-    makes of them. As `data.split_special_tokens` of the adapters that are served."""
+    """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
+    makes of them, as they always are in the prompt of a completion. As `data.split_special_tokens` of the adapters that
+    are served."""
     resident: Annotated[int, Field(ge=1)] = 64
     """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
     adapters_at_once: Annotated[int, Field(ge=1)] = 16

@@ -105,7 +105,7 @@ class Renderer:
             "text": self._from_text,
         }[format]
         self.end_id: int = tokenizer.eos_token_id
-        self.encoder = Encoder(tokenizer, config.split_special_tokens)
+        self.encoder = Encoder(tokenizer, config.split_special_tokens and self.chat)
         self.template = ChatTemplate(tokenizer) if self.chat else None
         self._shown: set[str] = set()
         """What of a row the template is known to show."""
@@ -175,8 +175,7 @@ class Renderer:
         given = text(row["text"], name, "text")
         if not given.strip():
             return None
-        marked = self.encoder.mark(given)
-        return Conversation([Piece(marked, trained=True, ended=True)], given, _preview(given), 0, self._notes(marked))
+        return Conversation([Piece(given, trained=True, ended=True)], given, _preview(given))
 
     def _from_chat(self, row: dict[str, Any], name: str) -> Conversation | None:
         given = row["messages"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,28 +17,27 @@ class Prompts:
     """A base's way with text.
 
     Args:
-        split_special_tokens: whether special tokens in texts are kept as text, as `data.split_special_tokens` does.
+        split_special_tokens: whether special tokens in messages' texts are kept as text, as by the data's setting.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, split_special_tokens: bool = True
     ) -> None:
-        self._tokenizer, self._encoder = tokenizer, Encoder(tokenizer, split_special_tokens)
+        self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
+        self._encoder = Encoder(tokenizer, split_special_tokens and self._template is not None)
         own = getattr(model.generation_config, "eos_token_id", None)
         self.turn_end = self._template_end() or int(tokenizer.eos_token_id)
         """The token after an assistant's turn."""
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
-        with contextlib.suppress(RequestError):  # what special tokens in texts need takes a second to make: not later
-            self.tokens(str(tokenizer.eos_token))
         with suppress(RequestError):  # what it takes to keep a special token as text is made now, not while others wait
             self._encode(self._encoder.mark(str(tokenizer.eos_token)))
 
     def tokens(self, text: str) -> list[int]:
-        """Of a text that begins a prompt."""
-        ids = self._encode(self._encoder.mark(text))
+        """Of a text that begins a prompt: as it is written, special tokens too."""
+        ids = self._encode(text)
         bos = self._encoder.bos
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 

@@ -20,6 +20,7 @@ from rankloom.errors import ConfigError, DataError, ModelError, RankloomError
 from rankloom.launch import cluster
 from rankloom.launch.evaluation import evaluate
 from rankloom.launch.trainer import fit
+from rankloom.methods import build_method
 from rankloom.methods.base import peft_targets
 from rankloom.models import FUSED_BY_KERNELS, find_target_linears, load_base
 from rankloom.search.study import run
@@ -126,3 +127,15 @@ def test_what_peft_refuses_is_known(kind: str) -> None:
     for name in FUSED_BY_KERNELS[kind]:
         with pytest.raises(ValueError, match="incompatible"):
             _check_lora_target_modules_mamba(peft.LoraConfig(), model, name)
+
+
+@pytest.mark.parametrize(("targets", "told"), [("all-linear", True), (["q_proj"], False)])
+def test_experts_that_all_linear_leaves_out_are_told(
+    saved: Callable[..., Path], tmp_path: Path, targets: Any, told: bool
+) -> None:
+    folder = saved("Mixtral", intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    base = load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
+    settings = {"type": "lora", "target_modules": targets}
+    method = build_method(parse(TrialConfig, trial_of(folder, tmp_path, name="t", method=settings)), num_steps=10)
+    method.attach(base)
+    assert [("experts" in note and "gate_up_proj" in note) for note in method.notes] == [True] * told

@@ -111,6 +111,15 @@ def peft_targets(base: Base, config: AdapterConfig) -> list[str]:
     return short if sorted(matched) == sorted(full) else full
 
 
+def experts_left_out(base: Base, config: AdapterConfig) -> list[str]:
+    """A note where `all-linear` leaves out a mixture's experts, which are parameters of three dimensions, no layers."""
+    experts = {name: p.numel() for name, p in base.model.named_parameters() if p.dim() == 3 and ".experts." in name}
+    if not experts or config.target_modules != "all-linear":
+        return []
+    share = sum(experts.values()) / sum(p.numel() for p in base.model.parameters())
+    return [f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {endings(experts)}"]
+
+
 def has_conv1d(base: Base) -> bool:
     """GPT-2's linear layers keep their weights transposed; PEFT wants to be told."""
     return any(isinstance(module, Conv1D) for module in base.model.modules())

@@ -20,7 +20,7 @@ from rankloom.adapters.modules import as_named
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError
-from rankloom.methods.base import Method, adam_settings, has_conv1d, peft_targets
+from rankloom.methods.base import Method, adam_settings, experts_left_out, has_conv1d, peft_targets
 from rankloom.models import Base
 
 INIT: dict[str, Any] = {
@@ -54,6 +54,7 @@ class Lora(Method[LoraConfig | DoraConfig]):
             target_modules=peft_targets(base, config),
             fan_in_fan_out=has_conv1d(base),
         )
+        self.notes += experts_left_out(base, config)
         with as_named():
             model = peft.get_peft_model(base.model, lora)
         lora.base_model_name_or_path = base.id

@@ -19,7 +19,7 @@ class ModelConfig(Frozen):
     revision: str | None = None
     """A hub branch, tag or commit; only for hub ids."""
     dtype: Dtype = "auto"
-    """How the weights are stored. auto: fp32 on a CPU or where all weights train, else bf16."""
+    """How the weights are stored. auto: fp32 on a CPU or while all weights train, else bf16."""
 
 
 class NoQuantization(Frozen):

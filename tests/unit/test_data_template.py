@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from rankloom.config.data import DataConfig
 from rankloom.data.encode import Encoder
@@ -341,6 +341,22 @@ def test_special_tokens_in_texts_are_text(make_tokenizer: MakeTokenizer, kind: s
     assert "_blind" in vars(served._encoder)  # made at the start, not on a request's time
     assert sum(i in special for i in served.tokens(said)) == 4  # who writes a whole prompt writes its special tokens
     assert [i for i in served.completion(said) if i in special] == [served.turn_end]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_special_tokens_that_were_added_to_a_vocabulary(make_tokenizer: MakeTokenizer, kind: str) -> None:
+    tokenizer: Any = sentencepiece() if kind == "sentencepiece" else make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<call>", special=False)])
+    added = [AddedToken("[INST]", special=True, normalized=True), AddedToken("<|tool|>", special=True, lstrip=True)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*added, AddedToken("<|x|>", special=True)]})
+    tokenizer.chat_template = "{% for m in messages %}<|tool|>{{ m.content }}<|x|>{% endfor %}"
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    plain = "my <call> card"
+    for said in ("[INST] hi", "hi[INST]", " <|tool|> <|x|>", "<|end|> <call>", "<unk><|user|>"):
+        ids = prompts(tokenizer).chat([{"role": "user", "content": f"{plain} {said}"}])
+        assert [tokenizer.decode([i]) for i in ids if i in special] == ["<|tool|>", "<|x|>"]
+        assert f"{plain} {said}" in tokenizer.decode(ids)
+        assert ids.count(tokenizer.convert_tokens_to_ids("<call>")) == f"{plain} {said}".count("<call>")
 
 
 def test_special_tokens_in_texts_for_a_tokenizer_in_python() -> None:

@@ -166,6 +166,20 @@ def test_nothing_is_told_of_a_stop_string(tokenizer: PreTrainedTokenizerBase) ->
         assert len(entries) <= sum(len(delta.tokens) for delta in found)
 
 
+def test_nothing_is_told_of_a_stop_string_amid_bytes_that_are_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    stopped = 0
+    for tokens in draws(tokenizer):
+        for stop in (["e"], ["a", " "], ["r", "\x11"], ["\ufffd"], ["\ufffd\ufffd", "t"]):
+            found = deltas(tokenizer, tokens[:2], tokens, stop)
+            text = "".join(delta.text for delta in found)
+            entries = [entry for delta in found for entry in delta.logprobs]
+            assert pieces(entries).decode("utf-8", "replace") == text
+            told, _ = answers("text", found)
+            assert max(told["logprobs"]["text_offset"], default=0) <= len(text)
+            stopped += sum(len(delta.tokens) for delta in found) < len(tokens)
+    assert stopped > 50
+
+
 def test_stop_strings_are_found_as_one_by_one() -> None:
     chance = random.Random(0)
     for _ in range(500):

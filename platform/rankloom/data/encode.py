@@ -29,9 +29,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         """The ids of special tokens."""
-        words = (
-            str(tokenizer.convert_ids_to_tokens(i)) for i in self.special if i in added and not added[i].single_word
-        )
+        words = {token.content for i, token in added.items() if i in self.special and not token.single_word}
         self._words = sorted(word for word in words if word.strip())
         self._number = {word: i for i, word in enumerate(self._words)}
         self._pattern = re.compile(_any_of(self._words)) if split_special_tokens and self._words else None
@@ -100,14 +98,14 @@ class Encoder:
         assert self._pattern is not None
         if not self._tokenizer.is_fast:
             return self._encode_apart(text)
-        blind, ids_of = self._blind
+        blind, ids_of, renamed = self._blind
         named = self._pattern.sub(lambda found: self._alias_of(found[0]), text)
         (encoding,) = blind.encode_batch_fast([self.unmark(named)], add_special_tokens=False)
-        found = encoding.ids
-        if taken := self.special.intersection(found):
-            token = self._tokenizer.convert_ids_to_tokens(taken.pop())
-            raise ValueError(f"the tokenizer takes {token!r} in a text for its special token")
-        return [ids_of.get(token, token) for token in found]
+        found = [(ids_of.get(token, token), token in renamed) for token in encoding.ids]
+        if taken := {token for token, is_templates in found if not is_templates} & self.special:
+            word = self._tokenizer.convert_ids_to_tokens(taken.pop())
+            raise ValueError(f"the tokenizer takes {word!r} in a text for its special token")
+        return [token for token, _ in found]
 
     def _encode_apart(self, text: str) -> list[int]:
         """For tokenizers in Python: each special token of a text by itself."""
@@ -124,19 +122,20 @@ class Encoder:
         return f"{self._alias}{self._number[word]}\ue001"
 
     @cached_property
-    def _blind(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The tokenizer with its special tokens renamed, so that their own names are text; and id there -> id here."""
+    def _blind(self) -> tuple[Tokenizer, dict[int, int], frozenset[int]]:
+        """The tokenizer with its special tokens renamed, so that their own names are text; of each added token id there
+        -> id here, as those that are not in its vocabulary are numbered anew; and the ids there of those renamed.
+        """
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state["post_processor"] = state["truncation"] = state["padding"] = None
+        here = {token["content"]: int(token["id"]) for token in state["added_tokens"]}
         for token in state["added_tokens"]:
             if token["content"] in self._number:
                 token["content"] = self._alias_of(token["content"])
         blind = Tokenizer.from_str(json.dumps(state))
-        ids_of = {
-            int(blind.token_to_id(self._alias_of(word)) or 0): int(self._tokenizer.convert_tokens_to_ids(word))
-            for word in self._words
-        }
-        return blind, ids_of
+        names = {word: self._alias_of(word) if word in self._number else word for word in here}
+        there = {word: int(blind.token_to_id(name) or 0) for word, name in names.items()}
+        return blind, {there[word]: here[word] for word in here}, frozenset(there[word] for word in self._words)
 
 
 def _any_of(words: Iterable[str]) -> str:

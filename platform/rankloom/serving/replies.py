@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rankloom.serving.place import Place
 from rankloom.serving.protocol import Delta, Likelihood, TokenLogprobs
 from rankloom.serving.work import Progress
 
@@ -21,26 +21,6 @@ def reply_id(kind: Kind, number: str) -> str:
 
 
 @dataclass
-class _Place:
-    """Where in a text its bytes have got to."""
-
-    characters: int = 0
-    part: bytes = b""
-    """Of a character that is not whole yet."""
-
-    def take(self, piece: bytes) -> int:
-        """The character that a piece begins in, or with; goes on behind the piece."""
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(self.part + piece[:1])
-        except UnicodeDecodeError:  # the part stays one, and shows as U+FFFD
-            self.characters, self.part = self.characters + bool(self.part), b""
-        begin, decoder = self.characters, codecs.getincrementaldecoder("utf-8")("replace")
-        self.characters += len(decoder.decode(self.part + piece))
-        self.part = decoder.getstate()[0]
-        return begin
-
-
-@dataclass
 class _Completion:
     """One completion as far as it is known."""
 
@@ -50,7 +30,7 @@ class _Completion:
     finish: str | None = None
     begun: bool = False
     """Whether a chunk of it was sent."""
-    place: _Place = field(default_factory=_Place)
+    place: Place = field(default_factory=Place)
     """Of the logprobs that were written."""
 
 
@@ -149,14 +129,14 @@ class Reply:
         suffix = ".chunk" if self._kind == "chat" else ""
         return self._head | {"object": self._head["object"] + suffix, "choices": choices}
 
-    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: _Place) -> dict[str, list[Any]]:
+    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: Place) -> dict[str, list[Any]]:
         if self._kind == "chat":
             return {"content": [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]}
         return {
             "tokens": [_text(t.chosen) for t in tokens],
             "token_logprobs": [t.chosen.logprob for t in tokens],
             "top_logprobs": [_by_name(t) for t in tokens],
-            "text_offset": [place.take(t.chosen.piece) for t in tokens],
+            "text_offset": [place.take(t.chosen.piece)[0] for t in tokens],
         }
 
 

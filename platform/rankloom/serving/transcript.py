@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from rankloom.serving.place import Place
 from rankloom.serving.protocol import Likelihood, TokenLogprobs
 from rankloom.serving.sampling import Chosen
 from rankloom.serving.text import Decoder, Stops, TextStream
@@ -90,19 +91,18 @@ class Transcript:
         """The tokens since the last whole character have all their text."""
         grown = self._text.grown
         pieces = [self._piece(each.token, at_start) for each, at_start, _ in self._open]
-        whole = b"".join(pieces)
-        if whole.decode("utf-8", "replace") == grown:
-            ends = [len(b"".join(pieces[: i + 1]).decode("utf-8", "ignore")) for i in range(len(pieces))]
-        else:  # bytes that are no character, or a decoder with rules of its own: as it showed them
+        if b"".join(pieces).decode("utf-8", "replace") == grown:
+            place = Place()
+            spans = [place.take(piece) for piece in pieces]
+        else:  # a decoder with rules of its own: as it showed them
             bounds = [min(before, len(grown)) for _, _, before in self._open] + [len(grown)]
-            pieces, ends = [grown[a:b].encode() for a, b in pairwise(bounds)], bounds[1:]
-        start = self._length
-        for (each, at_start, _), piece, end in zip(self._open, pieces, ends, strict=True):
+            spans = list(pairwise(bounds))
+            pieces = [grown[a:b].encode() for a, b in spans]
+        for (each, at_start, _), piece, (start, end) in zip(self._open, pieces, spans, strict=True):
             top = tuple(self._likelihood(t, p, self._piece(t, at_start)) for t, p in each.top)
             assert each.logprob is not None
             entry = TokenLogprobs(self._likelihood(each.token, each.logprob, piece), top)
-            self._placed.append((start, self._length + end, _with_piece(entry, piece)))
-            start = self._length + end
+            self._placed.append((self._length + start, self._length + end, _with_piece(entry, piece)))
         self._length += len(grown) if self._open else 0
         self._open = []
 

@@ -18,6 +18,7 @@ import pytest
 from rankloom.config import parse
 from rankloom.config.data import DataConfig
 from rankloom.data import TaskData, load_data
+from rankloom.data.messages import messages
 from rankloom.errors import DataError
 
 MakeTokenizer = Callable[..., Any]
@@ -43,7 +44,7 @@ def completions(data: TaskData) -> set[str]:
 WRITTEN = ["5.0", "1.50", "1e3", "12345678901234567890123", "9007199254740993", "-0.10", "true", "7"]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "JSONL.GZ"])
 def test_json_values_keep_their_text(make_tokenizer: MakeTokenizer, tmp_path: Path, kind: str) -> None:
     rows = [f'{{"prompt": "q {i}", "completion": {value}}}' for i, value in enumerate([*WRITTEN, "null", "NaN"])]
     rows += [
@@ -52,7 +53,7 @@ def test_json_values_keep_their_text(make_tokenizer: MakeTokenizer, tmp_path: Pa
     ]
     text = "\ufeff" + (f"[{', '.join(rows)}]" if kind == "json" else "\r\n\n".join(rows))
     file = tmp_path / f"rows.{kind}"
-    file.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    file.write_bytes(gzip.compress(text.encode()) if kind.lower().endswith("gz") else text.encode())
     data = load(make_tokenizer(), file)
     assert completions(data) == {*WRITTEN, "2024-01-02", "2024-01-02T03:04:05Z", "007"}
     assert data.report.splits["train"].empty == 2
@@ -121,6 +122,15 @@ def test_parquet_values(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), tmp_path / "c.parquet"
     )
+    short = pa.array([0.1, 2.4, 5.0, float("nan")], pa.float32())
+    pq.write_table(pa.table({"text": list("abcd"), "label": short}), tmp_path / "e.parquet")
+    assert completions(load(tokenizer, tmp_path / "e.parquet")) == {"0.1", "2.4", "5"}
+    pq.write_table(pa.table({"prompt": ["\0[1]", "\0b", "c"], "completion": list("abc")}), tmp_path / "f.parquet")
+    assert any("\0[1]" in text for text in texts(load(tokenizer, tmp_path / "f.parquet"), tokenizer))
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["text", "label", "label"])
+    pq.write_table(twice, tmp_path / "g.parquet")
+    with pytest.raises(DataError, match=r"g.parquet has the column 'label' more than once"):
+        load(tokenizer, tmp_path / "g.parquet")
     times = pd.to_datetime(["2024-01-02"] * 3)
     pd.DataFrame({"prompt": ["a", "b", "c"], "completion": times}).to_parquet(tmp_path / "d.parquet")
     with pytest.raises(DataError, match="row 1: completion must be text, found the point in time '2024-01-02"):
@@ -144,6 +154,12 @@ def test_parquet_values(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n["b"]', "line 2: expected an object such as"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: it holds half of a surrogate pair"),
         ("a.json", b"[" * 100_000, "can't be read as json"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}', "line 2: the key 'text' is there more than once"),
+        ("a.csv", b"\n\n", "a.csv has no rows"),
+        ("a.csv", b"text, label\nq,b\n", "the format classification would read these columns, but for capitals or "
+         "spaces in their names; rename with data.columns={label: ' label'}, or set data.format"),
+        ("a.csv", b"Prompt,Completion\nq,b\n", "data.columns={prompt: 'Prompt', completion: 'Completion'}"),
+        ("a.csv", b"instruction,output,Input\nq,b,c\n", "data.columns={input: 'Input'}"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file(
@@ -252,6 +268,19 @@ def test_trl_rows_train_the_completion_alone(make_tokenizer: MakeTokenizer, tmp_
     assert tokenizer.decode([t for t, w in zip(row.input_ids, row.loss_weights, strict=True) if w]) == "no<|end|>"
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_train_on_all_is_all_of_a_trl_row(make_tokenizer: MakeTokenizer, tmp_path: Path, template: str) -> None:
+    prompt = [said("system"), said("user"), said("assistant"), said("user")]
+    rows = [{"prompt": [*prompt, said("user", f"{i}")], "completion": [ANSWER]} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    row = load(make_tokenizer(), tmp_path / "a.jsonl", train_on="all", template=template).train[0]
+    assert list(row.loss_weights) == [0] + [1] * (len(row.input_ids) - 1)
+    rows = [{"messages": [{**said("user", f"{i}"), "weight": 0}, ANSWER]} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    with pytest.raises(DataError, match="weight 0"):
+        load(make_tokenizer(), tmp_path / "a.jsonl", train_on="all", template=template)
+
+
 def said(role: str, content: Any = "a") -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -272,6 +301,10 @@ ANSWER = said("assistant")
         ([said("user", {"a": 1}), ANSWER], "messages.content must be text, found dict"),
         ([said("user"), called({"name": "f", "arguments": "{"})], "the arguments of 'f' must be a JSON object"),
         ([said("user"), called({"id": 1})], "messages.tool_calls must be a list of"),
+        ([said("user"), {**ANSWER, "tool_calls": 3}], "messages.tool_calls must be a list of"),
+        ([said("user"), {**ANSWER, "tool_calls": "f(1)"}], "found 'f(1)'"),
+        ([said("user"), {**ANSWER, "function_call": "f"}], "messages.tool_calls must be a list of"),
+        ([said("user"), called({"name": "f"})], "'a call'; change the row, or try a model whose template shows"),
         ("hello", "messages must be a list of {role: ..., content: ...}"),
     ],
 )  # fmt: skip
@@ -301,3 +334,17 @@ def test_labels_that_are_nearly_the_same(make_tokenizer: MakeTokenizer, tmp_path
     assert (
         "the labels ' yes', 'YES', 'yes' differ in capitals or spaces alone, and are classes of their own" in warnings
     )
+
+
+def test_results_of_tools_and_calls_in_json() -> None:
+    call = json.dumps({"name": "f", "arguments": '{"a": 1}'})
+    given = [
+        {"role": "assistant", "function_call": call},
+        {"role": "assistant", "tool_calls": json.dumps({"function": {"name": "f", "arguments": {"a": 1}}})},
+        {"role": "tool", "content": [{"found": 5.0}]},
+        {"role": "tool", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    first, second, result, parts = messages(given, "row 1")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    assert first["tool_calls"] == second["tool_calls"] == calls
+    assert (result["content"], parts["content"]) == ('[{"found": 5.0}]', "ab")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
     if kind == "json":
         return _read_json(files, scratch)
     if kind == "parquet":
-        files = [file for file in files if file.endswith(".gz") or pq.read_metadata(file).num_rows] or _no_rows(files)
+        files = [file for file in files if _is_gzip(file) or _num_rows(file)] or _no_rows(files)
     options = _csv_options(files, kind) if kind != "parquet" else {}
     return datasets.load_dataset(
         "csv" if kind == "tsv" else kind,
@@ -48,6 +49,13 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
         cache_dir=str(scratch),
         **options,
     )
+
+
+def _num_rows(file: str) -> int:
+    metadata = pq.read_metadata(file)
+    if twice := _twice(metadata.schema.to_arrow_schema().names):
+        raise DataError(f"{file} has the column {twice!r} more than once")
+    return int(metadata.num_rows)
 
 
 def not_utf8(file: str) -> str | None:
@@ -132,13 +140,27 @@ def _starts_list(lines: IO[bytes]) -> bool:
 
 def _parsed(text: bytes, file: str, place: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), parse_float=_Float, parse_constant=_constant)
+        return json.loads(
+            text.decode("utf-8"), parse_float=_Float, parse_constant=_constant, object_pairs_hook=_mapping
+        )
     except UnicodeDecodeError:
         raise DataError(f"{file} can't be read as json: {not_utf8(file)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} can't be read as json: {place}{error}; give a JSON object a line, or a list of objects"
         ) from None
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {_twice([key for key, _ in pairs])!r} is there more than once")
+    return found
+
+
+def _twice(names: list[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _constant(name: str) -> str | None:
@@ -168,7 +190,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _open(file: str) -> IO[bytes]:
-    return gzip.open(file) if file.endswith(".gz") else Path(file).open("rb")  # type: ignore[return-value]
+    return gzip.open(file) if _is_gzip(file) else Path(file).open("rb")  # type: ignore[return-value]
+
+
+def _is_gzip(file: str) -> bool:
+    return file.lower().endswith(".gz")
 
 
 def _no_rows(files: list[str]) -> list[str]:
@@ -180,7 +206,10 @@ def _csv_options(files: list[str], kind: str) -> dict[str, Any]:
     separator = "\t" if kind == "tsv" else ","
     names: list[str] = []
     for file in files:
-        head = pd.read_csv(file, nrows=1, dtype=str, keep_default_na=False, sep=separator)
+        try:
+            head = pd.read_csv(file, nrows=1, dtype=str, keep_default_na=False, sep=separator)
+        except pd.errors.EmptyDataError:
+            _no_rows([file])
         found = list(map(str, head.columns))
         other = next((each for each in SEPARATORS if each != separator and each in found[0]), None)
         if len(found) == 1 and other:

@@ -41,7 +41,7 @@ from rankloom.data.split import split_off
 from rankloom.errors import ConfigError, DataError
 from rankloom.paths import cache_dir
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it with any change to what is made of the same input: older cache entries then go unused."""
 PARALLEL_FROM = 50_000
 """Rows from which rendering is worth several processes."""

@@ -16,7 +16,7 @@ from typing import Any
 from rankloom.data.template import Message
 from rankloom.errors import DataError
 
-NESTED = "\0"
+NESTED = "\0json\0"
 """Begins a cell that holds JSON: a list or a mapping from a JSON file, whose columns are texts."""
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -92,13 +92,14 @@ def _message(given: Mapping[str, Any], name: str, column: str) -> Message:
     role = str(message["role"])
     message["role"] = SAME_ROLES.get(role, role)
     content = given.get("content")
-    if role == "tool" and isinstance(content, dict):  # what a tool returned, before it was written as JSON
+    if role == "tool" and _is_result(content):
         content = json.dumps(content, ensure_ascii=False)
     message["content"] = _content(content, name, f"{column}.content")
     if call := message.pop("function_call", None):  # one of the older format
-        message["tool_calls"] = [_as_function(call)]
+        message["tool_calls"] = [_as_function(_parsed(call))]
     if "tool_calls" in message:
-        message["tool_calls"] = [_call(call, name, column) for call in _parsed(message["tool_calls"])]
+        calls = _parsed(message["tool_calls"])
+        message["tool_calls"] = [_call(call, name, column) for call in (calls if isinstance(calls, list) else [calls])]
     if "weight" in message and message["weight"] not in (0, 1):
         raise DataError(f"{name}: {column}.weight must be 0 (no loss on this turn) or 1, found {message['weight']!r}")
     if message.get("weight") != 0:
@@ -125,6 +126,13 @@ def _content(value: Any, name: str, column: str) -> str:
             f"{name}: {column} is a list of parts, of which {', '.join(other)} can't be trained on; only text can"
         )
     return "".join(text(part.get("text"), name, f"{column}.text") for part in value)
+
+
+def _is_result(content: Any) -> bool:
+    """Whether it is what a tool returned, before it was written as JSON; a list may also be one of parts."""
+    if isinstance(content, list):
+        return not all(isinstance(part, dict) and "type" in part for part in content)
+    return isinstance(content, dict)
 
 
 def _call(given: Any, name: str, column: str) -> dict[str, Any]:

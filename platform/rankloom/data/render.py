@@ -157,7 +157,8 @@ class Renderer:
                 if _is_talk(prompt)
                 else [_message("user", text(prompt, name, asked))]
             )
-            before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
+            if self.config.train_on == "completion":
+                before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
             after = completion if _is_talk(completion) else [{"role": "assistant", "content": completion}]
             return self._from_messages([*before, *read_messages(after, name, answered)], row, name)
         prompt, completion = text(prompt, name, asked), text(completion, name, answered)
@@ -205,13 +206,18 @@ class Renderer:
         try:
             return self._render_chat(messages, name, tools, self.template)
         except TemplateError as error:
-            raise DataError(f"{name}: {error}; try data.template=plain, or another model's template") from None
+            raise DataError(f"{name}: {error}; try {_way_out(messages)}") from None
 
     def _render_plain(self, messages: list[Message], name: str, tools: list[Any] | None) -> Conversation:
         if any(m.get("tool_calls") for m in messages):
             raise DataError(
                 f"{name}: tool_calls need a chat template to be rendered: take a model that has one, with "
                 f"data.template=auto"
+            )
+        if self.config.train_on == "all" and any("weight" in m for m in messages if m["role"] != "assistant"):
+            raise DataError(
+                f"{name}: without a chat template only the assistant's turns can have weight 0; use "
+                f"data.train_on=completion"
             )
         pieces: list[Piece] = []
         prompt = ""
@@ -263,7 +269,7 @@ class Renderer:
         if start < 0 or not shows_answer(answer, completion):
             raise DataError(
                 f"{name}: the tokenizer's chat template drops the completion, or a part of it: "
-                f"{given[-1]['content'][:60] or 'a call'!r}; change the row, or use data.template=plain"
+                f"{given[-1]['content'][:60] or 'a call'!r}; change the row, or try {_way_out(given)}"
             )
         if self.config.train_on == "all" and sum(piece.muted for piece in pieces) < weighted.count(False):
             raise DataError(
@@ -439,6 +445,12 @@ def digest(text: str) -> str:
 
 def _is_talk(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _way_out(messages: Sequence[Message]) -> str:
+    """What to try where the template does not show a conversation; the plain one shows no calls."""
+    plain = [] if any(m.get("tool_calls") for m in messages) else ["data.template=plain"]
+    return " or ".join([*plain, "a model whose template shows all of it"])
 
 
 def _without_arguments(message: Message) -> Message:

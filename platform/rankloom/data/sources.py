@@ -92,6 +92,8 @@ def pick_columns(
 ) -> tuple[datasets.Dataset, str]:
     """The columns that the format reads, under the format's names; and the format, where it was `auto`.
 
+    Numbers of half the usual width get the digits that they are written with: 0.1, not 0.10000000149011612.
+
     Raises:
         DataError: a column is missing, or there is no row. ConfigError: a rename that the format has no use for.
     """
@@ -108,6 +110,8 @@ def pick_columns(
         return columns.get(role) or next(others, role)
 
     if format == "auto":
+        if located.field != FIELDS["retention"]:
+            _check_spelling(names, columns, column_of, located.field)
         fitting = [
             f
             for f, roles in COLUMNS.items()
@@ -134,7 +138,27 @@ def pick_columns(
     if len(wanted) < len(roles):
         raise ConfigError(f"data.columns: {', '.join(roles)} need a column each, given {dict(columns)}")
     kept = dataset.select_columns(list(wanted))
+    for name, feature in kept.features.items():
+        if feature == datasets.Value("float32"):
+            kept = kept.cast_column(name, datasets.Value("string")).cast_column(name, datasets.Value("float64"))
     return kept.rename_columns({name: role for name, role in wanted.items() if name != role}), format
+
+
+def _check_spelling(names: list[str], columns: Mapping[str, str], column_of: Callable[[str], str], field: str) -> None:
+    """Refuse names that only differ in capitals or spaces from what a format would read."""
+    roles = {role: role for table in (COLUMNS, OPTIONAL) for each in table.values() for role in each}
+    roles |= {alias: role for role, aliases in ALIASES.items() for alias in aliases}
+    nearly = {role: name for name in names if (role := roles.get(name.strip().lower())) and name != column_of(role)}
+    for format, required in COLUMNS.items():
+        read = (*required, *OPTIONAL[format])
+        if not set(columns) <= set(read) or not all(column_of(r) in names or r in nearly for r in required):
+            continue
+        if unlike := [f"{r}: {nearly[r]!r}" for r in read if r in nearly and column_of(r) not in names]:
+            raise DataError(
+                f"{field}: the format {format} would read these columns, but for capitals or spaces in their names; "
+                f"rename with data.columns={{{', '.join(unlike)}}}, or set data.format"
+            )
+        return
 
 
 def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns: Mapping[str, str]) -> list[str]:

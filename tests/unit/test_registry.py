@@ -147,6 +147,16 @@ def test_publish_gives_numbers_and_keeps_everything(registry: Registry, adapter:
     assert first.created.utcoffset().total_seconds() == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("first", ["secret", "publish"])
+def test_the_registrys_secret_is_in_no_adapters_way(
+    registry: Registry, adapter: Callable[..., Path], first: str
+) -> None:
+    known = registry.secret() if first == "secret" else None
+    assert registry.publish("secret", adapter(), DRAFT).ref == "secret@1"
+    assert (known or registry.secret()) == registry.secret()
+    assert registry.names() == ["secret"]
+
+
 def test_refs_lead_to_champion_latest_alias_and_number(registry: Registry, adapter: Callable[..., Path]) -> None:
     folder = adapter()
     for _ in range(3):

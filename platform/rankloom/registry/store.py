@@ -2,7 +2,7 @@
 
     <root>/<name>/<version>/    an adapter as PEFT reads it, with record.json and README.md; it never changes
     <root>/<name>/aliases.json  every move of every alias; an alias points where its last move left it
-    <root>/secret               random bytes, where an endpoint has sticky routes
+    <root>/.secret              random bytes, where an endpoint has sticky routes
 
 A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` where that alias is
 set, else the latest version. What may be published is in `checks.py`, how it becomes visible at once in `storage.py`.
@@ -39,7 +39,7 @@ CHAMPION = "champion"
 LATEST = "latest"
 _ALIASES = "aliases.json"
 _REMOVED = "removed.json"
-_SECRET = "secret"
+_SECRET = ".secret"  # no adapter can have this name
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _ALLOWED = "1 to 128 lower-case letters, digits, '.', '_' or '-', beginning with a letter or digit"
 

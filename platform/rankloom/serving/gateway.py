@@ -312,9 +312,8 @@ class Gateway:
         }  # fmt: skip
         logger.info(_line("request", answer.ask, **facts))
         refused = isinstance(error, _REFUSED)
-        if answer.traffic == "live" and (
-            refused or error is None
-        ):  # all else may be the request's doing, or a replica's
+        # all other errors may be the request's doing, or a replica's
+        if answer.traffic == "live" and (refused or error is None):
             self._judge(answer, refused=refused)
 
     def _judge(self, answer: Answer, *, refused: bool) -> None:

@@ -14,9 +14,7 @@ from rankloom.serving.choices import choice_tree
 from rankloom.serving.prompts import Prompts
 from rankloom.serving.protocol import Request, Sampling
 from rankloom.serving.text import Stops
-
-AT_ONCE = 4096
-"""Characters that are made ready in a few milliseconds, on the event loop; more, in a thread."""
+from rankloom.serving.work import AT_ONCE
 
 
 class Guide:

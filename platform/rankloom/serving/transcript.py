@@ -89,6 +89,8 @@ class Transcript:
 
     def _place(self) -> None:
         """The tokens since the last whole character have all their text."""
+        if not self._open:
+            return
         grown = self._text.grown
         pieces = [self._piece(each.token, at_start) for each, at_start, _ in self._open]
         if b"".join(pieces).decode("utf-8", "replace") == grown:
@@ -103,7 +105,7 @@ class Transcript:
             assert each.logprob is not None
             entry = TokenLogprobs(self._likelihood(each.token, each.logprob, piece), top)
             self._placed.append((self._length + start, self._length + end, _with_piece(entry, piece)))
-        self._length += len(grown) if self._open else 0
+        self._length += len(grown)
         self._open = []
 
     def _piece(self, token: int, at_start: bool) -> bytes:

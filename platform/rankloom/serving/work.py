@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from rankloom.errors import RankloomError, RequestError
 from rankloom.serving.protocol import Delta, Engine, Request, Sampling
 
+AT_ONCE = 4096
+"""Characters whose work takes a few milliseconds, so that it is done on the event loop; more, in a thread."""
+MOST = 256
+"""Deltas that come together; each may have twenty logprobs."""
+
 
 class ContextError(RequestError):
     """Prompt and completion don't fit the context."""
@@ -29,12 +34,6 @@ class Conversation:
     messages: tuple[tuple[str, str] | tuple[str, str, str], ...]
     """(role, content) or (role, content, name), oldest first."""
 
-
-AT_ONCE = 4096
-"""Characters that are made tokens in a few milliseconds, on the event loop; more, in a thread."""
-
-MOST = 256
-"""Deltas that come together; each may have twenty logprobs."""
 
 Prompt = str | tuple[int, ...] | Conversation
 
@@ -86,10 +85,10 @@ async def run(engine: Engine, work: Work) -> AsyncIterator[Progress]:
     drawn: Counter[tuple[int, ...]] = Counter()
     for tokens in prompts:
         fitted = _fitted(work, len(tokens), room)
-        for _ in range(work.n):
-            sampling = _seeded(fitted, drawn[tokens])
-            drawn[tokens] += 1
+        for number in range(drawn[tokens], drawn[tokens] + work.n):
+            sampling = _seeded(fitted, number)
             requests.append(Request(f"{work.id}-{len(requests)}", work.adapter, tokens, sampling, work.tenant))
+        drawn[tokens] += work.n
     total = sum(map(len, prompts))
     arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 

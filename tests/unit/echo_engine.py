@@ -21,6 +21,8 @@ class EchoEngine:
         self.reason = "does nothing"
         self.pace_s: dict[str, float] = {}
         """By adapter, how long it takes to a token."""
+        self.fails: dict[str, type[Exception]] = {}
+        """By adapter, what each of its requests ends with, after a token."""
         self.under_way: set[str] = set()
         self.cancelled: list[str] = []
         self.pinned: list[str] = []
@@ -66,6 +68,8 @@ class EchoEngine:
                     () if asked.logprobs is None else (TokenLogprobs(one, self._likeliest(one)[: asked.logprobs]),)
                 )
                 yield Delta(token.decode("latin-1"), (token[0],), logprobs, finish, cached_tokens=3)  # type: ignore[arg-type]
+                if error := self.fails.get(request.adapter or ""):
+                    raise error("it brings out a bug")
                 if last:
                     return
         except (asyncio.CancelledError, GeneratorExit):

@@ -506,6 +506,30 @@ def test_a_canary_that_is_slow_is_rolled_back(tmp_path: Path) -> None:
         assert 'adapter="bank@2",outcome="ok",traffic="pace"' in made.http.get("/metrics").text
 
 
+def test_a_canary_that_can_not_do_the_endpoints_own_requests_is_rolled_back(tmp_path: Path) -> None:
+    for error in (ZeroDivisionError, TimeoutError):
+        with endpoint(tmp_path, routes=canary()) as made:
+            made.replicas.engine.fails = {"bank@2": error}
+            made.registry.promote("bank@2", alias="canary")
+            deadline = time.monotonic() + 60
+            while made.registry.aliases("bank")["canary"] == 2:
+                assert time.monotonic() < deadline
+                made.post("/v1/completions", COMPLETE | {"model": "front"})
+            made.settled()
+
+
+def test_a_canary_that_nobody_waits_for_is_timed(tmp_path: Path) -> None:
+    with endpoint(tmp_path, routes=canary(latency_ratio=3)) as made:
+        made.replicas.engine.pace_s = {"bank@1": 0.001, "bank@2": 0.05}
+        made.registry.promote("bank@2", alias="canary")
+        deadline = time.monotonic() + 60
+        while made.registry.aliases("bank")["canary"] == 2:
+            assert time.monotonic() < deadline
+            body = COMPLETE | {"model": "front", "prompt": "forever", "stream": True, "max_tokens": 200}
+            with made.http.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_bytes())
+
+
 def test_a_sticky_user_stays_where_he_was_after_a_restart(tmp_path: Path) -> None:
     routes = {"split": {"split": {"bank@1": 1, "bank@2": 1}, "sticky": True}}
     seen = []

@@ -177,6 +177,24 @@ def talk(content: Any) -> dict[str, Any]:
             "messages.0.content.0.type: only 'text' (given \"image_url\")",
         ),
         (ChatRequest, talk(None), "messages.0.content: required, but not given"),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "messages.0.tool_calls: not supported; leave it out; no tool is called here; put them into a message's "
+            "content",
+        ),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+            "messages.0.role: only 'system', 'developer', 'user' or 'assistant' (given \"tool\"); no tool is called "
+            "here; put what it returned into a user's message",
+        ),
+        (
+            ChatRequest,
+            SAY | {"response_format": {"type": "json_object"}},
+            "response_format.type: only 'text' (given \"json_object\"); structured_outputs.choice holds an answer to "
+            "given texts",
+        ),
         (ChatRequest, talk([]), "messages.0.content: at least 1 (given 0)"),
         (ChatRequest, talk(5), "messages.0.content: expected a text or a list of parts of type text (given 5)"),
         (ChatRequest, talk([{"type": "text"}]), "messages.0.content.0.text: required, but not given"),

@@ -50,8 +50,9 @@ class JudgeConfig(Frozen):
     min_requests: Annotated[int, Field(ge=1)] = 50
     """Requests that each of the two must have had, and how often each must have been timed, before it is compared."""
     error_margin: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Roll back when it was refused (it can't be loaded or verified, or gives no sound logits) in a share of its
-    requests that is higher by more than this."""
+    """Roll back when it failed in a share of its requests that is higher by more than this: it can't be loaded or
+    verified, gives no sound logits, or fails or hangs on the endpoint's own requests, which the stable version answers.
+    """
     latency_ratio: Annotated[float, Field(ge=1)] = 1.5
     """Roll back when its median time per generated token is longer by more than this factor. While the canary lasts,
     the endpoint times both on the same few tokens of its own, about as often as the candidate answers."""

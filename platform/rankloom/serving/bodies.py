@@ -23,6 +23,8 @@ _INSTEAD = {
     "tools": "no tool is called here; describe them in a message",
     "tool_choice": "no tool is called here",
     "tool_calls": "no tool is called here; put them into a message's content",
+    "role tool": "no tool is called here; put what it returned into a user's message",
+    "role function": "no function is called here; put what it returned into a user's message",
     "functions": "no function is called here; describe them in a message",
     "function_call": "no function is called here",
     "response_format": "structured_outputs.choice holds an answer to given texts",
@@ -85,7 +87,9 @@ def _told(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
         context = {"hint": f"did you mean {near[0]}?" if near else "leave it out"}
     text = _allowed(detail["type"], detail["msg"], context)
     given = "" if detail["type"] in _WITHOUT_VALUE else f" (given {_shown(value)})"
-    hint = f"; {_INSTEAD[key]}" if key in _INSTEAD and detail["type"] != "missing" else ""
+    about = [*([f"role {value}"] if key == "role" and isinstance(value, str) else []), key, *where[:1]]
+    hints = [_INSTEAD[name] for name in about if name in _INSTEAD and detail["type"] != "missing"]
+    hint = f"; {hints[0]}" if hints else ""
     return WireError(400, f"{'.'.join(where) or 'body'}: {text}{given}{hint}", param=where[0] if where else None)
 
 

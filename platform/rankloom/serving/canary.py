@@ -105,6 +105,15 @@ class Canaries:
             side.token_s.append(took or 0.0)
         return self._judged(route, trial)
 
+    def failed(self, route: str, arms: tuple[Target, Target]) -> Move | None:
+        """Remember that the candidate could not do what the stable version did; the rest as `count`."""
+        trial = self._under_way(route)
+        if trial is None or trial.arms != arms:
+            return None
+        trial.candidate.requests += 1
+        trial.candidate.errors += 1
+        return self._judged(route, trial)
+
     def _under_way(self, route: str | None) -> _Trial | None:
         """The route's canary, if it has both sides and is not decided."""
         trial = self._trials.get(route or "")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from rankloom.config.serve import ServeConfig
 from rankloom.config.trial import BASE
-from rankloom.errors import AdapterNotFoundError, IncompatibleError, RankloomError, RegistryError
+from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
 from rankloom.registry import Record, Registry
 from rankloom.serving.answer import Answer
 from rankloom.serving.canary import Canaries, Move
@@ -31,7 +31,7 @@ from rankloom.serving.policy import Ask, Catalogue, Decision, Shelf, Target, dec
 from rankloom.serving.quota import Quotas
 from rankloom.serving.shelves import Shelves
 from rankloom.serving.wire import WireError, wire_error
-from rankloom.serving.work import ContextError, Progress, Work
+from rankloom.serving.work import ContextError, Progress, ReplicaLostError, Work
 
 _REFUSED = (AdapterNotFoundError, RegistryError, IncompatibleError)
 
@@ -265,11 +265,19 @@ class Gateway:
     async def _time_sides(self, route: str, stable: Target, candidate: Target) -> None:
         """Give both sides of a canary the same work, one after the other, and compare."""
         self._timing.add(route)
+        sides, took = (stable, candidate), list[float | None]()
+        begun = now = time.monotonic()
         try:
-            took = [await token_seconds(await self._unasked(t, pace_work(), "pace")) for t in (stable, candidate)]
-            self._moved(self._canaries.timed(route, (stable, candidate), took))
-        except Exception as error:  # what is wrong with a side shows in its requests
+            for target in sides:
+                took.append(await token_seconds(await self._unasked(target, pace_work(), "pace")))
+                now = time.monotonic() if target is stable else now
+            self._moved(self._canaries.timed(route, sides, took))
+        except Exception as error:
             logger.info(_line("canary: not timed", None, route=route, error=type(error).__name__))
+            # what the stable version has just done, the candidate can't; its refusals show in its requests
+            is_busy = isinstance(error, TimeoutError) and now - begun > self.config.limits.timeout_s / 4
+            if took and not is_busy and not isinstance(error, (*_REFUSED, OverloadedError, ReplicaLostError)):
+                self._moved(self._canaries.failed(route, sides))
         finally:
             self._timing.discard(route)
 
@@ -311,14 +319,13 @@ class Gateway:
             "total_s": _round(now - answer.begun_at), "error": type(error).__name__ if error else None,
         }  # fmt: skip
         logger.info(_line("request", answer.ask, **facts))
-        refused = isinstance(error, _REFUSED)
-        # all other errors may be the request's doing, or a replica's
-        if answer.traffic == "live" and (refused or error is None):
-            self._judge(answer, refused=refused)
+        if answer.traffic == "live":
+            self._judge(answer, error)
 
-    def _judge(self, answer: Answer, *, refused: bool) -> None:
+    def _judge(self, answer: Answer, error: BaseException | None) -> None:
         """Let an answer count for its side of a canary, and have both sides timed."""
-        self._moved(self._canaries.count(answer.decision, answer.target, refused=refused))
+        if error is None or isinstance(error, _REFUSED):  # all else may be the request's doing, or a replica's
+            self._moved(self._canaries.count(answer.decision, answer.target, refused=error is not None))
         route = answer.decision.route
         sides = self._canaries.to_time(route) if answer.decision.arm == "canary" else None
         if route is None or sides is None or route in self._timing:

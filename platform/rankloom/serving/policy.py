@@ -233,7 +233,7 @@ class Tally:
 
     requests: int = 0
     errors: int = 0
-    """Of these, how often the version itself could not be served."""
+    """Of these, how often the version itself failed."""
     token_s: tuple[float, ...] = ()
     """Seconds to a token of the same work, as they were measured last."""
 
@@ -248,16 +248,18 @@ class Verdict:
 
 def judge(config: JudgeConfig, stable: Tally, candidate: Tally) -> Verdict:
     """Whether the candidate is worse than the stable version by more than the margins, or has proved itself."""
-    if min(stable.requests, candidate.requests) < config.min_requests:
-        return Verdict("wait", f"fewer than {config.min_requests} requests on one of them")
-    failed, usual = candidate.errors / candidate.requests, stable.errors / stable.requests
-    if failed > usual + config.error_margin:
-        return Verdict("roll back", f"{failed:.1%} of its requests were refused, of the stable version's {usual:.1%}")
-    if min(len(stable.token_s), len(candidate.token_s)) < min(config.min_requests, MOST_TIMES):
-        return Verdict("wait", f"timed less often than {config.min_requests} times")
-    slow, pace = statistics.median(candidate.token_s), statistics.median(stable.token_s)
-    if slow > pace * config.latency_ratio:
-        return Verdict("roll back", f"it takes {1e3 * slow:.1f} ms a token, the stable version {1e3 * pace:.1f} ms")
+    is_asked = min(stable.requests, candidate.requests) >= config.min_requests
+    is_timed = min(len(stable.token_s), len(candidate.token_s)) >= min(config.min_requests, MOST_TIMES)
+    if is_asked:
+        failed, usual = candidate.errors / candidate.requests, stable.errors / stable.requests
+        if failed > usual + config.error_margin:
+            return Verdict("roll back", f"it failed {failed:.1%} of its requests, the stable version {usual:.1%}")
+    if is_timed:
+        slow, pace = statistics.median(candidate.token_s), statistics.median(stable.token_s)
+        if slow > pace * config.latency_ratio:
+            return Verdict("roll back", f"it takes {1e3 * slow:.1f} ms a token, the stable version {1e3 * pace:.1f} ms")
+    if not (is_asked and is_timed):
+        return Verdict("wait", f"fewer than {config.min_requests} requests on one of them, or timed less often")
     if config.promote_after is not None and candidate.requests >= config.promote_after:
         return Verdict("promote", f"not worse in {candidate.requests} requests")
     return Verdict("wait", "not worse")

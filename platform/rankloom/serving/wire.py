@@ -296,11 +296,6 @@ class TextPart(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag(TEXT)]
-        | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
-        _either("expected a text or a list of parts of type text"),
-    ]
     name: Annotated[Text, Field(max_length=512)] | None = None
     """Who of several speaks; for chat templates that show it."""
     id: Annotated[Text, Field(max_length=512)] | None = None
@@ -313,6 +308,12 @@ class Message(_Body):
     function_call: None = None
     refusal: None = None
     audio: None = None
+    content: Annotated[
+        Annotated[Text, Tag(TEXT)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
+        _either("expected a text or a list of parts of type text"),
+    ]
+    """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
 
     def told(self) -> tuple[str, str] | tuple[str, str, str]:
         """(role, text) or (role, text, name) as a chat template knows them."""

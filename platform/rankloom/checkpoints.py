@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +43,44 @@ def fingerprint(folder: Path) -> str:
     Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
     """
     digest = hashlib.sha256()
-    try:
+    for name, file in sorted(stored_tensors(folder).items()):
+        with _reading(folder), safe_open(file, framework="pt") as opened:
+            values = opened.get_tensor(name).flatten()
+        step = max(1, values.numel() // 1024)
+        sample = values[::step][:1024].float().numpy()
+        digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Every stored tensor's name and the file that it is in, from the files' headers.
+
+    Raises:
+        ModelError: a file is missing or broken, or there is none.
+    """
+    with _reading(folder):
         found = weight_files(folder)
-        if not found:
-            raise ModelError(
-                f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: "
-                f"load it where you trust it and save it with save_pretrained"
-            )
-        tensors = {name: file for file in found for name in _names(file)}
-        for name, file in sorted(tensors.items()):
+        tensors = {}
+        for file in found:
             with safe_open(file, framework="pt") as opened:
-                values = opened.get_tensor(name).flatten()
-            step = max(1, values.numel() // 1024)
-            sample = values[::step][:1024].float().numpy()
-            digest.update(f"{name}:{values.numel()}:".encode() + sample.tobytes())
-    except (SafetensorError, OSError, ValueError, KeyError) as error:  # the latter two: of the index
+                tensors.update(dict.fromkeys(opened.keys(), file))
+    if not found:
+        raise ModelError(
+            f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: load it "
+            f"where you trust it and save it with save_pretrained"
+        )
+    return tensors
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also of the index
         raise ModelError(
             f"model.id: {folder}: a weight file is missing, corrupt or truncated: {first_line(error)}; fetch the "
             f"model again"
         ) from error
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def stored_quantization(shape: PretrainedConfig) -> dict[str, Any] | None:
@@ -98,7 +113,7 @@ def read_as(
     if stored is None:
         return _bitsandbytes(wanted, compute_dtype)
     method = str(stored.get("quant_method") or "")
-    if stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"):
+    if _is_bitsandbytes(stored):
         kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
         if kind not in ("int8", "nf4"):
             raise ModelError(
@@ -130,6 +145,37 @@ def read_as(
     return None
 
 
+def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
+    """Refuse codes that config.json does not tell of, or whose scales are missing, and weights that it calls codes.
+
+    Raises:
+        ModelError: so it is, by the headers of the weight files.
+    """
+    stored, tensors = stored_quantization(shape), stored_tensors(folder)
+    codes = _codes(tensors)
+    if stored is None and codes:
+        raise ModelError(
+            f"model.id: {name!r}: {len(codes)} weight(s) are stored as codes of a quantisation, such as {codes[0]}, "
+            f"but its config.json has no quantization_config; fetch config.json again, or take the unquantised model"
+        )
+    if stored is not None and not codes and _is_bitsandbytes(stored):
+        raise ModelError(
+            f"model.id: {name!r}: its config.json has a quantization_config of bitsandbytes, but none of its weights "
+            f"is quantised; remove quantization_config from its config.json, or save the model again"
+        )
+    bare = [code for code in codes if f"{code}_scale_inv" not in tensors]
+    if stored is not None and stored.get("quant_method") == "fp8" and bare:
+        raise ModelError(
+            f"model.id: {name!r}: {len(bare)} weight(s) in FP8 have no scales beside them, such as {bare[0]}, for "
+            f"which {bare[0]}_scale_inv is missing; fetch the model again, or take the unquantised one"
+        )
+
+
+def _is_bitsandbytes(stored: Mapping[str, Any]) -> bool:
+    method = str(stored.get("quant_method") or "")
+    return bool(stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"))
+
+
 def _bitsandbytes(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if isinstance(wanted, Int8):
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -153,25 +199,18 @@ def forget_quantization(model: PreTrainedModel) -> None:
             del part.quantization_config
 
 
-def check_loaded(model: PreTrainedModel, loading: dict[str, Any], folder: Path, name: str, *, plain: bool) -> None:
+def check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
     """Refuse a checkpoint whose tensors are not what config.json says.
 
     Args:
         loading: what `from_pretrained` tells of names and shapes.
-        plain: whether config.json says that the stored weights are not quantised.
 
     Raises:
-        ModelError: tensors are missing or of another shape, a layer has tensors that the model has no use for, or
-            weights are codes of a quantisation that config.json does not name.
+        ModelError: tensors are missing or of another shape, or a layer has tensors that the model has no use for.
     """
     # transformers would draw them at random, differently each time, and only log it
     absent = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]), *_misshapen(model)})
     surplus = sorted(_surplus(model, loading["unexpected_keys"]))
-    if plain and (codes := _codes(folder)):
-        raise ModelError(
-            f"model.id: {name!r}: {len(codes)} weight(s) are stored as codes of a quantisation, such as {codes[0]}, "
-            f"but its config.json has no quantization_config; fetch config.json again, or take the unquantised model"
-        )
     if absent:
         raise ModelError(
             f"model.id: {name!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
@@ -201,10 +240,10 @@ def _misshapen(model: PreTrainedModel) -> set[str]:
     return found
 
 
-def _codes(folder: Path) -> list[str]:
+def _codes(tensors: Mapping[str, Path]) -> list[str]:
     """Stored matrices in a type of quantised weights; old checkpoints keep attention masks (`attn.bias`) in bytes."""
     found = []
-    for file in weight_files(folder):
+    for file in sorted(set(tensors.values())):
         with safe_open(file, framework="pt") as opened:
             for name in list(opened.keys()):
                 tensor = opened.get_slice(name)
@@ -239,4 +278,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line; one that only announces the next is joined with it."""
+    if isinstance(error, KeyError):
+        return f"{error} is not known, or not there"
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first.strip(), *(line.strip() for line in rest[:1] if first.rstrip().endswith(":"))])

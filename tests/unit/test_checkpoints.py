@@ -18,7 +18,7 @@ from rankloom.config.data import DataConfig, Source
 from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, ModelError
-from rankloom.models import Base, load_base, load_tokenizer
+from rankloom.models import Base, load_base, load_shell, load_tokenizer
 from rankloom.train.base import check_lengths
 
 CPU = torch.device("cpu")
@@ -133,6 +133,25 @@ def test_other_quantisations_are_refused_by_name(tiny_llama: Path, tmp_path: Pat
 def test_fp8_is_not_quantised_again(fp8: Path) -> None:
     with pytest.raises(ConfigError, match=r"FP8.*given: nf4"):
         load(fp8, Nf4())
+
+
+def test_codes_have_their_scales(fp8: Path, tmp_path: Path) -> None:
+    tensors = load_file(fp8 / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    folder = copied(fp8, tmp_path / "copy", {}, tensors)
+    for look in (load, lambda at: load_shell(ModelConfig(id=str(at)), NoQuantization(), dtype=torch.float32)):
+        with pytest.raises(ModelError, match=rf"1 weight\(s\) in FP8 have no scales .*{name}_scale_inv is missing"):
+            look(folder)
+
+
+@pytest.mark.parametrize(("kind", "quantization"), [("8bit", Int8()), ("4bit", Nf4())])
+def test_weights_that_config_json_calls_quantised(
+    tiny_llama: Path, tmp_path: Path, kind: str, quantization: Quantization
+) -> None:
+    settings = {"quant_method": "bitsandbytes", f"load_in_{kind}": True, "bnb_4bit_quant_type": "nf4"}
+    with pytest.raises(ModelError, match="none of its weights is quantised; remove quantization_config"):
+        load(copied(tiny_llama, tmp_path / "copy", {"quantization_config": settings}), quantization)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from rankloom.checkpoints import INDEX, WHOLE
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.errors import ConfigError, DataError, ModelError, RankloomError
@@ -49,6 +50,8 @@ def trial_of(model: Path, root: Path, **sections: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[dict[str, Any], type[RankloomError], str]] = {
     "file": ({"data": {"train": "missing.csv"}}, DataError, r"missing\.csv"),
     "test file": ({"data": {"test": "missing.jsonl"}}, DataError, r"data\.test.*missing\.jsonl"),
+    "columns": ({"data": {"train": "rows.csv"}}, DataError, "no format fits the columns"),
+    "rows": ({"data": {"train": "rows.csv", "columns": {"text": "q", "label": "a"}}}, DataError, "can't be split"),
     "targets": ({"method": {"type": "lora", "target_modules": ["nothing"]}}, ConfigError, "nothing"),
     "layers": ({"method": {"type": "lisa", "num_layers": 9}}, ConfigError, r"num_layers: 9.*2 layers"),
 }
@@ -62,6 +65,8 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(cluster, "connected", ray_started)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("q,a\nhello,b\n")
     sections, kind, message = CASES[case]
     tree = trial_of(tiny_llama, tmp_path / "out", **sections)
     with pytest.raises(kind, match=message):
@@ -86,6 +91,28 @@ def test_an_encoder_is_no_causal_language_model(saved: Callable[..., Path], tmp_
     load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*is no language model"),
+        ({"is_encoder_decoder": True}, "is an encoder and a decoder"),
+        ({"model_type": "vit"}, "of the type vit, of which transformers knows no causal language model"),
+        ({"model_type": "xlnet"}, "each token sees those after it"),
+        ({"model_type": "xlm"}, "each token sees those after it"),
+    ],
+)
+def test_what_config_json_calls_something_else(
+    settings: dict[str, Any], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    known = {} if "model_type" in settings else json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | settings))
+    with pytest.raises(ModelError, match=message):
+        preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
+    with pytest.raises(ModelError, match=message):
+        load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
+
+
 def test_a_decoder_whose_config_does_not_say_so_is_one(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("GPTNeoX", intermediate_size=128, num_attention_heads=4)
     preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
@@ -96,6 +123,27 @@ def test_quantised_checkpoints_are_refused_by_their_config(tiny_llama: Path, tmp
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match="gptq"):
+        preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a shard is missing": (lambda at: (at / INDEX).write_text('{"weight_map": {"a": "b"}}'), "No such file"),
+    "an index of no files": (lambda at: (at / INDEX).write_text('{"weight_map": [1]}'), "missing, corrupt or"),
+    "no index": (lambda at: (at / WHOLE).rename(at / "model-00001-of-00002.safetensors"), f"neither {WHOLE} nor"),
+    "cut off": (lambda at: (at / WHOLE).write_bytes((at / WHOLE).read_bytes()[:-9]), "corrupt or truncated"),
+    "no tokenizer": (lambda at: [file.unlink() for file in at.glob("tokenizer*")], "no usable tokenizer"),
+    "an adapter": (lambda at: (at / "adapter_config.json").write_text("{}"), "holds a model and, by its adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_told_before_anything_starts(case: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    damage, message = BROKEN[case]
+    damage(folder)
+    if (folder / INDEX).exists():
+        (folder / WHOLE).unlink()
+    with pytest.raises(ModelError, match=message):
         preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
 
 

@@ -12,7 +12,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -52,6 +52,8 @@ class Located:
     """Changes with the contents."""
     read: Callable[[Path], datasets.Dataset]
     """Reads the rows; the folder given takes temporary files, and must outlive the data set."""
+    size: int | None = None
+    """Bytes of its files; None: on the hub."""
 
 
 def locate(source: Source, role: Role) -> Located:
@@ -71,14 +73,21 @@ def locate(source: Source, role: Role) -> Located:
     return _hub(source, role)
 
 
-def check_files(config: DataConfig, retention: Source | None) -> None:
-    """Raise what `locate` does for sources that are files; data sets on the hub are not looked for."""
+def check_files(config: DataConfig, retention: Source | None) -> int | None:
+    """Raise what `locate` does for sources that are files; data sets on the hub are not looked for.
+
+    Returns:
+        Bytes of all files; None where a source is on the hub.
+    """
     wanted: dict[Role, Source | None] = {
         "train": config.train, "validation": config.validation, "test": config.test, "retention": retention
     }  # fmt: skip
+    sizes: list[int | None] = []
     for role, source in wanted.items():
-        if source is not None and _is_file(source.path):
-            locate(source, role)
+        if source is not None:
+            is_file = source.path.startswith("builtin:") or _is_file(source.path)
+            sizes.append(locate(source, role).size if is_file else None)
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def builtin_test(source: Source) -> Source | None:
@@ -185,7 +194,7 @@ def _builtin(source: Source, role: Role) -> Located:
     if split not in splits:
         raise ConfigError(f"{field}: {source.path} has no split {split!r}; it has {', '.join(splits)}")
     located = _files(str(shelf / name / f"{split}.csv"), field)
-    return Located(field, f"{source.path} ({split})", located.key, located.read)
+    return replace(located, path=f"{source.path} ({split})")
 
 
 def _hub(source: Source, role: Role) -> Located:
@@ -232,13 +241,14 @@ def _files(path: str, field: str) -> Located:
         if len({BUILDERS[kind] for kind in kinds}) > 1:
             raise DataError(f"{field}: {path!r} matches files of several kinds: {', '.join(sorted(kinds))}; narrow it")
         marks = [_content_key(filesystem, p) for p in paths]
+        size = sum(int(filesystem.size(p) or 0) for p in paths)
     except (DataError, ConfigError):
         raise
     except Exception as error:  # each filesystem raises its client's own kinds
         raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
     builder = BUILDERS[kinds.pop()]
     key = hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
-    return Located(field, path, key, lambda scratch: _read(filesystem, paths, builder, scratch, field))
+    return Located(field, path, key, lambda scratch: _read(filesystem, paths, builder, scratch, field), size)
 
 
 def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,7 +1,7 @@
 """What a trial would be refused for later, told before anything starts: before Ray, and before the first step.
 
-Looked at are the data's files and the model's outline, which has no weights. Hub ids are left to the workers, which
-have to fetch them anyway.
+Looked at are the data, where it is read in a moment, and the model's outline, which has no weights. Hub ids are left to
+the workers, which have to fetch them anyway.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 
 from rankloom.config import TrialConfig, dump
 from rankloom.config.method import AdapterConfig, LisaConfig
-from rankloom.data import check_files
+from rankloom.data import check_files, load_data
 from rankloom.errors import ConfigError
-from rankloom.models import decoder_layers, find_target_linears, load_shell
+from rankloom.models import decoder_layers, find_target_linears, load_shell, load_tokenizer
+
+READ_BYTES = 50_000_000
+"""Size up to which data is read before anything starts; it takes seconds."""
 
 
 def preflight(trials: Iterable[TrialConfig]) -> None:
@@ -28,13 +31,17 @@ def preflight(trials: Iterable[TrialConfig]) -> None:
     for trial in trials:
         tree = dump(trial)
         looked_at = repr([tree[key] for key in ("model", "quantization", "data")])
-        if looked_at not in seen:
-            seen.add(looked_at)
-            check_files(trial.data, trial.eval.retention)
+        size = check_files(trial.data, trial.eval.retention) if looked_at not in seen else None
+        if not _is_local(trial.model.id):
+            continue
         method = repr([looked_at, trial.method.type, *_details(trial)])
-        if method not in seen and _is_local(trial.model.id):
-            seen.add(method)
+        if method not in seen:
             _check_method(trial)
+        if looked_at not in seen:
+            tokenizer = load_tokenizer(trial.model)
+            if size is not None and size <= READ_BYTES:  # workers on this machine find it read
+                load_data(trial.data, tokenizer, retention=trial.eval.retention)
+        seen |= {looked_at, method}
 
 
 def _details(trial: TrialConfig) -> list[object]:

@@ -101,11 +101,11 @@ class Encoder:
         blind, ids_of, renamed = self._blind
         named = self._pattern.sub(lambda found: self._alias_of(found[0]), text)
         (encoding,) = blind.encode_batch_fast([self.unmark(named)], add_special_tokens=False)
-        found = [(ids_of.get(token, token), token in renamed) for token in encoding.ids]
-        if taken := {token for token, is_templates in found if not is_templates} & self.special:
+        there = encoding.ids
+        if taken := {ids_of.get(token, token) for token in {*there} - renamed} & self.special:
             word = self._tokenizer.convert_ids_to_tokens(taken.pop())
             raise ValueError(f"the tokenizer takes {word!r} in a text for its special token")
-        return [token for token, _ in found]
+        return [ids_of.get(token, token) for token in there]
 
     def _encode_apart(self, text: str) -> list[int]:
         """For tokenizers in Python: each special token of a text by itself."""

@@ -45,7 +45,7 @@ from rankloom.checkpoints import (
     stored_quantization,
     weight_files,
 )
-from rankloom.config.method import Targets
+from rankloom.config.method import AdapterConfig, Targets
 from rankloom.config.model import Dtype, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.errors import ConfigError, ModelError
 from rankloom.onednn import use_onednn
@@ -493,6 +493,39 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
     if not found:
         raise _idle(targets[0], idle, known)
     return found
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A mixture's experts where they are no layers: by full name the stacks of their matrices, [experts, ., .]."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if "Expert" in type(module).__name__
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def check_experts(model: PreTrainedModel, method: AdapterConfig) -> list[str]:
+    """A note where `all-linear` leaves out experts, and nobody said that it should.
+
+    Raises:
+        ConfigError: the model has none, though they are to be adapted.
+    """
+    experts = find_experts(model)
+    if method.experts and not experts:
+        raise ConfigError(
+            "method.experts: this model has no experts beside its linear layers; leave it out, method.target_modules "
+            "says which of those are adapted"
+        )
+    if not experts or method.experts is not None or method.target_modules != "all-linear":
+        return []
+    share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
+    names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in experts}))
+    return [
+        f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {names}; "
+        f"method.experts=true adapts them too (lora), false leaves them, without this note"
+    ]
 
 
 def _idle(target: str, idle: list[str], known: str) -> ConfigError:

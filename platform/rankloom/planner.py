@@ -49,6 +49,8 @@ class Shape:
     """Of a number that is not quantised."""
     padded: bool = False
     """Whether slots' tokens are padded to those of others: on a GPU."""
+    experts: tuple[tuple[int, int, int], ...] = ()
+    """(experts, in, out) of each stack of their matrices that adapters sit on."""
 
     @property
     def num_weights(self) -> int:
@@ -72,7 +74,14 @@ class Shape:
         return self.padded * PADDED * widest * self.value_bytes
 
     def adapter_numbers(self, rank: int, *, dora: bool) -> int:
-        return sum(rank * (wide + high) + dora * high for wide, high in self.targets)
+        stacks = sum(count * rank * (wide + high) for count, wide, high in self.experts)
+        return sum(rank * (wide + high) + dora * high for wide, high in self.targets) + stacks
+
+    @property
+    def adapted_bytes(self) -> float:
+        """Of experts with what is added to them: kept for the backward pass, and the gradient of one stack in it."""
+        stacks = [count * wide * high for count, wide, high in self.experts]
+        return (sum(stacks) + max(stacks, default=0)) * self.value_bytes
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,8 @@ def run_bytes(shape: Shape, method: Any, batch_tokens: int, *, num_shards: int =
     kept = TRAINED[type(method)](method, shape)
     rank = int(getattr(method, "rank", getattr(method, "initial_rank", 0))) if kept.on_frozen else 0
     tokens = batch_tokens * shape.token_bytes(rank, dora=isinstance(method, DoraConfig))
+    if batch_tokens:  # else it is recomputed layer by layer
+        tokens += shape.adapted_bytes
     lasting = (shape.base_bytes if kept.on_frozen else 0) + FP32 * (kept.weights + kept.moments)
     return lasting / num_shards + max(tokens, FP32 * kept.gradients / num_shards)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from rankloom.config import TrialConfig, parse
@@ -110,6 +111,30 @@ def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path
     cursor = Cursor(data.train.lengths, 16, seed=trial.seed, group_by_length=True)
     tokens = max(16 * int(data.train.lengths[cursor.next()].max()) for _ in range(3))
     assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=400, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    forecasts, peaks = [], []
+    for experts in (False, True):
+        trial = trial_of(tmp_path, method={"experts": experts, "rank": 8}, optim={"batch_size": 1})
+        data = load_data(trial.data, load_tokenizer(trial.model))
+        base = load_base(trial.model, trial.quantization, device=CPU)
+        shape = shape_of(base, data, experts=experts)
+        forecasts.append(run_bytes(shape, trial.method, 32))
+
+        def begin(trial: TrialConfig = trial, data: Any = data, base: Any = base) -> None:
+            loop = TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU))
+            for _ in range(2):
+                loop.step()
+
+        peaks.append(peak_bytes(begin))
+    assert forecasts[1] - forecasts[0] == pytest.approx(peaks[1] - peaks[0], rel=TOLERANCE)
 
 
 def test_what_is_free_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

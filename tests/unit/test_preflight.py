@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from rankloom.checkpoints import INDEX, WHOLE
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
-from rankloom.errors import ConfigError, DataError, ModelError, RankloomError
+from rankloom.data import load_data
+from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RankloomError
 from rankloom.launch import cluster
 from rankloom.launch.evaluation import evaluate
 from rankloom.launch.trainer import fit
@@ -25,6 +26,7 @@ from rankloom.methods import build_method
 from rankloom.methods.base import peft_targets
 from rankloom.models import FUSED_BY_KERNELS, find_target_linears, load_base
 from rankloom.search.study import run
+from rankloom.train.host import TrialHost
 from rankloom.train.preflight import preflight
 
 SIZE = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=1)
@@ -177,13 +179,57 @@ def test_what_peft_refuses_is_known(kind: str) -> None:
             _check_lora_target_modules_mamba(peft.LoraConfig(), model, name)
 
 
-@pytest.mark.parametrize(("targets", "told"), [("all-linear", True), (["q_proj"], False)])
-def test_experts_that_all_linear_leaves_out_are_told(
-    saved: Callable[..., Path], tmp_path: Path, targets: Any, told: bool
+@pytest.fixture
+def mixtral(saved: Callable[..., Path]) -> Path:
+    return saved("Mixtral", intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ({"type": "lora"}, True), ({"type": "dora"}, True), ({"type": "adalora"}, True),
+        ({"type": "lora", "target_modules": ["q_proj"]}, False), ({"type": "dora", "experts": False}, False),
+        ({"type": "lora", "experts": True}, False),
+    ],
+)  # fmt: skip
+def test_experts_that_all_linear_leaves_out_are_told_with_the_choice(
+    mixtral: Path, tmp_path: Path, method: dict[str, Any], told: bool
 ) -> None:
-    folder = saved("Mixtral", intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    base = load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
-    settings = {"type": "lora", "target_modules": targets}
-    method = build_method(parse(TrialConfig, trial_of(folder, tmp_path, name="t", method=settings)), num_steps=10)
-    method.attach(base)
-    assert [("experts" in note and "gate_up_proj" in note) for note in method.notes] == [True] * told
+    base = load_base(ModelConfig(id=str(mixtral)), NoQuantization(), device=torch.device("cpu"))
+    trial = parse(TrialConfig, trial_of(mixtral, tmp_path, name="t", method=method))
+    built = build_method(trial, num_steps=10)
+    built.attach(base)
+    for notes in (built.notes, preflight([trial, trial])):
+        choices = [note for note in notes if "experts" in note and "stay as they are" in note]
+        assert len(choices) == told
+        assert all("gate_up_proj" in note and "method.experts=true" in note for note in choices)
+
+
+def test_a_study_tells_of_experts_before_ray(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ray_started(*_: Any) -> None:
+        raise DataError("Ray was started")
+
+    monkeypatch.setattr(cluster, "connected", ray_started)
+    space = [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]
+    study = {"name": "s", "trial": trial_of(mixtral, tmp_path / "out"), "space": space}
+    events: list[dict[str, Any]] = []
+    with pytest.raises(DataError, match="Ray was started"):
+        run(parse(StudyConfig, study), on_event=events.append)
+    told = [event["message"] for event in events if event["event"] == "warning" and "experts" in event["message"]]
+    assert len(told) == 1
+    assert "method.experts=true" in told[0]
+
+
+def test_experts_that_a_model_has_not_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    trial = parse(TrialConfig, trial_of(tiny_llama, tmp_path, name="t", method={"type": "lora", "experts": True}))
+    with pytest.raises(ConfigError, match=r"method\.experts: this model has no experts"):
+        preflight([trial])
+
+
+def test_a_host_has_no_place_for_experts(mixtral: Path, tmp_path: Path) -> None:
+    trial = parse(TrialConfig, trial_of(mixtral, tmp_path, name="t", method={"type": "lora", "experts": True}))
+    base = load_base(trial.model, trial.quantization, device=torch.device("cpu"))
+    data = load_data(trial.data, base.tokenizer)
+    host = TrialHost(base, data, num_slots=1, max_rank=16, token_budget=4096, with_magnitudes=False)
+    with pytest.raises(IncompatibleError, match=r"method\.experts=true does not fit this host"):
+        host.admit("t", trial)

@@ -116,12 +116,14 @@ def test_what_shares_a_host() -> None:
             {"method": {"type": "dora"}, "optim": {"batch_size": {"choice": [1, 2]}}},
             {"method": {"type": "lora", "init": "pissa"}},
             {"method": {"type": "lisa"}},
+            {"method": {"experts": True}},
         ]
     )
     members = list(config.members())
     assert len({host_key(trial) for trial in members}) == 2
     assert {trial.method.type for trial in members if is_fusable(trial)} == {"lora", "dora"}
     assert not is_fusable(config.resolve({"branch": 2}))
+    assert not is_fusable(config.resolve({"branch": 4}))
     for compute in ({"precision": "fp16"}, {"activation_checkpointing": True}):
         alone = parse(StudyConfig, {"name": "s", "trial": {"compute": compute}, "space": [{"seed": {"choice": [1]}}]})
         assert not is_fusable(alone.baseline)  # what a host would have to leave out is run by itself

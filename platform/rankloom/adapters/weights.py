@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from rankloom.adapters.modules import as_named
 from rankloom.adapters.patterns import by_module
 from rankloom.errors import RegistryError
-from rankloom.models import is_linear
+from rankloom.models import find_experts, is_linear
 from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS, read_config
 
 _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
@@ -33,6 +34,8 @@ _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mo
 
 _INITS = ("gaussian", "orthogonal")
 """How A and B may have begun, which says nothing of what they are."""
+
+SERVE_MERGED = "write base and adapter as one model with `rankloom adapters export --format merged`, and serve that"
 
 _Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT takes some names for regular expressions
 _Rank = Annotated[int, Field(ge=1)]
@@ -49,6 +52,7 @@ class _AdapterConfig(BaseModel):
     lora_alpha: float
     lora_dropout: float = 0.0
     target_modules: Annotated[list[_Name], Field(min_length=1)]
+    target_parameters: list[_Name] | None = None
     rank_pattern: dict[_Name, _Rank] = {}
     alpha_pattern: dict[_Name, float] = {}
     modules_to_save: list[_Name] | None = None
@@ -76,6 +80,7 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     config = _read_config(base_model, folder)
     shapes = _read_shapes(folder)
     _check_modules(base_model, config, folder)
+    _check_parameters(base_model, config, folder)
     _check_ranks(config, shapes, folder)
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
@@ -114,10 +119,15 @@ def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraCo
     Of the tensors, values and types are checked; names and shapes are the caller's to compare.
 
     Raises:
-        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.
+        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit, or adapts experts.
     """
     config = _read_config(base_model, folder)
     _check_modules(base_model, config, folder)
+    if config.target_parameters:
+        raise RegistryError(
+            f"{folder / CONFIG}: target_parameters: it adapts experts ({', '.join(sorted(config.target_parameters))}), "
+            f"which are no layers, and only layers have adapters of many at once: {SERVE_MERGED}"
+        )
     _check_ranks(config, _read_shapes(folder), folder)
     return config, _read_tensors(base_model, folder)
 
@@ -143,7 +153,7 @@ def _read_config(base_model: PreTrainedModel, folder: Path) -> peft.LoraConfig:
         if key not in _IGNORED and value and value != defaults.get(key):
             raise RegistryError(f"{file}: {key}: {value!r:.80} is not allowed; only plain LoRA and DoRA are loaded")
     settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
-    names = [name for name, _ in base_model.named_modules()]
+    names = [*(name for name, _ in base_model.named_modules()), *find_experts(base_model)]
     for pattern in ("rank_pattern", "alpha_pattern"):
         settings[pattern] = by_module(settings[pattern], names)
     # every value comes from the file, so none is drawn
@@ -168,11 +178,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
     """Refuse what PEFT would find out half-way, with a part of the base already wrapped."""
     modules = dict(base_model.named_modules())
-    ends: dict[str, list[str]] = {}
-    for name in modules:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ends.setdefault(".".join(parts[start:]), []).append(name)
+    ends = _by_ending(modules)
     for target in config.target_modules:
         if target not in ends:
             raise RegistryError(f"{folder / CONFIG}: target_modules: the base has no module {target!r}")
@@ -186,6 +192,29 @@ def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder:
     for target in config.modules_to_save or []:
         if not any(name.endswith(target) for name in modules):
             raise RegistryError(f"{folder / CONFIG}: modules_to_save: the base has no module {target!r}")
+
+
+def _check_parameters(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
+    """The same for experts, the only parameters beside layers that an adapter may be on."""
+    if not config.target_parameters:
+        return
+    experts, ends = find_experts(base_model), _by_ending(name for name, _ in base_model.named_parameters())
+    for target in config.target_parameters:
+        if not ends.get(target) or not all(name in experts for name in ends[target]):
+            raise RegistryError(f"{folder / CONFIG}: target_parameters: {target!r} means no experts of the base")
+    for key in ("use_dora", "lora_bias", "lora_dropout", "fan_in_fan_out"):
+        if getattr(config, key):
+            raise RegistryError(f"{folder / CONFIG}: {key}: can't be combined with target_parameters")
+
+
+def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+    """Full names by each part that they end with."""
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ends.setdefault(".".join(parts[start:]), []).append(name)
+    return ends
 
 
 def _check_ranks(config: peft.LoraConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -36,6 +36,9 @@ class AdapterConfig(Frozen):
     """Dropout on the adapter's input."""
     target_modules: Targets = "all-linear"
     """`all-linear` (every linear layer but the head), a list of names, or a regular expression."""
+    experts: bool | None = None
+    """Of a mixture-of-experts model, whose experts are stacks of matrices and no layers. true: adapt them too (lora, in
+    a run of its own); false: leave them as they are; null: leave them, and say so."""
 
 
 class LoraConfig(AdapterConfig):

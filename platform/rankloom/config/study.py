@@ -307,6 +307,8 @@ def is_fusable(trial: TrialConfig) -> bool:
     method = trial.method
     # pissa, olora and orthogonal begin from a decomposition, and the first two rewrite the shared base
     plain = getattr(method, "init", "default") in ("default", "gaussian")
+    # nor has a bank places for experts, which are no layers
+    plain = plain and not getattr(method, "experts", None)
     # a scaler of gradients and recomputed activations would have to be each member's own
     shared = trial.compute.precision != "fp16" and not trial.compute.activation_checkpointing
     return COMPATIBLE[method.type].fusable and plain and shared and trial.quantization.type != "int8"

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from rankloom.config.base import Frozen
 from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.data import AnySource, DataConfig
-from rankloom.config.method import GaLoreConfig, LoraConfig, Method
+from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
 from rankloom.config.model import Dtype, ModelConfig, NoQuantization, Quantization
 from rankloom.errors import ConfigError, IncompatibleError
 
@@ -190,6 +190,18 @@ def conflicts(trial: TrialConfig) -> list[str]:
         )
     if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and method.rslora:
         found.append(f"method.init={method.init} doubles the rank on export, which rslora's scaling does not survive")
+    if isinstance(method, AdapterConfig) and method.experts:
+        init = getattr(method, "init", "default")
+        for setting, sound, allowed in (
+            (f"method.type={method.type}", method.type == "lora", "lora"),
+            (f"method.dropout={method.dropout:g}", method.dropout == 0, "0"),
+            (f"method.init={init}", init in ("default", "gaussian"), "default, gaussian"),
+        ):
+            if not sound:
+                found.append(
+                    f"method.experts=true: PEFT can't adapt experts, which are no layers, with {setting} (allowed: "
+                    f"{allowed}); change it, or set method.experts=false"
+                )
     if isinstance(method, GaLoreConfig) and method.layerwise:
         for setting, sound in (
             ("optim.accumulation", optim.accumulation == 1),

@@ -17,8 +17,8 @@ from rankloom.adapters.extract import adalora_to_lora
 from rankloom.adapters.modules import as_named
 from rankloom.config.method import AdaLoraConfig
 from rankloom.errors import ConfigError
-from rankloom.methods.base import Method, State, experts_left_out, has_conv1d, peft_targets
-from rankloom.models import Base
+from rankloom.methods.base import Method, State, has_conv1d, peft_targets
+from rankloom.models import Base, check_experts
 
 
 class AdaLora(Method[AdaLoraConfig]):
@@ -48,7 +48,7 @@ class AdaLora(Method[AdaLoraConfig]):
             target_modules=peft_targets(base, config),
             fan_in_fan_out=has_conv1d(base),
         )
-        self.notes += experts_left_out(base, config)
+        self.notes += check_experts(base.model, config)
         with as_named():
             model = peft.get_peft_model(base.model, adalora)
         adalora.base_model_name_or_path = base.id

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankloom.config.method import AdapterConfig, FullRankConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.models import Base, find_target_linears
+from rankloom.models import Base, find_experts, find_target_linears
 
 ConfigT = TypeVar("ConfigT", bound=AdapterConfig | FullRankConfig)
 State = dict[str, Any]
@@ -111,13 +111,12 @@ def peft_targets(base: Base, config: AdapterConfig) -> list[str]:
     return short if sorted(matched) == sorted(full) else full
 
 
-def experts_left_out(base: Base, config: AdapterConfig) -> list[str]:
-    """A note where `all-linear` leaves out a mixture's experts, which are parameters of three dimensions, no layers."""
-    experts = {name: p.numel() for name, p in base.model.named_parameters() if p.dim() == 3 and ".experts." in name}
-    if not experts or config.target_modules != "all-linear":
-        return []
-    share = sum(experts.values()) / sum(p.numel() for p in base.model.parameters())
-    return [f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {endings(experts)}"]
+def peft_parameters(base: Base) -> list[str]:
+    """The experts in PEFT's spelling: last names (`experts.down_proj`) where these mean the same, else full names."""
+    full = list(find_experts(base.model))
+    short = sorted({".".join(name.split(".")[-2:]) for name in full})
+    matched = [name for name, _ in base.model.named_parameters() if name.endswith(tuple(f".{each}" for each in short))]
+    return short if sorted(matched) == sorted(full) else full
 
 
 def has_conv1d(base: Base) -> bool:

@@ -19,9 +19,9 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.config.method import GaLoreConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.methods.base import State, adam_settings, decay_groups
+from rankloom.methods.base import State, adam_settings, decay_groups, endings
 from rankloom.methods.full import BaseTraining
-from rankloom.models import Base, find_target_linears
+from rankloom.models import Base, find_experts, find_target_linears
 
 
 class Projector(GaLoreProjector):  # type: ignore[misc]
@@ -82,6 +82,8 @@ class GaLore(BaseTraining[GaLoreConfig]):
         model = super().attach(base)
         modules = dict(base.model.named_modules())
         self._projected = [modules[name].weight for name in find_target_linears(base.model, "all-linear")]
+        if experts := find_experts(base.model):
+            self.notes.append(f"the experts are no linear layers and train without a projection: {endings(experts)}")
         return model
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:

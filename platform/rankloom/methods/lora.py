@@ -17,11 +17,12 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.adapters.lora_delta import save_without_base_change
 from rankloom.adapters.modules import as_named
+from rankloom.adapters.weights import SERVE_MERGED
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError
-from rankloom.methods.base import Method, adam_settings, experts_left_out, has_conv1d, peft_targets
-from rankloom.models import Base
+from rankloom.methods.base import Method, adam_settings, has_conv1d, peft_parameters, peft_targets
+from rankloom.models import Base, check_experts
 
 INIT: dict[str, Any] = {
     "default": True,
@@ -43,6 +44,9 @@ class Lora(Method[LoraConfig | DoraConfig]):
             raise IncompatibleError(
                 f"method.init=olora: PEFT has none for the Conv1D layers of {base.id}; use default, pissa or gaussian"
             )
+        self.notes += check_experts(base.model, config)
+        if config.experts:
+            self.notes.append(f"adapters on experts are not served beside others: {SERVE_MERGED}")
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -52,9 +56,9 @@ class Lora(Method[LoraConfig | DoraConfig]):
             use_dora=self.use_dora,
             init_lora_weights=INIT[config.init],
             target_modules=peft_targets(base, config),
+            target_parameters=peft_parameters(base) if config.experts else None,
             fan_in_fan_out=has_conv1d(base),
         )
-        self.notes += experts_left_out(base, config)
         with as_named():
             model = peft.get_peft_model(base.model, lora)
         lora.base_model_name_or_path = base.id

@@ -65,10 +65,13 @@ def run(
     """
     study = resolved(study)
     folder = study_folder(study)
+    notes: list[str] = []
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.train.preflight import preflight
 
-        preflight(study.members())
+        notes = preflight(study.members())
+    for note in notes:
+        on_event({"event": "warning", "message": note})
     with hold(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), resume=resume)

@@ -227,6 +227,7 @@ class TrialHost:
         quantization, held = trial.quantization.type, self.base.quantization
         for setting, sound, allowed in (
             (f"method.init={method.init}", method.init in ("default", "gaussian"), "default or gaussian"),
+            ("method.experts=true", not method.experts, "false (a run of its own adapts them)"),
             (f"method.rank={method.rank}", method.rank <= self.max_rank, f"at most the bank's {self.max_rank}"),
             (f"method.type={method.type}", self.with_magnitudes or method.type == "lora", "lora (no magnitudes here)"),
             (f"model.id={trial.model.id}", trial.model.id == self.base.id, self.base.id),

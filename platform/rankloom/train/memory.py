@@ -11,7 +11,7 @@ import torch
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
 from rankloom.device import free_cuda_bytes
-from rankloom.models import Base, decoder_layers, find_target_linears, in_out
+from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, in_out
 from rankloom.planner import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
@@ -44,8 +44,8 @@ def free_bytes(device: torch.device) -> float | None:
     return free
 
 
-def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Shape:
-    """A loaded base as the planner sees it."""
+def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
+    """A loaded base as the planner sees it. `experts`: whether adapters sit on these too."""
     modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
     linears = {name: in_out(modules[name]) for name in find_target_linears(base.model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
@@ -62,4 +62,5 @@ def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear") -> Sha
         quantization=base.quantization,
         value_bytes=base.model.get_input_embeddings().weight.element_size(),
         padded=base.device.type != "cpu",
+        experts=tuple((len(p), p.shape[1], p.shape[2]) for p in find_experts(base.model).values()) if experts else (),
     )

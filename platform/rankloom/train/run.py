@@ -119,7 +119,8 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
     free = free_bytes(session.device)
     if free is None:
         return
-    shape = shape_of(base, data, getattr(trial.method, "target_modules", "all-linear"))
+    targets = getattr(trial.method, "target_modules", "all-linear")
+    shape = shape_of(base, data, targets, experts=bool(getattr(trial.method, "experts", None)))
     rows = -(-trial.optim.batch_size // (trial.optim.accumulation * session.world_size))
     tokens = 0 if trial.compute.activation_checkpointing else rows * int(data.train.lengths.min())
     shards = session.world_size if COMPATIBLE[trial.method.type].parallel == "fsdp" else 1

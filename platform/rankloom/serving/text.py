@@ -102,6 +102,8 @@ class TextStream:
         self._ids = [token for token in prompt[-CONTEXT:] if not decoder.is_special(token)]
         self._start, self._done = 0, len(self._ids)
         """Tokens from `_start` are decoded together; the text of those up to `_done` is certain."""
+        self._before = decoder.text(self._ids)
+        """The text from `_start` to `_done`."""
         self._state, self._held = 0, ""
         self.grown = ""
         """What the tokens since the last whole character add."""
@@ -113,13 +115,12 @@ class TextStream:
     @property
     def at_start(self) -> bool:
         """Whether nothing stands before the next token."""
-        return not self._decoder.text(self._ids[self._start :])
+        return self.is_whole and not self._before
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain with these tokens."""
         self._ids += [token for token in tokens if not self._decoder.is_special(token)]
-        before = self._decoder.text(self._ids[self._start : self._done])
-        self.grown = self._decoder.text(self._ids[self._start :])[len(before) :]
+        self.grown = self._decoder.text(self._ids[self._start :])[len(self._before) :]
         self.is_whole = not self.grown.endswith(UNFINISHED)
         return self._settled() if self.is_whole else ""
 
@@ -133,6 +134,7 @@ class TextStream:
     def _settled(self) -> str:
         if self._done < len(self._ids):
             self._start, self._done = self._done, len(self._ids)
+            self._before = self._decoder.text(self._ids[self._start :])
         return self._certain(self.grown)
 
     def _certain(self, new: str) -> str:

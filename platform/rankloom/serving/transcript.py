@@ -101,10 +101,13 @@ class Transcript:
             spans = list(pairwise(bounds))
             pieces = [grown[a:b].encode() for a, b in spans]
         for (each, at_start, _), piece, (start, end) in zip(self._open, pieces, spans, strict=True):
-            top = tuple(self._likelihood(t, p, self._piece(t, at_start)) for t, p in each.top)
             assert each.logprob is not None
+            top = tuple(
+                self._likelihood(token, logprob, piece if token == each.token else self._piece(token, at_start))
+                for token, logprob in each.top
+            )
             entry = TokenLogprobs(self._likelihood(each.token, each.logprob, piece), top)
-            self._placed.append((self._length + start, self._length + end, _with_piece(entry, piece)))
+            self._placed.append((self._length + start, self._length + end, entry))
         self._length += len(grown)
         self._open = []
 

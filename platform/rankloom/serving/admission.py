@@ -10,7 +10,8 @@ from rankloom.registry.store import parse_ref
 from rankloom.serving.protocol import Request
 
 AT_LEAST = 16
-"""Requests that one tenant may have at once in any engine: the completions of one of a client's, as the limits are."""
+"""Requests that one tenant may have where there is room: what one of a client's makes, unless `limits.completions` is
+set."""
 STOPPING = "the engine is stopping; try another replica"
 
 
@@ -28,7 +29,7 @@ class Admission:
         """It is under way while this lasts.
 
         Raises:
-            RequestError: it can't be served here. OverloadedError: nor can any other now.
+            RequestError: it can't be served here. OverloadedError: nor can any other now, or none of its tenant's.
         """
         self.refuse_if_stopping()
         if len(self.open) >= self.limit:

@@ -72,9 +72,11 @@ def _check_parts(body: bytes) -> None:
         outside = b"".join(unescaped.split(b'"')[::2])
         parts += outside.count(b"[") + outside.count(b"{")
         if outside.count(b",") >= MOST_VALUES:
-            raise WireError(400, f"The body has more than {MOST_VALUES} values.")
+            raise WireError(400, f"The body has more than {MOST_VALUES} values; ask in several requests.")
     if parts > MOST_PARTS:
-        raise WireError(400, f"The body has more than {MOST_PARTS} keys, texts, lists and objects.")
+        raise WireError(
+            400, f"The body has more than {MOST_PARTS} keys, texts, lists and objects; ask in several requests."
+        )
 
 
 def _told(kind: type[BaseModel], detail: ErrorDetails) -> WireError:

@@ -265,19 +265,19 @@ class Gateway:
     async def _time_sides(self, route: str, stable: Target, candidate: Target) -> None:
         """Give both sides of a canary the same work, one after the other, and compare."""
         self._timing.add(route)
-        sides, took = (stable, candidate), list[float | None]()
-        begun = now = time.monotonic()
+        sides, begun, stable_took_s = (stable, candidate), time.monotonic(), float("inf")
         try:
-            for target in sides:
-                took.append(await token_seconds(await self._unasked(target, pace_work(), "pace")))
-                now = time.monotonic() if target is stable else now
-            self._moved(self._canaries.timed(route, sides, took))
+            stable_s = await token_seconds(await self._unasked(stable, pace_work(), "pace"))
+            stable_took_s = time.monotonic() - begun
+            candidate_s = await token_seconds(await self._unasked(candidate, pace_work(), "pace"))
         except Exception as error:
             logger.info(_line("canary: not timed", None, route=route, error=type(error).__name__))
-            # what the stable version has just done, the candidate can't; its refusals show in its requests
-            is_busy = isinstance(error, TimeoutError) and now - begun > self.config.limits.timeout_s / 4
-            if took and not is_busy and not isinstance(error, (*_REFUSED, OverloadedError, ReplicaLostError)):
+            # what the stable version has just done, and soon, the candidate can't; its refusals show in its requests
+            is_soon = stable_took_s < self.config.limits.timeout_s / 4
+            if is_soon and not isinstance(error, (*_REFUSED, OverloadedError, ReplicaLostError)):
                 self._moved(self._canaries.failed(route, sides))
+        else:
+            self._moved(self._canaries.timed(route, sides, (stable_s, candidate_s)))
         finally:
             self._timing.discard(route)
 

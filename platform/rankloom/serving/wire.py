@@ -221,12 +221,10 @@ _AS_THEY_ARE = (
     "temperature", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
 )  # fmt: skip
 """What a request and an engine call alike."""
-Stop = Annotated[Text, Field(max_length=256)]
-Stops = Annotated[list[Annotated[Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _short(4096)]
-
-
-StopOrStops = Annotated[
-    Annotated[Stop, Tag(TEXT)] | Annotated[Stops, Tag(LIST)], _either("expected a text or a list of texts")
+_Stop = Annotated[Text, Field(max_length=256)]
+_StopList = Annotated[list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _short(4096)]
+_StopOrList = Annotated[
+    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], _either("expected a text or a list of texts")
 ]
 
 
@@ -253,7 +251,7 @@ class _Common(_AnywaySo):
     """Not OpenAI's."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Any whole number of 64 bits, also one below 0."""
-    stop: StopOrStops | None = None
+    stop: _StopOrList | None = None
     structured_outputs: StructuredOutputs | None = None
     """Not OpenAI's: the completion is one of the texts in `choice`."""
     ignore_eos: bool | None = None

@@ -121,6 +121,18 @@ def test_a_records_text_is_not_obeyed(
     assert row.replace(r"\|", "").count("|") == 4
 
 
+def test_a_damaged_records_text_is_not_obeyed(registry: Registry, capfd: pytest.CaptureFixture[str]) -> None:
+    file = Path(registry.root) / "bank" / "1" / "record.json"
+    record = json.loads(file.read_text())
+    record["versions"]["odd\x1b]0;owned\x07\u202e"] = "1"
+    file.write_text(json.dumps(record))
+    command = [sys.executable, "-m", "rankloom.cli", "adapters", "list", "--registry", registry.root]
+    subprocess.run(command, check=True)
+    shown = capfd.readouterr().err
+    assert r"versions.odd\x1b]0;owned\x07\u202e: Extra inputs" in shown
+    assert not set(shown) & {"\x1b", "\x07", "\u202e"}
+
+
 def test_an_error_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["adapters", "show", "bank", "--registry", "nowhere\x1b[2J"])

@@ -60,8 +60,15 @@ def _options(
     pass
 
 
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if logging.lastResort is not None:  # it shows warnings, which may quote a record
+        logging.lastResort.setFormatter(_Printable())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it tells of kernels that one could install
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")

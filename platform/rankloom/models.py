@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
@@ -203,7 +204,7 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     )
 
 
-def load_shell(config: ModelConfig, quantization: Quantization, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedModel:
     """The model alone, without weights, on the meta device; what `load_base` would refuse by config.json is refused.
 
     Raises:
@@ -211,7 +212,7 @@ def load_shell(config: ModelConfig, quantization: Quantization, *, dtype: torch.
     """
     folder = local_folder(config)
     shape = _shape(folder, config.id)
-    read_as(shape, quantization, dtype, config.id)
+    read_as(shape, quantization, torch.float32, config.id)
     check_codes(folder, shape, config.id)
     found = [file.name for file in weight_files(folder)]
     if WHOLE not in found and not (folder / INDEX).is_file():
@@ -219,7 +220,7 @@ def load_shell(config: ModelConfig, quantization: Quantization, *, dtype: torch.
             f"model.id: {config.id!r} holds {', '.join(found)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
             f"fetch the index, or rename the file if it is the whole model"
         )
-    return _on_meta(folder, config.id, shape, dtype)
+    return _on_meta(folder, config.id, shape, torch.float32)
 
 
 def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -462,37 +463,45 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
     """
     head = model.get_output_embeddings()
     left_out = bypassed(model)
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not head and name not in left_out
-    ]
-    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head and name not in left_out]
     if targets == "all-linear":
         return linears
-    if isinstance(targets, str):
-        try:
-            found = [name for name in linears if re.fullmatch(targets, name)]
-            idle = sorted(name for name in left_out if re.fullmatch(targets, name))
-        except re.error as error:
-            raise ConfigError(f"method.target_modules: {targets!r} is no regular expression: {error}") from None
-        if not found and not idle:
+    patterns = [targets] if isinstance(targets, str) else targets
+    meant = _matches if isinstance(targets, str) else _ends_with
+    for pattern in patterns:
+        if any(meant(name, pattern) for name in linears):
+            continue
+        if idle := sorted(name for name in left_out if meant(name, pattern)):
             raise ConfigError(
-                f"method.target_modules: the pattern {targets!r} matches none of the model's linear layers; it must "
+                f"method.target_modules: {pattern!r} means {idle[0]}, where an adapter does nothing: no text goes "
+                f"through it, or the model reads its weight without calling it; this model can be adapted at "
+                f"{endings(linears)}"
+            )
+        if isinstance(targets, str):
+            raise ConfigError(
+                f"method.target_modules: the pattern {pattern!r} matches none of the model's linear layers; it must "
                 f"match a whole name such as {linears[0]!r}"
             )
-        targets = [targets]
-    else:
-        found = [name for name in linears if any(_ends_with(name, t) for t in targets)]
-        idle = sorted(name for name in left_out if any(_ends_with(name, t) for t in targets))
-        for target in targets:
-            if not any(_ends_with(name, target) for name in (*found, *idle)):
-                raise ConfigError(f"method.target_modules: {target!r} is no linear layer of this model; it has {known}")
-            if not any(_ends_with(name, target) for name in found):
-                raise _idle(target, [name for name in idle if _ends_with(name, target)], known)
-    if not found:
-        raise _idle(targets[0], idle, known)
-    return found
+        raise ConfigError(
+            f"method.target_modules: {pattern!r} is no linear layer of this model; it has {endings(linears)}"
+        )
+    return [name for name in linears if any(meant(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(f"method.target_modules: {pattern!r} is no regular expression: {error}") from None
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def endings(names: Iterable[str]) -> str:
+    """Full names as a reader wants them: each last name once."""
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -521,18 +530,10 @@ def check_experts(model: PreTrainedModel, method: AdapterConfig) -> list[str]:
     if not experts or method.experts is not None or method.target_modules != "all-linear":
         return []
     share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
-    names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in experts}))
     return [
-        f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {names}; "
+        f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {endings(experts)}; "
         f"method.experts=true adapts them too (lora), false leaves them, without this note"
     ]
-
-
-def _idle(target: str, idle: list[str], known: str) -> ConfigError:
-    return ConfigError(
-        f"method.target_modules: {target!r} means {idle[0]}, where an adapter does nothing: no text goes through it, "
-        f"or the model reads its weight without calling it; this model can be adapted at {known}"
-    )
 
 
 def bypassed(model: PreTrainedModel) -> frozenset[str]:
@@ -586,7 +587,3 @@ def _try_linears(model: PreTrainedModel) -> dict[str, bool]:
 def _alike(name: str) -> str:
     """A layer's name without the numbers of its block and expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

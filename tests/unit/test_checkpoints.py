@@ -140,7 +140,7 @@ def test_codes_have_their_scales(fp8: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     del tensors[f"{name}_scale_inv"]
     folder = copied(fp8, tmp_path / "copy", {}, tensors)
-    for look in (load, lambda at: load_shell(ModelConfig(id=str(at)), NoQuantization(), dtype=torch.float32)):
+    for look in (load, lambda at: load_shell(ModelConfig(id=str(at)), NoQuantization())):
         with pytest.raises(ModelError, match=rf"1 weight\(s\) in FP8 have no scales .*{name}_scale_inv is missing"):
             look(folder)
 

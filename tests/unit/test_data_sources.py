@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import fsspec
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from rankloom.config.data import Source
-from rankloom.data.sources import builtin_test, locate, pick_columns
-from rankloom.errors import ConfigError, DataError
+from rankloom.config.data import DataConfig, Source
+from rankloom.data.sources import check_sources, locate, pick_columns, sources_of
+from rankloom.errors import ConfigError, DataError, RankloomError
 
 ROWS = [{"text": "hello", "label": "a"}, {"text": "bye, now", "label": "b"}]
 CSV = 'text,label\nhello,a\n"bye, now",b\n'
@@ -73,6 +75,52 @@ def test_remote_files(tmp_path: Path) -> None:
     assert key != locate(Source(path=url), "train").key
     with pytest.raises(DataError, match=r"no file 'memory://sources/row.csv'; did you mean 'rows.csv'"):
         locate(Source(path="memory://sources/row.csv"), "train")
+
+
+class Unmarked(MemoryFileSystem):
+    """A filesystem that marks no change, so that a key takes all contents."""
+
+    protocol = "unmarked"
+    store: ClassVar[dict[str, Any]] = {}
+    num_opened = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("unmarked://").strip("/")
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path)
+        return {key: found[key] for key in ("name", "size", "type")}
+
+    def _open(self, *given: Any, **options: Any) -> Any:
+        Unmarked.num_opened += 1
+        return super()._open(*given, **options)
+
+
+def test_a_check_reads_no_contents() -> None:
+    fsspec.register_implementation("unmarked", Unmarked)
+    Unmarked().pipe("/rows.csv", CSV.encode())
+    Unmarked.num_opened = 0
+    train = Source(path="unmarked://rows.csv")
+    check_sources(DataConfig(train=train), None)
+    assert Unmarked.num_opened == 0
+    assert len(locate(train, "train").key) == 64
+    assert Unmarked.num_opened == 1
+    for config, retention, message in (
+        (DataConfig(train=Source(path="builtin:nothing")), None, "data.train: unknown"),
+        (DataConfig(train=train), Source(path="unmarked://row.csv"), "eval.retention: no file"),
+    ):
+        with pytest.raises(RankloomError, match=message):
+            check_sources(config, retention)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    file = write("csv", tmp_path / "x.csv")
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("this user may read all files")
+    with pytest.raises(DataError, match="can't be read: PermissionError"):
+        locate(Source(path=str(file)), "train")
 
 
 def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +199,9 @@ def test_builtin(tmp_path: Path) -> None:
     rows = read("builtin:bank-intents", tmp_path)
     assert len(rows) > 100
     assert set(rows[0]) == {"text", "label"}
-    test = builtin_test(Source(path="builtin:bank-intents"))
-    assert test is not None
+    test = sources_of(DataConfig(train=Source(path="builtin:bank-intents")), None)["test"]
     assert locate(test, "test").key == locate(Source(path="builtin:bank-intents"), "test").key
-    assert builtin_test(Source(path="x.csv")) is None
+    assert sources_of(DataConfig(train=Source(path="x.csv")), None).keys() == {"train"}
     for source, role, message in (
         (Source(path="builtin:bank-intent"), "train", "did you mean 'bank-intents'.*allowed: builtin:bank-intents"),
         (Source(path="builtin:bank-intents"), "validation", "no split 'validation'; it has test, train"),

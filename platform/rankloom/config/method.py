@@ -130,6 +130,11 @@ class LisaConfig(FullRankConfig):
     interval: Annotated[int, Field(ge=1)] = 20
     """Steps between two draws."""
 
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ConfigError where a model has too few layers."""
+        if self.num_layers > num_layers:
+            raise ConfigError(f"method.num_layers: {self.num_layers} is more than the model's {num_layers} layers")
+
 
 def _lora_unless_said(value: Any) -> Any:
     """`method.rank=8` on a config without a method means LoRA's, since LoRA is the default."""

@@ -10,7 +10,7 @@ from rankloom.data.check import DataReport, SplitReport
 from rankloom.data.load import TaskData, load_data
 from rankloom.data.render import Row
 from rankloom.data.rows import Rows
-from rankloom.data.sources import check_files
+from rankloom.data.sources import check_sources
 
 __all__ = [
     "Batch",
@@ -20,7 +20,7 @@ __all__ = [
     "Rows",
     "SplitReport",
     "TaskData",
-    "check_files",
+    "check_sources",
     "collate",
     "load_data",
 ]

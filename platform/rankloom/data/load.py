@@ -31,10 +31,10 @@ from rankloom.data.sources import (
     FIELDS,
     Located,
     Role,
-    builtin_test,
     explain,
     locate,
     pick_columns,
+    sources_of,
     unread_columns,
 )
 from rankloom.data.split import split_off
@@ -86,14 +86,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retenti
         DataError: a source is missing, malformed or would train nothing.
         ConfigError: the settings contradict each other.
     """
-    wanted: dict[Role, Source | None] = {
-        "train": config.train,
-        "validation": config.validation,
-        "test": config.test or builtin_test(config.train),
-        "retention": retention,
-    }
     with _quiet():
-        located = {role: locate(source, role) for role, source in wanted.items() if source is not None}
+        located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
         key = _key(config, tokenizer, located)
         folder = cache_dir() / "tokens" / key
         if found := _open(folder):

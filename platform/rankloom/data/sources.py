@@ -1,6 +1,6 @@
 """Where rows come from: the built-in set, the hub, or files on any fsspec filesystem.
 
-`locate` finds a source and names its contents by a key without reading a row; `Located.read` reads it through the
+`locate` finds a source; `Located.key` names its contents without reading a row, `Located.read` reads it through the
 `datasets` builders; `pick_columns` settles the format and renames. Rendering begins in render.py.
 """
 
@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -48,12 +49,16 @@ class Located:
     field: str
     """The setting that named it."""
     path: str
-    key: str
-    """Changes with the contents."""
+    make_key: Callable[[], str]
     read: Callable[[Path], datasets.Dataset]
     """Reads the rows; the folder given takes temporary files, and must outlive the data set."""
     size: int | None = None
     """Bytes of its files; None: on the hub."""
+
+    @cached_property
+    def key(self) -> str:
+        """Changes with the contents: files are read for it. Raises DataError where they can't be."""
+        return self.make_key()
 
 
 def locate(source: Source, role: Role) -> Located:
@@ -73,27 +78,28 @@ def locate(source: Source, role: Role) -> Located:
     return _hub(source, role)
 
 
-def check_files(config: DataConfig, retention: Source | None) -> int | None:
-    """Raise what `locate` does for sources that are files; data sets on the hub are not looked for.
+def check_sources(config: DataConfig, retention: Source | None) -> int | None:
+    """Raise what `locate` does for sources that are files or built in; data sets on the hub are not looked for.
 
     Returns:
-        Bytes of all files; None where a source is on the hub.
+        Bytes of all files, which are not read; None where a source is on the hub.
     """
-    wanted: dict[Role, Source | None] = {
-        "train": config.train, "validation": config.validation, "test": config.test, "retention": retention
-    }  # fmt: skip
-    sizes: list[int | None] = []
-    for role, source in wanted.items():
-        if source is not None:
-            is_file = source.path.startswith("builtin:") or _is_file(source.path)
-            sizes.append(locate(source, role).size if is_file else None)
+    sizes = [
+        locate(source, role).size if source.path.startswith("builtin:") or _is_file(source.path) else None
+        for role, source in sources_of(config, retention).items()
+    ]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def builtin_test(source: Source) -> Source | None:
-    """The held-out rows of a built-in data set that is trained on as a whole."""
-    is_builtin = source.path.startswith("builtin:") and source.split in (None, "train")
-    return Source(path=source.path, split="test") if is_builtin else None
+def sources_of(config: DataConfig, retention: Source | None) -> dict[Role, Source]:
+    """All that are given; a built-in data set that is trained on as a whole has its own test rows."""
+    test = config.test
+    if test is None and config.train.path.startswith("builtin:") and config.train.split in (None, "train"):
+        test = Source(path=config.train.path, split="test")
+    given: dict[Role, Source | None] = {
+        "train": config.train, "validation": config.validation, "test": test, "retention": retention
+    }  # fmt: skip
+    return {role: source for role, source in given.items() if source is not None}
 
 
 def pick_columns(
@@ -212,7 +218,7 @@ def _hub(source: Source, role: Role) -> Located:
             f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
         ) from None
     key = f"hub:{dataset._fingerprint}"  # follows the commit, configuration and split
-    return Located(field, source.path, key, lambda _: dataset)
+    return Located(field, source.path, lambda: key, lambda _: dataset)
 
 
 def _is_file(path: str) -> bool:
@@ -240,15 +246,24 @@ def _files(path: str, field: str) -> Located:
             )
         if len({BUILDERS[kind] for kind in kinds}) > 1:
             raise DataError(f"{field}: {path!r} matches files of several kinds: {', '.join(sorted(kinds))}; narrow it")
-        marks = [_content_key(filesystem, p) for p in paths]
         size = sum(int(filesystem.size(p) or 0) for p in paths)
+        if isinstance(filesystem, LocalFileSystem):
+            for each in paths:
+                Path(each).open("rb").close()  # whether it may be read is told at once
     except (DataError, ConfigError):
         raise
     except Exception as error:  # each filesystem raises its client's own kinds
         raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
     builder = BUILDERS[kinds.pop()]
-    key = hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
-    return Located(field, path, key, lambda scratch: _read(filesystem, paths, builder, scratch, field), size)
+
+    def make_key() -> str:
+        try:
+            marks = [_content_key(filesystem, p) for p in paths]
+        except Exception as error:  # as above
+            raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
+        return hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
+
+    return Located(field, path, make_key, lambda scratch: _read(filesystem, paths, builder, scratch, field), size)
 
 
 def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -7,7 +7,6 @@ optimiser step and never asks which method it is. Read `lora.py` for the smalles
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -82,11 +81,6 @@ class Method(ABC, Generic[ConfigT]):
     def load_optimizer_state(self, optimizer: Optimizer, state: State) -> None:
         """The inverse of `optimizer_state`."""
         optimizer.load_state_dict(state)
-
-
-def endings(names: Iterable[str]) -> str:
-    """Full names as a reader wants them: each last name once."""
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def adam_settings(optim: OptimConfig) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rankloom.adapters.extract import cannot_be_carried, extract_adapter
 from rankloom.config.method import FullConfig, FullRankConfig
-from rankloom.methods.base import Method, endings
-from rankloom.models import Base
+from rankloom.methods.base import Method
+from rankloom.models import Base, endings
 
 FullRankT = TypeVar("FullRankT", bound=FullRankConfig)
 

@@ -19,9 +19,9 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.config.method import GaLoreConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.methods.base import State, adam_settings, decay_groups, endings
+from rankloom.methods.base import State, adam_settings, decay_groups
 from rankloom.methods.full import BaseTraining
-from rankloom.models import Base, find_experts, find_target_linears
+from rankloom.models import Base, endings, find_experts, find_target_linears
 
 
 class Projector(GaLoreProjector):  # type: ignore[misc]

@@ -13,7 +13,6 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.config.method import LisaConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.errors import ConfigError
 from rankloom.methods.base import adam_settings, decay_groups
 from rankloom.methods.full import BaseTraining
 from rankloom.models import Base, decoder_layers
@@ -24,10 +23,7 @@ class Lisa(BaseTraining[LisaConfig]):
 
     def attach(self, base: Base) -> nn.Module:
         self._layers = decoder_layers(base.model)
-        if self.config.num_layers > len(self._layers):
-            raise ConfigError(
-                f"method.num_layers: {self.config.num_layers} is more than the model's {len(self._layers)} layers"
-            )
+        self.config.check_depth(len(self._layers))
         super().attach(base)
         base.model.requires_grad_(False)
         base.model.get_input_embeddings().requires_grad_(True)

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
-from rankloom.config import TrialConfig, dump
+from rankloom.config import TrialConfig
 from rankloom.config.method import AdapterConfig, LisaConfig
-from rankloom.data import check_files, load_data
-from rankloom.errors import ConfigError
+from rankloom.data import check_sources, load_data
 from rankloom.models import check_experts, decoder_layers, find_target_linears, load_shell, load_tokenizer
 
 READ_BYTES = 50_000_000
@@ -22,7 +19,7 @@ READ_BYTES = 50_000_000
 
 
 def preflight(trials: Iterable[TrialConfig]) -> list[str]:
-    """Refuse what is known to fail; trials that are alike in what is looked at are looked at once.
+    """Refuse what is known to fail; of trials that are alike in what is looked at, the first is looked at.
 
     Returns:
         What is left out of the training and the user should know of.
@@ -30,41 +27,34 @@ def preflight(trials: Iterable[TrialConfig]) -> list[str]:
     Raises:
         RankloomError: as the run itself would.
     """
-    seen: set[str] = set()
-    notes: list[str] = []
+    by_data: dict[str, TrialConfig] = {}
+    by_model: dict[str, TrialConfig] = {}
     for trial in trials:
-        tree = dump(trial)
-        looked_at = repr([tree[key] for key in ("model", "quantization", "data")])
-        size = check_files(trial.data, trial.eval.retention) if looked_at not in seen else None
-        if not _is_local(trial.model.id):
-            continue
-        method = repr([looked_at, trial.method.type, *_details(trial)])
-        if method not in seen:
-            notes += _check_method(trial)
-        if looked_at not in seen:
-            tokenizer = load_tokenizer(trial.model)
+        settings = [getattr(trial.method, name, None) for name in ("target_modules", "experts", "num_layers")]
+        by_data.setdefault(repr([trial.model, trial.data, trial.eval.retention]), trial)
+        by_model.setdefault(repr([trial.model, trial.quantization, *settings]), trial)
+    sizes = {key: check_sources(trial.data, trial.eval.retention) for key, trial in by_data.items()}
+    notes: list[str] = []
+    for trial in by_model.values():
+        if _is_local(trial.model.id):
+            notes += _check_model(trial)
+    for key, trial in by_data.items():
+        if _is_local(trial.model.id):
+            tokenizer, size = load_tokenizer(trial.model), sizes[key]
             if size is not None and size <= READ_BYTES:  # workers on this machine find it read
                 load_data(trial.data, tokenizer, retention=trial.eval.retention)
-        seen |= {looked_at, method}
     return list(dict.fromkeys(notes))
-
-
-def _details(trial: TrialConfig) -> list[object]:
-    return [getattr(trial.method, key, None) for key in ("target_modules", "experts", "num_layers")]
 
 
 def _is_local(model: str) -> bool:
     return model.startswith(("builtin:", "/", ".", "~")) or model.endswith(".gguf") or Path(model).exists()
 
 
-def _check_method(trial: TrialConfig) -> list[str]:
-    model = load_shell(trial.model, trial.quantization, dtype=torch.float32)
-    method = trial.method
-    if isinstance(method, AdapterConfig):
-        find_target_linears(model, method.target_modules)
-        return check_experts(model, method)
-    if isinstance(method, LisaConfig) and method.num_layers > len(decoder_layers(model)):
-        raise ConfigError(
-            f"method.num_layers: {method.num_layers} is more than the model's {len(decoder_layers(model))} layers"
-        )
-    return []
+def _check_model(trial: TrialConfig) -> list[str]:
+    model, method = load_shell(trial.model, trial.quantization), trial.method
+    if isinstance(method, LisaConfig):
+        method.check_depth(len(decoder_layers(model)))
+    if not isinstance(method, AdapterConfig):
+        return []
+    find_target_linears(model, method.target_modules)
+    return check_experts(model, method)

@@ -75,6 +75,7 @@ def test_grid_counts_and_lists_every_combination() -> None:
         ({"space": [{"method": {"type": "lora", "rank": {"uniform": [2, 8]}}}]}, r"rank\.uniform.*whole.*randint"),
         ({"space": [{"optim": {"batch_size": {"loguniform": [1, 8.5]}}}]}, r"batch_size\.loguniform.*whole.*\[1, 8\]"),
         ({"space": [{"data": {"max_length": {"uniform": [64.5, 99]}}}]}, r"max_length\.uniform.*randint or choice"),
+        ({"space": [{"budget": {"steps": {"uniform": [2, 8]}}}]}, r"steps\.uniform.*randint or choice"),
         ({"space": [{"seed": {"randint": [1, 2], "choice": [1]}}]}, r"seed: expected randint alone"),
         ({"space": [{"seed": {"choice": []}}]}, r"seed.choice: .*at least 1"),
         ({"space": [{"method": {"type": "lora", "rank": {"choices": [2, 4]}}}]}, r"rank: unknown 'choices'.*'choice'"),

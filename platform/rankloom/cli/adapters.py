@@ -297,7 +297,8 @@ def _recorded(folder: Path, staged: Path) -> Draft:
     try:
         record = Record.model_validate_json(find_files(folder, [RECORD])[RECORD].read_bytes())
         staged.mkdir()
-        for name, file in find_files(folder, record.files).items():
+        there = [name for name in record.files if (folder / name).exists()]  # check_files says what is missing
+        for name, file in find_files(folder, there).items():
             shutil.copyfile(file, staged / name)
         check_files(staged, record)
     except (OSError, ValidationError, RegistryError) as error:

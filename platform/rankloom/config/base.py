@@ -208,8 +208,13 @@ def is_whole_number(cls: type[BaseModel], name: str) -> bool:
     """Whether the setting of this dotted name takes whole numbers, and no others."""
     *path, last = name.split(".")
     fields = [m.model_fields[last].annotation for m in _walk(cls, tuple(path))[1] if last in m.model_fields]
-    kinds = {kind for annotation in fields for kind in (get_args(annotation) or (annotation,))}
+    kinds = {kind for annotation in fields for kind in _kinds(annotation)}
     return int in kinds and float not in kinds
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What a setting may be, out of unions and bounds."""
+    return [kind for part in get_args(annotation) for kind in _kinds(part)] or [annotation]
 
 
 def _tag(model: type[BaseModel]) -> str | None:

@@ -336,6 +336,22 @@ def test_labels_that_are_nearly_the_same(make_tokenizer: MakeTokenizer, tmp_path
     )
 
 
+def test_a_turn_that_says_nothing_carries_no_loss(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = [{"messages": [said("user"), said("assistant", None), said("user", f"{i}"), ANSWER]} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    data = load(tokenizer, tmp_path / "a.jsonl")
+    row = data.train[0]
+    assert tokenizer.decode([t for t, w in zip(row.input_ids, row.loss_weights, strict=True) if w]) == "a<|end|>"
+    assert any("without text, which carries no loss" in line for line in data.report.warnings)
+
+
+def test_what_is_no_regular_file(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"a.csv' is no regular file, nor a link to one"):
+        load(make_tokenizer(), tmp_path / "a.csv")
+
+
 def test_results_of_tools_and_calls_in_json() -> None:
     call = json.dumps({"name": "f", "arguments": '{"a": 1}'})
     given = [

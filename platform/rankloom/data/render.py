@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,8 @@ OK, TRUNCATED, EMPTY, OVER_LONG = range(4)
 PREVIEW_LENGTH = 80
 LINKS = {"role", "content", "tool_calls", "tool_call_id", "id"}
 """Keys of a message that need no warning where the template does not show them by themselves."""
+SPOKEN = {"tool_calls", *THOUGHTS}
+"""Keys that make a turn without content one that says something."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,13 @@ class Renderer:
             return None
         if (system := text(row.get("system"), name, "system")).strip():
             messages = _instructed(messages, system)
-        return self._render(messages, name, read_tools(row.get("tools"), name))
+        silent = [m["role"] == "assistant" and not (m["content"].strip() or m.keys() & SPOKEN) for m in messages]
+        if not any(silent) or self.config.train_on == "all":
+            return self._render(messages, name, read_tools(row.get("tools"), name))
+        # with loss they would teach the model to say nothing
+        messages = [m | {"weight": 0} if empty else m for m, empty in zip(messages, silent, strict=True)]
+        found = self._render(messages, name, read_tools(row.get("tools"), name))
+        return replace(found, notes=(*found.notes, "have a turn of the assistant without text, which carries no loss"))
 
     def _label(self, value: Any, name: str) -> str:
         if isinstance(value, int) and self.label_names is not None:

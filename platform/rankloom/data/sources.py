@@ -308,6 +308,8 @@ def _not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -
         siblings = [PurePosixPath(p).name for p in filesystem.ls(parent, detail=False)]
     except OSError:
         return f"no file {path!r}, nor its folder"
+    if name in siblings:
+        return f"{path!r} is no regular file, nor a link to one"
     return f"no file {path!r}{_nearest(name, siblings)}"
 
 

@@ -83,6 +83,16 @@ def test_another_base_at_the_same_place_is_refused(make: Callable[..., TrialConf
     assert go_on(make)[0]["steps"] == 4
 
 
+def test_other_settings_of_the_base_are_refused(make: Callable[..., TrialConfig], tmp_path: Path) -> None:
+    file = tmp_path / "model" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    with pytest.raises(ModelError, match=r"--resume: the settings in config\.json of model\.id=.* are not those that"):
+        go_on(make)
+    file.write_text(json.dumps(settings | {"transformers_version": "0.0.1"}, indent=1))
+    assert go_on(make)[0]["steps"] == 4
+
+
 def test_other_versions_are_told(make: Callable[..., TrialConfig], tmp_path: Path) -> None:
     latest = max((tmp_path / "out" / "runs" / "tiny" / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     origin = json.loads((latest / ORIGIN).read_text())

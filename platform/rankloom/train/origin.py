@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # a study's driver has no torch
     from rankloom.models import Base
 
 ORIGIN = "origin.json"
+NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Keys of a config.json that say nothing of what the model computes here."""
 ORIGINS = "origins"
 """In a study's folder, a folder for each base and data."""
 
@@ -36,13 +38,24 @@ class Origin(BaseModel):
     """Of the tokens, their weights and the labels that are trained on and validated with."""
     base: str
     """The base's fingerprint."""
+    config: str | None = None
+    """Of the base's config.json, which says how its weights are used; None: from a rankloom that did not keep it."""
     versions: Versions
 
     @classmethod
     def of(cls, data: TaskData, base: Base) -> Origin:
         rows = json.dumps([data.train.digest(), data.validation.digest(), data.labels], sort_keys=True)
         digest = hashlib.sha256(rows.encode()).hexdigest()
-        return cls(data=f"sha256:{digest}", base=base.fingerprint, versions=Versions.here())
+        config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+        config = json.dumps(
+            {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}, sort_keys=True
+        )
+        return cls(
+            data=f"sha256:{digest}",
+            base=base.fingerprint,
+            config=f"sha256:{hashlib.sha256(config.encode()).hexdigest()}",
+            versions=Versions.here(),
+        )
 
     def write(self, folder: Path) -> None:
         """Raises RankloomError where the folder can't be written."""
@@ -73,10 +86,17 @@ class Origin(BaseModel):
             ) from None
         changed = ", ".join(self.versions.changes(then.versions))
         for kind, what, before, now in (
-            (DataError, f"the rows of data.train={trial.data.train.path} and its validation", then.data, self.data),
+            (
+                DataError,
+                f"the rows of data.train={trial.data.train.path} and its validation (as tokens, of the model's "
+                f"tokenizer and template)",
+                then.data,
+                self.data,
+            ),
             (ModelError, f"the weights of model.id={trial.model.id}", then.base, self.base),
+            (ModelError, f"the settings in config.json of model.id={trial.model.id}", then.config, self.config),
         ):
-            if before != now:
+            if before is not None and now is not None and before != now:
                 libraries = f", with {changed}" if changed else ""
                 raise kind(
                     f"--resume: {what} are not those that this began with ({before[:19]}... then, {now[:19]}... "

@@ -111,6 +111,8 @@ def load_base(
             # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser
             # (bf16 constants and arithmetic), and with no gradient to the input, so that training breaks after it
             module.support_avx512bf16_for_cpu = False
+    if _sees_ahead(model):
+        raise _not_causal(config.id, type(model).__name__)
     return Base(
         model=model,
         tokenizer=_tokenizer(folder, config.id),
@@ -275,6 +277,19 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
     said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
     if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
         raise _not_causal(name, type(model).__name__)
+
+
+@torch.no_grad()
+def _sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether what follows the first token depends on the second, whatever the config says."""
+    device = model.get_input_embeddings().weight.device
+    try:
+        logits_2TV = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+        return False  # a model that takes other inputs
+    noise = 1e-4 if logits_2TV.dtype == torch.float32 else 0.02
+    one, other = logits_2TV[:, 0].float()
+    return bool((one - other).abs().max() > noise * one.abs().max())
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

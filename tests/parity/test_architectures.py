@@ -1,11 +1,13 @@
 """Every architecture, tiny and random, the whole way: each method trained and published, a host beside the dedicated
-run, labels by trie beside one by one, merged beside adapter. What can't be done is refused before it begins.
+run, labels by trie beside one by one, merged beside adapter, served beside the model's own tokens. What can't be done
+is refused before it begins.
 
 A few stand for the rest among the fast tests; `slow` runs them all.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from rankloom.adapters.probe import last_logits
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
 from rankloom.data import TaskData, load_data
+from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.registry import Registry
@@ -29,6 +32,7 @@ from rankloom.train.host import TrialHost
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
+from served import completed, engine_on, serving, with_peft
 
 CPU = torch.device("cpu")
 IDS = dict(vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=1)
@@ -129,6 +133,23 @@ FAST_RUNS = [
 ]  # fmt: skip
 FAST_HOSTS = ["deepseek_v3", "gpt2", "mamba"]
 FAST_LABELS = ["gpt_neo", "mpt", "qwen3_5"]
+FAST_SERVED = ["gpt2", "gpt_neo", "qwen3_5"]
+OWN_ATTENTION = "attention (is of another kind|can't be replaced)"
+NOT_SERVED = {
+    "mistral": r"\(full_attention, sliding_attention\)",
+    "gemma2": r"\(full_attention, sliding_attention\)",
+    "gemma3": r"\(sliding_attention\)",
+    "gpt_oss": r"\(full_attention, sliding_attention\)",
+    "recurrent_gemma": r"\(linear_attention, sliding_attention\)",
+    "qwen3_next": r"\(full_attention, linear_attention\)",
+    "qwen3_5": r"\(full_attention, linear_attention\)",
+    "jamba": r"\(full_attention, linear_attention\)",
+    "lfm2": r"\(conv, full_attention\)",
+    "mamba": r"\(linear_attention\)",
+    "mamba2": r"\(linear_attention\)",
+    "deepseek_v3": "keys and values of the same shape",
+} | dict.fromkeys(("stablelm", "gptj", "codegen", "bloom", "mpt", "falcon", "gpt_neo", "xglm", "bart"), OWN_ATTENTION)
+"""What the engine refuses to serve, and how it says why."""
 
 
 def cases(fast: list[Any], everything: list[Any]) -> list[Any]:
@@ -249,3 +270,23 @@ def test_labels_by_trie_are_those_of_one_row_at_a_time(
     predict = partial(predict_labels, base.model, list(data.train), LabelTrie(data.labels), pad_id=base.pad_id)
     together, one_by_one = predict(batch_size=32), predict(batch_size=1)
     assert together == one_by_one
+
+
+@pytest.mark.parametrize("architecture", cases(FAST_SERVED, list(ARCHITECTURES)))
+def test_what_is_served_are_the_models_own_tokens(
+    architecture: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny(architecture)
+    if reason := NOT_SERVED.get(architecture):
+        with pytest.raises(ModelError, match=rf"{reason}.*engine\.type=vllm"):
+            engine_on(base, tmp_path)
+        return
+    draw = random.Random(0)
+    prompts = [[draw.randrange(5, 390) for _ in range(length)] for length in (3, 40, 21)]
+    engine = engine_on(base, tmp_path)
+
+    async def work() -> list[list[int]]:
+        rows = (completed(engine, prompt, id=str(i), max_tokens=12) for i, prompt in enumerate(prompts))
+        return [tokens for _, tokens, _ in await asyncio.gather(*rows)]
+
+    assert serving(engine, work) == [with_peft(base, None, prompt, 12) for prompt in prompts]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rankloom.checkpoints import INDEX, WHOLE
 from rankloom.config import StudyConfig, TrialConfig, parse
@@ -113,6 +114,17 @@ def test_what_config_json_calls_something_else(
         preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
     with pytest.raises(ModelError, match=message):
         load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
+
+
+def test_a_base_whose_logits_see_ahead_is_refused_whatever_its_config_says(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(self: Any, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.embed_tokens(input_ids).flip(1))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", backwards)
+    with pytest.raises(ModelError, match="each token sees those after it"):
+        load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=torch.device("cpu"))
 
 
 def test_a_decoder_whose_config_does_not_say_so_is_one(saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def test_it_is_an_engine(tiny_llama: Path, registry: Path) -> None:
     assert engine.context == 512
 
 
+def test_a_context_ends_where_rope_would_turn_a_steps_other_rows_too(
+    tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    shape = dict(SIZE, vocab_size=400, **SPECIAL, max_position_embeddings=128, original_max_position_embeddings=32)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Phi3Config(**shape, rope_parameters=rope)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    engine = engine_on(tmp_path, tmp_path)
+    assert engine.context == 32
+
+
 def test_a_prefix_is_reused_by_the_same_version_alone(tiny_llama: Path, registry: Path) -> None:
     engine = engine_on(tiny_llama, registry)
 

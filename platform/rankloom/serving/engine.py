@@ -57,8 +57,12 @@ class ServingEngine:
     @property
     def context(self) -> int:
         widest = 1 << (self._core.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
-        own = getattr(self._base.model.config, "max_position_embeddings", None)
-        return min(widest, own or widest)
+        shape = self._base.model.config.get_text_config()
+        own = getattr(shape, "max_position_embeddings", None) or widest
+        rope = getattr(shape, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # which turns all rows of a step by other angles beyond this
+            own = min(own, rope["original_max_position_embeddings"])
+        return min(widest, own)
 
     @property
     def alive(self) -> bool:

@@ -112,19 +112,28 @@ class Runner:
             found = list(self.forward(cache, last))
         except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             self.close()
-            raise ModelError(f"{type(self._model).__name__} can't be served: {error}") from error
+            why = str(error) if isinstance(error, ModelError) else "its attention can't be replaced by the engine's"
+            raise _refusal(self._model, why) from error
         tolerance = PROBE_TOLERANCE if self.shape.dtype == torch.float32 else 0.1
         for ours, own in zip(found, expected, strict=True):
             if not (ours - own).abs().max() <= tolerance * own.abs().max():
                 self.close()
-                raise ModelError(
-                    f"{type(self._model).__name__} can't be served: its attention is of another kind than the engine's "
-                    f"(its logits differ by {float((ours - own).abs().max()):.3g})"
+                differ = float((ours - own).abs().max())
+                raise _refusal(
+                    self._model,
+                    f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})",
                 )
 
 
 _PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
 """Token ids that every vocabulary has."""
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} can't be served by the engine bank: {reason}; serve it with engine.type=vllm, or "
+        f"write base and adapter as one model (rankloom adapters export --format merged) and serve that elsewhere"
+    )
 
 
 @torch.no_grad()
@@ -141,11 +150,13 @@ def _head_shape(model: PreTrainedModel) -> HeadShape:
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     model(input_ids=torch.tensor([_PROBES[0]], device=device), past_key_values=cache, use_cache=True)
     layers = cache.layers
+    types |= {"sliding_attention" for at in layers if getattr(at, "is_sliding", False)}
     shapes = {tuple(x.shape) for at in layers if type(at) is DynamicLayer for x in (at.keys, at.values)}
     if types != {"full_attention"} or len(shapes) != 1 or not all(type(at) is DynamicLayer for at in layers):
-        raise ModelError(
-            f"{type(model).__name__} can't be served: its layers ({', '.join(sorted(types))}) don't each keep all keys "
-            f"and values of the same shape, as this engine's cache does"
+        raise _refusal(
+            model,
+            f"its layers ({', '.join(sorted(types))}) don't each keep all keys and values of the same shape, as this "
+            f"engine's cache does",
         )
     first = layers[0].keys
     assert first is not None

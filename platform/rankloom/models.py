@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -528,6 +529,12 @@ def find_experts(model: nn.Module) -> dict[str, nn.Parameter]:
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
+
+
+def chooses_experts(module: nn.Module) -> bool:
+    """Whether it is a mixture's router, or experts that see tokens in their order, each beside its experts' numbers."""
+    arguments = signature(type(module).forward).parameters.keys()
+    return "Router" in type(module).__name__ or not arguments.isdisjoint(("top_k_index", "router_indices"))
 
 
 def check_experts(model: PreTrainedModel, method: AdapterConfig) -> list[str]:

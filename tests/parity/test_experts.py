@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rankloom.adapters.export import merge
+from rankloom.adapters.extract import extract_adapter
 from rankloom.adapters.folded import fold
 from rankloom.adapters.plain import more_than_lora
 from rankloom.adapters.probe import last_logits, verify_probe
@@ -28,6 +30,7 @@ from rankloom.registry import Registry
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
+from served import completed, engine_on, publish, serving, with_peft
 
 CPU = torch.device("cpu")
 SIZE = dict(
@@ -54,6 +57,9 @@ MIXTURES: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
     ),
     "granitemoe": lambda: T.GraniteMoeConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2),
+    "jetmoe": lambda: T.JetMoeConfig(
+        **SIZE, num_local_experts=4, num_experts_per_tok=2, kv_channels=16
+    ),
     "jamba": lambda: T.JambaConfig(
         **SIZE, attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2,
         num_experts=4, mamba_d_state=8, mamba_dt_rank=8,
@@ -102,18 +108,14 @@ def test_adapted_experts_are_published_read_back_and_merged(
     kind: str, trial_of: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
     trial = trial_of(kind)
-    events: list[dict[str, Any]] = []
-    run_trial(trial, LocalSession(tmp_path / "run", device=CPU, on_event=events.append))
-    assert any("--format merged" in str(event.get("message")) for event in events)
+    run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
     record = Registry(tmp_path / "registry").verify("tiny@1")
     folder = tmp_path / "registry" / "tiny" / "1"
     ids = list(range(5, 25))
     base = load_base(trial.model, trial.quantization, device=CPU).model
     stacks = {name: parameter.clone() for name, parameter in find_experts(base).items()}
     plain = last_logits(base, ids)
-    for read in (fold, more_than_lora):
-        with pytest.raises(RegistryError, match="--format merged"):
-            read(base, folder)
+    assert more_than_lora(base, folder) == ["a LoRA on experts"]
     adapted = last_logits(load_adapter(base, folder), ids)
     assert (adapted - plain).abs().max() > 1e-2
 
@@ -191,3 +193,56 @@ def test_resumed_is_uninterrupted(trial_of: Callable[..., TrialConfig], tmp_path
         resumed.step()
     for (name, one), (_, other) in zip(whole.module.named_parameters(), resumed.module.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def write(folder: Path, base: Path, kind: str) -> None:
+    generator = torch.Generator().manual_seed(len(kind))
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if kind == "extracted":  # the experts whole
+        for parameter in model.parameters():
+            parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+        extract_adapter(model, base, 8, folder, "a/base")
+        return
+    experts = None if kind == "layers" else ["experts.gate_up_proj", "experts.down_proj"][kind == "down" :]
+    alphas = {"experts.down_proj": 3} if kind == "both" else {}
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], target_parameters=experts, alpha_pattern=alphas
+    )
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.15, generator=generator)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("olmoe", marks=pytest.mark.slow), "qwen3_moe"])
+def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
+    kind: str, trial_of: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    base, registry = Path(trial_of(kind).model.id), tmp_path / "served"
+    refs: dict[str | None, Path | None] = {None: None}
+    for adapter in ("layers", "both", "down", "extracted"):
+        write(tmp_path / adapter, base, adapter)
+        refs[publish(registry, base, adapter, tmp_path / adapter)] = tmp_path / adapter
+    prompts = [[7, 50, 101, 9 + i, *range(20, 20 + 3 * i)] for i in range(10)]
+    jobs = [(ref, prompts[i]) for i, ref in enumerate([*refs, *refs])]
+    engine = engine_on(base, registry, rows=6, step_tokens=16, prefix_tokens=0)
+
+    async def work() -> list[list[int]]:
+        each = (completed(engine, prompt, ref, id=str(i), max_tokens=6) for i, (ref, prompt) in enumerate(jobs))
+        return [tokens for _, tokens, _ in await asyncio.gather(*each)]
+
+    found = serving(engine, work)
+    assert found == [with_peft(base, refs[ref], prompt, 6) for ref, prompt in jobs]
+    assert len({tuple(with_peft(base, folder, prompts[0], 6)) for folder in refs.values()}) == len(refs)
+
+
+def test_experts_that_get_tokens_in_another_order_are_refused(
+    trial_of: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    trial = trial_of("jetmoe")
+    base = load_base(trial.model, trial.quantization, device=CPU)
+    method = build_method(trial, num_steps=1)
+    method.export(method.attach(base), base, tmp_path / "a")
+    with pytest.raises(RegistryError, match="--format merged"):
+        fold(load_base(trial.model, trial.quantization, device=CPU).model, tmp_path / "a")

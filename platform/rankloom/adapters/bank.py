@@ -197,9 +197,10 @@ class AdapterBank:
         from rankloom.adapters.weights import read_adapter  # with PEFT, which training never needs
 
         config, tensors = read_adapter(self.model, folder)
-        if config.lora_bias or config.modules_to_save:
+        if config.lora_bias or config.modules_to_save or config.target_parameters:
             raise RegistryError(
-                f"{folder}: has biases or whole modules beside its adapters, which no bank has a place for"
+                f"{folder}: has biases or whole modules beside its adapters, or adapts experts, which no bank has a place "
+                f"for"
             )
         ends = tuple(f".{target}" for target in config.target_modules)
         names = [name for name, _ in self.model.named_modules() if f".{name}".endswith(ends)]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -22,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.site import scaling_of
-from rankloom.adapters.weights import read_adapter
+from rankloom.adapters.weights import adapted_experts, read_adapter
 from rankloom.errors import RegistryError
-from rankloom.models import in_out, is_linear
+from rankloom.models import chooses_experts, in_out, is_linear
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
 
@@ -71,6 +72,28 @@ class EmbeddingFactors:
         y_NE.addmm_(self.a_VR[ids_N], self.b_RE)
 
 
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What an adapter does to the experts of one module: by its parameter, W becomes W + left · right."""
+
+    products: Mapping[str, tuple[Tensor, Tensor]]
+    """[experts, rows of W, R] and [experts, R, columns of W], with the scaling in them."""
+
+    def on(self, module: nn.Module) -> nn.Module:
+        """The module with these sums in place of its own stacks, and all else of it shared."""
+        adapted = copy.copy(module)
+        vars(adapted).pop("forward", None)  # a bank may have put its own there
+        adapted._parameters = dict(module._parameters)
+        for key, (left, right) in self.products.items():
+            weight: Any = module._parameters[key]
+            adapted._parameters[key] = torch.baddbmm(weight, left, right)  # type: ignore[assignment]
+        return adapted
+
+    def tensors(self) -> Iterator[Tensor]:
+        for product in self.products.values():
+            yield from product
+
+
 @dataclass(frozen=True, eq=False)  # told apart by identity: a key of dicts
 class Folded:
     """One adapter; by the full names of the base's modules."""
@@ -79,6 +102,11 @@ class Folded:
     embeddings: Mapping[str, EmbeddingFactors]
     whole: Mapping[str, nn.Module]
     """Modules that take the place of the base's own."""
+    experts: Mapping[str, ExpertFactors] = field(default_factory=dict)
+
+    @property
+    def is_more_than_linears(self) -> bool:
+        return bool(self.embeddings or self.whole or self.experts)
 
     @property
     def rank(self) -> int:
@@ -89,6 +117,7 @@ class Folded:
     def num_bytes(self) -> int:
         tensors = [t for factors in self.linears.values() for t in factors.tensors()]
         tensors += [t for factors in self.embeddings.values() for t in (factors.a_VR, factors.b_RE)]
+        tensors += [t for factors in self.experts.values() for t in factors.tensors()]
         tensors += [t for module in self.whole.values() for t in module.state_dict().values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -102,10 +131,13 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
     """
     config, tensors = read_adapter(model, folder)
     reader = _Reader(model, folder, config, dict(tensors))
-    linears, embeddings, whole = {}, {}, {}
+    linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
+    stacks = adapted_experts(model, config)
     for name, module in model.named_modules():
-        if _is_kept(name, config.modules_to_save):
+        if name in stacks:
+            experts[name] = reader.experts(name, module, stacks[name])
+        elif _is_kept(name, config.modules_to_save):
             whole[name] = reader.module(name, module)
         elif not f".{name}".endswith(ends):
             continue
@@ -117,7 +149,7 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
         raise RegistryError(
             f"{folder / WEIGHTS}: tensor {min(reader.tensors)} has no place in the base with this {CONFIG}"
         )
-    return Folded(linears, embeddings, whole)
+    return Folded(linears, embeddings, whole, experts)
 
 
 def _is_kept(name: str, modules_to_save: list[str] | None) -> bool:
@@ -164,7 +196,32 @@ class _Reader:
         b_ER = self._take(f"{name}.lora_embedding_B", (int(width), rank)) * scaling
         return EmbeddingFactors(self._ready(a_RV.T), self._ready(b_ER.T))
 
+    def experts(self, name: str, module: nn.Module, keys: list[str]) -> ExpertFactors:
+        self._check_order(name, module)
+        products = {}
+        for i, key in enumerate(keys):
+            rank, scaling = self._settings(f"{name}.{key}")
+            count, rows, columns = module.get_parameter(key).shape
+            turned = getattr(module, "is_transposed", False)  # [experts, in, out]
+            num_in, num_out = (rows, columns) if turned else (columns, rows)
+            wrapped = name + ".base_layer" * (len(keys) - 1 - i)  # PEFT wraps one parameter around the other
+            a_ERI = self._take(f"{wrapped}.lora_A.weight", (rank * count, num_in)).view(count, rank, num_in)
+            b_OX = self._take(f"{wrapped}.lora_B.weight", (num_out, rank * count))
+            b_EOR = b_OX.view(num_out, rank, count).permute(2, 0, 1) * scaling
+            left, right = (a_ERI.mT, b_EOR.mT) if turned else (b_EOR, a_ERI)
+            products[key] = self._ready(left), self._ready(right)
+        return ExpertFactors(products)
+
+    def _check_order(self, name: str, module: nn.Module) -> None:
+        if "Expert" in type(module).__name__ and not chooses_experts(module):
+            raise RegistryError(
+                f"{self.folder}: adapts the experts {name}, and the engine can't tell whose tokens reach which, for a "
+                f"{type(module).__name__} gets them in another order; serve base and adapter as one model: rankloom "
+                f"adapters export --format merged"
+            )
+
     def module(self, name: str, module: nn.Module) -> nn.Module:
+        self._check_order(name, module)
         state = {key: self._take(f"{name}.{key}", tuple(value.shape)) for key, value in module.state_dict().items()}
         own = copy.deepcopy(module)
         vars(own).pop("forward", None)  # a bank may have put its own there

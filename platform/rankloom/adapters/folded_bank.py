@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from rankloom.adapters.compiled import Shares, addresses, kernel
 from rankloom.adapters.folded import Factors, Folded
 from rankloom.adapters.grouped import Groups, Stacked, scale_spans, shift_spans
-from rankloom.models import in_out, is_linear
+from rankloom.models import chooses_experts, in_out, is_linear
 from rankloom.onednn import packed
 
 FEW = 8
@@ -53,7 +53,7 @@ class _Layout:
     stacked: tuple[tuple[int, Groups], ...]
     """Rank class, and its slots' tokens."""
     whole: tuple[tuple[Folded, slice], ...]
-    """Tokens of the adapters that also have embeddings or whole modules."""
+    """Tokens of the adapters that also have embeddings, experts or whole modules."""
     compiled: Shares | None = None
     """In place of the loose ones, where these are computed in one call a linear."""
 
@@ -108,10 +108,11 @@ class FoldedBank:
         with self._lock:
             if self.compiles:
                 self._addresses[adapter] = addresses(adapter, list(self._sites))
-            for name in (*adapter.embeddings, *adapter.whole):
+            for name in (*adapter.embeddings, *adapter.whole, *adapter.experts):
                 if name not in self._patched:
                     module = self._model.get_submodule(name)
-                    self._patch(name, module, self._other_at(name, module))
+                    other = self._mixture_at if chooses_experts(module) else self._other_at
+                    self._patch(name, module, other(name, module))
 
     def route(self, shares: Sequence[Share], *, stack: bool = True) -> Route:
         """Lay a forward's tokens out, and bring its adapters into slots.
@@ -228,6 +229,31 @@ class FoldedBank:
 
         return forward
 
+    def _mixture_at(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        """Of a router or of experts: all that goes in and comes out is [N, .], or [1, N, .]."""
+        base = module.forward
+
+        def forward(*given: Tensor) -> Any:
+            found = base(*given)
+            layout = self._layout(module)
+            for adapter, span in layout.whole if layout else ():
+                factors = adapter.experts.get(name)
+                if (own := factors.on(module) if factors else adapter.whole.get(name)) is not None:
+                    theirs = own(*(_tokens(each)[span] for each in given))
+                    for y, y_own in zip(_all(found), _all(theirs), strict=True):
+                        _tokens(y)[span] = y_own
+            return found
+
+        return forward
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
+
+
+def _all(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
 
 def _rank_class(rank: int) -> int:
     return max(SMALLEST, 1 << (rank - 1).bit_length())
@@ -247,7 +273,7 @@ def _lay_out(counted: Sequence[tuple[Folded | None, int, int]], stacks: Sequence
         counts = [spans[i][1].stop - spans[i][1].start for i in members]
         if any(counts):
             stacked.append((rank, Groups(counts, [rank] * len(members), start=spans[members[0]][1].start)))
-    whole = [(adapter, span) for adapter, span in present.values() if adapter.embeddings or adapter.whole]
+    whole = [(adapter, span) for adapter, span in present.values() if adapter.is_more_than_linears]
     return _Layout(tuple(loose), tuple(stacked), tuple(whole))
 
 

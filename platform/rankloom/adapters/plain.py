@@ -32,6 +32,7 @@ def more_than_lora(model: PreTrainedModel, folder: Path) -> list[str]:
         "DoRA magnitudes": config.use_dora,
         "biases": config.lora_bias,
         "a LoRA on embeddings": any(".lora_embedding_" in name for name in tensors),
+        "a LoRA on experts": bool(config.target_parameters),
         f"whole modules ({', '.join(config.modules_to_save or ())})": config.modules_to_save,
     }
     return [what for what, has in found.items() if has]

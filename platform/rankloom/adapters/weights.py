@@ -35,8 +35,6 @@ _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mo
 _INITS = ("gaussian", "orthogonal")
 """How A and B may have begun, which says nothing of what they are."""
 
-SERVE_MERGED = "write base and adapter as one model with `rankloom adapters export --format merged`, and serve that"
-
 _Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT takes some names for regular expressions
 _Rank = Annotated[int, Field(ge=1)]
 
@@ -119,15 +117,11 @@ def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraCo
     Of the tensors, values and types are checked; names and shapes are the caller's to compare.
 
     Raises:
-        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit, or adapts experts.
+        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.
     """
     config = _read_config(base_model, folder)
     _check_modules(base_model, config, folder)
-    if config.target_parameters:
-        raise RegistryError(
-            f"{folder / CONFIG}: target_parameters: it adapts experts ({', '.join(sorted(config.target_parameters))}), "
-            f"which are no layers, and only layers have adapters of many at once: {SERVE_MERGED}"
-        )
+    _check_parameters(base_model, config, folder)
     _check_ranks(config, _read_shapes(folder), folder)
     return config, _read_tensors(base_model, folder)
 
@@ -205,6 +199,17 @@ def _check_parameters(base_model: PreTrainedModel, config: peft.LoraConfig, fold
     for key in ("use_dora", "lora_bias", "lora_dropout", "fan_in_fan_out"):
         if getattr(config, key):
             raise RegistryError(f"{folder / CONFIG}: {key}: can't be combined with target_parameters")
+
+
+def adapted_experts(base_model: PreTrainedModel, config: peft.LoraConfig) -> dict[str, list[str]]:
+    """The experts that an adapter is on: each module's full name, and its parameters in their order."""
+    found: dict[str, list[str]] = {}
+    ends = tuple(f".{target}" for target in config.target_parameters or ())
+    for name in find_experts(base_model):
+        if f".{name}".endswith(ends):
+            module, _, key = name.rpartition(".")
+            found.setdefault(module, []).append(key)
+    return found
 
 
 def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:

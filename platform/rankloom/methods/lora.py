@@ -17,7 +17,6 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.adapters.lora_delta import save_without_base_change
 from rankloom.adapters.modules import as_named
-from rankloom.adapters.weights import SERVE_MERGED
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError
@@ -45,8 +44,6 @@ class Lora(Method[LoraConfig | DoraConfig]):
                 f"method.init=olora: PEFT has none for the Conv1D layers of {base.id}; use default, pissa or gaussian"
             )
         self.notes += check_experts(base.model, config)
-        if config.experts:
-            self.notes.append(f"adapters on experts are not served beside others: {SERVE_MERGED}")
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,

@@ -199,8 +199,7 @@ class AdapterBank:
         config, tensors = read_adapter(self.model, folder)
         if config.lora_bias or config.modules_to_save or config.target_parameters:
             raise RegistryError(
-                f"{folder}: has biases or whole modules beside its adapters, or adapts experts, which no bank has a place "
-                f"for"
+                f"{folder}: has biases or whole modules beside its adapters, or experts, which no bank has a place for"
             )
         ends = tuple(f".{target}" for target in config.target_modules)
         names = [name for name, _ in self.model.named_modules() if f".{name}".endswith(ends)]

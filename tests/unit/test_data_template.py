@@ -104,6 +104,12 @@ def trained(tokenizer: Any, row: dict[str, Any]) -> str:
     return str(tokenizer.decode(ids))
 
 
+def test_a_refusal_that_quotes_a_text_tells_no_mark(make_tokenizer: MakeTokenizer) -> None:
+    quotes = "{{ raise_exception('not this: ' + messages[0].content) if messages[0].content[0] == 'x' }}" + PLAIN
+    with pytest.raises(RequestError, match=r"not this: x<\|end\|>y$"):
+        prompts(with_template(make_tokenizer, quotes)).chat([{"role": "user", "content": "x<|end|>y"}])
+
+
 @pytest.mark.parametrize(
     "template",
     [PLAIN, PARTS, TEXT_SYSTEM, SKIPS_SYSTEM, ONE_SYSTEM, SKIPS_TOOLS, TRIMS, AS_JSON, SHORTENS, LAST_ALONE, GEMMA,

@@ -214,7 +214,7 @@ class Renderer:
         try:
             return self._render_chat(messages, name, tools, self.template)
         except TemplateError as error:
-            raise DataError(f"{name}: {error}; try {_way_out(messages)}") from None
+            raise DataError(f"{name}: {self.encoder.unmark(str(error))}; try {_way_out(messages)}") from None
 
     def _render_plain(self, messages: list[Message], name: str, tools: list[Any] | None) -> Conversation:
         if any(m.get("tool_calls") for m in messages):

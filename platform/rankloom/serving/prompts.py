@@ -53,8 +53,8 @@ class Prompts:
             raise RequestError("messages: empty; give at least one")
         try:
             text = self._template.prompt([self._encoder.mark(dict(message)) for message in messages])
-        except TemplateError as error:
-            raise RequestError(f"messages: {error}") from None
+        except TemplateError as error:  # which may quote a text: whoever knew a mark could write special tokens
+            raise RequestError(f"messages: {self._encoder.unmark(str(error))}") from None
         return self._encode(text)
 
     def _encode(self, text: str, rest: bool = False) -> list[int]:

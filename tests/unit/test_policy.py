@@ -53,7 +53,8 @@ def _parts(ref: str | None) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("model", "near"),
     [
-        ("bnk", "`bank`"), ("bank@9", "`bank`"), ("bank@gone", ""), ("bank@canari", ""), ("base@1", ""), ("", ""),
+        ("bnk", "`bank`"), ("bank@9", "`bank`"), ("bank@02", "`bank`"),
+        ("bank@gone", ""), ("bank@canari", ""), ("base@1", ""), ("", ""),
         ("../etc/passwd", ""), ("/etc/passwd", ""), ("bank\0", ""), ("bank@1/../2", ""), ("bank@", ""), ("bank@@1", ""),
         ("x" * 100_000, ""), ("bank@" + "9" * 5000, ""), ("bank@١", ""), ("Org/Base", "`org/base`"),
     ],

@@ -108,7 +108,7 @@ def _allowed(kind: str, text: str, context: dict[str, Any]) -> str:
             return "not supported; leave it out"
         case "literal_error":
             return f"only {context['expected'].replace('True', 'true').replace('False', 'false')}"
-        case "too_long" if context["max_length"] == 0:
+        case "too_long" | "string_too_long" if context["max_length"] == 0:
             return "not supported; leave it out"
         case "too_long":
             return f"at most {context['max_length']} (given {context['actual_length']})"

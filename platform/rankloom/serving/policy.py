@@ -54,7 +54,8 @@ class Shelf:
         """The version that a selector means; None where it means none. Bare: the champion, else the latest."""
         if selector == LATEST or (selector is None and CHAMPION not in self.aliases):
             return self.versions[-1]
-        number = int(selector) if selector and selector.isdigit() else self.aliases.get(selector or CHAMPION)
+        is_number = selector is not None and selector.isdigit() and not selector.startswith("0")
+        number = int(selector or 0) if is_number else self.aliases.get(selector or CHAMPION)
         return number if number in self.versions else None
 
 

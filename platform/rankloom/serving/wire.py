@@ -205,7 +205,7 @@ class _AnywaySo(_Body):
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     """As many as `n`: all that are made are answered."""
-    suffix: None = None
+    suffix: Annotated[Text, Field(max_length=0)] | None = None
     use_beam_search: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
@@ -358,10 +358,10 @@ class ChatRequest(_Common):
 
 def _kind_of_prompt(value: Any) -> str | None:
     """Told by what it begins with."""
-    first = value[0] if isinstance(value, list) and value else value
+    first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int):
         return TOKENS
-    return LISTS if isinstance(first, list) and first is not value else _one_or_list(value)
+    return LISTS if isinstance(first, list) else _one_or_list(value)
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]

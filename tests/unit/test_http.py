@@ -51,7 +51,9 @@ def test_a_key_may_be_given_as_azure_does_or_as_a_password(tmp_path: Path) -> No
         return {"authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
 
     with endpoint(tmp_path, auth={"keys": str(file.path)}) as made:
-        for headers in ({"authorization": f"Bearer {key}"}, {"api-key": key}, basic(f"ann:{key}"), basic(f":{key}")):
+        empty = {"authorization": "Bearer", "api-key": key}
+        given = {"authorization": f"Bearer {key}"}
+        for headers in (given, {"api-key": key}, empty, basic(f"ann:{key}"), basic(f":{key}")):
             assert made.http.get("/v1/models", headers=headers).status_code == 200
         for headers in (
             {"api-key": key[:-1]}, basic(f"ann:{key}x"), basic(key), {"authorization": "Basic %%%"}, basic("é:é"),

@@ -124,7 +124,7 @@ def _key(headers: Headers) -> str | None:
     """The key that is given: as OpenAI's clients do, as Azure's, or as a password."""
     kind, _, given = headers.get("authorization", "").partition(" ")
     match kind.lower():
-        case "bearer":
+        case "bearer" if given.strip():
             return given.strip()
         case "basic":
             try:

@@ -95,14 +95,22 @@ class HostSize:
 
     def bytes(self, shape: Shape) -> float:
         """What it takes beside its base, at the worst moment of a step."""
-        bank = FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
-        tokens = self.token_budget * self._token_bytes(shape)
+        bank = self._bank_bytes(shape)
+        tokens = self._copy_bytes(shape) + self.token_budget * self._token_bytes(shape)
         return LASTING * bank + max(tokens, PASSING * bank)
 
     def room(self, shape: Shape, available: float) -> int:
         """Tokens that the bank leaves room for."""
-        lasting = LASTING * FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
-        return int((available - lasting) / self._token_bytes(shape))
+        taken = LASTING * self._bank_bytes(shape) + self._copy_bytes(shape)
+        return int((available - taken) / self._token_bytes(shape))
+
+    def _bank_bytes(self, shape: Shape) -> float:
+        return FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
+
+    def _copy_bytes(self, shape: Shape) -> float:
+        """Of A and B in the type of the arithmetic, which every site keeps for the backward pass."""
+        numbers = self.num_slots * shape.adapter_numbers(self.max_rank, dora=False)
+        return numbers * shape.value_bytes if shape.value_bytes < FP32 else 0
 
     def _token_bytes(self, shape: Shape) -> float:
         return shape.token_bytes(self.max_rank, dora=self.with_magnitudes) + shape.padding_bytes

@@ -17,7 +17,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError
 from rankloom.models import load_base, load_tokenizer
-from rankloom.planner import FP32, PADDED, HostSize, Shape, fit, run_bytes
+from rankloom.planner import FP32, LASTING, PADDED, HostSize, Shape, fit, run_bytes
 from rankloom.train import memory
 from rankloom.train.host import TrialHost
 from rankloom.train.loop import TrainingLoop
@@ -186,6 +186,15 @@ def test_what_there_is_room_for() -> None:
     assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
     with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.001 GB are free; lower"):
         fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
+
+
+def test_copies_in_the_type_of_the_arithmetic_are_counted() -> None:
+    low = replace(SHAPE, value_bytes=2)
+    numbers = WANTED.num_slots * SHAPE.adapter_numbers(64, dora=False)
+    tokens = 4096 * low.token_bytes(64, dora=False)
+    assert WANTED.bytes(low) == (LASTING * FP32 + 2) * numbers + tokens
+    assert WANTED.room(low, WANTED.bytes(low)) == 4096
+    assert WANTED.bytes(SHAPE) == LASTING * FP32 * numbers + 2 * tokens  # in fp32 there are none
 
 
 def test_padding_on_a_gpu_is_counted() -> None:

@@ -297,7 +297,7 @@ def _die_of(error: Exception) -> None:
 
 
 def _let_go() -> None:
-    """Free what the host before had, ere another base is loaded: its bank and its model hold each other."""
+    """Free what the host before had, before another base is loaded: its bank and its model hold each other."""
     import torch
 
     gc.collect()

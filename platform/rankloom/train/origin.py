@@ -102,7 +102,7 @@ class Origin(BaseModel):
                     f"--resume: {what} are not those that this began with ({before[:19]}... then, {now[:19]}... "
                     f"now{libraries}); restore them, or start anew with name=..."
                 )
-        return _warning(then.versions)
+        return _warning(changed)
 
 
 def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
@@ -125,10 +125,10 @@ def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
 def study_warning(study: Path) -> str | None:
     """What to tell of libraries that are not what they were when the study began."""
     for file in (study / ORIGINS).glob(f"*/{ORIGIN}"):
-        return _warning(Origin.model_validate_json(file.read_bytes()).versions)
+        then = Origin.model_validate_json(file.read_bytes()).versions
+        return _warning(", ".join(Versions.here().changes(then)))
     return None
 
 
-def _warning(then: Versions) -> str | None:
-    changed = ", ".join(Versions.here().changes(then))
+def _warning(changed: str) -> str | None:
     return f"it began with other versions, and may go on otherwise: {changed}" if changed else None

@@ -30,7 +30,10 @@ class Workers:
     def __init__(
         self, rank: int, world_size: int, device: torch.device, strategy: Strategy, precision: torch.dtype
     ) -> None:
-        """Args: precision: of the arithmetic; the weights that are sharded are in fp32."""
+        """
+        Args:
+            precision: of the arithmetic; weights that are sharded are in fp32.
+        """
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -42,9 +45,8 @@ class Workers:
         if self.world_size == 1:
             return model
         if self.strategy == "fsdp":
-            mesh = init_device_mesh(
-                self.device.type, (self.world_size,)
-            )  # by itself, FSDP takes GPUs where there are any
+            # by itself, FSDP takes GPUs where there are any
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             low = None if self.precision == torch.float32 else self.precision
             policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # gathered as they are used
             for layer in decoder_layers(model):

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rankloom.adapters.folded import Folded
 from rankloom.config.engine import EngineConfig
@@ -58,9 +59,12 @@ class Core:
         """
         self._base, self._config = base, config
         self._runner = Runner(base.model, pack=config.pack_weights)
-        self._rows = config.num_rows(on_gpu=base.device.type != "cpu")
-        longest = getattr(base.model.config, "max_position_embeddings", None)
-        self.cache_tokens = config.cache_tokens or room_for(self._runner.shape, self._rows, longest)
+        self.num_rows = config.num_rows(on_gpu=base.device.type != "cpu")
+        longest = _longest(base.model)
+        self.cache_tokens = config.cache_tokens or room_for(self._runner.shape, self.num_rows, longest)
+        widest = 1 << (self.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
+        self.context = min(widest, longest or widest)
+        """The most tokens of a row."""
         self._cache = RowCache(self._runner.shape, self.cache_tokens)
         self._prefixes = PrefixTree(config.prefix_tokens)
         loader = Loader(base, registry, self._logits_alone)
@@ -134,16 +138,13 @@ class Core:
     def _plan(self) -> Sequence[Portion]:
         if not self._running:
             self._cache.capacity = self.cache_tokens  # what lacked memory has ended
-        budget = Budget(self._rows, self._cache.capacity, self._config.step_tokens)
+        budget = Budget(self.num_rows, self._cache.capacity, self._config.step_tokens)
         following = self._following()
         waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
         seating = seat([self._seat(row) for row in self._running.values()], waiting, budget, shelf_width)
         for name in seating.preempted:
-            row = self._waiting[name] = self._running.pop(name)
-            self._keep_prefix(row)
-            self._cache.remove(name)
-            row.cached = 0
-            self._counted.preemptions += 1
+            self._keep_prefix(self._running[name])
+            self._preempt(self._running[name])
         for name in seating.admitted:
             row = self._running[name] = self._waiting.pop(name)
             row.adapter = self._adapter_of(row)
@@ -185,13 +186,18 @@ class Core:
         if not others:
             self._end(row, _too_large(row))
             return False
+        self._preempt(row)
+        self._cache.capacity = self._cache.held  # until they have ended
+        return False
+
+    def _preempt(self, row: Row) -> None:
+        """Have a running row wait; it is computed again."""
+        name = row.request.id
         self._waiting[name] = self._running.pop(name)
         if name in self._cache:
             self._cache.remove(name)
         row.cached = 0
         self._counted.preemptions += 1
-        self._cache.capacity = self._cache.held  # until they have ended
-        return False
 
     def _apply(self, portions: Sequence[Portion], logits_MV: Tensor) -> None:
         self._counted.steps += 1
@@ -283,6 +289,16 @@ class Core:
             cache.reserve("probe", len(tokens))
             logits_MV = self._runner.forward(cache, [Work("probe", adapter, 0, tokens)], stack=False)
         return logits_MV[0].to(self._base.model.dtype)
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    """Tokens of a row that a base knows positions for; None: any number."""
+    shape = model.config.get_text_config()
+    known = [getattr(shape, "max_position_embeddings", None)]
+    rope = getattr(shape, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # which turns all rows of a step by other angles beyond this
+        known.append(rope["original_max_position_embeddings"])
+    return min(filter(None, known), default=None)
 
 
 def _too_large(row: Row) -> OverloadedError:

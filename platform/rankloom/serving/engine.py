@@ -46,8 +46,8 @@ class ServingEngine:
         """What the thread is to call between two steps."""
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
-        rows = config.num_rows(on_gpu=base.device.type != "cpu")
-        self._admission = Admission(rows + config.waiting, base.model.get_input_embeddings().weight.shape[0])
+        vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        self._admission = Admission(self._core.num_rows + config.waiting, vocabulary)
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
 
     @property
@@ -56,13 +56,7 @@ class ServingEngine:
 
     @property
     def context(self) -> int:
-        widest = 1 << (self._core.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
-        shape = self._base.model.config.get_text_config()
-        own = getattr(shape, "max_position_embeddings", None) or widest
-        rope = getattr(shape, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # which turns all rows of a step by other angles beyond this
-            own = min(own, rope["original_max_position_embeddings"])
-        return min(widest, own)
+        return self._core.context
 
     @property
     def alive(self) -> bool:

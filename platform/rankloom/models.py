@@ -213,9 +213,11 @@ def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedMod
     Raises:
         ModelError: not found, not readable, or no causal language model. ConfigError: quantised in another way.
     """
-    folder = local_folder(config)
+    folder = local_folder(config, weights=False)
     shape = _shape(folder, config.id)
     read_as(shape, quantization, torch.float32, config.id)
+    if is_on_hub(config):
+        return _on_meta(folder, config.id, shape, torch.float32)
     check_codes(folder, shape, config.id)
     found = [file.name for file in weight_files(folder)]
     if WHOLE not in found and not (folder / INDEX).is_file():
@@ -295,7 +297,7 @@ def _sees_ahead(model: PreTrainedModel) -> bool:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer alone; it always has a pad token."""
-    return _tokenizer(local_folder(config), config.id)
+    return _tokenizer(local_folder(config, weights=False), config.id)
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -307,8 +309,19 @@ def resolve_dtype(wanted: Dtype, auto: torch.dtype) -> torch.dtype:
     return auto if wanted == "auto" else DTYPES[wanted]
 
 
-def local_folder(config: ModelConfig) -> Path:
-    """The folder with the model's config, tokenizer and safetensors; downloads or converts where needed."""
+def is_on_hub(config: ModelConfig) -> bool:
+    """Whether an id is no built-in, folder or file here."""
+    path = Path(os.path.expanduser(config.id))
+    is_here = os.path.isfile(path) or os.path.isdir(path)
+    return not (is_here or path.suffix == ".gguf" or config.id.startswith("builtin:"))
+
+
+def local_folder(config: ModelConfig, *, weights: bool = True) -> Path:
+    """The folder with the model's config, tokenizer and safetensors; downloads or converts where needed.
+
+    Args:
+        weights: False: those of a model on the hub are not downloaded.
+    """
     if config.id in BUILTIN:
         return _converted_gguf(_packaged_file(config.id))
     if config.id.startswith("builtin:"):
@@ -325,7 +338,7 @@ def local_folder(config: ModelConfig) -> Path:
     elif os.path.isdir(path):
         folder = path
     else:
-        return _checked_folder(_hub_snapshot(config), config.id)
+        return _checked_folder(_hub_snapshot(config, weights), config.id)
     if config.revision:
         raise ConfigError(f"model.revision: {config.revision!r} means nothing for a local model; remove it")
     return _checked_folder(folder, config.id)
@@ -349,13 +362,13 @@ def _checked_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def _hub_snapshot(config: ModelConfig) -> Path:
+def _hub_snapshot(config: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     if config.id.startswith(("/", ".", "~")):
         raise ModelError(f"model.id: no folder or file {config.id!r:.200}")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except HFValidationError as error:

@@ -56,6 +56,8 @@ CASES: dict[str, tuple[dict[str, Any], type[RankloomError], str]] = {
     "columns": ({"data": {"train": "rows.csv"}}, DataError, "no format fits the columns"),
     "rows": ({"data": {"train": "rows.csv", "columns": {"text": "q", "label": "a"}}}, DataError, "can't be split"),
     "targets": ({"method": {"type": "lora", "target_modules": ["nothing"]}}, ConfigError, "nothing"),
+    "model": ({"model": {"id": "models/none"}}, ModelError, "models/none' is no local folder, and the hub"),
+    "folder": ({"model": {"id": "./none"}}, ModelError, r"no folder or file '.*none'"),
     "layers": ({"method": {"type": "lisa", "num_layers": 9}}, ConfigError, r"num_layers: 9.*2 layers"),
 }
 
@@ -71,7 +73,7 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("q,a\nhello,b\n")
     sections, kind, message = CASES[case]
-    tree = trial_of(tiny_llama, tmp_path / "out", **sections)
+    tree = trial_of(tiny_llama, tmp_path / "out") | sections
     with pytest.raises(kind, match=message):
         fit(parse(TrialConfig, tree | {"name": "t"}))
     study = {"name": "s", "trial": tree, "space": [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]}

@@ -1,13 +1,12 @@
 """What a trial would be refused for later, told before anything starts: before Ray, and before the first step.
 
-Looked at are the data, where it is read in a moment, and the model's outline, which has no weights. Hub ids are left to
-the workers, which have to fetch them anyway.
+Looked at are the data, where it is read in a moment, the model's outline, which has no weights, and its tokenizer. Of
+the hub only what is small is fetched here; weights and data sets are left to the workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from rankloom.config import TrialConfig
 from rankloom.config.method import AdapterConfig, LisaConfig
@@ -36,18 +35,12 @@ def preflight(trials: Iterable[TrialConfig]) -> list[str]:
     sizes = {key: check_sources(trial.data, trial.eval.retention) for key, trial in by_data.items()}
     notes: list[str] = []
     for trial in by_model.values():
-        if _is_local(trial.model.id):
-            notes += _check_model(trial)
+        notes += _check_model(trial)
     for key, trial in by_data.items():
-        if _is_local(trial.model.id):
-            tokenizer, size = load_tokenizer(trial.model), sizes[key]
-            if size is not None and size <= READ_BYTES:  # workers on this machine find it read
-                load_data(trial.data, tokenizer, retention=trial.eval.retention)
+        tokenizer, size = load_tokenizer(trial.model), sizes[key]
+        if size is not None and size <= READ_BYTES:  # workers on this machine find it read
+            load_data(trial.data, tokenizer, retention=trial.eval.retention)
     return list(dict.fromkeys(notes))
-
-
-def _is_local(model: str) -> bool:
-    return model.startswith(("builtin:", "/", ".", "~")) or model.endswith(".gguf") or Path(model).exists()
 
 
 def _check_model(trial: TrialConfig) -> list[str]:

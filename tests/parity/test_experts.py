@@ -142,7 +142,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", SECTIONS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "bf16" else pytest.mark.slow) for case in SECTIONS]
+)
 def test_goes_with(case: str, trial_of: Callable[..., TrialConfig], tmp_path: Path) -> None:
     trial = trial_of("mixtral", **SECTIONS[case])
     run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
@@ -206,7 +208,11 @@ def write(folder: Path, base: Path, kind: str) -> None:
     experts = None if kind == "layers" else ["experts.gate_up_proj", "experts.down_proj"][kind == "down" :]
     alphas = {"experts.down_proj": 3} if kind == "both" else {}
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], target_parameters=experts, alpha_pattern=alphas
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=[] if kind == "experts" else ["q_proj"],
+        target_parameters=experts,
+        alpha_pattern=alphas,
     )
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
@@ -215,16 +221,18 @@ def write(folder: Path, base: Path, kind: str) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", pytest.param("olmoe", marks=pytest.mark.slow), "qwen3_moe"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", *(pytest.param(each, marks=pytest.mark.slow) for each in ("olmoe", "qwen3_moe"))]
+)
 def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
     kind: str, trial_of: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
     base, registry = Path(trial_of(kind).model.id), tmp_path / "served"
     refs: dict[str | None, Path | None] = {None: None}
-    for adapter in ("layers", "both", "down", "extracted"):
+    for adapter in ("layers", "both", "down", "experts", "extracted"):
         write(tmp_path / adapter, base, adapter)
         refs[publish(registry, base, adapter, tmp_path / adapter)] = tmp_path / adapter
-    prompts = [[7, 50, 101, 9 + i, *range(20, 20 + 3 * i)] for i in range(10)]
+    prompts = [[7, 50, 101, 9 + i, *range(20, 20 + 3 * i)] for i in range(12)]
     jobs = [(ref, prompts[i]) for i, ref in enumerate([*refs, *refs])]
     engine = engine_on(base, registry, rows=6, step_tokens=16, prefix_tokens=0)
 

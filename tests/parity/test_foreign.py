@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -238,7 +239,38 @@ def test_a_convolution_is_refused_by_its_tensor(tiny_llama: Path, tmp_path: Path
         write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
 
 
-def test_experts_are_refused_by_their_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]])
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_as_peft_has_them(tmp_path: Path, kind: str, targets: list[str]) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lora = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=targets, rank_pattern={"layers.1.mlp.experts.down_proj": 5},
+        alpha_pattern={"layers.0.mlp.experts.down_proj": 3}, use_rslora=True,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(model), lora)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.5)
+    theirs.save_pretrained(tmp_path / "a")
+    write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+    ids = torch.arange(5, 20)[None]
+    expected, before = theirs(input_ids=ids).logits, model(input_ids=ids).logits
+    ours = load_adapter(copy.deepcopy(model), tmp_path / "plain")
+    torch.testing.assert_close(ours(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name in list(tensors)[:2]:
+        fewer = {key: value for key, value in tensors.items() if key != name}
+        save_file(fewer, tmp_path / "a" / "adapter_model.safetensors")
+        with pytest.raises(RegistryError, match="is missing or empty"):
+            write_plainly(model, tmp_path / "a", tmp_path / "other", "base")
+
+
+def test_experts_that_no_setting_names_are_refused_by_their_tensor(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -246,6 +278,9 @@ def test_experts_are_refused_by_their_tensor(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     peft.get_peft_model(copy.deepcopy(model), lora).save_pretrained(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    settings |= {"target_parameters": None, "target_modules": ["q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(
         RegistryError, match=r"lora_A.weight belongs on \S+experts\S*, a MixtralExperts, and only linear"
     ):

@@ -133,7 +133,7 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
     reader = _Reader(model, folder, config, dict(tensors))
     linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
-    stacks = adapted_experts(model, config)
+    stacks = adapted_experts(model, config.target_parameters)
     for name, module in model.named_modules():
         if name in stacks:
             experts[name] = reader.experts(name, module, stacks[name])

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.patterns import ByModule, by_module, fullmatch
 from rankloom.adapters.site import scaling_of
+from rankloom.adapters.weights import adapted_experts
 from rankloom.errors import RegistryError
 from rankloom.models import in_out, is_linear
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS, find_files, read_config
@@ -163,6 +164,10 @@ class _Adapter:
         self._modules = dict(model.named_modules())
         self._weights = model.state_dict()
         self._layers: dict[str, dict[str, Tensor]] = {}
+        """By the layer, or the parameter of experts."""
+        self._experts = adapted_experts(model, settings.target_parameters)
+        self._places: dict[str, str] = {}
+        """Of such a parameter, what its tensors are named after: PEFT wraps one parameter around the other."""
         self._tied = self._find_tied() if settings.ensure_weight_tying else ()
         ends = tuple(settings.modules_to_save)  # as PEFT matches them
         kept = self._with_tied({name for name in self._modules if name.endswith(ends)})
@@ -191,7 +196,7 @@ class _Adapter:
 
     def _all_fit(self, tensors: Iterable[str]) -> bool:
         layers = (match["layer"] for name in tensors if (match := _PARTS.fullmatch(name.removeprefix(PREFIX))))
-        return all(layer in self._modules for layer in layers)
+        return all(layer in self._modules or _unwrapped(layer) in self._experts for layer in layers)
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Find a tensor's place; those of the base that PEFT saves beside are compared with it, and left out."""
@@ -228,6 +233,8 @@ class _Adapter:
         return None
 
     def _take_part(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
+        if _unwrapped(layer) in self._experts:
+            return self._take_experts(name, layer, part, tensor)
         module: Any = self._modules.get(layer.removesuffix(".base_layer"))  # of two parameters PEFT wraps one so
         if module is None:
             self._refuse(name, f"belongs on {layer}, which the base has not; is it another's? name that with --base")
@@ -248,6 +255,20 @@ class _Adapter:
         if part not in expected or layer not in self._modules or not self._is_target(layer):
             self._refuse(name, f"is none that PEFT would load with this {CONFIG}; restore the one it was saved with")
         self._layers.setdefault(layer, dict.fromkeys(expected, torch.empty(0)))[part] = tensor
+        return None
+
+    def _take_experts(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
+        module, found = _unwrapped(layer), self._settings
+        places = [module + ".base_layer" * depth for depth in range(len(self._experts[module]))]
+        if layer not in places or not part.endswith(".weight") or found.use_dora or found.lora_bias or found.moves_base:
+            self._refuse(name, f"is none that PEFT would load with this {CONFIG}; restore the one it was saved with")
+        for key, place in zip(self._experts[module], reversed(places), strict=True):
+            self._places[f"{module}.{key}"] = place
+            parts = self._layers.setdefault(
+                f"{module}.{key}", {"lora_A.weight": torch.empty(0), "lora_B.weight": torch.empty(0)}
+            )
+            if place == layer:
+                parts[part] = tensor
 
     def _is_target(self, layer: str) -> bool:
         """Whether PEFT would adapt it; what it finds out from the base alone is left to the tensors."""
@@ -288,10 +309,11 @@ class _Adapter:
             rank = ranks.get(layer, self._settings.r)
             alpha = alphas.get(layer, self._settings.lora_alpha)
             self._check_shapes(layer, parts, rank)
-            if self._settings.moves_base and is_linear(self._modules[layer]):
+            if self._settings.moves_base and layer not in self._places and is_linear(self._modules[layer]):
                 parts, rank, alpha = self._moved_back(layer, parts, scaling_of(alpha, rank, self._settings.use_rslora))
             ranks[layer], alphas[layer] = rank, alpha
-            tensors |= {f"{PREFIX}{layer}.{part}": tensor for part, tensor in parts.items()}
+            place = self._places.get(layer, layer)
+            tensors |= {f"{PREFIX}{place}.{part}": tensor for part, tensor in parts.items()}
         for module, kept in self._kept.items():
             for key in self._modules[module].state_dict():
                 if key not in kept:
@@ -313,16 +335,21 @@ class _Adapter:
             raise RegistryError(f"{self._folder / CONFIG}: {key}: {error}") from None
 
     def _check_shapes(self, layer: str, parts: Mapping[str, Tensor], rank: int) -> None:
-        module = self._modules[layer]
-        if is_linear(module):
+        module: Any = self._modules.get(layer)
+        count = 1
+        if layer in self._places:
+            count, num_out, num_in = self._weights[layer].shape
+            if getattr(self._modules[layer.rpartition(".")[0]], "is_transposed", False):
+                num_in, num_out = num_out, num_in
+        elif is_linear(module):
             num_in, num_out = in_out(module)
             if self._settings.moves_base:  # there is no more of W to be taken away
                 rank = min(rank, num_in, num_out)
         else:
             num_in, num_out = module.weight.shape
-        wanted = {"A": (rank, num_in), "B": (num_out, rank), "bias": (num_out,), "vector": (num_out,)}
+        wanted = {"A": (count * rank, num_in), "B": (num_out, count * rank), "bias": (num_out,), "vector": (num_out,)}
         for part, tensor in parts.items():
-            name = f"{PREFIX}{layer}.{part}"
+            name = f"{PREFIX}{self._places.get(layer, layer)}.{part}"
             shape = wanted[re.split(r"[._]", part.removesuffix(".weight"))[-1]]
             if not tensor.numel():
                 self._refuse(name, f"is missing or empty, though {CONFIG} asks for it; save the adapter again, whole")
@@ -373,10 +400,15 @@ class _Adapter:
             lora_alpha=alphas[first],
             rank_pattern={layer: ranks[layer] for layer in layers if ranks[layer] != ranks[first]},
             alpha_pattern={layer: alphas[layer] for layer in layers if alphas[layer] != alphas[first]},
-            target_modules=sorted(ranks),
+            target_modules=sorted(layer for layer in ranks if layer not in self._places),
+            target_parameters=sorted(self._places) or None,
             modules_to_save=sorted(self._kept) or None,
             use_rslora=self._settings.use_rslora and not self._settings.moves_base,
             use_dora=self._settings.use_dora,
             lora_bias=self._settings.lora_bias,
-            fan_in_fan_out=any(isinstance(self._modules[layer], Conv1D) for layer in ranks),
+            fan_in_fan_out=any(isinstance(self._modules.get(layer), Conv1D) for layer in ranks),
         )
+
+
+def _unwrapped(layer: str) -> str:
+    return re.sub(r"(\.base_layer)+$", "", layer)

@@ -17,7 +17,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -49,8 +49,8 @@ class _AdapterConfig(BaseModel):
     r: _Rank
     lora_alpha: float
     lora_dropout: float = 0.0
-    target_modules: Annotated[list[_Name], Field(min_length=1)]
     target_parameters: list[_Name] | None = None
+    target_modules: list[_Name]
     rank_pattern: dict[_Name, _Rank] = {}
     alpha_pattern: dict[_Name, float] = {}
     modules_to_save: list[_Name] | None = None
@@ -60,6 +60,13 @@ class _AdapterConfig(BaseModel):
     lora_bias: bool = False
     bias: Literal["none"] = "none"
     init_lora_weights: bool | str = True
+
+    @field_validator("target_modules")
+    @classmethod
+    def _has_targets(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if value or info.data.get("target_parameters"):
+            return value
+        raise ValueError("expected at least one, unless target_parameters has")
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -201,10 +208,10 @@ def _check_parameters(base_model: PreTrainedModel, config: peft.LoraConfig, fold
             raise RegistryError(f"{folder / CONFIG}: {key}: can't be combined with target_parameters")
 
 
-def adapted_experts(base_model: PreTrainedModel, config: peft.LoraConfig) -> dict[str, list[str]]:
+def adapted_experts(base_model: PreTrainedModel, target_parameters: Iterable[str] | None) -> dict[str, list[str]]:
     """The experts that an adapter is on: each module's full name, and its parameters in their order."""
     found: dict[str, list[str]] = {}
-    ends = tuple(f".{target}" for target in config.target_parameters or ())
+    ends = tuple(f".{target}" for target in target_parameters or ())
     for name in find_experts(base_model):
         if f".{name}".endswith(ends):
             module, _, key = name.rpartition(".")

@@ -14,7 +14,7 @@ from rankloom.cli import main
 from rankloom.config.engine import VllmConfig
 from rankloom.config.trial import ComputeConfig
 from rankloom.errors import ConfigError, RankloomError
-from rankloom.launch.cluster import Share, connected, open_ports, share, worker_environment
+from rankloom.launch.cluster import Share, announce, connected, open_ports, share, worker_environment
 from rankloom.launch.submit import is_open
 from rankloom.serving.vllm_server import environment as vllm_environment
 
@@ -68,6 +68,14 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(ConfigError, match="rankloom submit"), connected(ComputeConfig()):
         pass
+
+
+def test_open_ports_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, kinds in (("token", ["phase"]), ("disabled", ["phase", "warning"])):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        told: list[dict[str, Any]] = []
+        announce(told.append)
+        assert [event["event"] for event in told] == kinds
 
 
 def test_serve_starts_no_ray_that_runs_what_anybody_sends(

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,13 @@ def open_ports() -> str | None:
         "RAY_AUTH_MODE=disabled: Ray's ports listen beyond this machine, and run what whoever reaches them sends; "
         "unset it, or set it to token"
     )
+
+
+def announce(tell: Callable[[dict[str, Any]], None]) -> None:
+    """Tell that a command connects to Ray now, and of `open_ports`."""
+    tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    if told := open_ports():
+        tell({"event": "warning", "message": told})
 
 
 @contextmanager

@@ -37,9 +37,7 @@ def evaluate(
             return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event)
         except Exception as error:
             raise _one_line(failure_of(error)) from None
-    on_event({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    if told := cluster.open_ports():
-        on_event({"event": "warning", "message": told})
+    cluster.announce(on_event)
     single = trial.compute.model_copy(update={"num_workers": 1})
     with cluster.connected(single) as share:
         import ray

@@ -142,9 +142,7 @@ def local_device(wanted: str) -> Any:
 def _on_ray(
     trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool, study: Path | None
 ) -> dict[str, Any]:
-    tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    if told := cluster.open_ports():
-        tell({"event": "warning", "message": told})
+    cluster.announce(tell)
     with cluster.connected(trial.compute) as share:
         import ray
         from ray.train import TrainingFailedError

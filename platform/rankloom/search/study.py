@@ -65,13 +65,11 @@ def run(
     """
     study = resolved(study)
     folder = study_folder(study)
-    notes: list[str] = []
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.train.preflight import preflight
 
-        notes = preflight(study.members())
-    for note in notes:
-        on_event({"event": "warning", "message": note})
+        for note in preflight(study.members()):
+            on_event({"event": "warning", "message": note})
     with hold(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
@@ -112,9 +110,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
 def _search(
     study: StudyConfig, knowledge: Knowledge, board: Board, folder: Path, tell: Tell, stop: threading.Event
 ) -> dict[str, Any]:
-    tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
-    if told := cluster.open_ports():
-        tell({"event": "warning", "message": told})
+    cluster.announce(tell)
     with (
         cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})),
         running_hosts(study, folder) as hosts,

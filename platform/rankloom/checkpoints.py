@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from rankloom.config.model import Int8, Nf4, Quantization
+from rankloom.config.model import Int8, Nf4, NoQuantization, Quantization
 from rankloom.errors import ConfigError, ModelError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -145,6 +145,14 @@ def read_as(
     return None
 
 
+def quantized_already(shape: PretrainedConfig) -> Quantization:
+    """What bitsandbytes has quantised a checkpoint to, as the setting that reads it."""
+    stored = stored_quantization(shape)
+    if stored is None or not _is_bitsandbytes(stored):
+        return NoQuantization()
+    return Int8() if stored.get("load_in_8bit") else Nf4()
+
+
 def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
     """Refuse codes that config.json does not tell of, or whose scales are missing, and weights that it calls codes.
 
@@ -197,6 +205,12 @@ def forget_quantization(model: PreTrainedModel) -> None:
     for part in (model.config, model.config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+    read_by = getattr(model, "_weight_conversions", None) or ()  # save_pretrained would undo them; codes it can't make
+    model._weight_conversions = [
+        each
+        for each in read_by
+        if not any("bitsandbytes" in type(op).__module__ for op in getattr(each, "operations", ()))
+    ] or None
 
 
 def check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:

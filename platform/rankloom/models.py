@@ -43,6 +43,7 @@ from rankloom.checkpoints import (
     fingerprint,
     first_line,
     forget_quantization,
+    quantized_already,
     read_as,
     stored_quantization,
     weight_files,
@@ -123,6 +124,11 @@ def load_base(
         quantization=quantization.type,
         device=device,
     )
+
+
+def stored_as(config: ModelConfig) -> Quantization:
+    """The setting that reads a base as it is stored, quantised by bitsandbytes or not."""
+    return quantized_already(_shape(local_folder(config, weights=False), config.id))
 
 
 def reload_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

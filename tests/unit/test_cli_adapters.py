@@ -263,6 +263,27 @@ def test_a_foreign_folder_of_peft_is_published_verified_and_merged(
     assert Registry(registry_root()).versions("foreign") == [1]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_foreign_folder_on_a_quantised_base_is_published_verified_and_merged(
+    tiny_model: Callable[..., Path], make_tokenizer: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    reading = BitsAndBytesConfig(load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), quantization_config=reading)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path / "peft")
+    run("publish", tmp_path / "peft", "--name", "foreign", "--base", str(tmp_path / "base"))
+    assert Registry(registry_root()).get("foreign@1").base.quantization == kind
+    assert json.loads(run("verify", "foreign", "--json").stdout)["probe"]["distance_from_base"] > 0.01
+    run("export", "foreign", "--format", "merged", "-o", tmp_path / "merged")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
 def test_errors_reach_the_caller(folder: Path) -> None:
     with pytest.raises(ConfigError, match="'base': it means the base"):
         run("publish", folder, "--name", "base", "--base", "no/such-base")  # before anything is loaded

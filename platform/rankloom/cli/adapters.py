@@ -141,8 +141,8 @@ def publish(
 
     A folder that `rankloom adapters export` wrote keeps its record.
 
-    Another LoRA or DoRA folder of PEFT's is first loaded on its unquantised base, to record a probe. Of such a folder
-    only adapter_config.json and adapter_model.safetensors are read and published.
+    Another LoRA or DoRA folder of PEFT's is first loaded on its base, as that is stored, to record a probe. Of such
+    a folder only adapter_config.json and adapter_model.safetensors are read and published.
 
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
@@ -326,22 +326,23 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
     from rankloom.adapters.foreign import write_plainly
     from rankloom.adapters.probe import check_probe, record_probe
     from rankloom.adapters.weights import load_adapter
-    from rankloom.config.model import ModelConfig, NoQuantization
-    from rankloom.models import load_base
+    from rankloom.config.model import ModelConfig
+    from rankloom.models import load_base, stored_as
     from rankloom.registry import BaseModelRef, Draft, Versions
 
-    base = load_base(ModelConfig(id=base_id), NoQuantization(), device=torch.device("cpu"))
+    quantization = stored_as(ModelConfig(id=base_id))
+    base = load_base(ModelConfig(id=base_id), quantization, device=torch.device("cpu"))
     for note in write_plainly(base.model, folder, staged, base_id):
         _tell(note)
     _tell_of_others(folder, files)
     model = load_adapter(base.model, staged)
     record_probe(model, base.tokenizer(_PROBE_TEXT)["input_ids"], staged)
-    check_probe(model, staged, quantization="none")  # an adapter that does nothing is refused here
+    check_probe(model, staged, quantization=base.quantization)  # an adapter that does nothing is refused here
     return Draft(
         method="dora" if config.get("use_dora") else "lora",
-        base=BaseModelRef(id=base_id, fingerprint=base.fingerprint, quantization="none"),
+        base=BaseModelRef(id=base_id, fingerprint=base.fingerprint, quantization=quantization.type),
         servable="itself",
-        trial={"name": name, "model": {"id": base_id}, "quantization": "none"},
+        trial={"name": name, "model": {"id": base_id}, "quantization": base.quantization},
         data_fingerprint=None,
         scorecard=None,
         versions=Versions.here(),

@@ -94,7 +94,10 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
     assert again == finished
 
 
-def test_an_error_of_the_users_is_told_once_and_not_retried(tiny_trial: Make, tmp_path: Path) -> None:
+def test_an_error_of_the_users_is_told_once_and_not_retried(
+    tiny_trial: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankloom.train.preflight.READ_BYTES", -1)  # as where only the workers read the data
     (tmp_path / "empty.csv").write_text("text,label\n")
     settings = tiny_trial(
         data={"train": str(tmp_path / "empty.csv")},

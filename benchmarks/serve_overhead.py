@@ -34,11 +34,11 @@ def engine_alone(base: str, count: int) -> list[float]:
 
     from rankloom.config.engine import EngineConfig
     from rankloom.config.model import ModelConfig, NoQuantization
+    from rankloom.engine.engine import ServingEngine
+    from rankloom.engine.jobs import Work, run
+    from rankloom.engine.protocol import Sampling
     from rankloom.models import load_base
     from rankloom.registry import Registry
-    from rankloom.serving.engine import ServingEngine
-    from rankloom.serving.protocol import Sampling
-    from rankloom.serving.work import Work, run
 
     torch.set_num_threads(1)
     loaded = load_base(ModelConfig(id=base), NoQuantization(), device=torch.device("cpu"))

@@ -31,10 +31,10 @@ from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.engine import EngineConfig
 from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.engine.engine import ServingEngine
+from rankloom.engine.protocol import Request, Sampling
 from rankloom.models import Base, auto_dtype, load_base
 from rankloom.registry import BaseModelRef, Draft, Registry, Versions
-from rankloom.serving.engine import ServingEngine
-from rankloom.serving.protocol import Request, Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SWITCHED = 2

@@ -28,12 +28,12 @@ from serve_speed import TOPICS, medians, publish, ratio
 
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.engine.engine import ServingEngine
+from rankloom.engine.protocol import Engine, Request, Sampling
+from rankloom.engine.vllm.engine import VllmEngine
+from rankloom.engine.vllm.server import completion
 from rankloom.models import load_base, load_outline
 from rankloom.registry import Registry
-from rankloom.serving.engine import ServingEngine
-from rankloom.serving.protocol import Engine, Request, Sampling
-from rankloom.serving.vllm_engine import VllmEngine
-from rankloom.serving.vllm_server import completion
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,9 @@ from common import RESULTS, machine, tiny_llama, today, write_json
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, TaskData, collate, load_data
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
-from rankloom.train.base import autocast
-from rankloom.train.host import TrialHost
+from rankloom.train.fused.host import TrialHost
 from rankloom.train.loop import TrainingLoop
+from rankloom.train.precision import autocast
 from rankloom.train.session import LocalSession
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -72,8 +72,8 @@ def test_platform_is_the_standard_librarys() -> None:
         "rankloom.config",
         "rankloom.registry",
         "rankloom.paths",
-        "rankloom.scorecard",
-        "rankloom.serving.protocol",
+        "rankloom.registry.scorecard",
+        "rankloom.engine.protocol",
     ],
 )
 def test_module_imports_light(module: str) -> None:
@@ -81,9 +81,8 @@ def test_module_imports_light(module: str) -> None:
 
 
 def test_a_host_trains_without_the_methods_libraries() -> None:
-    code = (
-        "import sys, rankloom.train.host, rankloom.launch.host_actor\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
-    )
+    code = "import sys, rankloom.train.fused.host, rankloom.hosts.host_actor"
+    code += "\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
     assert run_python(code).strip() == "set()"
 
 

@@ -12,8 +12,8 @@ from openai import APIError, OpenAI, UnprocessableEntityError
 from test_serve_app import free_port, served
 
 from rankloom.config.model import ModelConfig
+from rankloom.engine.vllm.server import PYTHON
 from rankloom.models import local_folder
-from rankloom.serving.vllm_server import PYTHON
 from served import load, publish, write_adapter
 
 pytestmark = [

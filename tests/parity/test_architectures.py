@@ -28,7 +28,7 @@ from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.registry import Registry
-from rankloom.train.host import TrialHost
+from rankloom.train.fused.host import TrialHost
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession

@@ -12,11 +12,11 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from rankloom.adapters.bank import AdapterBank, SlotSpec
-from rankloom.adapters.folded import fold
-from rankloom.adapters.folded_bank import FoldedBank, Share
-from rankloom.adapters.grouped import Groups, scale_rows, scale_rows_reference
 from rankloom.adapters.weights import load_adapter
+from rankloom.banks.bank import AdapterBank, SlotSpec
+from rankloom.banks.grouped import Groups, scale_rows, scale_rows_reference
+from rankloom.banks.served_adapter import fold
+from rankloom.banks.served_bank import FoldedBank, Share
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import TaskData, load_data
@@ -24,10 +24,10 @@ from rankloom.errors import TrialError
 from rankloom.evals.loss import token_loss
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
-from rankloom.scorecard import Scorecard
-from rankloom.train.base import autocast
-from rankloom.train.host import TrialHost
+from rankloom.registry.scorecard import Scorecard
+from rankloom.train.fused.host import TrialHost
 from rankloom.train.loop import TrainingLoop
+from rankloom.train.precision import autocast
 from rankloom.train.run import _check_export, load_for, run_trial
 from rankloom.train.session import LocalSession
 from served import completed, engine_on, serving, write_adapter

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from rankloom.adapters import compiled
-from rankloom.adapters.compiled import Shares, addresses
-from rankloom.adapters.folded import Factors, Folded
+from rankloom.banks import compiled
+from rankloom.banks.compiled import Shares, addresses
+from rankloom.banks.served_adapter import Factors, Folded
 
 SITE = "layer.q_proj"
 

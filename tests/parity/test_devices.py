@@ -22,7 +22,7 @@ from rankloom.data import Row, collate, load_data
 from rankloom.evals.loss import labelled_loss
 from rankloom.models import load_base
 from rankloom.registry import Registry
-from rankloom.train.host import TrialHost
+from rankloom.train.fused.host import TrialHost
 from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
 from served import GREEDY, completed, engine_on, serving

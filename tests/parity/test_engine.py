@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankloom.adapters.folded import Folded, fold
-from rankloom.adapters.folded_bank import Share, placed
-from rankloom.serving.cache import RowCache
-from rankloom.serving.runner import Runner, Work
+from rankloom.banks.served_adapter import Folded, fold
+from rankloom.banks.served_bank import Share, placed
+from rankloom.engine.kv_cache import RowCache
+from rankloom.engine.model_runner import Runner, Work
 from served import completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
 
 KINDS = {

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rankloom.adapters.export import merge
 from rankloom.adapters.extract import extract_adapter
-from rankloom.adapters.folded import fold
-from rankloom.adapters.plain import more_than_lora
 from rankloom.adapters.probe import last_logits, verify_probe
 from rankloom.adapters.weights import load_adapter
+from rankloom.banks.plain_lora import more_than_lora
+from rankloom.banks.served_adapter import fold
 from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import RegistryError

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankloom.adapters.grouped import (
+from rankloom.banks.grouped import (
+    PADDED,
     Groups,
     SlotBySlot,
     Stacked,
@@ -26,7 +27,6 @@ from rankloom.adapters.grouped import (
     scale_rows,
     scale_rows_reference,
 )
-from rankloom.planner import PADDED
 
 WAYS = [SlotBySlot(), Stacked()]
 SCALES = [2.0, 0.5, 1.0, 4.0]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.config.trial import OptimConfig
-from rankloom.train import optim as slots
-from rankloom.train.optim import SlotAdamW, SlotParameter
+from rankloom.train.fused import optim as slots
+from rankloom.train.fused.optim import SlotAdamW, SlotParameter
 
 K, RANK = 4, 5
 SETTINGS = {

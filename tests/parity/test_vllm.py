@@ -18,14 +18,14 @@ import torch
 
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig
+from rankloom.engine.engine import ServingEngine
+from rankloom.engine.jobs import ReplicaLostError
+from rankloom.engine.protocol import Delta, Engine, Request
+from rankloom.engine.vllm.engine import VllmEngine
+from rankloom.engine.vllm.server import PYTHON
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import load_outline, local_folder
 from rankloom.registry import Registry
-from rankloom.serving.engine import ServingEngine
-from rankloom.serving.protocol import Delta, Engine, Request
-from rankloom.serving.vllm_engine import VllmEngine
-from rankloom.serving.vllm_server import PYTHON
-from rankloom.serving.work import ReplicaLostError
 from served import GREEDY, load, publish, with_peft, write_adapter
 
 pytestmark = [

@@ -1,5 +1,4 @@
-"""Adapters as folders that PEFT reads: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters as PEFT folders: load safely, extract from weight differences, merge, probe, publish foreign ones.
 
-`weights.py` loads one safely (read it first), `extract.py` turns any method's result into one, `probe.py` proves that
-a folder still does what it was published for, `export.py` merges one into its base.
+Adapters on a base in memory, many at once, are in `banks/`.
 """

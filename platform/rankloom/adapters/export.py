@@ -21,9 +21,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from rankloom.adapters.probe import load_recorded_base
 from rankloom.adapters.weights import load_adapter
-from rankloom.checkpoints import forget_quantization
 from rankloom.errors import RegistryError
 from rankloom.models import Base
+from rankloom.models.checkpoints import forget_quantization
 from rankloom.registry.record import Record
 
 NEARLY = 1e-6

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import ByModule, by_module, fullmatch
-from rankloom.adapters.site import scaling_of
+from rankloom.adapters.patterns import ByModule, by_module, fullmatch, scaling_of
 from rankloom.adapters.weights import adapted_experts
 from rankloom.errors import RegistryError
 from rankloom.models import in_out, is_linear

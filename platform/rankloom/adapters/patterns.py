@@ -6,6 +6,7 @@ layer, in order: with a key for each layer of a large base that takes minutes. N
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, KeysView, Mapping
 from typing import TypeVar
@@ -70,3 +71,8 @@ def _matches(expression: regex.Pattern[str], name: str) -> bool:
         return expression.fullmatch(name, timeout=TIMEOUT_S) is not None
     except TimeoutError:
         raise ValueError(f"{expression.pattern!r:.80} takes longer than {TIMEOUT_S:g} s to match {name}") from None
+
+
+def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
+    """Return what PEFT multiplies B·A by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)

@@ -24,7 +24,7 @@ from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
 from rankloom.cli.tune import tune as tune_command
 from rankloom.errors import RankloomError
-from rankloom.printable import printable
+from rankloom.registry.printable import printable
 
 app = typer.Typer(
     name="rankloom",

@@ -19,7 +19,7 @@ import typer
 
 from rankloom.errors import RankloomError, RegistryError
 from rankloom.paths import registry_root
-from rankloom.printable import printable
+from rankloom.registry.printable import printable
 
 if TYPE_CHECKING:
     from rankloom.registry import Draft, Record, Registry

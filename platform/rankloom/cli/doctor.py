@@ -169,7 +169,7 @@ def _demo_model() -> Iterator[Check]:
 
 def _vllm() -> Iterator[Check]:
     """Nothing, where no environment is named: the bank serves without it."""
-    from rankloom.serving.vllm_server import PYTHON, find_vllm
+    from rankloom.engine.vllm.server import PYTHON, find_vllm
 
     if os.environ.get(PYTHON):
         try:

@@ -53,7 +53,7 @@ def evaluate(
         typer.echo(json.dumps(scored, indent=2))
         return
     from rankloom.cli.tables import print_measures
-    from rankloom.scorecard import Measures
+    from rankloom.registry.scorecard import Measures
 
     typer.echo()
     result, base = scored["result"], scored["base"]

@@ -39,7 +39,7 @@ def create(
 
     Example: rankloom keys create ann --requests-per-minute 60
     """
-    from rankloom.serving.keys import KeyFile
+    from rankloom.gateway.keys import KeyFile
 
     key, kept = KeyFile(file).create(
         name, "admin" if admin else "user", requests_per_minute=requests, tokens_per_minute=tokens
@@ -58,7 +58,7 @@ def list_keys(file: File, as_json: Json = False) -> None:
     Example: rankloom keys list
     """
     from rankloom.cli.tables import print_table
-    from rankloom.serving.keys import KeyFile
+    from rankloom.gateway.keys import KeyFile
 
     keys = [key.model_dump(mode="json", exclude={"sha256"}) for key in KeyFile(file).list()]
     if as_json:
@@ -74,7 +74,7 @@ def revoke(key_id: Annotated[str, typer.Argument(help="As `keys list` tells it."
 
     Example: rankloom keys revoke 0123456789ab
     """
-    from rankloom.serving.keys import KeyFile
+    from rankloom.gateway.keys import KeyFile
 
     key = KeyFile(file).revoke(key_id)
     typer.echo(f"revoked {key.id} of {key.name}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rankloom.printable import printable
+from rankloom.registry.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -51,11 +51,11 @@ def serve(
     if detach and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--detach: a local Ray ends with this command; set RAY_ADDRESS to a cluster's address")
     if isinstance(settings.engine, VllmConfig) and not os.environ.get("RAY_ADDRESS"):
-        from rankloom.serving.vllm_server import find_vllm
+        from rankloom.engine.vllm.server import find_vllm
 
         find_vllm(settings.engine.python)
     if settings.auth.keys is not None:
-        from rankloom.serving.keys import KeyFile
+        from rankloom.gateway.keys import KeyFile
 
         KeyFile(settings.auth.keys).list()  # a file that can't be read is told now, not with every request
     _run(settings, detach, as_json)

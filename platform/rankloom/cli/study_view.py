@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rankloom.cli.progress import duration
-from rankloom.printable import printable
+from rankloom.registry.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from rankloom.printable import printable
 from rankloom.registry.card import measure_rows, scorecard_rows
-from rankloom.scorecard import Measures, Scorecard
+from rankloom.registry.printable import printable
+from rankloom.registry.scorecard import Measures, Scorecard
 
 if TYPE_CHECKING:
     from rich.table import Table

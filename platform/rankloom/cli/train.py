@@ -54,7 +54,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(result, indent=2))
         return
     from rankloom.cli.tables import next_lines, print_scorecard
-    from rankloom.scorecard import Scorecard
+    from rankloom.registry.scorecard import Scorecard
 
     if result.get("scorecard"):
         typer.echo()

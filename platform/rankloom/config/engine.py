@@ -1,6 +1,6 @@
 """How much a serving engine holds and does at once: the bank's, or vLLM's.
 
-Read `rankloom/serving/engine.py` and `rankloom/serving/vllm_engine.py` for what they do with it.
+Read `rankloom/engine/engine.py` and `rankloom/engine/vllm/engine.py` for what they do with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A deployment: one base, the adapters of a registry on it, and how requests find them.
 
-Read `rankloom/serving/policy.py` for what routes mean, `rankloom/deploy/app.py` for what is built of it.
+Read `rankloom/gateway/policy.py` for what routes mean, `rankloom/deploy/app.py` for what is built of it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     - {method: {type: lora, rank: {choice: [8, 16]}}, optim: {learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}}
 
 A branch is a fragment of a trial; a *point* picks a branch and a value for each of its knobs, by dotted name. Pure and
-without torch: `study.py` checks a study with it, `rankloom/search/space.py` hands it to the searchers.
+without torch: `study.py` checks a study with it, `rankloom/search/flat_space.py` hands it to the searchers.
 """
 
 from __future__ import annotations

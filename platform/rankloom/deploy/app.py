@@ -1,4 +1,4 @@
-"""The Serve application: an ingress that knows names, and replicas that hold the base. Read `serving/gateway.py` first.
+"""The Serve application: an ingress that knows names, and replicas that hold the base. Read `gateway/gateway.py` first.
 
     serve run rankloom.deploy.app:build adapters=bank@champion registry=demo-output/registry
 
@@ -23,12 +23,12 @@ from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
 from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
+from rankloom.engine.jobs import Progress, ReplicaLostError, Work
+from rankloom.engine.protocol import Stats
 from rankloom.errors import ConfigError, OverloadedError
+from rankloom.gateway.gateway import Gateway, Served
 from rankloom.paths import registry_root
 from rankloom.registry import Record, Registry
-from rankloom.serving.gateway import Gateway, Served
-from rankloom.serving.protocol import Stats
-from rankloom.serving.work import Progress, ReplicaLostError, Work
 
 FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
 """The settings whose change makes new replicas."""

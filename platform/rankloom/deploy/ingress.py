@@ -24,15 +24,22 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import rankloom
-from rankloom.deploy.gate import Caller, Gate
+from rankloom.deploy.auth import Caller, Gate
+from rankloom.engine.jobs import ReplicaLostError, Work
+from rankloom.gateway.gateway import Gateway
+from rankloom.gateway.in_flight import ATTEMPTS, Answer
+from rankloom.gateway.openai.bodies import SMALL, read
+from rankloom.gateway.openai.requests import (
+    AdapterRequest,
+    ChatRequest,
+    CompletionRequest,
+    ErrorReply,
+    WireError,
+    wire_error,
+)
+from rankloom.gateway.openai.responses import DONE, Kind, Reply, event, reply_id
+from rankloom.gateway.policy import Ask, Target
 from rankloom.registry.card import scorecard_rows
-from rankloom.serving.answer import ATTEMPTS, Answer
-from rankloom.serving.bodies import SMALL, read
-from rankloom.serving.gateway import Gateway
-from rankloom.serving.policy import Ask, Target
-from rankloom.serving.replies import DONE, Kind, Reply, event, reply_id
-from rankloom.serving.wire import AdapterRequest, ChatRequest, CompletionRequest, ErrorReply, WireError, wire_error
-from rankloom.serving.work import ReplicaLostError, Work
 
 CONSOLE = Path(__file__).parent / "console"
 LARGE = 2**20

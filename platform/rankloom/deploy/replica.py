@@ -14,15 +14,15 @@ from rankloom.config import parse
 from rankloom.config.engine import VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
+from rankloom.engine.jobs import Progress, Work, run
 from rankloom.errors import RankloomError
+from rankloom.gateway.gateway import Served
 from rankloom.paths import registry_root
 from rankloom.registry import Registry
-from rankloom.serving.gateway import Served
-from rankloom.serving.work import Progress, Work, run
 
 if TYPE_CHECKING:
+    from rankloom.engine.protocol import Engine
     from rankloom.models import Base
-    from rankloom.serving.protocol import Engine
 
 NOTE_S = 2.0
 """How often a replica tells the ingress how it is."""
@@ -38,9 +38,9 @@ def _built(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     """
     import torch
 
+    from rankloom.engine.engine import ServingEngine
+    from rankloom.engine.vllm.engine import VllmEngine
     from rankloom.models import auto_dtype, load_base, load_outline
-    from rankloom.serving.engine import ServingEngine
-    from rankloom.serving.vllm_engine import VllmEngine
 
     assert config.base is not None  # `app.resolved` saw to it
     torch.set_num_threads(threads)
@@ -79,7 +79,7 @@ class Replica:
         self._notes = asyncio.create_task(self._note())
 
     async def run(self, work: Work) -> AsyncIterator[Progress]:
-        """As `serving.work.run`."""
+        """As `engine.jobs.run`."""
         stream = run(self._engine, work)
         try:
             async for progress in stream:

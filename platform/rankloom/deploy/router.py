@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from rankloom.serving.policy import rank_replicas
-from rankloom.serving.work import Work
+from rankloom.engine.jobs import Work
+from rankloom.gateway.policy import rank_replicas
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types

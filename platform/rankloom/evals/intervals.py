@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rankloom.scorecard import Share
+from rankloom.registry.scorecard import Share
 
 NUM_RESAMPLES = 2000
 

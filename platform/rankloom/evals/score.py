@@ -24,7 +24,7 @@ from rankloom.evals.intervals import share
 from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
 from rankloom.evals.loss import labelled_loss, token_loss
-from rankloom.scorecard import Measures, Share
+from rankloom.registry.scorecard import Measures, Share
 
 SEED = 0
 """Chooses the test rows where `eval.max_test_rows` leaves some out: the same for every trial."""

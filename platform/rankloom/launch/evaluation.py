@@ -25,7 +25,7 @@ def evaluate(
         adapter: a ref of the registry or a PEFT folder; None: the base alone.
 
     Returns:
-        name, and `result` (None for the base alone) and `base`, each as `rankloom.scorecard.Measures`.
+        name, and `result` (None for the base alone) and `base`, each as `rankloom.registry.scorecard.Measures`.
     """
     trial, registry = resolved(trial), absolute(registry)
     adapter = None if adapter is None else absolute(adapter)

@@ -15,8 +15,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from rankloom.adapters.lora_delta import save_without_base_change
 from rankloom.adapters.modules import as_named
+from rankloom.adapters.unshift_init import save_without_base_change
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError

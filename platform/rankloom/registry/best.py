@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rankloom.errors import RegistryError
 from rankloom.registry.record import Record
-from rankloom.scorecard import Scorecard
+from rankloom.registry.scorecard import Scorecard
 
 
 def best_of(records: Sequence[Record]) -> tuple[Record, str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from rankloom.printable import printable
+from rankloom.registry.printable import printable
 from rankloom.registry.record import Record
-from rankloom.scorecard import Measures, Scorecard, Share
+from rankloom.registry.scorecard import Measures, Scorecard, Share
 
 _QUANTIZED = {
     "none": "",

@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 import rankloom
 from rankloom.config.trial import Name
-from rankloom.scorecard import Scorecard
+from rankloom.registry.scorecard import Scorecard
 
 FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 """A file directly in the version's folder: no separator, not hidden."""

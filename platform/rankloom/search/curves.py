@@ -18,8 +18,8 @@ from rankloom.config import StudyConfig, dump
 from rankloom.errors import ConfigError
 from rankloom.launch.run_folder import CURVES
 from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, servers
-from rankloom.search.board import Board, Standing
 from rankloom.search.journal import Event, Tell
+from rankloom.search.leaderboard import Board, Standing
 
 logger = logging.getLogger(__name__)
 

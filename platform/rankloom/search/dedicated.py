@@ -17,7 +17,7 @@ from typing import Any
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
-from rankloom.launch.membership import Report, costs_of, no_costs
+from rankloom.hosts.membership import Report, costs_of, no_costs
 from rankloom.launch.trainer import Background, failure_of, fit
 
 LEAVE_TIMEOUT_S = 60.0

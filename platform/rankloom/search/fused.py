@@ -15,7 +15,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import TrialError
-from rankloom.launch.membership import Files, Report, read_files, write_files
+from rankloom.hosts.membership import Files, Report, read_files, write_files
 
 RETURN_TIMEOUT_S = 30.0
 """How long a trial waits for its host to be restarted, before another is looked for."""

@@ -19,7 +19,7 @@ from ray import tune
 
 from rankloom.config.study import COSTS
 from rankloom.errors import TrialError
-from rankloom.search.board import CURVE, Board, Line
+from rankloom.search.leaderboard import CURVE, Board, Line
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]

@@ -20,7 +20,7 @@ from rankloom.config.study import (
     StudyConfig,
 )
 from rankloom.errors import ConfigError
-from rankloom.search.space import mutations
+from rankloom.search.flat_space import mutations
 
 PROGRESS = "percent"
 """What reports call the share of a trial's budget that is used up, in percent."""

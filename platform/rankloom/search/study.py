@@ -30,13 +30,13 @@ from rankloom.errors import ConfigError, TrialError
 from rankloom.launch import cluster, tracking
 from rankloom.launch.run_folder import ID, absolute, changes, hold
 from rankloom.registry import Registry
-from rankloom.search.board import Board, write_results
 from rankloom.search.curves import tracked
-from rankloom.search.finish import finish
 from rankloom.search.journal import Event, Tell
-from rankloom.search.known import Knowledge
+from rankloom.search.leaderboard import Board, write_results
+from rankloom.search.priors import Knowledge
+from rankloom.search.publish_best import finish
 from rankloom.search.tuning import JOURNAL, running_hosts, search
-from rankloom.train.origin import study_warning
+from rankloom.train.resume_check import study_warning
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
@@ -231,7 +231,7 @@ def _told(knowledge: Knowledge) -> str:
 def _check(study: StudyConfig, knowledge: Knowledge) -> None:
     """What needs Ray Tune to be known, and is still known before anything starts."""
     from rankloom.search.schedulers import build_scheduler
-    from rankloom.search.searchers import StudySearcher
+    from rankloom.search.tune_searcher import StudySearcher
 
     for trial in study.members():
         tracking.check(trial)

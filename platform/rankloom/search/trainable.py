@@ -15,7 +15,7 @@ from ray import tune
 from rankloom.config import StudyConfig, parse
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
-from rankloom.launch.membership import Report, failed
+from rankloom.hosts.membership import Report, failed
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.fused import Fused, LostError
 

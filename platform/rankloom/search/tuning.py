@@ -20,13 +20,13 @@ from typing import Any
 from rankloom.config import StudyConfig, dump
 from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
+from rankloom.hosts.hosts import Hosts, groups, share_out
 from rankloom.launch import cluster
-from rankloom.launch.hosts import Hosts, groups, share_out
 from rankloom.launch.run_folder import ERROR
 from rankloom.launch.trainer import failure_of
-from rankloom.search.board import Board
 from rankloom.search.journal import Journal, Tell, full
-from rankloom.search.proposers import Known
+from rankloom.search.leaderboard import Board
+from rankloom.search.samplers import Known
 
 JOURNAL, TUNE = "journal.jsonl", "tune"
 TRIAL_CPUS = 0.001
@@ -69,7 +69,7 @@ def search(
     import ray
 
     opening = hosts.prepare.remote()
-    from rankloom.search.stage import on_stage  # with Ray Tune, while the hosts' processes start
+    from rankloom.search.shared_actor import on_stage  # with Ray Tune, while the hosts' processes start
 
     if opened := ray.get(opening):
         tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
@@ -104,8 +104,8 @@ def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, 
     from ray import tune
 
     from rankloom.search.schedulers import build_scheduler
-    from rankloom.search.searchers import StudySearcher, population
     from rankloom.search.trainable import StudyTrial
+    from rankloom.search.tune_searcher import StudySearcher, population
 
     plan = share_out(study, cluster.alive())
     concurrent = num_live(study, plan.hosts_per_group)

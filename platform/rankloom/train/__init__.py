@@ -1,1 +1,4 @@
-"""Training without Ray: `loop.py` is the file to read first, `run.py` the whole way of a trial."""
+"""Training without Ray: `loop.py` trains one trial (read it first), `run.py` takes it from config to registry.
+
+`fused/` trains many trials on one base. Whoever launches a run brings a `session.py`.
+"""

@@ -29,10 +29,10 @@ from rankloom.evals.score import validate
 from rankloom.methods import build_method
 from rankloom.models import Base
 from rankloom.train import checkpoint
-from rankloom.train.base import autocast
 from rankloom.train.memory import peak_memory_bytes
-from rankloom.train.origin import Origin
 from rankloom.train.parallel import Workers, clip, reshard
+from rankloom.train.precision import autocast
+from rankloom.train.resume_check import Origin
 from rankloom.train.schedule import num_steps, schedule
 from rankloom.train.session import Session
 

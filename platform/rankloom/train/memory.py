@@ -1,4 +1,4 @@
-"""Memory of a process on its device: the most it took, what is left, and what a model asks of it (see `planner.py`)."""
+"""Memory of a process on its device: its peak, what is left, and what a model asks of it (see `memory_plan.py`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
-from rankloom.device import free_cuda_bytes
 from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, in_out
-from rankloom.planner import Shape
+from rankloom.models.device import free_cuda_bytes
+from rankloom.train.memory_plan import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
 """Activation functions that transformers computes in several steps, each of which is kept for the backward pass."""
 ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT = 1.2, 2.0
-"""Measured; see `planner.Shape.activations`."""
+"""Measured; see `memory_plan.Shape.activations`."""
 MEMORY_INFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 

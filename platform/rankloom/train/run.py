@@ -28,15 +28,15 @@ from rankloom.evals.costs import weight_bytes
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_base, load_tokenizer
-from rankloom.planner import gigabytes, run_bytes
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
 from rankloom.registry.checks import RECORD, check_files
-from rankloom.scorecard import Extraction, Measures, Scorecard
+from rankloom.registry.scorecard import Extraction, Measures, Scorecard
 from rankloom.train import checkpoint
-from rankloom.train.base import autocast, check_lengths, precision_of
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import free_bytes, shape_of
-from rankloom.train.origin import Origin, hold_study_to
+from rankloom.train.memory_plan import gigabytes, run_bytes
+from rankloom.train.precision import autocast, check_lengths, precision_of
+from rankloom.train.resume_check import Origin, hold_study_to
 from rankloom.train.session import Session
 
 PROBE_TOKENS = 64

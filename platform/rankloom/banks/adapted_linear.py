@@ -1,0 +1,247 @@
+"""Site: one linear of the frozen base with the adapters of all slots, and what it computes with them.
+
+`bank.py` has the sites of a whole model; read it first. `grouped.py` has the products.
+
+Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rankloom.adapters.patterns import scaling_of
+from rankloom.banks.grouped import Groups, grouped_linear, grouped_lora, scale_rows
+from rankloom.config.method import DoraConfig, LoraConfig
+from rankloom.errors import IncompatibleError
+from rankloom.models import find_target_linears, in_out
+from rankloom.models.onednn import FrozenLinear
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What a slot holds."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "gaussian"] = "default"
+    dropout: float = 0.0
+    """On the adapter's input, where `routed` is given a seed."""
+    targets: tuple[str, ...] = ()
+    """Full names of the linears that it adapts."""
+    seed: int = 0
+    """Of the initial A, which is the one that PEFT draws after `torch.manual_seed(seed)`."""
+
+    @classmethod
+    def of(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
+        """What a method's settings ask for on a model."""
+        if method.init not in ("default", "gaussian"):
+            raise IncompatibleError(
+                f"method.init: {method.init} can't be used in a bank (it starts from the base's weights, or changes "
+                f"them, and the base is shared); allowed: default, gaussian"
+            )
+        return cls(
+            rank=method.rank,
+            alpha=method.alpha,
+            rslora=method.rslora,
+            dora=isinstance(method, DoraConfig),
+            init="gaussian" if method.init == "gaussian" else "default",
+            dropout=method.dropout,
+            targets=tuple(find_target_linears(model, method.target_modules)),
+            seed=seed,
+        )
+
+    @property
+    def scaling(self) -> float:
+        return scaling_of(self.alpha, self.rank, self.rslora)
+
+
+class Site:
+    """One target linear with the adapters of all slots."""
+
+    def __init__(self, name: str, module: nn.Module, num_slots: int, max_rank: int, *, with_magnitudes: bool) -> None:
+        self.name, self.module = name, module
+        self.base: Callable[[Tensor], Tensor] = module.forward
+        """The linear as it was before the bank."""
+        self.num_in, self.num_out = in_out(module)
+        self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
+        """Whether W is at hand as it is: neither quantised nor computed with in a way of its own."""
+        device = module.get_parameter("weight").device
+        self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))
+        self.b_KOR = nn.Parameter(torch.zeros(num_slots, self.num_out, max_rank, device=device))
+        self.m_KO = nn.Parameter(torch.zeros(num_slots, self.num_out, device=device)) if with_magnitudes else None
+        self.ranks = [0] * num_slots
+        """Of each slot's adapter; 0 where the slot leaves this site as it is."""
+        self.dora_ranks = [0] * num_slots
+        """The same, and 0 where it is no DoRA."""
+        self.scales = [0.0] * num_slots
+        self._squares_O: Tensor | None = None
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """W as it is stored."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def is_int8_on_cpu(self) -> bool:
+        return hasattr(self.module.weight, "SCB") and self.a_KRI.device.type == "cpu"
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def parts(self, slot: int) -> dict[str, Tensor]:
+        """Views of a slot's values, without padding."""
+        rank = self.ranks[slot]
+        found = {"a": self.a_KRI.data[slot, :rank], "b": self.b_KOR.data[slot, :, :rank]}
+        if self.dora_ranks[slot] and self.m_KO is not None:
+            found["m"] = self.m_KO.data[slot]
+        return found
+
+    def assign(self, slot: int, rank: int, scaling: float, *, dora: bool) -> None:
+        self.ranks[slot], self.dora_ranks[slot] = rank, rank if dora else 0
+        self.scales[slot] = scaling
+
+    def clear(self, slot: int) -> None:
+        self.assign(slot, 0, 0.0, dora=False)
+        for stack in (self.a_KRI, self.b_KOR, self.m_KO):
+            if stack is not None:
+                stack.data[slot].zero_()
+
+    @torch.no_grad()
+    def row_norms(self, groups: Groups) -> Tensor:
+        """[K, O]: the norms by which the magnitudes of the slots at work are divided; 1 for the others."""
+        assert self.m_KO is not None
+        picked = groups.picked(self.m_KO.device)
+        norm_KO = torch.ones_like(self.m_KO)
+        norm_KO[picked] = self.norms(picked, groups.rank, groups.scales(self.scales, norm_KO)[:, :, 0])
+        return norm_KO
+
+    @torch.no_grad()
+    def norms(self, picked: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
+        """[C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
+
+        |w + s d|^2 = |w|^2 + 2 s <w, d> + s^2 |d|^2 with d a row of B A, so that <w, d> is the row product of B and
+        W A^T, and |d|^2 that of B and B (A A^T). A row that is zero has norm 1: its magnitude has nothing to scale.
+
+        Args:
+            rank: the largest of these slots'.
+        """
+        dense_OI = self._dense_OI().float()
+        if self._squares_O is None:
+            self._squares_O = dense_OI.square().sum(1)
+        a_CRI, b_COR = self.a_KRI[picked, :rank], self.b_KOR[picked, :, :rank]
+        across_OCR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, -1, rank)
+        across_CO = (across_OCR.transpose(0, 1) * b_COR).sum(-1)
+        own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)
+        squares_CO = self._squares_O + 2 * scale_C1 * across_CO + scale_C1.square() * own_CO
+        return squares_CO.masked_fill_(squares_CO <= 0, 1).sqrt_()
+
+    def _dense_OI(self) -> Tensor:
+        if self.is_plain:
+            return self.weight_OI
+        from peft.utils.integrations import dequantize_module_weight  # slow to import, and most bases are plain
+
+        dense_OI: Tensor = dequantize_module_weight(self.module)
+        return dense_OI
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one forward knows of its rows."""
+
+    counts_K: tuple[int, ...]
+    start: int
+    """Tokens of no slot, which come first."""
+    dropout: dict[int, tuple[float, torch.Generator]]
+    """Probability and source of chance, for the slots whose dropout is on."""
+    groups: dict[tuple[int, ...], Groups]
+    """By the slots' ranks at a site; most sites share one."""
+
+    def among(self, ranks: Sequence[int]) -> Groups:
+        key = tuple(ranks)
+        if key not in self.groups:
+            self.groups[key] = Groups(self.counts_K, key, start=self.start)
+        return self.groups[key]
+
+
+def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
+    """What a linear gives with every row's adapter."""
+    groups = route.among(site.ranks)
+    if not groups.slots:
+        return site.base(x)
+    assert x.numel() == groups.num_tokens * site.num_in, "routed was told of other rows"
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else site.a_KRI.dtype
+    a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
+    magnified = route.among(site.dora_ranks)
+    dropped = [slot for slot in groups.slots if slot in route.dropout]
+    # DoRA's factors are too near 1 for what is rounded before: W x + B A x stays in fp32 up to them, as in PEFT
+    precise = bool(magnified.slots) and dtype != torch.float32
+    restore_NO = None
+    if not dropped and not precise and site.is_plain and (autocast or x.dtype == site.weight_OI.dtype == dtype):
+        bias_O = None if site.bias_O is None else site.bias_O.to(dtype)
+        y = grouped_linear(x.to(dtype), site.weight_OI.to(dtype), bias_O, a_KRI, b_KOR, site.scales, groups)
+    else:
+        base = site.base(x).contiguous()
+        base = base.float() if precise else base
+        onto, x_dropped = base, x
+        if dropped:
+            x_dropped = x * _dropout_mask(x, dropped, groups, route)
+            if redone := [slot for slot in dropped if slot in magnified.slots]:
+                onto, restore_NO = _redone(site, base, x_dropped, redone, groups)
+        y = grouped_lora(onto, x_dropped.to(dtype), a_KRI, b_KOR, site.scales, groups)
+    if magnified.slots:
+        assert site.m_KO is not None
+        with torch.autocast(kind, enabled=False):
+            factor_KO = site.m_KO / site.row_norms(magnified)  # constants to the gradient: DoRA, section 4.3
+        y = scale_rows(y, factor_KO, site.bias_O, magnified, dtype=dtype if precise else None)
+    return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
+
+
+def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: Route) -> Tensor:
+    mask = torch.ones_like(x)
+    mask_NI = mask.view(-1, x.shape[-1])
+    for slot in dropped:
+        probability, generator = route.dropout[slot]
+        mask_NI[groups.spans[slot]].bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    return mask
+
+
+def _redone(site: Site, base: Tensor, x_dropped: Tensor, slots: Sequence[int], groups: Groups) -> tuple[Tensor, Tensor]:
+    """As in PEFT, DoRA scales what W makes of the dropped input, and leaves W x beside it as it is.
+
+    Returns:
+        The base's result with W of the dropped input for these slots, and [N, O] what is to be added at the end.
+    """
+    spans = [groups.spans[slot] for slot in slots]
+    tokens_M = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(base.device)
+    base_NO = base.view(-1, site.num_out)
+    again_MO = site.base(x_dropped.reshape(-1, site.num_in).index_select(0, tokens_M)).to(base.dtype)
+    onto = base_NO.index_copy(0, tokens_M, again_MO).view(base.shape)
+    difference_MO = base_NO.index_select(0, tokens_M) - again_MO
+    return onto, torch.zeros_like(base_NO).index_copy(0, tokens_M, difference_MO)
+
+
+def drawn_as_by_peft(spec: SlotSpec, num_in: int, num_out: int, generator: torch.Generator) -> Tensor:
+    """[R, I]: PEFT builds two linear layers, each of which draws its weights, and then draws A again."""
+    a_RI = torch.empty(spec.rank, num_in)
+    nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(torch.empty(num_out, spec.rank), a=math.sqrt(5), generator=generator)
+    if spec.init == "gaussian":
+        return nn.init.normal_(a_RI, std=1 / spec.rank, generator=generator)
+    return nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)

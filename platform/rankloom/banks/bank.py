@@ -1,0 +1,284 @@
+"""AdapterBank: K adapters on one frozen base, stacked, so that one forward serves the rows of all of them.
+
+At each target linear a `Site` (site.py) holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a
+lower rank than the bank's, or one that leaves a site out, is padded with zeros, whose gradients are exactly zero. The
+bank takes the place of its linears' `forward`; outside `routed` the base computes as if the bank were not there. Who
+is in which slot, how it is trained and who is served is not the bank's to know.
+
+What a slot computes depends on its own values alone, so neighbours may come, go and diverge.
+
+Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rankloom.adapters.patterns import scaling_of
+from rankloom.banks.adapted_linear import Route, Site, SlotSpec, adapted, drawn_as_by_peft
+from rankloom.errors import IncompatibleError, RegistryError
+from rankloom.models import is_linear
+from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
+
+__all__ = ["AdapterBank", "Site", "SlotSpec"]
+
+SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+"""How a PEFT folder's tensors end."""
+
+
+class AdapterBank:
+    """Slots for adapters on a frozen base.
+
+    Invariant: a slot's values are zero wherever its adapter has none: beyond its rank, at sites that it leaves out,
+    and everywhere while nothing is attached. After construction nothing is allocated for whoever comes and goes.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, targets: Sequence[str], num_slots: int, max_rank: int, *, with_magnitudes: bool
+    ) -> None:
+        """Put an empty bank on a model's linears.
+
+        Args:
+            targets: full names of all linears that some slot may adapt.
+            with_magnitudes: whether slots may be DoRA.
+        """
+        self.model, self.num_slots, self.max_rank = model, num_slots, max_rank
+        self.with_magnitudes = with_magnitudes
+        modules = dict(model.named_modules())
+        for name in targets:
+            if name not in modules or not is_linear(modules[name]):
+                raise IncompatibleError(f"targets: {name} is no linear layer of this {type(model).__name__}")
+        wanted = set(targets)
+        self.sites: dict[str, Site] = {
+            name: Site(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
+            for name, module in modules.items()  # the model's order is that in which PEFT draws
+            if name in wanted
+        }
+        self.specs: dict[int, SlotSpec] = {}
+        self._route: Route | None = None
+        self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
+        for site in self.sites.values():
+            site.module.forward = self._forward_at(site)
+
+    def remove(self) -> None:
+        """Leave the model as it was before the bank."""
+        for name, before in self._forwards.items():
+            module = self.sites[name].module
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+        self._forwards.clear()
+
+    def attach(self, slot: int, spec: SlotSpec) -> None:
+        """Put a fresh adapter into a slot, in place of what is there.
+
+        Raises:
+            IncompatibleError: it does not fit into this bank; the slot is as before.
+        """
+        self._check(spec)
+        self.detach(slot)
+        self.specs[slot] = spec
+        generator = torch.Generator().manual_seed(spec.seed)
+        for site in self._sites_of(spec):
+            site.assign(slot, spec.rank, spec.scaling, dora=spec.dora)
+            parts = site.parts(slot)
+            parts["a"].copy_(drawn_as_by_peft(spec, site.num_in, site.num_out, generator))
+            if "m" in parts:
+                scale_C1 = torch.tensor([[spec.scaling]], device=parts["m"].device)
+                parts["m"].copy_(site.norms(slice(slot, slot + 1), spec.rank, scale_C1)[0])
+
+    def detach(self, slot: int) -> None:
+        """Empty a slot."""
+        self.specs.pop(slot, None)
+        for site in self.sites.values():
+            site.clear(slot)
+
+    @contextmanager
+    def routed(
+        self, slots_N: Tensor, counts_K: Sequence[int], *, dropout_seeds: Mapping[int, int] | None = None
+    ) -> Iterator[None]:
+        """While it lasts, the model's forwards add to each token what its slot has for it.
+
+        Args:
+            slots_N: each token's slot, ascending; -1: none, the token sees the base alone.
+            counts_K: tokens of each slot.
+            dropout_seeds: a seed of this one forward for each slot whose dropout is to act.
+        """
+        counts_K = tuple(map(int, counts_K))
+        dropout = {
+            slot: (self.specs[slot].dropout, torch.Generator(slots_N.device).manual_seed(seed))
+            for slot, seed in (dropout_seeds or {}).items()
+            if slot in self.specs and self.specs[slot].dropout
+        }
+        self._route = Route(counts_K, len(slots_N) - sum(counts_K), dropout, {})
+        try:
+            yield
+        finally:
+            self._route = None
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        """A slot's values without padding, on the CPU: `<site>.a`, `.b` and, of a DoRA, `.m`."""
+        return {
+            f"{site.name}.{part}": values.to("cpu", copy=True)
+            for site in self._sites_of(self.specs[slot])
+            for part, values in site.parts(slot).items()
+        }
+
+    def load_state(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        """Set an attached slot's values: the inverse of `state`."""
+        for site in self._sites_of(self.specs[slot]):
+            for part, values in site.parts(slot).items():
+                values.copy_(state[f"{site.name}.{part}"])
+
+    def copy(self, source: int, target: int) -> None:
+        """Give an attached slot the values of another of the same shape; its scaling and dropout stay its own."""
+        mine, theirs = self.specs[target], self.specs[source]
+        shapes = [(set(spec.targets), spec.rank, spec.dora) for spec in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise IncompatibleError(f"slot {source} holds {theirs}, which can't be copied onto slot {target}: {mine}")
+        for site in self._sites_of(theirs):
+            for part, values in site.parts(source).items():
+                site.parts(target)[part].copy_(values)
+
+    def write(self, slot: int, folder: Path, base_id: str) -> None:
+        """Write a slot's adapter as a PEFT folder of its true rank.
+
+        Raises:
+            RegistryError: the folder can't be written.
+        """
+        spec, sites = self.specs[slot], self._sites_of(self.specs[slot])
+        others = [site for site in sites if site.ranks[slot] != spec.rank or site.scales[slot] != spec.scaling]
+        config = {  # as PEFT writes it, what is at its defaults left out; PEFT itself takes seconds to import
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_id,
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "lora_dropout": spec.dropout,
+            "use_rslora": spec.rslora,
+            "use_dora": spec.dora,
+            "bias": "none",
+            "init_lora_weights": True if spec.init == "default" else spec.init,
+            "target_modules": self._short(spec.targets),
+            "rank_pattern": {site.name: site.ranks[slot] for site in others},
+            "alpha_pattern": {site.name: _alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others},
+            "fan_in_fan_out": any(isinstance(site.module, Conv1D) for site in sites),
+            "inference_mode": True,
+        }
+        tensors = {}
+        for key, values in self.state(slot).items():
+            name, part = key.rsplit(".", 1)
+            tensors[f"{PREFIX}{name}.{SUFFIXES[part]}"] = values.contiguous()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise RegistryError(f"{folder}: can't be written: {error}") from None
+
+    def read(self, slot: int, folder: Path) -> None:
+        """Put the adapter of a PEFT folder into a slot, in place of what is there.
+
+        Raises:
+            RegistryError: the folder is refused, by itself or by this bank; the slot is as before.
+        """
+        from rankloom.adapters.weights import read_adapter  # with PEFT, which training never needs
+
+        config, tensors = read_adapter(self.model, folder)
+        if config.lora_bias or config.modules_to_save or config.target_parameters:
+            raise RegistryError(
+                f"{folder}: has biases or whole modules beside its adapters, or experts, which no bank has a place for"
+            )
+        ends = tuple(f".{target}" for target in config.target_modules)
+        names = [name for name, _ in self.model.named_modules() if f".{name}".endswith(ends)]
+        if outside := [name for name in names if name not in self.sites]:
+            raise RegistryError(f"{folder}: adapts {outside[0]}, for which this bank has no site")
+        spec = SlotSpec(
+            rank=config.r,
+            alpha=config.lora_alpha,
+            rslora=config.use_rslora,
+            dora=config.use_dora,
+            dropout=config.lora_dropout,
+            targets=tuple(names),
+        )
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in names}
+        alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in names}
+        try:
+            self._check(replace(spec, rank=max(ranks.values())))
+        except IncompatibleError as error:
+            raise RegistryError(f"{folder}: {error}") from None
+        self._check_tensors(spec, ranks, tensors, folder)
+        self.detach(slot)
+        self.specs[slot] = spec
+        for site in self._sites_of(spec):
+            rank = ranks[site.name]
+            site.assign(slot, rank, scaling_of(alphas[site.name], rank, spec.rslora), dora=spec.dora)
+            for part, values in site.parts(slot).items():
+                values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
+
+    def _sites_of(self, spec: SlotSpec) -> list[Site]:
+        targets = set(spec.targets)
+        return [site for name, site in self.sites.items() if name in targets]
+
+    def _check(self, spec: SlotSpec) -> None:
+        if spec.rank > self.max_rank:
+            raise IncompatibleError(f"rank {spec.rank} is above the bank's {self.max_rank}; open one of a higher rank")
+        if outside := [name for name in spec.targets if name not in self.sites]:
+            raise IncompatibleError(f"{outside[0]} is no site of this bank; open one whose targets cover it")
+        if spec.dora and not self.with_magnitudes:
+            raise IncompatibleError("this bank has no magnitudes, which DoRA trains; open one with them")
+        if spec.dora and any(site.is_int8_on_cpu for site in self._sites_of(spec)):
+            raise IncompatibleError(
+                "quantization=int8 with method.type=dora needs CUDA: reading int8 weights for DoRA's norms on a CPU "
+                "destroys their scales; use quantization: nf4 or none"
+            )
+
+    def _check_tensors(
+        self, spec: SlotSpec, ranks: Mapping[str, int], tensors: Mapping[str, Tensor], folder: Path
+    ) -> None:
+        expected: dict[str, tuple[int, ...]] = {}
+        for site in self._sites_of(spec):
+            rank = ranks[site.name]
+            shapes: dict[str, tuple[int, ...]] = {"a": (rank, site.num_in), "b": (site.num_out, rank)}
+            if spec.dora:
+                shapes["m"] = (site.num_out,)
+            expected |= {f"{PREFIX}{site.name}.{SUFFIXES[part]}": shape for part, shape in shapes.items()}
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise RegistryError(f"{folder / WEIGHTS}: tensor {name} is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise RegistryError(
+                    f"{folder / WEIGHTS}: tensor {name} has shape {list(tensors[name].shape)}, but the base and the "
+                    f"adapter's config ask for {list(shape)}; is it another base's adapter?"
+                )
+        if unexpected := sorted(tensors.keys() - expected.keys()):
+            raise RegistryError(f"{folder / WEIGHTS}: tensor {unexpected[0]} has no place in this bank")
+
+    def _short(self, targets: Sequence[str]) -> list[str]:
+        """Last names (`q_proj`) where these mean the same, else full names."""
+        short = {name.rsplit(".", 1)[-1] for name in targets}
+        matched = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short}
+        return sorted(short) if matched == set(targets) else sorted(targets)
+
+    def _forward_at(self, site: Site) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            return site.base(x) if self._route is None else adapted(site, self._route, x)
+
+        return forward
+
+
+def _alpha(scaling: float, rank: int, rslora: bool) -> float:
+    return scaling * (math.sqrt(rank) if rslora else rank)

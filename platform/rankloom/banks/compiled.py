@@ -1,0 +1,243 @@
+"""The products of served adapters in fp32 on a CPU, compiled by numba: one call a linear, whoever its tokens belong to.
+
+A decoding row reads all of its adapter's weights for one token, so that memory is the limit. These kernels read the
+weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
+four share what is read. `Factors.add_to` is the plain reference.
+
+Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: numba's own may be those
+of another pool, each one's idle threads in the other's way, or may not be called from two threads. What a forward's
+calls have in common is laid out once (`Shares`), because every line of Python between two products has cold caches.
+
+Compiled once a machine, and kept in numba's cache.
+
+Shapes: N tokens, S linears of the model, K adapters at work, I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
+from torch import Tensor
+
+from rankloom.banks.served_adapter import Factors, Folded
+
+A, B, RANK, FACTOR, SHIFT = range(5)
+"""What a table has for an adapter on a linear: addresses, 0 for what it lacks, and the rank."""
+X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, TABLE, SPANS, NUM_SHARES, EACH, TAKEN = range(10)
+"""A call: addresses, sizes, how many tokens a thread takes at once, and how often that was done."""
+PARTS = 4
+"""So often each thread takes tokens: one that comes late, or whose core has other work, takes fewer."""
+MATH = {"contract", "reassoc", "nsz"}
+"""What the compiler may do to sums; nan and inf stay what they are."""
+
+
+class Shares:
+    """The adapters of a forward and whose tokens are whose."""
+
+    def __init__(
+        self, adapters: Sequence[Folded], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
+    ) -> None:
+        """Args:
+        table_SK5: each adapter's `addresses`.
+        spans_K2: first token, and the one after the last; ascending.
+        sizes_S2: I and O of each linear.
+        """
+        assert table_SK5.flags.c_contiguous
+        assert spans_K2.flags.c_contiguous
+        assert table_SK5.dtype == spans_K2.dtype == np.int64
+        self._held = adapters, table_SK5, spans_K2  # the calls have their addresses
+        self._run, num_tokens, most = kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
+        each = max(1, num_tokens // (PARTS * most))
+        self._num_threads = min(most, -(-num_tokens // each))
+        self._calls_SC = np.zeros((len(table_SK5), TAKEN + 1), np.int64)
+        self._calls_SC[:, NUM_IN], self._calls_SC[:, NUM_OUT] = sizes_S2.T
+        self._calls_SC[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
+        constants = {NUM_TOKENS: num_tokens, SPANS: spans_K2.ctypes.data, NUM_SHARES: len(spans_K2), EACH: each}
+        self._calls_SC[:, list(constants)] = list(constants.values())
+        self._first, self._stride = self._calls_SC.ctypes.data, self._calls_SC.strides[0]
+
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, site: int) -> None:
+        """Change the base's result in place as each share's `Factors.add_to` would.
+
+        Args:
+            x_NI, y_NO: contiguous, in fp32, of all the spans' tokens; dimensions of 1 before N don't matter.
+            site: the linear's place in S.
+        """
+        call_C = self._calls_SC[site]
+        assert x_NI.is_contiguous()
+        assert y_NO.is_contiguous()
+        assert x_NI.dtype == y_NO.dtype == torch.float32
+        assert x_NI.numel() >= call_C[NUM_TOKENS] * call_C[NUM_IN]
+        call_C[X], call_C[Y], call_C[TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
+        self._run(self._first + site * self._stride, self._num_threads)
+
+
+def addresses(adapter: Folded, sites: Sequence[str]) -> np.ndarray:
+    """[S, 5]: an adapter's part of a table, for the linears of these names."""
+    return np.array([_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
+
+
+@cache
+def kernel() -> Callable[[int, int], None]:
+    """What runs the call at an address on so many threads, compiled: seconds, where numba's cache does not have it."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        part = cfunc(signature, cache=True)(_part)
+    except RuntimeError:  # nowhere to write: every process compiles
+        part = cfunc(signature)(_part)
+    try:
+        region = ctypes.CDLL(None).GOMP_parallel  # torch made its own known to the process
+    except (AttributeError, OSError, TypeError):  # another OpenMP, or none
+        return lambda call, _: part.ctypes(ctypes.cast(call, ctypes.POINTER(ctypes.c_int64)))
+    region.restype, region.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    address = part.address
+    return lambda call, num_threads: region(address, call, num_threads, 0)
+
+
+def _addresses(factors: Factors | None) -> list[int]:
+    if factors is None:
+        return [0] * 5
+    tensors = factors.a_RI, factors.b_RO, factors.factor_O, factors.shift_O
+    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+    a, b, factor, shift = (0 if t is None else t.data_ptr() for t in tensors)
+    return [a, b, factors.rank, factor, shift]
+
+
+def _pointer_to(kind: Any) -> Any:
+    """For numba: how an address becomes a pointer."""
+
+    def pointer(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return intrinsic(pointer)
+
+
+def _next(_typing: Any, _call: Any) -> Any:
+    """For numba: counts a call's TAKEN up, and returns what it was; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        taken = builder.gep(arguments[0], [context.get_constant(types.intp, TAKEN)])
+        return builder.atomic_rmw("add", taken, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+_floats_at: Any = _pointer_to(types.float32)
+_ints_at: Any = _pointer_to(types.int64)
+_take: Any = intrinsic(_next)
+
+
+def _part(call: Any) -> None:
+    """One thread's part of a call."""
+    c = carray(call, TAKEN + 1)
+    num_tokens, each = c[NUM_TOKENS], c[EACH]
+    x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
+    table, spans = carray(_ints_at(c[TABLE]), (c[NUM_SHARES], 5)), carray(_ints_at(c[SPANS]), (c[NUM_SHARES], 2))
+    h = np.empty((4, table[:, RANK].max() + 3), np.float32)
+    first = _take(call) * each
+    while first < num_tokens:
+        _add(x, y, table, spans, h, first, min(first + each, num_tokens))
+        first = _take(call) * each
+
+
+# The kernels below take tokens by ones and fours, and ranks by fours and twos: as many sums as there are registers.
+# Where the rank is no multiple, the last rank is computed again, and `h` is zero beyond it.
+
+
+@njit(fastmath=MATH, nogil=True)
+def _add(
+    x: np.ndarray, y: np.ndarray, table: np.ndarray, spans: np.ndarray, h: np.ndarray, first: int, last: int
+) -> None:
+    """The tokens from `first` up to `last`."""
+    for k in range(len(spans)):
+        start, stop, rank = max(spans[k, 0], first), min(spans[k, 1], last), table[k, RANK]
+        if start >= stop:
+            continue
+        if rank > 0:
+            a = carray(_floats_at(table[k, A]), (rank, x.shape[1]))
+            b = carray(_floats_at(table[k, B]), (rank, y.shape[1]))
+            h[:, rank : rank + 3] = 0
+            fours = start + (stop - start) // 4 * 4
+            for t in range(start, fours, 4):
+                _down_four(x[t : t + 4], a, h)
+                _up_four(y[t : t + 4], b, h)
+            for t in range(fours, stop):
+                _down_one(x[t], a, h[0])
+                _up_one(y[t], b, h[0])
+        if table[k, FACTOR] != 0:
+            factor = carray(_floats_at(table[k, FACTOR]), y.shape[1])
+            for t in range(start, stop):
+                y[t] *= factor
+        if table[k, SHIFT] != 0:
+            shift = carray(_floats_at(table[k, SHIFT]), y.shape[1])
+            for t in range(start, stop):
+                y[t] += shift
+
+
+@njit(fastmath=MATH, nogil=True)
+def _down_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
+    last = len(a) - 1
+    for r in range(0, len(a), 4):
+        r1, r2, r3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
+        a0, a1, a2, a3 = a[r], a[r1], a[r2], a[r3]
+        h0 = h1 = h2 = h3 = np.float32(0)
+        for i in range(len(x)):
+            h0 += x[i] * a0[i]
+            h1 += x[i] * a1[i]
+            h2 += x[i] * a2[i]
+            h3 += x[i] * a3[i]
+        h[r3], h[r2], h[r1], h[r] = h3, h2, h1, h0
+
+
+@njit(fastmath=MATH, nogil=True)
+def _up_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
+    last = len(b) - 1
+    for r in range(0, len(b), 4):
+        b0, b1, b2, b3 = b[r], b[min(r + 1, last)], b[min(r + 2, last)], b[min(r + 3, last)]
+        h0, h1, h2, h3 = h[r], h[r + 1], h[r + 2], h[r + 3]
+        for o in range(len(y)):
+            y[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
+
+
+@njit(fastmath=MATH, nogil=True)
+def _down_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    for r in range(0, len(a), 2):
+        other = min(r + 1, len(a) - 1)
+        p, q = a[r], a[other]
+        p0 = p1 = p2 = p3 = q0 = q1 = q2 = q3 = np.float32(0)
+        for i in range(len(p)):
+            p0 += x0[i] * p[i]
+            p1 += x1[i] * p[i]
+            p2 += x2[i] * p[i]
+            p3 += x3[i] * p[i]
+            q0 += x0[i] * q[i]
+            q1 += x1[i] * q[i]
+            q2 += x2[i] * q[i]
+            q3 += x3[i] * q[i]
+        h[0, other], h[1, other], h[2, other], h[3, other] = q0, q1, q2, q3
+        h[0, r], h[1, r], h[2, r], h[3, r] = p0, p1, p2, p3
+
+
+@njit(fastmath=MATH, nogil=True)
+def _up_four(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
+    y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
+    for r in range(0, len(b), 2):
+        p, q = b[r], b[min(r + 1, len(b) - 1)]
+        p0, p1, p2, p3 = h[0, r], h[1, r], h[2, r], h[3, r]
+        q0, q1, q2, q3 = h[0, r + 1], h[1, r + 1], h[2, r + 1], h[3, r + 1]
+        for o in range(len(p)):
+            y0[o] += p0 * p[o] + q0 * q[o]
+            y1[o] += p1 * p[o] + q1 * q[o]
+            y2[o] += p2 * p[o] + q2 * q[o]
+            y3[o] += p3 * p[o] + q3 * q[o]

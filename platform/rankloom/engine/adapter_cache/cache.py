@@ -1,0 +1,152 @@
+"""Residents: the adapters in memory, loaded by a thread of their own, so that a cold one holds up only its requests.
+
+`residency.py` decides what is loaded and what goes; `loading.py` loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from rankloom.engine.adapter_cache.eviction import Residency
+from rankloom.engine.adapter_cache.load_backoff import Refusals
+from rankloom.engine.jobs import ReplicaLostError
+from rankloom.engine.protocol import Resident
+from rankloom.errors import AdapterNotFoundError, OverloadedError, RankloomError, RegistryError
+from rankloom.models.device import is_lost
+
+logger = logging.getLogger(__name__)
+
+
+class Held(Protocol):
+    """What is kept of an adapter."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+H = TypeVar("H", bound=Held)
+H_co = TypeVar("H_co", bound=Held, covariant=True)
+
+
+class Loads(Protocol[H_co]):
+    """Gets adapters into memory; both calls come from one thread of its own."""
+
+    def load(self, ref: str) -> H_co:
+        """Raises AdapterNotFoundError, IncompatibleError or RegistryError where it can't be served."""
+        ...
+
+    def forget(self, ref: str) -> None:
+        """One that was loaded is not needed any more."""
+        ...
+
+
+class Residents(Generic[H]):
+    """Owned by one thread, which makes all calls but for `listed`."""
+
+    def __init__(
+        self,
+        capacity: int,
+        loader: Loads[H],
+        post: Callable[[Callable[[], None]], None],
+        failed: Callable[[str, RankloomError], None],
+    ) -> None:
+        """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
+        self._residency: Residency[H] = Residency(capacity)
+        self._refusals = Refusals()
+        self._loader, self._post, self._failed = loader, post, failed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
+        self._pins: dict[str, list[Future[None]]] = {}
+        self.num_loads = self.num_evictions = self.num_failures = 0
+
+    def refusal(self, ref: str) -> RankloomError | None:
+        """Why it can't be loaded, where that was found out a short while ago."""
+        return self._refusals.get(ref, time.monotonic())
+
+    def ask(self, ref: str) -> None:
+        self._residency.ask(ref)
+
+    def release(self, ref: str) -> None:
+        self._residency.release(ref)
+
+    def get(self, ref: str) -> H | None:
+        """The adapter, if it is there."""
+        return self._residency.get(ref)
+
+    def pin(self, ref: str, done: Future[None]) -> None:
+        """Load it, unless it is there, and keep it; `done` is told."""
+        if (error := self.refusal(ref)) is not None:
+            _tell(done, error)
+        elif not self._residency.pin(ref):
+            capacity = self._residency.capacity
+            _tell(done, OverloadedError(f"{ref} can't be pinned: all {capacity} places are; unpin another"))
+        elif self.get(ref) is not None:
+            _tell(done, None)
+        else:
+            self._pins.setdefault(ref, []).append(done)
+
+    def unpin(self, ref: str) -> None:
+        self._residency.unpin(ref)
+
+    def listed(self) -> tuple[Resident, ...]:
+        """The loaded ones, the most recently used last."""
+        return tuple(
+            Resident(ref, entry.pinned, entry.users, entry.adapter.num_bytes)
+            for ref, entry in list(self._residency.entries.items())
+            if entry.adapter is not None
+        )
+
+    def load_next(self) -> None:
+        """Begin to load what is wanted and has a place."""
+        while (load := self._residency.next_load()) is not None:
+            ref, evicted = load
+            if evicted is not None:
+                self.num_evictions += 1
+                self._thread.submit(self._loader.forget, evicted)
+            self._thread.submit(self._loader.load, ref).add_done_callback(partial(self._post_loaded, ref))
+
+    def close(self, error: RankloomError) -> None:
+        for done in (done for waiting in self._pins.values() for done in waiting):
+            _tell(done, error)
+        self._pins.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _post_loaded(self, ref: str, load: Future[H]) -> None:
+        if not load.cancelled():
+            self._post(partial(self._loaded, ref, load))
+
+    def _loaded(self, ref: str, load: Future[H]) -> None:
+        error = load.exception()
+        if error is not None and is_lost(error):
+            raise error
+        pins = self._pins.pop(ref, [])
+        if error is None:
+            self._residency.loaded(ref, load.result())
+            self._refusals.clear(ref)
+            self.num_loads += 1
+            for done in pins:
+                _tell(done, None)
+            return
+        if not isinstance(error, RankloomError):
+            logger.error("loading %s failed", ref, exc_info=error)
+            error = RegistryError(f"{ref}: can't be loaded: {error}")
+        self.num_failures += 1
+        if not isinstance(error, (AdapterNotFoundError, OverloadedError, ReplicaLostError)):  # it may yet be published
+            self._refusals.add(ref, error, time.monotonic())
+        self._failed(ref, error)
+        self._residency.failed(ref)
+        for done in pins:
+            _tell(done, error)
+
+
+def _tell(done: Future[None], error: RankloomError | None) -> None:
+    if not done.set_running_or_notify_cancel():
+        return  # nobody waits any more
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

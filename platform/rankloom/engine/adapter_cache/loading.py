@@ -1,0 +1,73 @@
+"""From the registry to an adapter that is ready to be served: fetched, checked, folded and probed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankloom.adapters.probe import check_logits, probe_tokens
+from rankloom.banks.served_adapter import Folded, fold
+from rankloom.errors import IncompatibleError, OverloadedError
+from rankloom.models import Base
+from rankloom.registry import Record, Registry
+from rankloom.registry.checks import told_as
+
+Logits = Callable[[Folded | None, list[int]], Tensor]
+"""What the base gives [V] after tokens, with an adapter or without."""
+
+
+class Loader:
+    """Loads adapters of one base."""
+
+    def __init__(self, base: Base, registry: Registry, logits: Logits) -> None:
+        self._base, self._registry, self._logits = base, registry, logits
+
+    def load(self, ref: str) -> Folded:
+        """May take seconds; for a thread of its own.
+
+        Raises:
+            AdapterNotFoundError: no such version.
+            IncompatibleError: it was tuned on another base.
+            RegistryError: it is broken, or does nothing.
+            OverloadedError: there is no memory for it now.
+        """
+        record = self._registry.get(ref)
+        check_base(self._base, record)
+        with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
+            folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
+            try:
+                with told_as(folder, record.ref):
+                    return self._verified(folder)
+            except torch.OutOfMemoryError:
+                pass  # what it holds on to is freed once this block is left
+        raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")
+
+    def _verified(self, folder: Path) -> Folded:
+        adapter = fold(self._base.model, folder)
+        vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
+        tokens = probe_tokens(folder, vocabulary)
+        found, plain = self._logits(adapter, tokens), self._logits(None, tokens)
+        check_logits(folder, found, plain, quantization=self._base.quantization)
+        return adapter
+
+    def forget(self, ref: str) -> None:
+        """Its place is needed. The weights go with the last who holds them."""
+
+
+def check_base(base: Base, record: Record) -> None:
+    """Raises IncompatibleError where an adapter was tuned on another base."""
+    its = record.base
+    if its.fingerprint != base.fingerprint:
+        raise IncompatibleError(
+            f"{record.ref} was tuned on {its.id} ({its.fingerprint[:19]}), but this engine serves {base.id} "
+            f"({base.fingerprint[:19]}); serve it over its own base"
+        )
+    if its.quantization != base.quantization:
+        raise IncompatibleError(
+            f"{record.ref} was tuned on a base with quantization {its.quantization}, but this engine's has "
+            f"{base.quantization}; serve it over its own"
+        )

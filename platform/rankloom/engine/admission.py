@@ -1,0 +1,72 @@
+"""Which requests an engine takes: sound ones, with ids of their own, and not too many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rankloom.engine.protocol import Request
+from rankloom.errors import OverloadedError, RankloomError, RequestError
+from rankloom.registry.store import parse_ref
+
+AT_LEAST = 16
+"""Requests that one tenant may have where there is room: what one of a client's makes, unless `limits.completions` is
+set."""
+STOPPING = "the engine is stopping; try another replica"
+
+
+class Admission:
+    """The requests under way."""
+
+    def __init__(self, limit: int, vocabulary: int) -> None:
+        self.limit, self._vocabulary = limit, vocabulary
+        self.open: dict[str, str | None] = {}
+        """Their ids, and whose each is."""
+        self.stopping = False
+
+    @contextmanager
+    def take(self, request: Request, context: int) -> Iterator[None]:
+        """It is under way while this lasts.
+
+        Raises:
+            RequestError: it can't be served here. OverloadedError: nor can any other now, or none of its tenant's.
+        """
+        self.refuse_if_stopping()
+        if len(self.open) >= self.limit:
+            raise OverloadedError(f"{self.limit} requests are under way or waiting already; try again later")
+        if request.tenant is not None:  # none takes so many that the next one could have none
+            mine = sum(tenant == request.tenant for tenant in self.open.values())
+            if mine >= max(self.limit - len(self.open), AT_LEAST):
+                raise OverloadedError(f"{mine} requests of this key are under way or waiting already; try again later")
+        if request.id in self.open:
+            raise RequestError(f"id: {request.id!r} is under way already; give each request its own")
+        if request.adapter is not None:
+            check_ref(request.adapter)
+        if not request.prompt:
+            raise RequestError("prompt: empty; give at least one token")
+        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
+            raise RequestError(f"prompt: a token is outside of the vocabulary of {self._vocabulary}")
+        if len(request.prompt) >= context:
+            raise RequestError(
+                f"prompt: {len(request.prompt)} tokens leave no room for an answer; prompt and answer together can "
+                f"have {context}"
+            )
+        self.open[request.id] = request.tenant
+        try:
+            yield
+        finally:
+            self.open.pop(request.id, None)
+
+    def refuse_if_stopping(self) -> None:
+        if self.stopping:
+            raise OverloadedError(STOPPING)
+
+
+def check_ref(ref: str) -> None:
+    """Raises RequestError where it is no exact version."""
+    try:
+        _, version = parse_ref(ref)
+    except RankloomError as error:
+        raise RequestError(f"adapter: {error}") from None
+    if version is None or not version.isdigit():
+        raise RequestError(f"adapter: {ref!r} names no exact version; give one such as {ref.split('@')[0]}@1")

@@ -1,0 +1,46 @@
+"""A completion that is one of several texts: a walk down the tree of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankloom.engine.prompts import Prompts
+from rankloom.errors import DataError, RequestError
+from rankloom.evals.labels import LabelTrie, Node
+
+
+def choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
+    """Raises RequestError where two become the same tokens."""
+    try:
+        # with the end of the turn, so that no choice's tokens begin another's
+        return LabelTrie({text: prompts.completion(text) for text in choices})
+    except DataError as error:
+        raise RequestError(f"choices: {error}") from None
+
+
+class Choice:
+    """Where one completion is in the tree."""
+
+    def __init__(self, tree: LabelTrie) -> None:
+        self._node: Node = tree.root
+        self._at = 0
+        """Tokens of the node that are behind."""
+
+    @property
+    def allowed(self) -> list[int]:
+        """The tokens that may come next."""
+        return self._node.tokens[self._at : self._at + 1] or list(self._node.children)
+
+    @property
+    def is_over(self) -> bool:
+        return self._at == len(self._node.tokens) and not self._node.children
+
+    def advance(self, token: int) -> None:
+        if self._at == len(self._node.tokens):
+            self._node, self._at = self._node.children[token], 0
+        self._at += 1
+
+    def rest(self) -> list[int]:
+        """The tokens that follow without an alternative, but for the end of the turn; goes on behind them."""
+        tokens, self._at = self._node.tokens[self._at :], len(self._node.tokens)
+        return tokens[:-1] if self.is_over else tokens

@@ -1,0 +1,135 @@
+"""ServingEngine: one base, the adapters of a registry, and continuous batching over the rows of all of them.
+
+The engine's work is `Core.step()` in `core.py`, called by one thread again and again; read it next. Here is what stands
+around it: requests go from the event loop into the thread's inbox, and deltas come back (`stream.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+
+from rankloom.config.engine import EngineConfig
+from rankloom.engine.admission import STOPPING, Admission, check_ref
+from rankloom.engine.core import Core
+from rankloom.engine.guide import Guides
+from rankloom.engine.prompts import Prompts
+from rankloom.engine.protocol import Delta, Request, Resident, Stats
+from rankloom.engine.sequence import Row
+from rankloom.engine.stream import Mailbox, Stream
+from rankloom.engine.text import Decoder
+from rankloom.errors import OverloadedError
+from rankloom.models import Base
+from rankloom.registry import Registry
+
+SWITCH_S = 0.0005
+"""How long one Python thread keeps others waiting; the longest gaps between tokens while adapters are loaded were
+measured to be a third of those at Python's 5 ms."""
+
+
+class ServingEngine:
+    """The `Engine` of `protocol.py`."""
+
+    def __init__(self, base: Base, registry: Registry, config: EngineConfig) -> None:
+        """Raises ModelError where the base's architecture can't be served."""
+        self._base, self._config = base, config
+        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
+        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """What the thread is to call between two steps."""
+        self._mailbox = Mailbox()
+        self._core = Core(base, registry, config, post=self._inbox.put)
+        vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        self._admission = Admission(self._core.num_rows + config.waiting, vocabulary)
+        self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
+
+    @property
+    def base_id(self) -> str:
+        return self._base.id
+
+    @property
+    def context(self) -> int:
+        return self._core.context
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def start(self) -> None:
+        self._mailbox.open()
+        # of the whole process: else a loading thread's Python may keep the engine's waiting 5 ms at every turn
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
+        self._thread.start()
+
+    async def close(self) -> None:
+        self._admission.stopping = True
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def tokens(self, text: str) -> list[int]:
+        return self._prompts.tokens(text)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self._prompts.chat(messages)
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        with self._admission.take(request, self.context):
+            guide = await self._guides.of(request)
+            self._admission.refuse_if_stopping()  # meanwhile
+            row = Row(request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context)
+            self._inbox.put(partial(self._core.enter, row))
+            try:
+                async for delta in row.stream:
+                    yield delta
+            finally:
+                self._inbox.put(partial(self._core.leave, row))
+
+    async def pin(self, ref: str) -> None:
+        self._admission.refuse_if_stopping()
+        check_ref(ref)
+        done: Future[None] = Future()
+        self._inbox.put(partial(self._core.adapters.pin, ref, done))
+        await asyncio.wrap_future(done)
+
+    async def unpin(self, ref: str) -> None:
+        self._inbox.put(partial(self._core.adapters.unpin, ref))
+
+    def resident(self) -> tuple[Resident, ...]:
+        return self._core.adapters.listed()
+
+    def stats(self) -> Stats:
+        return self._core.stats()
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            with torch.inference_mode():
+                while not self._admission.stopping:
+                    self._take_in()
+                    worked = self._core.step()
+                    self._mailbox.deliver()
+                    # until something comes in; `close` wakes it, but `_take_in` may have taken that already
+                    if not worked and not self._admission.stopping:
+                        self._inbox.get()()
+                        self._mailbox.wait_for_turn()
+        finally:  # also where a bug ends it: nobody is left waiting
+            self._admission.stopping = True
+            self._take_in()
+            self._core.close(OverloadedError(STOPPING))
+            self._mailbox.deliver()
+
+    def _take_in(self) -> None:
+        while True:
+            try:
+                call = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            call()

@@ -1,0 +1,163 @@
+"""Runner: one forward of the base over the tokens of many rows, each row on its own adapter.
+
+transformers' model is used as it is: `row_attention` takes the place of its attention, `FoldedBank` adds the adapters.
+Whether that gives this model's own logits is tried once, before anything is served.
+
+Shapes: N tokens of all rows, M rows that predict, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from rankloom.banks.served_adapter import Folded
+from rankloom.banks.served_bank import FoldedBank, Share
+from rankloom.engine.attention import ATTENTION, Chunk, lay_out_rows
+from rankloom.engine.kv_cache import HeadShape, RowCache
+from rankloom.errors import ModelError
+
+PROBE_TOLERANCE = 1e-3
+"""Largest difference from the model's own logits in `_check`, as a share of the largest; 0.1 where not in fp32."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A row's next tokens, and whether the one after them is wanted."""
+
+    row: str
+    adapter: Folded | None
+    start: int
+    tokens: Sequence[int]
+    predicts: bool = True
+
+
+class Runner:
+    """Owns the model: as long as it lives, nobody else may run it."""
+
+    def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
+        """Raises ModelError where this architecture can't be served. `pack`: see `FoldedBank`."""
+        self._model = model
+        self.shape = _head_shape(model)
+        expected = [_plain_logits(model, tokens) for tokens in _PROBES]
+        self.bank = FoldedBank(model, pack=pack)
+        self._attention_before = model.config._attn_implementation
+        model.config._attn_implementation = ATTENTION
+        self._check(expected)
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self.bank.remove()
+        self._model.config._attn_implementation = self._attention_before
+
+    @torch.inference_mode()
+    def forward(self, cache: RowCache, works: Sequence[Work], *, stack: bool = True) -> Tensor:
+        """[M, V] in fp32: what follows each work that predicts, in the works' order.
+
+        Args:
+            works: one a row at most; each row has places in the cache.
+            stack: see `FoldedBank.route`.
+        """
+        members: dict[Folded | None, list[Work]] = {}
+        for work in works:
+            members.setdefault(work.adapter, []).append(work)
+        shares = [
+            Share(adapter, sum(len(w.tokens) for w in own), sum(w.predicts for w in own))
+            for adapter, own in members.items()
+        ]
+        route = self.bank.route(shares, stack=stack)
+        adapters = list(members)
+        ordered = [work for i in route.order for work in members[adapters[i]]]
+        ids: list[int] = []
+        positions: list[int] = []
+        last_M, stop = [], 0
+        for work in ordered:
+            ids += work.tokens
+            positions += range(work.start, work.start + len(work.tokens))
+            stop += len(work.tokens)
+            if work.predicts:
+                last_M.append(stop - 1)
+        layout = lay_out_rows(cache, [Chunk(work.row, work.start, len(work.tokens)) for work in ordered])
+        device = self.shape.device
+        with self.bank.routed(route):
+            logits_1MV = self._model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last_M, dtype=torch.long, device=device),
+                row_layout=layout,
+            ).logits
+        places = {work.row: m for m, work in enumerate(w for w in ordered if w.predicts)}
+        wanted = [places[work.row] for work in works if work.predicts]
+        logits_MV: Tensor = logits_1MV[0].float()
+        return logits_MV if wanted == sorted(wanted) else logits_MV[wanted]
+
+    def _check(self, expected: list[Tensor]) -> None:
+        """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side."""
+        cache = RowCache(self.shape, 1 << 20)
+        names = [str(i) for i in range(len(_PROBES))]
+        found: list[Tensor] = []
+        try:
+            for name, tokens in zip(names, _PROBES, strict=True):
+                cache.reserve(name, len(tokens))
+                self.forward(cache, [Work(name, None, 0, tokens[:2], predicts=True)])
+            rest = [tokens[2:-1] for tokens in _PROBES]
+            self.forward(cache, [Work(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
+            last = [Work(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, _PROBES, strict=True)]
+            found = list(self.forward(cache, last))
+        except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            self.close()
+            why = str(error) if isinstance(error, ModelError) else "its attention can't be replaced by the engine's"
+            raise _refusal(self._model, why) from error
+        tolerance = PROBE_TOLERANCE if self.shape.dtype == torch.float32 else 0.1
+        for ours, own in zip(found, expected, strict=True):
+            if not (ours - own).abs().max() <= tolerance * own.abs().max():
+                self.close()
+                differ = float((ours - own).abs().max())
+                raise _refusal(
+                    self._model,
+                    f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})",
+                )
+
+
+_PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
+"""Token ids that every vocabulary has."""
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} can't be served by the engine bank: {reason}; serve it with engine.type=vllm, or "
+        f"write base and adapter as one model (rankloom adapters export --format merged) and serve that elsewhere"
+    )
+
+
+@torch.no_grad()
+def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    ids_BT = torch.tensor([tokens], device=next(model.parameters()).device)
+    logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1].float()
+    return logits
+
+
+@torch.no_grad()
+def _head_shape(model: PreTrainedModel) -> HeadShape:
+    device = next(model.parameters()).device
+    cache = DynamicCache(config=model.config)
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    model(input_ids=torch.tensor([_PROBES[0]], device=device), past_key_values=cache, use_cache=True)
+    layers = cache.layers
+    types |= {"sliding_attention" for at in layers if getattr(at, "is_sliding", False)}
+    shapes = {tuple(x.shape) for at in layers if type(at) is DynamicLayer for x in (at.keys, at.values)}
+    if types != {"full_attention"} or len(shapes) != 1 or not all(type(at) is DynamicLayer for at in layers):
+        raise _refusal(
+            model,
+            f"its layers ({', '.join(sorted(types))}) don't each keep all keys and values of the same shape, as this "
+            f"engine's cache does",
+        )
+    first = layers[0].keys
+    assert first is not None
+    return HeadShape(len(layers), first.shape[1], first.shape[3], first.dtype, device)

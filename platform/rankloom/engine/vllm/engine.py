@@ -1,0 +1,311 @@
+"""VllmEngine: the `Engine` of `protocol.py` on a vLLM server, which is a process of its own (`vllm_server.py`).
+
+vLLM batches and computes. What requests mean is the same as in `engine.py`: tokens and text are made here, adapters are
+verified before requests reach them, and their residency is decided here. vLLM knows each by its exact version, and gets
+it as plain LoRA.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from rankloom.adapters.probe import check_likeliest, probe_tokens
+from rankloom.banks.plain_lora import more_than_lora, write_plain
+from rankloom.banks.served_adapter import Factors, Folded, fold
+from rankloom.config.engine import VllmConfig
+from rankloom.engine.adapter_cache.cache import Residents
+from rankloom.engine.adapter_cache.loading import check_base
+from rankloom.engine.admission import STOPPING, Admission, check_ref
+from rankloom.engine.guide import Guides
+from rankloom.engine.jobs import ReplicaLostError
+from rankloom.engine.prompts import Prompts
+from rankloom.engine.protocol import Delta, Request, Resident, Stats
+from rankloom.engine.sampling import Chosen
+from rankloom.engine.text import Decoder, Stops
+from rankloom.engine.transcript import Transcript
+from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihoods
+from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
+from rankloom.models import Base, find_target_linears, in_out
+from rankloom.registry import Registry
+from rankloom.registry.checks import told_as
+
+logger = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """The `Engine` of `protocol.py`."""
+
+    def __init__(self, base: Base, registry: Registry, config: VllmConfig, *, threads: int, gpus: float = 1.0) -> None:
+        """Raises ConfigError where there is no vLLM.
+
+        Args:
+            base: an outline is enough (`models.load_outline`).
+            threads: of vLLM's arithmetic on a CPU.
+            gpus: that are reserved for it, where torch finds one.
+        """
+        self._base = base
+        dtype = str(base.model.dtype).removeprefix("torch.")
+        on_gpu = gpus > 0 and torch.cuda.is_available()
+        self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
+        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
+        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
+        self._admission = Admission(config.num_rows(on_gpu=on_gpu) + config.waiting, _vocabulary(base))
+        self._loader = VllmLoader(base, registry, self._server, config.max_rank)
+        self._adapters: Residents[Sent] = Residents(config.resident, self._loader, self._post, self._failed)
+        self._arriving: dict[str, list[asyncio.Future[None]]] = {}
+        """Of requests that wait for their adapter."""
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    @property
+    def base_id(self) -> str:
+        return self._base.id
+
+    @property
+    def context(self) -> int:
+        return self._server.context
+
+    @property
+    def alive(self) -> bool:
+        return not self._admission.stopping and self._server.alive
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._server.start()
+        if self._server.base == ZERO:
+            await asyncio.to_thread(self._loader.send_zero)
+
+    async def close(self) -> None:
+        self._admission.stopping = True
+        stopping = OverloadedError(STOPPING)
+        self._adapters.close(stopping)
+        for ref in list(self._arriving):
+            self._failed(ref, stopping)
+        await self._server.close()
+
+    def tokens(self, text: str) -> list[int]:
+        return self._prompts.tokens(text)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self._prompts.chat(messages)
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        with self._admission.take(request, self.context):
+            guide = await self._guides.of(request)  # also refuses what is no set of texts
+            async with self._holding(request.adapter):
+                try:
+                    async with aclosing(self._completed(request, guide.stops)) as deltas:
+                        async for delta in deltas:
+                            self._generated_tokens += len(delta.tokens)
+                            yield delta
+                except ReplicaLostError:
+                    if self._admission.stopping:
+                        raise OverloadedError(STOPPING) from None
+                    raise
+
+    async def pin(self, ref: str) -> None:
+        self._admission.refuse_if_stopping()
+        check_ref(ref)
+        done: Future[None] = Future()
+        self._adapters.pin(ref, done)
+        self._adapters.load_next()
+        await asyncio.wrap_future(done)
+
+    async def unpin(self, ref: str) -> None:
+        self._adapters.unpin(ref)
+        self._adapters.load_next()
+
+    def resident(self) -> tuple[Resident, ...]:
+        return self._adapters.listed()
+
+    def stats(self) -> Stats:
+        gauges, under_way = self._server.gauges, len(self._admission.open)
+        running = min(under_way, int(gauges.get("vllm:num_requests_running", 0)))
+        capacity = gauges.get("cache_tokens", 0)
+        return Stats(
+            running=running,
+            waiting=under_way - running,
+            cache_tokens=int(capacity * gauges.get("vllm:kv_cache_usage_perc", 0)),
+            cache_capacity=int(capacity),
+            steps=int(gauges.get("vllm:iteration_tokens_total_count", 0)),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=int(gauges.get("vllm:num_preemptions_total", 0)),
+            adapter_loads=self._adapters.num_loads,
+            adapter_evictions=self._adapters.num_evictions,
+            adapter_failures=self._adapters.num_failures,
+        )
+
+    async def _completed(self, request: Request, stops: Stops) -> AsyncGenerator[Delta, None]:
+        """What vLLM generates. The usage, which knows of the prompt's cached part, comes behind the last delta."""
+        asked = request.sampling
+        ends = frozenset() if asked.ignore_eos and asked.choices is None else self._prompts.end_ids
+        transcript = Transcript(self._decoder, request.prompt, stops, ends)
+        last, cached = None, 0
+        async with aclosing(
+            self._server.stream(completion(request, request.adapter or self._server.base, ends))
+        ) as chunks:
+            async for chunk in chunks:
+                for choice in chunk["choices"]:
+                    delta = _delta(choice, transcript, request.sampling.logprobs)
+                    if delta.finish is None:
+                        yield delta
+                    else:
+                        last = delta
+                if transcript.stopped:  # vLLM knows nothing of it
+                    break
+                details = (chunk.get("usage") or {}).get("prompt_tokens_details") or {}
+                cached = details.get("cached_tokens") or cached
+        if last is None:
+            raise ReplicaLostError("vLLM's server ended a stream in the middle")
+        self._prompt_tokens += len(request.prompt) - cached
+        self._cached_tokens += cached
+        yield replace(last, cached_tokens=cached)
+
+    @asynccontextmanager
+    async def _holding(self, ref: str | None) -> AsyncIterator[None]:
+        """Its adapter is in memory while this lasts. Raises as loading it does."""
+        if ref is None:
+            yield
+            return
+        if (refusal := self._adapters.refusal(ref)) is not None:
+            raise refusal
+        self._adapters.ask(ref)
+        self._adapters.load_next()
+        arrival = self._loop.create_future()
+        try:
+            if self._adapters.get(ref) is None:
+                self._arriving.setdefault(ref, []).append(arrival)
+                await arrival
+            yield
+        finally:
+            failed = arrival.done() and not arrival.cancelled() and arrival.exception() is not None
+            if not failed:  # of one that failed, nothing is known any more
+                self._adapters.release(ref)
+                self._adapters.load_next()
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """From any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._turn, call)
+
+    def _turn(self, call: Callable[[], None]) -> None:
+        call()
+        self._adapters.load_next()
+        for ref in [ref for ref in self._arriving if self._adapters.get(ref) is not None]:
+            for arrival in self._arriving.pop(ref):
+                if not arrival.done():
+                    arrival.set_result(None)
+
+    def _failed(self, ref: str, error: RankloomError) -> None:
+        for arrival in self._arriving.pop(ref, ()):
+            if not arrival.done():
+                arrival.set_exception(error)
+
+
+def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int | None) -> Delta:
+    finish: Literal["stop", "length"] | None = choice["finish_reason"]
+    tokens, text = choice["token_ids"] or [], ""
+    if finish not in (None, "stop", "length"):
+        raise ModelError(f"vLLM ended a completion with {finish!r}")
+    told: list[list[Chosen]] = [[] for _ in tokens]
+    if num_logprobs is not None:
+        named = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
+        told = [
+            [Chosen(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
+            for token, logprob, top in zip(tokens, named["token_logprobs"], named["top_logprobs"], strict=True)
+        ]
+    kept: list[int] = []
+    for token, chosen in zip(tokens, told, strict=True):
+        kept.append(token)
+        text += transcript.push([token], chosen)
+        if transcript.stopped:
+            break
+    if finish is not None:
+        text += transcript.finish()
+    if transcript.stopped:
+        finish = "stop"
+    return Delta(text, tuple(kept), transcript.logprobs(last=finish is not None), finish)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An adapter that vLLM has."""
+
+    folder: Path
+    num_bytes: int
+
+
+class VllmLoader:
+    """From the registry to an adapter that vLLM serves: fetched, checked, made plain, sent and probed."""
+
+    def __init__(self, base: Base, registry: Registry, server: VllmServer, max_rank: int) -> None:
+        self._base, self._registry, self._server, self._max_rank = base, registry, server, max_rank
+        self._sent: dict[str, Sent] = {}
+        self._numbers = itertools.count()
+
+    def load(self, ref: str) -> Sent:
+        """Raises as `loading.Loader.load`, and RegistryError where vLLM can't serve it."""
+        record = self._registry.get(ref)
+        check_base(self._base, record)
+        folder = self._server.scratch / f"{next(self._numbers)}"  # never the same again: vLLM's cache goes by it
+        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", ref):
+            fetched = self._registry.fetch(record.ref, Path(scratch) / "adapter")
+            if more := more_than_lora(self._base.model, fetched):
+                raise RegistryError(
+                    f"{ref} has {' and '.join(more)}, but vLLM serves LoRA on linear layers alone; use "
+                    f"engine.type=bank, or a base of its own: rankloom adapters export {ref} --format merged"
+                )
+            adapter = fold(self._base.model, fetched)
+            if adapter.rank > self._max_rank:
+                raise RegistryError(
+                    f"{ref} is of rank {adapter.rank}, above engine.max_rank={self._max_rank}; raise it"
+                )
+            write_plain(adapter, folder)
+            try:
+                self._server.load(ref, folder)
+                self._probe(ref, fetched)
+            except BaseException:
+                self._drop(ref, folder)
+                raise
+        self._sent[ref] = Sent(folder, adapter.num_bytes)
+        return self._sent[ref]
+
+    def send_zero(self) -> None:
+        """Give vLLM an adapter that changes nothing."""
+        name = find_target_linears(self._base.model, "all-linear")[0]
+        num_in, num_out = in_out(self._base.model.get_submodule(name))
+        nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)
+        write_plain(Folded({name: nothing}, {}, {}), self._server.scratch / ZERO)
+        self._server.load(ZERO, self._server.scratch / ZERO)
+
+    def forget(self, ref: str) -> None:
+        self._drop(ref, self._sent.pop(ref).folder)
+
+    def _probe(self, ref: str, folder: Path) -> None:
+        tokens = probe_tokens(folder, _vocabulary(self._base))
+        found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(self._server.base, tokens)
+        check_likeliest(folder, found, plain, dtype=self._base.model.dtype)
+
+    def _drop(self, ref: str, folder: Path) -> None:
+        try:
+            self._server.unload(ref)
+        except RankloomError as error:  # it has not got it, or is gone
+            logger.debug("unloading %s: %s", ref, error)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _vocabulary(base: Base) -> int:
+    return int(base.model.get_input_embeddings().weight.shape[0])

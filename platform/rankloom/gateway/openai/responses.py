@@ -1,0 +1,167 @@
+"""OpenAI's wire, what is answered: whole bodies and the chunks of a stream, made of an engine's deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rankloom.engine.jobs import Progress
+from rankloom.engine.protocol import Delta, Likelihood, TokenLogprobs
+from rankloom.engine.text_offset import Place
+
+Kind = Literal["chat", "text"]
+_PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
+_OBJECT = {"chat": "chat.completion", "text": "text_completion"}
+
+
+def reply_id(kind: Kind, number: str) -> str:
+    return f"{_PREFIX[kind]}-{number}"
+
+
+@dataclass
+class _Completion:
+    """One completion as far as it is known."""
+
+    text: str = ""
+    likelihoods: dict[str, list[str]] = field(default_factory=dict)
+    """As OpenAI writes them, as JSON: there may be a million, which are not to be written all at once in the end."""
+    finish: str | None = None
+    begun: bool = False
+    """Whether a chunk of it was sent."""
+    place: Place = field(default_factory=Place)
+    """Of the logprobs that were written."""
+
+
+class Reply:
+    """The answer to one request, gathered or in chunks."""
+
+    def __init__(self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool) -> None:
+        """
+        Args:
+            count: completions, of all prompts.
+            n: completions of each prompt.
+            created: seconds since 1970.
+            logprobs: whether the request asks for them.
+        """
+        self._kind = kind
+        self._head: dict[str, Any] = {"id": id, "object": _OBJECT[kind], "created": created, "model": model}
+        self._completions = [_Completion() for _ in range(count)]
+        self._n = n
+        self._logprobs = logprobs
+        self._cached: dict[int, int] = {}
+        self._refusal: dict[str, None] = {"refusal": None} if kind == "chat" else {}
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.length = 0
+        """Characters of `body`, about."""
+
+    def add(self, progress: Progress) -> None:
+        """Take in what was generated, for `body`."""
+        for index, delta in progress.deltas:
+            each = self._count(progress, index, delta)
+            each.text += delta.text
+            self.length += len(delta.text)
+            if self._logprobs:
+                for key, values in self._likelihoods(delta.logprobs, each.place).items():
+                    written = [json.dumps(value) for value in values]
+                    each.likelihoods.setdefault(key, []).extend(written)
+                    self.length += sum(map(len, written))
+
+    def _count(self, progress: Progress, index: int, delta: Delta) -> _Completion:
+        self.prompt_tokens = progress.prompt_tokens
+        self.completion_tokens += len(delta.tokens)
+        self._cached[index] = delta.cached_tokens
+        each = self._completions[index]
+        each.finish = delta.finish or each.finish
+        return each
+
+    def chunks(self, progress: Progress) -> Iterator[dict[str, Any]]:
+        """The same, as what a stream sends."""
+        for index, delta in progress.deltas:
+            each = self._count(progress, index, delta)
+            begin, each.begun = not each.begun, True
+            if not (begin or delta.text or delta.logprobs or delta.finish):
+                continue
+            choice: dict[str, Any] = {"index": index, "logprobs": None}
+            if self._logprobs:
+                choice["logprobs"] = self._likelihoods(delta.logprobs, each.place) | self._refusal
+            if self._kind == "chat":
+                choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
+            else:
+                choice["text"] = delta.text
+            yield self._chunk([choice | {"finish_reason": delta.finish}])
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """What a stream with `include_usage` sends last."""
+        return self._chunk([]) | {"usage": self.usage()}
+
+    def body(self) -> Iterator[str]:
+        """The body of an answer that is not streamed, as JSON in parts."""
+        yield json.dumps(self._head)[:-1] + ', "choices": ['
+        for index, each in enumerate(self._completions):
+            choice: dict[str, Any] = {"index": index, "finish_reason": each.finish}
+            if self._kind == "chat":
+                choice["message"] = {"role": "assistant", "content": each.text, "refusal": None}
+            else:
+                choice["text"] = each.text
+            yield (", " if index else "") + json.dumps(choice)[:-1] + ', "logprobs": '
+            if self._logprobs:
+                lists = [f'"{key}": [{", ".join(values)}]' for key, values in each.likelihoods.items()]
+                yield "{" + ", ".join([*lists, *(f'"{key}": null' for key in self._refusal)]) + "}"
+            else:
+                yield "null"
+            yield "}"
+        yield f'], "usage": {json.dumps(self.usage())}}}'
+
+    def usage(self) -> dict[str, Any]:
+        # further completions of a prompt find it in the cache; what counts is what the first one did
+        cached = sum(self._cached.get(index, 0) for index in range(0, len(self._completions), self._n))
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        suffix = ".chunk" if self._kind == "chat" else ""
+        return self._head | {"object": self._head["object"] + suffix, "choices": choices}
+
+    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: Place) -> dict[str, list[Any]]:
+        if self._kind == "chat":
+            return {"content": [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]}
+        return {
+            "tokens": [_text(t.chosen) for t in tokens],
+            "token_logprobs": [t.chosen.logprob for t in tokens],
+            "top_logprobs": [_by_name(t) for t in tokens],
+            "text_offset": [place.take(t.chosen.piece)[0] for t in tokens],
+        }
+
+
+def _text(token: Likelihood) -> str:
+    return token.piece.decode("utf-8", "replace") if token.name is None else token.name
+
+
+def _one(token: Likelihood) -> dict[str, Any]:
+    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.piece)}
+
+
+def _by_name(token: TokenLogprobs) -> dict[str, float]:
+    """The likeliest by their texts; of those that are no text, or another's, by their bytes, as OpenAI writes them."""
+    found: dict[str, float] = {}
+    for each in token.top:
+        text, spelt = _text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)
+        is_own = text not in (_text(token.chosen), *found) and "\N{REPLACEMENT CHARACTER}" not in text
+        names = [text] if each.token == token.chosen.token or is_own else []
+        found[next(name for name in (*names, spelt, f"token_id:{each.token}") if name not in found)] = each.logprob
+    return found
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+
+
+DONE = event("[DONE]")

@@ -1,0 +1,33 @@
+"""The pace of a version: how long it takes to a token, on work that is the endpoint's own.
+
+What clients send says little of it: their prompts, lengths, options and the speed at which they read are theirs to
+choose, and a sticky client can choose the side that they count for.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from rankloom.engine.jobs import Work
+from rankloom.engine.protocol import Sampling
+from rankloom.gateway.in_flight import Answer
+
+TOKENS = 9
+
+
+def pace_work() -> Work:
+    """Some tokens after a short prompt."""
+    sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    return Work(uuid.uuid4().hex, None, ("Hello",), sampling, max_tokens=TOKENS)
+
+
+async def token_seconds(answer: Answer) -> float | None:
+    """Seconds to a token after the first, so without queue and prompt; None where all came at once."""
+    begun = last = time.monotonic()
+    counts = []
+    async for progress in answer:
+        last = time.monotonic()
+        counts.append(sum(len(delta.tokens) for _, delta in progress.deltas))
+    later = sum(counts[1:])
+    return (last - begun) / later if later else None

@@ -1,0 +1,72 @@
+"""What a registry has for one base, kept up to date: the part of a catalogue that changes by itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from rankloom.errors import AdapterNotFoundError, RegistryError
+from rankloom.gateway.policy import Shelf
+from rankloom.registry import Record, Registry
+
+logger = logging.getLogger(__name__)
+
+
+class Shelves:
+    """Reads a registry again and again. A version never changes, so its record is read once.
+
+    What can't be read stays as it was: an object store that is away for a minute takes no adapter from anybody.
+    """
+
+    def __init__(self, registry: Registry, fits: Callable[[Record], bool]) -> None:
+        """
+        Args:
+            fits: whether an adapter was tuned on the base that is served.
+        """
+        self.registry = registry
+        self._fits = fits
+        self._records: dict[str, Record | None] = {}
+        self._shelves: dict[str, Shelf] = {}
+
+    def read(self, names: Iterable[str] | None = None) -> Mapping[str, Shelf]:
+        """The shelves of these adapters, or of all. Blocks while the registry is read."""
+        found: dict[str, Shelf] = {}
+        try:
+            wanted = list(self.registry.names()) if names is None else list(dict.fromkeys(names))
+        except RegistryError as error:
+            logger.warning("the adapters stay as they were: %s", error)
+            return self._shelves
+        for name in wanted:
+            try:
+                shelf = self._shelf(name)
+            except RegistryError as error:
+                logger.warning("%s stays as it was: %s", name, error)
+                shelf = self._shelves.get(name)
+            if shelf:
+                found[name] = shelf
+        self._shelves = found
+        return found
+
+    def record(self, ref: str) -> Record | None:
+        """The record of an exact version that was on a shelf."""
+        return self._records.get(ref)
+
+    def _shelf(self, name: str) -> Shelf | None:
+        versions = [number for number in self.registry.versions(name) if self._fitting(f"{name}@{number}")]
+        if not versions:
+            return None
+        return Shelf(
+            tuple(versions), {alias: to for alias, to in self.registry.aliases(name).items() if to in versions}
+        )
+
+    def _fitting(self, ref: str) -> bool:
+        if ref not in self._records:
+            try:
+                record = self.registry.get(ref)
+            except AdapterNotFoundError:
+                return False  # removed since it was listed
+            except RegistryError as error:  # a record that can't be read; its neighbours can
+                logger.warning("%s", error)
+                return False
+            self._records[ref] = record if self._fits(record) else None
+        return self._records[ref] is not None

@@ -1,0 +1,335 @@
+"""The host actor: a `train.host.TrialHost` that trials of a study join and leave while it trains.
+
+One loop owns the host (`_serve`): it seats members (`seats.py`), and has them trained and reported on (`runner.py`).
+The methods that trials call only leave wishes and wait. A trial asks for its reports by number, so that asking twice
+does no harm, and whatever the scheduler does at report n, stop, pause or copy, starts from the snapshot of report n.
+
+Snapshots (`membership.py`) lie in a folder of the node that outlives this process, so that a host that Ray restarts
+goes on with its members where their drivers are. The folders of a Ray that was killed are removed by the next host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.errors import RankloomError, TrialError
+from rankloom.hosts.host_loop import Bank, Device, Runner, Work, open_host
+from rankloom.hosts.membership import Files, Member, Report, read_files
+from rankloom.hosts.slots import Seat, decide
+
+SWEEP_EVERY_S = 1.0
+SCRATCH = "rankloom-host-"
+"""How the folders of snapshots begin; the raylet's process id and the actor's id follow."""
+MAX_BREAKDOWNS = 2
+"""Errors of a host's own, not of one member, after which it loads its base again."""
+
+
+class HostActor:
+    """An asyncio actor; see the module's docstring."""
+
+    def __init__(
+        self,
+        study: dict[str, Any],
+        example: dict[str, Any],
+        bank: Bank,
+        device: Device,
+        label: str,
+        scratch: Path | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            study: the study's tree, for `hosts` and `search`.
+            example: a trial's tree, with the base and the data that all members share.
+            scratch: the folder for snapshots; None: this actor's own.
+            folder: the study's, for what its trials come from.
+        """
+        self._study = parse(StudyConfig, study)
+        self._example = parse(TrialConfig, example)
+        self._bank, self._device, self._label, self._folder = bank, device, label, folder
+        self._members: dict[str, Member] = {}
+        self._changed = asyncio.Event()
+        self._reported = asyncio.Condition()
+        self._serving: asyncio.Task[None] | None = None
+        self._failure: RankloomError | None = None
+        self._runner: Runner | None = None
+        self._order = 0
+        self._scratch = scratch or _scratch()
+        self._work = Work()
+        # for whatever computes: handles, workspaces and plans of a device's libraries are a thread's own
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
+
+    async def ready(self) -> str:
+        """Wait until the base is loaded.
+
+        Raises:
+            RankloomError: the data or the model can't be loaded.
+        """
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._run())
+        async with self._reported:
+            await self._reported.wait_for(lambda: self._runner is not None or self._failure is not None)
+        if self._failure is not None:
+            raise self._failure
+        return self._label
+
+    async def join(
+        self, key: str, tree: dict[str, Any], *, files: Files | None, n: int, recover: bool, best_folder: str | None
+    ) -> bool:
+        """Become a member; it is seated when its turn comes.
+
+        Args:
+            key: `<trial>#<nonce>`: another membership of the same trial is over with this.
+            files: the snapshot to begin from; None: from the start.
+            n: the number of the report that the snapshot was taken at.
+            recover: take the snapshot of report n that this membership left here before the host died.
+
+        Returns:
+            False where there was nothing to recover.
+        """
+        await self.ready()
+        member = Member(
+            Seat(key, self._order, accepted=n, made=n), parse(TrialConfig, tree), self._scratch / key,
+            Path(best_folder) if best_folder else None, heard_at=time.monotonic(),
+        )  # fmt: skip
+        self._order += 1
+        for other in [m for m in self._members.values() if m.trial_id == member.trial_id and m.key != key]:
+            await self.leave(other.key)
+        if recover and n and not member.has(n):
+            return False
+        await asyncio.to_thread(lambda: member.keep(n) if recover else member.take(n, files))
+        member.rewind()
+        self._members[key] = member
+        self._changed.set()
+        return True
+
+    async def advance(self, key: str, after: int) -> Report:
+        """The report after the `after`-th, as soon as it is made.
+
+        Raises:
+            KeyError: no such member: its lease ran out, or the host died and was restarted.
+            TrialError: the host broke down.
+        """
+        member = self._members[key]
+        member.num_callers += 1
+        try:
+            member.accept(after)
+            self._changed.set()
+            async with self._reported:
+                await self._reported.wait_for(
+                    lambda: after + 1 in member.reports or member.seat.leaving or self._failure is not None
+                )
+        finally:
+            member.num_callers -= 1
+            member.heard_at = time.monotonic()
+        if self._failure is not None:
+            raise self._failure
+        if after + 1 not in member.reports:
+            raise KeyError(key)
+        report = member.reports[after + 1]
+        if report["best"]:
+            await asyncio.to_thread(member.publish_best, after + 1)
+        return report
+
+    async def snapshot(self, key: str, n: int) -> Files:
+        """All that a membership needs to go on from report n; empty before the first.
+
+        Raises:
+            KeyError: no such member, or its snapshot is gone.
+        """
+        member = self._members[key]
+        if n and not member.has(n):
+            raise KeyError(key)
+        member.heard_at = time.monotonic()
+        return await asyncio.to_thread(read_files, member.snapshot(n)) if n else {}
+
+    async def leave(self, key: str) -> None:
+        """End a membership; who is no member has left."""
+        member = self._members.get(key)
+        if member is None:
+            return
+        member.seat.leaving = True
+        self._changed.set()
+        async with self._reported:
+            self._reported.notify_all()
+        if not member.seat.seated:
+            self._forget(member)
+
+    async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The search is over: end the training, and call a function in this process, which has torch and a device."""
+        await self.close()
+        _let_go()
+        return await self._computed(function, *arguments)
+
+    async def close(self) -> None:
+        """End the training, and leave nothing on the node."""
+        if self._serving is not None:
+            self._changed.set()  # a training under way ends with its step
+            self._serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._serving
+        self._runner = None
+        self._members.clear()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def stats(self) -> dict[str, Any]:
+        """What the host did and does."""
+        seats = [member.seat for member in self._members.values()]
+        run_ahead = self._study.hosts.run_ahead
+        return asdict(self._work) | {
+            "label": self._label,
+            "members": len(seats),
+            "seated": sum(seat.seated for seat in seats),
+            "training": sum(seat.seated and seat.wants(run_ahead) for seat in seats),
+            "waiting": sum(not seat.seated and seat.wants(run_ahead) for seat in seats),
+            "num_slots": self._num_slots,
+            "occupancy": self._work.filled / max(1, self._work.steps),
+        }
+
+    @property
+    def _num_slots(self) -> int:
+        return self._runner.host.num_slots if self._runner else self._study.hosts.num_slots
+
+    async def _run(self) -> None:
+        for breakdowns in itertools.count():
+            try:
+                await self._serve()
+            except RankloomError as error:
+                self._failure = error
+            except Exception as error:
+                if breakdowns == MAX_BREAKDOWNS:
+                    reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+                    self._failure = TrialError(f"{self._label} broke down {breakdowns + 1} times: {reason}")
+                else:
+                    traceback.print_exc()  # into the actor's log; the members go on from their last snapshots
+                    _die_of(error)
+                    self._runner = None
+                    for member in self._members.values():
+                        member.seat.seated, member.seat.at_report = False, True
+                        member.rewind()
+            if self._failure is not None:
+                break
+            await self._computed(_let_go)
+        async with self._reported:
+            self._reported.notify_all()
+
+    async def _serve(self) -> None:
+        """Load the base and train for ever."""
+        started = time.monotonic()
+        runner = Runner(await self._computed(self._load), self._study, self._work)
+        self._work.load_s = time.monotonic() - started
+        async with self._reported:
+            self._runner = runner
+            self._reported.notify_all()
+        while True:
+            self._changed.clear()
+            members = await self._reseat(runner)
+            if members:
+                due = await self._computed(runner.train, members, self._changed.is_set)
+                await self._make_reports(runner, due)
+            else:
+                # not wait_for, which swallows a cancellation that comes together with the event
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SWEEP_EVERY_S):
+                        await self._changed.wait()
+
+    async def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _load(self) -> Any:
+        started = time.monotonic()
+        import rankloom.train.fused.host  # noqa: F401  # torch comes with it
+
+        self._work.import_s = time.monotonic() - started
+        return open_host(self._study, self._example, self._bank, self._device, self._folder)
+
+    async def _reseat(self, runner: Runner) -> list[Member]:
+        """Let members out and in; who trains next."""
+        now, lease_s = time.monotonic(), self._study.hosts.lease_s
+        for member in self._members.values():
+            if not member.num_callers and now - member.heard_at > lease_s:
+                member.seat.leaving = True  # its trial was killed, or is paused: it has its own checkpoint
+        seating = decide([m.seat for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
+        evict, admit, train = ([self._members[key] for key in keys] for keys in seating)
+        if evict or admit:
+            await self._computed(runner.move, evict, admit)
+        for member in list(self._members.values()):
+            if member.seat.leaving and not member.seat.seated:
+                self._forget(member)
+        await self._make_reports(runner, [member for member in admit if member.failure])
+        return [member for member in train if not member.failure]
+
+    async def _make_reports(self, runner: Runner, members: list[Member]) -> None:
+        if not members:
+            return
+        reports = await self._computed(runner.report, members)
+        async with self._reported:
+            for member, report in zip(members, reports, strict=True):
+                member.reports[report["n"]] = report
+                member.seat.made, member.seat.finished, member.seat.at_report = report["n"], report["done"], True
+            self._reported.notify_all()
+
+    def _forget(self, member: Member) -> None:
+        self._members.pop(member.key, None)
+        shutil.rmtree(member.folder, ignore_errors=True)
+
+
+def _die_of(error: Exception) -> None:
+    """End the process where the error has cost it its device: Ray starts another, and the members return to that."""
+    from rankloom.models.device import is_lost
+
+    if is_lost(error):
+        os._exit(1)
+
+
+def _let_go() -> None:
+    """Free what the host before had, before another base is loaded: its bank and its model hold each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _scratch() -> Path:
+    """This actor's folder on its node: the same again after Ray restarted it there."""
+    import ray
+
+    root, raylet = Path(tempfile.gettempdir()), os.getppid()
+    sweep(root)
+    folder = root / f"{SCRATCH}{raylet}-{ray.get_runtime_context().get_actor_id()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def sweep(root: Path) -> None:
+    """Remove the folders of this user's hosts whose raylet is gone, and with it whoever might come back to them."""
+    for folder in root.glob(f"{SCRATCH}*-*"):
+        raylet = folder.name.removeprefix(SCRATCH).partition("-")[0]
+        with contextlib.suppress(OSError):  # another host was faster
+            if raylet.isdigit() and folder.stat().st_uid == os.getuid() and not _runs(int(raylet)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

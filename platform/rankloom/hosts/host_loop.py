@@ -1,0 +1,226 @@
+"""Runner: what a host actor does with its `TrialHost` between two decisions; blocking, so in a thread.
+
+`open_host` makes the host. A runner moves members in and out, trains until a report is due, and makes the reports:
+validation, a snapshot, and the adapter where it is the best so far. One call at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import StudyConfig, TrialConfig
+from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
+from rankloom.hosts.membership import BEST, Member, Report, costs_of, failed
+from rankloom.train.memory_plan import HostSize, fit
+
+COST_ROWS = 64
+"""Validation rows among which the prompt for a latency is found."""
+SAFE = 0.9
+"""Of the memory that is free: what a host plans with. The rest is for what allocators lose."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What each host gets."""
+
+    cpus: float
+    gpus: float
+    threads: int
+    memory_bytes: float
+    """Its part of a node's memory, as Ray counts it."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What a host's slots must hold: any trial of the study, if the memory lasts."""
+
+    ranks: tuple[int, ...]
+    """That slots may have, ascending."""
+    with_magnitudes: bool
+
+
+@dataclass
+class Work:
+    """What a host did since its process began."""
+
+    steps: int = 0
+    filled: float = 0.0
+    """Sum over the steps of the share of slots that trained."""
+    tokens: int = 0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    save_s: float = 0.0
+    move_s: float = 0.0
+    load_s: float = 0.0
+    import_s: float = 0.0
+    """Of `load_s`."""
+    first_steps: dict[str, list[float]] = field(default_factory=dict)
+    """Trial -> the clock times at which its first step here began and was done."""
+    memory_bytes: int = 0
+    """At its peak."""
+
+
+class Runner:
+    """A host in use."""
+
+    def __init__(self, host: Any, study: StudyConfig, work: Work) -> None:
+        """`host`: a `train.host.TrialHost`."""
+        self.host = host
+        self._search, self._work = study.search, work
+
+    def move(self, evict: Iterable[Member], admit: Iterable[Member]) -> None:
+        """Let members out and in. One that can't be admitted has a `failure`; the others go on."""
+        started = time.monotonic()
+        for member in evict:
+            self.host.evict(member.key)
+            member.seat.seated = False
+        for member in admit:
+            try:
+                self.host.admit(member.key, member.trial, member.start)
+                member.seat.seated = True
+            except RankloomError as error:
+                member.failure = str(error).removeprefix(f"{member.key}: ")
+        self._work.move_s += time.monotonic() - started
+
+    def train(self, members: Sequence[Member], interrupted: Callable[[], bool]) -> list[Member]:
+        """Train these until a report is due or `interrupted`; whose report is due."""
+        by_key = {member.key: member for member in members}
+        while True:
+            started, clock = time.monotonic(), time.time()
+            steps = self.host.step(by_key)
+            seconds = time.monotonic() - started
+            self._work.steps += 1
+            self._work.filled += len(members) / self.host.num_slots
+            self._work.train_s += seconds
+            for member in members:
+                member.train_s += seconds / len(members)
+                member.seat.at_report = False
+            due = []
+            for step in steps:
+                member = by_key[step.name]
+                self._work.first_steps.setdefault(member.trial_id, [clock, clock + seconds])
+                self._work.tokens += step.tokens - member.tokens
+                member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
+                member.failure = step.error
+                if step.error or step.done or step.step % member.trial.eval.every == 0:
+                    due.append(member)
+            if due or interrupted():
+                return due
+
+    def report(self, members: Sequence[Member]) -> list[Report]:
+        """Validate, and keep what it takes to go on from here."""
+        from rankloom.train.memory import peak_memory_bytes
+
+        started = time.monotonic()
+        self._work.memory_bytes = peak_memory_bytes(self.host.base.device)
+        sound = [member for member in members if member.failure is None]
+        scores: dict[str, Any] = {}
+        try:
+            scores = self.host.evaluate([member.key for member in sound])
+        except TrialError as error:  # a row that is too long for the memory is so for all of them
+            for member in sound:
+                member.failure = str(error)
+        for member in sound:
+            if member.key in scores and not math.isfinite(scores[member.key].loss):
+                rate = member.trial.optim.learning_rate
+                member.failure = f"the validation loss is not finite at step {member.step}; lower optim.learning_rate"
+                member.failure += f" ({rate:g})"
+        evaluated = time.monotonic()
+        reports = [self._report(member, scores.get(member.key)) for member in members]
+        self._work.eval_s += evaluated - started
+        self._work.save_s += time.monotonic() - evaluated
+        return reports
+
+    def _report(self, member: Member, scores: Any) -> Report:
+        n = member.seat.made + 1
+        if member.failure is not None:
+            member.seat.seated = member.key in self.host.members
+            return failed(n, member.failure, member.progress(0))
+        value = scores.loss if self._search.metric == "loss" else scores.accuracy
+        sign = 1 if self._search.best == "max" else -1
+        best = member.best_value is None or sign * value > sign * member.best_value
+        member.best_value = value if best else member.best_value
+        member.evals_since_best = 0 if best else member.evals_since_best + 1
+        num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
+        done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
+        try:
+            self._save(member, n, export=best and member.best_folder is not None)
+        except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
+            raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
+        return member.progress(num_steps) | {
+            "n": n,
+            "loss": scores.loss,
+            "accuracy": scores.accuracy,
+            "best": best,
+            "best_value": member.best_value,
+            "done": done,
+            "finished": done,  # `done` is also what Tune sets when it stops a trial
+            "error": None,
+        }
+
+    def _save(self, member: Member, n: int, *, export: bool) -> None:
+        folder = member.snapshot(n)
+        folder.mkdir(parents=True)
+        self.host.save(member.key, folder)
+        if export:
+            (folder / BEST).mkdir()
+            self.host.export(member.key, folder / BEST)
+            member.costs = member.costs or self._costs(folder / BEST)
+        member.save(n)
+
+    def _costs(self, adapter: Path) -> dict[str, float]:
+        """What serving an adapter takes, as far as the study asks; its prompts are validation rows."""
+        base, names = self.host.base, self._search.objectives
+        if not names:
+            return {}
+        from rankloom.adapters.weights import load_beside  # with PEFT, which takes seconds to import
+        from rankloom.evals.costs import measure_costs
+
+        rows = list(self.host.data.validation.select(COST_ROWS))
+        return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
+
+
+def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device, folder: Path | None = None) -> Any:
+    """Read the data, load the base and make a `TrialHost`, as large as is wanted and as there is memory for.
+
+    Args:
+        trial: one with the base and the data that all members share.
+        folder: the study's; a host on other data than it began with is refused.
+
+    Raises:
+        RankloomError: the data or the base can't be loaded, or are others. TrialError: there is no room for any member.
+    """
+    import torch
+
+    from rankloom.data import load_data
+    from rankloom.launch.trainer import local_device
+    from rankloom.models import load_base, load_tokenizer
+    from rankloom.train.fused.host import TrialHost
+    from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
+    from rankloom.train.precision import check_lengths, precision_of
+    from rankloom.train.resume_check import Origin, hold_study_to
+
+    torch.set_num_threads(device.threads)
+    place = local_device(trial.compute.device)
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    if study.search.metric == "accuracy" and data.labels is None:
+        raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
+    precision = precision_of(trial, place)
+    base = load_base(trial.model, trial.quantization, device=place, dtype=precision, compute_dtype=precision)
+    check_lengths(data, base)
+    if folder is not None:
+        hold_study_to(folder, trial, Origin.of(data, base))
+    if place.type == "cuda":
+        mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
+        free = min(free_bytes(place) or 0.0, mine)
+    else:
+        free = device.memory_bytes - peak_memory_bytes(place)
+    wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
+    longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
+    size = fit(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
+    return TrialHost(base, data, precision=precision, **asdict(size))

@@ -1,0 +1,327 @@
+"""Base models: a hub id, a folder, a GGUF file or `builtin:smollm2` becomes a frozen `Base`.
+
+Weights are only ever read from safetensors; a GGUF file is converted once into the cache. The fingerprint is read
+off the stored weights, so that it does not depend on the type or the quantisation they are loaded in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankloom.config.model import Dtype, ModelConfig, Nf4, NoQuantization, Quantization
+from rankloom.errors import ModelError
+from rankloom.models.checkpoints import (
+    INDEX,
+    WHOLE,
+    check_codes,
+    check_loaded,
+    fingerprint,
+    first_line,
+    forget_quantization,
+    quantized_already,
+    read_as,
+    stored_quantization,
+    weight_files,
+)
+from rankloom.models.folder import is_on_hub, local_folder
+from rankloom.models.onednn import use_onednn
+
+OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+"""How architectures are called that have another head than a language model's."""
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    folder: Path
+    """Holds config.json, the tokenizer and the unquantised *.safetensors."""
+    fingerprint: str
+    quantization: str
+    device: torch.device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+
+def load_base(
+    config: ModelConfig,
+    quantization: Quantization,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Base:
+    """Load a base, frozen and in eval mode.
+
+    Args:
+        dtype: of the weights where `config.dtype` is auto; None: `auto_dtype`.
+        compute_dtype: of the arithmetic on NF4 weights where the quantisation's own is auto; None: `auto_dtype`.
+
+    Raises:
+        ModelError: not found, not readable, or without safetensors.
+    """
+    folder = local_folder(config)
+    mark = fingerprint(folder)  # first: it says plainly what is wrong with a weight file
+    stored = resolve_dtype(config.dtype, dtype or auto_dtype(device))
+    compute_dtype = compute_dtype or auto_dtype(device)
+    if isinstance(quantization, Nf4):
+        compute_dtype = resolve_dtype(quantization.compute_dtype, compute_dtype)
+    model = _read_model(folder, config.id, quantization, device, stored, compute_dtype)
+    model.requires_grad_(False).eval()
+    use_onednn(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser
+            # (bf16 constants and arithmetic), and with no gradient to the input, so that training breaks after it
+            module.support_avx512bf16_for_cpu = False
+    if _sees_ahead(model):
+        raise _not_causal(config.id, type(model).__name__)
+    return Base(
+        model=model,
+        tokenizer=_tokenizer(folder, config.id),
+        id=config.id,
+        folder=folder,
+        fingerprint=mark,
+        quantization=quantization.type,
+        device=device,
+    )
+
+
+def stored_as(config: ModelConfig) -> Quantization:
+    """The setting that reads a base as it is stored, quantised by bitsandbytes or not."""
+    return quantized_already(_shape(local_folder(config, weights=False), config.id))
+
+
+def reload_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """An unquantised base's model again, on the CPU, as it was before anything trained."""
+    return _read_model(folder, str(folder), NoQuantization(), torch.device("cpu"), dtype, dtype)
+
+
+def _read_model(
+    folder: Path,
+    name: str,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> PreTrainedModel:
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: 0.1 to 2 s, and most steps have one
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    shape = _shape(folder, name)
+    plain = stored_quantization(shape) is None
+    reading = read_as(shape, quantization, compute_dtype, name)
+    check_codes(folder, shape, name)
+    _check_kind(shape, name)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=shape,
+            dtype=dtype,
+            quantization_config=reading,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+        raise _unloadable(shape, name, error) from error
+    check_loaded(model, loading, name)
+    _check_causal(model, name)
+    if quantization.type == "none" and not plain:
+        forget_quantization(model)
+        kept = {*(model._keep_in_fp32_modules_strict or ())}
+        for name, weight in model.named_parameters():  # some are of their scales' type, some of the stored one
+            if kept.isdisjoint(name.split(".")):
+                weight.data = weight.data.to(dtype)
+    return model
+
+
+def _shape(folder: Path, name: str) -> PretrainedConfig:
+    """A model's config, its dropout off: in a host its noise would be all members', and alone nothing else is meant."""
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a value shows in many ways
+        raise ModelError(f"model.id: {name!r}: its config.json can't be read: {first_line(error)}") from error
+    parts = [shape]
+    for part in parts:
+        parts += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):  # attn_pdrop, hidden_dropout_prob, layerdrop
+                setattr(part, key, 0.0)
+    return shape
+
+
+def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
+    """A base without its weights, for whoever only looks at names, shapes and tokens: its model is on the meta device.
+
+    Args:
+        dtype: where `config.dtype` is auto.
+
+    Raises:
+        ModelError: not found, not readable, or without safetensors.
+    """
+    folder = local_folder(config)
+    mark = fingerprint(folder)
+    return Base(
+        model=_on_meta(folder, config.id, _shape(folder, config.id), resolve_dtype(config.dtype, dtype)),
+        tokenizer=_tokenizer(folder, config.id),
+        id=config.id,
+        folder=folder,
+        fingerprint=mark,
+        quantization="none",
+        device=torch.device("meta"),
+    )
+
+
+def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedModel:
+    """The model alone, without weights, on the meta device; what `load_base` would refuse by config.json is refused.
+
+    Raises:
+        ModelError: not found, not readable, or no causal language model. ConfigError: quantised in another way.
+    """
+    folder = local_folder(config, weights=False)
+    shape = _shape(folder, config.id)
+    read_as(shape, quantization, torch.float32, config.id)
+    if is_on_hub(config):
+        return _on_meta(folder, config.id, shape, torch.float32)
+    check_codes(folder, shape, config.id)
+    found = [file.name for file in weight_files(folder)]
+    if WHOLE not in found and not (folder / INDEX).is_file():
+        raise ModelError(
+            f"model.id: {config.id!r} holds {', '.join(found)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
+            f"fetch the index, or rename the file if it is the whole model"
+        )
+    return _on_meta(folder, config.id, shape, torch.float32)
+
+
+def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    _check_kind(shape, name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable(shape, name, error) from error
+    _check_causal(model, name)
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _check_kind(shape: PretrainedConfig, name: str) -> None:
+    """Refuse what config.json says to be something else: parts of it could be loaded, but would mean nothing."""
+    saved_as = next(iter(shape.architectures or ()), shape.model_type)
+    if saved_as.endswith(OTHER_TASKS):
+        raise ModelError(
+            f"model.id: {name!r} ({saved_as}) is no language model, but was trained for another task; take the model "
+            f"that it was made from"
+        )
+    if getattr(shape, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.id: {name!r} ({saved_as}) is an encoder and a decoder, of which only decoders alone can be tuned; "
+            f"take a causal language model"
+        )
+    if getattr(shape, "attn_type", None) == "bi" or getattr(shape, "causal", None) is False:  # XLNet; XLM
+        raise _not_causal(name, saved_as)
+
+
+def _unloadable(shape: PretrainedConfig, name: str, error: Exception) -> ModelError:
+    if "Unrecognized configuration class" in str(error):
+        return ModelError(
+            f"model.id: {name!r} is a model of the type {shape.model_type}, of which transformers knows no causal "
+            f"language model; take a decoder, such as one of Llama's or Qwen's architecture"
+        )
+    return ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}")
+
+
+def _not_causal(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"model.id: {name!r} ({kind}) is no causal language model: each token sees those after it, so that it can't be "
+        f"tuned to generate; take a decoder, or set is_decoder in its config.json if it was trained as one"
+    )
+
+
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse an encoder, which sees the tokens that it is to predict; its config has `is_decoder`, and it is off."""
+    said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
+    if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
+        raise _not_causal(name, type(model).__name__)
+
+
+@torch.no_grad()
+def _sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether what follows the first token depends on the second, whatever the config says."""
+    device = model.get_input_embeddings().weight.device
+    try:
+        logits_2TV = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+        return False  # a model that takes other inputs
+    noise = 1e-4 if logits_2TV.dtype == torch.float32 else 0.02
+    one, other = logits_2TV[:, 0].float()
+    return bool((one - other).abs().max() > noise * one.abs().max())
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone; it always has a pad token."""
+    return _tokenizer(local_folder(config, weights=False), config.id)
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """What `auto` means for weights and arithmetic, in training, scoring and serving alike."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def resolve_dtype(wanted: Dtype, auto: torch.dtype) -> torch.dtype:
+    return auto if wanted == "auto" else DTYPES[wanted]
+
+
+def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # broken files make the tokenizers library and transformers raise anything
+        _check_sentencepiece(folder, name)
+        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
+    rows = getattr(_shape(folder, name).get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)
+    if tokenizer.eos_token_id >= rows:
+        raise ModelError(
+            f"model.id: {name!r}'s end-of-sequence token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but "
+            f"the model embeds only {rows} tokens; take the tokenizer that belongs to it, or resize its embedding "
+            f"(resize_token_embeddings) and save it again"
+        )
+    # a pad token that was added without an embedding is never looked at, but it is looked up
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_sentencepiece(folder: Path, name: str) -> None:
+    """transformers takes a SentencePiece model for tiktoken's format where it can't read it."""
+    if find_spec("sentencepiece") is None and not (folder / "tokenizer.json").is_file():
+        for file in sorted(folder.glob("*.model")):
+            raise ModelError(
+                f"model.id: {name!r} has its tokenizer as a SentencePiece model ({file.name}), which needs the package "
+                f"sentencepiece: pip install sentencepiece"
+            ) from None

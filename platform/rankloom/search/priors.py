@@ -1,0 +1,221 @@
+"""What is known before a search begins: a good first guess, and the trials of earlier studies.
+
+An earlier trial counts where it is one of this space: some point makes the same trial, with the same model, data,
+budget and measure. Its result is then told to the searcher as if it had been tried here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import TrialConfig, dump, parse
+from rankloom.config.method import DoraConfig, LoraConfig
+from rankloom.config.space import ALPHA_OVER_RANK, Choice, Knob, Point, RandInt, Tree
+from rankloom.config.study import StudyConfig
+from rankloom.errors import ConfigError, IncompatibleError
+from rankloom.search.flat_space import BRANCH
+from rankloom.search.samplers import Known
+
+ALPHA, RATE = 32.0, 5e-4
+"""LoRA Without Regret (Thinking Machines, 2025): on all linear layers, with alpha 32 and 1/r scaling, the best rate is
+about ten times full fine-tuning's, whatever the rank. A usual rate of full fine-tuning, 5e-5, makes it 5e-4."""
+GUESS = {
+    "method.alpha": ALPHA, "method.target_modules": "all-linear", "method.rslora": False, "method.init": "default",
+    "optim.learning_rate": RATE, "optim.loraplus_ratio": 1.0,
+}  # fmt: skip
+RATIO = f"method.{ALPHA_OVER_RANK}"
+NOTHING = object()
+"""Where a tree has no such setting."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """All that the searcher begins with."""
+
+    guess: Point | None
+    priors: list[Known]
+    skipped: dict[str, int]
+    """Why earlier trials were left out -> how many."""
+
+    @property
+    def points(self) -> list[Known]:
+        return [*self.priors, *([Known(self.guess, None)] if self.guess else [])]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return {"told": len(self.priors), "skipped": self.skipped}
+
+    @classmethod
+    def gather(cls, study: StudyConfig) -> Knowledge:
+        """
+        Raises:
+            ConfigError: one of `search.priors` is no study.
+        """
+        return cls(first_guess(study), *read_priors(study))
+
+    @classmethod
+    def read(cls, file: Path) -> Knowledge:
+        """What a study began with; earlier studies may be gone since."""
+        tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asdict(cls(None, [], {}))
+        return cls(tree["guess"], [Known(**each) for each in tree["priors"]], tree["skipped"])
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def first_guess(study: StudyConfig) -> Point | None:
+    """A point of the first branch that permits the guidance, its other knobs near the baseline's values.
+
+    None where no branch does, where the baseline is this very trial, or where the study has warm starts of its own.
+    """
+    if study.search.warm_start:
+        return None
+    baseline = dump(study.baseline)
+    for branch, knobs in enumerate(study.knobs):
+        near = {name: GUESS.get(name, _at(baseline, name)) for name in knobs}
+        ranks = _by_nearness(knobs["method.rank"], near["method.rank"]) if "method.rank" in knobs else [None]
+        for rank in ranks:
+            point: Point = {BRANCH: branch} | {name: _by_nearness(knobs[name], near[name])[0] for name in knobs}
+            point |= {} if rank is None else {"method.rank": rank}
+            try:
+                trial = study.resolve(point)
+                if RATIO in knobs:
+                    point[RATIO] = _by_nearness(knobs[RATIO], ALPHA / trial.method.rank)[0]  # type: ignore[union-attr]
+                    trial = study.resolve(point)
+            except (ConfigError, IncompatibleError):
+                continue
+            if _is_guided(trial):
+                return None if _alike(_essence(dump(trial)), _essence(baseline)) else point
+    return None
+
+
+def _is_guided(trial: TrialConfig) -> bool:
+    method, optim = trial.method, trial.optim
+    return (
+        isinstance(method, (LoraConfig, DoraConfig))
+        and (method.alpha, method.rslora, method.target_modules) == (ALPHA, False, "all-linear")
+        and optim.loraplus_ratio == 1
+        and RATE / 2 <= optim.learning_rate <= RATE * 2
+    )
+
+
+def _by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
+    """A knob's values, the nearest first: of a range the nearest alone, of a choice all."""
+    number = isinstance(near, (int, float)) and not isinstance(near, bool)
+    if isinstance(knob, Choice):
+        if number and all(isinstance(value, (int, float)) for value in knob.choice):
+            return sorted(knob.choice, key=lambda value: abs(value - near))
+        return sorted(knob.choice, key=lambda value: not _fits(value, near))
+    low, high = knob.bounds
+    return [min(max(type(low)(near), low), high) if number else low]
+
+
+def read_priors(study: StudyConfig) -> tuple[list[Known], dict[str, int]]:
+    """The earlier studies' trials that lie in this space, and for each reason how many were left out.
+
+    Raises:
+        ConfigError: one of `search.priors` is no study.
+    """
+    found, skipped = [], Counter[str]()
+    metric = f"best_{study.search.metric}"
+    for place in study.search.priors:
+        for row in _rows(Path(place).expanduser()):
+            values: list[Any] = [row.get(name) for name in (metric, *study.search.objectives)]
+            if row["status"] == "failed" or values[0] is None:
+                skipped["failed, or measured otherwise"] += 1
+            elif None in values:
+                skipped["its costs were not measured"] += 1
+            elif (point := locate(study, json.loads(row["config"]))) is None:
+                skipped["not a trial of this space"] += 1
+            else:
+                found.append(Known(point, values))
+    return found, dict(skipped)
+
+
+def locate(study: StudyConfig, tree: Tree) -> Point | None:
+    """The point of the space that makes this trial, if there is one."""
+    try:
+        sought = _essence(dump(parse(TrialConfig, tree)))
+    except (ConfigError, IncompatibleError):  # of another version of rankloom
+        return None
+    for branch, knobs in enumerate(study.knobs):
+        axes = [list(_made_by(knob, name, sought)) for name, knob in knobs.items()]
+        for values in itertools.product(*axes):  # more than one only where choices hold whole sections
+            point = {BRANCH: branch, **dict(zip(knobs, values, strict=True))}
+            try:
+                if _alike(_essence(dump(study.resolve(point))), sought):
+                    return point
+            except (ConfigError, IncompatibleError):
+                continue
+    return None
+
+
+def _made_by(knob: Knob, name: str, tree: Tree) -> Iterator[Any]:
+    """The knob's values that may have made this trial."""
+    value = _at(tree, name)
+    if name == RATIO and _at(tree, "method.alpha") is not NOTHING and _at(tree, "method.rank") is not NOTHING:
+        value = _at(tree, "method.alpha") / _at(tree, "method.rank")
+    if isinstance(knob, Choice):
+        yield from (option for option in knob.choice if _fits(option, value))
+    elif isinstance(value, (int, float)) and knob.bounds[0] <= value <= knob.bounds[1]:
+        yield int(value) if isinstance(knob, RandInt) else float(value)
+
+
+def _fits(option: Any, value: Any) -> bool:
+    """Whether a setting as it is written may have become this value: short, or a section with defaults left out."""
+    if isinstance(value, Mapping):
+        if isinstance(option, Mapping):
+            return all(key in value and _fits(part, value[key]) for key, part in option.items())
+        return option in (value.get("type", NOTHING), value.get("path", NOTHING))
+    if isinstance(option, str) and isinstance(value, (int, float)):  # "8", which a trial takes for the number
+        with suppress(ValueError):
+            option = float(option)
+    return _alike(option, value)
+
+
+def _essence(tree: Tree) -> Tree:
+    """What of a trial decides its result: not its name, nor where it ran."""
+    measured = {name: tree["eval"][name] for name in ("metric", "max_rows")}
+    return {key: tree[key] for key in ("model", "quantization", "data", "method", "optim", "budget", "seed")} | {
+        "eval": measured
+    }
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal, floats to rounding."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
+
+
+def _at(tree: Tree, name: str) -> Any:
+    node: Any = tree
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return NOTHING
+        node = node[part]
+    return node
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = path / "results.parquet" if path.is_dir() else path
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ConfigError(f"search.priors: {path} is no study with its results.parquet: {error}") from None
+    if rows and not {"status", "config", "best_loss", "best_accuracy"} <= rows[0].keys():
+        raise ConfigError(f"search.priors: {file} is no results.parquet of a study")
+    return rows

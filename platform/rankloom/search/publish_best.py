@@ -1,0 +1,126 @@
+"""The end of a study, the driver's half: who is scored and published, and what the study says of them.
+
+`final.py` is the other half, in a host's process.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import StudyConfig, dump
+from rankloom.config.study import is_fusable
+from rankloom.errors import RankloomError, TrialError
+from rankloom.hosts.hosts import share_out
+from rankloom.launch import cluster
+from rankloom.launch.channel import Channel
+from rankloom.launch.trainer import Background, failure_of, watch
+from rankloom.search.dedicated import ADAPTERS, dedicated_run
+from rankloom.search.journal import Journal, Tell
+from rankloom.search.leaderboard import Board, Standing
+
+
+def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
+    """Score the finalists on the test rows and publish the winners.
+
+    Raises:
+        TrialError: none of them could be scored.
+    """
+    import ray
+
+    board = journal.board
+    finalists = board.finalists()
+    for trial in finalists:
+        if not is_fusable(trial.config) and trial.status == "stopped":
+            tell({"event": "phase", "phase": "export", "message": f"{trial.config.name}, which was stopped early"})
+            cpus = share_out(study, cluster.alive()).dedicated_cpus
+            with suppress(RankloomError):  # without an adapter, the scoring says why
+                dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
+    memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
+    work = [
+        {
+            "trial": dump(trial.config),
+            "folder": str(folder / ADAPTERS / trial.id),
+            "names": names_of(trial, board) if study.final.publish else [],
+            "steps": (trial.best(study.search.metric) or {})["step"],
+            "tokens": (trial.best(study.search.metric) or {})["tokens"],
+            "train_s": (trial.best(study.search.metric) or {})["train_s"],
+            "memory_bytes": memory,
+        }
+        for trial in finalists
+    ]
+    channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
+
+    host = ray.get(hosts.any.remote(dump(finalists[0].config)))
+    scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
+    watch(scoring, channel, tell)
+    try:
+        scored = scoring.result()
+    except Exception as error:
+        cause = getattr(error, "cause", error)
+        raise failure_of(cause if isinstance(cause, Exception) else error).error from None
+    rows = [_row(board, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+    sound = [row for row in rows if row["error"] is None]
+    if not sound:
+        raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
+    winner, first = sound[0], board.baseline
+    baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
+    return {
+        "winner": winner,
+        "front": [row for row in sound if row["on_front"]],
+        "baseline": baseline,
+        "finalists": rows,
+        "registry": study.baseline.output.registry_root,
+        "beats_baseline": beats(winner, baseline, study.search.metric),
+    }
+
+
+def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list[dict[str, Any]]:
+    """What a host's process runs: the driver has no torch."""
+    import ray
+
+    from rankloom.search.score_finalists import score_finalists
+
+    return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
+
+
+def names_of(trial: Standing, board: Board) -> list[str]:
+    """What a finalist is published as: the winner under the study's name, the best of each method, and the front."""
+    ranking = board.candidates()
+    names = [board.study.name] if trial is ranking[0] else []
+    if trial is next(other for other in ranking if other.method == trial.method):
+        names.append(f"{board.study.name}-{trial.method}")
+    if trial in board.front():
+        names.append(f"{board.study.name}-front")
+    return names
+
+
+def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) -> bool | None:
+    """Whether the winner is better on the test rows than what a user would have trained without a search.
+
+    None where they are the same trial, or the baseline failed.
+    """
+    if baseline is None or baseline["trial"] == winner["trial"]:
+        return None
+    ours, theirs = winner["scorecard"]["result"], baseline["scorecard"]["result"]
+    if metric == "accuracy" and ours["accuracy"] and theirs["accuracy"]:
+        return bool(ours["accuracy"]["value"] > theirs["accuracy"]["value"])
+    return bool(ours["loss"] < theirs["loss"])
+
+
+def _row(board: Board, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
+    best = trial.best(board.study.search.metric) or {}
+    return {
+        "trial": trial.id,
+        "number": trial.number,
+        "name": trial.config.name,
+        "method": trial.method,
+        "point": trial.point,
+        "validation": {"loss": best.get("loss"), "accuracy": best.get("accuracy"), "step": best.get("step")},
+        "costs": trial.costs,
+        "on_front": trial in board.front(),
+        "scorecard": result.get("scorecard"),
+        "published": result["published"],
+        "error": result["error"],
+    }

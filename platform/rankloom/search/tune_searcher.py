@@ -1,0 +1,127 @@
+"""StudySearcher: what Ray Tune sees, whatever the search algorithm.
+
+It gives the warm starts first, then asks a *proposer* (`proposers.py`); each point is resolved to a trial, and one that
+can't be is refused, counted, and asked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+from ray.tune.search import Searcher
+
+from rankloom.config.space import Point
+from rankloom.config.study import StudyConfig
+from rankloom.errors import IncompatibleError
+from rankloom.search.samplers import PROPOSERS, Known, Values
+
+MAX_REFUSALS_IN_A_ROW = 200
+"""After so many the space is taken to hold nothing more."""
+
+
+class StudySearcher(Searcher):  # type: ignore[misc]
+    """Warm starts, then what the proposer says, each held to the trial's own rules.
+
+    What it suggests is a point with the trial's `number` and how many points were `refused` so far; the trial is
+    resolved again where it runs.
+    """
+
+    def __init__(self, study: StudyConfig, known: Sequence[Known] = ()) -> None:
+        super().__init__(metric=study.search.metric, mode=study.search.best)
+        self._study = study
+        self._proposer = PROPOSERS[study.search.algorithm](study, known)
+        self._count = 0
+        self._numbers: dict[str, int] = {}
+        self._worst: Values | None = None
+        self.refusals: list[str] = []
+        """Why points were refused."""
+        for each in known:
+            self._note(each.values)
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._count >= self._study.num_trials:
+            return Searcher.FINISHED
+        number = self._count
+        point = self._next(number)
+        if point is None and self._numbers:
+            return None
+        if point is None or isinstance(point, str):  # who waits for a trial while none is under way waits for ever
+            return Searcher.FINISHED
+        self._count += 1
+        self._numbers[trial_id] = number
+        return {"number": number, "refused": len(self.refusals), **point}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers.pop(trial_id, None)
+        if number is not None and number >= self._study.num_warm_starts:
+            self._tell(number, None if error else self._values(result))
+
+    def save(self, checkpoint_path: str) -> None:
+        state = (self._proposer, self._count, self._numbers, self._worst, self.refusals)
+        Path(checkpoint_path).write_bytes(cloudpickle.dumps(state))  # some searchers hold functions
+
+    def restore(self, checkpoint_path: str) -> None:
+        # our own state, in the study's folder; Ray Tune unpickles its own from there too
+        state = cloudpickle.loads(Path(checkpoint_path).read_bytes())
+        self._proposer, self._count, self._numbers, self._worst, self.refusals = state
+
+    def _values(self, result: dict[str, Any] | None) -> Values | None:
+        """What the proposer is told; None where the trial failed, or was stopped before its costs were measured."""
+        if not result or result.get("error"):
+            return None
+        # what counts is a trial's best report: its adapter is what would be published
+        values = [result["best_value"], *(result[name] for name in self._study.search.objectives)]
+        return None if None in values else [float(value) for value in values]
+
+    def _tell(self, number: int, values: Values | None) -> None:
+        self._note(values)
+        # of a mere failure most algorithms learn nothing, and propose the like again
+        self._proposer.tell(number, self._worst if values is None else values)
+
+    def _note(self, values: Values | None) -> None:
+        if values is not None:
+            worse = [max if self._study.search.best == "min" else min, *(max for _ in values[1:])]
+            pairs = zip(worse, self._worst or values, values, strict=True)
+            self._worst = [choose(before, now) for choose, before, now in pairs]
+
+    def _next(self, number: int) -> Point | str | None:
+        if number < self._study.num_warm_starts:
+            return {"warm_start": number}
+        for _ in range(MAX_REFUSALS_IN_A_ROW):
+            point = self._proposer.propose(number)
+            if point is None or isinstance(point, str):
+                return point
+            try:
+                self._study.resolve(point, number)
+            except IncompatibleError as error:
+                self.refusals.append(str(error))
+                self._tell(number, None)
+                continue
+            return point
+        logging.getLogger(__name__).warning("%d points in a row were refused: the search ends", MAX_REFUSALS_IN_A_ROW)
+        return Searcher.FINISHED
+
+
+def population(study: StudyConfig, known: Sequence[Known] = ()) -> dict[str, Any]:
+    """A parameter space that holds exactly the searcher's points: population based training takes no searcher."""
+    from ray import tune
+
+    searcher = StudySearcher(study, known)
+    points = [searcher.suggest(str(number)) for number in range(study.num_trials)]
+    keys = {key for point in points for key in point} - {"number"}
+    drawn = {key: tune.sample_from(_Of([point[key] for point in points])) for key in keys}
+    return {"number": tune.grid_search(list(range(len(points))))} | drawn
+
+
+class _Of:
+    """A value by the trial's number, picklable."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __call__(self, spec: Any) -> Any:
+        return self._values[spec.config.number]

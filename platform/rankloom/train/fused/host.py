@@ -1,0 +1,440 @@
+"""TrialHost: one frozen base, and as many trials training on it as its bank has slots.
+
+    host.admit(name, trial)               the member's adapter is put into a free slot
+    host.step(), again and again:
+        plan     the next micro-batch of every member that has work, within the token budget (plan.py)
+        compute  one forward and backward of the sum of the members' own mean losses
+        apply    per-member clipping, AdamW and schedule, for all members whose step is complete (optim.py)
+    host.evaluate, save, export, evict    between steps, member by member or all at once
+
+Members share no trainable parameter and rows do not mix, so each member's gradient is what it would be alone, and its
+weights those of its dedicated run (`loop.py`) to rounding. No Ray and no scheduling here: who is admitted and evicted
+when is `launch`'s to say.
+
+The base's own dropout (GPT-2 has some) is off, as in a dedicated run: its noise would be shared by all members.
+
+Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankloom.banks.bank import AdapterBank, SlotSpec
+from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.method import DoraConfig, LoraConfig, Targets
+from rankloom.config.trial import TrialConfig
+from rankloom.data import Row, TaskData
+from rankloom.errors import IncompatibleError, TrialError
+from rankloom.evals.labels import LabelTrie
+from rankloom.models import Base, find_target_linears
+from rankloom.train.checkpoint import read_state
+from rankloom.train.fused.member import Member
+from rankloom.train.fused.optim import SlotAdamW, SlotParameter
+from rankloom.train.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
+from rankloom.train.fused.plan import Plan, plan_step
+from rankloom.train.fused.validation import Evaluation, Question, Tally, count
+from rankloom.train.precision import autocast
+
+EVALUATED_ON_CPU = 1024
+"""Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""
+TRIED_AGAIN_AFTER = 500
+"""Plans that memory sufficed for, after which twice as many tokens are tried: what lacked may be there again."""
+KEPT_EXAMPLES = 65_536
+"""Training rows kept as arrays: every member reads them, each in its own order."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One optimiser step of one member, or its end."""
+
+    name: str
+    step: int
+    """Steps done so far, this one included."""
+    loss: float
+    """Mean over the step's trained tokens."""
+    tokens: int
+    """Real tokens read so far."""
+    done: bool
+    """Its budget is used up; it stays, without work, until it is evicted."""
+    error: str | None = None
+    """Why it was evicted."""
+
+
+class TrialHost:
+    """A frozen base with members.
+
+    Invariant: a member's weights depend on its own trial alone, to rounding: not on who else is there, on the token
+    budget, nor on how often it was saved and admitted again.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        data: TaskData,
+        *,
+        num_slots: int,
+        max_rank: int,
+        token_budget: int,
+        with_magnitudes: bool,
+        targets: Targets = "all-linear",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        """Put an empty bank on the base.
+
+        Args:
+            token_budget: most positions of one forward and backward; fewer for a while where memory runs out.
+            with_magnitudes: whether members may be DoRA.
+            targets: every linear layer that some member may adapt.
+            precision: of the arithmetic; bf16 runs under autocast.
+        """
+        if precision == torch.float16:
+            raise IncompatibleError(
+                "compute.precision=fp16 needs a gradient scale of each member's own, which a host does not keep; use "
+                "bf16 or fp32"
+            )
+        self.base, self.data, self.precision = base, data, precision
+        self.token_budget = self._most_tokens = token_budget
+        self._num_sufficient = 0
+        """Plans since memory ran out or more tokens were tried."""
+        self.max_rank, self.with_magnitudes = max_rank, with_magnitudes
+        base.model.eval()
+        self.padded = not can_pack(base.model, base.pad_id)
+        """Whether the model's attention can't be packed, so that rows are padded."""
+        names = find_target_linears(base.model, targets)
+        self.bank = AdapterBank(base.model, names, num_slots, max_rank, with_magnitudes=with_magnitudes)
+        self.optimizer = SlotAdamW(_parameters(self.bank), num_slots)
+        self.num_slots = num_slots
+        self.members: dict[str, Member] = {}
+        self.last_plan: Plan | None = None
+        """What the last step computed."""
+        self._by_slot: dict[int, Member] = {}
+        self._num_plans = 0
+        self._gradients: list[Tensor] | None = None
+        """Of steps that are not complete."""
+        self._trie = LabelTrie(data.labels) if data.labels is not None else None
+        self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.of(data.train[index]))
+        self._validation: dict[int | None, list[Question]] = {}
+
+    @property
+    def free_slots(self) -> int:
+        return self.num_slots - len(self.members)
+
+    def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
+        """Give a trial a slot: with a fresh adapter, or where `save` left one, its own or another member's.
+
+        Raises:
+            TrialError: no slot is free, or the checkpoint is damaged. IncompatibleError: the trial can't be fused here.
+        """
+        if name in self.members:
+            raise TrialError(f"{name} is a member already")
+        spec = self._checked(name, trial)
+        slot = next((k for k in range(self.num_slots) if k not in self._by_slot), None)
+        if slot is None:
+            raise TrialError(f"no free slot for {name}: all {self.num_slots} are taken")
+        member = Member(name, trial, slot, self.data.train.lengths)
+        member.last_served = self._num_plans - 1
+        self.bank.attach(slot, spec)
+        self.optimizer.assign(slot, trial.optim)
+        self.members[name] = self._by_slot[slot] = member
+        if checkpoint is not None:
+            try:
+                self._load(member, checkpoint)
+            except Exception:
+                self.evict(name)
+                raise
+
+    def evict(self, name: str) -> None:
+        """Free a member's slot; a step under way is lost."""
+        member = self._member(name)
+        del self.members[name], self._by_slot[member.slot]
+        self._clear_gradient([member.slot])
+        self.optimizer.clear(member.slot)
+        self.bank.detach(member.slot)
+
+    def step(self, names: Collection[str] | None = None) -> list[Report]:
+        """Compute one plan; a report of each member whose optimiser step it completed, or that had to go.
+
+        Args:
+            names: who trains (None: all); the others stay as they are.
+        """
+        plan = self._plan(self.members if names is None else names)
+        if plan is None:
+            return []
+        self.last_plan = plan
+        reports = self._compute(plan)
+        return sorted(reports + self._apply(plan), key=lambda report: report.name)
+
+    def evaluate(self, names: Iterable[str] | None = None, rows: Sequence[Row] | None = None) -> dict[str, Evaluation]:
+        """Score members, on the validation rows that their trials ask for or on `rows`."""
+        members = [self._member(name) for name in (self.members if names is None else names)]
+        found: dict[str, Evaluation] = {}
+        for limit in {member.trial.eval.max_rows for member in members}:
+            group = sorted((m for m in members if m.trial.eval.max_rows == limit), key=lambda m: m.slot)
+            questions = self._questions(limit) if rows is None else self._asked(rows)
+            tallies = [Tally() for _ in group]
+            with torch.no_grad():
+                self._evaluate([m.slot for m in group], tallies, questions)
+            labelled = self._trie is not None
+            found |= {m.name: tally.evaluation(labelled) for m, tally in zip(group, tallies, strict=True)}
+        return found
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write all that the member depends on into a folder that is there.
+
+        It then goes on bit for bit; on a GPU, to rounding.
+
+        Amid a step of several micro-batches, what is written is the state before that step.
+        """
+        member = self._member(name)
+        state = {"member": member.state(), "moments": self.optimizer.state(member.slot, member.method.rank)}
+        try:
+            save_file(
+                {n: t.contiguous() for n, t in self.bank.state(member.slot).items()}, folder / "weights.safetensors"
+            )
+            torch.save(state, folder / "state.pt")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise TrialError(f"could not write a checkpoint of {name} to {folder}: {error}") from None
+
+    def copy(self, source: str, target: str) -> None:
+        """Make a member go on from another's weights, moments and progress, with its own hyperparameters."""
+        theirs, mine = self._member(source), self._member(target)
+        mine.load_state(theirs.state())
+        self.bank.copy(theirs.slot, mine.slot)
+        self.optimizer.copy(theirs.slot, mine.slot)
+        self._clear_gradient([mine.slot])
+
+    def export(self, name: str, folder: Path) -> None:
+        """Write the member's adapter as a PEFT folder."""
+        self.bank.write(self._member(name).slot, folder, self.base.id)
+
+    def _checked(self, name: str, trial: TrialConfig) -> SlotSpec:
+        """What the slot will hold; a trial that this host would not train as its dedicated run would is refused."""
+        method = trial.method
+        if not isinstance(method, (LoraConfig, DoraConfig)) or not COMPATIBLE[method.type].fusable:
+            raise IncompatibleError(f"{name}: method.type={method.type} can't be fused; run it dedicated")
+        quantization, held = trial.quantization.type, self.base.quantization
+        for setting, sound, allowed in (
+            (f"method.init={method.init}", method.init in ("default", "gaussian"), "default or gaussian"),
+            ("method.experts=true", not method.experts, "false (a run of its own adapts them)"),
+            (f"method.rank={method.rank}", method.rank <= self.max_rank, f"at most the bank's {self.max_rank}"),
+            (f"method.type={method.type}", self.with_magnitudes or method.type == "lora", "lora (no magnitudes here)"),
+            (f"model.id={trial.model.id}", trial.model.id == self.base.id, self.base.id),
+            (f"quantization={quantization}", quantization == held, held),
+        ):  # fmt: skip
+            if not sound:
+                raise IncompatibleError(f"{name}: {setting} does not fit this host; allowed: {allowed}")
+        spec = SlotSpec.of(method, self.base.model, trial.seed)
+        if outside := [target for target in spec.targets if target not in self.bank.sites]:
+            raise IncompatibleError(
+                f"{name}: method.target_modules: the host's bank has no place for {outside[0]} and {len(outside) - 1} "
+                f"others; open a host whose targets cover them"
+            )
+        return spec
+
+    def _plan(self, names: Collection[str]) -> Plan | None:
+        working = [member for member in self.members.values() if not member.done and member.name in names]
+        return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
+
+    def _compute(self, plan: Plan) -> list[Report]:
+        """Add the plan's gradients to those of the steps under way, in halves where memory runs out.
+
+        Returns:
+            A report for each member of which a single row does not fit.
+        """
+        todo, lost = [plan], []
+        self._try_more()
+        while todo:
+            part = todo.pop()
+            try:
+                self._forward_backward(part)
+                continue
+            except torch.OutOfMemoryError:
+                pass  # what it holds on to is freed once this block is left
+            torch.cuda.empty_cache() if self.base.device.type == "cuda" else None
+            halves = part.halves(padded=self.padded)
+            if halves is not None:
+                self._ran_out(part.num_tokens)
+                todo += reversed(halves)
+                continue
+            member = self._by_slot[part.shares[0].slot]
+            lost.append(self._fail(member, f"a row of {part.num_tokens} tokens alone does not fit into memory"))
+            todo = [half for half in todo if half.shares[0].slot != member.slot]  # its other rows
+        for share in plan.shares:
+            if share.slot in self._by_slot:
+                member = self._by_slot[share.slot]
+                member.computed(len(share.lengths))
+                member.last_served = self._num_plans
+        self._num_plans += 1
+        return lost
+
+    def _ran_out(self, num_tokens: int) -> None:
+        """So many positions at once were too many."""
+        self.token_budget = max(1, min(self.token_budget, num_tokens // 2))
+        self._num_sufficient = 0
+
+    def _try_more(self) -> None:
+        self._num_sufficient += 1
+        if self._num_sufficient > TRIED_AGAIN_AFTER:
+            self.token_budget = min(2 * self.token_budget, self._most_tokens)
+            self._num_sufficient = 0
+
+    def _forward_backward(self, plan: Plan) -> None:
+        examples, slots = [], []
+        for share in plan.shares:
+            rows = self._by_slot[share.slot].rows(share.start, share.stop)
+            examples += [self._example(row) for row in rows]
+            slots += [share.slot] * len(rows)
+        seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+        with self._routed(examples, slots, seeds) as packed:
+            # before the forward, which is queued: a copy to the device amid it would wait for all of that
+            slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted))
+            shares_K = torch.zeros(self.num_slots)
+            for share in plan.shares:
+                shares_K[share.slot] = 1 / self._by_slot[share.slot].weight
+            slots_M, shares_K = (t.to(self.base.device, non_blocking=True) for t in (slots_M, shares_K))
+            logits_MV = logits(self.base.model, packed)
+            losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
+            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, slots_M, losses_M)
+            loss = (sums_K * shares_K).sum()
+            # not .backward(): where memory runs out half-way, nothing has been added to anything
+            found: list[Tensor | None] = [
+                *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
+            ]
+        gradients = self.optimizer.gather(found)
+        if self._gradients is None:
+            self._gradients = gradients
+        else:
+            for mine, new in zip(self._gradients, gradients, strict=True):
+                mine.add_(new)
+        for slot, loss_sum in enumerate(sums_K.tolist()):
+            if slot in self._by_slot:
+                self._by_slot[slot].loss_sum += loss_sum
+
+    def _apply(self, plan: Plan) -> list[Report]:
+        """Step the members whose steps are complete; those that diverged go, before they touch anything."""
+        if self._gradients is None:
+            return []
+        served = [self._by_slot[share.slot] for share in plan.shares if share.slot in self._by_slot]
+        norms = self.optimizer.norms(self._gradients).tolist()
+        reports, stepping = [], []
+        for member in served:
+            loss, norm = member.loss_sum / member.weight, norms[member.slot]
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                reports.append(self._fail(member, _diverged(member, loss, norm), loss))
+            elif not member.amid_step:
+                stepping.append(member)
+        self.optimizer.step(self._gradients, norms, {m.slot: m.factor for m in stepping})
+        for member in stepping:
+            member.stepped()
+            loss = member.loss_sum / member.weight
+            reports.append(Report(member.name, member.step, loss, member.tokens, member.done))
+        if any(member.accumulating for member in self.members.values()):
+            self._clear_gradient([member.slot for member in stepping])
+        else:
+            self._gradients = None
+        return reports
+
+    def _fail(self, member: Member, reason: str, loss: float = math.nan) -> Report:
+        self.evict(member.name)
+        return Report(member.name, member.step, loss, member.tokens, done=False, error=reason)
+
+    def _clear_gradient(self, slots: list[int]) -> None:
+        for stack in self._gradients or ():
+            stack[:, slots] = 0
+
+    @contextmanager
+    def _routed(
+        self, examples: Sequence[Example], slots: Sequence[int], dropout_seeds: dict[int, int] | None = None
+    ) -> Iterator[Packed]:
+        """Rows ready for the base, whose forward (and backward) adds each slot's product while this lasts."""
+        packed = pack(examples, padded_with=self.base.pad_id if self.padded else None, device=self.base.device)
+        slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(packed.sizes))
+        counts_K = [0] * self.num_slots
+        for slot, size in zip(slots, packed.sizes, strict=True):
+            counts_K[slot] += size
+        with (
+            self.bank.routed(slots_N.to(self.base.device, non_blocking=True), counts_K, dropout_seeds=dropout_seeds),
+            packed_attention_on(self.base.model, packed),
+            autocast(self.base.device, self.precision),
+        ):
+            yield packed
+
+    def _evaluate(self, slots: list[int], tallies: list[Tally], questions: list[Question]) -> None:
+        """Every question for every slot, in as many forwards as the token budget asks for."""
+        while questions:
+            on_cpu = self.base.device.type == "cpu"
+            budget = min(self.token_budget, EVALUATED_ON_CPU) if on_cpu else self.token_budget
+            longest = len(questions[0].example.ids_T)
+            num_slots = max(1, min(len(slots), budget // longest))
+            num_rows = max(1, budget // (num_slots * longest))
+            batch, questions = questions[:num_rows], questions[num_rows:]
+            for i in range(0, len(slots), num_slots):
+                self._evaluate_batch(slots[i : i + num_slots], tallies[i : i + num_slots], batch)
+
+    def _evaluate_batch(self, slots: list[int], tallies: list[Tally], questions: list[Question]) -> None:
+        examples = [question.example for question in questions]
+        try:
+            of_rows = [slot for slot in slots for _ in examples]
+            with self._routed(examples * len(slots), of_rows) as packed:
+                count(tallies, questions, packed, logits(self.base.model, packed))
+            return
+        except torch.OutOfMemoryError:
+            if len(slots) * len(questions) == 1:
+                raise TrialError(f"a row of {len(examples[0].ids_T)} tokens alone does not fit into memory") from None
+        self._ran_out(len(slots) * sum(len(question.example.ids_T) for question in questions))
+        self._evaluate(slots, tallies, questions)
+
+    def _questions(self, limit: int | None) -> list[Question]:
+        """The validation rows of a limit, read once."""
+        if limit not in self._validation:
+            rows = self.data.validation if limit is None else self.data.validation.select(limit, seed=0)
+            self._validation[limit] = self._asked(rows)
+        return self._validation[limit]
+
+    def _asked(self, rows: Sequence[Row]) -> list[Question]:
+        """Longest first: the batch that needs the most memory fails at once or not at all."""
+        questions = [Question.of(row, self._trie, self.data.labels or {}) for row in rows]
+        return sorted(questions, key=lambda question: -len(question.example.ids_T))
+
+    def _load(self, member: Member, folder: Path) -> None:
+        state = read_state(folder)
+        member.load_state(state["member"])
+        try:
+            weights = load_file(folder / "weights.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise TrialError(f"the checkpoint {folder} is damaged: {error}") from None
+        self.bank.load_state(member.slot, weights)
+        self.optimizer.load_state(member.slot, member.method.rank, state["moments"])
+
+    def _member(self, name: str) -> Member:
+        if name not in self.members:
+            raise TrialError(f"{name} is no member of this host; it has {', '.join(sorted(self.members)) or 'none'}")
+        return self.members[name]
+
+
+def _parameters(bank: AdapterBank) -> list[SlotParameter]:
+    found = []
+    for name, site in bank.sites.items():
+        found += [SlotParameter(f"{name}.a", "a", site.a_KRI), SlotParameter(f"{name}.b", "b", site.b_KOR)]
+        if site.m_KO is not None:
+            found.append(SlotParameter(f"{name}.m", "m", site.m_KO))
+    return found
+
+
+def _diverged(member: Member, loss: float, norm: float) -> str:
+    return (
+        f"training diverged at step {member.step + 1}: loss {loss}, gradient norm {norm}; lower "
+        f"optim.learning_rate ({member.trial.optim.learning_rate:g}) or raise optim.warmup_fraction"
+    )

@@ -1,0 +1,153 @@
+"""Member: a trial that trains in a host, as far as it knows of itself: its rows, its progress, its checkpoint's plain
+part.
+
+Its weights are in the host's bank and its moments in the host's optimiser, both under its slot. See `host.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rankloom.config.method import DoraConfig, LoraConfig
+from rankloom.config.trial import TrialConfig
+from rankloom.data import Cursor
+from rankloom.errors import IncompatibleError, TrialError
+from rankloom.train.fused.packing import Example
+from rankloom.train.fused.plan import Work
+from rankloom.train.schedule import num_steps, schedule
+
+
+class Member:
+    """One trial's place in its training.
+
+    Invariant: between two of its optimiser steps, `state`, its adapter and its moments are all that it depends on.
+    Amid a step (a step's micro-batches may take several of the host's) `state` is that of the step's beginning.
+    """
+
+    def __init__(self, name: str, trial: TrialConfig, slot: int, lengths: np.ndarray) -> None:
+        """
+        Args:
+            lengths: tokens of each training row.
+        """
+        assert isinstance(trial.method, (LoraConfig, DoraConfig))
+        self.name, self.trial, self.slot = name, trial, slot
+        self.method: LoraConfig | DoraConfig = trial.method
+        optim = trial.optim
+        self.cursor = Cursor(lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
+        self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
+        self.step = 0
+        self.tokens = 0
+        """Real tokens read in whole steps."""
+        self.last_served = -1
+        self._micro_batches: list[list[int]] = []
+        """What is left of the step under way."""
+        self._num_computed = 0
+        self._begun_at = self.cursor.state_dict()
+        self.weight = 0.0
+        """Of all trained tokens of the step under way."""
+        self.loss_sum = 0.0
+        """Of the rows of the step under way that were computed so far."""
+        self._step_tokens = 0
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.num_steps
+
+    @property
+    def amid_step(self) -> bool:
+        """Whether rows of the step under way are still to be computed."""
+        return bool(self._micro_batches)
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether the step under way has a part of its gradient."""
+        return self.amid_step and self._num_computed > 0
+
+    @property
+    def factor(self) -> float:
+        """The schedule's factor on the learning rate in the step under way."""
+        return schedule(self.trial.optim, self.step, self.num_steps)
+
+    def work(self, example_of: Callable[[int], Example]) -> Work:
+        """The next micro-batch; the next step's rows are drawn where no step is under way."""
+        if not self._micro_batches:
+            self._begun_at = self.cursor.state_dict()
+            rows, cuts = self.cursor.next(), self.trial.optim.accumulation
+            self._micro_batches = [cut for i in range(cuts) if (cut := rows[i::cuts])]
+            examples = [example_of(row) for row in rows]
+            self.weight = sum(example.weight for example in examples)
+            self._step_tokens = sum(len(example.ids_T) for example in examples)
+            self.loss_sum, self._num_computed = 0.0, 0
+        lengths = tuple(len(example_of(row).ids_T) for row in self._micro_batches[0])
+        return Work(self.slot, self.last_served, lengths)
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """Rows of the micro-batch whose turn it is."""
+        return self._micro_batches[0][start:stop]
+
+    def dropout_seed(self, start: int) -> int:
+        """For the pass that begins at row `start` of the micro-batch whose turn it is: the same when it is repeated."""
+        key = (self.trial.seed, self.step, self._num_computed + start)
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+    def computed(self, num_rows: int) -> None:
+        """Take the first rows off the micro-batch whose turn it is."""
+        self._num_computed += num_rows
+        self._micro_batches[0] = self._micro_batches[0][num_rows:]
+        if not self._micro_batches[0]:
+            self._micro_batches.pop(0)
+
+    def stepped(self) -> None:
+        """An optimiser step was applied."""
+        self.step += 1
+        self.tokens += self._step_tokens
+
+    def state(self) -> dict[str, Any]:
+        """Progress, data cursor, and what the adapter is, as plain data."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "cursor": self._begun_at if self.amid_step else self.cursor.state_dict(),
+            "adapter": self._adapter(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go where another member was, or this one in another host; hyperparameters may differ, not the adapter.
+
+        Raises:
+            IncompatibleError: the adapter is of another shape. TrialError: it was trained on other rows.
+        """
+        for key, value in self._adapter().items():
+            if state["adapter"][key] != value:
+                raise IncompatibleError(
+                    f"{self.name}: the checkpoint's adapter has method.{key}={state['adapter'][key]}, the trial "
+                    f"{value}; a member can only go on with the same"
+                )
+        mine, theirs = self.cursor.state_dict(), state["cursor"]
+        for key in ("num_rows", "num_tokens"):
+            if mine[key] != theirs[key]:
+                raise TrialError(
+                    f"{self.name}: the checkpoint was trained on data with {key}={theirs[key]}, this host's has "
+                    f"{mine[key]}"
+                )
+        if (mine["batch_size"], mine["seed"], mine["group_by_length"]) != (
+            theirs["batch_size"], theirs["seed"], theirs["group_by_length"],
+        ):  # fmt: skip
+            # another trial's, whose batches are others: go on at about the same place of the epoch
+            per_epoch = -(-theirs["num_rows"] // theirs["batch_size"])
+            batch = theirs["batch"] * self.cursor.batches_per_epoch // per_epoch
+            theirs = {**mine, "epoch": theirs["epoch"], "batch": batch}
+        self.cursor.load_state_dict(theirs)
+        self._micro_batches = []
+        self.step, self.tokens = state["step"], state["tokens"]
+
+    def _adapter(self) -> dict[str, Any]:
+        targets = self.method.target_modules
+        return {
+            "type": self.method.type,
+            "rank": self.method.rank,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        }

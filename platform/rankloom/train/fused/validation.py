@@ -1,0 +1,112 @@
+"""Fused evaluation: the same rows through every member's adapter, in one forward a batch.
+
+The loss is `evals.loss`'s. Accuracy is that of `evals.labels`, greedy decoding over the labels' trie, read off the
+same forward: decoding gives the true label if and only if the true token is the likeliest choice at each of the
+decisions on the true label's way, and all of these see the row's own tokens before them. So nothing is generated.
+
+Shapes: M predicted tokens, V vocabulary, D decisions, C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankloom.data.render import Row
+from rankloom.evals.labels import LabelTrie
+from rankloom.train.fused.packing import Example, Packed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one member does on some rows."""
+
+    loss: float
+    """Mean cross-entropy a trained token, in nats."""
+    accuracy: float | None
+    """Share of rows whose constrained label is right; None where the data has no labels."""
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to evaluate on: its tokens, and the decisions on the way to its label."""
+
+    example: Example
+    decisions: tuple[tuple[int, tuple[int, ...], int], ...] | None
+    """(which of the predicted tokens, the tokens to choose from, which of these is right); None: the label is unknown,
+    and so is never predicted."""
+
+    @classmethod
+    def of(cls, row: Row, trie: LabelTrie | None, labels: dict[str, list[int]]) -> Question:
+        example = Example.of(row)
+        if trie is None:
+            return cls(example, ())
+        if row.completion not in labels:
+            return cls(example, None)
+        decisions, node, at = [], trie.root, len(trie.root.tokens)
+        while node.children:
+            token, choices = labels[row.completion][at], tuple(node.children)
+            predicted = int(np.searchsorted(example.predicting_M, row.prompt_length + at - 1))
+            decisions.append((predicted, choices, choices.index(token)))
+            node = node.children[token]
+            at += len(node.tokens)
+        return cls(example, tuple(decisions))
+
+
+@dataclass
+class Tally:
+    """One member's sums."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    correct: int = 0
+    num_rows: int = 0
+
+    def evaluation(self, labelled: bool) -> Evaluation:
+        return Evaluation(
+            self.loss_sum / self.weight, self.correct / self.num_rows if labelled else None, self.num_rows
+        )
+
+
+def count(tallies: Sequence[Tally], questions: Sequence[Question], packed: Packed, logits_MV: Tensor) -> None:
+    """Add a forward to the tallies: every question once for each of them, in the order of the tallies."""
+    losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
+    loss_sums = losses_M.view(len(tallies), -1).double().sum(1).tolist()
+    weight = sum(question.example.weight for question in questions)
+    right = _right(len(tallies), questions, logits_MV)
+    for t, tally in enumerate(tallies):
+        tally.loss_sum += loss_sums[t]
+        tally.weight += weight
+        tally.correct += int(right[t].sum())
+        tally.num_rows += len(questions)
+
+
+def _right(num_tallies: int, questions: Sequence[Question], logits_MV: Tensor) -> np.ndarray:
+    """[tallies, questions]: whether the label is predicted."""
+    right = np.ones((num_tallies, len(questions)), dtype=bool)
+    right[:, [q for q, question in enumerate(questions) if question.decisions is None]] = False
+    ends = np.cumsum([len(question.example.predicting_M) for question in questions])
+    found = [
+        (q, ends[q] - len(question.example.predicting_M) + at, choices, truth)
+        for q, question in enumerate(questions)
+        for at, choices, truth in question.decisions or ()
+    ]
+    if not found:
+        return right
+    most = max(len(choices) for _, _, choices, _ in found)
+    device, num_predicted = logits_MV.device, int(ends[-1])
+    at_D = torch.tensor([at for _, at, _, _ in found], device=device)
+    choices_DC = torch.tensor([[*c, *c[:1] * (most - len(c))] for _, _, c, _ in found], device=device)
+    truth_D = torch.tensor([truth for _, _, _, truth in found], device=device)
+    of_tally = torch.arange(num_tallies, device=device)[:, None] * num_predicted
+    rows_TDC = (at_D + of_tally)[..., None].expand(-1, -1, most)
+    wrong_TD = (logits_MV[rows_TDC, choices_DC].argmax(-1) != truth_D).cpu().numpy()
+    for t, d in np.argwhere(wrong_TD):
+        right[t, found[d][0]] = False
+    return right

@@ -1,0 +1,213 @@
+"""Forecasts of memory, held to what torch's profiler counts on a tiny model; and what `fit` makes of little memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from rankloom.banks.grouped import PADDED
+from rankloom.config import TrialConfig, parse
+from rankloom.data import Cursor, load_data
+from rankloom.errors import TrialError
+from rankloom.models import load_base, load_tokenizer
+from rankloom.train import memory
+from rankloom.train.fused.host import TrialHost
+from rankloom.train.loop import TrainingLoop
+from rankloom.train.memory import shape_of
+from rankloom.train.memory_plan import FP32, LASTING, HostSize, Shape, fit, run_bytes
+from rankloom.train.run import run_trial
+from rankloom.train.session import LocalSession
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.25
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most that torch holds, of what it allocates meanwhile."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def trial_of(model: Path, **changed: Any) -> TrialConfig:
+    tree = {
+        "name": "t",
+        "model": {"id": str(model)},
+        "data": {"max_train_rows": 64},
+        "method": {"type": "lora", "rank": 8},
+        "optim": {"batch_size": 16},
+        "budget": {"steps": 9},
+        "eval": {"max_rows": 8},
+    }
+    return parse(TrialConfig, tree | changed)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "kind", "rank", "batch_size"),
+    [
+        ("llama", "none", "lora", 8, 32),
+        ("llama", "none", "lora", 64, 32),
+        ("llama", "none", "lora", 256, 1),
+        ("llama", "none", "dora", 8, 32),
+        ("llama", "nf4", "lora", 8, 32),
+        ("gpt2", "none", "lora", 8, 32),
+    ],
+)
+def test_a_hosts_forecast_is_its_peak(
+    architecture: str, quantization: str, kind: str, rank: int, batch_size: int, tiny_model: Callable[..., Path]
+) -> None:
+    trial = trial_of(
+        tiny_model(architecture), method={"type": kind, "rank": rank}, quantization=quantization,
+        optim={"batch_size": batch_size},
+    )  # fmt: skip
+    base = load_base(trial.model, trial.quantization, device=CPU)
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    host: list[TrialHost] = []
+    size = HostSize(4, rank, 100_000, with_magnitudes=kind == "dora")
+
+    def open_host() -> None:
+        host.append(
+            TrialHost(base, data, num_slots=4, max_rank=rank, token_budget=10**6, with_magnitudes=kind == "dora")
+        )
+        for k in range(4):
+            host[0].admit(f"t{k}", trial)
+        host[0].step()
+
+    peak = peak_bytes(open_host)
+    plan = host[0].last_plan
+    assert plan is not None
+    forecast = replace(size, token_budget=plan.num_tokens).bytes(shape_of(base, data))
+    accumulated = FP32 * 4 * shape_of(base, data).adapter_numbers(rank, dora=kind == "dora")
+    assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)  # no step was under way
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "adalora", "lisa", "galore"])
+def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    trial = trial_of(tiny_llama, method={"type": kind} | ({"num_layers": 1} if kind == "lisa" else {}))
+    data = load_data(trial.data, load_tokenizer(trial.model))
+    loops: list[TrainingLoop] = []
+
+    def begin() -> None:
+        base = load_base(trial.model, trial.quantization, device=CPU)
+        loops.append(TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU)))
+        for _ in range(3):
+            loops[0].step()
+
+    peak = peak_bytes(begin)
+    shape = shape_of(load_base(trial.model, trial.quantization, device=CPU), data)
+    cursor = Cursor(data.train.lengths, 16, seed=trial.seed, group_by_length=True)
+    tokens = max(16 * int(data.train.lengths[cursor.next()].max()) for _ in range(3))
+    assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=400, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    forecasts, peaks = [], []
+    for experts in (False, True):
+        trial = trial_of(tmp_path, method={"experts": experts, "rank": 8}, optim={"batch_size": 1})
+        data = load_data(trial.data, load_tokenizer(trial.model))
+        base = load_base(trial.model, trial.quantization, device=CPU)
+        shape = shape_of(base, data, experts=experts)
+        forecasts.append(run_bytes(shape, trial.method, 32))
+
+        def begin(trial: TrialConfig = trial, data: Any = data, base: Any = base) -> None:
+            loop = TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU))
+            for _ in range(2):
+                loop.step()
+
+        peaks.append(peak_bytes(begin))
+    assert forecasts[1] - forecasts[0] == pytest.approx(peaks[1] - peaks[0], rel=TOLERANCE)
+
+
+def test_what_is_free_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    assert memory.free_bytes(CPU) is None
+    (tmp_path / "meminfo").write_text("MemTotal:  9000000 kB\nMemAvailable:  8000000 kB\n")
+    assert memory.free_bytes(CPU) == 8.192e9
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) == 8.192e9
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000000\nfile 9\nshmem 500000000\n")
+    assert memory.free_bytes(CPU) == 2.5e9
+
+
+def test_a_run_that_can_not_fit_is_refused_before_it_trains(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable:  1000 kB\n")
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    trial = trial_of(tiny_llama, method={"type": "full"}, output={"root": str(tmp_path)})
+    with pytest.raises(TrialError, match=r"method\.type=full takes .* beside the base, and 0\.00102 GB are free on"):
+        run_trial(trial, LocalSession(tmp_path, device=CPU))
+
+
+SHAPE = Shape(
+    linears=((1000, 1000),) * 10, targets=((1000, 1000),) * 10, num_layers=5, num_other=1_000_000, vocabulary=1000,
+    activations=1.0, predicted_share=0.0, quantization="none", value_bytes=4,
+)  # fmt: skip
+WANTED = HostSize(num_slots=8, max_rank=64, token_budget=4096, with_magnitudes=False)
+
+
+def test_what_there_is_room_for() -> None:
+    def fitted(available: float, *ranks: int) -> tuple[int, int, int]:
+        size = fit(WANTED, SHAPE, ranks=ranks, longest=100, available=available)
+        assert size.bytes(SHAPE) <= available
+        return size.num_slots, size.max_rank, size.token_budget
+
+    whole = WANTED.bytes(SHAPE)
+    assert fitted(whole, 8, 64) == (8, 64, 4096)
+    slots, rank, tokens = fitted(0.6 * whole, 8, 64)
+    assert (slots, rank) == (8, 64)
+    assert 100 < tokens < 4096
+    slots, rank, tokens = fitted(0.2 * whole, 8, 64)
+    assert 1 <= slots < 8
+    assert rank == 64
+    assert tokens >= 100
+    assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
+    with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.001 GB are free; lower"):
+        fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
+
+
+def test_copies_in_the_type_of_the_arithmetic_are_counted() -> None:
+    low = replace(SHAPE, value_bytes=2)
+    numbers = WANTED.num_slots * SHAPE.adapter_numbers(64, dora=False)
+    tokens = 4096 * low.token_bytes(64, dora=False)
+    assert WANTED.bytes(low) == (LASTING * FP32 + 2) * numbers + tokens
+    assert WANTED.room(low, WANTED.bytes(low)) == 4096
+    assert WANTED.bytes(SHAPE) == LASTING * FP32 * numbers + 2 * tokens  # in fp32 there are none
+
+
+def test_padding_on_a_gpu_is_counted() -> None:
+    padded = replace(SHAPE, padded=True)
+    assert WANTED.bytes(padded) - WANTED.bytes(SHAPE) == 4096 * PADDED * 3 * 1000 * 4
+    available = WANTED.bytes(SHAPE)
+    tokens = [
+        fit(WANTED, shape, ranks=[64], longest=100, available=available).token_budget for shape in (SHAPE, padded)
+    ]
+    assert tokens[1] < tokens[0] == 4096
+
+
+def test_a_quantised_base_is_smaller() -> None:
+    assert SHAPE.base_bytes == 4 * 11e6
+    assert replace(SHAPE, quantization="nf4").base_bytes == pytest.approx(10e6 * 0.516 + 4e6, rel=0.01)

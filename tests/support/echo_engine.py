@@ -1,0 +1,98 @@
+"""An engine without a model: it answers with its adapter's name and the prompt, a byte a token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from rankloom.engine.protocol import Delta, Likelihood, Request, Resident, Stats, TokenLogprobs
+from rankloom.errors import AdapterNotFoundError, OverloadedError, RegistryError, RequestError
+
+
+class EchoEngine:
+    """Follows `serving.protocol.Engine`. Prompts of certain words make it fail or be slow."""
+
+    base_id = "org/base"
+    context = 256
+    alive = True
+
+    def __init__(self, broken: Sequence[str] = ()) -> None:
+        self.broken = set(broken)
+        self.reason = "does nothing"
+        self.pace_s: dict[str, float] = {}
+        """By adapter, how long it takes to a token."""
+        self.fails: dict[str, type[Exception]] = {}
+        """By adapter, what each of its requests ends with, after a token."""
+        self.under_way: set[str] = set()
+        self.cancelled: list[str] = []
+        self.pinned: list[str] = []
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def tokens(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if messages[-1]["role"] != "user":
+            raise RequestError("The conversation must end with the user.")
+        return self.tokens("".join(f"{m['role']}={m['content']};" for m in messages))
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        asked = request.sampling
+        prompt = bytes(token % 256 for token in request.prompt).decode("utf-8", "replace")
+        assert request.id not in self.under_way
+        if request.adapter in self.broken:
+            raise RegistryError(f"{request.adapter} {self.reason}")
+        if request.adapter and request.adapter.startswith("gone"):
+            raise AdapterNotFoundError(f"no adapter {request.adapter}")
+        if "overload" in prompt:
+            raise OverloadedError("the queue is full", retry_after_s=7)
+        if "bug" in prompt:
+            raise ZeroDivisionError("with the secret prompt in it")
+        text = asked.choices[-1] if asked.choices else f"{request.adapter or 'base'}|{prompt}|"
+        if "forever" in prompt:
+            text *= 1000
+        out = text.encode()
+        self.under_way.add(request.id)
+        try:
+            for place in range(len(out)):
+                slow = "slow" in prompt or "forever" in prompt
+                await asyncio.sleep(self.pace_s.get(request.adapter or "", 0.01 if slow else 0))
+                last = place + 1 == min(len(out), asked.max_tokens)
+                token = out[place : place + 1]
+                finish = None if not last else "stop" if place + 1 == len(out) else "length"
+                one = Likelihood(token[0], -0.5, token)
+                logprobs = (
+                    () if asked.logprobs is None else (TokenLogprobs(one, self._likeliest(one)[: asked.logprobs]),)
+                )
+                yield Delta(token.decode("latin-1"), (token[0],), logprobs, finish, cached_tokens=3)  # type: ignore[arg-type]
+                if error := self.fails.get(request.adapter or ""):
+                    raise error("it brings out a bug")
+                if last:
+                    return
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(request.id)
+            raise
+        finally:
+            self.under_way.discard(request.id)
+
+    @staticmethod
+    def _likeliest(one: Likelihood) -> tuple[Likelihood, ...]:
+        others = ((one.token + step) % 256 for step in range(1, 20))
+        return (one, *(Likelihood(token, -1.0, bytes([token])) for token in others))
+
+    async def pin(self, ref: str) -> None:
+        if ref in self.broken:
+            raise RegistryError(f"{ref} does nothing")
+        self.pinned.append(ref)
+
+    async def unpin(self, ref: str) -> None:
+        self.pinned.remove(ref)
+
+    def resident(self) -> tuple[Resident, ...]:
+        return tuple(Resident(ref, True, 0, 1) for ref in self.pinned)
+
+    def stats(self) -> Stats:
+        return Stats(len(self.under_way), *[0] * 11)

@@ -1,0 +1,144 @@
+"""An endpoint over real HTTP without Ray or a model: a gateway, the ingress, uvicorn, and `EchoEngine` behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import uvicorn
+from openai import OpenAI
+from safetensors.numpy import save_file
+
+from echo_engine import EchoEngine
+from rankloom.config import parse
+from rankloom.config.serve import ServeConfig
+from rankloom.deploy.ingress import build_api
+from rankloom.engine.jobs import Progress, ReplicaLostError, Work, run
+from rankloom.gateway.gateway import Gateway, Served
+from rankloom.registry import Draft, Registry
+
+FINGERPRINT = "sha256:" + "0" * 64
+
+
+def publish(registry: Registry, name: str, work: Path, *, fingerprint: str = FINGERPRINT) -> str:
+    """The next version of an adapter that no model could load, nor is asked to."""
+    folder = work / f"{name}-{time.monotonic_ns()}"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    save_file({"layer.lora_A.weight": np.ones((2, 2), np.float32)}, folder / "adapter_model.safetensors")
+    draft = {
+        "method": "lora",
+        "base": {"id": "org/base", "fingerprint": fingerprint, "quantization": "none"},
+        "servable": "itself",
+        "trial": {"name": name},
+        "data_fingerprint": None,
+        "scorecard": None,
+        "versions": {"rankloom": "0", "torch": "0", "transformers": "0", "peft": "0"},
+    }
+    return registry.publish(name, folder, Draft.model_validate(draft)).ref
+
+
+class Replicas:
+    """Two engines in this process. `lose` makes the next so many runs end as if their process had died."""
+
+    def __init__(self, broken: Sequence[str] = ()) -> None:
+        self.engine = EchoEngine(broken)
+        self.lose: list[int] = []
+        """For each of the next runs: after how many parts it is lost."""
+        self.begun = 0
+
+    async def run(self, work: Work) -> AsyncIterator[Progress]:
+        self.begun += 1
+        left = self.lose.pop(0) if self.lose else None
+        stream = run(self.engine, work)
+        try:
+            async for progress in stream:
+                if left == 0:
+                    raise ReplicaLostError("the replica died")
+                left = None if left is None else left - 1
+                yield progress
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    async def describe(self) -> Served:
+        return Served("org/base", FINGERPRINT, "none", self.engine.context)
+
+    async def load(self, ref: str) -> None:
+        await self.engine.pin(ref)
+
+
+class Endpoint:
+    """What a test has of it."""
+
+    def __init__(self, url: str, gateway: Gateway, replicas: Replicas, registry: Registry, work: Path) -> None:
+        self.url = url
+        self.gateway = gateway
+        self.replicas = replicas
+        self.registry = registry
+        self.work = work
+        self.http = httpx2.Client(base_url=url, timeout=20)
+
+    def client(self, key: str = "none", retries: int = 0) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=20)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json"} | options.pop("headers", {})
+        return self.http.post(path, content=content, headers=headers, **options)
+
+    def settled(self) -> None:
+        """Wait until nothing is under way."""
+        deadline = time.monotonic() + 10
+        while self.gateway._quotas.in_flight or self.replicas.engine.under_way:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@contextmanager
+def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1", **config: Any) -> Iterator[Endpoint]:
+    """With `bank` 1 (champion) and 2, `faq` 1, and `alien` 1 on another base; serves all unless told otherwise."""
+    registry = Registry(tmp_path / "endpoint-registry")
+    if not registry.names():
+        for name in ("bank", "bank", "faq"):
+            publish(registry, name, tmp_path / "adapters")
+        publish(registry, "alien", tmp_path / "adapters", fingerprint="sha256:" + "1" * 64)
+        registry.promote("bank@1")
+    replicas = Replicas(broken)
+    gateway = Gateway(parse(ServeConfig, {"base": "org/base", "refresh_s": 0.2} | config), registry, replicas)
+    with listening(gateway, host) as url:
+        made = Endpoint(url, gateway, replicas, registry, tmp_path / "adapters")
+        with made.http:
+            yield made
+
+
+@contextmanager
+def listening(gateway: Gateway, host: str = "127.0.0.1") -> Iterator[str]:
+    """Starts a gateway and serves it over HTTP, at a URL; both end."""
+    with socket.create_server((host, 0)) as opened:
+        # asyncio sees to it for most sockets, uvloop, which Ray Serve runs on, for all; else each answer waits 40 ms
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server = uvicorn.Server(uvicorn.Config(build_api(lambda: gateway), log_level="warning", lifespan="off"))
+
+        async def serve() -> None:
+            await gateway.start()
+            await server.serve([opened])
+            await gateway.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://{host}:{opened.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)

@@ -1,0 +1,200 @@
+"""The command line's surface: light imports, exit codes, one-line errors, shipped configs, progress in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankloom.cli import main
+from rankloom.cli.configs import find_config
+from rankloom.cli.progress import Plain, duration, lines, step_line
+from rankloom.cli.tables import next_lines
+from rankloom.errors import ConfigError
+from rankloom.paths import shipped
+
+SOURCE = Path(__file__).resolve().parents[3] / "platform"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that is expected to fail."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(caught.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        [],
+        ["train"],
+        ["tune"],
+        ["serve"],
+        ["evaluate"],
+        ["submit", "train"],
+        ["doctor"],
+        ["schema"],
+        ["adapters"],
+        ["keys"],
+    ],
+)
+def test_help_is_light(verb: list[str]) -> None:
+    code = (
+        "import sys\nfrom rankloom.cli import main\n"
+        f"try:\n    main({[*verb, '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = sorted({'torch', 'ray', 'transformers', 'peft', 'datasets', 'pyarrow'} & set(sys.modules))\n"
+        "print('heavy:', heavy)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+    if verb not in ([], ["adapters"], ["keys"]):
+        assert "Example" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "no-such.yaml"], "no-such.yaml: no such file"),
+        (["train", "shipped:trials/lorra.yaml"], "did you mean shipped:trials/lora.yaml"),
+        (["train", "shipped:trials/lora.yaml", "method.rnk=8"], "did you mean 'rank'?"),
+        (["train", "shipped:trials/lora.yaml", "optim.batch_size=many"], "optim.batch_size"),
+        (["train", "shipped:trials/full.yaml", "quantization=nf4"], "quantization=nf4"),
+        (["train", "shipped:trials/lora.yaml", "--resume"], "no run 'bank-intents-lora'"),
+        (["train", "shipped:trials/lora.yaml", "tracking.wandb_project=x"], "wandb"),
+        (["schema", "nothing"], "allowed: trial"),
+        (["submit", "train", "shipped:trials/lora.yaml", "--address", "head:8265"], "http://head:8265"),
+        (["evaluate", "configs/no-such.yaml"], "no-such.yaml: no such file"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, text = fails(capsys, *arguments)
+    assert code == 2
+    assert text.startswith("error: ")
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_unreachable_cluster_and_unknown_adapter_fail_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = fails(capsys, "submit", "train", "shipped:trials/lora.yaml", "--address", "http://127.0.0.1:9")
+    assert (code, "nothing answers at http://127.0.0.1:9" in text) == (1, True)
+    code, text = fails(capsys, "evaluate", "nobody")
+    assert (code, "no adapter 'nobody'" in text) == (1, True)
+
+
+def test_unknown_options_are_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = fails(capsys, "train", "shipped:trials/lora.yaml", "--ressume")
+    assert code == 2
+    assert "--resume" in text
+
+
+def test_a_folder_without_a_record_is_not_guessed_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, text = fails(capsys, "evaluate", str(tmp_path))
+    assert (code, "publish it first" in text) == (2, True)
+
+
+def test_schema_is_what_the_config_accepts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["schema", "trial"])
+    schema = json.loads(capsys.readouterr().out)
+    assert {"name", "method", "optim"} <= set(schema["properties"])
+
+
+def test_doctor_finds_what_tests_need_and_names_a_broken_registry(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--json"])
+    found = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}
+    assert caught.value.code == 0
+    assert {found[name] for name in ("python", "torch", "ray", "registry")} == {"ok"}
+
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--registry", str(tmp_path / "file")])
+    assert caught.value.code == 1
+    assert "can't be written" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_attention_is_computed_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> dict[str, tuple[str, str]]:
+        with pytest.raises(SystemExit):
+            main(["doctor", "--json"])
+        return {check["name"]: (check["status"], check["detail"]) for check in json.loads(capsys.readouterr().out)}
+
+    import torch
+
+    first = told()
+    if not torch.cuda.is_available():
+        assert first["attention"] == ("ok", "torch has flash, math")
+    assert first["triton"][0] == "ok"
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)  # has them all
+    assert told()["attention"][1].startswith("torch has flash, memory-efficient, math, cuDNN; runs leave cuDNN's out")
+
+    def has_none(*_: object, **__: object) -> None:
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", has_none)
+    assert told()["attention"] == ("warning", "torch has no kernel")
+
+
+def test_configs_are_found_here_before_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packed = shipped("configs") / "trials" / "lora.yaml"
+    assert find_config("shipped:trials/lora.yaml") == packed
+    assert find_config("configs/trials/lora.yaml") == packed
+    mine = tmp_path / "configs" / "trials" / "lora.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("name: mine\n")
+    assert find_config("configs/trials/lora.yaml").resolve() == mine
+    assert find_config("shipped:trials/lora.yaml") == packed
+    with pytest.raises(ConfigError):
+        find_config("shipped:../pyproject.toml")
+    with pytest.raises(ConfigError, match=r"did you mean configs/trials/lora\.yaml"):
+        find_config("configs/trials/lore.yaml")
+
+
+def step(number: int) -> dict[str, Any]:
+    return {
+        "event": "step", "step": number, "total_steps": 100, "epoch": 0.1, "loss": 1.25, "learning_rate": 1e-3,
+        "grad_norm": 1.0, "tokens_per_s": 1234.0, "tokens": 9, "memory_bytes": 1_500_000_000, "eta_s": 65.0,
+    }  # fmt: skip
+
+
+def test_plain_progress_throttles_steps_but_never_the_last() -> None:
+    written: list[str] = []
+    plain = Plain(written.append)
+    for number in range(1, 101):
+        plain.show(step(number))
+    assert written == [step_line(step(1)), step_line(step(100))]
+    assert step_line(step(100)) == "step 100/100  loss 1.2500  lr 1.00e-03  1,234 tokens/s  1.5 GB  eta 1m05s"
+
+
+def test_events_in_words() -> None:
+    assert lines({"event": "eval", "step": 5, "loss": 0.5, "accuracy": 0.25, "best": True}) == [
+        "step 5  validation loss 0.5000  accuracy 25.0 %  best so far"
+    ]
+    assert lines({"event": "resumed", "step": 5}) == ["resumed at step 5"]
+    assert [duration(seconds) for seconds in (0.4, 59, 61, 3725)] == ["0s", "59s", "1m01s", "1h02m"]
+
+
+def test_what_to_do_next() -> None:
+    assert "--resume" in next_lines({"status": "interrupted", "steps": 3, "name": "x"})[0]
+    done = {"status": "done", "name": "x", "version": 2, "run": "/r", "adapter": "/a", "registry": "/reg"}
+    assert any("adapters promote x@2 --registry /reg" in line for line in next_lines(done))
+    assert any("adapters promote x@2 --registry '/a b'" in line for line in next_lines(done | {"registry": "/a b"}))

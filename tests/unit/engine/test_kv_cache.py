@@ -1,0 +1,135 @@
+"""The cache's rows stay what they are while others come, grow and go; prefixes are found, split, and never mixed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rankloom.engine.kv_cache import NARROWEST, ON_CPU, HeadShape, RowCache, room_for, shelf_width
+from rankloom.engine.prefix import PrefixTree
+
+SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def values(length: int, seed: int) -> torch.Tensor:
+    return torch.randn(2, 2, 1, length, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
+    cache, chance = RowCache(SHAPE, 40 * NARROWEST), random.Random(0)
+    rows: dict[str, torch.Tensor] = {}
+    for number in range(200):
+        action = chance.choice(["new", "grow", "remove"])
+        if action == "new" and len(rows) < 6:
+            name, length = f"r{number}", chance.randint(1, 700)
+            cache.reserve(name, length)
+            cache.write(name, 0, values(length, number))
+            rows[name] = values(length, number)
+        elif action == "grow" and rows:
+            name = chance.choice(list(rows))
+            more = values(chance.randint(1, 300), number)
+            start = rows[name].shape[-2]
+            if start + more.shape[-2] > 2048:
+                continue
+            cache.reserve(name, start + more.shape[-2])
+            cache.write(name, start, more)
+            rows[name] = torch.cat([rows[name], more], dim=-2)
+        elif action == "remove" and rows:
+            name = chance.choice(list(rows))
+            cache.remove(name)
+            del rows[name]
+            assert name not in cache
+        for name, expected in rows.items():
+            assert torch.equal(cache.read(name, 0, expected.shape[-2]), expected)
+        assert cache.held == sum(shelf_width(v.shape[-2]) for v in rows.values()) <= cache.capacity
+
+
+def test_allocation_stays_within_the_capacity() -> None:
+    cache = RowCache(SHAPE, 8 * NARROWEST)
+    for i in range(8):
+        cache.reserve(f"short{i}", 10)
+    for i in range(8):
+        cache.remove(f"short{i}")
+    cache.reserve("long", 8 * NARROWEST)
+    assert sum(s.num_places * w for w, s in cache.shelves.items()) <= cache.capacity
+    cache.remove("long")
+    for i in range(8):
+        cache.reserve(f"again{i}", 10)
+    assert sum(s.num_places * w for w, s in cache.shelves.items()) <= cache.capacity
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 256), (256, 256), (257, 512), (513, 1024)])
+def test_shelf_width(length: int, width: int) -> None:
+    assert shelf_width(length) == width
+
+
+def kept(tree: PrefixTree, key: str | None, tokens: list[int]) -> torch.Tensor:
+    """Inserts tokens whose values are the tokens themselves."""
+    whole = torch.tensor(tokens, dtype=torch.float32)[None, None, None, :, None].expand(2, 2, 1, -1, 3)
+    tree.insert(key, tokens, lambda start, stop: whole[..., start:stop, :].clone())
+    return whole
+
+
+def found(tree: PrefixTree, key: str | None, tokens: list[int]) -> list[int]:
+    length, pieces = tree.match(key, tokens)
+    assert length == sum(piece.shape[-2] for piece in pieces)
+    return [int(v) for piece in pieces for v in piece[0, 0, 0, :, 0]]
+
+
+def test_the_longest_common_beginning_is_found() -> None:
+    tree = PrefixTree(1000)
+    system, first, second = list(range(100, 140)), list(range(20)), list(range(50, 80))
+    kept(tree, "a@1", system + first)
+    assert found(tree, "a@1", system + first) == system + first
+    assert found(tree, "a@1", system + [7] * 30) == system
+    kept(tree, "a@1", system + second)
+    assert tree.num_tokens == len(system + first + second)  # the common part is there once
+    assert found(tree, "a@1", system + second + [5]) == system + second
+    assert found(tree, "a@1", system + first) == system + first
+
+
+def test_another_version_never_finds_it() -> None:
+    tree, tokens = PrefixTree(1000), list(range(60))
+    kept(tree, "a@1", tokens)
+    assert found(tree, "a@2", tokens) == found(tree, None, tokens) == []
+
+
+def test_the_least_recently_used_goes_and_what_is_shared_stays_longest() -> None:
+    tree = PrefixTree(120)
+    system = list(range(100, 140))
+    for i in range(5):
+        kept(tree, None, system + [i] * 30)
+        assert tree.num_tokens <= 120
+    assert found(tree, None, system + [4] * 30) == system + [4] * 30
+    assert found(tree, None, system + [0] * 30) == system
+
+
+def test_what_is_short_or_too_long_is_not_kept() -> None:
+    tree = PrefixTree(100)
+    kept(tree, None, list(range(8)))
+    kept(tree, None, list(range(200)))
+    assert tree.num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "longest", "tokens"),
+    [
+        (1.0, 1 << 17, 300_000),  # half of what is free beside 20 GB of this and 10 of other processes
+        (0.5, 1 << 17, 100_000),  # 40 GB are its own, of which it has 20
+        (1.0, 4096, 8 * 4096),  # more than the rows can fill
+        (0.25, 4096, NARROWEST),
+    ],
+)
+def test_the_cache_is_as_large_as_the_memory_beside_the_base(
+    part: float, longest: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20e9)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {None: part}.__getitem__)  # takes no "cuda"
+    shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
+    assert shape.bytes_per_token == 100_000
+    assert room_for(shape, 8, longest) == tokens
+    assert room_for(SHAPE, 8, longest) == ON_CPU

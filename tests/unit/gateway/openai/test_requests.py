@@ -1,0 +1,251 @@
+"""OpenAI's wire: each key of its client's types has an answer here, null is absent, and mistakes are told in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types import chat, completion_create_params
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat import completion_create_params as chat_create_params
+from pydantic import BaseModel
+
+from rankloom.config.serve import LimitsConfig
+from rankloom.engine.protocol import Sampling
+from rankloom.gateway.openai.bodies import MOST_PARTS, MOST_VALUES, read
+from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart, WireError
+
+SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETE = {"model": "bank", "prompt": "hi"}
+KINDS = [
+    (chat_create_params.CompletionCreateParamsNonStreaming, ChatRequest),
+    (completion_create_params.CompletionCreateParamsNonStreaming, CompletionRequest),
+    (chat.ChatCompletionSystemMessageParam, Message),
+    (chat.ChatCompletionDeveloperMessageParam, Message),
+    (chat.ChatCompletionUserMessageParam, Message),
+    (chat.ChatCompletionAssistantMessageParam, Message),
+    (chat.ChatCompletionContentPartTextParam, TextPart),
+    (chat.ChatCompletionStreamOptionsParam, StreamOptions),
+]
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+DONE: dict[str, list[Any]] = {
+    "audio": [],
+    "best_of": [1],
+    "echo": [False],
+    "frequency_penalty": [0.5],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "max_completion_tokens": [5],
+    "max_tokens": [5],
+    "metadata": [{}, {"a": "b", "c": None}],
+    "modalities": [["text"]],
+    "model": ["bank"],
+    "moderation": [],
+    "n": [1, 2],
+    "parallel_tool_calls": [True, False],
+    "prediction": [{"type": "content", "content": "yes"}],
+    "presence_penalty": [-1],
+    "prompt_cache_key": ["k"],
+    "prompt_cache_options": [{"mode": "explicit", "ttl": "30m"}],
+    "prompt_cache_retention": ["in_memory", "24h"],
+    "reasoning_effort": [],
+    "response_format": [{"type": "text"}],
+    "safety_identifier": ["k"],
+    "seed": [0, -1, 2**63 - 1, -(2**63)],
+    "service_tier": ["auto", "default", "flex", "priority"],
+    "stop": ["", "a", [], ["a"] * 17],
+    "store": [False],
+    "stream": [False, True],
+    "stream_options": [{"include_usage": True}, {"include_obfuscation": False}, {"include_usage": None}],
+    "suffix": [""],
+    "temperature": [0, 1.5],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_p": [0, 1],
+    "user": ["ann"],
+    "verbosity": ["medium"],
+    "web_search_options": [],
+}
+"""Values that are taken."""
+REFUSED: dict[str, list[Any]] = {
+    "audio": [{"format": "wav", "voice": "alloy"}],
+    "best_of": [3],
+    "echo": [True],
+    "function_call": [{"name": "f"}],
+    "functions": [[FUNCTION]],
+    "logit_bias": [{"5": 1}],
+    "modalities": [["text", "audio"], ["audio"]],
+    "moderation": [{"model": "omni"}],
+    "reasoning_effort": ["none", "high"],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}],
+    "store": [True],
+    "stream_options": [{"include_obfuscation": True}],
+    "suffix": ["."],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
+    "tools": [[{"type": "function", "function": FUNCTION}]],
+    "verbosity": ["low", "high"],
+    "web_search_options": [{}],
+}
+"""Values that ask for what is not done here: they are refused by name."""
+
+
+def wanted(kind: type[ChatRequest | CompletionRequest], change: dict[str, Any]) -> Sampling:
+    start = SAY if kind is ChatRequest else COMPLETE
+    return read(kind, json.dumps(start | change).encode()).wanted(LimitsConfig())[1]
+
+
+def told(kind: type[BaseModel], body: Any) -> str:
+    with pytest.raises(WireError) as caught:
+        read(kind, json.dumps(body).encode())
+    assert caught.value.status == 400
+    return caught.value.message
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KINDS, ids=lambda kind: kind.__name__)
+def test_each_key_of_the_openai_package_has_an_answer(theirs: Any, ours: type[BaseModel]) -> None:
+    assert set(get_type_hints(theirs)) - set(ours.model_fields) == set()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KINDS[:2], ids=["chat", "text"])
+def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[ChatRequest | CompletionRequest]) -> None:
+    for key in set(get_type_hints(theirs)) - {"messages", "prompt", "logprobs", "top_logprobs"}:
+        assert DONE[key] or REFUSED[key]
+        if key != "model":
+            wanted(ours, {key: None})
+        for value in DONE[key]:
+            wanted(ours, {key: value})
+        for value in REFUSED.get(key, []):
+            with pytest.raises(WireError) as caught:
+                wanted(ours, {key: value})
+            assert (caught.value.status, caught.value.param) == (400, key)
+            assert re.match(rf"{key}[.:]", caught.value.message)
+            assert re.search(r"leave it out|only |; ", caught.value.message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_beam_search": False}, {"skip_special_tokens": True}, {"add_generation_prompt": True}, {"best_of": 1},
+        {"continue_final_message": False}, {"length_penalty": 1.0}, {"min_tokens": 0}, {"cache_prompt": True},
+        {"logprobs": False, "top_logprobs": 0}, {"n": 2, "best_of": 2}, {"nobody_knows": None}, {"echo": False},
+        {"stream_options": {"include_usage": True, "nobody_knows": None}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_done_anyway_may_be_asked_for(change: dict[str, Any]) -> None:
+    assert wanted(ChatRequest, change) == wanted(ChatRequest, {key: change[key] for key in ("n",) if key in change})
+
+
+def test_an_answer_can_be_put_back_into_the_history() -> None:
+    dumped = ChatCompletionMessage(role="assistant", content="yes").model_dump()
+    assert {"annotations", "audio", "function_call", "tool_calls", "refusal"} < set(dumped)
+    asked = {"role": "user", "name": "ann", "id": "m-1", "content": [{"type": "text", "text": "a"}] * 2}
+    asked["content"][0]["cache_control"] = {"type": "ephemeral"}  # type: ignore[index]
+    for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
+        body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
+        (talk,), _, _ = read(ChatRequest, json.dumps(body).encode()).wanted(LimitsConfig())
+        assert talk.messages == (("user", "aa", "ann"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
+
+
+def test_values_at_the_edge_mean_what_openai_means() -> None:
+    assert wanted(ChatRequest, {"top_p": 0}).top_p == pytest.approx(0, abs=1e-5)
+    seeds = [wanted(ChatRequest, {"seed": seed}).seed for seed in (-1, -2, -(2**63), 7, None)]
+    assert len(set(seeds)) == 5
+    assert seeds[3:] == [7, None]
+    assert wanted(ChatRequest, {"stop": ""}).stop == ()
+    assert wanted(ChatRequest, {"stop": [str(number) for number in range(17)]}).stop[16] == "16"
+
+
+def talk(content: Any) -> dict[str, Any]:
+    return SAY | {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        (ChatRequest, SAY | {"stop": [str(n) for n in range(65)]}, "stop: at most 64 (given 65)"),
+        (ChatRequest, SAY | {"stop": ["a", ""]}, "stop.1: at least 1 character(s) (given \"\")"),
+        (ChatRequest, SAY | {"stop": ["a", 5]}, "stop.1: expected a text (given 5)"),
+        (ChatRequest, SAY | {"stop": 5}, "stop: expected a text or a list of texts (given 5)"),
+        (ChatRequest, SAY | {"stop": {"a": "b"}}, "stop: expected a text or a list of texts (given an object)"),
+        (
+            ChatRequest,
+            talk([{"type": "image_url", "image_url": {"url": "x" * 10**5}}]),
+            "messages.0.content.0.type: only 'text' (given \"image_url\")",
+        ),
+        (ChatRequest, talk(None), "messages.0.content: required, but not given"),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "messages.0.tool_calls: not supported; leave it out; no tool is called here; put them into a message's "
+            "content",
+        ),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+            "messages.0.role: only 'system', 'developer', 'user' or 'assistant' (given \"tool\"); no tool is called "
+            "here; put what it returned into a user's message",
+        ),
+        (
+            ChatRequest,
+            SAY | {"response_format": {"type": "json_object"}},
+            "response_format.type: only 'text' (given \"json_object\"); structured_outputs.choice holds an answer to "
+            "given texts",
+        ),
+        (ChatRequest, talk([]), "messages.0.content: at least 1 (given 0)"),
+        (ChatRequest, talk(5), "messages.0.content: expected a text or a list of parts of type text (given 5)"),
+        (ChatRequest, talk([{"type": "text"}]), "messages.0.content.0.text: required, but not given"),
+        (ChatRequest, SAY | {"messages": [5]}, "messages.0: expected an object (given 5)"),
+        (ChatRequest, SAY | {"messages": "hi"}, 'messages: expected a list (given "hi")'),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.role: only 'system', 'developer', 'user' or 'assistant' (given \"tool\")",
+        ),
+        (CompletionRequest, COMPLETE | {"prompt": [1, -5]}, "prompt.1: must be greater than or equal to 0 (given -5)"),
+        (CompletionRequest, COMPLETE | {"prompt": ["a", [5]]}, "prompt.1: expected a text (given a list)"),
+        (CompletionRequest, COMPLETE | {"prompt": [[5], "a"]}, 'prompt.1: expected a list (given "a")'),
+        (CompletionRequest, COMPLETE | {"prompt": [1, "a"]}, 'prompt.1: expected a whole number (given "a")'),
+        (CompletionRequest, COMPLETE | {"prompt": []}, "prompt: at least 1 (given 0)"),
+        (CompletionRequest, COMPLETE | {"prompt": 5}, "prompt: expected a text, a list of texts, a list of token ids"),
+        (CompletionRequest, COMPLETE | {"echo": 1}, "echo: only false (given 1); put the prompt before the answer"),
+        (CompletionRequest, COMPLETE | {"temperature": "1"}, 'temperature: expected a number (given "1")'),
+        (CompletionRequest, COMPLETE | {"stream": 1}, "stream: expected true or false (given 1)"),
+        (CompletionRequest, COMPLETE | {"metadata": {str(n): 1 for n in range(17)}}, "metadata: at most 16 (given 17)"),
+        (CompletionRequest, COMPLETE | {"metadata": {"a": 1}}, "metadata.a: expected a text (given 1)"),
+        (CompletionRequest, COMPLETE | {"user": "u" * 513}, "user: at most 512 characters"),
+        (CompletionRequest, [], "body: expected an object (given a list)"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_mistake_is_told_in_words(kind: type[BaseModel], body: Any, message: str) -> None:
+    assert told(kind, body).startswith(message)
+    assert len(told(kind, body)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "[" + ",".join(["[]"] * MOST_PARTS) + "]",
+            "The body has more than 65536 keys, texts, lists and objects; ask in",
+        ),
+        ('["' + '","'.join(['\\\\\\" a'] * (MOST_PARTS + 1)) + '"]', "more than 65536 keys, texts"),
+        (
+            "[" + ",".join(["0"] * (MOST_VALUES + 1)) + "]",
+            "The body has more than 262144 values; ask in several requests.",
+        ),
+        ('{"prompt": "' + "[{,\\\\" * 99999 + '"a', "The body is not valid JSON: "),
+    ],
+    ids=["lists", "texts", "numbers", "none in a text"],
+)
+def test_a_body_of_very_many_parts_is_refused_before_they_are_made(text: str, told: str) -> None:
+    with pytest.raises(WireError, match=re.escape(told)):
+        read(CompletionRequest, text.encode())
+
+
+def test_a_byte_order_mark_says_nothing() -> None:
+    assert read(CompletionRequest, b"\xef\xbb\xbf" + json.dumps(COMPLETE).encode()).prompt == "hi"

@@ -1,0 +1,259 @@
+"""The board: what a journal says of the trials, who is best, who is scored, results.parquet; and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rankloom.cli import study_view
+from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.errors import ConfigError
+from rankloom.registry import Registry
+from rankloom.search.leaderboard import Board, write_results
+from rankloom.search.publish_best import beats, names_of
+from rankloom.search.study import resolved, run
+
+SPACE = [
+    {"method": {"type": "lora", "rank": {"choice": [2, 4]}}},
+    {"method": {"type": "dora"}, "quantization": "nf4"},
+]
+
+
+def board(metric: str = "accuracy", **changed: Any) -> Board:
+    search = {"num_trials": 6, "metric": metric}
+    return Board(parse(StudyConfig, {"name": "s", "space": SPACE, "search": search, "final": {"top_k": 2}} | changed))
+
+
+def begin(number: int, point: dict[str, Any]) -> dict[str, Any]:
+    return {"event": "trial", "trial": f"t{number}", "point": {"number": number, "refused": number, **point}}
+
+
+def report(number: int, n: int, loss: float, accuracy: float | None) -> dict[str, Any]:
+    values = {"step": 10 * n, "percent": 25.0 * n, "loss": loss, "accuracy": accuracy, "train_loss": 1.0}
+    return {"event": "report", "trial": f"t{number}", "n": n, **values, "tokens": 100 * n, "train_s": 0.5 * n}
+
+
+def end(number: int, status: str, error: str | None = None) -> dict[str, Any]:
+    return {"event": "end", "trial": f"t{number}", "status": status, "error": error}
+
+
+LORA, DORA = {"branch": 0, "method.rank": 4}, {"branch": 1}
+LINES = [
+    begin(0, {"warm_start": 0}), begin(1, LORA), begin(2, DORA), begin(3, LORA), begin(4, LORA),
+    report(0, 1, 2.0, 0.5), report(1, 1, 1.5, 0.7), report(1, 2, 1.4, 0.7), report(2, 1, 1.9, 0.6),
+    report(3, 1, 1.3, 0.7), report(1, 3, 1.6, 0.7), report(3, 2, 1.2, 0.65), end(0, "stopped"),
+    end(1, "done"), end(4, "failed", "diverged"),
+]  # fmt: skip
+
+
+def filled(metric: str = "accuracy") -> Board:
+    found = board(metric)
+    for line in LINES:
+        found.add(line)
+    return found
+
+
+def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
+    found = filled()
+    assert [trial.number for trial in found.ranking()] == [3, 1, 2, 0]
+    assert found.trials["t1"].best("accuracy") == {**found.trials["t1"].curve[2]}
+    assert [trial.number for trial in filled("loss").ranking()] == [3, 1, 2, 0]
+    assert found.trials["t3"].best("loss")["step"] == 20  # type: ignore[index]
+
+
+def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
+    found = filled()
+    assert [(trial.number, trial.method) for trial in found.finalists()] == [
+        (3, "lora"), (1, "lora"), (2, "qdora"), (0, "lora"),
+    ]  # fmt: skip
+    assert [names_of(trial, found) for trial in found.finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
+
+
+def test_the_front_is_what_nothing_beats_in_all() -> None:
+    search = {"num_trials": 9, "metric": "accuracy", "objectives": ["memory_bytes", "latency_ms"]}
+    found = board(search=search, final={"top_k": 1})
+    costs = {0: (9, 9), 1: (5, 5), 2: (3, 9), 3: (9, 5), 4: (1, 1), 5: (5, 5)}
+    accuracy = {0: 0.9, 1: 0.8, 2: 0.8, 3: 0.8, 4: 0.1, 5: 0.8, 6: 1.0}
+    for number, share in accuracy.items():
+        found.add(begin(number, LORA))
+        found.add(report(number, 1, 1.0, share))
+        if number in costs:
+            found.add(report(number, 2, 1.0, 0.0) | dict(zip(search["objectives"], costs[number], strict=True)))  # type: ignore[call-overload]
+    # 3 is beaten by 1; 5 is as good as 1; of 6 the costs are not known
+    assert [trial.number for trial in found.front()] == [0, 1, 2, 5, 4]
+    assert {trial.number for trial in found.finalists()} == {0, 1, 2, 4, 5, 6}
+    assert names_of(found.front()[0], found) == ["s-front"]
+    assert filled().front() == []
+
+
+def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    again = [report(3, 2, 1.2, 0.65), end(3, "done")]  # a report may come twice
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*LINES, *again]) + '{"event": "rep')
+    found = Board.read(board().study, path)
+    assert found.counts() == {"running": 1, "done": 2, "stopped": 1, "failed": 1}
+    assert [point["step"] for point in found.trials["t3"].reports] == [10, 20]
+    assert found.num_refused == 4
+    assert found.tokens == 100 + 300 + 100 + 200
+    assert Board.read(board().study, tmp_path / "none").trials == {}
+
+
+def test_a_trial_that_took_anothers_place_keeps_its_number() -> None:
+    found = filled()
+    found.add({"event": "trial", "trial": "t3", "point": {"number": 1, "refused": 0, "branch": 0, "method.rank": 2}})
+    assert found.trials["t3"].number == 3
+    assert found.trials["t3"].config.name == "s-0003"
+    assert found.trials["t3"].config.method.rank == 2  # type: ignore[union-attr]
+    assert len(found.trials["t3"].reports) == 2
+
+
+def test_results_parquet_has_every_config_and_curve(tmp_path: Path) -> None:
+    write_results(filled(), tmp_path / "results.parquet")
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(row["number"], row["status"], row["best_accuracy"], row["steps"]) for row in rows] == [
+        (0, "stopped", 0.5, 10), (1, "done", 0.7, 30), (2, "running", 0.6, 10), (3, "running", 0.7, 20),
+        (4, "failed", None, 0),
+    ]  # fmt: skip
+    assert rows[4]["error"] == "diverged"
+    assert [point["loss"] for point in rows[1]["curve"]] == [1.5, 1.4, 1.6]
+    assert parse(TrialConfig, json.loads(rows[2]["config"])).quantization.type == "nf4"
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.parquet"]
+
+
+def test_the_winner_is_compared_with_the_baseline_on_the_test_rows() -> None:
+    def row(trial: str, accuracy: float | None, loss: float) -> dict[str, Any]:
+        share = None if accuracy is None else {"value": accuracy, "low": 0, "high": 1}
+        return {"trial": trial, "scorecard": {"result": {"accuracy": share, "loss": loss}}}
+
+    assert beats(row("a", 0.8, 2), row("b", 0.7, 1), "accuracy") is True
+    assert beats(row("a", 0.7, 1), row("b", 0.7, 2), "accuracy") is False  # as good is not better
+    assert beats(row("a", None, 1), row("b", None, 2), "loss") is True
+    assert beats(row("a", 0.8, 2), row("a", 0.8, 2), "accuracy") is None
+    assert beats(row("a", 0.8, 2), None, "accuracy") is None
+
+
+def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    monkeypatch.chdir(tmp_path)
+    study = parse(
+        StudyConfig,
+        {
+            "name": "s",
+            "trial": {"data": {"train": "rows.csv"}, "model": {"id": "builtin:smollm2"}, "output": {"root": "out"}},
+            "space": [{"data": {"test": {"path": "rows.csv"}}, "optim": {"learning_rate": {"uniform": [0.1, 0.2]}}}],
+        },
+    )
+    trial = resolved(study).resolve({"branch": 0, "optim.learning_rate": 0.15})
+    assert trial.data.train.path == str(tmp_path / "rows.csv")
+    assert trial.data.test is not None
+    assert trial.data.test.path == str(tmp_path / "rows.csv")
+    assert trial.model.id == "builtin:smollm2"
+    assert trial.output.root == str(tmp_path / "out")
+    assert trial.output.registry_root == str(tmp_path / "out" / "registry")
+    assert resolved(resolved(study)) == resolved(study)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("s3://bucket/registry", "s3://bucket/registry"), ("mine", "{}/mine")])
+def test_a_study_publishes_where_it_is_told(
+    given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = parse(StudyConfig, {"name": "s", "trial": {"output": {"registry": given}}, "space": SPACE})
+    assert resolved(study).baseline.output.registry_root == meant.format(tmp_path)
+
+
+def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:
+    study = parse(StudyConfig, {"name": "s", "trial": {"output": {"root": "s3://bucket/x/"}}, "space": SPACE})
+    with pytest.raises(ConfigError, match=r"no URL; give one, .* trial\.output\.registry=s3://bucket/x/registry$"):
+        run(study)
+
+
+HOST = {
+    "label": "host-1",
+    "training": 3,
+    "num_slots": 4,
+    "waiting": 1,
+    "tokens": 5000,
+    "train_s": 2.0,
+    "occupancy": 0.93,
+}
+
+
+def test_the_status_in_one_line_and_as_a_table() -> None:
+    from rich.console import Console
+
+    status = filled().summary() | {"hosts": [HOST], "elapsed_s": 65, "eta_s": 130.0}
+    assert study_view.status_line(status) == (
+        "3/6 trials (2 running, 1 stopped early, 1 failed); best 70.0 % by s-0003 (lora); "
+        "host-1 3/4 slots, 2,500 tokens/s; 1m05s, eta 2m10s"
+    )
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(study_view.table(status))
+    text = console.export_text()
+    assert "3/6 trials   2 running   1 done   1 stopped early   1 failed   4 refused" in text
+    assert "s-0003  lora    rank 4    50 %" in text
+    assert "host-1 3/4 slots, 2,500 tokens/s, 1 waiting, 93 % full" in text
+    assert "rungs   10 %: 4   30 %: 2   90 %: 0" in text
+    fresh = board().summary() | {"hosts": [], "elapsed_s": 0.1, "eta_s": None}
+    assert study_view.status_line(fresh) == "0/6 trials (0 running, 0 stopped early, 0 failed); 0s"
+    console.print(study_view.table(fresh))
+
+
+def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
+    written: list[str] = []
+    view = study_view.Plain(written.append)
+    status = {"event": "status"} | filled().summary() | {"hosts": [HOST], "elapsed_s": 65, "eta_s": None}
+    view.show(status)
+    view.show(status)
+    view.show({**end(4, "failed", "diverged"), "name": "s-0004", "method": "lora"})
+    assert len(written) == 2
+    assert written[1] == "s-0004  lora     failed: diverged"
+
+
+def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> None:
+    share = {"value": 0.8, "low": 0.7, "high": 0.9}
+    measures = {"accuracy": share, "exact_match": None, "loss": 0.5}
+    scorecard = {"result": measures, "base": measures | {"loss": 9.0}}
+    validation = {"accuracy": 0.75, "loss": 0.6, "step": 3}
+    winner = {"trial": "t3", "number": 3, "name": "s-0003", "method": "lora", "validation": validation, "error": None}
+    winner |= {"scorecard": scorecard, "published": ["s@1", "s-lora@1"]}
+    broken = winner | {
+        "trial": "t0",
+        "number": 0,
+        "name": "s-0000",
+        "scorecard": None,
+        "published": [],
+        "error": "gone",
+    }
+    result = {
+        "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
+        "finalists": [winner, broken], "beats_baseline": False, "front": [],
+        "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
+    }  # fmt: skip
+    assert study_view.result_rows(result)[1:] == [
+        ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),
+        ("s-0000 (baseline)", "lora", "75.0 %", "gone", "", ""),
+        ("base, untuned", "", "", "80.0 % [70.0, 90.0]", "9.0000", ""),
+    ]
+    measured = {"costs": {"memory_bytes": 2.5e8, "latency_ms": 31.0}, "on_front": True}
+    finalists = [winner | measured, broken | {"costs": {}, "on_front": False}]
+    header, *rows = study_view.result_rows(result | {"finalists": finalists, "front": finalists[:1]})
+    assert header[5:] == ("front", "memory", "latency", "published")
+    assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", ""), ("", "", "")]
+    text = "\n".join(study_view.result_lines(result, "study.yaml"))
+    assert "on the test rows it is NOT better than the baseline, s-0000" in text
+    assert "rankloom adapters promote s@1 --registry out/registry" in text
+    (line,) = study_view.result_lines(
+        {"status": "interrupted"}, "my study.yaml", ["name=b", "trial.data.train=a b.csv"]
+    )
+    assert "rankloom tune 'my study.yaml' name=b 'trial.data.train=a b.csv' --resume goes on" in line
+
+
+def test_the_registry_takes_the_names_that_a_study_gives() -> None:
+    for trial in filled().finalists():
+        for name in names_of(trial, filled()):
+            assert Registry("/nowhere").versions(name) == []

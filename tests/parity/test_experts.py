@@ -13,6 +13,8 @@ import peft
 import pytest
 import torch
 import transformers as T
+from codes import write_fp8, write_mxfp4
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rankloom.adapters.export import merge
@@ -128,6 +130,60 @@ def test_adapted_experts_are_published_read_back_and_merged(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
     assert all(not torch.equal(each, stacks[name]) for name, each in find_experts(merged).items())
+
+
+def stored_types(folder: Path) -> dict[str, torch.dtype]:
+    return {name: t.dtype for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("kind", "write"), [("deepseek_v3", write_fp8), ("gpt_oss", write_mxfp4)])
+def test_experts_that_are_stored_as_codes_are_merged_into_plain_weights(
+    kind: str, write: Callable[[Path], Path], trial_of: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    trial = trial_of(kind)
+    model = AutoModelForCausalLM.from_pretrained(trial.model.id, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = 0.5 + torch.arange(4) * 1e-4  # which bf16 can't tell apart
+    model.save_pretrained(trial.model.id)
+    write(Path(trial.model.id))
+    run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
+    folder = tmp_path / "registry" / "tiny" / "1"
+    merge(folder, Registry(tmp_path / "registry").verify("tiny@1"), tmp_path / "merged")
+
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
+    types = stored_types(tmp_path / "merged")
+    in_fp32 = {name for name, dtype in types.items() if dtype != torch.bfloat16}
+    assert in_fp32 == {name for name in types if name.endswith("e_score_correction_bias")}
+    ids = list(range(5, 25))
+    base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.float32).model
+    plain, adapted = last_logits(base, ids), last_logits(load_adapter(base, folder), ids)
+    merged, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values())
+    torch.testing.assert_close(last_logits(merged.eval(), ids), adapted, atol=3e-2, rtol=0)  # bf16's rounding
+    assert (adapted - plain).abs().max() > 0.3
+
+
+@pytest.mark.parametrize(("kind", "write"), [("qwen3_moe", write_fp8), ("gpt_oss", write_mxfp4)])
+def test_what_full_fine_tuning_makes_of_codes_is_kept_as_plain_weights(
+    kind: str, write: Callable[[Path], Path], trial_of: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    output = {"root": str(tmp_path), "keep_model": True}
+    trial = trial_of(kind, method={"type": "full", "extract_rank": 64}, output=output)
+    write(Path(trial.model.id))
+    run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
+    kept = tmp_path / "runs" / "tiny" / "model"
+    assert "quantization_config" not in (kept / "config.json").read_text()
+    assert {*stored_types(kept).values()} == {torch.float32}
+    ids = list(range(5, 25))
+    base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.float32).model
+    plain = last_logits(base, ids)
+    adapted = last_logits(load_adapter(base, tmp_path / "registry" / "tiny" / "1"), ids)
+    tuned = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
+    torch.testing.assert_close(last_logits(tuned, ids), adapted, atol=1e-3, rtol=1e-3)
+    assert (adapted - plain).abs().max() > 0.3
 
 
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from rankloom.adapters.probe import load_recorded_base
 from rankloom.adapters.weights import load_adapter
 from rankloom.errors import RegistryError
 from rankloom.models import Base
-from rankloom.models.checkpoints import forget_quantization
+from rankloom.models.checkpoints import cast_weights, forget_quantization
 from rankloom.registry.record import Record
 
 NEARLY = 1e-6
@@ -43,7 +43,7 @@ def merge(folder: Path, record: Record, destination: Path) -> None:
     plain = _dequantised(base)
     adapter = load_adapter(plain, folder)
     merged = _merged(adapter, folder)
-    merged.to(AutoConfig.from_pretrained(base.folder).dtype or torch.float32)
+    cast_weights(merged, AutoConfig.from_pretrained(base.folder).dtype or torch.float32)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(dir=destination.parent, prefix=".staged-"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,12 +206,16 @@ def forget_quantization(model: PreTrainedModel) -> None:
     for part in (model.config, model.config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    read_by = getattr(model, "_weight_conversions", None) or ()  # save_pretrained would undo them; codes it can't make
-    model._weight_conversions = [
-        each
-        for each in read_by
-        if not any("bitsandbytes" in type(op).__module__ for op in getattr(each, "operations", ()))
-    ] or None
+    # else save_pretrained would undo how the codes were read; now it writes what it writes of a model made from scratch
+    model._weight_conversions = None
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring a model's weights to a type, except what transformers keeps in fp32 (DeepSeek-V3's routing bias)."""
+    kept = re.compile("|".join(model._keep_in_fp32_modules_strict or ()) or "(?!)")
+    for name, weight in model.named_parameters():
+        if not kept.search(name):
+            weight.data = weight.data.to(dtype)
 
 
 def check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:

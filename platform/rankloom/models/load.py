@@ -27,6 +27,7 @@ from rankloom.errors import ModelError
 from rankloom.models.checkpoints import (
     INDEX,
     WHOLE,
+    cast_weights,
     check_codes,
     check_loaded,
     fingerprint,
@@ -150,10 +151,7 @@ def _read_model(
     _check_causal(model, name)
     if quantization.type == "none" and not plain:
         forget_quantization(model)
-        kept = {*(model._keep_in_fp32_modules_strict or ())}
-        for name, weight in model.named_parameters():  # some are of their scales' type, some of the stored one
-            if kept.isdisjoint(name.split(".")):
-                weight.data = weight.data.to(dtype)
+        cast_weights(model, dtype)  # some are of their scales' type, some of the stored one
     return model
 
 

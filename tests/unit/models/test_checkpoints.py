@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from codes import write_fp8, write_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GptOssConfig, OPTConfig
 
@@ -46,16 +47,7 @@ def copied(folder: Path, to: Path, config: dict[str, Any], tensors: dict[str, to
 
 @pytest.fixture
 def fp8(tiny_llama: Path, tmp_path: Path) -> Path:
-    """As DeepSeek-V3 lies on the hub: codes, and the scale of each block of 128."""
-    tensors = {}
-    for name, weight in load_file(tiny_llama / "model.safetensors").items():
-        tensors[name] = weight
-        if name.endswith("_proj.weight"):
-            scale = weight.abs().max() / 448
-            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = scale.repeat(*(-(-n // 128) for n in weight.shape)).contiguous()
-    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    return copied(tiny_llama, tmp_path / "fp8", {"quantization_config": settings}, tensors)
+    return write_fp8(copied(tiny_llama, tmp_path / "fp8", {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,19 +67,9 @@ def test_mxfp4_is_read_dequantised(tmp_path: Path, make_tokenizer: Callable[...,
         eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
-    tokenizer.save_pretrained(tmp_path / "plain")
-    tensors = {}
-    for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            num_experts, num_in, num_out = weight.shape
-            blocks = (num_experts, num_out, num_in // 32)
-            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
-            tensors[f"{name}_scales"] = torch.full(blocks, 123, dtype=torch.uint8)
-        else:
-            tensors[name] = weight
-    settings = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
-    folder = copied(tmp_path / "plain", tmp_path / "mxfp4", settings, tensors)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mxfp4")
+    tokenizer.save_pretrained(tmp_path / "mxfp4")
+    folder = write_mxfp4(tmp_path / "mxfp4")
 
     base = load(folder)
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
@@ -97,6 +79,8 @@ def test_mxfp4_is_read_dequantised(tmp_path: Path, make_tokenizer: Callable[...,
     assert torch.equal(experts, expected.model.layers[1].mlp.experts.gate_up_proj.float())
     base.model.save_pretrained(tmp_path / "again")  # a plain model now
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(base.model))
 
 
 @pytest.mark.parametrize(("bits", "same", "other"), [(8, Int8(), Nf4()), (4, Nf4(), Int8())])

@@ -180,6 +180,43 @@ def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
         )
 
 
+def check_layers(folder: Path, model: PreTrainedModel, name: str) -> None:
+    """Refuse a config.json that has fewer layers than the weights: transformers would leave the upper ones out.
+
+    A block whose tensors are not those of a layer below is not a layer, but such as one for multi-token prediction.
+
+    Raises:
+        ModelError: so it is, by the headers of the weight files.
+    """
+    shape = model.config.get_text_config(decoder=True)
+    key = shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    depth, prefixes = int(getattr(shape, key, 0)), {"model", model.base_model_prefix}
+    stacks = {
+        _bare(path, prefixes)
+        for path, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) == depth
+    }
+    blocks: dict[int, set[str]] = {}
+    for tensor in stored_tensors(folder):
+        if (found := _BLOCK.fullmatch(tensor)) and _bare(found[1], prefixes) in stacks:
+            blocks.setdefault(int(found[2]), set()).add(found[3])
+    kinds = [inner for number, inner in blocks.items() if number < depth]
+    if surplus := [number for number, inner in blocks.items() if number >= depth and inner in kinds]:
+        raise ModelError(
+            f"model.id: {name!r}: {folder / 'config.json'} has {key}={depth}, but the weights beside it hold "
+            f"{max(surplus) + 1} layers, and the upper ones would be left out; set {key}={max(surplus) + 1}, or save "
+            f"the smaller model with save_pretrained"
+        )
+
+
+_BLOCK = re.compile(r"([^0-9]*)\.([0-9]+)\.(.+)")
+
+
+def _bare(path: str, prefixes: set[str]) -> str:
+    """A module's path without what checkpoints of the bare model lack."""
+    return ".".join(part for part in path.split(".") if part not in prefixes)
+
+
 def _is_bitsandbytes(stored: Mapping[str, Any]) -> bool:
     method = str(stored.get("quant_method") or "")
     return bool(stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"))

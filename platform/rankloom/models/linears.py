@@ -50,13 +50,18 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
             expression that a full name matches whole.
 
     Raises:
-        ConfigError: nothing matches, or one of the listed names doesn't.
+        ConfigError: nothing matches, or one of the listed names doesn't. ModelError: there is none to match.
     """
     head = model.get_output_embeddings()
     left_out = bypassed(model)
     linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head and name not in left_out]
     if targets == "all-linear":
         return linears
+    if not linears:
+        raise ModelError(
+            f"method.target_modules: {type(model).__name__} has no linear layers that an adapter could sit on; take "
+            f"another model, or a method that trains the weights themselves"
+        )
     patterns = [targets] if isinstance(targets, str) else targets
     meant = _matches if isinstance(targets, str) else _ends_with
     for pattern in patterns:

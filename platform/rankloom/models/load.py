@@ -29,6 +29,7 @@ from rankloom.models.checkpoints import (
     WHOLE,
     cast_weights,
     check_codes,
+    check_layers,
     check_loaded,
     fingerprint,
     first_line,
@@ -148,6 +149,7 @@ def _read_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
         raise _unloadable(shape, name, error) from error
     check_loaded(model, loading, name)
+    check_layers(folder, model, name)
     _check_causal(model, name)
     if quantization.type == "none" and not plain:
         forget_quantization(model)
@@ -181,8 +183,10 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     """
     folder = local_folder(config)
     mark = fingerprint(folder)
+    model = _on_meta(folder, config.id, _shape(folder, config.id), resolve_dtype(config.dtype, dtype))
+    check_layers(folder, model, config.id)
     return Base(
-        model=_on_meta(folder, config.id, _shape(folder, config.id), resolve_dtype(config.dtype, dtype)),
+        model=model,
         tokenizer=_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
@@ -210,7 +214,9 @@ def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedMod
             f"model.id: {config.id!r} holds {', '.join(found)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
             f"fetch the index, or rename the file if it is the whole model"
         )
-    return _on_meta(folder, config.id, shape, torch.float32)
+    model = _on_meta(folder, config.id, shape, torch.float32)
+    check_layers(folder, model, config.id)
+    return model
 
 
 def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from rankloom.config.data import DataConfig, Source
 from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, ModelError
-from rankloom.models import Base, load_base, load_shell, load_tokenizer
+from rankloom.models import Base, load_base, load_outline, load_shell, load_tokenizer
 from rankloom.models.checkpoints import fingerprint, weight_files
 from rankloom.train.precision import check_lengths
 
@@ -157,6 +157,38 @@ def test_parts_that_a_language_model_leaves_out_are_no_fault(tiny_llama: Path, t
     tensors = load_file(tiny_llama / "model.safetensors") | extra
     folder = copied(tiny_llama, tmp_path / "copy", {}, tensors)
     assert torch.equal(logits(load(folder).model), logits(load(tiny_llama).model))
+
+
+@pytest.mark.parametrize(("architecture", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_fewer_layers_than_the_weights_hold_are_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, architecture: str, key: str
+) -> None:
+    folder = copied(tiny_model(architecture), tmp_path / "copy", {key: 1})
+    model = ModelConfig(id=str(folder))
+    told = rf"copy/config\.json has {key}=1, but the weights beside it hold 2 layers.*set {key}=2"
+    for read in (
+        lambda: load(folder),
+        lambda: load_shell(model, NoQuantization()),
+        lambda: load_outline(model, dtype=torch.float32),
+    ):
+        with pytest.raises(ModelError, match=told):
+            read()
+
+
+def test_a_bare_models_upper_layers_are_its_own_too(tiny_llama: Path, tmp_path: Path) -> None:
+    tensors = {n.removeprefix("model."): w for n, w in load_file(tiny_llama / "model.safetensors").items()}
+    load(copied(tiny_llama, tmp_path / "bare", {}, tensors))
+    with pytest.raises(ModelError, match=r"num_hidden_layers=1.*hold 2 layers"):
+        load(copied(tiny_llama, tmp_path / "less", {"num_hidden_layers": 1}, tensors))
+
+
+def test_blocks_for_multi_token_prediction_are_no_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_llama / "model.safetensors")
+    above = {n.replace(".1.", ".2."): w.clone() for n, w in tensors.items() if n.startswith("model.layers.1.")}
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(64, 128)}
+    load_shell(ModelConfig(id=str(copied(tiny_llama, tmp_path / "mtp", {}, tensors | above | extra))), NoQuantization())
+    with pytest.raises(ModelError, match="hold 3 layers"):
+        load_shell(ModelConfig(id=str(copied(tiny_llama, tmp_path / "more", {}, tensors | above))), NoQuantization())
 
 
 def test_the_files_that_transformers_reads_are_the_models(tiny_llama: Path, tmp_path: Path) -> None:

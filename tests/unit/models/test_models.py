@@ -90,6 +90,14 @@ def test_all_linear_is_every_linear_but_the_head(
     assert find_target_linears(model, rf".*\.1\..*{one}") == [n for n in found if ".1." in n and n.endswith(one)]
 
 
+@pytest.mark.parametrize("targets", [".*proj", ["q_proj"]])
+def test_a_model_without_linear_layers_has_no_targets(targets: str | list[str], tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ModelError, match=r"method\.target_modules: LlamaForCausalLM has no linear layers"):
+        find_target_linears(model, targets)
+
+
 def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_llama, tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -63,7 +63,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callabl
         if (architecture, chat) in made:
             return made[architecture, chat]
         import torch
-        from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+        from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
         tokenizer = make_tokenizer(chat)
         size = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)  # type: ignore[arg-type]
@@ -72,6 +72,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callabl
         config = {
             "llama": lambda: LlamaConfig(**size, **heads, **ids, tie_word_embeddings=True),
             "qwen": lambda: Qwen2Config(**size, **heads, **ids, tie_word_embeddings=False),
+            "mixture": lambda: Qwen3MoeConfig(
+                **size, **heads, **ids, head_dim=16, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=32
+            ),
             "gpt2": lambda: GPT2Config(
                 vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=512,  # type: ignore[arg-type]
                 attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **ids,

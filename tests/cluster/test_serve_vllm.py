@@ -12,6 +12,7 @@ from openai import APIError, OpenAI, UnprocessableEntityError
 from test_serve_app import free_port, served
 
 from rankloom.config.model import ModelConfig
+from rankloom.engine.vllm import die_with_parent
 from rankloom.engine.vllm.server import PYTHON
 from rankloom.models import local_folder
 from served import load, publish, write_adapter
@@ -32,7 +33,7 @@ def vllm_servers() -> list[int]:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if any(word.endswith(b"leash.py") for word in words):
+            if os.fsencode(die_with_parent.__file__) in words:
                 found.append(int(folder.name))
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,22 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-def trial_of(model: Path, method: dict[str, Any], precision: str = "fp32") -> TrialConfig:
+EXPERTS = {"type": "lora", "rank": 4, "experts": True}
+"""On a mixture with so many that some get no token of a worker's rows."""
+
+
+def trial_of(model: Path, method: dict[str, Any], name: str = "", **compute: Any) -> TrialConfig:
     return parse(
         TrialConfig,
         {
-            "name": method["type"] + ("" if precision == "fp32" else f"-{precision}"),
+            "name": name or method["type"],
             "model": {"id": str(model)},
             "data": {"max_train_rows": 43},  # no multiple of the batch: the last one leaves a worker short
             "method": method,
             # a large epsilon: Adam divides by almost nothing where a gradient is almost nothing
             "optim": {"learning_rate": 2e-3, "batch_size": 6, "accumulation": 2, "eps": 1e-4},
             "budget": {"steps": 9},
-            "compute": {"precision": precision},
+            "compute": compute,
             "eval": {"every": 9, "max_rows": 15, "max_test_rows": 14, "metric": "accuracy", "latency": False},
             "output": {"publish": False},
         },
@@ -84,9 +89,17 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def trained(
+    tiny_llama: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
     """Number of workers -> the folder with all methods' runs; the processes start once."""
-    trials = [*(trial_of(tiny_llama, method) for method in METHODS), trial_of(tiny_llama, {"type": "full"}, "bf16")]
+    mixture = tiny_model("mixture")
+    trials = [
+        *(trial_of(tiny_llama, method) for method in METHODS),
+        trial_of(tiny_llama, {"type": "full"}, "full-bf16", precision="bf16"),
+        trial_of(mixture, EXPERTS, "experts"),
+        trial_of(mixture, EXPERTS, "experts-recomputed", activation_checkpointing=True),
+    ]
     roots = {n: tmp_path_factory.mktemp(f"workers-{n}") for n in (1, 2)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,7 +109,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return roots
 
 
-@pytest.mark.parametrize("kind", [method["type"] for method in METHODS])
+@pytest.mark.parametrize("kind", [*(method["type"] for method in METHODS), "experts", "experts-recomputed"])
 def test_two_workers_equal_one(kind: str, trained: dict[int, Path]) -> None:
     one, two = (torch.load(trained[n] / kind / "events.pt") for n in (1, 2))
     for a, b in zip(one, two, strict=True):

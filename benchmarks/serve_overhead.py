@@ -35,7 +35,7 @@ def engine_alone(base: str, count: int) -> list[float]:
     from rankloom.config.engine import EngineConfig
     from rankloom.config.model import ModelConfig, NoQuantization
     from rankloom.engine.engine import ServingEngine
-    from rankloom.engine.jobs import Work, run
+    from rankloom.engine.jobs import CompletionJob, run
     from rankloom.engine.protocol import Sampling
     from rankloom.models import load_base
     from rankloom.registry import Registry
@@ -50,7 +50,7 @@ def engine_alone(base: str, count: int) -> list[float]:
             seconds = []
             for number in range(count):
                 began = time.perf_counter()
-                work = Work(str(number), None, (PROMPT,), Sampling(temperature=0.0), max_tokens=1)
+                work = CompletionJob(str(number), None, (PROMPT,), Sampling(temperature=0.0), max_tokens=1)
                 async for _ in run(engine, work):
                     pass
                 seconds.append(time.perf_counter() - began)

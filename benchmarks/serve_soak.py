@@ -128,7 +128,7 @@ def config_of(base: str, root: Path) -> dict[str, Any]:
     return {
         "base": base, "registry": str(root), "refresh_s": 1.0,
         "routes": {"front": {"canary": {"adapter": "a0", "share": 0.3, "judge": judge}, "fallback": ["base"]}},
-        "engine": {"rows": 8, "resident": RESIDENT, "cache_tokens": 4096, "prefix_tokens": 2048},
+        "engine": {"max_num_seqs": 8, "max_cpu_loras": RESIDENT, "kv_cache_tokens": 4096, "prefix_cache_tokens": 2048},
     }  # fmt: skip
 
 

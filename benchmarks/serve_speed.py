@@ -86,7 +86,7 @@ class Engine:
 
     def __init__(self, base: Base, root: Path, refs: Sequence[str], num_rows: int, *, pack: bool) -> None:
         self.refs, self.loop = refs, asyncio.new_event_loop()
-        config = EngineConfig(rows=num_rows, prefix_tokens=0, pack_weights=pack)
+        config = EngineConfig(max_num_seqs=num_rows, prefix_cache_tokens=0, pack_weights=pack)
         self.engine = ServingEngine(base, Registry(root), config)
         self.loop.run_until_complete(self.engine.start())
         for ref in refs:

@@ -85,9 +85,13 @@ async def measure(options: argparse.Namespace, root: Path, refs: Sequence[str]) 
     torch.set_num_threads(options.threads)
     most, registry = max(options.at), Registry(root)
     bank = ServingEngine(
-        load_base(ModelConfig(), NoQuantization(), device=CPU), registry, EngineConfig(rows=most, prefix_tokens=0)
+        load_base(ModelConfig(), NoQuantization(), device=CPU),
+        registry,
+        EngineConfig(max_num_seqs=most, prefix_cache_tokens=0),
     )
-    config = VllmConfig(rows=most, resident=most, adapters_at_once=most, max_rank=options.rank, args=options.vllm_args)
+    config = VllmConfig(
+        max_num_seqs=most, max_cpu_loras=most, max_loras=most, max_lora_rank=options.rank, args=options.vllm_args
+    )
     vllm = VllmEngine(load_outline(ModelConfig(), dtype=torch.float32), registry, config, threads=options.threads)
     began = time.monotonic()
     await vllm.start()

@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 from rankloom.config import COMPATIBLE, StudyConfig, TrialConfig, load, parse
-from rankloom.config.compatible import Row
+from rankloom.config.compatible import Compatibility
 from rankloom.config.method import Method
 from rankloom.config.model import Quantization
 from rankloom.config.serve import ServeConfig
@@ -109,7 +109,7 @@ def test_compatible_covers_the_methods() -> None:
 @pytest.mark.parametrize(("method", "quantization"), itertools.product(TYPES, QUANTIZATIONS))
 @pytest.mark.parametrize("ratio", [1, 16])
 def test_validation_agrees_with_compatible(method: str, quantization: str, ratio: int) -> None:
-    row: Row = COMPATIBLE[method]
+    row: Compatibility = COMPATIBLE[method]
     tree = {
         "name": "t",
         "method": {"type": method},
@@ -170,6 +170,21 @@ def test_no_file_names_a_machines_own_path() -> None:
         f"{p.relative_to(REPO)}: {m.group()}" for p in TEXTS for m in own_path.finditer(p.read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+def test_a_public_class_name_is_defined_once() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    unit = REPO / "tests" / "unit"
+    folders = {path.parent.relative_to(unit) for path in unit.rglob("test_*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (PACKAGE / folder).is_dir()] == []
 
 
 def test_readme_tree_lists_the_top_level() -> None:

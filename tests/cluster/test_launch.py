@@ -13,7 +13,7 @@ import pytest
 
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, DataError
-from rankloom.launch.trainer import fit
+from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -40,7 +40,7 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
             killed.extend(processes_named("RayTrainWorker")[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    result = fit(trial, on_event=watch)
+    result = train_trial(trial, on_event=watch)
 
     assert killed
     assert result["status"] == "done"
@@ -71,26 +71,26 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
         if event["event"] == "step" and event["step"] >= 30:
             stop.set()
 
-    stopped = fit(trial, on_event=stop_at_30, stop=stop)
+    stopped = train_trial(trial, on_event=stop_at_30, stop=stop)
     assert stopped["status"] == "interrupted"
     assert 30 <= stopped["steps"] < 400
 
     with pytest.raises(ConfigError, match=r"run 'tiny' exists at .*--resume continues it"):
-        fit(trial)
+        train_trial(trial)
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.0003 -> 0\.001"):
-        fit(parse(TrialConfig, settings | {"optim": {"batch_size": 4, "learning_rate": 1e-3}}), resume=True)
+        train_trial(parse(TrialConfig, settings | {"optim": {"batch_size": 4, "learning_rate": 1e-3}}), resume=True)
     with pytest.raises(ConfigError, match="keep their checkpoints differently"):
-        fit(parse(TrialConfig, settings | {"compute": {"num_workers": 0}}), resume=True)
+        train_trial(parse(TrialConfig, settings | {"compute": {"num_workers": 0}}), resume=True)
 
     events: list[dict[str, Any]] = []
-    finished = fit(
+    finished = train_trial(
         parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True, on_event=events.append
     )
     assert finished["status"] == "done"
     assert [event["step"] for event in events if event["event"] == "resumed"] == [stopped["steps"]]
     assert min(event["step"] for event in events if event["event"] == "step") == stopped["steps"] + 1
 
-    again = fit(parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True)
+    again = train_trial(parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True)
     assert again == finished
 
 
@@ -105,7 +105,7 @@ def test_an_error_of_the_users_is_told_once_and_not_retried(
     )
     events: list[dict[str, Any]] = []
     with pytest.raises(DataError, match=r"empty\.csv"):
-        fit(parse(TrialConfig, settings), on_event=events.append)
+        train_trial(parse(TrialConfig, settings), on_event=events.append)
     # each rank fails by itself; should rank 1 be first, rank 0 does not even begin
     assert [event["phase"] for event in events if event["event"] == "phase"].count("data") <= 1
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [".tiny.lock"]

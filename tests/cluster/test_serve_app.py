@@ -115,7 +115,7 @@ def config(registry: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
         "registry": str(registry),
         "refresh_s": 0.5,
         "limits": {"max_tokens": 300},
-        "engine": {"rows": 4, "cache_tokens": 4096},
+        "engine": {"max_num_seqs": 4, "kv_cache_tokens": 4096},
     }
 
 
@@ -382,7 +382,7 @@ def test_the_command_serves_until_it_is_interrupted(config: dict[str, Any], tmp_
     file.write_text(f"base: {config['base']}\nregistry: {config['registry']}\nport: 0\n")
     environment = os.environ | {"PYTHONPATH": SOURCE}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "rankloom.cli", "serve", str(file), "engine.rows=4"]
+    command = [sys.executable, "-m", "rankloom.cli", "serve", str(file), "engine.max_num_seqs=4"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

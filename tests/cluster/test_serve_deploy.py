@@ -76,7 +76,7 @@ def test_deployments_change_under_load_without_a_failure(
         "registry": str(registry),
         "refresh_s": 0.5,
         "limits": {"max_tokens": 300},
-        "engine": {"rows": 4, "cache_tokens": 4096},
+        "engine": {"max_num_seqs": 4, "kv_cache_tokens": 4096},
     }
 
     def deploy(faq: str, **changed: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rankloom.adapters.export import merge
+from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.probe import last_logits
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
@@ -222,7 +222,7 @@ def test_trained_is_published_read_back_and_merged(
     ids = data.test[0].input_ids
     before = last_logits(base.model, ids)
     adapted = last_logits(load_adapter(base.model, folder), ids)
-    merge(folder, record, tmp_path / "merged")
+    merge_adapter(folder, record, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
     if trial.output.keep_model:

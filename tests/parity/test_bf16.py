@@ -16,7 +16,7 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.banks.bank import AdapterBank, SlotSpec
 from rankloom.banks.grouped import Groups, scale_rows, scale_rows_reference
 from rankloom.banks.served_adapter import fold
-from rankloom.banks.served_bank import FoldedBank, Share
+from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import TaskData, load_data
@@ -220,13 +220,13 @@ def test_the_engine_sees_magnitudes_below_a_step_of_bf16(
 ) -> None:
     write_adapter(tiny_llama, tmp_path, "dora")
     adapter, name = fold(low_base.model, tmp_path), "model.layers.0.mlp.gate_proj"
-    bank, found = FoldedBank(low_base.model), []
+    bank, found = ServedBank(low_base.model), []
     x = torch.randn(1, sum(counts), 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     own = adapter.linears[name]
     assert own.factor_O is not None
     for factor in (1.0, FACTOR):
         changed = replace(adapter, linears={name: replace(own, factor_O=torch.full_like(own.factor_O, factor))})
-        route = bank.route([Share(replace(changed), count, count) for count in counts])
+        route = bank.route([AdapterShare(replace(changed), count, count) for count in counts])
         assert bool(route.body.stacked) == (len(counts) > 1)
         with torch.no_grad(), bank.routed(route):
             found.append(low_base.model.get_submodule(name)(x))

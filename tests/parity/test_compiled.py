@@ -12,31 +12,33 @@ import pytest
 import torch
 
 from rankloom.banks import compiled
-from rankloom.banks.compiled import Shares, addresses
-from rankloom.banks.served_adapter import Factors, Folded
+from rankloom.banks.compiled import KernelInput, addresses
+from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 SITE = "layer.q_proj"
 
 
-def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifted: bool = False) -> Folded:
+def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifted: bool = False) -> ServedAdapter:
     factors = Factors(
         torch.randn(rank, num_in) / num_in**0.5,
         torch.randn(rank, num_out) / rank**0.5,
         torch.rand(num_out) + 0.5 if scaled else None,
         torch.randn(num_out) if shifted else None,
     )
-    return Folded({SITE: factors}, {}, {})
+    return ServedAdapter({SITE: factors}, {}, {})
 
 
-def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[Folded], stops: np.ndarray) -> None:
+def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[ServedAdapter], stops: np.ndarray) -> None:
     """The compiled way, on the second of two linears."""
     table_SK5 = np.stack([addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
     sizes_S2 = np.array([(1, 1), (x_NI.shape[1], y_NO.shape[1])])
-    shares = Shares(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sizes_S2)
+    shares = KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sizes_S2)
     shares.add_to(y_NO, x_NI, 1)
 
 
-def both(x_NI: torch.Tensor, y_NO: torch.Tensor, adapters: list[Folded], counts: list[int], num_base: int) -> None:
+def both(
+    x_NI: torch.Tensor, y_NO: torch.Tensor, adapters: list[ServedAdapter], counts: list[int], num_base: int
+) -> None:
     """Checks that both ways give the same; the first `num_base` tokens are nobody's, and so are the last two."""
     expected_NO, found_NO = y_NO.clone(), y_NO.clone()
     stops = np.cumsum([num_base, *counts])
@@ -66,7 +68,7 @@ def test_they_are_what_the_plain_products_are(rank: int, num_in: int, num_out: i
     for _ in range(4):
         others = [1 + (rank + i) % 9 for i in range(3)]  # ranks differ from share to share
         adapters = [folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0) for r in (rank, *others)]
-        adapters.insert(2, Folded({}, {}, {}))  # has nothing on this linear
+        adapters.insert(2, ServedAdapter({}, {}, {}))  # has nothing on this linear
         counts = [chance.choice([0, 1, 2, 3, 4, 5, 11, 20]) for _ in adapters]
         num_tokens = 3 + sum(counts) + 2
         both(torch.randn(num_tokens, num_in), torch.randn(num_tokens, num_out), adapters, counts, num_base=3)

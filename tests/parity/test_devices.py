@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_gpu import OnGpu, one_gpu
-from rankloom.adapters.export import merge
+from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import _truncate
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
@@ -73,7 +73,7 @@ def test_every_method_trains_resumes_and_is_served(
     assert run_trial(trial, LocalSession(tmp_path / "run", device=gpu))["status"] == "done"
     registry = Registry(tmp_path / "registry")
     record = registry.verify("gpu@1")
-    merge(registry.fetch("gpu@1", tmp_path / "fetched"), record, tmp_path / "merged")
+    merge_adapter(registry.fetch("gpu@1", tmp_path / "fetched"), record, tmp_path / "merged")
     base = load_base(trial.model, trial.quantization, device=gpu, dtype=torch.float32)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     engine = engine_on(base, tmp_path / "registry")

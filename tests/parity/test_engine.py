@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankloom.banks.served_adapter import Folded, fold
-from rankloom.banks.served_bank import Share, placed
-from rankloom.engine.kv_cache import RowCache
-from rankloom.engine.model_runner import Runner, Work
+from rankloom.banks.served_adapter import ServedAdapter, fold
+from rankloom.banks.served_bank import AdapterShare, placed
+from rankloom.engine.kv_cache import KvCache
+from rankloom.engine.model_runner import ModelRunner, SequenceChunk
 from served import completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
 
 KINDS = {
@@ -39,7 +39,7 @@ def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
         for ref in [*refs, *refs]
     ]
     # few rows and small steps, so that requests wait, join and leave, and prompts come in pieces
-    engine = engine_on(base, registry, rows=6, step_tokens=16, prefix_tokens=0)
+    engine = engine_on(base, registry, max_num_seqs=6, max_num_batched_tokens=16, prefix_cache_tokens=0)
 
     async def job(index: int) -> list[int]:
         ref, prompt, num_tokens = jobs[index]
@@ -63,7 +63,7 @@ def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Pat
     for kind in kinds:
         write_adapter(tiny_llama, tmp_path / kind, kind)
     adapters = [None, *(fold(base.model, tmp_path / kind) for kind in kinds)]
-    runner = Runner(base.model)
+    runner = ModelRunner(base.model)
     for adapter in adapters:
         if adapter is not None:
             runner.bank.admit(adapter)
@@ -73,10 +73,10 @@ def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Pat
         works = []
         for i in range(chance.randint(2, 9)):
             tokens = [chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))]
-            works.append(Work(str(i), chance.choice(adapters), 0, tokens))
+            works.append(SequenceChunk(str(i), chance.choice(adapters), 0, tokens))
         found = []
         for runner.bank.compiles, stack in ((True, True), (False, True), (False, False)):
-            cache = RowCache(runner.shape, 1 << 16)
+            cache = KvCache(runner.shape, 1 << 16)
             for work in works:
                 cache.reserve(work.row, len(work.tokens))
             found.append(runner.forward(cache, works, stack=stack))
@@ -85,7 +85,7 @@ def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Pat
 
 
 def test_who_has_a_slot_keeps_it() -> None:
-    a, b, c, d = (Folded({}, {}, {}) for _ in range(4))
+    a, b, c, d = (ServedAdapter({}, {}, {}) for _ in range(4))
     assert placed([None, None], [a, b]) == [a, b]
     assert placed([a, b, c], [d, c, a]) == [a, d, c]
     assert placed([c, b, c], [a, b, c]) == [c, b, a]  # c had moved forward before
@@ -95,9 +95,9 @@ def test_a_removed_bank_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: P
     base, ids = load(tiny_llama), torch.tensor([[4, 5, 6]])
     write_adapter(tiny_llama, tmp_path / "a", "extracted")
     adapter = fold(base.model, tmp_path / "a")
-    runner = Runner(base.model)
+    runner = ModelRunner(base.model)
     runner.bank.admit(adapter)
-    runner.bank.route([Share(adapter, 3, 1)])
+    runner.bank.route([AdapterShare(adapter, 3, 1)])
     runner.close()
     with torch.no_grad():
         torch.testing.assert_close(base.model(ids).logits, plain(tiny_llama)(ids).logits)

@@ -17,7 +17,7 @@ from codes import write_fp8, write_mxfp4
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rankloom.adapters.export import merge
+from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import extract_adapter
 from rankloom.adapters.probe import last_logits, verify_probe
 from rankloom.adapters.weights import load_adapter
@@ -126,7 +126,7 @@ def test_adapted_experts_are_published_read_back_and_merged(
         theirs = peft.PeftModel.from_pretrained(others, folder)
         torch.testing.assert_close(last_logits(theirs, ids), adapted, atol=1e-4, rtol=1e-4)
 
-    merge(folder, record, tmp_path / "merged")
+    merge_adapter(folder, record, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
     assert all(not torch.equal(each, stacks[name]) for name, each in find_experts(merged).items())
@@ -290,7 +290,7 @@ def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
         refs[publish(registry, base, adapter, tmp_path / adapter)] = tmp_path / adapter
     prompts = [[7, 50, 101, 9 + i, *range(20, 20 + 3 * i)] for i in range(12)]
     jobs = [(ref, prompts[i]) for i, ref in enumerate([*refs, *refs])]
-    engine = engine_on(base, registry, rows=6, step_tokens=16, prefix_tokens=0)
+    engine = engine_on(base, registry, max_num_seqs=6, max_num_batched_tokens=16, prefix_cache_tokens=0)
 
     async def work() -> list[list[int]]:
         each = (completed(engine, prompt, ref, id=str(i), max_tokens=6) for i, (ref, prompt) in enumerate(jobs))

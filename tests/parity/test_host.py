@@ -15,9 +15,9 @@ from rankloom.data import TaskData, load_data
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.score import validate
 from rankloom.models import Base, load_base, load_tokenizer
-from rankloom.train.fused.host import Report, TrialHost
+from rankloom.train.fused.host import StepReport, TrialHost
 from rankloom.train.fused.packing import logits
-from rankloom.train.fused.plan import Plan
+from rankloom.train.fused.plan import StepPlan
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.session import LocalSession
 
@@ -321,7 +321,7 @@ class ShortOfMemory(TrialHost):
     room = 200
     splits = 0
 
-    def _forward_backward(self, plan: Plan) -> None:
+    def _forward_backward(self, plan: StepPlan) -> None:
         if plan.num_tokens > self.room:
             self.splits += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -385,7 +385,7 @@ def test_a_row_that_never_fits_ends_its_member_alone(tiny_llama: Path) -> None:
     for name, trial in trials.items():
         host.admit(name, trial)
     host.room = int(host.data.train.lengths.max()) - 1
-    ended: dict[str, Report] = {}
+    ended: dict[str, StepReport] = {}
     for _ in range(500):
         ended |= {r.name: r for r in host.step() if r.error}
         if not host.members:

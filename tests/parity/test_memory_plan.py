@@ -22,7 +22,7 @@ from rankloom.train import memory
 from rankloom.train.fused.host import TrialHost
 from rankloom.train.loop import TrainingLoop
 from rankloom.train.memory import shape_of
-from rankloom.train.memory_plan import FP32, LASTING, HostSize, Shape, fit, run_bytes
+from rankloom.train.memory_plan import FP32, LASTING, HostSize, Shape, fit_host, run_bytes
 from rankloom.train.run import run_trial
 from rankloom.train.session import LocalSession
 
@@ -171,7 +171,7 @@ WANTED = HostSize(num_slots=8, max_rank=64, token_budget=4096, with_magnitudes=F
 
 def test_what_there_is_room_for() -> None:
     def fitted(available: float, *ranks: int) -> tuple[int, int, int]:
-        size = fit(WANTED, SHAPE, ranks=ranks, longest=100, available=available)
+        size = fit_host(WANTED, SHAPE, ranks=ranks, longest=100, available=available)
         assert size.bytes(SHAPE) <= available
         return size.num_slots, size.max_rank, size.token_budget
 
@@ -186,7 +186,7 @@ def test_what_there_is_room_for() -> None:
     assert tokens >= 100
     assert fitted(0.6 * whole, 8, 64, 100_000)[1] == 64  # the bank has no slot for that one alone
     with pytest.raises(TrialError, match=r"slot of rank 8 with a row of 100 tokens fits: .* 0\.001 GB are free; lower"):
-        fit(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
+        fit_host(WANTED, SHAPE, ranks=[8, 64], longest=100, available=1e6)
 
 
 def test_copies_in_the_type_of_the_arithmetic_are_counted() -> None:
@@ -203,7 +203,7 @@ def test_padding_on_a_gpu_is_counted() -> None:
     assert WANTED.bytes(padded) - WANTED.bytes(SHAPE) == 4096 * PADDED * 3 * 1000 * 4
     available = WANTED.bytes(SHAPE)
     tokens = [
-        fit(WANTED, shape, ranks=[64], longest=100, available=available).token_budget for shape in (SHAPE, padded)
+        fit_host(WANTED, shape, ranks=[64], longest=100, available=available).token_budget for shape in (SHAPE, padded)
     ]
     assert tokens[1] < tokens[0] == 4096
 

@@ -69,7 +69,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
         write_adapter(base, folders[kind], kind)
         refs[kind] = publish(root, load(base), kind, folders[kind])
     loop, registry = asyncio.new_event_loop(), Registry(root)
-    config = VllmConfig(resident=RESIDENT, adapters_at_once=RESIDENT, context=512, args=("--enforce-eager",))
+    config = VllmConfig(max_cpu_loras=RESIDENT, max_loras=RESIDENT, max_model_len=512, args=("--enforce-eager",))
     vllm = VllmEngine(load_outline(ModelConfig(id=str(base)), dtype=torch.float32), registry, config, threads=1)
     bank = ServingEngine(loaded, registry, EngineConfig())
     loop.run_until_complete(vllm.start())
@@ -162,7 +162,7 @@ def test_a_prompt_is_computed_once(sides: Sides) -> None:
     ("kind", "reason"),
     [
         ("dora", r"dora@1 has DoRA magnitudes, but .* engine.type=bank"),
-        ("wide", r"rank 20, above engine.max_rank=16"),
+        ("wide", r"rank 20, above engine.max_lora_rank=16"),
         ("silent", "does nothing"),
     ],
 )

@@ -22,7 +22,7 @@ from echo_engine import EchoEngine
 from rankloom.config import parse
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
-from rankloom.engine.jobs import Progress, ReplicaLostError, Work, run
+from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError, run
 from rankloom.gateway.gateway import Gateway, Served
 from rankloom.registry import Draft, Registry
 
@@ -56,7 +56,7 @@ class Replicas:
         """For each of the next runs: after how many parts it is lost."""
         self.begun = 0
 
-    async def run(self, work: Work) -> AsyncIterator[Progress]:
+    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
         self.begun += 1
         left = self.lose.pop(0) if self.lose else None
         stream = run(self.engine, work)

@@ -30,7 +30,7 @@ NEARLY = 1e-6
 """Embedding and head are tied again where no weight differs by more than this share of the largest."""
 
 
-def merge(folder: Path, record: Record, destination: Path) -> None:
+def merge_adapter(folder: Path, record: Record, destination: Path) -> None:
     """Write base + adapter as safetensors with the tokenizer; computed in fp32, stored in the base's own type.
 
     Raises:

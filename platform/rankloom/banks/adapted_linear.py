@@ -65,7 +65,7 @@ class SlotSpec:
         return scaling_of(self.alpha, self.rank, self.rslora)
 
 
-class Site:
+class AdaptedLinear:
     """One target linear with the adapters of all slots."""
 
     def __init__(self, name: str, module: nn.Module, num_slots: int, max_rank: int, *, with_magnitudes: bool) -> None:
@@ -160,7 +160,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Route:
+class TokenRouting:
     """What one forward knows of its rows."""
 
     counts_K: tuple[int, ...]
@@ -178,7 +178,7 @@ class Route:
         return self.groups[key]
 
 
-def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
+def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     """What a linear gives with every row's adapter."""
     groups = route.among(site.ranks)
     if not groups.slots:
@@ -213,7 +213,7 @@ def adapted(site: Site, route: Route, x: Tensor) -> Tensor:
     return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
 
 
-def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: Route) -> Tensor:
+def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: TokenRouting) -> Tensor:
     mask = torch.ones_like(x)
     mask_NI = mask.view(-1, x.shape[-1])
     for slot in dropped:
@@ -222,7 +222,9 @@ def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: Rout
     return mask
 
 
-def _redone(site: Site, base: Tensor, x_dropped: Tensor, slots: Sequence[int], groups: Groups) -> tuple[Tensor, Tensor]:
+def _redone(
+    site: AdaptedLinear, base: Tensor, x_dropped: Tensor, slots: Sequence[int], groups: Groups
+) -> tuple[Tensor, Tensor]:
     """As in PEFT, DoRA scales what W makes of the dropped input, and leaves W x beside it as it is.
 
     Returns:

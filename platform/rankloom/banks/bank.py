@@ -1,6 +1,6 @@
 """AdapterBank: K adapters on one frozen base, stacked, so that one forward serves the rows of all of them.
 
-At each target linear a `Site` (site.py) holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a
+At each target linear an `AdaptedLinear` holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a
 lower rank than the bank's, or one that leaves a site out, is padded with zeros, whose gradients are exactly zero. The
 bank takes the place of its linears' `forward`; outside `routed` the base computes as if the bank were not there. Who
 is in which slot, how it is trained and who is served is not the bank's to know.
@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.patterns import scaling_of
-from rankloom.banks.adapted_linear import Route, Site, SlotSpec, adapted, drawn_as_by_peft
+from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import is_linear
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
-__all__ = ["AdapterBank", "Site", "SlotSpec"]
+__all__ = ["AdaptedLinear", "AdapterBank", "SlotSpec"]
 
 SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 """How a PEFT folder's tensors end."""
@@ -61,13 +61,13 @@ class AdapterBank:
             if name not in modules or not is_linear(modules[name]):
                 raise IncompatibleError(f"targets: {name} is no linear layer of this {type(model).__name__}")
         wanted = set(targets)
-        self.sites: dict[str, Site] = {
-            name: Site(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
+        self.sites: dict[str, AdaptedLinear] = {
+            name: AdaptedLinear(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
             for name, module in modules.items()  # the model's order is that in which PEFT draws
             if name in wanted
         }
         self.specs: dict[int, SlotSpec] = {}
-        self._route: Route | None = None
+        self._route: TokenRouting | None = None
         self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
         for site in self.sites.values():
             site.module.forward = self._forward_at(site)
@@ -123,7 +123,7 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        self._route = Route(counts_K, len(slots_N) - sum(counts_K), dropout, {})
+        self._route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {})
         try:
             yield
         finally:
@@ -229,7 +229,7 @@ class AdapterBank:
             for part, values in site.parts(slot).items():
                 values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
 
-    def _sites_of(self, spec: SlotSpec) -> list[Site]:
+    def _sites_of(self, spec: SlotSpec) -> list[AdaptedLinear]:
         targets = set(spec.targets)
         return [site for name, site in self.sites.items() if name in targets]
 
@@ -273,7 +273,7 @@ class AdapterBank:
         matched = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short}
         return sorted(short) if matched == set(targets) else sorted(targets)
 
-    def _forward_at(self, site: Site) -> Callable[[Tensor], Tensor]:
+    def _forward_at(self, site: AdaptedLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             return site.base(x) if self._route is None else adapted(site, self._route, x)
 

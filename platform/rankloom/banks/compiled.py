@@ -6,7 +6,7 @@ four share what is read. `Factors.add_to` is the plain reference.
 
 Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: numba's own may be those
 of another pool, each one's idle threads in the other's way, or may not be called from two threads. What a forward's
-calls have in common is laid out once (`Shares`), because every line of Python between two products has cold caches.
+calls have in common is laid out once (`KernelInput`): every line of Python between two products has cold caches.
 
 Compiled once a machine, and kept in numba's cache.
 
@@ -26,7 +26,7 @@ from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
-from rankloom.banks.served_adapter import Factors, Folded
+from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 A, B, RANK, FACTOR, SHIFT = range(5)
 """What a table has for an adapter on a linear: addresses, 0 for what it lacks, and the rank."""
@@ -38,11 +38,11 @@ MATH = {"contract", "reassoc", "nsz"}
 """What the compiler may do to sums; nan and inf stay what they are."""
 
 
-class Shares:
+class KernelInput:
     """The adapters of a forward and whose tokens are whose."""
 
     def __init__(
-        self, adapters: Sequence[Folded], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
+        self, adapters: Sequence[ServedAdapter], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
     ) -> None:
         """Args:
         table_SK5: each adapter's `addresses`.
@@ -79,7 +79,7 @@ class Shares:
         self._run(self._first + site * self._stride, self._num_threads)
 
 
-def addresses(adapter: Folded, sites: Sequence[str]) -> np.ndarray:
+def addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
     """[S, 5]: an adapter's part of a table, for the linears of these names."""
     return np.array([_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
 

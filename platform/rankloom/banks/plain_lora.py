@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rankloom.adapters.weights import read_adapter
-from rankloom.banks.served_adapter import Folded
+from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.errors import RegistryError
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
@@ -38,7 +38,7 @@ def more_than_lora(model: PreTrainedModel, folder: Path) -> list[str]:
     return [what for what, has in found.items() if has]
 
 
-def write_plain(adapter: Folded, folder: Path) -> None:
+def write_plain(adapter: ServedAdapter, folder: Path) -> None:
     """Write the LoRA on an adapter's linear layers as a PEFT folder with one rank and no scaling.
 
     Raises:

@@ -95,7 +95,7 @@ class ExpertFactors:
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: a key of dicts
-class Folded:
+class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 
     linears: Mapping[str, Factors]
@@ -123,7 +123,7 @@ class Folded:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, folder: Path) -> Folded:
+def fold(model: PreTrainedModel, folder: Path) -> ServedAdapter:
     """Read a PEFT folder for a base, which is only looked at.
 
     Raises:
@@ -149,7 +149,7 @@ def fold(model: PreTrainedModel, folder: Path) -> Folded:
         raise RegistryError(
             f"{folder / WEIGHTS}: tensor {min(reader.tensors)} has no place in the base with this {CONFIG}"
         )
-    return Folded(linears, embeddings, whole, experts)
+    return ServedAdapter(linears, embeddings, whole, experts)
 
 
 def _is_kept(name: str, modules_to_save: list[str] | None) -> bool:

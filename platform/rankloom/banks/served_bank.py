@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.banks.compiled import Shares, addresses, kernel
+from rankloom.banks.compiled import KernelInput, addresses, kernel
 from rankloom.banks.grouped import Groups, Stacked, scale_spans, shift_spans
-from rankloom.banks.served_adapter import Factors, Folded
+from rankloom.banks.served_adapter import Factors, ServedAdapter
 from rankloom.models import chooses_experts, in_out, is_linear
 from rankloom.models.onednn import packed
 
@@ -36,10 +36,10 @@ SMALLEST = 8
 
 
 @dataclass(frozen=True)
-class Share:
+class AdapterShare:
     """What one forward has for one adapter; None: the base."""
 
-    adapter: Folded | None
+    adapter: ServedAdapter | None
     num_tokens: int
     num_predicting: int
     """Of these tokens, how many the output head sees."""
@@ -49,17 +49,17 @@ class Share:
 class _Layout:
     """Which tokens are whose, for the modules that see the same ones."""
 
-    loose: tuple[tuple[Folded, slice], ...]
+    loose: tuple[tuple[ServedAdapter, slice], ...]
     stacked: tuple[tuple[int, Groups], ...]
     """Rank class, and its slots' tokens."""
-    whole: tuple[tuple[Folded, slice], ...]
+    whole: tuple[tuple[ServedAdapter, slice], ...]
     """Tokens of the adapters that also have embeddings, experts or whole modules."""
-    compiled: Shares | None = None
+    compiled: KernelInput | None = None
     """In place of the loose ones, where these are computed in one call a linear."""
 
 
 @dataclass(frozen=True)
-class Route:
+class TokenOrder:
     """Which tokens of a forward are on which adapter."""
 
     order: tuple[int, ...]
@@ -69,7 +69,7 @@ class Route:
     """For the output head, which sees the predicting tokens alone."""
 
 
-class FoldedBank:
+class ServedBank:
     """Takes the place of the `forward` of a base's linears; outside `routed` they compute as before.
 
     Invariant: a stack's slot is zero wherever its adapter has nothing. One thread arranges slots and runs forwards with
@@ -85,7 +85,7 @@ class FoldedBank:
         self._classes: dict[int, _Class] = {}
         self._patched: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = threading.Lock()
-        self._addresses: WeakKeyDictionary[Folded, np.ndarray] = WeakKeyDictionary()
+        self._addresses: WeakKeyDictionary[ServedAdapter, np.ndarray] = WeakKeyDictionary()
         self._sites = {name: module for name, module in model.named_modules() if is_linear(module)}
         self.compiles = self._device.type == "cpu" and self._dtype == torch.float32
         if self.compiles:
@@ -103,7 +103,7 @@ class FoldedBank:
                 module.forward = before
         self._patched.clear()
 
-    def admit(self, adapter: Folded) -> None:
+    def admit(self, adapter: ServedAdapter) -> None:
         """To be called once for every adapter, from any thread, before it is routed."""
         with self._lock:
             if self.compiles:
@@ -114,7 +114,7 @@ class FoldedBank:
                     other = self._mixture_at if chooses_experts(module) else self._other_at
                     self._patch(name, module, other(name, module))
 
-    def route(self, shares: Sequence[Share], *, stack: bool = True) -> Route:
+    def route(self, shares: Sequence[AdapterShare], *, stack: bool = True) -> TokenOrder:
         """Lay a forward's tokens out, and bring its adapters into slots.
 
         Args:
@@ -139,12 +139,12 @@ class FoldedBank:
         body = _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks)
         body = self._compiled(body) if self.compiles else body
         if all(share.num_predicting == share.num_tokens for share in shares):  # as where all rows decode
-            return Route(tuple(order), body, body)
+            return TokenOrder(tuple(order), body, body)
         head = _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks)
-        return Route(tuple(order), body, self._compiled(head) if self.compiles else head)
+        return TokenOrder(tuple(order), body, self._compiled(head) if self.compiles else head)
 
     @contextmanager
-    def routed(self, route: Route) -> Iterator[None]:
+    def routed(self, route: TokenOrder) -> Iterator[None]:
         """While it lasts, this thread's forwards are routed so."""
         self._local.route = route
         try:
@@ -153,7 +153,7 @@ class FoldedBank:
             self._local.route = None
 
     def _layout(self, module: nn.Module) -> _Layout | None:
-        route: Route | None = getattr(self._local, "route", None)
+        route: TokenOrder | None = getattr(self._local, "route", None)
         if route is None:
             return None
         return route.head if module is self._head else route.body
@@ -165,7 +165,7 @@ class FoldedBank:
         adapters, spans = zip(*layout.loose, strict=True)
         table_SK5 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
         spans_K2 = np.array([(span.start, span.stop) for span in spans])
-        return replace(layout, loose=(), compiled=Shares(adapters, table_SK5, spans_K2, self._sizes_S2))
+        return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK5, spans_K2, self._sizes_S2))
 
     def _class(self, rank: int, num_slots: int, at_work: Collection[int]) -> _Class:
         """The stacks of a rank class, with room; where there is none, classes that are not at work make it."""
@@ -259,7 +259,9 @@ def _rank_class(rank: int) -> int:
     return max(SMALLEST, 1 << (rank - 1).bit_length())
 
 
-def _lay_out(counted: Sequence[tuple[Folded | None, int, int]], stacks: Sequence[tuple[int, Sequence[int]]]) -> _Layout:
+def _lay_out(
+    counted: Sequence[tuple[ServedAdapter | None, int, int]], stacks: Sequence[tuple[int, Sequence[int]]]
+) -> _Layout:
     """From adapters with their tokens, in order: base, stacks, loose."""
     spans, start = {}, 0
     for adapter, count, index in counted:
@@ -342,9 +344,9 @@ class _Class:
         self._sites = sites
         self.stacks: dict[str, _Stack] = {}
         """Of the linears that some adapter was on."""
-        self._held: list[Folded | None] = [None] * num_slots
+        self._held: list[ServedAdapter | None] = [None] * num_slots
 
-    def arrange(self, wanted: Sequence[Folded]) -> list[Folded]:
+    def arrange(self, wanted: Sequence[ServedAdapter]) -> list[ServedAdapter]:
         """Bring adapters into the first slots, with as few copies as can be; returns them by slot."""
         places = placed(self._held[: len(wanted)], wanted)
         for slot, adapter in enumerate(places):
@@ -352,7 +354,7 @@ class _Class:
                 self._put(slot, adapter)
         return places
 
-    def _put(self, slot: int, adapter: Folded) -> None:
+    def _put(self, slot: int, adapter: ServedAdapter) -> None:
         self._held[slot] = None  # where memory runs out half-way
         for name in adapter.linears.keys() - self.stacks.keys():
             self.stacks[name] = self._make(self._sites[name])
@@ -361,7 +363,7 @@ class _Class:
         self._held[slot] = adapter
 
 
-def placed(held: Sequence[Folded | None], wanted: Sequence[Folded]) -> list[Folded]:
+def placed(held: Sequence[ServedAdapter | None], wanted: Sequence[ServedAdapter]) -> list[ServedAdapter]:
     """Who is to be in which of as many slots as there are wanted; who is in one already stays there.
 
     One that moved forward is still held where it was: of several places the first counts.

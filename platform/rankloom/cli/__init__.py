@@ -23,8 +23,8 @@ from rankloom.cli.serve import serve as serve_command
 from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
 from rankloom.cli.tune import tune as tune_command
+from rankloom.config.printable import printable
 from rankloom.errors import RankloomError
-from rankloom.registry.printable import printable
 
 app = typer.Typer(
     name="rankloom",

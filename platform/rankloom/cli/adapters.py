@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankloom.config.printable import printable
 from rankloom.errors import RankloomError, RegistryError
 from rankloom.paths import registry_root
-from rankloom.registry.printable import printable
 
 if TYPE_CHECKING:
     from rankloom.registry import Draft, Record, Registry
@@ -257,11 +257,11 @@ def export(
     if form is Format.peft:
         registry.fetch(record.ref, output)
     else:
-        from rankloom.adapters.export import merge
+        from rankloom.adapters.export import merge_adapter
         from rankloom.registry.checks import told_as
 
         with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", record.ref):
-            merge(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
+            merge_adapter(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
     done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
     _print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
 

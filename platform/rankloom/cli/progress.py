@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rankloom.registry.printable import printable
+from rankloom.config.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +31,10 @@ def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
     console = Console(stderr=on_stderr, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         with _bar(console) as progress:
-            yield Live(console, progress).show
+            yield LiveProgress(console, progress).show
     else:
         stream = sys.stderr if on_stderr else sys.stdout
-        yield Plain(lambda line: print(line, file=stream, flush=True)).show
+        yield PlainProgress(lambda line: print(line, file=stream, flush=True)).show
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
-class Plain:
+class PlainProgress:
     """One line an event; steps only now and then, and the last."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -130,7 +130,7 @@ class Plain:
             self._write(line)
 
 
-class Live:
+class LiveProgress:
     """Lines, and below them a bar while steps are made."""
 
     def __init__(self, console: Console, progress: Progress) -> None:

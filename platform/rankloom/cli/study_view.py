@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rankloom.cli.progress import duration
-from rankloom.registry.printable import printable
+from rankloom.config.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +31,7 @@ def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
     console = Console(stderr=on_stderr, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
         stream = sys.stderr if on_stderr else sys.stdout
-        yield Plain(lambda line: print(line, file=stream, flush=True)).show
+        yield PlainStudyView(lambda line: print(line, file=stream, flush=True)).show
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
 
@@ -44,7 +44,7 @@ def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-class Plain:
+class PlainStudyView:
     """A line for each trial that ends, and one on the whole now and then."""
 
     def __init__(self, write: Callable[[str], None]) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rankloom.config.printable import printable
 from rankloom.registry.card import measure_rows, scorecard_rows
-from rankloom.registry.printable import printable
 from rankloom.registry.scorecard import Measures, Scorecard
 
 if TYPE_CHECKING:

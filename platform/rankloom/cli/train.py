@@ -39,10 +39,10 @@ def train(
     from rankloom.config import TrialConfig, load
 
     trial = load(TrialConfig, find_config(config), overrides or [])
-    from rankloom.launch.trainer import fit
+    from rankloom.launch.trainer import train_trial
 
     with shown(on_stderr=as_json) as show, stop_on_interrupt() as stop:
-        result = fit(trial, resume=resume, on_event=show, stop=stop)
+        result = train_trial(trial, resume=resume, on_event=show, stop=stop)
     print_result(result, as_json)
     if result["status"] == "interrupted":
         raise typer.Exit(INTERRUPTED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -31,6 +31,8 @@ class Frozen(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions -> what they are called now; the error for an old key names the new one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,8 +156,11 @@ def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
     value = detail["input"]
     shown = f" (given {value!r})" if not isinstance(value, (dict, BaseModel)) and detail["type"] != "missing" else ""
     if detail["type"] == "extra_forbidden":
+        renamed = {old: new for model in models if issubclass(model, Frozen) for old, new in model.renamed.items()}
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        if keys[-1] in renamed:
+            hint = f"it is called {renamed[keys[-1]]!r} now"
         return f"{path}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{path}: required, but not given"

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Row:
+class Compatibility:
     """What one method can be combined with.
 
     quantization: bases it trains on. loraplus: whether `optim.loraplus_ratio` means anything. fusable: whether it
@@ -24,11 +24,11 @@ class Row:
 _ANY = frozenset({"none", "int8", "nf4"})
 _PLAIN = frozenset({"none"})
 
-COMPATIBLE: dict[str, Row] = {
-    "full": Row(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="fsdp"),
-    "lora": Row(_ANY, loraplus=True, fusable=True, servable="itself", parallel="ddp"),
-    "dora": Row(_ANY, loraplus=True, fusable=True, servable="itself", parallel="ddp"),
-    "adalora": Row(_ANY, loraplus=False, fusable=False, servable="rank pattern", parallel="ddp"),
-    "galore": Row(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="ddp"),
-    "lisa": Row(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="ddp"),
+COMPATIBLE: dict[str, Compatibility] = {
+    "full": Compatibility(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="fsdp"),
+    "lora": Compatibility(_ANY, loraplus=True, fusable=True, servable="itself", parallel="ddp"),
+    "dora": Compatibility(_ANY, loraplus=True, fusable=True, servable="itself", parallel="ddp"),
+    "adalora": Compatibility(_ANY, loraplus=False, fusable=False, servable="rank pattern", parallel="ddp"),
+    "galore": Compatibility(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="ddp"),
+    "lisa": Compatibility(_PLAIN, loraplus=False, fusable=False, servable="extracted", parallel="ddp"),
 }

@@ -13,25 +13,36 @@ from pydantic import BeforeValidator, Field, model_validator
 from rankloom.config.base import Frozen
 from rankloom.errors import ConfigError
 
+_RENAMED = {
+    "rows": "max_num_seqs",
+    "waiting": "max_queue",
+    "resident": "max_cpu_loras",
+}
+
 
 class EngineConfig(Frozen):
-    """rankloom's own engine, for every kind of adapter. What it holds beside the base: `cache_tokens` and
-    `prefix_tokens` of keys and values, and `resident` adapters, of which those at work are there twice unless it
-    computes in fp32 on a CPU."""
+    """rankloom's own engine, for every kind of adapter. Beside the base it holds keys and values of `kv_cache_tokens`
+    and `prefix_cache_tokens`, and `max_cpu_loras` adapters; those in use are held twice, except in fp32 on a CPU."""
+
+    renamed = _RENAMED | {
+        "step_tokens": "max_num_batched_tokens",
+        "cache_tokens": "kv_cache_tokens",
+        "prefix_tokens": "prefix_cache_tokens",
+    }
 
     type: Literal["bank"] = "bank"
-    rows: Annotated[int, Field(ge=1)] | None = None
-    """Requests that are computed at once; null: 16 on a CPU, 64 on a GPU, no more than `step_tokens`."""
-    cache_tokens: Annotated[int, Field(ge=256)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
+    """Requests that are computed at once; null: 16 on a CPU, 64 on a GPU, no more than `max_num_batched_tokens`."""
+    kv_cache_tokens: Annotated[int, Field(ge=256)] | None = None
     """Tokens whose keys and values there is room for; null: 16384 on a CPU, on a GPU what half of the memory beside the
     base holds. Where requests outgrow it, the youngest ones wait and are computed again. No request may be longer."""
-    step_tokens: Annotated[int, Field(ge=1)] = 512
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
     """The most tokens that one step computes: longer prompts take several, so that others go on meanwhile."""
-    prefix_tokens: Annotated[int, Field(ge=0)] = 8192
+    prefix_cache_tokens: Annotated[int, Field(ge=0)] = 8192
     """Tokens of earlier prompts and answers that are kept for requests that begin alike; 0: none."""
-    resident: Annotated[int, Field(ge=1)] = 64
+    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
-    waiting: Annotated[int, Field(ge=0)] = 256
+    max_queue: Annotated[int, Field(ge=0)] = 256
     """Requests that may wait beyond those under way; more are refused as overload."""
     split_special_tokens: bool = True
     """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
@@ -44,13 +55,16 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _every_row_moves(self) -> Self:
-        if self.rows is not None and self.step_tokens < self.rows:
-            raise ValueError(f"step_tokens ({self.step_tokens}) must be at least rows ({self.rows})")
+        if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs})"
+            )
         return self
 
-    def num_rows(self, *, on_gpu: bool) -> int:
-        """`rows`, or what null stands for."""
-        return self.rows or min(64 if on_gpu else 16, self.step_tokens)
+    def num_seqs(self, *, on_gpu: bool) -> int:
+        """`max_num_seqs`, or what null stands for."""
+        return self.max_num_seqs or min(64 if on_gpu else 16, self.max_num_batched_tokens)
 
 
 OURS = (
@@ -68,30 +82,38 @@ class VllmConfig(Frozen):
     """vLLM, as a server of its own beside each replica, from a Python environment of its own. It takes LoRA, rsLoRA and
     AdaLoRA; other adapters are refused."""
 
+    renamed = _RENAMED | {
+        "adapters_at_once": "max_loras",
+        "max_rank": "max_lora_rank",
+        "context": "max_model_len",
+        "cache_gib": "kv_cache_gib",
+        "start_s": "startup_timeout_s",
+    }
+
     type: Literal["vllm"] = "vllm"
     python: str | None = None
     """The interpreter of the environment that vLLM is installed in, on every node that replicas may run on; null:
     `$RANKLOOM_VLLM_PYTHON`."""
-    rows: Annotated[int, Field(ge=1)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     """Requests that are computed at once; null: 16 on a CPU, 256 on a GPU."""
-    waiting: Annotated[int, Field(ge=0)] = 256
+    max_queue: Annotated[int, Field(ge=0)] = 256
     """Requests that may wait beyond those under way; more are refused as overload."""
     split_special_tokens: bool = True
     """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
     makes of them, as they always are in the prompt of a completion. As `data.split_special_tokens` of the adapters that
     are served."""
-    resident: Annotated[int, Field(ge=1)] = 64
+    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
-    adapters_at_once: Annotated[int, Field(ge=1)] = 16
-    """Adapters that one step computes; requests on others wait. vLLM keeps memory for so many of `max_rank`."""
-    max_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    max_loras: Annotated[int, Field(ge=1)] = 16
+    """Adapters that one step computes; requests on others wait. vLLM keeps memory for so many of `max_lora_rank`."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
     """Adapters of a higher rank are refused. Every adapter costs as much as one of this rank, so not higher than
     needed."""
-    context: Annotated[int, Field(ge=1)] | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
     """The most tokens of prompt and completion together; null: what the base has. The cache must have room for it."""
-    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory for keys and values; null: 4 on a CPU, on a GPU what is left of 90 % of the replica's part of it."""
-    start_s: Annotated[float, Field(gt=0)] = 900.0
+    startup_timeout_s: Annotated[float, Field(gt=0)] = 900.0
     """The longest that its start may take; vLLM compiles first, for minutes unless `args` has --enforce-eager."""
     args: tuple[str, ...] = ()
     """Further options of vLLM's server, such as --tensor-parallel-size=2."""
@@ -100,17 +122,17 @@ class VllmConfig(Frozen):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.adapters_at_once > self.resident:
-            raise ConfigError(f"adapters_at_once ({self.adapters_at_once}) is above resident ({self.resident})")
+        if self.max_loras > self.max_cpu_loras:
+            raise ConfigError(f"max_loras ({self.max_loras}) is above max_cpu_loras ({self.max_cpu_loras})")
         for arg in self.args:
             name = arg.partition("=")[0].replace("_", "-")
             if name in OURS:
                 raise ConfigError(f"args: {name} is rankloom's to set; use the engine's other settings")
         return self
 
-    def num_rows(self, *, on_gpu: bool) -> int:
-        """`rows`, or what null stands for."""
-        return self.rows or (256 if on_gpu else 16)
+    def num_seqs(self, *, on_gpu: bool) -> int:
+        """`max_num_seqs`, or what null stands for."""
+        return self.max_num_seqs or (256 if on_gpu else 16)
 
     @property
     def num_gpus(self) -> int:

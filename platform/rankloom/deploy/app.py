@@ -23,7 +23,7 @@ from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
 from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
-from rankloom.engine.jobs import Progress, ReplicaLostError, Work
+from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.engine.protocol import Stats
 from rankloom.errors import ConfigError, OverloadedError
 from rankloom.gateway.gateway import Gateway, Served
@@ -52,7 +52,7 @@ class RayReplicas:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle.options(_by_reference=False)  # over gRPC, whatever the process that bound it does
 
-    async def run(self, work: Work) -> AsyncIterator[Progress]:
+    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
         stream = self._handle.options(stream=True).run.remote(work)
         try:
             async for progress in stream:
@@ -137,7 +137,7 @@ def application(config: ServeConfig) -> serve.Application:
     """
     config = on_idle_gpus(resolved(config, Registry(config.registry or registry_root())))
     replicas, tree = config.replicas, dump(config)
-    rows = config.engine.num_rows(on_gpu=bool(replicas.gpus))
+    rows = config.engine.num_seqs(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         scaling = {
@@ -150,7 +150,7 @@ def application(config: ServeConfig) -> serve.Application:
     held = serve.deployment(
         Replica,
         name="Replica",
-        max_ongoing_requests=rows + config.engine.waiting,
+        max_ongoing_requests=rows + config.engine.max_queue,
         graceful_shutdown_timeout_s=config.limits.timeout_s,
         logging_config=LOGGING,
         ray_actor_options={

@@ -34,7 +34,7 @@ class Caller:
     admin: bool
 
 
-class Gate:
+class AuthMiddleware:
     """Refuses who may not ask; tells the application, in `scope["state"]["caller"]`, who does."""
 
     def __init__(self, app: ASGIApp, config: Callable[[], ServeConfig], refused: Callable[[int], None]) -> None:

@@ -24,10 +24,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 import rankloom
-from rankloom.deploy.auth import Caller, Gate
-from rankloom.engine.jobs import ReplicaLostError, Work
+from rankloom.deploy.auth import AuthMiddleware, Caller
+from rankloom.engine.jobs import CompletionJob, ReplicaLostError
 from rankloom.gateway.gateway import Gateway
-from rankloom.gateway.in_flight import ATTEMPTS, Answer
+from rankloom.gateway.in_flight import ATTEMPTS, InFlightRequest
 from rankloom.gateway.openai.bodies import SMALL, read
 from rankloom.gateway.openai.requests import (
     AdapterRequest,
@@ -37,8 +37,8 @@ from rankloom.gateway.openai.requests import (
     WireError,
     wire_error,
 )
-from rankloom.gateway.openai.responses import DONE, Kind, Reply, event, reply_id
-from rankloom.gateway.policy import Ask, Target
+from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, event, reply_id
+from rankloom.gateway.policy import RoutingRequest, Target
 from rankloom.registry.card import scorecard_rows
 
 CONSOLE = Path(__file__).parent / "console"
@@ -63,7 +63,7 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
     api.state.reader = ThreadPoolExecutor(1, "bodies")  # one at a time, so that no two hold up the event loop together
     list_models, list_cards = _once_each_catalogue(_model), _once_each_catalogue(_card)
     api.add_middleware(
-        Gate,
+        AuthMiddleware,
         config=lambda: gateway().config,
         refused=lambda status: gateway().metrics.refused.labels(str(status)).inc(),
     )
@@ -93,13 +93,13 @@ def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
             gate.admit(caller.key)
             number = uuid.uuid4().hex
             headers = dict(request.headers.items())
-            ask = Ask(body.model, number, body.user, headers, headers.get("x-request-id", "")[:128] or None)
+            ask = RoutingRequest(body.model, number, body.user, headers, headers.get("x-request-id", "")[:128] or None)
             tenant = None if caller.key is None or gate.config.auth.share_prefixes else caller.key.id
-            work = Work(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context, tenant)
+            work = CompletionJob(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context, tenant)
             count = len(prompts) * work.n
             for attempt in range(ATTEMPTS):
                 begun = await gate.begin(ask, work, caller.key)
-                reply = Reply(
+                reply = ResponseBuilder(
                     kind,
                     reply_id(kind, number),
                     body.model,
@@ -332,7 +332,7 @@ def _log_failure(request: Request, error: Exception) -> None:
     logger.error(json.dumps(facts | {"error": type(error).__name__, "where": where}))
 
 
-def _whole(reply: Reply, headers: dict[str, str]) -> Response:
+def _whole(reply: ResponseBuilder, headers: dict[str, str]) -> Response:
     """An answer that is not streamed; a large one is sent in parts, between which others have their turn."""
     if reply.length < LARGE:
         return Response("".join(reply.body()), headers=headers, media_type="application/json")
@@ -344,7 +344,9 @@ def _whole(reply: Reply, headers: dict[str, str]) -> Response:
     return StreamingResponse(parts(), headers=headers, media_type="application/json")
 
 
-async def _events(answer: Answer, reply: Reply, request: Request, usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    answer: InFlightRequest, reply: ResponseBuilder, request: Request, usage: bool
+) -> AsyncIterator[bytes]:
     """The stream. An error in its midst is an event of its own, for the status was sent long before."""
     try:
         async for progress in answer:
@@ -362,7 +364,7 @@ async def _events(answer: Answer, reply: Reply, request: Request, usage: bool) -
 class _Stream(StreamingResponse):
     """Server-sent events; the request ends with the connection, also when nothing was read yet."""
 
-    def __init__(self, answer: Answer, content: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, answer: InFlightRequest, content: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(content, headers=headers | {"cache-control": "no-cache"}, media_type="text/event-stream")
         self._answer = answer
 

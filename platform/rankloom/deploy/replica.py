@@ -14,7 +14,7 @@ from rankloom.config import parse
 from rankloom.config.engine import VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
-from rankloom.engine.jobs import Progress, Work, run
+from rankloom.engine.jobs import CompletionJob, JobProgress, run
 from rankloom.errors import RankloomError
 from rankloom.gateway.gateway import Served
 from rankloom.paths import registry_root
@@ -78,7 +78,7 @@ class Replica:
         await self._pin()
         self._notes = asyncio.create_task(self._note())
 
-    async def run(self, work: Work) -> AsyncIterator[Progress]:
+    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
         """As `engine.jobs.run`."""
         stream = run(self._engine, work)
         try:

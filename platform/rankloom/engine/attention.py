@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rankloom.engine.kv_cache import RowCache, Shelf
+from rankloom.engine.kv_cache import KvBucket, KvCache
 from rankloom.errors import ModelError
 
 ATTENTION = "rankloom_rows"
@@ -50,7 +50,7 @@ class _Decoding:
 class _Part:
     """What a step has on one shelf."""
 
-    shelf: Shelf
+    shelf: KvBucket
     token_M: Tensor | None
     """The tokens that go onto it; None: all."""
     place_M: Tensor
@@ -61,13 +61,13 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class SequenceLayout:
     """A step's tokens as attention sees them."""
 
     parts: tuple[_Part, ...]
 
 
-def lay_out_rows(cache: RowCache, chunks: Sequence[Chunk]) -> RowLayout:
+def lay_out_rows(cache: KvCache, chunks: Sequence[Chunk]) -> SequenceLayout:
     """Args: chunks, in the order of the step's tokens; each row has its places in the cache."""
     device = cache.shape.device
     starts, total = [], 0
@@ -99,10 +99,12 @@ def lay_out_rows(cache: RowCache, chunks: Sequence[Chunk]) -> RowLayout:
         parts.append(
             _Part(shelf, None if whole else tensor(tokens), tensor(places), tensor(positions), decoding, tuple(longer))
         )
-    return RowLayout(tuple(parts))
+    return SequenceLayout(tuple(parts))
 
 
-def _decoding(shelf: Shelf, single: list[tuple[Chunk, int, int]], num_tokens: int, device: torch.device) -> _Decoding:
+def _decoding(
+    shelf: KvBucket, single: list[tuple[Chunk, int, int]], num_tokens: int, device: torch.device
+) -> _Decoding:
     num_rows = max(place for _, _, place in single) + 1
     token_R, length_R = [0] * num_rows, [1] * num_rows
     for chunk, start, place in single:
@@ -134,7 +136,7 @@ def row_attention(
     value_1HNE: Tensor,
     attention_mask: Tensor | None,
     *,
-    row_layout: RowLayout,
+    row_layout: SequenceLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,

@@ -18,7 +18,7 @@ def choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
         raise RequestError(f"choices: {error}") from None
 
 
-class Choice:
+class ChoiceState:
     """Where one completion is in the tree."""
 
     def __init__(self, tree: LabelTrie) -> None:

@@ -1,8 +1,8 @@
 """Core: the rows under way, and the step that carries all of them on.
 
 `Core.step()` is the engine: it *plans* who has a row and what is computed (`scheduler.py`), *computes* one forward
-(`runner.py`) and *applies* the result: a token for each row that predicts, its text, its end. One thread owns a core
-and makes all calls; it knows no event loop. `engine.py` is around it.
+(`model_runner.py`) and *applies* the result: a token for each row that predicts, its text, its end. One thread owns a
+core and makes all calls; it knows no event loop. `engine.py` is around it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankloom.banks.served_adapter import Folded
+from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.config.engine import EngineConfig
-from rankloom.engine.adapter_cache.cache import Residents
-from rankloom.engine.adapter_cache.loading import Loader
-from rankloom.engine.kv_cache import RowCache, room_for, shelf_width
-from rankloom.engine.model_runner import Runner, Work
+from rankloom.engine.adapter_cache.cache import AdapterCache
+from rankloom.engine.adapter_cache.loading import EngineLoader
+from rankloom.engine.kv_cache import KvCache, room_for, shelf_width
+from rankloom.engine.model_runner import ModelRunner, SequenceChunk
 from rankloom.engine.prefix import PrefixTree
 from rankloom.engine.protocol import Stats
-from rankloom.engine.sampling import LARGEST, choose
-from rankloom.engine.scheduler import Budget, Portion, Seat, halved, portion, seat
-from rankloom.engine.sequence import Row
+from rankloom.engine.sampling import LARGEST, sample_tokens
+from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, halved, schedule
+from rankloom.engine.sequence import RunningSequence
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
 from rankloom.models import Base
 from rankloom.models.device import is_lost
@@ -58,23 +58,23 @@ class Core:
         Raises ModelError where the base's architecture can't be served.
         """
         self._base, self._config = base, config
-        self._runner = Runner(base.model, pack=config.pack_weights)
-        self.num_rows = config.num_rows(on_gpu=base.device.type != "cpu")
+        self._runner = ModelRunner(base.model, pack=config.pack_weights)
+        self.num_rows = config.num_seqs(on_gpu=base.device.type != "cpu")
         longest = _longest(base.model)
-        self.cache_tokens = config.cache_tokens or room_for(self._runner.shape, self.num_rows, longest)
+        self.cache_tokens = config.kv_cache_tokens or room_for(self._runner.shape, self.num_rows, longest)
         widest = 1 << (self.cache_tokens.bit_length() - 1)  # of the shelves that the cache has room for
         self.context = min(widest, longest or widest)
         """The most tokens of a row."""
-        self._cache = RowCache(self._runner.shape, self.cache_tokens)
-        self._prefixes = PrefixTree(config.prefix_tokens)
-        loader = Loader(base, registry, self._logits_alone)
-        self.adapters = Residents(config.resident, loader, post, failed=self._fail_waiting)
-        self._running: dict[str, Row] = {}
-        self._waiting: dict[str, Row] = {}
+        self._cache = KvCache(self._runner.shape, self.cache_tokens)
+        self._prefixes = PrefixTree(config.prefix_cache_tokens)
+        loader = EngineLoader(base, registry, self._logits_alone)
+        self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
+        self._running: dict[str, RunningSequence] = {}
+        self._waiting: dict[str, RunningSequence] = {}
         self._arrivals = itertools.count()
         self._counted = _Counted()
 
-    def enter(self, row: Row) -> None:
+    def enter(self, row: RunningSequence) -> None:
         """A request comes in."""
         adapter = row.request.adapter
         if adapter is not None and (refusal := self.adapters.refusal(adapter)) is not None:
@@ -86,7 +86,7 @@ class Core:
         if adapter is not None:
             self.adapters.ask(adapter)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: RunningSequence) -> None:
         """Whoever asked is gone, or has everything."""
         if not row.ended:
             self._end(row)
@@ -104,7 +104,7 @@ class Core:
             running=len(self._running),
             waiting=len(self._waiting),
             cache_tokens=self._cache.held + self._prefixes.num_tokens,
-            cache_capacity=self.cache_tokens + self._config.prefix_tokens,
+            cache_capacity=self.cache_tokens + self._config.prefix_cache_tokens,
             adapter_loads=self.adapters.num_loads,
             adapter_evictions=self.adapters.num_evictions,
             adapter_failures=self.adapters.num_failures,
@@ -135,13 +135,13 @@ class Core:
                     self._end(self._running[p.id], ModelError(f"a step of the engine failed: {error}"))
         return True
 
-    def _plan(self) -> Sequence[Portion]:
+    def _plan(self) -> Sequence[ScheduledChunk]:
         if not self._running:
             self._cache.capacity = self.cache_tokens  # what lacked memory has ended
-        budget = Budget(self.num_rows, self._cache.capacity, self._config.step_tokens)
+        budget = StepBudget(self.num_rows, self._cache.capacity, self._config.max_num_batched_tokens)
         following = self._following()
         waiting = [self._seat(row, ready=row not in following) for row in self._waiting.values()]
-        seating = seat([self._seat(row) for row in self._running.values()], waiting, budget, shelf_width)
+        seating = change_batch([self._seat(row) for row in self._running.values()], waiting, budget, shelf_width)
         for name in seating.preempted:
             self._keep_prefix(self._running[name])
             self._preempt(self._running[name])
@@ -151,15 +151,15 @@ class Core:
             if not self._reserve(row):
                 break
             self._reuse_prefix(row)
-        return portion([self._seat(row) for row in self._running.values()], budget)
+        return schedule([self._seat(row) for row in self._running.values()], budget)
 
-    def _compute(self, portions: Sequence[Portion]) -> tuple[Sequence[Portion], Tensor]:
+    def _compute(self, portions: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], Tensor]:
         """The portions that there is memory for, and what follows those of them that predict."""
         portions = [p for p in portions if self._reserve(self._running[p.id])]
         while portions:
             rows = [self._running[p.id] for p in portions]
             works = [
-                Work(p.id, row.adapter, p.start, row.tokens[p.start : p.start + p.count], p.predicts)
+                SequenceChunk(p.id, row.adapter, p.start, row.tokens[p.start : p.start + p.count], p.predicts)
                 for p, row in zip(portions, rows, strict=True)
             ]
             try:
@@ -173,7 +173,7 @@ class Core:
             portions = halved(portions)
         return (), torch.empty(0)
 
-    def _reserve(self, row: Row) -> bool:
+    def _reserve(self, row: RunningSequence) -> bool:
         """A place in the cache for all of a running row's tokens. False: there is no memory for it, it runs no more."""
         name = row.request.id
         for _ in range(2):
@@ -190,7 +190,7 @@ class Core:
         self._cache.capacity = self._cache.held  # until they have ended
         return False
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: RunningSequence) -> None:
         """Have a running row wait; it is computed again."""
         name = row.request.id
         self._waiting[name] = self._running.pop(name)
@@ -199,7 +199,7 @@ class Core:
         row.cached = 0
         self._counted.preemptions += 1
 
-    def _apply(self, portions: Sequence[Portion], logits_MV: Tensor) -> None:
+    def _apply(self, portions: Sequence[ScheduledChunk], logits_MV: Tensor) -> None:
         self._counted.steps += 1
         for p in portions:
             row = self._running[p.id]
@@ -217,12 +217,12 @@ class Core:
                 self._end(row, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
         logits_MV = logits_MV if all(sound) else logits_MV[torch.tensor(sound, device=logits_MV.device)]
         rows = [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]
-        for row, chosen in zip(rows, choose(logits_MV, [row.turn() for row in rows]), strict=True):
+        for row, chosen in zip(rows, sample_tokens(logits_MV, [row.turn() for row in rows]), strict=True):
             self._counted.generated_tokens += 1
             if row.take(chosen):
                 self._end(row)
 
-    def _end(self, row: Row, error: RankloomError | None = None) -> None:
+    def _end(self, row: RunningSequence, error: RankloomError | None = None) -> None:
         """Give a row's place up; its stream gets the error, if there is one."""
         name = row.request.id
         if self._running.pop(name, None) is not None and name in self._cache:
@@ -236,16 +236,16 @@ class Core:
         if error is not None:
             row.stream.fail(error)
 
-    def _seat(self, row: Row, *, ready: bool = True) -> Seat:
+    def _seat(self, row: RunningSequence, *, ready: bool = True) -> SequenceState:
         ready = ready and (row.request.adapter is None or self.adapters.get(row.request.adapter) is not None)
-        return Seat(row.request.id, row.arrival, len(row.tokens), row.cached, ready)
+        return SequenceState(row.request.id, row.arrival, len(row.tokens), row.cached, ready)
 
-    def _following(self) -> set[Row]:
+    def _following(self) -> set[RunningSequence]:
         """Waiting rows that begin like one before them whose beginning is being computed, or will be first.
 
         Several completions of one prompt come at once, as do requests with one system prompt: it is computed once.
         """
-        if not self._config.prefix_tokens:
+        if not self._config.prefix_cache_tokens:
             return set()
         leading = {row.beginning for row in self._running.values() if row.cached < row.num_prompt}
         following = set()
@@ -256,10 +256,10 @@ class Core:
                 leading.add(row.beginning)
         return following
 
-    def _adapter_of(self, row: Row) -> Folded | None:
+    def _adapter_of(self, row: RunningSequence) -> ServedAdapter | None:
         return None if row.request.adapter is None else self.adapters.get(row.request.adapter)
 
-    def _reuse_prefix(self, row: Row) -> None:
+    def _reuse_prefix(self, row: RunningSequence) -> None:
         length, pieces = self._prefixes.match(row.whose, row.tokens[:-1])
         for piece in pieces:
             self._cache.write(row.request.id, row.cached, piece)
@@ -268,8 +268,8 @@ class Core:
             row.num_reused = length
             self._counted.cached_tokens += length
 
-    def _keep_prefix(self, row: Row) -> None:
-        if self._config.prefix_tokens:
+    def _keep_prefix(self, row: RunningSequence) -> None:
+        if self._config.prefix_cache_tokens:
             read = partial(self._cache.read, row.request.id)
             try:
                 self._prefixes.insert(row.whose, row.tokens[: row.cached], read)
@@ -280,14 +280,14 @@ class Core:
         for row in [row for row in self._waiting.values() if row.request.adapter == ref]:
             self._end(row, error)
 
-    def _logits_alone(self, adapter: Folded | None, tokens: list[int]) -> Tensor:
+    def _logits_alone(self, adapter: ServedAdapter | None, tokens: list[int]) -> Tensor:
         """[V]; from any thread, beside the core's own forwards, with a cache of its own."""
-        cache = RowCache(self._runner.shape, shelf_width(len(tokens)))
+        cache = KvCache(self._runner.shape, shelf_width(len(tokens)))
         if adapter is not None:
             self._runner.bank.admit(adapter)
         with torch.inference_mode():
             cache.reserve("probe", len(tokens))
-            logits_MV = self._runner.forward(cache, [Work("probe", adapter, 0, tokens)], stack=False)
+            logits_MV = self._runner.forward(cache, [SequenceChunk("probe", adapter, 0, tokens)], stack=False)
         return logits_MV[0].to(self._base.model.dtype)
 
 
@@ -301,5 +301,5 @@ def _longest(model: PreTrainedModel) -> int | None:
     return min(filter(None, known), default=None)
 
 
-def _too_large(row: Row) -> OverloadedError:
+def _too_large(row: RunningSequence) -> OverloadedError:
     return OverloadedError(f"there is no memory for a request of {len(row.tokens)} tokens now; try again later")

@@ -22,7 +22,7 @@ from rankloom.engine.core import Core
 from rankloom.engine.guide import Guides
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
-from rankloom.engine.sequence import Row
+from rankloom.engine.sequence import RunningSequence
 from rankloom.engine.stream import Mailbox, Stream
 from rankloom.engine.text import Decoder
 from rankloom.errors import OverloadedError
@@ -47,7 +47,7 @@ class ServingEngine:
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
         vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        self._admission = Admission(self._core.num_rows + config.waiting, vocabulary)
+        self._admission = Admission(self._core.num_rows + config.max_queue, vocabulary)
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
 
     @property
@@ -84,7 +84,9 @@ class ServingEngine:
         with self._admission.take(request, self.context):
             guide = await self._guides.of(request)
             self._admission.refuse_if_stopping()  # meanwhile
-            row = Row(request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context)
+            row = RunningSequence(
+                request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context
+            )
             self._inbox.put(partial(self._core.enter, row))
             try:
                 async for delta in row.stream:

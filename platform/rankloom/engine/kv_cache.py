@@ -59,7 +59,7 @@ def room_for(shape: HeadShape, num_rows: int, longest: int | None) -> int:
     return max(NARROWEST, min(tokens, most))
 
 
-class Shelf:
+class KvBucket:
     """Rows of up to `width` tokens beside each other."""
 
     def __init__(self, shape: HeadShape, width: int) -> None:
@@ -93,7 +93,7 @@ class Shelf:
         return (*self.keys_RHTE, *self.values_RHTE)
 
 
-class RowCache:
+class KvCache:
     """Where each row's keys and values are.
 
     Invariant: the shelves together have places for no more than `capacity` tokens.
@@ -101,7 +101,7 @@ class RowCache:
 
     def __init__(self, shape: HeadShape, capacity: int) -> None:
         self.shape, self.capacity = shape, capacity
-        self.shelves: dict[int, Shelf] = {}
+        self.shelves: dict[int, KvBucket] = {}
         """By width."""
         self._widths: dict[str, int] = {}
 
@@ -113,7 +113,7 @@ class RowCache:
         """Tokens that rows have places for."""
         return sum(self._widths.values())
 
-    def at(self, row: str) -> tuple[Shelf, int]:
+    def at(self, row: str) -> tuple[KvBucket, int]:
         """A row's shelf and place."""
         shelf = self.shelves[self._widths[row]]
         return shelf, shelf.rows.index(row)
@@ -126,7 +126,7 @@ class RowCache:
         width, before = shelf_width(length), self._widths.get(row)
         if before is not None and before >= width:
             return
-        shelf = self.shelves.setdefault(width, Shelf(self.shape, width))
+        shelf = self.shelves.setdefault(width, KvBucket(self.shape, width))
         if len(shelf.rows) == shelf.num_places:
             self._extend(shelf)
         place = len(shelf.rows)
@@ -161,7 +161,7 @@ class RowCache:
         for block, span in zip(shelf.blocks(), values.flatten(0, 1), strict=True):
             block[place, :, start : start + span.shape[1]] = span
 
-    def _extend(self, shelf: Shelf) -> None:
+    def _extend(self, shelf: KvBucket) -> None:
         """Twice the places, or as many as the budget has, others' unused ones given up first."""
         wanted = max(4, 2 * shelf.num_places)
         if self._allocated() + (wanted - shelf.num_places) * shelf.width > self.capacity:
@@ -174,7 +174,7 @@ class RowCache:
             self._give_up_unused(shelf)
             shelf.resize(shelf.num_places + 1)
 
-    def _give_up_unused(self, but: Shelf) -> None:
+    def _give_up_unused(self, but: KvBucket) -> None:
         for width, other in list(self.shelves.items()):
             if other is not but and not other.rows:
                 del self.shelves[width]

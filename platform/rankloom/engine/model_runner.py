@@ -1,6 +1,6 @@
 """Runner: one forward of the base over the tokens of many rows, each row on its own adapter.
 
-transformers' model is used as it is: `row_attention` takes the place of its attention, `FoldedBank` adds the adapters.
+transformers' model is used as it is: `row_attention` takes the place of its attention, `ServedBank` adds the adapters.
 Whether that gives this model's own logits is tried once, before anything is served.
 
 Shapes: N tokens of all rows, M rows that predict, V vocabulary.
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rankloom.banks.served_adapter import Folded
-from rankloom.banks.served_bank import FoldedBank, Share
+from rankloom.banks.served_adapter import ServedAdapter
+from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.engine.attention import ATTENTION, Chunk, lay_out_rows
-from rankloom.engine.kv_cache import HeadShape, RowCache
+from rankloom.engine.kv_cache import HeadShape, KvCache
 from rankloom.errors import ModelError
 
 PROBE_TOLERANCE = 1e-3
@@ -27,25 +27,25 @@ PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Work:
+class SequenceChunk:
     """A row's next tokens, and whether the one after them is wanted."""
 
     row: str
-    adapter: Folded | None
+    adapter: ServedAdapter | None
     start: int
     tokens: Sequence[int]
     predicts: bool = True
 
 
-class Runner:
+class ModelRunner:
     """Owns the model: as long as it lives, nobody else may run it."""
 
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
-        """Raises ModelError where this architecture can't be served. `pack`: see `FoldedBank`."""
+        """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
         self._model = model
         self.shape = _head_shape(model)
         expected = [_plain_logits(model, tokens) for tokens in _PROBES]
-        self.bank = FoldedBank(model, pack=pack)
+        self.bank = ServedBank(model, pack=pack)
         self._attention_before = model.config._attn_implementation
         model.config._attn_implementation = ATTENTION
         self._check(expected)
@@ -56,18 +56,18 @@ class Runner:
         self._model.config._attn_implementation = self._attention_before
 
     @torch.inference_mode()
-    def forward(self, cache: RowCache, works: Sequence[Work], *, stack: bool = True) -> Tensor:
+    def forward(self, cache: KvCache, works: Sequence[SequenceChunk], *, stack: bool = True) -> Tensor:
         """[M, V] in fp32: what follows each work that predicts, in the works' order.
 
         Args:
             works: one a row at most; each row has places in the cache.
-            stack: see `FoldedBank.route`.
+            stack: see `ServedBank.route`.
         """
-        members: dict[Folded | None, list[Work]] = {}
+        members: dict[ServedAdapter | None, list[SequenceChunk]] = {}
         for work in works:
             members.setdefault(work.adapter, []).append(work)
         shares = [
-            Share(adapter, sum(len(w.tokens) for w in own), sum(w.predicts for w in own))
+            AdapterShare(adapter, sum(len(w.tokens) for w in own), sum(w.predicts for w in own))
             for adapter, own in members.items()
         ]
         route = self.bank.route(shares, stack=stack)
@@ -99,16 +99,16 @@ class Runner:
 
     def _check(self, expected: list[Tensor]) -> None:
         """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side."""
-        cache = RowCache(self.shape, 1 << 20)
+        cache = KvCache(self.shape, 1 << 20)
         names = [str(i) for i in range(len(_PROBES))]
         found: list[Tensor] = []
         try:
             for name, tokens in zip(names, _PROBES, strict=True):
                 cache.reserve(name, len(tokens))
-                self.forward(cache, [Work(name, None, 0, tokens[:2], predicts=True)])
+                self.forward(cache, [SequenceChunk(name, None, 0, tokens[:2], predicts=True)])
             rest = [tokens[2:-1] for tokens in _PROBES]
-            self.forward(cache, [Work(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
-            last = [Work(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, _PROBES, strict=True)]
+            self.forward(cache, [SequenceChunk(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
+            last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, _PROBES, strict=True)]
             found = list(self.forward(cache, last))
         except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             self.close()

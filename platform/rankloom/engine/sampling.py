@@ -25,7 +25,7 @@ CANDIDATES = 1024
 
 
 @dataclass(frozen=True)
-class Turn:
+class SamplingInput:
     """A row whose next token is to be chosen."""
 
     sampling: Sampling
@@ -38,7 +38,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SampledToken:
     token: int
     logprob: float | None
     """None: not asked for."""
@@ -46,7 +46,7 @@ class Chosen:
     """Likeliest tokens with theirs."""
 
 
-def choose(logits_MV: Tensor, turns: Sequence[Turn]) -> list[Chosen]:
+def sample_tokens(logits_MV: Tensor, turns: Sequence[SamplingInput]) -> list[SampledToken]:
     """Args: logits_MV: in fp32, within `LARGEST`; not changed."""
     adjusted_MV = _adjusted(logits_MV, turns)
     tokens = _likeliest(adjusted_MV)
@@ -65,7 +65,7 @@ def _likeliest(logits_MV: Tensor) -> list[int]:
     return found
 
 
-def _adjusted(logits_MV: Tensor, turns: Sequence[Turn]) -> Tensor:
+def _adjusted(logits_MV: Tensor, turns: Sequence[SamplingInput]) -> Tensor:
     changed = [m for m, turn in enumerate(turns) if turn.allowed is not None or _has_penalty(turn.sampling)]
     if not changed:
         return logits_MV
@@ -86,7 +86,7 @@ def _has_penalty(sampling: Sampling) -> bool:
     return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
 
 
-def _penalise(logits_V: Tensor, turn: Turn) -> None:
+def _penalise(logits_V: Tensor, turn: SamplingInput) -> None:
     sampling, device = turn.sampling, logits_V.device
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*turn.prompt, *turn.generated}), device=device)
@@ -98,7 +98,7 @@ def _penalise(logits_V: Tensor, turn: Turn) -> None:
         logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _draw(logits_MV: Tensor, turns: Sequence[Turn]) -> list[int]:
+def _draw(logits_MV: Tensor, turns: Sequence[SamplingInput]) -> list[int]:
     device = logits_MV.device
 
     def column(values: list[float]) -> Tensor:
@@ -153,10 +153,10 @@ def _at(probs_MK: Tensor, chance_M1: Tensor) -> Tensor:
     return torch.minimum(torch.searchsorted(cumulated_MK, chance_M1 * total_M1, right=True), last_M1)
 
 
-def _described(logits_V: Tensor, token: int, turn: Turn) -> Chosen:
+def _described(logits_V: Tensor, token: int, turn: SamplingInput) -> SampledToken:
     if turn.sampling.logprobs is None:
-        return Chosen(token, None, ())
+        return SampledToken(token, None, ())
     logprobs_V = logits_V.log_softmax(-1)
     values, tokens = logprobs_V.topk(min(turn.sampling.logprobs, len(logprobs_V)))
     top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return Chosen(token, float(logprobs_V[token]), top)
+    return SampledToken(token, float(logprobs_V[token]), top)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Seat:
+class SequenceState:
     """A request as the scheduler sees it."""
 
     id: str
@@ -26,14 +26,14 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Budget:
+class StepBudget:
     rows: int
     cache_tokens: int
     step_tokens: int
 
 
 @dataclass(frozen=True)
-class Seating:
+class BatchChange:
     """Who leaves the batch, and then who joins it."""
 
     preempted: tuple[str, ...]
@@ -41,7 +41,7 @@ class Seating:
 
 
 @dataclass(frozen=True)
-class Portion:
+class ScheduledChunk:
     """A row's tokens in a step."""
 
     id: str
@@ -51,7 +51,12 @@ class Portion:
     """Whether these are all it has, so that the next one is chosen."""
 
 
-def seat(running: Sequence[Seat], waiting: Sequence[Seat], budget: Budget, room_for: Callable[[int], int]) -> Seating:
+def change_batch(
+    running: Sequence[SequenceState],
+    waiting: Sequence[SequenceState],
+    budget: StepBudget,
+    room_for: Callable[[int], int],
+) -> BatchChange:
     """Args: room_for: the tokens of the budget that a row of a length takes."""
     rows = sorted(running, key=lambda row: row.arrival)
     needed = sum(room_for(row.length) for row in rows)
@@ -61,7 +66,7 @@ def seat(running: Sequence[Seat], waiting: Sequence[Seat], budget: Budget, room_
         needed -= room_for(youngest.length)
         preempted.append(youngest.id)
     if preempted:
-        return Seating(tuple(preempted), ())
+        return BatchChange(tuple(preempted), ())
     admitted: list[str] = []
     for row in sorted(waiting, key=lambda row: row.arrival):
         if not row.ready:
@@ -70,10 +75,10 @@ def seat(running: Sequence[Seat], waiting: Sequence[Seat], budget: Budget, room_
         if len(rows) + len(admitted) >= budget.rows or (needed > budget.cache_tokens and (rows or admitted)):
             break  # nor is it overtaken by a smaller one
         admitted.append(row.id)
-    return Seating((), tuple(admitted))
+    return BatchChange((), tuple(admitted))
 
 
-def portion(running: Sequence[Seat], budget: Budget) -> tuple[Portion, ...]:
+def schedule(running: Sequence[SequenceState], budget: StepBudget) -> tuple[ScheduledChunk, ...]:
     """What a step computes."""
     rows = sorted(running, key=lambda row: row.arrival)
     left = budget.step_tokens - sum(row.length - row.cached == 1 for row in rows)
@@ -84,11 +89,11 @@ def portion(running: Sequence[Seat], budget: Budget) -> tuple[Portion, ...]:
         if pending > 1:
             left -= count
         if count > 0:
-            portions.append(Portion(row.id, row.cached, count, predicts=count == pending))
+            portions.append(ScheduledChunk(row.id, row.cached, count, predicts=count == pending))
     return tuple(portions)
 
 
-def halved(portions: Sequence[Portion]) -> tuple[Portion, ...]:
+def halved(portions: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:
     """The first half of a step's rows; of a single row, the first half of its tokens."""
     if len(portions) > 1:
         return tuple(portions[: len(portions) // 2])

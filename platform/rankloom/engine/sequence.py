@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from rankloom.banks.served_adapter import Folded
-from rankloom.engine.choices import Choice
+from rankloom.banks.served_adapter import ServedAdapter
+from rankloom.engine.choices import ChoiceState
 from rankloom.engine.guide import Guide
 from rankloom.engine.protocol import Delta, Request
-from rankloom.engine.sampling import Chosen, Turn
+from rankloom.engine.sampling import SampledToken, SamplingInput
 from rankloom.engine.stream import Stream
 from rankloom.engine.text import Decoder
 from rankloom.engine.transcript import Transcript
@@ -18,7 +18,7 @@ ALIKE = 64
 """Tokens of two prompts that are the same where a part of one is worth waiting for."""
 
 
-class Row:
+class RunningSequence:
     """Invariant: `tokens` are the prompt and what was generated; the first `cached` have keys and values."""
 
     def __init__(
@@ -40,13 +40,13 @@ class Row:
         """Requests with the same one are worth computing one after the other; None: too short."""
         self.num_reused = 0
         """Tokens of the prompt that came from another row."""
-        self.adapter: Folded | None = None
+        self.adapter: ServedAdapter | None = None
         """Set while it has a place in the batch."""
         self.arrival = -1
         self.ended = False
         self._ends = frozenset[int]() if request.sampling.ignore_eos else end_ids
         self._guide = guide  # which is shared as long as one has it
-        self._choice = None if guide.tree is None else Choice(guide.tree)
+        self._choice = None if guide.tree is None else ChoiceState(guide.tree)
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
         self._transcript = Transcript(decoder, request.prompt, guide.stops, self._ends)
@@ -55,12 +55,12 @@ class Row:
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
-    def turn(self) -> Turn:
+    def turn(self) -> SamplingInput:
         """How its next token is to be chosen; to be asked for once a token."""
         allowed = None if self._choice is None else self._choice.allowed
-        return Turn(self.request.sampling, self.request.prompt, self.generated, self._random.random(), allowed)
+        return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._random.random(), allowed)
 
-    def take(self, chosen: Chosen) -> bool:
+    def take(self, chosen: SampledToken) -> bool:
         """Add the chosen token, and those that follow from it, and send what is new; True: that was the last."""
         new, is_over = [chosen.token], chosen.token in self._ends
         if self._choice is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Place:
+class TextOffset:
     """Where in a text its bytes have got to."""
 
     characters: int = 0

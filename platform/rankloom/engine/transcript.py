@@ -12,9 +12,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from rankloom.engine.protocol import Likelihood, TokenLogprobs
-from rankloom.engine.sampling import Chosen
+from rankloom.engine.sampling import SampledToken
 from rankloom.engine.text import Decoder, Stops, TextStream
-from rankloom.engine.text_offset import Place
+from rankloom.engine.text_offset import TextOffset
 
 
 class Transcript:
@@ -27,7 +27,7 @@ class Transcript:
         """
         self._decoder, self._ends = decoder, ends
         self._text = TextStream(decoder, prompt, stops)
-        self._open: list[tuple[Chosen, bool, int]] = []
+        self._open: list[tuple[SampledToken, bool, int]] = []
         """Tokens since the last whole character; whether each is at the start; how much text was there before it."""
         self._placed: list[tuple[int, int, TokenLogprobs]] = []
         """From where to where in the text, in characters."""
@@ -39,7 +39,7 @@ class Transcript:
         """Whether a stop string was reached; nothing comes after."""
         return self._text.stopped
 
-    def push(self, tokens: Sequence[int], chosen: Sequence[Chosen] = ()) -> str:
+    def push(self, tokens: Sequence[int], chosen: Sequence[SampledToken] = ()) -> str:
         """The text that is certain with these tokens.
 
         Args:
@@ -94,7 +94,7 @@ class Transcript:
         grown = self._text.grown
         pieces = [self._piece(each.token, at_start) for each, at_start, _ in self._open]
         if b"".join(pieces).decode("utf-8", "replace") == grown:
-            place = Place()
+            place = TextOffset()
             spans = [place.take(piece) for piece in pieces]
         else:  # a decoder with rules of its own: as it showed them
             bounds = [min(before, len(grown)) for _, _, before in self._open] + [len(grown)]

@@ -55,18 +55,18 @@ def batches_by_length(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
 
 
 @dataclass
-class Prompts:
+class PromptBatch:
     """Token ids padded on the left, so that every row's next token is predicted at the last position."""
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Prompts:
+def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> PromptBatch:
     width = max(map(len, sequences))
     ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
     mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
-    return Prompts(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+    return PromptBatch(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
 
 
 def positions(attention_mask_BT: Tensor) -> Tensor:

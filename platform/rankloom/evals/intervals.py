@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rankloom.registry.scorecard import Share
+from rankloom.registry.scorecard import Proportion
 
 NUM_RESAMPLES = 2000
 
 
-def share(right: Sequence[bool], *, seed: int = 0) -> Share:
+def share(right: Sequence[bool], *, seed: int = 0) -> Proportion:
     """The share of `right`, with its 95 % bootstrap interval.
 
     The number of right rows in a resample of n rows with replacement is binomial, so it is drawn directly.
@@ -20,4 +20,4 @@ def share(right: Sequence[bool], *, seed: int = 0) -> Share:
     value = sum(right) / n
     resampled = np.random.default_rng(seed).binomial(n, value, size=NUM_RESAMPLES) / n
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Share(value=value, low=float(low), high=float(high))
+    return Proportion(value=value, low=float(low), high=float(high))

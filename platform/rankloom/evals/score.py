@@ -24,7 +24,7 @@ from rankloom.evals.intervals import share
 from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
 from rankloom.evals.loss import labelled_loss, token_loss
-from rankloom.registry.scorecard import Measures, Share
+from rankloom.registry.scorecard import Measures, Proportion
 
 SEED = 0
 """Chooses the test rows where `eval.max_test_rows` leaves some out: the same for every trial."""
@@ -66,7 +66,7 @@ def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData
     )
 
 
-def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Share:
+def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
     return share([t == p for t, p in zip(truths, predictions, strict=True)])
 
 

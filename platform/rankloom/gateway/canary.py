@@ -13,13 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rankloom.config.serve import CanaryConfig, RouteConfig
-from rankloom.gateway.policy import MOST_TIMES, Catalogue, Decision, Shelf, Tally, Target, canary_arms, judge
+from rankloom.gateway.policy import (
+    MOST_TIMES,
+    AdapterVersions,
+    CanaryCounts,
+    Catalogue,
+    Decision,
+    Target,
+    canary_arms,
+    judge,
+)
 
 logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class Move:
+class CanaryEnd:
     """An alias that is to be moved: the end of a canary."""
 
     ref: str
@@ -32,8 +41,8 @@ class _Side:
     errors: int = 0
     token_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_TIMES))
 
-    def tally(self) -> Tally:
-        return Tally(self.requests, self.errors, tuple(self.token_s))
+    def tally(self) -> CanaryCounts:
+        return CanaryCounts(self.requests, self.errors, tuple(self.token_s))
 
 
 @dataclass
@@ -68,11 +77,11 @@ class Canaries:
                 self._trials[name] = _Trial(trial.config, (stable, candidate))
             if candidate in self._rolled_back and stable and stable.version is not None:
                 shelf = read.shelves[trial.config.adapter]
-                closed = Shelf(shelf.versions, {**shelf.aliases, trial.config.candidate: stable.version})
+                closed = AdapterVersions(shelf.versions, {**shelf.aliases, trial.config.candidate: stable.version})
                 read = replace(read, shelves={**read.shelves, trial.config.adapter: closed})
         return read
 
-    def count(self, decision: Decision, target: Target, *, refused: bool) -> Move | None:
+    def count(self, decision: Decision, target: Target, *, refused: bool) -> CanaryEnd | None:
         """Remember how an answer went; tell which alias to move, where that decides the canary.
 
         Args:
@@ -96,7 +105,7 @@ class Canaries:
         stable, candidate = trial.arms if trial else (None, None)
         return (stable, candidate) if stable and candidate else None
 
-    def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> Move | None:
+    def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> CanaryEnd | None:
         """Remember the seconds that each side took to a token of the same work; the rest as `count`."""
         trial = self._under_way(route)
         if trial is None or trial.arms != arms or None in token_s:
@@ -105,7 +114,7 @@ class Canaries:
             side.token_s.append(took or 0.0)
         return self._judged(route, trial)
 
-    def failed(self, route: str, arms: tuple[Target, Target]) -> Move | None:
+    def failed(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
         """Remember that the candidate could not do what the stable version did; the rest as `count`."""
         trial = self._under_way(route)
         if trial is None or trial.arms != arms:
@@ -120,7 +129,7 @@ class Canaries:
         open_ = trial is not None and trial.config.judge is not None and not trial.judged
         return trial if trial and open_ and None not in trial.arms else None
 
-    def _judged(self, route: str | None, trial: _Trial) -> Move | None:
+    def _judged(self, route: str | None, trial: _Trial) -> CanaryEnd | None:
         stable, candidate = trial.arms
         assert trial.config.judge is not None
         assert stable is not None
@@ -132,6 +141,6 @@ class Canaries:
         facts = {"route": route, "stable": stable.ref, "candidate": candidate.ref, "reason": verdict.reason}
         logger.warning(json.dumps({"event": f"canary: {verdict.action}"} | facts))
         if verdict.action == "promote":
-            return Move(candidate.ref or "", trial.config.stable)
+            return CanaryEnd(candidate.ref or "", trial.config.stable)
         self._rolled_back.add(candidate)
-        return Move(stable.ref or "", trial.config.candidate)
+        return CanaryEnd(stable.ref or "", trial.config.candidate)

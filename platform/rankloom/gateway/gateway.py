@@ -1,7 +1,7 @@
 """An endpoint's mind: names, limits, retries, fallbacks, canaries, measures. It knows neither HTTP nor Ray.
 
 A request's way: `begin` decides where it goes, and waits for the first tokens, so that whatever is wrong is known
-before anything is answered; the `Answer` is then read to its end. `deploy/ingress.py` puts HTTP before it,
+before anything is answered; the `InFlightRequest` is then read to its end. `deploy/ingress.py` puts HTTP before it,
 `deploy/app.py` processes behind it.
 """
 
@@ -20,17 +20,17 @@ from typing import Any, Protocol
 
 from rankloom.config.serve import ServeConfig
 from rankloom.config.trial import BASE
-from rankloom.engine.jobs import ContextError, Progress, ReplicaLostError, Work
+from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, ReplicaLostError
 from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
-from rankloom.gateway.canary import Canaries, Move
-from rankloom.gateway.in_flight import Answer
+from rankloom.gateway.canary import Canaries, CanaryEnd
+from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Metrics, Outcome, Traffic
 from rankloom.gateway.openai.requests import WireError, wire_error
 from rankloom.gateway.pace import pace_work, token_seconds
-from rankloom.gateway.policy import Ask, Catalogue, Decision, Shelf, Target, decide
+from rankloom.gateway.policy import AdapterVersions, Catalogue, Decision, RoutingRequest, Target, decide_route
 from rankloom.gateway.quota import Quotas
-from rankloom.gateway.registry_view import Shelves
+from rankloom.gateway.registry_view import RegistryView
 from rankloom.registry import Record, Registry
 
 _REFUSED = (AdapterNotFoundError, RegistryError, IncompatibleError)
@@ -51,7 +51,7 @@ class Served:
 class Replicas(Protocol):
     """The processes that do the work."""
 
-    def run(self, work: Work) -> AsyncIterator[Progress]:
+    def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
         """As `engine.jobs.run`; ReplicaLostError where the process goes."""
         ...
 
@@ -80,14 +80,14 @@ class Gateway:
         """What only this endpoint's operators know, which draws the sides of sticky routes."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading = asyncio.Lock()
-        self._read: Mapping[str, Shelf] = {}
+        self._read: Mapping[str, AdapterVersions] = {}
         self._read_at = float("-inf")
 
     async def start(self) -> None:
         """Ask the replicas which base they have, read the registry, and keep reading it."""
         self.served = await self._replicas.describe()
         self.created = int(time.time())
-        self.shelves = Shelves(self._registry, self._fits)
+        self.shelves = RegistryView(self._registry, self._fits)
         self.catalogue = Catalogue(base=self.served.base)
         await self.refresh()
         self.ready = True
@@ -199,7 +199,7 @@ class Gateway:
         """Count a request against its key. Raises WireError 429 where it has used up its share."""
         self._quotas.admit(key, time.monotonic())
 
-    async def begin(self, ask: Ask, work: Work, key: Key | None = None) -> Answer:
+    async def begin(self, ask: RoutingRequest, work: CompletionJob, key: Key | None = None) -> InFlightRequest:
         """Send a request where it belongs, and wait for its first tokens.
 
         Raises:
@@ -231,7 +231,7 @@ class Gateway:
             text = text.replace(place, "the registry")
         return text.replace(self.catalogue.base, self.catalogue.shown)
 
-    def _check_length(self, work: Work) -> None:
+    def _check_length(self, work: CompletionJob) -> None:
         """Refuse prompts of tokens that no replica can take, instead of sending them there."""
         room = min(self.served.context, work.context or self.served.context)
         longest = max((len(prompt) for prompt in work.prompts if isinstance(prompt, tuple)), default=0)
@@ -241,22 +241,22 @@ class Gateway:
                 f"the prompt. Shorten the prompt."
             )
 
-    async def _decide(self, ask: Ask) -> Decision:
+    async def _decide(self, ask: RoutingRequest) -> Decision:
         try:
-            return decide(ask, self.catalogue)
+            return decide_route(ask, self.catalogue)
         except AdapterNotFoundError:
             await self.refresh(at_most_every_s=1.0)  # it may have been published just now
-            return decide(ask, self.catalogue)
+            return decide_route(ask, self.catalogue)
 
-    async def _shadow(self, target: Target, work: Work) -> None:
+    async def _shadow(self, target: Target, work: CompletionJob) -> None:
         """Do the work a second time for nobody."""
         with contextlib.suppress(Exception):  # it is measured, and nobody waits for it
             async for _ in await self._unasked(target, work, "shadow"):
                 pass
 
-    async def _unasked(self, target: Target, work: Work, traffic: Traffic) -> Answer:
-        """The endpoint's own work, begun. Raises as `Answer.open` does."""
-        ask = Ask(model=target.ref or BASE, id=work.id)
+    async def _unasked(self, target: Target, work: CompletionJob, traffic: Traffic) -> InFlightRequest:
+        """The endpoint's own work, begun. Raises as `InFlightRequest.open` does."""
+        ask = RoutingRequest(model=target.ref or BASE, id=work.id)
         deadline = time.monotonic() + self.config.limits.timeout_s
         answer = self._answer(work, target, Decision((target,)), ask, None, deadline, traffic)
         await answer.open()
@@ -283,21 +283,23 @@ class Gateway:
 
     def _answer(
         self,
-        work: Work,
+        work: CompletionJob,
         target: Target,
         decision: Decision,
-        ask: Ask,
+        ask: RoutingRequest,
         key: Key | None,
         deadline: float,
         traffic: Traffic,
-    ) -> Answer:
+    ) -> InFlightRequest:
         self._quotas.begin(key, _most_tokens(work), time.monotonic())
         self.metrics.in_flight.inc()
         lost = self.metrics.retries.inc
         work = replace(work, adapter=target.ref)
-        return Answer(self._replicas.run, self._ended, lost, work, target, decision, ask, key, deadline, traffic)
+        return InFlightRequest(
+            self._replicas.run, self._ended, lost, work, target, decision, ask, key, deadline, traffic
+        )
 
-    def _ended(self, answer: Answer, error: BaseException | None) -> None:
+    def _ended(self, answer: InFlightRequest, error: BaseException | None) -> None:
         """Measure, charge, log and judge a request that is over."""
         now, work = time.monotonic(), answer.work
         self._quotas.end(answer.key, _most_tokens(work), answer.prompt_tokens + answer.tokens, now)
@@ -322,7 +324,7 @@ class Gateway:
         if answer.traffic == "live":
             self._judge(answer, error)
 
-    def _judge(self, answer: Answer, error: BaseException | None) -> None:
+    def _judge(self, answer: InFlightRequest, error: BaseException | None) -> None:
         """Let an answer count for its side of a canary, and have both sides timed."""
         if error is None or isinstance(error, _REFUSED):  # all else may be the request's doing, or a replica's
             self._moved(self._canaries.count(answer.decision, answer.target, refused=error is not None))
@@ -333,12 +335,12 @@ class Gateway:
         if self._quotas.in_flight < self.config.limits.in_flight:
             self._background(self._time_sides(route, *sides))
 
-    def _moved(self, move: Move | None) -> None:
+    def _moved(self, move: CanaryEnd | None) -> None:
         if move is not None:
             self._put_up()
             self._background(self._move(move))
 
-    async def _move(self, move: Move) -> None:
+    async def _move(self, move: CanaryEnd) -> None:
         try:
             await asyncio.to_thread(self._registry.promote, move.ref, move.alias)
         except RankloomError as error:
@@ -359,13 +361,13 @@ def _outcome(error: BaseException | None) -> Outcome:
     return "ok" if error is None else "cancelled"
 
 
-def _most_tokens(work: Work) -> int:
+def _most_tokens(work: CompletionJob) -> int:
     """How many tokens the completions of some work may have."""
     each = work.sampling.max_tokens if work.max_tokens is None else work.max_tokens
     return len(work.prompts) * work.n * each
 
 
-def _line(what: str, ask: Ask | None, **facts: Any) -> str:
+def _line(what: str, ask: RoutingRequest | None, **facts: Any) -> str:
     """A line for the log. It never has a prompt or a key in it."""
     head = {"event": what} | ({"id": ask.id, "request_id": ask.trace, "model": ask.model} if ask else {})
     return json.dumps(head | {name: value for name, value in facts.items() if value is not None})

@@ -9,27 +9,27 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from rankloom.engine.jobs import Progress, ReplicaLostError, Work
+from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Traffic
-from rankloom.gateway.policy import Ask, Decision, Target
+from rankloom.gateway.policy import Decision, RoutingRequest, Target
 
 ATTEMPTS = 4
 """How often a request is begun when replicas are lost under it."""
 
 
-class Answer:
+class InFlightRequest:
     """A request under way: read it to its end, or close it."""
 
     def __init__(
         self,
-        run: Callable[[Work], AsyncIterator[Progress]],
-        ended: Callable[[Answer, BaseException | None], None],
+        run: Callable[[CompletionJob], AsyncIterator[JobProgress]],
+        ended: Callable[[InFlightRequest, BaseException | None], None],
         lost: Callable[[], None],
-        work: Work,
+        work: CompletionJob,
         target: Target,
         decision: Decision,
-        ask: Ask,
+        ask: RoutingRequest,
         key: Key | None,
         deadline: float,
         traffic: Traffic = "live",
@@ -52,12 +52,12 @@ class Answer:
         self.first_at: float | None = None
         self.prompt_tokens = self.cached_tokens = self.tokens = 0
         self._run, self._ended, self._lost = run, ended, lost
-        self._stream: AsyncIterator[Progress] | None = None
+        self._stream: AsyncIterator[JobProgress] | None = None
         self._deadline = deadline
         self._unfinished = len(work.prompts) * work.n
         """Completions. With the last one all is said: the stream's own end comes later, and nobody waits for it."""
         self._over = False
-        self._first: Progress | None = None
+        self._first: JobProgress | None = None
 
     async def open(self) -> None:
         """Wait for the first tokens; begin again where a replica is lost meanwhile."""
@@ -76,7 +76,7 @@ class Answer:
             await self._end(error)
             raise
 
-    async def __aiter__(self) -> AsyncIterator[Progress]:
+    async def __aiter__(self) -> AsyncIterator[JobProgress]:
         try:
             if self._first is not None:
                 yield self._first
@@ -98,7 +98,7 @@ class Answer:
         """End it, if it has not ended: nobody reads it any more."""
         await self._end(asyncio.CancelledError())
 
-    async def _next(self) -> Progress | None:
+    async def _next(self) -> JobProgress | None:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._deadline - time.monotonic()):
                 assert self._stream is not None

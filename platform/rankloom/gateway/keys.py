@@ -146,7 +146,7 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Meter:
+class TokenBucket:
     """How much of something a key has left: a bucket that fills in a minute.
 
     What a request costs in tokens is known when it ends, so that the bucket may go below empty; it is then the next one

@@ -9,20 +9,20 @@ from __future__ import annotations
 import time
 import uuid
 
-from rankloom.engine.jobs import Work
+from rankloom.engine.jobs import CompletionJob
 from rankloom.engine.protocol import Sampling
-from rankloom.gateway.in_flight import Answer
+from rankloom.gateway.in_flight import InFlightRequest
 
 TOKENS = 9
 
 
-def pace_work() -> Work:
+def pace_work() -> CompletionJob:
     """Some tokens after a short prompt."""
     sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    return Work(uuid.uuid4().hex, None, ("Hello",), sampling, max_tokens=TOKENS)
+    return CompletionJob(uuid.uuid4().hex, None, ("Hello",), sampling, max_tokens=TOKENS)
 
 
-async def token_seconds(answer: Answer) -> float | None:
+async def token_seconds(answer: InFlightRequest) -> float | None:
     """Seconds to a token after the first, so without queue and prompt; None where all came at once."""
     begun = last = time.monotonic()
     counts = []

@@ -1,7 +1,7 @@
 """Where a request goes: from a model's name to exact versions, as pure functions of what is known.
 
-`Catalogue` is what an ingress knows at one instant. `decide` picks for one request, `judge` compares a canary with the
-stable version, `rank_replicas` orders the processes that could do the work. Nothing here waits, reads or remembers.
+`Catalogue` is what an ingress knows at one instant. `decide_route` picks for one request, `judge` compares a canary
+with the stable version, `rank_replicas` orders the processes that could do the work. Nothing here waits or reads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class AdapterVersions:
     """One adapter's versions that fit the base."""
 
     versions: tuple[int, ...]
@@ -65,7 +65,7 @@ class Catalogue:
 
     base: str
     """The base's id."""
-    shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    shelves: Mapping[str, AdapterVersions] = field(default_factory=dict)
     offered: tuple[str, ...] | None = None
     """The refs that may be asked for by name, as configured; None: all."""
     routes: Mapping[str, RouteConfig] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Ask:
+class RoutingRequest:
     """What of a request bears on where it goes."""
 
     model: str
@@ -157,7 +157,7 @@ class Decision:
     shadow: Target | None = None
 
 
-def decide(ask: Ask, catalogue: Catalogue) -> Decision:
+def decide_route(ask: RoutingRequest, catalogue: Catalogue) -> Decision:
     """Where a request goes. The same request on the same catalogue always goes to the same place.
 
     Raises:
@@ -181,7 +181,7 @@ def decide(ask: Ask, catalogue: Catalogue) -> Decision:
 
 
 def _chosen(
-    ask: Ask, route: RouteConfig, catalogue: Catalogue
+    ask: RoutingRequest, route: RouteConfig, catalogue: Catalogue
 ) -> tuple[Target | None, Literal["stable", "canary"] | None]:
     """What the route wants before anything goes wrong."""
     for rule in route.rules:
@@ -229,7 +229,7 @@ def _unknown(model: str, near: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Tally:
+class CanaryCounts:
     """How one side of a canary did since the candidate came."""
 
     requests: int = 0
@@ -247,7 +247,7 @@ class Verdict:
     reason: str
 
 
-def judge(config: JudgeConfig, stable: Tally, candidate: Tally) -> Verdict:
+def judge(config: JudgeConfig, stable: CanaryCounts, candidate: CanaryCounts) -> Verdict:
     """Whether the candidate is worse than the stable version by more than the margins, or has proved itself."""
     is_asked = min(stable.requests, candidate.requests) >= config.min_requests
     is_timed = min(len(stable.token_s), len(candidate.token_s)) >= min(config.min_requests, MOST_TIMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rankloom.errors import OverloadedError
-from rankloom.gateway.keys import Key, Meter
+from rankloom.gateway.keys import Key, TokenBucket
 from rankloom.gateway.openai.requests import WireError
 
 
@@ -16,7 +16,7 @@ class Quotas:
         self.in_flight = 0
         """Requests under way, of all keys and of none."""
         self._of_key = Counter[str]()
-        self._meters: dict[tuple[str, str], Meter] = {}
+        self._meters: dict[tuple[str, str], TokenBucket] = {}
 
     def admit(self, key: Key | None, now: float) -> None:
         """Count a request against its key. Raises WireError 429 where it has used up its minute."""
@@ -64,8 +64,8 @@ class Quotas:
                 over = used - _reserved(key.tokens_per_minute, tokens)
                 self._meter(key, "tokens", key.tokens_per_minute).take(over, now)
 
-    def _meter(self, key: Key, what: str, per_minute: int) -> Meter:
-        return self._meters.setdefault((key.id, what), Meter(per_minute))
+    def _meter(self, key: Key, what: str, per_minute: int) -> TokenBucket:
+        return self._meters.setdefault((key.id, what), TokenBucket(per_minute))
 
 
 def _reserved(per_minute: int, tokens: int) -> int:

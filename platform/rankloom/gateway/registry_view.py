@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from rankloom.errors import AdapterNotFoundError, RegistryError
-from rankloom.gateway.policy import Shelf
+from rankloom.gateway.policy import AdapterVersions
 from rankloom.registry import Record, Registry
 
 logger = logging.getLogger(__name__)
 
 
-class Shelves:
+class RegistryView:
     """Reads a registry again and again. A version never changes, so its record is read once.
 
     What can't be read stays as it was: an object store that is away for a minute takes no adapter from anybody.
@@ -26,11 +26,11 @@ class Shelves:
         self.registry = registry
         self._fits = fits
         self._records: dict[str, Record | None] = {}
-        self._shelves: dict[str, Shelf] = {}
+        self._shelves: dict[str, AdapterVersions] = {}
 
-    def read(self, names: Iterable[str] | None = None) -> Mapping[str, Shelf]:
+    def read(self, names: Iterable[str] | None = None) -> Mapping[str, AdapterVersions]:
         """The shelves of these adapters, or of all. Blocks while the registry is read."""
-        found: dict[str, Shelf] = {}
+        found: dict[str, AdapterVersions] = {}
         try:
             wanted = list(self.registry.names()) if names is None else list(dict.fromkeys(names))
         except RegistryError as error:
@@ -51,11 +51,11 @@ class Shelves:
         """The record of an exact version that was on a shelf."""
         return self._records.get(ref)
 
-    def _shelf(self, name: str) -> Shelf | None:
+    def _shelf(self, name: str) -> AdapterVersions | None:
         versions = [number for number in self.registry.versions(name) if self._fitting(f"{name}@{number}")]
         if not versions:
             return None
-        return Shelf(
+        return AdapterVersions(
             tuple(versions), {alias: to for alias, to in self.registry.aliases(name).items() if to in versions}
         )
 

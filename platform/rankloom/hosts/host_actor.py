@@ -1,6 +1,6 @@
 """The host actor: a `train.host.TrialHost` that trials of a study join and leave while it trains.
 
-One loop owns the host (`_serve`): it seats members (`seats.py`), and has them trained and reported on (`runner.py`).
+One loop owns the host (`_serve`): it seats members (`slots.py`), and has them trained and reported on (`host_loop.py`).
 The methods that trials call only leave wishes and wait. A trial asks for its reports by number, so that asking twice
 does no harm, and whatever the scheduler does at report n, stop, pause or copy, starts from the snapshot of report n.
 
@@ -27,9 +27,9 @@ from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.errors import RankloomError, TrialError
-from rankloom.hosts.host_loop import Bank, Device, Runner, Work, open_host
-from rankloom.hosts.membership import Files, Member, Report, read_files
-from rankloom.hosts.slots import Seat, decide
+from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, open_host
+from rankloom.hosts.membership import Files, Membership, Report, read_files
+from rankloom.hosts.slots import Candidate, assign_slots
 
 SWEEP_EVERY_S = 1.0
 SCRATCH = "rankloom-host-"
@@ -45,8 +45,8 @@ class HostActor:
         self,
         study: dict[str, Any],
         example: dict[str, Any],
-        bank: Bank,
-        device: Device,
+        bank: BankShape,
+        device: HostDevice,
         label: str,
         scratch: Path | None = None,
         folder: Path | None = None,
@@ -61,15 +61,15 @@ class HostActor:
         self._study = parse(StudyConfig, study)
         self._example = parse(TrialConfig, example)
         self._bank, self._device, self._label, self._folder = bank, device, label, folder
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, Membership] = {}
         self._changed = asyncio.Event()
         self._reported = asyncio.Condition()
         self._serving: asyncio.Task[None] | None = None
         self._failure: RankloomError | None = None
-        self._runner: Runner | None = None
+        self._runner: HostLoop | None = None
         self._order = 0
         self._scratch = scratch or _scratch()
-        self._work = Work()
+        self._work = HostStats()
         # for whatever computes: handles, workspaces and plans of a device's libraries are a thread's own
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
 
@@ -102,8 +102,8 @@ class HostActor:
             False where there was nothing to recover.
         """
         await self.ready()
-        member = Member(
-            Seat(key, self._order, accepted=n, made=n), parse(TrialConfig, tree), self._scratch / key,
+        member = Membership(
+            Candidate(key, self._order, accepted=n, made=n), parse(TrialConfig, tree), self._scratch / key,
             Path(best_folder) if best_folder else None, heard_at=time.monotonic(),
         )  # fmt: skip
         self._order += 1
@@ -230,7 +230,7 @@ class HostActor:
     async def _serve(self) -> None:
         """Load the base and train for ever."""
         started = time.monotonic()
-        runner = Runner(await self._computed(self._load), self._study, self._work)
+        runner = HostLoop(await self._computed(self._load), self._study, self._work)
         self._work.load_s = time.monotonic() - started
         async with self._reported:
             self._runner = runner
@@ -257,13 +257,13 @@ class HostActor:
         self._work.import_s = time.monotonic() - started
         return open_host(self._study, self._example, self._bank, self._device, self._folder)
 
-    async def _reseat(self, runner: Runner) -> list[Member]:
+    async def _reseat(self, runner: HostLoop) -> list[Membership]:
         """Let members out and in; who trains next."""
         now, lease_s = time.monotonic(), self._study.hosts.lease_s
         for member in self._members.values():
             if not member.num_callers and now - member.heard_at > lease_s:
                 member.seat.leaving = True  # its trial was killed, or is paused: it has its own checkpoint
-        seating = decide([m.seat for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
+        seating = assign_slots([m.seat for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
         evict, admit, train = ([self._members[key] for key in keys] for keys in seating)
         if evict or admit:
             await self._computed(runner.move, evict, admit)
@@ -273,7 +273,7 @@ class HostActor:
         await self._make_reports(runner, [member for member in admit if member.failure])
         return [member for member in train if not member.failure]
 
-    async def _make_reports(self, runner: Runner, members: list[Member]) -> None:
+    async def _make_reports(self, runner: HostLoop, members: list[Membership]) -> None:
         if not members:
             return
         reports = await self._computed(runner.report, members)
@@ -283,7 +283,7 @@ class HostActor:
                 member.seat.made, member.seat.finished, member.seat.at_report = report["n"], report["done"], True
             self._reported.notify_all()
 
-    def _forget(self, member: Member) -> None:
+    def _forget(self, member: Membership) -> None:
         self._members.pop(member.key, None)
         shutil.rmtree(member.folder, ignore_errors=True)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
-from rankloom.hosts.membership import BEST, Member, Report, costs_of, failed
-from rankloom.train.memory_plan import HostSize, fit
+from rankloom.hosts.membership import BEST, Membership, Report, costs_of, failed
+from rankloom.train.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
 """Validation rows among which the prompt for a latency is found."""
@@ -25,7 +25,7 @@ SAFE = 0.9
 
 
 @dataclass(frozen=True)
-class Device:
+class HostDevice:
     """What each host gets."""
 
     cpus: float
@@ -36,7 +36,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Bank:
+class BankShape:
     """What a host's slots must hold: any trial of the study, if the memory lasts."""
 
     ranks: tuple[int, ...]
@@ -45,7 +45,7 @@ class Bank:
 
 
 @dataclass
-class Work:
+class HostStats:
     """What a host did since its process began."""
 
     steps: int = 0
@@ -65,15 +65,15 @@ class Work:
     """At its peak."""
 
 
-class Runner:
+class HostLoop:
     """A host in use."""
 
-    def __init__(self, host: Any, study: StudyConfig, work: Work) -> None:
+    def __init__(self, host: Any, study: StudyConfig, work: HostStats) -> None:
         """`host`: a `train.host.TrialHost`."""
         self.host = host
         self._search, self._work = study.search, work
 
-    def move(self, evict: Iterable[Member], admit: Iterable[Member]) -> None:
+    def move(self, evict: Iterable[Membership], admit: Iterable[Membership]) -> None:
         """Let members out and in. One that can't be admitted has a `failure`; the others go on."""
         started = time.monotonic()
         for member in evict:
@@ -87,7 +87,7 @@ class Runner:
                 member.failure = str(error).removeprefix(f"{member.key}: ")
         self._work.move_s += time.monotonic() - started
 
-    def train(self, members: Sequence[Member], interrupted: Callable[[], bool]) -> list[Member]:
+    def train(self, members: Sequence[Membership], interrupted: Callable[[], bool]) -> list[Membership]:
         """Train these until a report is due or `interrupted`; whose report is due."""
         by_key = {member.key: member for member in members}
         while True:
@@ -112,7 +112,7 @@ class Runner:
             if due or interrupted():
                 return due
 
-    def report(self, members: Sequence[Member]) -> list[Report]:
+    def report(self, members: Sequence[Membership]) -> list[Report]:
         """Validate, and keep what it takes to go on from here."""
         from rankloom.train.memory import peak_memory_bytes
 
@@ -136,7 +136,7 @@ class Runner:
         self._work.save_s += time.monotonic() - evaluated
         return reports
 
-    def _report(self, member: Member, scores: Any) -> Report:
+    def _report(self, member: Membership, scores: Any) -> Report:
         n = member.seat.made + 1
         if member.failure is not None:
             member.seat.seated = member.key in self.host.members
@@ -163,7 +163,7 @@ class Runner:
             "error": None,
         }
 
-    def _save(self, member: Member, n: int, *, export: bool) -> None:
+    def _save(self, member: Membership, n: int, *, export: bool) -> None:
         folder = member.snapshot(n)
         folder.mkdir(parents=True)
         self.host.save(member.key, folder)
@@ -185,7 +185,9 @@ class Runner:
         return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
 
 
-def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device, folder: Path | None = None) -> Any:
+def open_host(
+    study: StudyConfig, trial: TrialConfig, bank: BankShape, device: HostDevice, folder: Path | None = None
+) -> Any:
     """Read the data, load the base and make a `TrialHost`, as large as is wanted and as there is memory for.
 
     Args:
@@ -222,5 +224,5 @@ def open_host(study: StudyConfig, trial: TrialConfig, bank: Bank, device: Device
         free = device.memory_bytes - peak_memory_bytes(place)
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
-    size = fit(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
+    size = fit_host(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
     return TrialHost(base, data, precision=precision, **asdict(size))

@@ -18,7 +18,7 @@ from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import host_key, is_fusable
 from rankloom.errors import ConfigError
 from rankloom.hosts.host_actor import HostActor
-from rankloom.hosts.host_loop import Bank, Device
+from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.launch import cluster
 
 IDLE_S = 30.0
@@ -39,26 +39,26 @@ def groups(study: StudyConfig) -> dict[str, TrialConfig]:
     return found
 
 
-def bank_of(study: StudyConfig) -> Bank:
+def bank_of(study: StudyConfig) -> BankShape:
     """The ranks in the space (of a range, its ends), and whether there is DoRA in it."""
     fusable = [trial for trial in study.members() if is_fusable(trial)]
     ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
     if study.hosts.max_rank:
         ranks = {min(rank, study.hosts.max_rank) for rank in (*ranks, study.hosts.max_rank)}
-    return Bank(tuple(sorted(ranks)), any(trial.method.type == "dora" for trial in fusable))
+    return BankShape(tuple(sorted(ranks)), any(trial.method.type == "dora" for trial in fusable))
 
 
 @dataclass(frozen=True)
-class Plan:
+class HostPlan:
     """How a study shares out a cluster."""
 
     hosts_per_group: int
-    device: Device
+    device: HostDevice
     dedicated_cpus: int
     """Cores of a worker of a trial that can't share a base."""
 
 
-def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> Plan:
+def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan:
     """Divide the cluster: the groups share every device, and on CPUs dedicated runs have a part as large as a group's.
 
     On CPUs a node is a device. On GPUs a dedicated run waits until a device is given back.
@@ -87,12 +87,12 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> Plan:
     threads = compute.cpus_per_worker or max(1, int(cores / shared_by))
     memory = min(node.get("memory", math.inf) for node in large) / shared_by
     gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4 if on_gpu else 0.0
-    device = Device(min(cpus, 1.0) if on_gpu else cpus, gpu, threads, memory)
-    return Plan(num_hosts, device, max(1, int(cores / parts)))
+    device = HostDevice(min(cpus, 1.0) if on_gpu else cpus, gpu, threads, memory)
+    return HostPlan(num_hosts, device, max(1, int(cores / parts)))
 
 
 @dataclass
-class Open:
+class RunningHost:
     """A host that runs."""
 
     key: str
@@ -114,7 +114,7 @@ class Hosts:
         self._bank = bank_of(self._study)
         plan = share_out(self._study, nodes)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
-        self._open: list[Open] = []
+        self._open: list[RunningHost] = []
         self._count = 0
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -173,7 +173,7 @@ class Hosts:
         done, _ = await asyncio.wait(asked, timeout=POLL_TIMEOUT_S)
         return [future.result() for future in asked if future in done and future.exception() is None]
 
-    def _host_of(self, key: str) -> Open:
+    def _host_of(self, key: str) -> RunningHost:
         """The emptiest of the group's hosts; a new one where they are full and may be more."""
         mine = [host for host in self._open if host.key == key]
         emptiest = min(mine, key=lambda host: len(host.trials), default=None)
@@ -182,7 +182,7 @@ class Hosts:
             return self._start(key)
         return emptiest
 
-    def _start(self, key: str, *, to_train: bool = True) -> Open:
+    def _start(self, key: str, *, to_train: bool = True) -> RunningHost:
         import ray
 
         device = self._device
@@ -202,7 +202,7 @@ class Hosts:
         )
         if to_train:
             handle.ready.remote()  # it loads from now on, not from the first trial that joins
-        self._open.append(Open(key, label, handle))
+        self._open.append(RunningHost(key, label, handle))
         return self._open[-1]
 
     def _unseat(self, trial_id: str) -> None:
@@ -222,7 +222,7 @@ class Hosts:
                 self._open.remove(host)
                 await self._end(host)
 
-    async def _end(self, host: Open) -> None:
+    async def _end(self, host: RunningHost) -> None:
         """Give a host back. One that does not answer leaves its snapshots behind."""
         import ray
 

@@ -4,7 +4,7 @@
                             that is not the host's own
     <scratch>/<key>/<n>/best/    its adapter, where report n was the best so far
 
-Files only; who sits when is `seats.py`, what is done with the host `runner.py`.
+Files only; who sits when is `slots.py`, what is done with the host `host_loop.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from rankloom.config import TrialConfig
 from rankloom.config.study import COSTS
-from rankloom.hosts.slots import Seat
+from rankloom.hosts.slots import Candidate
 
 Files = dict[str, bytes]
 Report = dict[str, Any]
@@ -42,10 +42,10 @@ BEGINNING: dict[str, Any] = {
 
 
 @dataclass
-class Member:
+class Membership:
     """A trial's membership: its seat, its reports that may still be asked for, and how far it is."""
 
-    seat: Seat
+    seat: Candidate
     trial: TrialConfig
     folder: Path
     """For its snapshots."""

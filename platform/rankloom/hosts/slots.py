@@ -21,7 +21,7 @@ FAR = 1.5
 
 
 @dataclass
-class Seat:
+class Candidate:
     """A member, as far as the decision needs to know it."""
 
     key: str
@@ -43,7 +43,7 @@ class Seat:
         return not self.finished and not self.leaving and self.made <= self.accepted + run_ahead
 
 
-class Seating(NamedTuple):
+class SlotPlan(NamedTuple):
     """Who leaves the host, who enters, and who trains then."""
 
     evict: tuple[str, ...]
@@ -51,7 +51,7 @@ class Seating(NamedTuple):
     train: tuple[str, ...]
 
 
-def decide(seats: Sequence[Seat], num_slots: int, run_ahead: int) -> Seating:
+def assign_slots(seats: Sequence[Candidate], num_slots: int, run_ahead: int) -> SlotPlan:
     """Fill the slots, those with the fewest reports first."""
     seated = [seat for seat in seats if seat.seated]
     evict = [seat for seat in seated if seat.finished or seat.leaving]
@@ -69,4 +69,4 @@ def decide(seats: Sequence[Seat], num_slots: int, run_ahead: int) -> Seating:
         evict.append(seat)
         admit.append(other)
     train = [seat for seat in (*staying, *admit) if seat not in evict and seat.wants(run_ahead)]
-    return Seating(*(tuple(seat.key for seat in some) for some in (evict, admit, train)))
+    return SlotPlan(*(tuple(seat.key for seat in some) for some in (evict, admit, train)))

@@ -55,7 +55,7 @@ def worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """What every worker gets."""
 
     num_workers: int
@@ -67,7 +67,7 @@ class Share:
         return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
 
 
-def share(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> Share:
+def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> WorkerResources:
     """Divide the cluster's nodes among the workers.
 
     Args:
@@ -91,7 +91,7 @@ def share(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing:
             f"has room for {seats} ({sum(cores)} cores, {sum(gpus)} GPUs); lower compute.num_workers or "
             f"compute.cpus_per_worker"
         )
-    return Share(num_workers, cpus, gpu)
+    return WorkerResources(num_workers, cpus, gpu)
 
 
 def _even(cores: Sequence[int], num_workers: int) -> int:
@@ -103,14 +103,14 @@ def _even(cores: Sequence[int], num_workers: int) -> int:
 
 
 @contextmanager
-def connected(compute: ComputeConfig) -> Iterator[Share]:
+def connected(compute: ComputeConfig) -> Iterator[WorkerResources]:
     """Be connected to Ray inside; yields what each worker gets. A connection that was there before stays.
 
     Raises:
         RankloomError: the cluster can't be reached. ConfigError: see `share`.
     """
     with attached() as nodes:
-        yield share(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
+        yield worker_resources(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
 
 
 def open_ports() -> str | None:

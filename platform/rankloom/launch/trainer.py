@@ -39,7 +39,7 @@ LEAVE_TOGETHER_S = 10.0
 CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
-def fit(
+def train_trial(
     trial: TrialConfig,
     *,
     resume: bool = False,
@@ -166,7 +166,7 @@ def _on_ray(
 
 
 def _ray_trainer(
-    trial: TrialConfig, run: RunFolder, share: cluster.Share, channel: Any, train: bool, study: Path | None
+    trial: TrialConfig, run: RunFolder, share: cluster.WorkerResources, channel: Any, train: bool, study: Path | None
 ) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

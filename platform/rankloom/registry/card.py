@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from rankloom.registry.printable import printable
+from rankloom.config.printable import printable
 from rankloom.registry.record import Record
-from rankloom.registry.scorecard import Measures, Scorecard, Share
+from rankloom.registry.scorecard import Measures, Proportion, Scorecard
 
 _QUANTIZED = {
     "none": "",
@@ -76,7 +76,7 @@ def measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str
     ]
 
 
-def _share(share: Share) -> str:
+def _share(share: Proportion) -> str:
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 

@@ -12,7 +12,7 @@ class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Share(_Plain):
+class Proportion(_Plain):
     """A proportion with its 95 % bootstrap interval, all in 0 to 1."""
 
     value: float
@@ -27,10 +27,10 @@ class Measures(_Plain):
     loss: float
     """Mean cross-entropy a trained token, in nats."""
     perplexity: float
-    accuracy: Share | None = None
+    accuracy: Proportion | None = None
     """Rows whose constrained label is right; classification only."""
     macro_f1: float | None = None
-    exact_match: Share | None = None
+    exact_match: Proportion | None = None
     """Rows whose free greedy generation equals the completion; not measured for plain text."""
     retention_loss: float | None = None
     """Loss on the retention data set, in nats a token."""

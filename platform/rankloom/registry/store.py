@@ -46,7 +46,7 @@ _ALLOWED = "1 to 128 lower-case letters, digits, '.', '_' or '-', beginning with
 logger = logging.getLogger(__name__)
 
 
-class Move(BaseModel):
+class AliasMove(BaseModel):
     """One change of an alias."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,7 +57,7 @@ class Move(BaseModel):
     at: AwareDatetime
 
 
-History = dict[str, list[Move]]
+History = dict[str, list[AliasMove]]
 """Alias -> its moves, oldest first."""
 _History = TypeAdapter(History)
 
@@ -327,7 +327,7 @@ class Registry:
     def _write_move(
         self, name: str, history: History, alias: str, action: Literal["promote", "rollback"], version: int
     ) -> None:
-        move = Move(action=action, version=version, at=datetime.now(UTC))
+        move = AliasMove(action=action, version=version, at=datetime.now(UTC))
         moved = history | {alias: [*history.get(alias, []), move]}
         self._storage.write(f"{name}/{_ALIASES}", _History.dump_json(moved, indent=2) + b"\n")
 
@@ -385,7 +385,7 @@ def _check_alias(alias: str) -> None:
         )
 
 
-def _stack(moves: list[Move]) -> list[int]:
+def _stack(moves: list[AliasMove]) -> list[int]:
     """Where a rollback can go: promotions in force, the present one last."""
     stack: list[int] = []
     for move in moves:

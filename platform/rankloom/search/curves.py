@@ -19,13 +19,13 @@ from rankloom.errors import ConfigError
 from rankloom.launch.run_folder import CURVES
 from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, servers
 from rankloom.search.journal import Event, Tell
-from rankloom.search.leaderboard import Board, Standing
+from rankloom.search.leaderboard import Leaderboard, TrialState
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def tracked(study: StudyConfig, study_id: str, board: Board, folder: Path) -> Iterator[Tell]:
+def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path) -> Iterator[Tell]:
     """Yields the function that takes the study's events, after the board did.
 
     Args:
@@ -44,7 +44,7 @@ def tracked(study: StudyConfig, study_id: str, board: Board, folder: Path) -> It
 
 
 class _Curves:
-    def __init__(self, own: Subject, board: Board, folder: Path, trackers: list[Tracker]) -> None:
+    def __init__(self, own: Subject, board: Leaderboard, folder: Path, trackers: list[Tracker]) -> None:
         self._own, self._board, self._folder = own, board, folder
         self._told = {trial.id: max(trial.curve, default=0) for trial in board.trials.values()}
         self._status = "interrupted"
@@ -93,7 +93,7 @@ class _Curves:
         ended = sum(trial.status != "running" for trial in self._board.trials.values())
         return {"event": "study", "step": ended, "best": best and best[metric], "tokens": self._board.tokens}
 
-    def _subject(self, trial: Standing) -> Subject:
+    def _subject(self, trial: TrialState) -> Subject:
         config = trial.config
         return Subject(f"{self._own.id}-{trial.id}", config.name, dump(config), config.tracking, self._own)
 

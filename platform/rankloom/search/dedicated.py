@@ -18,7 +18,7 @@ from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
 from rankloom.hosts.membership import Report, costs_of, no_costs
-from rankloom.launch.trainer import Background, failure_of, fit
+from rankloom.launch.trainer import Background, failure_of, train_trial
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
@@ -27,13 +27,13 @@ ADAPTERS = "adapters"
 POLL_S = 0.2
 
 
-def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> Dedicated:
+def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> DedicatedBackend:
     """The run of a study's trial, begun or not; `folder` is the study's."""
     root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
-    return Dedicated(trial, study.search, root, best_folder, cpus)
+    return DedicatedBackend(trial, study.search, root, best_folder, cpus)
 
 
-class Dedicated:
+class DedicatedBackend:
     """One run; see `trainable.Way`."""
 
     def __init__(self, trial: TrialConfig, search: SearchConfig, root: Path, best_folder: Path, cpus: int) -> None:
@@ -97,13 +97,15 @@ class Dedicated:
     def finish(self) -> None:
         """End a run that was stopped: its best checkpoint's adapter goes where those of finished runs are."""
         if not self._best_folder.is_dir():
-            self._keep(fit(self._trial, resume=True, train=False, study=self._study))
+            self._keep(train_trial(self._trial, resume=True, train=False, study=self._study))
 
     def _start(self) -> Background:
         begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()
         self._stop, self._events = threading.Event(), queue.SimpleQueue()
         put, stop = self._events.put, self._stop
-        self._running = Background(lambda: fit(self._trial, resume=begun, on_event=put, stop=stop, study=self._study))
+        self._running = Background(
+            lambda: train_trial(self._trial, resume=begun, on_event=put, stop=stop, study=self._study)
+        )
         return self._running
 
     def _report(self, event: dict[str, Any]) -> Report:

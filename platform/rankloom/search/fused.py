@@ -25,7 +25,7 @@ class LostError(TrialError):
     """The trial has to begin again from its own checkpoint."""
 
 
-class Fused:
+class FusedBackend:
     """A membership; see `trainable.Way`."""
 
     def __init__(self, trial: TrialConfig, trial_id: str, hosts: Any, best_folder: Path, max_failures: int) -> None:

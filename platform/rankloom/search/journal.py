@@ -19,7 +19,7 @@ from ray import tune
 
 from rankloom.config.study import COSTS
 from rankloom.errors import TrialError
-from rankloom.search.leaderboard import CURVE, Board, Line
+from rankloom.search.leaderboard import CURVE, Leaderboard, Line
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
@@ -41,7 +41,7 @@ def full(folder: Path) -> TrialError | None:
 class Journal(tune.Callback):  # type: ignore[misc]
     """Writes the journal, keeps the board, tells the caller."""
 
-    def __init__(self, board: Board, path: Path, tell: Tell, hosts: Any, stop: threading.Event) -> None:
+    def __init__(self, board: Leaderboard, path: Path, tell: Tell, hosts: Any, stop: threading.Event) -> None:
         self.board = board
         self.fatal: str | None = None
         """An error of the study's, not of a trial's: the data or the base can't be loaded."""

@@ -23,7 +23,7 @@ NUM_SHOWN = 8
 
 
 @dataclass
-class Standing:
+class TrialState:
     """One trial of the study."""
 
     id: str
@@ -62,17 +62,17 @@ def rank(line: Line, metric: str) -> tuple[float, float]:
     return (-line["accuracy"] if metric == "accuracy" else line["loss"], line["loss"])
 
 
-class Board:
+class Leaderboard:
     """The study's trials."""
 
     def __init__(self, study: StudyConfig) -> None:
         self.study = study
-        self.trials: dict[str, Standing] = {}
+        self.trials: dict[str, TrialState] = {}
         self.num_refused = 0
         """Points that the searcher proposed and no trial can have."""
 
     @classmethod
-    def read(cls, study: StudyConfig, journal: Path) -> Board:
+    def read(cls, study: StudyConfig, journal: Path) -> Leaderboard:
         """From a journal; a half line, which a killed driver leaves, is nothing."""
         board = cls(study)
         for text in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
@@ -95,28 +95,28 @@ class Board:
             number = known.number if known else number
             config = self.study.resolve(point, number)
             curve, costs = (known.curve, known.costs) if known else ({}, {})
-            self.trials[trial_id] = Standing(trial_id, number, point, config, curve=curve, costs=costs)
+            self.trials[trial_id] = TrialState(trial_id, number, point, config, curve=curve, costs=costs)
         elif line["event"] == "report":
             self.trials[trial_id].curve[line["n"]] = {name: line[name] for name in CURVE}
             self.trials[trial_id].costs |= {name: line[name] for name in COSTS if line.get(name) is not None}
         elif line["event"] == "end":
             self.trials[trial_id].status, self.trials[trial_id].error = line["status"], line["error"]
 
-    def ranking(self) -> list[Standing]:
+    def ranking(self) -> list[TrialState]:
         """The trials with a report, the best by validation first; a failed one's best report counts as any other."""
         metric = self.study.search.metric
         scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(metric)) is not None]
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], metric), pair[0].number))]
 
-    def candidates(self) -> list[Standing]:
+    def candidates(self) -> list[TrialState]:
         """Those of the ranking that have an adapter, or can be given one: no dedicated run that failed."""
         return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status in ("done", "stopped")]
 
     @property
-    def baseline(self) -> Standing | None:
+    def baseline(self) -> TrialState | None:
         return next((trial for trial in self.trials.values() if trial.point.get("warm_start") == 0), None)
 
-    def front(self) -> list[Standing]:
+    def front(self) -> list[TrialState]:
         """The Pareto front, best by the metric first; empty where the study has no `search.objectives`.
 
         Of the candidates whose costs are known, those than which no other is as good in all and better in something.
@@ -141,7 +141,7 @@ class Board:
 
         return [trial for trial, mine in zip(measured, values, strict=True) if not beaten(mine)]
 
-    def finalists(self) -> list[Standing]:
+    def finalists(self) -> list[TrialState]:
         """The top k, each method's best, the front and the baseline: what is scored on the test rows."""
         ranking, found = self.candidates(), {}
         for trial in [*ranking[: self.study.final.top_k], *self.front()]:
@@ -215,7 +215,7 @@ class Board:
         return min(1.0, done / self.study.num_trials)
 
 
-def settings(trial: Standing) -> str:
+def settings(trial: TrialState) -> str:
     """What a trial was given by the space, short: `rank 8, learning_rate 0.0012`."""
     if "warm_start" in trial.point:
         return "baseline" if trial.point["warm_start"] == 0 else "warm start"
@@ -225,7 +225,7 @@ def settings(trial: Standing) -> str:
     )
 
 
-def rows(board: Board) -> list[dict[str, Any]]:
+def rows(board: Leaderboard) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
     found, metric, front = [], board.study.search.metric, {trial.id for trial in board.front()}
     for trial in sorted(board.trials.values(), key=lambda t: t.number):
@@ -254,7 +254,7 @@ def rows(board: Board) -> list[dict[str, Any]]:
     return found
 
 
-def write_results(board: Board, path: Path) -> None:
+def write_results(board: Leaderboard, path: Path) -> None:
     """results.parquet: every trial's config and learning curve."""
     import pyarrow as pa
     from pyarrow import parquet

@@ -22,7 +22,7 @@ from rankloom.config.space import ALPHA_OVER_RANK, Choice, Knob, Point, RandInt,
 from rankloom.config.study import StudyConfig
 from rankloom.errors import ConfigError, IncompatibleError
 from rankloom.search.flat_space import BRANCH
-from rankloom.search.samplers import Known
+from rankloom.search.samplers import PriorTrial
 
 ALPHA, RATE = 32.0, 5e-4
 """LoRA Without Regret (Thinking Machines, 2025): on all linear layers, with alpha 32 and 1/r scaling, the best rate is
@@ -37,24 +37,24 @@ NOTHING = object()
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class Priors:
     """All that the searcher begins with."""
 
     guess: Point | None
-    priors: list[Known]
+    priors: list[PriorTrial]
     skipped: dict[str, int]
     """Why earlier trials were left out -> how many."""
 
     @property
-    def points(self) -> list[Known]:
-        return [*self.priors, *([Known(self.guess, None)] if self.guess else [])]
+    def points(self) -> list[PriorTrial]:
+        return [*self.priors, *([PriorTrial(self.guess, None)] if self.guess else [])]
 
     @property
     def counts(self) -> dict[str, Any]:
         return {"told": len(self.priors), "skipped": self.skipped}
 
     @classmethod
-    def gather(cls, study: StudyConfig) -> Knowledge:
+    def gather(cls, study: StudyConfig) -> Priors:
         """
         Raises:
             ConfigError: one of `search.priors` is no study.
@@ -62,10 +62,10 @@ class Knowledge:
         return cls(first_guess(study), *read_priors(study))
 
     @classmethod
-    def read(cls, file: Path) -> Knowledge:
+    def read(cls, file: Path) -> Priors:
         """What a study began with; earlier studies may be gone since."""
         tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asdict(cls(None, [], {}))
-        return cls(tree["guess"], [Known(**each) for each in tree["priors"]], tree["skipped"])
+        return cls(tree["guess"], [PriorTrial(**each) for each in tree["priors"]], tree["skipped"])
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ def _by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
     return [min(max(type(low)(near), low), high) if number else low]
 
 
-def read_priors(study: StudyConfig) -> tuple[list[Known], dict[str, int]]:
+def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
     """The earlier studies' trials that lie in this space, and for each reason how many were left out.
 
     Raises:
@@ -136,7 +136,7 @@ def read_priors(study: StudyConfig) -> tuple[list[Known], dict[str, int]]:
             elif (point := locate(study, json.loads(row["config"]))) is None:
                 skipped["not a trial of this space"] += 1
             else:
-                found.append(Known(point, values))
+                found.append(PriorTrial(point, values))
     return found, dict(skipped)
 
 

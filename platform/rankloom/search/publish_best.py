@@ -1,6 +1,6 @@
 """The end of a study, the driver's half: who is scored and published, and what the study says of them.
 
-`final.py` is the other half, in a host's process.
+`score_finalists.py` is the other half, in a host's process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rankloom.launch.channel import Channel
 from rankloom.launch.trainer import Background, failure_of, watch
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.journal import Journal, Tell
-from rankloom.search.leaderboard import Board, Standing
+from rankloom.search.leaderboard import Leaderboard, TrialState
 
 
 def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list
     return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
 
 
-def names_of(trial: Standing, board: Board) -> list[str]:
+def names_of(trial: TrialState, board: Leaderboard) -> list[str]:
     """What a finalist is published as: the winner under the study's name, the best of each method, and the front."""
     ranking = board.candidates()
     names = [board.study.name] if trial is ranking[0] else []
@@ -109,7 +109,7 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) 
     return bool(ours["loss"] < theirs["loss"])
 
 
-def _row(board: Board, trial: Standing, result: dict[str, Any]) -> dict[str, Any]:
+def _row(board: Leaderboard, trial: TrialState, result: dict[str, Any]) -> dict[str, Any]:
     best = trial.best(board.study.search.metric) or {}
     return {
         "trial": trial.id,

@@ -1,4 +1,4 @@
-"""Proposers: the search algorithms. `searchers.py` asks them for points and tells them how the trials at these ended.
+"""Samplers: the search algorithms. `tune_searcher.py` asks for points and tells how the trials at these ended.
 
 A further searcher of Ray Tune's is a row of `TUNE_SEARCHERS`; one of our own is a class here and a row of `PROPOSERS`.
 """
@@ -25,7 +25,7 @@ Values = list[float]
 
 
 @dataclass(frozen=True)
-class Known:
+class PriorTrial:
     """A point that is known before the search begins."""
 
     point: Point
@@ -33,7 +33,7 @@ class Known:
     """An earlier trial's result there; None: it is a good guess, to be tried first."""
 
 
-class Proposer(Protocol):
+class Sampler(Protocol):
     """A search algorithm. It is pickled with the study's state."""
 
     def propose(self, number: int) -> Point | Literal["FINISHED"] | None:
@@ -43,10 +43,10 @@ class Proposer(Protocol):
         """How trial `number` ended; a failure is as bad as the worst so far, None where there is none."""
 
 
-class RandomProposer:
+class RandomSampler:
     """Every branch as likely as another, every knob by its own distribution."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[Known]) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
         self._study = study
         self._rng = random.Random(study.search.seed)
         self._first = [each.point for each in known]
@@ -58,10 +58,10 @@ class RandomProposer:
         """Random search learns nothing."""
 
 
-class GridProposer:
+class GridSampler:
     """Every combination, branch by branch; a guess is among them."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[Known]) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
         self._study = study
         self._next = 0
 
@@ -78,13 +78,13 @@ class GridProposer:
         """A grid learns nothing."""
 
 
-class OptunaProposer:
+class OptunaSampler:
     """Optuna's TPE, of one objective or several; a branch's knobs are asked for where that branch was chosen.
 
     Optuna is asked by itself: Ray Tune's OptunaSearch takes no earlier results where a space has conditions.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[Known]) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
         _check_installed("optuna", "optuna", "rankloom[search]")
         import optuna
 
@@ -118,7 +118,7 @@ class OptunaProposer:
 
 
 @dataclass(frozen=True)
-class TuneSearcher:
+class TuneSearcherSpec:
     """What Ray Tune's searchers do not say alike."""
 
     module: str
@@ -136,17 +136,19 @@ def _nevergrad(study: StudyConfig) -> dict[str, Any]:
 
 
 TUNE_SEARCHERS = {
-    "hyperopt": TuneSearcher("hyperopt", "hyperopt", lambda study: {"random_state_seed": study.search.seed}),
-    "nevergrad": TuneSearcher("nevergrad", "nevergrad", _nevergrad),
-    "bayesopt": TuneSearcher("bayes_opt", "bayesian-optimization<2", lambda study: {"random_state": study.search.seed}),
+    "hyperopt": TuneSearcherSpec("hyperopt", "hyperopt", lambda study: {"random_state_seed": study.search.seed}),
+    "nevergrad": TuneSearcherSpec("nevergrad", "nevergrad", _nevergrad),
+    "bayesopt": TuneSearcherSpec(
+        "bayes_opt", "bayesian-optimization<2", lambda study: {"random_state": study.search.seed}
+    ),
 }
 """Ray Tune's own searchers by their names in its table."""
 
 
-class TuneProposer:
+class TuneSampler:
     """Any of Ray Tune's own searchers, by its name in Ray's table, over the flat space of all branches."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[Known]) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
         from ray.tune.search import create_searcher
 
         name = study.search.algorithm
@@ -206,9 +208,9 @@ def _check_installed(name: str, module: str, package: str) -> None:
         raise ConfigError(f"search.algorithm={name} needs a package more: pip install '{package}'; or use random")
 
 
-PROPOSERS: dict[str, Callable[[StudyConfig, Sequence[Known]], Proposer]] = {
-    "random": RandomProposer,
-    "grid": GridProposer,
-    "optuna": OptunaProposer,
-    **dict.fromkeys(TUNE_SEARCHERS, TuneProposer),
+PROPOSERS: dict[str, Callable[[StudyConfig, Sequence[PriorTrial]], Sampler]] = {
+    "random": RandomSampler,
+    "grid": GridSampler,
+    "optuna": OptunaSampler,
+    **dict.fromkeys(TUNE_SEARCHERS, TuneSampler),
 }

@@ -27,7 +27,7 @@ ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}
 """A process has one working directory, its trials many."""
 
 
-class Stage:
+class SharedTrialActor:
     """The actor. Where it dies all its trials do, and Tune starts each again from its checkpoint."""
 
     def __init__(self) -> None:
@@ -55,10 +55,10 @@ class Stage:
 
 
 @contextmanager
-def on_stage() -> Iterator[None]:
+def trials_in_one_actor() -> Iterator[None]:
     """While it lasts, Ray Tune's trials live on a stage."""
     stage = (
-        ray.remote(Stage)
+        ray.remote(SharedTrialActor)
         .options(num_cpus=0, max_restarts=-1, max_concurrency=10_000, runtime_env={"env_vars": ENVIRONMENT})
         .remote()
     )

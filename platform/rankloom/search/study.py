@@ -3,8 +3,9 @@
     decide    whether the study starts, goes on or is finished, before Ray does anything
     search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
               (`tuning.py`)
-    journal   the driver writes down each report, keeps the board and tells the caller (`journal.py`, `board.py`)
-    finish    the best by validation are scored on the test rows and published (`finish.py`); results.parquet
+    journal   the driver writes down each report, keeps the leaderboard and tells the caller (`journal.py`,
+              `leaderboard.py`)
+    publish   the best by validation are scored on the test rows and published (`publish_best.py`); results.parquet
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (what the searcher began with),
 journal.jsonl, tensorboard/, origins/ (fingerprints of its data and bases), adapters/<trial> (each trial's best),
@@ -32,8 +33,8 @@ from rankloom.launch.run_folder import ID, absolute, changes, hold
 from rankloom.registry import Registry
 from rankloom.search.curves import tracked
 from rankloom.search.journal import Event, Tell
-from rankloom.search.leaderboard import Board, write_results
-from rankloom.search.priors import Knowledge
+from rankloom.search.leaderboard import Leaderboard, write_results
+from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
 from rankloom.search.tuning import JOURNAL, running_hosts, search
 from rankloom.train.resume_check import study_warning
@@ -82,7 +83,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     if decision == "finished":
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
         return finished
-    knowledge = Knowledge.read(folder / KNOWN) if decision == "resume" else Knowledge.gather(study)
+    knowledge = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
     _check(study, knowledge)
     if decision == "start":  # what a study left that never trained
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,7 +94,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
         on_event({"event": "phase", "phase": "priors", "message": _told(knowledge)})
     if changed := study_warning(folder):
         on_event({"event": "warning", "message": changed})
-    board = Board.read(study, folder / JOURNAL)
+    board = Leaderboard.read(study, folder / JOURNAL)
     with tracked(study, _id(folder), board, folder) as track:
 
         def tell(event: Event) -> None:
@@ -108,7 +109,7 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
 
 
 def _search(
-    study: StudyConfig, knowledge: Knowledge, board: Board, folder: Path, tell: Tell, stop: threading.Event
+    study: StudyConfig, knowledge: Priors, board: Leaderboard, folder: Path, tell: Tell, stop: threading.Event
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with (
@@ -223,12 +224,12 @@ def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _told(knowledge: Knowledge) -> str:
+def _told(knowledge: Priors) -> str:
     skipped = "".join(f"; {count} left out: {reason}" for reason, count in knowledge.skipped.items())
     return f"the searcher knows {len(knowledge.priors)} earlier trials{skipped}"
 
 
-def _check(study: StudyConfig, knowledge: Knowledge) -> None:
+def _check(study: StudyConfig, knowledge: Priors) -> None:
     """What needs Ray Tune to be known, and is still known before anything starts."""
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.tune_searcher import StudySearcher

@@ -17,12 +17,12 @@ from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.membership import Report, failed
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
-from rankloom.search.fused import Fused, LostError
+from rankloom.search.fused import FusedBackend, LostError
 
 CHECKPOINT = "trial.json"
 
 
-class Way(Protocol):
+class TrialBackend(Protocol):
     """How a trial is run."""
 
     def advance(self, n: int) -> Report:
@@ -95,10 +95,10 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         trial = self._study.resolve(point, number)
         self._n = 0
         self._saved_at = time.monotonic()
-        self._way: Way
+        self._way: TrialBackend
         if is_fusable(trial):
             best_folder = self._folder / ADAPTERS / self.trial_id
-            self._way = Fused(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
+            self._way = FusedBackend(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
         else:
             self._way = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 

@@ -1,6 +1,6 @@
 """StudySearcher: what Ray Tune sees, whatever the search algorithm.
 
-It gives the warm starts first, then asks a *proposer* (`proposers.py`); each point is resolved to a trial, and one that
+It gives the warm starts first, then asks a *sampler* (`samplers.py`); each point is resolved to a trial, and one that
 can't be is refused, counted, and asked for again.
 """
 
@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from rankloom.config.space import Point
 from rankloom.config.study import StudyConfig
 from rankloom.errors import IncompatibleError
-from rankloom.search.samplers import PROPOSERS, Known, Values
+from rankloom.search.samplers import PROPOSERS, PriorTrial, Values
 
 MAX_REFUSALS_IN_A_ROW = 200
 """After so many the space is taken to hold nothing more."""
@@ -30,7 +30,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     resolved again where it runs.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[Known] = ()) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial] = ()) -> None:
         super().__init__(metric=study.search.metric, mode=study.search.best)
         self._study = study
         self._proposer = PROPOSERS[study.search.algorithm](study, known)
@@ -106,7 +106,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return Searcher.FINISHED
 
 
-def population(study: StudyConfig, known: Sequence[Known] = ()) -> dict[str, Any]:
+def population(study: StudyConfig, known: Sequence[PriorTrial] = ()) -> dict[str, Any]:
     """A parameter space that holds exactly the searcher's points: population based training takes no searcher."""
     from ray import tune
 

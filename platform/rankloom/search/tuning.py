@@ -25,8 +25,8 @@ from rankloom.launch import cluster
 from rankloom.launch.run_folder import ERROR
 from rankloom.launch.trainer import failure_of
 from rankloom.search.journal import Journal, Tell, full
-from rankloom.search.leaderboard import Board
-from rankloom.search.samplers import Known
+from rankloom.search.leaderboard import Leaderboard
+from rankloom.search.samplers import PriorTrial
 
 JOURNAL, TUNE = "journal.jsonl", "tune"
 TRIAL_CPUS = 0.001
@@ -51,8 +51,8 @@ def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
 
 def search(
     study: StudyConfig,
-    known: Sequence[Known],
-    board: Board,
+    known: Sequence[PriorTrial],
+    board: Leaderboard,
     folder: Path,
     hosts: Any,
     tell: Tell,
@@ -69,7 +69,7 @@ def search(
     import ray
 
     opening = hosts.prepare.remote()
-    from rankloom.search.shared_actor import on_stage  # with Ray Tune, while the hosts' processes start
+    from rankloom.search.shared_actor import trials_in_one_actor  # with Ray Tune, while the hosts' processes start
 
     if opened := ray.get(opening):
         tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
@@ -79,7 +79,7 @@ def search(
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         # a trial that can't be fused drives a Ray Train run, which wants a process of its own
-        with on_stage() if all(map(is_fusable, study.members())) else nullcontext():
+        with trials_in_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
             _tune(study, known, folder, hosts, journal)
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
@@ -100,7 +100,7 @@ def search(
     return journal
 
 
-def _tune(study: StudyConfig, known: Sequence[Known], folder: Path, hosts: Any, journal: Journal) -> None:
+def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal) -> None:
     from ray import tune
 
     from rankloom.search.schedulers import build_scheduler

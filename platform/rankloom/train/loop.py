@@ -41,7 +41,7 @@ UNSCORED = -1e9
 
 
 @dataclass
-class Progress:
+class LoopProgress:
     """How far a run has come; it travels in every checkpoint."""
 
     step: int = 0
@@ -89,7 +89,7 @@ class TrainingLoop:
         self.optimizer = self.method.build_optimizer(self.module, optim)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
-        self.progress = Progress()
+        self.progress = LoopProgress()
         self.saved_step: int | None = None
         self.origin = Origin.of(data, base)
         self._restore()
@@ -257,7 +257,7 @@ class TrainingLoop:
                 saved = checkpoint.load_optimizer(folder, self.method, self.optimizer)
                 self.cursor.load_state_dict(saved.pop("cursor"))
                 self.scaler.load_state_dict(saved.pop("scaler"))
-                self.progress = Progress(**saved)
+                self.progress = LoopProgress(**saved)
                 self.saved_step = self.progress.step
                 self.session.emit({"event": "resumed", "step": self.progress.step})
         if self.session.rank:  # dropout differs between workers; the checkpoint's random state is rank 0's

@@ -113,7 +113,7 @@ class HostSize:
         return shape.token_bytes(self.max_rank, dora=self.with_magnitudes) + shape.padding_bytes
 
 
-def fit(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, available: float) -> HostSize:
+def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, available: float) -> HostSize:
     """The host that is wanted, or what of it there is room for: fewer tokens at once, then fewer slots, then no slots
     for the highest ranks.
 
@@ -139,7 +139,7 @@ def fit(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, a
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNumbers:
     """How many numbers a method keeps, in fp32."""
 
     weights: float
@@ -170,36 +170,38 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _lora(method: LoraConfig | DoraConfig, shape: Shape) -> Trained:
+def _lora(method: LoraConfig | DoraConfig, shape: Shape) -> TrainedNumbers:
     numbers = shape.adapter_numbers(method.rank, dora=isinstance(method, DoraConfig))
-    return Trained(numbers, numbers, 2 * numbers)
+    return TrainedNumbers(numbers, numbers, 2 * numbers)
 
 
-def _adalora(method: AdaLoraConfig, shape: Shape) -> Trained:
+def _adalora(method: AdaLoraConfig, shape: Shape) -> TrainedNumbers:
     numbers = shape.adapter_numbers(method.initial_rank, dora=False)
-    return Trained(numbers, numbers, 5 * numbers)  # beside Adam's, PEFT keeps three averages of each one's importance
+    return TrainedNumbers(
+        numbers, numbers, 5 * numbers
+    )  # beside Adam's, PEFT keeps three averages of each one's importance
 
 
-def _full(method: FullConfig, shape: Shape) -> Trained:  # noqa: ARG001
-    return Trained(shape.num_weights, shape.num_weights, 2 * shape.num_weights, on_frozen=False)
+def _full(method: FullConfig, shape: Shape) -> TrainedNumbers:  # noqa: ARG001
+    return TrainedNumbers(shape.num_weights, shape.num_weights, 2 * shape.num_weights, on_frozen=False)
 
 
-def _galore(method: GaLoreConfig, shape: Shape) -> Trained:
+def _galore(method: GaLoreConfig, shape: Shape) -> TrainedNumbers:
     projected = sum(2 * min(method.rank, *each) * max(each) for each in shape.linears)
     projections = sum(min(method.rank, *each) * min(each) for each in shape.linears)
     moments = (projected + 2 * shape.num_other) / (4 if method.optimizer == "adamw8bit" else 1)
     gradients = max(shape.num_other, *(wide * high for wide, high in shape.linears))
     whole = shape.num_weights
-    return Trained(whole, gradients if method.layerwise else whole, moments + projections, on_frozen=False)
+    return TrainedNumbers(whole, gradients if method.layerwise else whole, moments + projections, on_frozen=False)
 
 
-def _lisa(method: LisaConfig, shape: Shape) -> Trained:
+def _lisa(method: LisaConfig, shape: Shape) -> TrainedNumbers:
     linear = shape.num_weights - shape.num_other
     active = shape.num_other + linear * min(1.0, method.num_layers / shape.num_layers)
-    return Trained(shape.num_weights, active, 2 * active, on_frozen=False)
+    return TrainedNumbers(shape.num_weights, active, 2 * active, on_frozen=False)
 
 
-TRAINED: dict[type, Callable[[Any, Shape], Trained]] = {
+TRAINED: dict[type, Callable[[Any, Shape], TrainedNumbers]] = {
     LoraConfig: _lora,
     DoraConfig: _lora,
     AdaLoraConfig: _adalora,

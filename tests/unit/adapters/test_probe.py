@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rankloom.adapters.export import merge
+from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import extract_adapter
 from rankloom.adapters.probe import check_probe, load_recorded_base, record_probe, verify_probe, write_probe
 from rankloom.adapters.weights import load_adapter
@@ -173,7 +173,7 @@ def test_merged_is_base_plus_adapter(
     base = tiny_model(architecture)
     record = published(base, tmp_path / "a", **settings)
 
-    merge(tmp_path / "a", record, tmp_path / "merged")
+    merge_adapter(tmp_path / "a", record, tmp_path / "merged")
 
     expected = logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "a"))
     assert (logits(plain(base)) - expected).abs().max() > 0.01
@@ -193,7 +193,7 @@ def test_an_extracted_tied_pair_is_merged_once(
         parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     extract_adapter(trained, base, 64, tmp_path / "a", str(base))
 
-    merge(tmp_path / "a", record_of(base), tmp_path / "merged")
+    merge_adapter(tmp_path / "a", record_of(base), tmp_path / "merged")
 
     merged = plain(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(trained), atol=3e-4, rtol=1e-4)
@@ -203,7 +203,7 @@ def test_an_extracted_tied_pair_is_merged_once(
 def test_nf4_is_merged_onto_what_it_was_tuned_on(tiny_llama: Path, tmp_path: Path) -> None:
     record = published(tiny_llama, tmp_path / "a", "nf4")
 
-    merge(tmp_path / "a", record, tmp_path / "merged")
+    merge_adapter(tmp_path / "a", record, tmp_path / "merged")
 
     expected = logits(load_adapter(load_recorded_base(record, torch.float32).model, tmp_path / "a"))
     merged = logits(plain(tmp_path / "merged"))
@@ -216,7 +216,7 @@ def test_merging_keeps_the_type_the_base_is_stored_in(tiny_llama: Path, tmp_path
     plain(tiny_llama).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     record = published(tmp_path / "base", tmp_path / "a")
-    merge(tmp_path / "a", record, tmp_path / "merged")
+    merge_adapter(tmp_path / "a", record, tmp_path / "merged")
     types = {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()}
     assert types == {torch.bfloat16}
 
@@ -225,8 +225,8 @@ def test_merging_overwrites_nothing_and_leaves_nothing_half_written(tiny_llama: 
     record = published(tiny_llama, tmp_path / "a")
     (tmp_path / "there").mkdir()
     with pytest.raises(RegistryError, match="exists already"):
-        merge(tmp_path / "a", record, tmp_path / "there")
+        merge_adapter(tmp_path / "a", record, tmp_path / "there")
     (tmp_path / "file").write_text("")
     with pytest.raises(RegistryError, match="can't be written"):
-        merge(tmp_path / "a", record, tmp_path / "file" / "merged")
+        merge_adapter(tmp_path / "a", record, tmp_path / "file" / "merged")
     assert {file.name for file in tmp_path.iterdir()} == {"a", "there", "file"}

@@ -13,7 +13,7 @@ import pytest
 
 from rankloom.cli import main
 from rankloom.cli.configs import find_config
-from rankloom.cli.progress import Plain, duration, lines, step_line
+from rankloom.cli.progress import PlainProgress, duration, lines, step_line
 from rankloom.cli.tables import next_lines
 from rankloom.errors import ConfigError
 from rankloom.paths import shipped
@@ -178,7 +178,7 @@ def step(number: int) -> dict[str, Any]:
 
 def test_plain_progress_throttles_steps_but_never_the_last() -> None:
     written: list[str] = []
-    plain = Plain(written.append)
+    plain = PlainProgress(written.append)
     for number in range(1, 101):
         plain.show(step(number))
     assert written == [step_line(step(1)), step_line(step(100))]

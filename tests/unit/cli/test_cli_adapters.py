@@ -21,9 +21,9 @@ from rankloom.cli.adapters import app
 from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
 from rankloom.paths import registry_root
 from rankloom.registry import Draft, Registry
-from rankloom.registry.scorecard import Measures, Scorecard, Share
+from rankloom.registry.scorecard import Measures, Proportion, Scorecard
 
-MEASURES = Measures(num_rows=40, loss=0.25, perplexity=1.28, accuracy=Share(value=0.9, low=0.8, high=0.95))
+MEASURES = Measures(num_rows=40, loss=0.25, perplexity=1.28, accuracy=Proportion(value=0.9, low=0.8, high=0.95))
 SCORECARD = Scorecard(
     result=MEASURES, base=MEASURES.model_copy(update={"loss": 2.5}), trainable_parameters=1000, adapter_bytes=4096,
     peak_memory_bytes=2**30, steps=10, train_tokens=5000, train_s=12.5, tokens_per_s=400.0, device="cpu",
@@ -154,7 +154,7 @@ def test_promote_rollback_and_rm(registry: Registry) -> None:
 def test_promote_the_best(registry: Registry, folder: Path) -> None:
     draft = registry.get("bank@1").draft()
     for accuracy, loss in ((0.95, 0.5), (0.95, 0.4), (0.8, 0.1)):
-        share = Share(value=accuracy, low=0, high=1)
+        share = Proportion(value=accuracy, low=0, high=1)
         result = MEASURES.model_copy(update={"accuracy": share, "loss": loss})
         card = SCORECARD.model_copy(update={"result": result})
         registry.publish("bank", folder, draft.model_copy(update={"scorecard": card}))

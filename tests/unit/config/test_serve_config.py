@@ -41,9 +41,14 @@ from rankloom.errors import ConfigError
         ({"routes": {"R!": {"to": "a"}}}, "routes"),
         ({"adaptors": ["a"]}, "did you mean 'adapters'"),
         ({"engine": "sglang"}, "engine.type: unknown type 'sglang'; allowed: 'bank', 'vllm'"),
-        ({"engine": {"type": "vllm", "cache_tokens": 512}}, "engine.cache_tokens: unknown key"),
-        ({"engine": {"type": "vllm", "max_rank": 12}}, "engine.max_rank"),
-        ({"engine": {"type": "vllm", "resident": 4}}, "adapters_at_once (16) is above resident (4)"),
+        ({"engine": {"type": "vllm", "kv_cache_tokens": 512}}, "engine.kv_cache_tokens: unknown key"),
+        ({"engine": {"rows": 4}}, "engine.rows: unknown key; it is called 'max_num_seqs' now"),
+        (
+            {"engine": {"type": "vllm", "start_s": 4}},
+            "engine.start_s: unknown key; it is called 'startup_timeout_s' now",
+        ),
+        ({"engine": {"type": "vllm", "max_lora_rank": 12}}, "engine.max_lora_rank"),
+        ({"engine": {"type": "vllm", "max_cpu_loras": 4}}, "max_loras (16) is above max_cpu_loras (4)"),
         ({"engine": {"type": "vllm", "args": ["--max_loras=3"]}}, "args: --max-loras is rankloom's to set"),
         ({"engine": "vllm", "quantization": "nf4"}, "use engine.type=bank"),
     ],
@@ -98,10 +103,10 @@ def test_what_replicas_have_and_what_stands_idle_is_told(
 
 def test_rows_go_by_the_device_unless_told() -> None:
     for engine, on_cpu, on_gpu in (
-        (EngineConfig(), 16, 64), (EngineConfig(rows=5), 5, 5), (EngineConfig(step_tokens=8), 8, 8),
-        (VllmConfig(), 16, 256), (VllmConfig(rows=5), 5, 5),
+        (EngineConfig(), 16, 64), (EngineConfig(max_num_seqs=5), 5, 5), (EngineConfig(max_num_batched_tokens=8), 8, 8),
+        (VllmConfig(), 16, 256), (VllmConfig(max_num_seqs=5), 5, 5),
     ):  # fmt: skip
-        assert (engine.num_rows(on_gpu=False), engine.num_rows(on_gpu=True)) == (on_cpu, on_gpu)
+        assert (engine.num_seqs(on_gpu=False), engine.num_seqs(on_gpu=True)) == (on_cpu, on_gpu)
 
 
 def test_short_forms_on_a_command_line(tmp_path: Path) -> None:
@@ -113,8 +118,8 @@ def test_short_forms_on_a_command_line(tmp_path: Path) -> None:
     assert (config.base.id, config.base.revision) == ("org/base", "main")
     assert config.quantization is not None
     assert load(ServeConfig, file).adapters == "all"
-    assert load(ServeConfig, file, ["engine.rows=4"]).engine == EngineConfig(rows=4)
-    assert load(ServeConfig, file, ["engine=vllm", "engine.rows=4"]).engine == VllmConfig(rows=4)
+    assert load(ServeConfig, file, ["engine.max_num_seqs=4"]).engine == EngineConfig(max_num_seqs=4)
+    assert load(ServeConfig, file, ["engine=vllm", "engine.max_num_seqs=4"]).engine == VllmConfig(max_num_seqs=4)
     for host in ("127.0.0.1", "localhost", "::1"):
         assert load(ServeConfig, file, [f'host="{host}"']).host == host
 

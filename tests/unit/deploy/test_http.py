@@ -11,7 +11,7 @@ import pytest
 
 from endpoint import Endpoint, endpoint
 from rankloom.gateway.keys import KeyFile
-from rankloom.gateway.policy import Catalogue, Shelf
+from rankloom.gateway.policy import AdapterVersions, Catalogue
 
 COMPLETE = {"model": "bank", "prompt": "hi"}
 
@@ -112,7 +112,7 @@ def test_a_large_answer_comes_whole(shared: Endpoint, path: str) -> None:
 def test_thousands_of_models_are_listed(tmp_path: Path) -> None:
     with endpoint(tmp_path, refresh_s=600) as made:
         names = tuple(f"adapter-{number}" for number in range(10_000))
-        made.gateway.catalogue = Catalogue("org/base", {name: Shelf((1,)) for name in names}, offered=names)
+        made.gateway.catalogue = Catalogue("org/base", {name: AdapterVersions((1,)) for name in names}, offered=names)
         listed = [model["id"] for model in made.http.get("/v1/models").json()["data"]]
         assert listed == ["org/base", *names]
         assert [model["id"] for model in made.http.get("/console/state").json()["models"]] == listed

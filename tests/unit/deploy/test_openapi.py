@@ -18,7 +18,7 @@ from rankloom.config.engine import EngineConfig
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
 from rankloom.engine.engine import ServingEngine
-from rankloom.engine.jobs import Progress, Work, run
+from rankloom.engine.jobs import CompletionJob, JobProgress, run
 from rankloom.gateway.gateway import Gateway, Served
 from rankloom.models import Base
 from rankloom.registry import Registry
@@ -30,9 +30,9 @@ class OneEngine:
 
     def __init__(self, base: Base, registry: Registry) -> None:
         self.base = base
-        self.engine = ServingEngine(base, registry, EngineConfig(rows=8, resident=2))
+        self.engine = ServingEngine(base, registry, EngineConfig(max_num_seqs=8, max_cpu_loras=2))
 
-    def run(self, work: Work) -> AsyncIterator[Progress]:
+    def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
         return run(self.engine, work)
 
     async def describe(self) -> Served:

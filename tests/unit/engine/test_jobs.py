@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import pytest
 
 from echo_engine import EchoEngine
-from rankloom.engine.jobs import ContextError, Conversation, Progress, Prompt, Work, run
+from rankloom.engine.jobs import ChatPrompt, CompletionJob, ContextError, JobProgress, Prompt, run
 from rankloom.engine.protocol import Delta, Engine, Request, Sampling
 from rankloom.errors import RegistryError, RequestError
 
@@ -16,7 +16,7 @@ from rankloom.errors import RegistryError, RequestError
 async def done(engine: EchoEngine, *prompts: Prompt, **work: object) -> dict[int, str]:
     """The completions' texts."""
     texts: dict[int, str] = {}
-    asked = Work("w", "a@1", prompts, Sampling(max_tokens=400), **work)  # type: ignore[arg-type]
+    asked = CompletionJob("w", "a@1", prompts, Sampling(max_tokens=400), **work)  # type: ignore[arg-type]
     async for progress in run(engine, asked):
         for index, delta in progress.deltas:
             texts[index] = texts.get(index, "") + delta.text
@@ -26,7 +26,7 @@ async def done(engine: EchoEngine, *prompts: Prompt, **work: object) -> dict[int
 def test_prompts_times_n_in_order() -> None:
     engine = EchoEngine()
     assert isinstance(engine, Engine)
-    texts = asyncio.run(done(engine, "one", (66, 67), Conversation((("user", "hi"),)), n=2))
+    texts = asyncio.run(done(engine, "one", (66, 67), ChatPrompt((("user", "hi"),)), n=2))
     expected = ["a@1|one|", "a@1|one|", "a@1|BC|", "a@1|BC|", "a@1|user=hi;|", "a@1|user=hi;|"]
     assert [texts[index] for index in range(6)] == expected
 
@@ -72,7 +72,7 @@ def test_each_completion_of_a_prompt_is_another_draw(
 ) -> None:
     async def ask() -> list[int | None]:
         engine = Asked()
-        async for _ in run(engine, Work("w", None, prompts, Sampling(seed=seed), n=3, tenant="t")):
+        async for _ in run(engine, CompletionJob("w", None, prompts, Sampling(seed=seed), n=3, tenant="t")):
             pass
         assert {request.tenant for request in engine.requests} == {"t"}
         return [request.sampling.seed for request in sorted(engine.requests, key=lambda r: int(r.id.split("-")[1]))]
@@ -90,8 +90,8 @@ def test_one_failure_ends_them_all() -> None:
 def test_closing_ends_the_engines_requests() -> None:
     async def begin_and_leave() -> EchoEngine:
         engine = EchoEngine()
-        stream = run(engine, Work("w", None, ("forever",), Sampling(max_tokens=10_000), n=2, max_tokens=200))
-        assert isinstance(await anext(stream), Progress)
+        stream = run(engine, CompletionJob("w", None, ("forever",), Sampling(max_tokens=10_000), n=2, max_tokens=200))
+        assert isinstance(await anext(stream), JobProgress)
         assert engine.under_way == {"w-0", "w-1"}
         await stream.aclose()  # type: ignore[attr-defined]
         return engine
@@ -104,7 +104,7 @@ def test_closing_ends_the_engines_requests() -> None:
 def test_what_has_come_by_then_comes_together() -> None:
     async def read_slowly() -> list[int]:
         counts = []
-        async for progress in run(EchoEngine(), Work("w", None, ("x" * 50,), Sampling(max_tokens=60))):
+        async for progress in run(EchoEngine(), CompletionJob("w", None, ("x" * 50,), Sampling(max_tokens=60))):
             counts.append(len(progress.deltas))
             await asyncio.sleep(0.05)
         return counts
@@ -119,5 +119,5 @@ def test_a_template_is_given_the_names_of_who_speaks() -> None:
         def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
             return self.tokens(";".join(message.get("name", "-") for message in messages))
 
-    talk = Conversation((("user", "hi", "ann"), ("assistant", "yes"), ("user", "go on", "bob")))
+    talk = ChatPrompt((("user", "hi", "ann"), ("assistant", "yes"), ("user", "go on", "bob")))
     assert asyncio.run(done(Naming(), talk)) == {0: "a@1|ann;-;bob|"}

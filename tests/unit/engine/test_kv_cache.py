@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rankloom.engine.kv_cache import NARROWEST, ON_CPU, HeadShape, RowCache, room_for, shelf_width
+from rankloom.engine.kv_cache import NARROWEST, ON_CPU, HeadShape, KvCache, room_for, shelf_width
 from rankloom.engine.prefix import PrefixTree
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -18,7 +18,7 @@ def values(length: int, seed: int) -> torch.Tensor:
 
 
 def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
-    cache, chance = RowCache(SHAPE, 40 * NARROWEST), random.Random(0)
+    cache, chance = KvCache(SHAPE, 40 * NARROWEST), random.Random(0)
     rows: dict[str, torch.Tensor] = {}
     for number in range(200):
         action = chance.choice(["new", "grow", "remove"])
@@ -47,7 +47,7 @@ def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
 
 
 def test_allocation_stays_within_the_capacity() -> None:
-    cache = RowCache(SHAPE, 8 * NARROWEST)
+    cache = KvCache(SHAPE, 8 * NARROWEST)
     for i in range(8):
         cache.reserve(f"short{i}", 10)
     for i in range(8):

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from rankloom.engine.protocol import Sampling
-from rankloom.engine.sampling import COLDEST, LARGEST, Turn, choose
+from rankloom.engine.sampling import COLDEST, LARGEST, SamplingInput, sample_tokens
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0])
 
 
-def turn(chance: float = 0.5, prompt: tuple[int, ...] = (), generated: tuple[int, ...] = (), **settings: Any) -> Turn:
+def turn(
+    chance: float = 0.5, prompt: tuple[int, ...] = (), generated: tuple[int, ...] = (), **settings: Any
+) -> SamplingInput:
     allowed = settings.pop("allowed", None)
-    return Turn(Sampling(**settings), prompt, generated, chance, allowed)
+    return SamplingInput(Sampling(**settings), prompt, generated, chance, allowed)
 
 
-def tokens(logits: torch.Tensor, *turns: Turn) -> list[int]:
-    return [chosen.token for chosen in choose(logits.expand(len(turns), -1), turns)]
+def tokens(logits: torch.Tensor, *turns: SamplingInput) -> list[int]:
+    return [chosen.token for chosen in sample_tokens(logits.expand(len(turns), -1), turns)]
 
 
 def frequencies(logits: torch.Tensor, num: int = 4000, **settings: Any) -> torch.Tensor:
@@ -38,7 +40,7 @@ def test_greedy_takes_the_likeliest() -> None:
 def test_the_coldest_and_the_most_punished_rows_break_no_other(temperature: float, scale: float) -> None:
     extreme = turn(0.99, temperature=temperature, repetition_penalty=0.01, prompt=(1,), top_p=5e-324)
     logits = torch.stack([scale * LOGITS, LOGITS])
-    extreme_token, other = (chosen.token for chosen in choose(logits, [extreme, turn(0.5)]))
+    extreme_token, other = (chosen.token for chosen in sample_tokens(logits, [extreme, turn(0.5)]))
     assert extreme_token == 1  # its logit is multiplied
     assert other == tokens(LOGITS, turn(0.5))[0]
 
@@ -94,13 +96,13 @@ def test_penalties() -> None:
 
 def test_only_what_is_allowed_is_chosen() -> None:
     assert tokens(LOGITS, turn(temperature=0, allowed=[3, 4])) == [3]
-    found = choose(LOGITS[None].clone(), [turn(0.99999, allowed=[3, 4])])
+    found = sample_tokens(LOGITS[None].clone(), [turn(0.99999, allowed=[3, 4])])
     assert found[0].token in (3, 4)
 
 
 def test_logprobs_are_the_models_own() -> None:
     settings = dict(logprobs=2, temperature=0.3, presence_penalty=1.0, generated=(0,), allowed=[4])
-    (chosen,) = choose(LOGITS[None], [turn(**settings)])
+    (chosen,) = sample_tokens(LOGITS[None], [turn(**settings)])
     expected = LOGITS.log_softmax(-1)
     assert chosen.token == 4
     assert chosen.logprob == pytest.approx(float(expected[4]))
@@ -110,7 +112,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_logits_are_left_as_they_are() -> None:
     logits = LOGITS[None].clone()
-    choose(logits, [turn(presence_penalty=1.0, generated=(0,), allowed=[1])])
+    sample_tokens(logits, [turn(presence_penalty=1.0, generated=(0,), allowed=[1])])
     assert torch.equal(logits[0], LOGITS)
 
 

@@ -28,8 +28,8 @@ from transformers import (
 from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.model import Int8, Nf4, Quantization
-from rankloom.engine.jobs import Prompt, Work, run
-from rankloom.engine.model_runner import Runner
+from rankloom.engine.jobs import CompletionJob, Prompt, run
+from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.protocol import Engine, Request, Sampling
 from rankloom.errors import (
     AdapterNotFoundError,
@@ -117,7 +117,7 @@ def test_several_completions_with_a_seed_differ_and_come_again(tiny_llama: Path,
 
     async def texts(*prompts: Prompt, n: int) -> list[str]:
         found = [""] * (len(prompts) * n)
-        async for progress in run(engine, Work("w", "lora@1", prompts, sampling, n, 12)):
+        async for progress in run(engine, CompletionJob("w", "lora@1", prompts, sampling, n, 12)):
             for index, delta in progress.deltas:
                 found[index] += delta.text
         return found
@@ -166,7 +166,7 @@ def test_a_prompt_that_comes_several_times_at_once_is_computed_once(tiny_llama: 
 def test_rows_that_outgrow_the_cache_wait_and_come_out_the_same(
     tiny_llama: Path, registry: Path, prefix_tokens: int
 ) -> None:
-    engine = engine_on(tiny_llama, registry, cache_tokens=1024, prefix_tokens=prefix_tokens)
+    engine = engine_on(tiny_llama, registry, kv_cache_tokens=1024, prefix_cache_tokens=prefix_tokens)
     prompts = [[20 + i] * 4 + [7 + j % 200 for j in range(230)] for i in range(4)]
 
     async def work() -> list[Any]:
@@ -294,7 +294,7 @@ def test_what_can_not_be_served_is_refused(tiny_llama: Path, registry: Path, req
 
 
 def test_more_adapters_than_places(tiny_llama: Path, registry: Path) -> None:
-    engine = engine_on(tiny_llama, registry, resident=1)
+    engine = engine_on(tiny_llama, registry, max_cpu_loras=1)
     names = ["lora", "dora", "third"]
 
     async def work() -> None:
@@ -309,7 +309,7 @@ def test_more_adapters_than_places(tiny_llama: Path, registry: Path) -> None:
 
 
 def test_a_pinned_adapter_stays(tiny_llama: Path, registry: Path) -> None:
-    engine = engine_on(tiny_llama, registry, resident=2)
+    engine = engine_on(tiny_llama, registry, max_cpu_loras=2)
 
     async def work() -> None:
         await engine.pin("lora@1")
@@ -401,7 +401,7 @@ def test_hostile_names_are_refused(tiny_llama: Path, registry: Path, ref: str) -
 
 
 def test_a_full_queue_refuses_and_goes_on(tiny_llama: Path, registry: Path) -> None:
-    engine = engine_on(tiny_llama, registry, rows=1, waiting=1)
+    engine = engine_on(tiny_llama, registry, max_num_seqs=1, max_queue=1)
 
     async def work() -> list[Any]:
         jobs = [completed(engine, [5, 6], id=str(i)) for i in range(4)]
@@ -480,7 +480,7 @@ SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ids=lambda config: config.model_type,
 )
 def test_other_families(config: PreTrainedConfig) -> None:
-    Runner(AutoModelForCausalLM.from_config(config).eval()).close()  # compares with the model's own logits
+    ModelRunner(AutoModelForCausalLM.from_config(config).eval()).close()  # compares with the model's own logits
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_a_family_that_the_engine_does_not_fit_is_refused(config: PreTrainedConf
     for parameter in model.parameters():
         parameter.data *= 4  # so that a difference shows
     with pytest.raises(ModelError, match="can't be served"):
-        Runner(model)
+        ModelRunner(model)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
@@ -515,7 +515,7 @@ def test_a_thousand_registered_adapters_take_the_memory_of_a_few(tiny_llama: Pat
     loaded = load(tiny_llama)
     record_probe(load_adapter(load(tiny_llama).model, tmp_path / "a"), [7, 50, 101, 9], tmp_path / "a")
     refs = [publish(tmp_path / "registry", loaded, f"a{i}", tmp_path / "a", probe=False) for i in range(1000)]
-    engine = engine_on(loaded, tmp_path / "registry", resident=8)
+    engine = engine_on(loaded, tmp_path / "registry", max_cpu_loras=8)
     sizes: list[float] = []
 
     async def work() -> None:

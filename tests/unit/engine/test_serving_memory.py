@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rankloom.banks.served_bank import _Stack
-from rankloom.engine.kv_cache import NARROWEST, HeadShape, RowCache
-from rankloom.engine.model_runner import Runner
+from rankloom.engine.kv_cache import NARROWEST, HeadShape, KvCache
+from rankloom.engine.model_runner import ModelRunner
 from rankloom.errors import ModelError, OverloadedError
 from served import completed, engine_on, publish, serving, with_peft, write_adapter
 
@@ -47,7 +47,7 @@ def nothing(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("lasts", range(6))
 def test_a_shelf_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
-    cache = RowCache(SHAPE, ROOMY)
+    cache = KvCache(SHAPE, ROOMY)
     rows = {f"r{i}": torch.full((2, 3, 1, 20, 3), float(i)) for i in range(4)}
     for name, values in rows.items():
         cache.reserve(name, 20)
@@ -66,7 +66,7 @@ def test_a_shelf_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
 
 
 def test_places_that_no_row_needs_make_room(fits: Any) -> None:
-    cache = RowCache(SHAPE, ROOMY)
+    cache = KvCache(SHAPE, ROOMY)
     cache.reserve("long", 2 * NARROWEST)
     fits(lambda block: len(block) * block.shape[2] + sum(
         shelf.num_places * width for width, shelf in cache.shelves.items() if width != block.shape[2]
@@ -140,9 +140,9 @@ def test_a_step_that_is_too_large_is_computed_in_parts(
     tiny_llama: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_on(tiny_llama, nothing)
-    forward, most = Runner.forward, [2]
+    forward, most = ModelRunner.forward, [2]
 
-    def limited(self: Runner, cache: RowCache, works: Any, **kwargs: Any) -> torch.Tensor:
+    def limited(self: ModelRunner, cache: KvCache, works: Any, **kwargs: Any) -> torch.Tensor:
         if sum(len(work.tokens) for work in works) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, cache, works, **kwargs)
@@ -150,7 +150,7 @@ def test_a_step_that_is_too_large_is_computed_in_parts(
     prompts = [[5 + i, *range(40, 50)] for i in range(5)]
 
     async def work() -> None:
-        monkeypatch.setattr(Runner, "forward", limited)
+        monkeypatch.setattr(ModelRunner, "forward", limited)
         found = await asyncio.gather(*(completed(engine, prompt, id=str(prompt)) for prompt in prompts))
         for prompt, (_, tokens, _) in zip(prompts, found, strict=True):
             assert tokens == with_peft(tiny_llama, None, prompt, 12)
@@ -239,7 +239,7 @@ def test_a_lost_device_ends_the_engine(
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_initialized", lambda: True)
             patched.setattr(torch.cuda, "synchronize", synchronize)
-            patched.setattr(Runner, "forward", fail)
+            patched.setattr(ModelRunner, "forward", fail)
             patched.setattr(threading, "excepthook", lambda _: None)
             with pytest.raises(OverloadedError if ends else ModelError):
                 await completed(engine, [5, 6])

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.data.encode import Encoder
-from rankloom.engine.choices import Choice, choice_tree
+from rankloom.engine.choices import ChoiceState, choice_tree
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.text import Decoder, Stops, TextStream
 from rankloom.errors import RequestError
@@ -124,7 +124,7 @@ def test_without_a_template_a_conversation_is_refused(tiny_model: Callable[..., 
 def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
     choices = ["card_lost", "card_found", "transfer", "card"]
     for wanted in choices:
-        choice, tokens = Choice(choice_tree(choices, prompts)), []
+        choice, tokens = ChoiceState(choice_tree(choices, prompts)), []
         target = prompts.completion(wanted)
         while not choice.is_over:
             assert target[len(tokens)] in choice.allowed
@@ -136,7 +136,7 @@ def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTo
 
 def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
     long = "".join("^~"[i % 7 // 6] for i in range(4096))
-    choice, target = Choice(choice_tree([long, "short"], prompts)), prompts.completion(long)
+    choice, target = ChoiceState(choice_tree([long, "short"], prompts)), prompts.completion(long)
     assert len(target) > 1000  # a call for each would be too deep
     choice.advance(target[0])
     assert choice.rest() == target[1:-1]
@@ -144,6 +144,6 @@ def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
 
 
 def test_choices_that_are_one_are_refused(prompts: Prompts) -> None:
-    assert Choice(choice_tree(["a", "a"], prompts)).allowed  # the same twice is one
+    assert ChoiceState(choice_tree(["a", "a"], prompts)).allowed  # the same twice is one
     with pytest.raises(RequestError, match="choices"):
         choice_tree([], prompts)

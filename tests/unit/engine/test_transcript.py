@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rankloom.engine.jobs import Progress
+from rankloom.engine.jobs import JobProgress
 from rankloom.engine.protocol import Delta, TokenLogprobs
-from rankloom.engine.sampling import Chosen
+from rankloom.engine.sampling import SampledToken
 from rankloom.engine.text import Decoder, Stops, TextStream
 from rankloom.engine.transcript import Transcript
-from rankloom.gateway.openai.responses import Reply
+from rankloom.gateway.openai.responses import ResponseBuilder
 
 WORDS = ["true", "false", "the", "card", "größe", "日本", "a b c"]
 
@@ -59,7 +59,7 @@ def deltas(
     for number, token in enumerate(tokens, 1):
         others = chance.sample([t for t in range(len(tokenizer)) if t != token], 4)
         text = transcript.push(
-            [token], [Chosen(token, -0.5, tuple((t, -1.0) for t in (others[0], token, *others[1:])))]
+            [token], [SampledToken(token, -0.5, tuple((t, -1.0) for t in (others[0], token, *others[1:])))]
         )
         last = transcript.stopped or number == len(tokens)
         if last:
@@ -113,10 +113,10 @@ def test_a_word_keeps_its_space_but_at_the_start() -> None:
 
 def answers(kind: Any, found: list[Delta]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The same deltas, whole and in chunks."""
-    whole, streamed = (Reply(kind, "id", "bank", 0, 1, n=1, logprobs=True) for _ in range(2))
+    whole, streamed = (ResponseBuilder(kind, "id", "bank", 0, 1, n=1, logprobs=True) for _ in range(2))
     chunks = []
     for delta in found:
-        progress = Progress(1, ((0, delta),))
+        progress = JobProgress(1, ((0, delta),))
         whole.add(progress)
         chunks += [chunk["choices"][0] for chunk in streamed.chunks(progress)]
     return json.loads("".join(whole.body()))["choices"][0], chunks

@@ -15,7 +15,7 @@ import pytest
 
 import rankloom.engine.guide
 from rankloom.engine.engine import ServingEngine
-from rankloom.engine.jobs import Conversation, Work, run
+from rankloom.engine.jobs import ChatPrompt, CompletionJob, run
 from rankloom.engine.protocol import Request, Sampling
 from rankloom.errors import RequestError
 from served import GREEDY, engine_on, serving
@@ -29,17 +29,17 @@ STOPS = tuple("a" * 254 + f"{number:02}" for number in range(16))
 HEX = os.urandom(2**20).hex()[: 2 * 2**20 - 200]
 
 WORST = {
-    "words": Work("w", None, ("where is the parcel " * (2**20 // 10),), Sampling()),
-    "one word": Work("w", None, (HEX,), Sampling()),
-    "special tokens": Work("w", None, (Conversation((("user", "<|end|>" * 290_000),)),), Sampling()),
-    "messages": Work(
-        "w", None, (Conversation((("user", "a"), ("assistant", "b")) * 30_000 + (("user", "a"),)),), Sampling()
+    "words": CompletionJob("w", None, ("where is the parcel " * (2**20 // 10),), Sampling()),
+    "one word": CompletionJob("w", None, (HEX,), Sampling()),
+    "special tokens": CompletionJob("w", None, (ChatPrompt((("user", "<|end|>" * 290_000),)),), Sampling()),
+    "messages": CompletionJob(
+        "w", None, (ChatPrompt((("user", "a"), ("assistant", "b")) * 30_000 + (("user", "a"),)),), Sampling()
     ),
-    "choices": Work("w", None, ("hi",), Sampling(choices=tuple(CHOICES)), n=16, max_tokens=300),
-    "choices with logprobs": Work(
+    "choices": CompletionJob("w", None, ("hi",), Sampling(choices=tuple(CHOICES)), n=16, max_tokens=300),
+    "choices with logprobs": CompletionJob(
         "w", None, ("hi",), Sampling(choices=tuple(CHOICES), logprobs=20), n=16, max_tokens=9
     ),
-    "stops": Work("w", None, ("hi",), Sampling(stop=STOPS, ignore_eos=True), n=16, max_tokens=40),
+    "stops": CompletionJob("w", None, ("hi",), Sampling(stop=STOPS, ignore_eos=True), n=16, max_tokens=40),
 }
 
 
@@ -92,7 +92,7 @@ async def others_wait(engine: ServingEngine, work: Callable[[], Awaitable[object
 
 @pytest.mark.parametrize("name", list(WORST))
 def test_the_worst_work_holds_up_no_other(tiny_llama: Path, tmp_path: Path, name: str) -> None:
-    engine = engine_on(tiny_llama, tmp_path, cache_tokens=2**16)
+    engine = engine_on(tiny_llama, tmp_path, kv_cache_tokens=2**16)
 
     async def ask() -> None:
         with suppress(RequestError):  # too long, which is known once it is read
@@ -111,7 +111,9 @@ def test_choices_are_made_a_tree_once_for_all_completions(
     async def ask() -> None:
         for choices in (("card", "transfer"), tuple(CHOICES)):
             made.clear()
-            async for _ in run(engine, Work("w", None, ("hi", "ho"), Sampling(choices=choices), n=4, max_tokens=3)):
+            async for _ in run(
+                engine, CompletionJob("w", None, ("hi", "ho"), Sampling(choices=choices), n=4, max_tokens=3)
+            ):
                 pass
             assert made == [1]
         assert not engine._guides._making
@@ -151,7 +153,7 @@ def test_a_client_that_reads_late_does_not_get_all_at_once(tiny_llama: Path, tmp
 
     async def ask() -> None:
         sampling = Sampling(ignore_eos=True, logprobs=20, max_tokens=40)
-        async for progress in run(engine, Work("w", None, ("hi",), sampling, n=16, max_tokens=40)):
+        async for progress in run(engine, CompletionJob("w", None, ("hi",), sampling, n=16, max_tokens=40)):
             counts.append(len(progress.deltas))
             if len(counts) == 1:
                 while engine.stats().running:

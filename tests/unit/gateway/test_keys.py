@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankloom.errors import ConfigError
-from rankloom.gateway.keys import KeyFile, Meter
+from rankloom.gateway.keys import KeyFile, TokenBucket
 from rankloom.gateway.openai.requests import WireError
 from rankloom.gateway.quota import Quotas
 
@@ -69,14 +69,14 @@ def test_what_cant_be_done_says_why(file: KeyFile, tmp_path: Path) -> None:
 
 
 def test_a_meter_fills_in_a_minute() -> None:
-    meter = Meter(60)
+    meter = TokenBucket(60)
     for _ in range(60):
         assert meter.wait_s(100.0) == 0
         meter.take(1, 100.0)
     assert meter.wait_s(100.0) == pytest.approx(1)
     assert meter.wait_s(100.5) == pytest.approx(0.5)
     assert meter.wait_s(101.0) == 0
-    assert Meter(60).wait_s(0.0) == 0
+    assert TokenBucket(60).wait_s(0.0) == 0
     meter.take(200, 1000.0)  # known only when it was used: 140 more than there were
     assert meter.wait_s(1000.0) == pytest.approx(141)
     assert meter.wait_s(1141.0) == pytest.approx(0)

@@ -25,7 +25,7 @@ import torch
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialError
 from rankloom.hosts.host_actor import HostActor, sweep
-from rankloom.hosts.host_loop import Bank, Device
+from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.hosts.membership import META
 from rankloom.train.memory import peak_memory_bytes
 
@@ -176,7 +176,7 @@ def make(tmp_path: Path) -> Callable[..., HostActor]:
     def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
         config = study(**hosts)
         return cls(
-            dump(config), dump(config.baseline), Bank((8,), with_magnitudes=False), Device(1.0, 0.0, 1, 1e12),
+            dump(config), dump(config.baseline), BankShape((8,), with_magnitudes=False), HostDevice(1.0, 0.0, 1, 1e12),
             label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
@@ -497,8 +497,8 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
 
     def actor(memory_bytes: float) -> HostActor:
         return HostActor(
-            dump(config), dump(config.baseline), Bank((4, 4096), with_magnitudes=False),
-            Device(1.0, 0.0, 1, memory_bytes), label="host-1", scratch=tmp_path / "scratch",
+            dump(config), dump(config.baseline), BankShape((4, 4096), with_magnitudes=False),
+            HostDevice(1.0, 0.0, 1, memory_bytes), label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
     assert actor(1e12)._load().max_rank == 4096

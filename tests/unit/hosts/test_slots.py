@@ -10,56 +10,56 @@ from types import SimpleNamespace
 import pytest
 
 from rankloom.config import StudyConfig, parse
-from rankloom.hosts.slots import Seat, decide
+from rankloom.hosts.slots import Candidate, assign_slots
 from rankloom.search.schedulers import PROGRESS, build_scheduler
 from rankloom.search.tuning import num_live
 
 
-def seat(key: str, order: int, **changed: object) -> Seat:
-    return Seat(key, order, **changed)  # type: ignore[arg-type]
+def seat(key: str, order: int, **changed: object) -> Candidate:
+    return Candidate(key, order, **changed)  # type: ignore[arg-type]
 
 
 def test_the_first_come_first_and_all_slots_are_filled() -> None:
-    seating = decide([seat(k, i) for i, k in enumerate("abc")], num_slots=2, run_ahead=1)
+    seating = assign_slots([seat(k, i) for i, k in enumerate("abc")], num_slots=2, run_ahead=1)
     assert (seating.evict, seating.admit, seating.train) == ((), ("a", "b"), ("a", "b"))
 
 
 def test_who_is_at_the_bound_gives_its_slot_to_who_waits() -> None:
     ahead = seat("a", 0, made=2, accepted=0, seated=True)
-    seating = decide([ahead, seat("b", 1)], num_slots=1, run_ahead=1)
+    seating = assign_slots([ahead, seat("b", 1)], num_slots=1, run_ahead=1)
     assert (seating.evict, seating.admit, seating.train) == (("a",), ("b",), ("b",))
     ahead.seated, ahead.accepted = False, 1  # its driver asked on
-    seating = decide([ahead, seat("b", 1, seated=True)], num_slots=1, run_ahead=1)
+    seating = assign_slots([ahead, seat("b", 1, seated=True)], num_slots=1, run_ahead=1)
     assert seating.train == ("b",)
-    seating = decide([ahead, seat("b", 1, seated=True, finished=True)], num_slots=1, run_ahead=1)
+    seating = assign_slots([ahead, seat("b", 1, seated=True, finished=True)], num_slots=1, run_ahead=1)
     assert (seating.evict, seating.admit) == (("b",), ("a",))
 
 
 def test_who_is_at_the_bound_keeps_its_slot_while_nobody_waits() -> None:
     ahead = seat("a", 0, made=2, accepted=0, seated=True)
-    seating = decide([ahead, seat("b", 1)], num_slots=2, run_ahead=1)
+    seating = assign_slots([ahead, seat("b", 1)], num_slots=2, run_ahead=1)
     assert (seating.evict, seating.admit, seating.train) == ((), ("b",), ("b",))
 
 
 def test_who_is_behind_its_driver_comes_before_who_runs_ahead() -> None:
     runner, asked = seat("a", 0, made=3, accepted=2), seat("b", 1, made=2, accepted=2)
-    assert decide([runner, asked], num_slots=1, run_ahead=1).admit == ("b",)
+    assert assign_slots([runner, asked], num_slots=1, run_ahead=1).admit == ("b",)
 
 
 def test_who_has_the_fewest_reports_comes_first_and_who_is_far_ahead_of_it_gives_way() -> None:
     old, middle, new = seat("old", 0, made=5, accepted=5), seat("middle", 1, made=3, accepted=3), seat("new", 2)
-    assert decide([old, middle, new], num_slots=2, run_ahead=1).admit == ("new", "middle")
+    assert assign_slots([old, middle, new], num_slots=2, run_ahead=1).admit == ("new", "middle")
     old.seated = middle.seated = True
-    assert decide([old, middle, new], num_slots=2, run_ahead=1) == (("old",), ("new",), ("middle", "new"))
+    assert assign_slots([old, middle, new], num_slots=2, run_ahead=1) == (("old",), ("new",), ("middle", "new"))
     old.at_report = False  # what it trained since would be lost
-    assert decide([old, middle, new], num_slots=2, run_ahead=1) == (("middle",), ("new",), ("old", "new"))
+    assert assign_slots([old, middle, new], num_slots=2, run_ahead=1) == (("middle",), ("new",), ("old", "new"))
     new.made = new.accepted = 2  # not far behind the one, and the other is amid its work
-    assert decide([old, middle, new], num_slots=2, run_ahead=1) == ((), (), ("old", "middle"))
+    assert assign_slots([old, middle, new], num_slots=2, run_ahead=1) == ((), (), ("old", "middle"))
 
 
 def test_without_running_ahead_a_member_waits_for_its_driver() -> None:
-    assert decide([seat("a", 0, made=1, seated=True)], num_slots=1, run_ahead=0).train == ()
-    assert decide([seat("a", 0, made=1, accepted=1, seated=True)], num_slots=1, run_ahead=0).train == ("a",)
+    assert assign_slots([seat("a", 0, made=1, seated=True)], num_slots=1, run_ahead=0).train == ()
+    assert assign_slots([seat("a", 0, made=1, accepted=1, seated=True)], num_slots=1, run_ahead=0).train == ("a",)
 
 
 def test_leaving_and_finished_members_go() -> None:
@@ -68,7 +68,7 @@ def test_leaving_and_finished_members_go() -> None:
         seat("b", 1, seated=True, finished=True),
         seat("c", 2, leaving=True),
     ]
-    seating = decide(seats, num_slots=2, run_ahead=1)
+    seating = assign_slots(seats, num_slots=2, run_ahead=1)
     assert (seating.evict, seating.admit, seating.train) == (("a", "b"), (), ())
 
 
@@ -85,7 +85,7 @@ def test_never_more_than_the_slots_and_none_empty_while_somebody_waits() -> None
             seats.append(seat(str(order), order, accepted=accepted, made=made, **flags))
         for each in rng.sample(seats, min(slots, len(seats))):
             each.seated = True
-        seating = decide(seats, slots, run_ahead)
+        seating = assign_slots(seats, slots, run_ahead)
         before = {s.key for s in seats if s.seated}
         inside = before - set(seating.evict) | set(seating.admit)
         wanting = {s.key for s in seats if s.wants(run_ahead)}
@@ -107,7 +107,7 @@ def occupancy(study: StudyConfig, seed: int) -> float:
     quality = [rng.gauss(0, 1) for _ in range(study.num_trials)]
     speed = [rng.uniform(0.5, 2) for _ in range(study.num_trials)]
     todo, fill = list(range(study.num_trials)), []
-    seats: dict[str, Seat] = {}
+    seats: dict[str, Candidate] = {}
     trained: dict[str, int] = {}
     told: dict[str, int] = {}
     while todo or seats:
@@ -121,7 +121,7 @@ def occupancy(study: StudyConfig, seed: int) -> float:
                 seats[key].leaving = True
             else:
                 seats[key].accepted = n
-        seating = decide(list(seats.values()), num_slots, run_ahead=1)
+        seating = assign_slots(list(seats.values()), num_slots, run_ahead=1)
         for key in seating.evict:
             seats[key].seated = False
         for key in seating.admit:

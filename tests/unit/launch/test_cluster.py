@@ -15,24 +15,33 @@ from rankloom.config.engine import VllmConfig
 from rankloom.config.trial import ComputeConfig
 from rankloom.engine.vllm.server import environment as vllm_environment
 from rankloom.errors import ConfigError, RankloomError
-from rankloom.launch.cluster import Share, announce, connected, open_ports, share, worker_environment
+from rankloom.launch.cluster import (
+    WorkerResources,
+    announce,
+    connected,
+    open_ports,
+    worker_environment,
+    worker_resources,
+)
 from rankloom.launch.submit import is_open
 
 
 @pytest.mark.parametrize(
     ("compute", "nodes", "expected"),
     [
-        ({"num_workers": 1}, [{"CPU": 2}], Share(1, 2, False)),
-        ({"num_workers": 2}, [{"CPU": 7}], Share(2, 3, False)),
-        ({"num_workers": 3}, [{"CPU": 8}, {"CPU": 4}], Share(3, 4, False)),
-        ({"num_workers": 2}, [{"CPU": 4}, {"CPU": 1}], Share(2, 2, False)),
-        ({"num_workers": 2, "cpus_per_worker": 1}, [{"CPU": 8}], Share(2, 1, False)),
-        ({"num_workers": 2}, [{"CPU": 8, "GPU": 2}], Share(2, 1, True)),
-        ({"num_workers": 1, "device": "cpu"}, [{"CPU": 8, "GPU": 2}], Share(1, 8, False)),
+        ({"num_workers": 1}, [{"CPU": 2}], WorkerResources(1, 2, False)),
+        ({"num_workers": 2}, [{"CPU": 7}], WorkerResources(2, 3, False)),
+        ({"num_workers": 3}, [{"CPU": 8}, {"CPU": 4}], WorkerResources(3, 4, False)),
+        ({"num_workers": 2}, [{"CPU": 4}, {"CPU": 1}], WorkerResources(2, 2, False)),
+        ({"num_workers": 2, "cpus_per_worker": 1}, [{"CPU": 8}], WorkerResources(2, 1, False)),
+        ({"num_workers": 2}, [{"CPU": 8, "GPU": 2}], WorkerResources(2, 1, True)),
+        ({"num_workers": 1, "device": "cpu"}, [{"CPU": 8, "GPU": 2}], WorkerResources(1, 8, False)),
     ],
 )
-def test_workers_get_an_even_share(compute: dict[str, Any], nodes: list[dict[str, float]], expected: Share) -> None:
-    assert share(ComputeConfig(**compute), nodes, growing=False) == expected
+def test_workers_get_an_even_share(
+    compute: dict[str, Any], nodes: list[dict[str, float]], expected: WorkerResources
+) -> None:
+    assert worker_resources(ComputeConfig(**compute), nodes, growing=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,8 +57,8 @@ def test_what_does_not_fit_is_refused_unless_the_cluster_grows(
     compute: dict[str, Any], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        share(ComputeConfig(**compute), nodes, growing=False)
-    assert share(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
+        worker_resources(ComputeConfig(**compute), nodes, growing=False)
+    assert worker_resources(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
 
 
 def test_cudnns_attention_is_off_in_workers_and_in_vllm() -> None:

@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
 from rankloom.registry import Draft, Record, Registry
 from rankloom.registry import storage as storage_module
-from rankloom.registry.scorecard import Extraction, Measures, Scorecard, Share
+from rankloom.registry.scorecard import Extraction, Measures, Proportion, Scorecard
 from rankloom.registry.store import parse_ref
 
-MEASURES = Measures(num_rows=40, loss=0.25, perplexity=1.28, accuracy=Share(value=0.9, low=0.8, high=0.95))
+MEASURES = Measures(num_rows=40, loss=0.25, perplexity=1.28, accuracy=Proportion(value=0.9, low=0.8, high=0.95))
 SCORECARD = Scorecard(
     result=MEASURES,
     base=MEASURES.model_copy(update={"loss": 2.5}),

@@ -12,7 +12,7 @@ import pytest
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
 from rankloom.search.curves import tracked
-from rankloom.search.leaderboard import Board
+from rankloom.search.leaderboard import Leaderboard
 
 LORA = {"branch": 0, "method.rank": 4}
 SCORECARD = {"result": {"loss": 0.5, "accuracy": {"value": 0.75}}, "base": {"loss": 2.0, "accuracy": None}}
@@ -48,7 +48,7 @@ FIRST = [
 THEN = [begin(0), report(0, 3, 1.25), report(0, 4, 1.0), end(0, "done"), done(0)]
 
 
-def take(config: StudyConfig, board: Board, folder: Path, events: Iterable[dict[str, Any]]) -> None:
+def take(config: StudyConfig, board: Leaderboard, folder: Path, events: Iterable[dict[str, Any]]) -> None:
     with tracked(config, "id", board, folder) as track:
         for event in events:
             if event["event"] in ("trial", "report", "end"):
@@ -64,7 +64,7 @@ def test_each_trial_has_its_curves_where_tensorboard_reads_them_and_a_resumed_st
         return [(point.step, point.value) for point in read.Scalars(name)]
 
     config = study()
-    board = Board(config)
+    board = Leaderboard(config)
     take(config, board, tmp_path, FIRST)
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which have the second and then a count
     take(config, board, tmp_path, THEN)  # report 3 comes again: it had not been saved
@@ -81,7 +81,7 @@ def test_trials_are_nested_in_the_studys_run_in_mlflow(tmp_path: Path) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = study(mlflow=uri)
-    board = Board(config)
+    board = Leaderboard(config)
     take(config, board, tmp_path, FIRST)
     client = tracking.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("rankloom").experiment_id
@@ -106,5 +106,5 @@ def test_trials_are_nested_in_the_studys_run_in_mlflow(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_ends_a_study_before_it_starts(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     config = study(mlflow="no-such-store://somewhere")
-    with pytest.raises(ConfigError, match="tracking: "), tracked(config, "id", Board(config), tmp_path):
+    with pytest.raises(ConfigError, match="tracking: "), tracked(config, "id", Leaderboard(config), tmp_path):
         pass

@@ -13,7 +13,7 @@ from rankloom.cli import study_view
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.errors import ConfigError
 from rankloom.registry import Registry
-from rankloom.search.leaderboard import Board, write_results
+from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.publish_best import beats, names_of
 from rankloom.search.study import resolved, run
 
@@ -23,9 +23,11 @@ SPACE = [
 ]
 
 
-def board(metric: str = "accuracy", **changed: Any) -> Board:
+def board(metric: str = "accuracy", **changed: Any) -> Leaderboard:
     search = {"num_trials": 6, "metric": metric}
-    return Board(parse(StudyConfig, {"name": "s", "space": SPACE, "search": search, "final": {"top_k": 2}} | changed))
+    return Leaderboard(
+        parse(StudyConfig, {"name": "s", "space": SPACE, "search": search, "final": {"top_k": 2}} | changed)
+    )
 
 
 def begin(number: int, point: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ LINES = [
 ]  # fmt: skip
 
 
-def filled(metric: str = "accuracy") -> Board:
+def filled(metric: str = "accuracy") -> Leaderboard:
     found = board(metric)
     for line in LINES:
         found.add(line)
@@ -94,12 +96,12 @@ def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> 
     path = tmp_path / "journal.jsonl"
     again = [report(3, 2, 1.2, 0.65), end(3, "done")]  # a report may come twice
     path.write_text("".join(json.dumps(line) + "\n" for line in [*LINES, *again]) + '{"event": "rep')
-    found = Board.read(board().study, path)
+    found = Leaderboard.read(board().study, path)
     assert found.counts() == {"running": 1, "done": 2, "stopped": 1, "failed": 1}
     assert [point["step"] for point in found.trials["t3"].reports] == [10, 20]
     assert found.num_refused == 4
     assert found.tokens == 100 + 300 + 100 + 200
-    assert Board.read(board().study, tmp_path / "none").trials == {}
+    assert Leaderboard.read(board().study, tmp_path / "none").trials == {}
 
 
 def test_a_trial_that_took_anothers_place_keeps_its_number() -> None:
@@ -205,7 +207,7 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
 
 def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
     written: list[str] = []
-    view = study_view.Plain(written.append)
+    view = study_view.PlainStudyView(written.append)
     status = {"event": "status"} | filled().summary() | {"hosts": [HOST], "elapsed_s": 65, "eta_s": None}
     view.show(status)
     view.show(status)

@@ -10,9 +10,9 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, load, parse
 from rankloom.errors import ConfigError
-from rankloom.search.leaderboard import Board, write_results
-from rankloom.search.priors import Knowledge, first_guess, locate
-from rankloom.search.samplers import Known
+from rankloom.search.leaderboard import Leaderboard, write_results
+from rankloom.search.priors import Priors, first_guess, locate
+from rankloom.search.samplers import PriorTrial
 from rankloom.search.tune_searcher import StudySearcher
 
 RATES = {"learning_rate": {"loguniform": [1e-5, 1e-2]}}
@@ -78,7 +78,7 @@ def test_the_guess_is_tried_after_the_baseline_and_the_searcher_is_told(algorith
     config = study(LORA, DORA, search={"algorithm": algorithm, "num_trials": 3})
     guess = first_guess(config)
     assert guess is not None
-    searcher = StudySearcher(config, Knowledge(guess, [], {}).points)
+    searcher = StudySearcher(config, Priors(guess, [], {}).points)
     assert searcher.suggest("t0")["warm_start"] == 0
     found = searcher.suggest("t1")
     assert {name: found[name] for name in guess if name != "optim.learning_rate"} == {
@@ -117,7 +117,7 @@ def test_a_trial_is_found_in_the_space_by_its_settings() -> None:
 
 def write_study(folder: Path, config: StudyConfig, points: list[dict[str, Any]], **costs: float) -> None:
     """results.parquet of a study whose trials had losses 0.9, 0.8, ...; the last one failed."""
-    board = Board(config)
+    board = Leaderboard(config)
     for number, point in enumerate(points):
         trial = f"t{number}"
         board.add({"event": "trial", "trial": trial, "point": {"number": number, "refused": 0, **point}})
@@ -144,18 +144,18 @@ def test_earlier_trials_of_this_space_are_told_and_others_counted(algorithm: str
     narrow = DORA | {"method": {"type": "dora", "rank": {"randint": [2, 32]}}}
     priors = [str(tmp_path / "earlier"), str(tmp_path / "earlier" / "results.parquet")]
     config = study(narrow, LORA, search={"algorithm": algorithm, "priors": priors, "num_trials": 4})
-    knowledge = Knowledge.gather(config)
+    knowledge = Priors.gather(config)
     assert knowledge.counts == {
         "told": 4, "skipped": {"not a trial of this space": 4, "failed, or measured otherwise": 2},
     }  # fmt: skip
     baseline = {"method.rank": 16, "method.alpha_over_rank": 2, "optim.learning_rate": 3e-4, "optim.loraplus_ratio": 1}
     assert knowledge.priors[:2] == [
-        Known({"branch": 1} | baseline, [0.9]),  # a warm start may lie in the space too
-        Known({"branch": 0, "method.rank": 4, "optim.learning_rate": 1e-3}, [0.8]),
+        PriorTrial({"branch": 1} | baseline, [0.9]),  # a warm start may lie in the space too
+        PriorTrial({"branch": 0, "method.rank": 4, "optim.learning_rate": 1e-3}, [0.8]),
     ]
     knowledge.write(tmp_path / "known.json")
-    assert Knowledge.read(tmp_path / "known.json") == knowledge
-    assert Knowledge.read(tmp_path / "none").points == []
+    assert Priors.read(tmp_path / "known.json") == knowledge
+    assert Priors.read(tmp_path / "none").points == []
 
     searcher = StudySearcher(config, knowledge.points)
     assert searcher._worst == [0.9]
@@ -170,7 +170,7 @@ def test_earlier_trials_of_this_space_are_told_and_others_counted(algorithm: str
 
 def test_what_was_told_moves_the_search() -> None:
     config = study({"optim": RATES}, search={"algorithm": "optuna", "num_trials": 12})
-    known = [Known({"branch": 0, "optim.learning_rate": 10 ** (-5 + i / 10)}, [abs(i - 25)]) for i in range(30)]
+    known = [PriorTrial({"branch": 0, "optim.learning_rate": 10 ** (-5 + i / 10)}, [abs(i - 25)]) for i in range(30)]
     found = []
     searcher = StudySearcher(config, known)
     for i in range(12):
@@ -182,7 +182,7 @@ def test_priors_with_objectives_need_the_costs(tmp_path: Path) -> None:
     write_study(tmp_path / "bare", study(DORA, FULL), EARLIER)
     write_study(tmp_path / "measured", study(DORA, FULL), EARLIER, memory_bytes=5.0, latency_ms=2.0)
     search = {"algorithm": "optuna", "objectives": ["latency_ms"]}
-    knowledge = Knowledge.gather(
+    knowledge = Priors.gather(
         study(DORA, search=search | {"priors": [str(tmp_path / "bare"), str(tmp_path / "measured")]})
     )
     assert [known.values for known in knowledge.priors] == [[pytest.approx(0.8), 2.0], [pytest.approx(0.7), 2.0]]
@@ -192,10 +192,10 @@ def test_priors_with_objectives_need_the_costs(tmp_path: Path) -> None:
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     search = {"algorithm": "optuna", "priors": [str(tmp_path / "nothing")]}
     with pytest.raises(ConfigError, match=r"search\.priors: .*nothing is no study"):
-        Knowledge.gather(study(DORA, search=search))
+        Priors.gather(study(DORA, search=search))
     (tmp_path / "results.parquet").write_text("no parquet")
     with pytest.raises(ConfigError, match=r"search\.priors: .* is no study"):
-        Knowledge.gather(study(DORA, search=search | {"priors": [str(tmp_path)]}))
+        Priors.gather(study(DORA, search=search | {"priors": [str(tmp_path)]}))
     with pytest.raises(ConfigError, match=r"priors: algorithm=random learns nothing"):
         study(DORA, search={"priors": ["x"]})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rankloom.search.shared_actor import TERMINATE, Stage
+from rankloom.search.shared_actor import TERMINATE, SharedTrialActor
 
 
 class Trial:
@@ -35,13 +35,13 @@ class Trial:
         self.done.append("stopped")
 
 
-def call(stage: Stage, key: str, method: str, *arguments: Any) -> Any:
+def call(stage: SharedTrialActor, key: str, method: str, *arguments: Any) -> Any:
     return stage.call(key, method, arguments, {})
 
 
 def test_calls_of_a_trial_come_one_after_the_other_in_one_thread() -> None:
     async def main() -> None:
-        stage = Stage()
+        stage = SharedTrialActor()
         await stage.start("a", Trial, {"name": "a"})
         slow, quick = call(stage, "a", "note", "first", 0.2), call(stage, "a", "note", "second")
         await asyncio.gather(slow, quick)
@@ -53,7 +53,7 @@ def test_calls_of_a_trial_come_one_after_the_other_in_one_thread() -> None:
 
 def test_trials_do_not_wait_for_one_another() -> None:
     async def main() -> None:
-        stage, barrier = Stage(), threading.Barrier(2)
+        stage, barrier = SharedTrialActor(), threading.Barrier(2)
         for key in "ab":
             await stage.start(key, Trial, {"name": key})
         await asyncio.gather(*(call(stage, key, "meet", barrier) for key in "ab"))
@@ -64,7 +64,7 @@ def test_trials_do_not_wait_for_one_another() -> None:
 @pytest.mark.parametrize("end", ["stop", TERMINATE])
 def test_what_has_ended_or_never_began_is_unknown(end: str) -> None:
     async def main() -> None:
-        stage = Stage()
+        stage = SharedTrialActor()
         await stage.start("a", Trial, {"name": "a"})
         await call(stage, "a", end)
         with pytest.raises(KeyError):

@@ -21,7 +21,7 @@ from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RankloomError
 from rankloom.launch import cluster
 from rankloom.launch.evaluation import evaluate
-from rankloom.launch.trainer import fit
+from rankloom.launch.trainer import train_trial
 from rankloom.methods import build_method
 from rankloom.methods.base import peft_targets
 from rankloom.models import find_target_linears, load_base
@@ -76,7 +76,7 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
     sections, kind, message = CASES[case]
     tree = trial_of(tiny_llama, tmp_path / "out") | sections
     with pytest.raises(kind, match=message):
-        fit(parse(TrialConfig, tree | {"name": "t"}))
+        train_trial(parse(TrialConfig, tree | {"name": "t"}))
     study = {"name": "s", "trial": tree, "space": [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]}
     with pytest.raises(kind, match=message):
         run(parse(StudyConfig, study | {"search": {"num_trials": 2}}))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import DataError, ModelError
-from rankloom.launch.trainer import fit
+from rankloom.launch.trainer import train_trial
 from rankloom.models import load_base, load_tokenizer
 from rankloom.train.resume_check import ORIGIN, Origin, hold_study_to, study_warning
 
@@ -48,13 +48,13 @@ def make(tmp_path: Path, tiny_llama: Path) -> Callable[..., TrialConfig]:
     def made(**changed: Any) -> TrialConfig:
         return parse(TrialConfig, tree | changed)
 
-    fit(made())
+    train_trial(made())
     return made
 
 
 def go_on(make: Callable[..., TrialConfig], steps: int = 4) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
-    return fit(make(budget={"steps": steps}), resume=True, on_event=events.append), events
+    return train_trial(make(budget={"steps": steps}), resume=True, on_event=events.append), events
 
 
 @pytest.mark.parametrize("name", ["train", "validation"])

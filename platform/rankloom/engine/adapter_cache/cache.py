@@ -1,6 +1,6 @@
 """Residents: the adapters in memory, loaded by a thread of their own, so that a cold one holds up only its requests.
 
-`residency.py` decides what is loaded and what goes; `loading.py` loads.
+`eviction.py` decides what is loaded and what goes; `loading.py` loads.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from rankloom.engine.adapter_cache.eviction import Residency
-from rankloom.engine.adapter_cache.load_backoff import Refusals
+from rankloom.engine.adapter_cache.eviction import EvictionPolicy
+from rankloom.engine.adapter_cache.load_backoff import LoadBackoff
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.protocol import Resident
 from rankloom.errors import AdapterNotFoundError, OverloadedError, RankloomError, RegistryError
@@ -22,18 +22,18 @@ from rankloom.models.device import is_lost
 logger = logging.getLogger(__name__)
 
 
-class Held(Protocol):
+class CachedAdapter(Protocol):
     """What is kept of an adapter."""
 
     @property
     def num_bytes(self) -> int: ...
 
 
-H = TypeVar("H", bound=Held)
-H_co = TypeVar("H_co", bound=Held, covariant=True)
+H = TypeVar("H", bound=CachedAdapter)
+H_co = TypeVar("H_co", bound=CachedAdapter, covariant=True)
 
 
-class Loads(Protocol[H_co]):
+class AdapterLoader(Protocol[H_co]):
     """Gets adapters into memory; both calls come from one thread of its own."""
 
     def load(self, ref: str) -> H_co:
@@ -45,19 +45,19 @@ class Loads(Protocol[H_co]):
         ...
 
 
-class Residents(Generic[H]):
+class AdapterCache(Generic[H]):
     """Owned by one thread, which makes all calls but for `listed`."""
 
     def __init__(
         self,
         capacity: int,
-        loader: Loads[H],
+        loader: AdapterLoader[H],
         post: Callable[[Callable[[], None]], None],
         failed: Callable[[str, RankloomError], None],
     ) -> None:
         """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
-        self._residency: Residency[H] = Residency(capacity)
-        self._refusals = Refusals()
+        self._residency: EvictionPolicy[H] = EvictionPolicy(capacity)
+        self._refusals = LoadBackoff()
         self._loader, self._post, self._failed = loader, post, failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
         self._pins: dict[str, list[Future[None]]] = {}

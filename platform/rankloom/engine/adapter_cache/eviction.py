@@ -15,7 +15,7 @@ A = TypeVar("A")
 
 
 @dataclass
-class Entry(Generic[A]):
+class CacheEntry(Generic[A]):
     adapter: A | None = None
     """None: not loaded yet."""
     users: int = 0
@@ -26,12 +26,12 @@ class Entry(Generic[A]):
         return not self.users and not self.pinned
 
 
-class Residency(Generic[A]):
+class EvictionPolicy(Generic[A]):
     """Invariant: no more than `capacity` adapters are loaded, or being loaded."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.entries: OrderedDict[str, Entry[A]] = OrderedDict()
+        self.entries: OrderedDict[str, CacheEntry[A]] = OrderedDict()
         """By ref, least recently used first; those that wait for a place too."""
         self._loading: set[str] = set()
 
@@ -88,8 +88,8 @@ class Residency(Generic[A]):
         self._loading.discard(ref)
         del self.entries[ref]
 
-    def _touch(self, ref: str) -> Entry[A]:
-        entry = self.entries.setdefault(ref, Entry())
+    def _touch(self, ref: str) -> CacheEntry[A]:
+        entry = self.entries.setdefault(ref, CacheEntry())
         self.entries.move_to_end(ref)
         return entry
 

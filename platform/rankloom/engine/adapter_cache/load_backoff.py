@@ -21,7 +21,7 @@ class _Refusal:
     held_s: float
 
 
-class Refusals:
+class LoadBackoff:
     """A version never changes, so most are refused for good. But a store may only have been away: so a version is tried
     again, each time after twice as long.
     """

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from rankloom.adapters.probe import check_logits, probe_tokens
-from rankloom.banks.served_adapter import Folded, fold
+from rankloom.banks.served_adapter import ServedAdapter, fold
 from rankloom.errors import IncompatibleError, OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Record, Registry
 from rankloom.registry.checks import told_as
 
-Logits = Callable[[Folded | None, list[int]], Tensor]
+Logits = Callable[[ServedAdapter | None, list[int]], Tensor]
 """What the base gives [V] after tokens, with an adapter or without."""
 
 
-class Loader:
+class EngineLoader:
     """Loads adapters of one base."""
 
     def __init__(self, base: Base, registry: Registry, logits: Logits) -> None:
         self._base, self._registry, self._logits = base, registry, logits
 
-    def load(self, ref: str) -> Folded:
+    def load(self, ref: str) -> ServedAdapter:
         """May take seconds; for a thread of its own.
 
         Raises:
@@ -46,7 +46,7 @@ class Loader:
                 pass  # what it holds on to is freed once this block is left
         raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")
 
-    def _verified(self, folder: Path) -> Folded:
+    def _verified(self, folder: Path) -> ServedAdapter:
         adapter = fold(self._base.model, folder)
         vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
         tokens = probe_tokens(folder, vocabulary)

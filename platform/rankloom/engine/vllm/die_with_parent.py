@@ -1,6 +1,6 @@
 """Runs a module as a program that ends with whoever started it. For any Python: it knows the standard library alone.
 
-    python -I leash.py vllm.entrypoints.openai.api_server --model ...
+    python -I die_with_parent.py vllm.entrypoints.openai.api_server --model ...
 
 Standard input is a pipe whose other end the starter holds. When it closes, because the starter let go or was killed,
 this process is told to end; one that does not within `GRACE_S` is killed with its process group, which the starter

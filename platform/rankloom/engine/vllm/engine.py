@@ -1,4 +1,4 @@
-"""VllmEngine: the `Engine` of `protocol.py` on a vLLM server, which is a process of its own (`vllm_server.py`).
+"""VllmEngine: the `Engine` of `protocol.py` on a vLLM server, which is a process of its own (`server.py`).
 
 vLLM batches and computes. What requests mean is the same as in `engine.py`: tokens and text are made here, adapters are
 verified before requests reach them, and their residency is decided here. vLLM knows each by its exact version, and gets
@@ -23,16 +23,16 @@ import torch
 
 from rankloom.adapters.probe import check_likeliest, probe_tokens
 from rankloom.banks.plain_lora import more_than_lora, write_plain
-from rankloom.banks.served_adapter import Factors, Folded, fold
+from rankloom.banks.served_adapter import Factors, ServedAdapter, fold
 from rankloom.config.engine import VllmConfig
-from rankloom.engine.adapter_cache.cache import Residents
+from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import check_base
 from rankloom.engine.admission import STOPPING, Admission, check_ref
 from rankloom.engine.guide import Guides
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
-from rankloom.engine.sampling import Chosen
+from rankloom.engine.sampling import SampledToken
 from rankloom.engine.text import Decoder, Stops
 from rankloom.engine.transcript import Transcript
 from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihoods
@@ -61,9 +61,11 @@ class VllmEngine:
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
         self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
         self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
-        self._admission = Admission(config.num_rows(on_gpu=on_gpu) + config.waiting, _vocabulary(base))
-        self._loader = VllmLoader(base, registry, self._server, config.max_rank)
-        self._adapters: Residents[Sent] = Residents(config.resident, self._loader, self._post, self._failed)
+        self._admission = Admission(config.num_seqs(on_gpu=on_gpu) + config.max_queue, _vocabulary(base))
+        self._loader = VllmLoader(base, registry, self._server, config.max_lora_rank)
+        self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
+            config.max_cpu_loras, self._loader, self._post, self._failed
+        )
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}
         """Of requests that wait for their adapter."""
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
@@ -220,11 +222,11 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
     tokens, text = choice["token_ids"] or [], ""
     if finish not in (None, "stop", "length"):
         raise ModelError(f"vLLM ended a completion with {finish!r}")
-    told: list[list[Chosen]] = [[] for _ in tokens]
+    told: list[list[SampledToken]] = [[] for _ in tokens]
     if num_logprobs is not None:
         named = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
         told = [
-            [Chosen(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
+            [SampledToken(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
             for token, logprob, top in zip(tokens, named["token_logprobs"], named["top_logprobs"], strict=True)
         ]
     kept: list[int] = []
@@ -241,7 +243,7 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
 
 
 @dataclass(frozen=True)
-class Sent:
+class VllmAdapter:
     """An adapter that vLLM has."""
 
     folder: Path
@@ -253,10 +255,10 @@ class VllmLoader:
 
     def __init__(self, base: Base, registry: Registry, server: VllmServer, max_rank: int) -> None:
         self._base, self._registry, self._server, self._max_rank = base, registry, server, max_rank
-        self._sent: dict[str, Sent] = {}
+        self._sent: dict[str, VllmAdapter] = {}
         self._numbers = itertools.count()
 
-    def load(self, ref: str) -> Sent:
+    def load(self, ref: str) -> VllmAdapter:
         """Raises as `loading.Loader.load`, and RegistryError where vLLM can't serve it."""
         record = self._registry.get(ref)
         check_base(self._base, record)
@@ -271,7 +273,7 @@ class VllmLoader:
             adapter = fold(self._base.model, fetched)
             if adapter.rank > self._max_rank:
                 raise RegistryError(
-                    f"{ref} is of rank {adapter.rank}, above engine.max_rank={self._max_rank}; raise it"
+                    f"{ref} is of rank {adapter.rank}, above engine.max_lora_rank={self._max_rank}; raise it"
                 )
             write_plain(adapter, folder)
             try:
@@ -280,7 +282,7 @@ class VllmLoader:
             except BaseException:
                 self._drop(ref, folder)
                 raise
-        self._sent[ref] = Sent(folder, adapter.num_bytes)
+        self._sent[ref] = VllmAdapter(folder, adapter.num_bytes)
         return self._sent[ref]
 
     def send_zero(self) -> None:
@@ -288,7 +290,7 @@ class VllmLoader:
         name = find_target_linears(self._base.model, "all-linear")[0]
         num_in, num_out = in_out(self._base.model.get_submodule(name))
         nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)
-        write_plain(Folded({name: nothing}, {}, {}), self._server.scratch / ZERO)
+        write_plain(ServedAdapter({name: nothing}, {}, {}), self._server.scratch / ZERO)
         self._server.load(ZERO, self._server.scratch / ZERO)
 
     def forget(self, ref: str) -> None:

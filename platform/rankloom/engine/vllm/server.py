@@ -2,7 +2,7 @@
 
 It runs in a Python environment of its own (`engine.python`), because vLLM pins other versions than rankloom does. It
 listens on a socket in a folder that only this user can enter, and ends with this process (`die_with_parent.py`).
-`vllm_engine.py` makes an `Engine` of it.
+`engine.py` makes an `Engine` of it.
 """
 
 from __future__ import annotations
@@ -105,15 +105,15 @@ def arguments(
     zero = 0 if on_gpu else 1
     given: dict[str, Any] = {
         "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype,
-        "max-num-seqs": config.num_rows(on_gpu=on_gpu),
-        "max-loras": config.adapters_at_once + zero, "max-cpu-loras": config.resident + zero,
-        "max-lora-rank": config.max_rank, "generation-config": "vllm",
+        "max-num-seqs": config.num_seqs(on_gpu=on_gpu),
+        "max-loras": config.max_loras + zero, "max-cpu-loras": config.max_cpu_loras + zero,
+        "max-lora-rank": config.max_lora_rank, "generation-config": "vllm",
     }  # fmt: skip
-    if config.context is not None:
-        given["max-model-len"] = config.context
+    if config.max_model_len is not None:
+        given["max-model-len"] = config.max_model_len
     if on_gpu:
         given["gpu-memory-utilization"] = f"{OF_A_GPU * min(1.0, gpus):.4g}"
-    cache_gib = config.cache_gib if on_gpu or config.cache_gib else CPU_CACHE_GIB
+    cache_gib = config.kv_cache_gib if on_gpu or config.kv_cache_gib else CPU_CACHE_GIB
     if cache_gib:
         given["kv-cache-memory-bytes"] = int(cache_gib * 2**30)
     flags = ["--enable-lora", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
@@ -211,7 +211,7 @@ class VllmServer:
             read_bufsize=CHUNK_BYTES,
         )
         try:
-            async with asyncio.timeout(self._config.start_s):
+            async with asyncio.timeout(self._config.startup_timeout_s):
                 while not await self._look():
                     if self._process.poll() is not None:
                         raise ModelError(f"vLLM's server ended before it was ready: {self._reason()}")
@@ -221,8 +221,8 @@ class VllmServer:
         except TimeoutError:
             await self.close()
             raise ModelError(
-                f"vLLM's server was not ready after engine.start_s={self._config.start_s:g} seconds; give it longer, "
-                f"or engine.args=[--enforce-eager], which compiles nothing"
+                f"vLLM's server was not ready after engine.startup_timeout_s={self._config.startup_timeout_s:g} "
+                f"seconds; give it longer, or engine.args=[--enforce-eager], which compiles nothing"
             ) from None
         except BaseException:
             await self.close()

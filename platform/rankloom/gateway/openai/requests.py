@@ -1,4 +1,4 @@
-"""OpenAI's wire, what is asked: request bodies, and errors in OpenAI's shape. `replies.py` has the answers.
+"""OpenAI's wire, what is asked: request bodies, and errors in OpenAI's shape. `responses.py` has the answers.
 
 A key that is not known is refused, and so is a known one that asks for what is not done here: nothing is ignored but
 what says nothing about the answer (`user` counts for sticky routes). null is as good as absent, as at OpenAI.
@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from rankloom.config.serve import LimitsConfig
 from rankloom.config.trial import Name
-from rankloom.engine.jobs import ContextError, Conversation, Prompt, ReplicaLostError
+from rankloom.engine.jobs import ChatPrompt, ContextError, Prompt, ReplicaLostError
 from rankloom.engine.protocol import Sampling
 from rankloom.errors import (
     AdapterNotFoundError,
@@ -352,7 +352,7 @@ class ChatRequest(_Common):
             raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
-        talk = Conversation(tuple(message.told() for message in self.messages))
+        talk = ChatPrompt(tuple(message.told() for message in self.messages))
         return (talk,), self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None), most
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rankloom.engine.jobs import Progress
+from rankloom.engine.jobs import JobProgress
 from rankloom.engine.protocol import Delta, Likelihood, TokenLogprobs
-from rankloom.engine.text_offset import Place
+from rankloom.engine.text_offset import TextOffset
 
 Kind = Literal["chat", "text"]
 _PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
@@ -30,11 +30,11 @@ class _Completion:
     finish: str | None = None
     begun: bool = False
     """Whether a chunk of it was sent."""
-    place: Place = field(default_factory=Place)
+    place: TextOffset = field(default_factory=TextOffset)
     """Of the logprobs that were written."""
 
 
-class Reply:
+class ResponseBuilder:
     """The answer to one request, gathered or in chunks."""
 
     def __init__(self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool) -> None:
@@ -57,7 +57,7 @@ class Reply:
         self.length = 0
         """Characters of `body`, about."""
 
-    def add(self, progress: Progress) -> None:
+    def add(self, progress: JobProgress) -> None:
         """Take in what was generated, for `body`."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
@@ -69,7 +69,7 @@ class Reply:
                     each.likelihoods.setdefault(key, []).extend(written)
                     self.length += sum(map(len, written))
 
-    def _count(self, progress: Progress, index: int, delta: Delta) -> _Completion:
+    def _count(self, progress: JobProgress, index: int, delta: Delta) -> _Completion:
         self.prompt_tokens = progress.prompt_tokens
         self.completion_tokens += len(delta.tokens)
         self._cached[index] = delta.cached_tokens
@@ -77,7 +77,7 @@ class Reply:
         each.finish = delta.finish or each.finish
         return each
 
-    def chunks(self, progress: Progress) -> Iterator[dict[str, Any]]:
+    def chunks(self, progress: JobProgress) -> Iterator[dict[str, Any]]:
         """The same, as what a stream sends."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
@@ -129,7 +129,7 @@ class Reply:
         suffix = ".chunk" if self._kind == "chat" else ""
         return self._head | {"object": self._head["object"] + suffix, "choices": choices}
 
-    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: Place) -> dict[str, list[Any]]:
+    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: TextOffset) -> dict[str, list[Any]]:
         if self._kind == "chat":
             return {"content": [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]}
         return {

@@ -43,8 +43,8 @@ from rankloom.train.checkpoint import read_state
 from rankloom.train.fused.member import Member
 from rankloom.train.fused.optim import SlotAdamW, SlotParameter
 from rankloom.train.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
-from rankloom.train.fused.plan import Plan, plan_step
-from rankloom.train.fused.validation import Evaluation, Question, Tally, count
+from rankloom.train.fused.plan import StepPlan, plan_step
+from rankloom.train.fused.validation import Evaluation, EvaluationSums, Question, count
 from rankloom.train.precision import autocast
 
 EVALUATED_ON_CPU = 1024
@@ -56,7 +56,7 @@ KEPT_EXAMPLES = 65_536
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport:
     """One optimiser step of one member, or its end."""
 
     name: str
@@ -117,7 +117,7 @@ class TrialHost:
         self.optimizer = SlotAdamW(_parameters(self.bank), num_slots)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
-        self.last_plan: Plan | None = None
+        self.last_plan: StepPlan | None = None
         """What the last step computed."""
         self._by_slot: dict[int, Member] = {}
         self._num_plans = 0
@@ -163,7 +163,7 @@ class TrialHost:
         self.optimizer.clear(member.slot)
         self.bank.detach(member.slot)
 
-    def step(self, names: Collection[str] | None = None) -> list[Report]:
+    def step(self, names: Collection[str] | None = None) -> list[StepReport]:
         """Compute one plan; a report of each member whose optimiser step it completed, or that had to go.
 
         Args:
@@ -183,7 +183,7 @@ class TrialHost:
         for limit in {member.trial.eval.max_rows for member in members}:
             group = sorted((m for m in members if m.trial.eval.max_rows == limit), key=lambda m: m.slot)
             questions = self._questions(limit) if rows is None else self._asked(rows)
-            tallies = [Tally() for _ in group]
+            tallies = [EvaluationSums() for _ in group]
             with torch.no_grad():
                 self._evaluate([m.slot for m in group], tallies, questions)
             labelled = self._trie is not None
@@ -243,11 +243,11 @@ class TrialHost:
             )
         return spec
 
-    def _plan(self, names: Collection[str]) -> Plan | None:
+    def _plan(self, names: Collection[str]) -> StepPlan | None:
         working = [member for member in self.members.values() if not member.done and member.name in names]
         return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
 
-    def _compute(self, plan: Plan) -> list[Report]:
+    def _compute(self, plan: StepPlan) -> list[StepReport]:
         """Add the plan's gradients to those of the steps under way, in halves where memory runs out.
 
         Returns:
@@ -290,7 +290,7 @@ class TrialHost:
             self.token_budget = min(2 * self.token_budget, self._most_tokens)
             self._num_sufficient = 0
 
-    def _forward_backward(self, plan: Plan) -> None:
+    def _forward_backward(self, plan: StepPlan) -> None:
         examples, slots = [], []
         for share in plan.shares:
             rows = self._by_slot[share.slot].rows(share.start, share.stop)
@@ -322,7 +322,7 @@ class TrialHost:
             if slot in self._by_slot:
                 self._by_slot[slot].loss_sum += loss_sum
 
-    def _apply(self, plan: Plan) -> list[Report]:
+    def _apply(self, plan: StepPlan) -> list[StepReport]:
         """Step the members whose steps are complete; those that diverged go, before they touch anything."""
         if self._gradients is None:
             return []
@@ -339,16 +339,16 @@ class TrialHost:
         for member in stepping:
             member.stepped()
             loss = member.loss_sum / member.weight
-            reports.append(Report(member.name, member.step, loss, member.tokens, member.done))
+            reports.append(StepReport(member.name, member.step, loss, member.tokens, member.done))
         if any(member.accumulating for member in self.members.values()):
             self._clear_gradient([member.slot for member in stepping])
         else:
             self._gradients = None
         return reports
 
-    def _fail(self, member: Member, reason: str, loss: float = math.nan) -> Report:
+    def _fail(self, member: Member, reason: str, loss: float = math.nan) -> StepReport:
         self.evict(member.name)
-        return Report(member.name, member.step, loss, member.tokens, done=False, error=reason)
+        return StepReport(member.name, member.step, loss, member.tokens, done=False, error=reason)
 
     def _clear_gradient(self, slots: list[int]) -> None:
         for stack in self._gradients or ():
@@ -371,7 +371,7 @@ class TrialHost:
         ):
             yield packed
 
-    def _evaluate(self, slots: list[int], tallies: list[Tally], questions: list[Question]) -> None:
+    def _evaluate(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
         """Every question for every slot, in as many forwards as the token budget asks for."""
         while questions:
             on_cpu = self.base.device.type == "cpu"
@@ -383,7 +383,7 @@ class TrialHost:
             for i in range(0, len(slots), num_slots):
                 self._evaluate_batch(slots[i : i + num_slots], tallies[i : i + num_slots], batch)
 
-    def _evaluate_batch(self, slots: list[int], tallies: list[Tally], questions: list[Question]) -> None:
+    def _evaluate_batch(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
         examples = [question.example for question in questions]
         try:
             of_rows = [slot for slot in slots for _ in examples]

@@ -16,7 +16,7 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import Cursor
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.train.fused.packing import Example
-from rankloom.train.fused.plan import Work
+from rankloom.train.fused.plan import PendingBatch
 from rankloom.train.schedule import num_steps, schedule
 
 
@@ -71,7 +71,7 @@ class Member:
         """The schedule's factor on the learning rate in the step under way."""
         return schedule(self.trial.optim, self.step, self.num_steps)
 
-    def work(self, example_of: Callable[[int], Example]) -> Work:
+    def work(self, example_of: Callable[[int], Example]) -> PendingBatch:
         """The next micro-batch; the next step's rows are drawn where no step is under way."""
         if not self._micro_batches:
             self._begun_at = self.cursor.state_dict()
@@ -82,7 +82,7 @@ class Member:
             self._step_tokens = sum(len(example.ids_T) for example in examples)
             self.loss_sum, self._num_computed = 0.0, 0
         lengths = tuple(len(example_of(row).ids_T) for row in self._micro_batches[0])
-        return Work(self.slot, self.last_served, lengths)
+        return PendingBatch(self.slot, self.last_served, lengths)
 
     def rows(self, start: int, stop: int) -> list[int]:
         """Rows of the micro-batch whose turn it is."""

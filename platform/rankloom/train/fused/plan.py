@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
+class PendingBatch:
     """A member's next micro-batch."""
 
     slot: int
@@ -21,7 +21,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """Rows `start` to `stop` of a member's micro-batch."""
 
     slot: int
@@ -32,14 +32,14 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What one forward and backward computes: a share of each member in it, by slot."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[BatchSlice, ...]
     num_tokens: int
     """Positions computed, padding included where rows are padded."""
 
-    def halves(self, *, padded: bool = False) -> tuple[Plan, Plan] | None:
+    def halves(self, *, padded: bool = False) -> tuple[StepPlan, StepPlan] | None:
         """Two plans that do the same together; None where one row is left."""
         if len(self.shares) > 1:
             cut = len(self.shares) // 2
@@ -51,7 +51,7 @@ class Plan:
         return _plan([_part(share, 0, cut)], padded), _plan([_part(share, cut, len(share.lengths))], padded)
 
 
-def plan_step(work: Sequence[Work], token_budget: int, *, padded: bool = False) -> Plan | None:
+def plan_step(work: Sequence[PendingBatch], token_budget: int, *, padded: bool = False) -> StepPlan | None:
     """Fill the budget with whole micro-batches, who waited longest first; None where there is no work.
 
     A micro-batch that is larger than the whole budget is cut: its rows' gradients add up over several steps. A row
@@ -60,9 +60,9 @@ def plan_step(work: Sequence[Work], token_budget: int, *, padded: bool = False) 
     Args:
         padded: rows are padded to the longest of all, and the padding counts.
     """
-    shares: list[Share] = []
+    shares: list[BatchSlice] = []
     for item in sorted(work, key=lambda w: (w.last_served, w.slot)):
-        whole = Share(item.slot, 0, len(item.lengths), item.lengths)
+        whole = BatchSlice(item.slot, 0, len(item.lengths), item.lengths)
         if num_positions([*shares, whole], padded) <= token_budget:
             shares.append(whole)
         elif num_positions([whole], padded) > token_budget and not shares:
@@ -70,7 +70,7 @@ def plan_step(work: Sequence[Work], token_budget: int, *, padded: bool = False) 
     return _plan(shares, padded) if shares else None
 
 
-def num_positions(shares: Sequence[Share], padded: bool) -> int:
+def num_positions(shares: Sequence[BatchSlice], padded: bool) -> int:
     lengths = [length for share in shares for length in share.lengths]
     return len(lengths) * max(lengths) if padded else sum(lengths)
 
@@ -78,15 +78,17 @@ def num_positions(shares: Sequence[Share], padded: bool) -> int:
 def _num_fitting(lengths: tuple[int, ...], token_budget: int, padded: bool) -> int:
     """How many rows from the first on fit; at least one."""
     fitting = 1
-    while fitting < len(lengths) and num_positions([Share(0, 0, 0, lengths[: fitting + 1])], padded) <= token_budget:
+    while (
+        fitting < len(lengths) and num_positions([BatchSlice(0, 0, 0, lengths[: fitting + 1])], padded) <= token_budget
+    ):
         fitting += 1
     return fitting
 
 
-def _part(share: Share, start: int, stop: int) -> Share:
-    return Share(share.slot, share.start + start, share.start + stop, share.lengths[start:stop])
+def _part(share: BatchSlice, start: int, stop: int) -> BatchSlice:
+    return BatchSlice(share.slot, share.start + start, share.start + stop, share.lengths[start:stop])
 
 
-def _plan(shares: Sequence[Share], padded: bool) -> Plan:
+def _plan(shares: Sequence[BatchSlice], padded: bool) -> StepPlan:
     ordered = tuple(sorted(shares, key=lambda share: share.slot))
-    return Plan(ordered, num_positions(ordered, padded))
+    return StepPlan(ordered, num_positions(ordered, padded))

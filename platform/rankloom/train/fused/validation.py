@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass
-class Tally:
+class EvaluationSums:
     """One member's sums."""
 
     loss_sum: float = 0.0
@@ -74,7 +74,7 @@ class Tally:
         )
 
 
-def count(tallies: Sequence[Tally], questions: Sequence[Question], packed: Packed, logits_MV: Tensor) -> None:
+def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], packed: Packed, logits_MV: Tensor) -> None:
     """Add a forward to the tallies: every question once for each of them, in the order of the tallies."""
     losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
     loss_sums = losses_M.view(len(tallies), -1).double().sum(1).tolist()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rankloom.engine.adapter_cache.eviction import Residency
-from rankloom.engine.adapter_cache.load_backoff import LONGEST_S, MOST, Refusals
+from rankloom.engine.adapter_cache.eviction import EvictionPolicy
+from rankloom.engine.adapter_cache.load_backoff import LONGEST_S, MOST, LoadBackoff
 from rankloom.errors import RegistryError
 
 
-def loaded(residency: Residency[str], *refs: str) -> None:
+def loaded(residency: EvictionPolicy[str], *refs: str) -> None:
     """Asks for adapters, loads them and lets them go again."""
     for ref in refs:
         residency.ask(ref)
@@ -16,12 +16,12 @@ def loaded(residency: Residency[str], *refs: str) -> None:
         residency.release(ref)
 
 
-def held(residency: Residency[str]) -> list[str]:
+def held(residency: EvictionPolicy[str]) -> list[str]:
     return [ref for ref, entry in residency.entries.items() if entry.adapter is not None]
 
 
 def test_what_is_asked_for_is_loaded_once() -> None:
-    residency = Residency[str](2)
+    residency = EvictionPolicy[str](2)
     residency.ask("a")
     residency.ask("a")
     assert residency.next_load() == ("a", None)
@@ -32,20 +32,20 @@ def test_what_is_asked_for_is_loaded_once() -> None:
 
 
 def test_the_least_recently_used_goes() -> None:
-    residency = Residency[str](2)
+    residency = EvictionPolicy[str](2)
     loaded(residency, "a", "b", "a", "c")
     assert held(residency) == ["a", "c"]
 
 
 def test_a_thousand_take_the_place_of_two() -> None:
-    residency = Residency[str](2)
+    residency = EvictionPolicy[str](2)
     loaded(residency, *map(str, range(1000)))
     assert held(residency) == ["998", "999"]
     assert len(residency.entries) == 2
 
 
 def test_pinned_and_used_ones_stay_and_who_comes_later_waits() -> None:
-    residency = Residency[str](2)
+    residency = EvictionPolicy[str](2)
     assert residency.pin("a")
     residency.ask("b")
     residency.ask("c")
@@ -58,7 +58,7 @@ def test_pinned_and_used_ones_stay_and_who_comes_later_waits() -> None:
 
 
 def test_no_more_than_all_places_are_pinned() -> None:
-    residency = Residency[str](1)
+    residency = EvictionPolicy[str](1)
     assert residency.pin("a")
     assert residency.pin("a")
     assert not residency.pin("b")
@@ -67,14 +67,14 @@ def test_no_more_than_all_places_are_pinned() -> None:
 
 
 def test_what_nobody_waits_for_any_more_is_not_loaded() -> None:
-    residency = Residency[str](1)
+    residency = EvictionPolicy[str](1)
     residency.ask("a")
     residency.release("a")
     assert residency.next_load() is None
 
 
 def test_a_failure_is_forgotten_and_its_place_is_free() -> None:
-    residency = Residency[str](1)
+    residency = EvictionPolicy[str](1)
     residency.ask("bad")
     assert residency.next_load() == ("bad", None)
     residency.failed("bad")
@@ -86,7 +86,7 @@ def test_a_failure_is_forgotten_and_its_place_is_free() -> None:
 
 
 def test_a_refusal_holds_for_twice_as_long_each_time_and_is_forgotten_when_it_loads() -> None:
-    refusals, now = Refusals(), 100.0
+    refusals, now = LoadBackoff(), 100.0
     assert refusals.get("bad@1", now) is None
     for held_s in (1, 2, 4, 8):
         refusals.add("bad@1", RegistryError("does nothing"), now)
@@ -105,7 +105,7 @@ def test_a_refusal_holds_for_twice_as_long_each_time_and_is_forgotten_when_it_lo
 
 
 def test_no_more_refusals_are_remembered_than_fit() -> None:
-    refusals = Refusals()
+    refusals = LoadBackoff()
     for number in range(MOST + 1):
         refusals.add(f"bad@{number}", RegistryError("does nothing"), 0.0)
     assert refusals.get("bad@0", 0.5) is None

@@ -53,7 +53,7 @@ def python(tmp_path: Path) -> str:
 
 
 def serving(base: Path, registry: Path, python: str, work: Callable[[VllmEngine], Awaitable[T]], **settings: Any) -> T:
-    config = VllmConfig(**{"python": python, "start_s": 60, "resident": 2, "adapters_at_once": 2} | settings)
+    config = VllmConfig(**{"python": python, "startup_timeout_s": 60, "max_cpu_loras": 2, "max_loras": 2} | settings)
     outline = load_outline(ModelConfig(id=str(base)), dtype=torch.float32)
 
     async def run() -> T:
@@ -179,7 +179,7 @@ def test_what_is_refused_and_what_fails(tiny_llama: Path, tmp_path: Path, python
         with pytest.raises(OverloadedError, match="stopping"):
             await completed(engine)
 
-    serving(tiny_llama, tmp_path / "registry", python, work, rows=1, waiting=0)
+    serving(tiny_llama, tmp_path / "registry", python, work, max_num_seqs=1, max_queue=0)
 
 
 def test_vllm_is_told_whose_a_prompt_is() -> None:
@@ -207,7 +207,7 @@ def test_a_server_that_does_not_come_up_says_why(tiny_llama: Path, tmp_path: Pat
     with pytest.raises(ModelError, match="ended before it was ready: ValueError: this model is not for me"):
         serving(tiny_llama, tmp_path / "registry", python, work, args=("--start=fail",))
     with pytest.raises(ModelError, match=r"not ready after engine\.start_s=0\.05 seconds"):
-        serving(tiny_llama, tmp_path / "registry", python, work, start_s=0.05)
+        serving(tiny_llama, tmp_path / "registry", python, work, startup_timeout_s=0.05)
 
 
 def test_the_server_gets_what_the_config_says(tiny_llama: Path, tmp_path: Path, python: str) -> None:

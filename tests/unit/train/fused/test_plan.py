@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rankloom.train.fused.plan import Plan, Work, plan_step
+from rankloom.train.fused.plan import PendingBatch, StepPlan, plan_step
 
 
-def taken(plan: Plan | None) -> list[tuple[int, int, int]]:
+def taken(plan: StepPlan | None) -> list[tuple[int, int, int]]:
     return [] if plan is None else [(s.slot, s.start, s.stop) for s in plan.shares]
 
 
@@ -16,7 +16,7 @@ def test_no_work_is_no_plan() -> None:
 
 
 def test_everyone_who_fits_is_in_it_and_ordered_by_slot() -> None:
-    work = [Work(3, 5, (10, 20)), Work(0, 7, (5,)), Work(1, 6, (30,))]
+    work = [PendingBatch(3, 5, (10, 20)), PendingBatch(0, 7, (5,)), PendingBatch(1, 6, (30,))]
     plan = plan_step(work, 100)
     assert taken(plan) == [(0, 0, 1), (1, 0, 1), (3, 0, 2)]
     assert plan is not None
@@ -24,7 +24,7 @@ def test_everyone_who_fits_is_in_it_and_ordered_by_slot() -> None:
 
 
 def test_who_waited_longest_goes_first_and_small_ones_fill_the_rest() -> None:
-    work = [Work(0, 9, (60,)), Work(1, 3, (60,)), Work(2, 8, (30,)), Work(3, 8, (30,))]
+    work = [PendingBatch(0, 9, (60,)), PendingBatch(1, 3, (60,)), PendingBatch(2, 8, (30,)), PendingBatch(3, 8, (30,))]
     assert taken(plan_step(work, 100)) == [(1, 0, 1), (2, 0, 1)]
 
 
@@ -33,7 +33,7 @@ def test_nobody_starves() -> None:
     lengths = {0: (90,), 1: (20, 20), 2: (50,), 3: (10,), 4: (70, 30)}
     served: dict[int, int] = dict.fromkeys(range(5), 0)
     for step in range(30):
-        plan = plan_step([Work(s, last_served[s], lengths[s]) for s in range(5)], 100)
+        plan = plan_step([PendingBatch(s, last_served[s], lengths[s]) for s in range(5)], 100)
         assert plan is not None
         assert plan.num_tokens <= 100
         for share in plan.shares:
@@ -43,14 +43,14 @@ def test_nobody_starves() -> None:
 
 
 def test_a_micro_batch_above_the_budget_is_cut_and_a_row_above_it_goes_alone() -> None:
-    assert taken(plan_step([Work(0, 0, (40, 40, 40))], 100)) == [(0, 0, 2)]
-    assert taken(plan_step([Work(0, 0, (400, 40))], 100)) == [(0, 0, 1)]
+    assert taken(plan_step([PendingBatch(0, 0, (40, 40, 40))], 100)) == [(0, 0, 2)]
+    assert taken(plan_step([PendingBatch(0, 0, (400, 40))], 100)) == [(0, 0, 1)]
     # only who is first is cut: another's turn comes
-    assert taken(plan_step([Work(0, 0, (40,)), Work(1, 1, (90, 90))], 100)) == [(0, 0, 1)]
+    assert taken(plan_step([PendingBatch(0, 0, (40,)), PendingBatch(1, 1, (90, 90))], 100)) == [(0, 0, 1)]
 
 
 def test_padding_counts_where_rows_are_padded() -> None:
-    work = [Work(0, 0, (10, 10)), Work(1, 0, (40,))]
+    work = [PendingBatch(0, 0, (10, 10)), PendingBatch(1, 0, (40,))]
     assert len(taken(plan_step(work, 60))) == 2
     assert taken(plan_step(work, 60, padded=True)) == [(0, 0, 2)]
     plan = plan_step(work, 120, padded=True)
@@ -59,7 +59,7 @@ def test_padding_counts_where_rows_are_padded() -> None:
 
 
 def test_halves_do_the_same_together() -> None:
-    plan = plan_step([Work(s, 0, (10 + s, 5)) for s in range(3)], 1000)
+    plan = plan_step([PendingBatch(s, 0, (10 + s, 5)) for s in range(3)], 1000)
     todo, rows = [plan], []
     while todo:
         part = todo.pop()
@@ -77,6 +77,6 @@ def test_halves_do_the_same_together() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_cut_never_takes_more_than_the_budget(padded: bool) -> None:
     for budget in range(1, 120):
-        plan = plan_step([Work(0, 0, (7, 30, 12, 45, 3))], budget, padded=padded)
+        plan = plan_step([PendingBatch(0, 0, (7, 30, 12, 45, 3))], budget, padded=padded)
         assert plan is not None
         assert plan.num_tokens <= budget or len(plan.shares[0].lengths) == 1

@@ -149,7 +149,7 @@ def test_experts_that_are_stored_as_codes_are_merged_into_plain_weights(
     write(Path(trial.model.id))
     run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
     folder = tmp_path / "registry" / "tiny" / "1"
-    merge(folder, Registry(tmp_path / "registry").verify("tiny@1"), tmp_path / "merged")
+    merge_adapter(folder, Registry(tmp_path / "registry").verify("tiny@1"), tmp_path / "merged")
 
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
     types = stored_types(tmp_path / "merged")

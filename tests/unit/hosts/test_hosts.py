@@ -8,7 +8,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
-from rankloom.hosts.hosts import Bank, bank_of, groups, share_out
+from rankloom.hosts.hosts import BankShape, bank_of, groups, share_out
 
 LORA = {"method": {"type": "lora", "rank": {"choice": [4, 32]}}}
 QUANTISED = LORA | {"quantization": {"choice": ["none", "nf4"]}}
@@ -25,8 +25,8 @@ def test_a_group_is_a_base_and_the_bank_holds_any_trial() -> None:
     assert [trial.quantization.type for trial in groups(study(QUANTISED, DORA, FULL)).values()] == ["none", "nf4"]
     crossed = QUANTISED | {"data": {"max_length": {"choice": [64, 128, 256]}}}
     assert len(groups(study(crossed))) == 7  # and the baseline's
-    assert bank_of(study(LORA)) == Bank((4, 16, 32), with_magnitudes=False)  # and the baseline's
-    assert bank_of(study(QUANTISED, DORA)) == Bank((4, 8, 16, 32), with_magnitudes=True)
+    assert bank_of(study(LORA)) == BankShape((4, 16, 32), with_magnitudes=False)  # and the baseline's
+    assert bank_of(study(QUANTISED, DORA)) == BankShape((4, 8, 16, 32), with_magnitudes=True)
     assert bank_of(study(LORA, hosts={"max_rank": 8})).ranks == (4, 8)
     assert bank_of(study(LORA, hosts={"max_rank": 64})).ranks == (4, 16, 32, 64)
 

@@ -23,6 +23,7 @@ from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.probe import last_logits
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
+from rankloom.config.model import Int8
 from rankloom.data import TaskData, load_data
 from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
@@ -228,6 +229,17 @@ def test_trained_is_published_read_back_and_merged(
     if trial.output.keep_model:
         kept = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "model").eval()
         assert (last_logits(kept, ids) - adapted).norm() < (last_logits(kept, ids) - before).norm()
+
+
+def test_an_int8_layer_takes_latents_of_four_dimensions(
+    tiny: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    plain = trial_of(tiny("deepseek_v3"), rows, tmp_path, "lora")
+    trial = plain.model_copy(update={"quantization": Int8()})
+    run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
+    expected = last_logits(opened(plain)[0].model, list(range(5, 25)))
+    found = last_logits(opened(trial)[0].model, list(range(5, 25)))
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("architecture", cases(FAST_HOSTS, list(ARCHITECTURES)))

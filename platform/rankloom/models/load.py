@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankloom.config.model import Dtype, ModelConfig, Nf4, NoQuantization, Quantization
+from rankloom.config.model import Dtype, Int8, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.errors import ModelError
 from rankloom.models.checkpoints import (
     INDEX,
@@ -96,6 +97,8 @@ def load_base(
             # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser
             # (bf16 constants and arithmetic), and with no gradient to the input, so that training breaks after it
             module.support_avx512bf16_for_cpu = False
+    if isinstance(quantization, Int8):
+        _multiply_rows(model)
     if _sees_ahead(model):
         raise _not_causal(config.id, type(model).__name__)
     return Base(
@@ -107,6 +110,19 @@ def load_base(
         quantization=quantization.type,
         device=device,
     )
+
+
+def _multiply_rows(model: PreTrainedModel) -> None:
+    """Give bitsandbytes' int8 layers rows: they take three dimensions at most, and DeepSeek-V3's latents have four."""
+    from bitsandbytes.nn import Linear8bitLt  # slow to import, and most bases are plain
+
+    def forward(layer: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2))
+        return y.unflatten(0, x.shape[:-1])
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.forward = MethodType(forward, module)
 
 
 def stored_as(config: ModelConfig) -> Quantization:

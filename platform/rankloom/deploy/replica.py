@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -73,6 +74,7 @@ class Replica:
         self._registry = Registry(self._config.registry or registry_root())
         threads, gpus = max(1, int(_mine("CPU", 1))), _mine("GPU", 0)
         self._base, self._engine = await asyncio.to_thread(_built, self._config, self._registry, threads, gpus)
+        gc.collect()  # the engine's start keeps the collector from what loading left
         await self._engine.start()
         self._pinned: set[str] = set()
         await self._pin()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from rankloom.config.engine import EngineConfig
 from rankloom.engine.admission import STOPPING, Admission, check_ref
 from rankloom.engine.core import Core
 from rankloom.engine.guide import Guides
+from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
 from rankloom.engine.sequence import RunningSequence
@@ -28,10 +28,6 @@ from rankloom.engine.text import Decoder
 from rankloom.errors import OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Registry
-
-SWITCH_S = 0.0005
-"""How long one Python thread keeps others waiting; the longest gaps between tokens while adapters are loaded were
-measured to be a third of those at Python's 5 ms."""
 
 
 class ServingEngine:
@@ -64,8 +60,7 @@ class ServingEngine:
 
     async def start(self) -> None:
         self._mailbox.open()
-        # of the whole process: else a loading thread's Python may keep the engine's waiting 5 ms at every turn
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
+        shorten_pauses()
         self._thread.start()
 
     async def close(self) -> None:
@@ -73,6 +68,7 @@ class ServingEngine:
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        allow_pauses()
 
     def tokens(self, text: str) -> list[int]:
         return self._prompts.tokens(text)

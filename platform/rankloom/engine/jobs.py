@@ -16,7 +16,7 @@ from rankloom.errors import RankloomError, RequestError
 AT_ONCE = 4096
 """Characters whose work takes a few milliseconds, so that it is done on the event loop; more, in a thread."""
 MOST = 256
-"""Deltas that come together; each may have twenty logprobs."""
+"""Tokens with logprobs, or deltas, that come together; each may have twenty likeliest ones."""
 
 
 class ContextError(RequestError):
@@ -106,8 +106,10 @@ async def run(engine: Engine, work: CompletionJob) -> AsyncIterator[JobProgress]
     try:
         while left:
             items = [await arrived.get()]
-            while not arrived.empty() and len(items) < MOST:
+            size = _weight(items[0])
+            while not arrived.empty() and size < MOST:
                 items.append(arrived.get_nowait())
+                size += _weight(items[-1])
             if not arrived.empty():  # a client that reads late has all the rest at once, and others wait
                 await asyncio.sleep(0)
             left -= items.count(None)
@@ -128,6 +130,10 @@ def _tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
         named = [dict(zip(("role", "content", "name"), message, strict=False)) for message in prompt.messages]
         return tuple(engine.render_chat(named))
     return tuple(engine.tokens(prompt)) if isinstance(prompt, str) else prompt
+
+
+def _weight(item: tuple[int, Delta] | BaseException | None) -> int:
+    return max(1, len(item[1].logprobs)) if isinstance(item, tuple) else 1
 
 
 def _size(prompt: Prompt) -> int:

@@ -9,6 +9,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 6
 """Tokens of the prompt that decoding begins with, so that a space between it and the completion shows."""
+LONGEST = 16
+"""Pushes of tokens that may wait for the rest of a character: more are bytes that are no text."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -111,6 +113,8 @@ class TextStream:
         """Whether that has no half of a character at its end."""
         self.stopped = False
         """Whether a stop string was reached; nothing comes after."""
+        self._num_waiting = 0
+        """Pushes since the last whole character."""
 
     @property
     def at_start(self) -> bool:
@@ -121,7 +125,8 @@ class TextStream:
         """The text that is certain with these tokens."""
         self._ids += [token for token in tokens if not self._decoder.is_special(token)]
         self.grown = self._decoder.text(self._ids[self._start :])[len(self._before) :]
-        self.is_whole = not self.grown.endswith(UNFINISHED)
+        self._num_waiting += 1
+        self.is_whole = self._ends_whole()
         return self._settled() if self.is_whole else ""
 
     def finish(self) -> str:
@@ -131,7 +136,15 @@ class TextStream:
         rest, self._held = self._held, ""
         return text + rest
 
+    def _ends_whole(self) -> bool:
+        if not self.grown.endswith(UNFINISHED) or self._num_waiting >= LONGEST:
+            return True
+        new, at_start = self._ids[self._done :], not self._before
+        pieces = [self._decoder.piece(token, at_start=at_start and not at) for at, token in enumerate(new)]
+        return b"".join(pieces) == self.grown.encode()  # that character itself, not a half of another
+
     def _settled(self) -> str:
+        self._num_waiting = 0
         if self._done < len(self._ids):
             self._start, self._done = self._done, len(self._ids)
             self._before = self._decoder.text(self._ids[self._start :])

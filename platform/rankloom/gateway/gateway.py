@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from rankloom.config.serve import ServeConfig
 from rankloom.config.trial import BASE
 from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, ReplicaLostError
+from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
 from rankloom.gateway.canary import Canaries, CanaryEnd
 from rankloom.gateway.in_flight import InFlightRequest
@@ -90,6 +91,7 @@ class Gateway:
         self.shelves = RegistryView(self._registry, self._fits)
         self.catalogue = Catalogue(base=self.served.base)
         await self.refresh()
+        shorten_pauses()
         self.ready = True
         self._background(self._keep_fresh())
 
@@ -97,6 +99,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        allow_pauses()
 
     async def answers(self) -> bool:
         """Whether a request would be answered now."""

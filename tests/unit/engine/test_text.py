@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rankloom.data.encode import Encoder
 from rankloom.engine.choices import ChoiceState, choice_tree
 from rankloom.engine.prompts import Prompts
-from rankloom.engine.text import Decoder, Stops, TextStream
+from rankloom.engine.text import LONGEST, Decoder, Stops, TextStream
 from rankloom.errors import RequestError
 from served import load
 
@@ -42,6 +42,18 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: PreTrainedToken
     parts = [stream.push([token]) for token in ids(tokenizer, "a日")[:-1]]
     assert parts == ["a", "", ""]
     assert stream.finish() == "\ufffd"
+
+
+def test_a_character_that_stands_for_a_half_one_does_not_wait(tokenizer: PreTrainedTokenizerBase) -> None:
+    stream, tokens = TextStream(Decoder(tokenizer), []), ids(tokenizer, "\ufffd" * 50)
+    parts = [stream.push([token]) for token in tokens]
+    assert [part for part in parts if part] == ["\ufffd"] * 50
+
+
+def test_bytes_that_are_no_text_do_not_wait_for_ever(tokenizer: PreTrainedTokenizerBase) -> None:
+    stream, half = TextStream(Decoder(tokenizer), []), ids(tokenizer, "日")[0]
+    parts = [stream.push([half]) for _ in range(10 * LONGEST)]
+    assert [len(part) for part in parts if part] == [LONGEST] * 10
 
 
 def test_a_character_split_between_prompt_and_completion(tokenizer: PreTrainedTokenizerBase) -> None:

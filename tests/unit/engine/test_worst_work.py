@@ -39,6 +39,14 @@ WORST = {
     "choices with logprobs": CompletionJob(
         "w", None, ("hi",), Sampling(choices=tuple(CHOICES), logprobs=20), n=16, max_tokens=9
     ),
+    "choices that are no whole character": CompletionJob(
+        "w",
+        None,
+        ("hi",),
+        Sampling(choices=("\ufffd" * 2000, "a" + "\ufffd" * 1999), logprobs=20),
+        n=16,
+        max_tokens=300,
+    ),
     "stops": CompletionJob("w", None, ("hi",), Sampling(stop=STOPS, ignore_eos=True), n=16, max_tokens=40),
 }
 

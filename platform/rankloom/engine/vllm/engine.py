@@ -30,6 +30,7 @@ from rankloom.engine.adapter_cache.loading import check_base
 from rankloom.engine.admission import STOPPING, Admission, check_ref
 from rankloom.engine.guide import Guides
 from rankloom.engine.jobs import ReplicaLostError
+from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
 from rankloom.engine.sampling import SampledToken
@@ -84,6 +85,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        shorten_pauses()
         await self._server.start()
         if self._server.base == ZERO:
             await asyncio.to_thread(self._loader.send_zero)
@@ -95,6 +97,7 @@ class VllmEngine:
         for ref in list(self._arriving):
             self._failed(ref, stopping)
         await self._server.close()
+        allow_pauses()
 
     def tokens(self, text: str) -> list[int]:
         return self._prompts.tokens(text)

@@ -200,8 +200,8 @@ def open_host(
     import torch
 
     from rankloom.data import load_data
-    from rankloom.launch.trainer import local_device
     from rankloom.models import load_base, load_tokenizer
+    from rankloom.models.device import local_device
     from rankloom.train.fused.host import TrialHost
     from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
     from rankloom.train.precision import check_lengths, precision_of

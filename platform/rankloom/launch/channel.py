@@ -7,17 +7,9 @@ here, so that a restarted group of workers learns of it and does nothing.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
-from rankloom.errors import RankloomError
-
-
-class Failure(NamedTuple):
-    """Why a trial failed for good."""
-
-    error: RankloomError
-    trace: str | None
-    """The stack trace, where the error is not one that the user can read without."""
+from rankloom.launch.failures import Failure
 
 
 class Channel:

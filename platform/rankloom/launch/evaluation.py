@@ -10,13 +10,18 @@ from typing import Any
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import RankloomError, TrialError
 from rankloom.launch import cluster
-from rankloom.launch.channel import Channel, Failure
+from rankloom.launch.background import Background, watch
+from rankloom.launch.channel import Channel
+from rankloom.launch.failures import Failure, failure_of
 from rankloom.launch.run_folder import absolute, resolved
-from rankloom.launch.trainer import Background, Event, failure_of, local_device, watch
 
 
 def evaluate(
-    trial: TrialConfig, adapter: str | None, *, registry: str, on_event: Callable[[Event], None] = lambda _: None
+    trial: TrialConfig,
+    adapter: str | None,
+    *,
+    registry: str,
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Score an adapter beside its base.
 
@@ -33,6 +38,8 @@ def evaluate(
 
     preflight([trial])
     if trial.compute.num_workers == 0:
+        from rankloom.models.device import local_device
+
         try:
             return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event)
         except Exception as error:
@@ -67,6 +74,8 @@ def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, cha
     import ray
     import torch
 
+    from rankloom.models.device import local_device
+
     torch.set_num_threads(cpus)
     try:
         device = local_device("cuda" if ray.get_gpu_ids() else "cpu")
@@ -77,7 +86,7 @@ def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, cha
 
 
 def score(
-    tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: Callable[[Event], None]
+    tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Score in this process."""
     from rankloom.registry import Registry

@@ -1,9 +1,9 @@
-"""`fit`: run a trial, in this process or on Ray Train's workers, and bring back its result.
+"""`train_trial`: run a trial, in this process or on Ray Train's workers, and bring back its result.
 
     decide    whether the run starts, goes on or is finished (`run_folder.py`), before Ray does
-    launch    `rankloom.train.run.run_trial` with a Session: LocalSession here, RayTrainSession in a Ray Train worker
+    launch    `rankloom.train.run.run_trial` with a Session: LocalSession here, `ray_session.py` in Ray Train's workers
     watch     the driver takes events off the `Channel` and hands them to the trackers and the caller
-    unwrap    whatever failed reaches the caller as one RankloomError
+    unwrap    whatever failed reaches the caller as one RankloomError (`failures.py`)
 
 Ray restarts the workers when one dies. An error that a restart would repeat is returned by the workers as data,
 so that it is not retried.
@@ -11,32 +11,23 @@ so that it is not retried.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import queue
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rankloom.config import TrialConfig, dump, parse
+from rankloom.config import TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.launch import cluster, tracking
-from rankloom.launch.channel import Channel, Failure
+from rankloom.launch.background import Background, watch
+from rankloom.launch.channel import Channel
+from rankloom.launch.failures import Failure, failure_of, training_failure
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, resolved
 from rankloom.registry import Registry
 
 Event = dict[str, Any]
 Tell = Callable[[Event], None]
-
-TAKE_EVERY_S = 0.2
-PUSH_EVERY_S = 0.2
-LEAVE_TOGETHER_S = 10.0
-"""How long a worker that failed waits for the others to end too, before it makes Ray end them."""
-CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
 def train_trial(
@@ -118,6 +109,7 @@ def _in_this_process(
     try:
         import torch
 
+        from rankloom.models.device import local_device
         from rankloom.train.run import run_trial
         from rankloom.train.session import LocalSession
 
@@ -128,15 +120,6 @@ def _in_this_process(
         return run_trial(trial, session, train=train, study=study)
     except Exception as error:
         _raise(failure_of(error), run)
-
-
-def local_device(wanted: str) -> Any:
-    """This process's torch device."""
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("compute.device=cuda: torch finds no CUDA device here; set compute.device=cpu, or auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _on_ray(
@@ -159,7 +142,7 @@ def _on_ray(
         try:
             outcome: dict[str, Any] = fitting.result().return_value
         except TrainingFailedError as error:
-            _raise(_training_failed(error, trial), run)
+            _raise(training_failure(error, trial), run)
         except Exception as error:
             _raise(failure_of(error), run)
         return outcome
@@ -170,6 +153,8 @@ def _ray_trainer(
 ) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    from rankloom.launch.ray_session import work
 
     tree, cpus = dump(trial), share.cpus
 
@@ -193,204 +178,9 @@ def _ray_trainer(
     )
 
 
-def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path | None) -> dict[str, Any] | None:
-    """What every Ray Train worker runs; rank 0 returns the result, None after an error that the channel holds."""
-    import ray
-    import ray.train
-    import torch
-
-    from rankloom.train.run import run_trial
-
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    if not ray.get(channel.join.remote(rank)):
-        return None
-    torch.set_num_threads(cpus)
-    try:
-        with RayTrainSession.opened(rank, world_size, channel) as session:
-            outcome = run_trial(parse(TrialConfig, tree), session, train=train, study=study)
-        ray.get(channel.leave.remote(rank))
-        return outcome
-    except Exception as error:
-        failure = failure_of(error)
-        if failure.trace is not None and world_size > 1:
-            raise  # perhaps only since another worker died: let Ray restart them all
-        ray.get(channel.fail.remote(rank, failure))
-        others, deadline = set(range(world_size)) - {rank}, time.monotonic() + LEAVE_TOGETHER_S
-        while not ray.get(channel.all_left.remote(others)):
-            if time.monotonic() > deadline:
-                raise  # the others wait for this worker in a collective: Ray ends them, the next attempt does nothing
-            time.sleep(TAKE_EVERY_S)
-        return None
-
-
-class RayTrainSession:
-    """A Session (see `rankloom.train.session`) of a Ray Train worker."""
-
-    def __init__(self, rank: int, world_size: int, channel: Any) -> None:
-        from ray.train.torch import get_device
-
-        self.rank = rank
-        self.world_size = world_size
-        self.device = get_device()
-        self._channel = channel
-        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._stop = False
-
-    @classmethod
-    @contextmanager
-    def opened(cls, rank: int, world_size: int, channel: Any) -> Iterator[RayTrainSession]:
-        """A session whose rank 0 talks to the channel from a thread of its own, for training must not wait for it."""
-        session, ended = cls(rank, world_size, channel), threading.Event()
-
-        def talk() -> None:
-            while not ended.wait(PUSH_EVERY_S):
-                session._push()
-
-        thread = threading.Thread(target=talk, name="rankloom-events", daemon=True)
-        if rank == 0:
-            thread.start()
-        try:
-            yield session
-        finally:
-            ended.set()
-            if rank == 0:
-                thread.join()
-                session._push()
-
-    def emit(self, event: Event) -> None:
-        if self.rank == 0:
-            self._outbox.put(event)
-
-    def should_stop(self) -> bool:
-        """Rank 0's answer is everyone's: the loop adds the workers' up."""
-        return self._stop
-
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        import ray.train
-
-        with _opened(ray.train.get_checkpoint()) as folder:
-            yield folder
-
-    @contextmanager
-    def best_checkpoint(self) -> Iterator[Path | None]:
-        import ray.train
-
-        reported = ray.train.get_all_reported_checkpoints()  # waits for those under way
-        best = max(reported, key=lambda r: float(r.metrics["score"]), default=None)
-        with _opened(best and best.checkpoint) as folder:
-            yield folder
-
-    def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
-        import ray.train
-
-        # of equal scores the earlier is better, as in LocalSession; Ray would take the later
-        ranked = metrics | {"score": metrics["score"] - 1e-12 * metrics["step"]}
-        if folder is None:
-            ray.train.report(ranked)
-            return
-        # a step that is repeated after a restart must not be written over the folder that Ray's snapshot names
-        name = CHECKPOINT.format(step=int(metrics["step"]), nonce=time.time_ns())
-        try:
-            ray.train.report(ranked, checkpoint=ray.train.Checkpoint(folder), checkpoint_dir_name=name)
-        except OSError as error:
-            raise TrialError(f"could not write {name}: {error}; earlier checkpoints are intact") from None
-
-    def _push(self) -> None:
-        import ray
-
-        events = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                events.append(self._outbox.get_nowait())
-        with contextlib.suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to end the training
-            self._stop = ray.get(self._channel.push.remote(events))
-
-
-@contextmanager
-def _opened(checkpoint: Any) -> Iterator[Path | None]:
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)
-
-
-class Background:
-    """A call in a thread that does not keep the process alive; in the main thread Ray Train would take SIGINT over."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            try:
-                self._value = call()
-            except BaseException as error:  # handed to `result`'s caller
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="rankloom-fit", daemon=True)
-        self._thread.start()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait a while; True once it has ended."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def result(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def watch(call: Background, channel: Any, tell: Tell, stop: threading.Event | None = None) -> None:
-    """Hand on the channel's events until the call has ended."""
-    import ray
-
-    ended = False
-    while not ended:
-        ended = call.join(TAKE_EVERY_S)
-        for event in ray.get(channel.take.remote(stop is not None and stop.is_set())):
-            tell(event)
-
-
-def failure_of(error: Exception) -> Failure:
-    """An exception as something that survives pickling and that a user can read."""
-    if isinstance(error, RankloomError):
-        return Failure(error, None)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's and Ray's; neither need be imported here
-        advice = "lower optim.batch_size or raise optim.accumulation, set compute.activation_checkpointing, or quantise"
-        return Failure(TrialError(f"out of memory: {_line(error)}; {advice}"), None)
-    return Failure(TrialError(f"failed: {type(error).__name__}: {_line(error)}"), traceback.format_exc())
-
-
-def _training_failed(error: Any, trial: TrialConfig) -> Failure:
-    """Ray Train's error: the first worker's reason, unless that is only that a neighbour went away."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
-    died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
-    known = [cause for cause in causes if isinstance(cause, RankloomError)]
-    if known:
-        return Failure(known[0], None)
-    cause = (died or causes or [getattr(error, "controller_failure", error)])[0]
-    text = f"failed: {type(cause).__name__}: {_line(cause)}"
-    if died:
-        text = f"a worker died, and compute.max_failures={trial.compute.max_failures} restart(s) are used up: {text}"
-    return Failure(TrialError(f"{text}; --resume goes on from the last checkpoint"), str(error))
-
-
 def _raise(failure: Failure, run: RunFolder) -> NoReturn:
     """Raise the failure; its trace, if it has one, goes to the run's log."""
     if failure.trace is None:
         raise failure.error from None
     where = run.write(ERROR, failure.trace)
     raise TrialError(f"{failure.error}; the whole trace is in {where}") from None
-
-
-def _line(error: BaseException) -> str:
-    text = str(error)
-    if "Traceback (most recent call last)" in text:  # Ray Tune's errors hold that of their cause: its last line says it
-        text = text.strip().splitlines()[-1]
-    text = " ".join(text.split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."

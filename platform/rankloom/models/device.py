@@ -1,8 +1,17 @@
-"""A process's device: what memory is left there, and whether it is still to be had."""
+"""A process's device: which it is, what memory is left there, and whether it is still to be had."""
 
 from __future__ import annotations
 
 import torch
+
+from rankloom.errors import ConfigError
+
+
+def local_device(wanted: str) -> torch.device:
+    """This process's torch device."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("compute.device=cuda: torch finds no CUDA device here; set compute.device=cpu, or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def free_cuda_bytes(device: torch.device) -> float:

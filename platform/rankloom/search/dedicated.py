@@ -18,7 +18,9 @@ from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError
 from rankloom.hosts.membership import Report, costs_of, no_costs
-from rankloom.launch.trainer import Background, failure_of, train_trial
+from rankloom.launch.background import Background
+from rankloom.launch.failures import failure_of
+from rankloom.launch.trainer import train_trial
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"

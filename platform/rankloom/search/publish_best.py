@@ -14,8 +14,9 @@ from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.hosts import share_out
 from rankloom.launch import cluster
+from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
-from rankloom.launch.trainer import Background, failure_of, watch
+from rankloom.launch.failures import failure_of
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.journal import Journal, Tell
 from rankloom.search.leaderboard import Leaderboard, TrialState

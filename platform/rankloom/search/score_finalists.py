@@ -20,8 +20,8 @@ from rankloom.config.study import host_key
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
 from rankloom.evals.score import measure
-from rankloom.launch.trainer import local_device
 from rankloom.models import Base, load_tokenizer
+from rankloom.models.device import local_device
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Measures, Scorecard
 from rankloom.train.resume_check import Origin, hold_study_to

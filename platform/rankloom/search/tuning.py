@@ -22,8 +22,8 @@ from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.hosts import Hosts, groups, share_out
 from rankloom.launch import cluster
+from rankloom.launch.failures import failure_of
 from rankloom.launch.run_folder import ERROR
-from rankloom.launch.trainer import failure_of
 from rankloom.search.journal import Journal, Tell, full
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.samplers import PriorTrial

@@ -1,7 +1,7 @@
 """Session: how a running trial talks to whoever launched it.
 
 The loop knows this protocol alone. `LocalSession` keeps checkpoints in a folder of this process;
-`rankloom.launch.trainer` has the Ray Train one.
+`rankloom.launch.ray_session` has the Ray Train one.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankloom.errors import DataError
-from rankloom.launch.channel import Channel, Failure
+from rankloom.launch.channel import Channel
+from rankloom.launch.failures import Failure
 
 
 def test_events_come_in_order_and_once() -> None:

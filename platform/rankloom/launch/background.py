@@ -1,0 +1,49 @@
+"""A call in a background thread, and the events that its workers send meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+TAKE_EVERY_S = 0.2
+
+
+class Background:
+    """A call in a thread that does not keep the process alive; in the main thread Ray Train would take SIGINT over."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self._value = call()
+            except BaseException as error:  # handed to `result`'s caller
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="rankloom-fit", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait a while; True once it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def watch(
+    call: Background, channel: Any, tell: Callable[[dict[str, Any]], None], stop: threading.Event | None = None
+) -> None:
+    """Hand on the channel's events until the call has ended."""
+    import ray
+
+    ended = False
+    while not ended:
+        ended = call.join(TAKE_EVERY_S)
+        for event in ray.get(channel.take.remote(stop is not None and stop.is_set())):
+            tell(event)

@@ -1,0 +1,50 @@
+"""Failures: whatever ended a trial, as one RankloomError that its user can read."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any, NamedTuple
+
+from rankloom.config import TrialConfig
+from rankloom.errors import RankloomError, TrialError
+
+
+class Failure(NamedTuple):
+    """Why a trial failed for good."""
+
+    error: RankloomError
+    trace: str | None
+    """The stack trace, where the error is not one that the user can read without."""
+
+
+def failure_of(error: Exception) -> Failure:
+    """An exception as something that survives pickling and that a user can read."""
+    if isinstance(error, RankloomError):
+        return Failure(error, None)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's and Ray's; neither need be imported here
+        advice = "lower optim.batch_size or raise optim.accumulation, set compute.activation_checkpointing, or quantise"
+        return Failure(TrialError(f"out of memory: {_line(error)}; {advice}"), None)
+    return Failure(TrialError(f"failed: {type(error).__name__}: {_line(error)}"), traceback.format_exc())
+
+
+def training_failure(error: Any, trial: TrialConfig) -> Failure:
+    """Ray Train's error: the first worker's reason, unless that is only that a neighbour went away."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
+    died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
+    known = [cause for cause in causes if isinstance(cause, RankloomError)]
+    if known:
+        return Failure(known[0], None)
+    cause = (died or causes or [getattr(error, "controller_failure", error)])[0]
+    text = f"failed: {type(cause).__name__}: {_line(cause)}"
+    if died:
+        text = f"a worker died, and compute.max_failures={trial.compute.max_failures} restart(s) are used up: {text}"
+    return Failure(TrialError(f"{text}; --resume goes on from the last checkpoint"), str(error))
+
+
+def _line(error: BaseException) -> str:
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # Ray Tune's errors hold that of their cause: its last line says it
+        text = text.strip().splitlines()[-1]
+    text = " ".join(text.split())
+    return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -1,0 +1,148 @@
+"""A trial in a Ray Train worker: `work` is what each worker runs, `RayTrainSession` what its loop talks to."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankloom.config import TrialConfig, parse
+from rankloom.errors import TrialError
+from rankloom.launch.failures import failure_of
+
+Event = dict[str, Any]
+
+PUSH_EVERY_S = 0.2
+ASK_EVERY_S = 0.2
+LEAVE_TOGETHER_S = 10.0
+"""How long a worker that failed waits for the others to end too, before it makes Ray end them."""
+CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
+
+
+def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path | None) -> dict[str, Any] | None:
+    """What every Ray Train worker runs; rank 0 returns the result, None after an error that the channel holds."""
+    import ray
+    import ray.train
+    import torch
+
+    from rankloom.train.run import run_trial
+
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if not ray.get(channel.join.remote(rank)):
+        return None
+    torch.set_num_threads(cpus)
+    try:
+        with RayTrainSession.opened(rank, world_size, channel) as session:
+            outcome = run_trial(parse(TrialConfig, tree), session, train=train, study=study)
+        ray.get(channel.leave.remote(rank))
+        return outcome
+    except Exception as error:
+        failure = failure_of(error)
+        if failure.trace is not None and world_size > 1:
+            raise  # perhaps only since another worker died: let Ray restart them all
+        ray.get(channel.fail.remote(rank, failure))
+        others, deadline = set(range(world_size)) - {rank}, time.monotonic() + LEAVE_TOGETHER_S
+        while not ray.get(channel.all_left.remote(others)):
+            if time.monotonic() > deadline:
+                raise  # the others wait for this worker in a collective: Ray ends them, the next attempt does nothing
+            time.sleep(ASK_EVERY_S)
+        return None
+
+
+class RayTrainSession:
+    """A Session (see `rankloom.train.session`) of a Ray Train worker."""
+
+    def __init__(self, rank: int, world_size: int, channel: Any) -> None:
+        from ray.train.torch import get_device
+
+        self.rank = rank
+        self.world_size = world_size
+        self.device = get_device()
+        self._channel = channel
+        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._stop = False
+
+    @classmethod
+    @contextmanager
+    def opened(cls, rank: int, world_size: int, channel: Any) -> Iterator[RayTrainSession]:
+        """A session whose rank 0 talks to the channel from a thread of its own, for training must not wait for it."""
+        session, ended = cls(rank, world_size, channel), threading.Event()
+
+        def talk() -> None:
+            while not ended.wait(PUSH_EVERY_S):
+                session._push()
+
+        thread = threading.Thread(target=talk, name="rankloom-events", daemon=True)
+        if rank == 0:
+            thread.start()
+        try:
+            yield session
+        finally:
+            ended.set()
+            if rank == 0:
+                thread.join()
+                session._push()
+
+    def emit(self, event: Event) -> None:
+        if self.rank == 0:
+            self._outbox.put(event)
+
+    def should_stop(self) -> bool:
+        """Rank 0's answer is everyone's: the loop adds the workers' up."""
+        return self._stop
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        import ray.train
+
+        with _opened(ray.train.get_checkpoint()) as folder:
+            yield folder
+
+    @contextmanager
+    def best_checkpoint(self) -> Iterator[Path | None]:
+        import ray.train
+
+        reported = ray.train.get_all_reported_checkpoints()  # waits for those under way
+        best = max(reported, key=lambda r: float(r.metrics["score"]), default=None)
+        with _opened(best and best.checkpoint) as folder:
+            yield folder
+
+    def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
+        import ray.train
+
+        # of equal scores the earlier is better, as in LocalSession; Ray would take the later
+        ranked = metrics | {"score": metrics["score"] - 1e-12 * metrics["step"]}
+        if folder is None:
+            ray.train.report(ranked)
+            return
+        # a step that is repeated after a restart must not be written over the folder that Ray's snapshot names
+        name = CHECKPOINT.format(step=int(metrics["step"]), nonce=time.time_ns())
+        try:
+            ray.train.report(ranked, checkpoint=ray.train.Checkpoint(folder), checkpoint_dir_name=name)
+        except OSError as error:
+            raise TrialError(f"could not write {name}: {error}; earlier checkpoints are intact") from None
+
+    def _push(self) -> None:
+        import ray
+
+        events = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                events.append(self._outbox.get_nowait())
+        with contextlib.suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to end the training
+            self._stop = ray.get(self._channel.push.remote(events))
+
+
+@contextmanager
+def _opened(checkpoint: Any) -> Iterator[Path | None]:
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)

@@ -1,4 +1,4 @@
-"""COMPATIBLE: the one table of what goes with what; it drives validation, the docs and the tests."""
+"""COMPATIBLE: the one table of allowed combinations, which drives validation, docs and tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Literal
 class Compatibility:
     """What one method can be combined with.
 
-    quantization: bases it trains on. loraplus: whether `optim.loraplus_ratio` means anything. fusable: whether it
-    can be a host's member. servable: how its result becomes a PEFT folder. parallel: how N workers share it.
+    Attributes:
+        quantization: of the bases that it can train on.
+        loraplus: whether `optim.loraplus_ratio` applies.
+        fusable: whether its trials can train together in a host.
+        servable: how its result becomes a PEFT folder.
+        parallel: how several workers share its training.
     """
 
     quantization: frozenset[str]

@@ -1,4 +1,4 @@
-"""Which rows, and how they become tokens with loss weights."""
+"""Where rows come from, and how they become tokens with loss weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Format = Literal["auto", "chat", "instruction", "completion", "text", "classific
 
 
 class Source(Frozen):
-    """Where rows come from; a plain string is short for `{path: ...}`."""
+    """A source of rows; a plain string is short for `{path: ...}`."""
 
     path: str
-    """`builtin:bank-intents`, a hub data set's id, or a jsonl, json, csv, tsv or parquet file, local or on an fsspec
-    URL."""
+    """`builtin:bank-intents`, the id of a hub data set, or a jsonl, json, csv, tsv or parquet file, local or at an
+    fsspec URL."""
     split: str | None = None
-    """The split of a hub or built-in data set; null: the key's own name (train, validation, test; retention: test)."""
+    """Split of a hub or built-in data set; null: the name of the setting (train, validation, test; retention: test)."""
     subset: str | None = None
-    """A hub data set's configuration name."""
+    """Configuration name of a hub data set."""
     revision: str | None = None
     """A hub branch, tag or commit."""
 
@@ -34,45 +34,46 @@ AnySource = Annotated[Source, BeforeValidator(_spell_out, json_schema_input_type
 
 
 class DataConfig(Frozen):
-    """Rows to train, validate and test on, and how they are rendered."""
+    """Rows to train, validate and test on, and how to render them."""
 
     train: AnySource = Source(path="builtin:bank-intents")
     """Rows to train on."""
     validation: AnySource | None = None
-    """Rows that choose checkpoints and trials; None: split off `train`."""
+    """Rows that choose checkpoints and trials; null: split off `train`."""
     test: AnySource | None = None
-    """Rows that are only ever scored at the end; None: a built-in set's own, else split off `train`."""
+    """Rows that are scored once, at the end; null: those of a built-in set, else split off `train`."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of `train` to split off where there is no validation source."""
+    """Fraction of `train` to split off when there is no validation source."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of `train` to split off where there is no test source."""
+    """Fraction of `train` to split off when there is no test source."""
     split_seed: int = 0
     """Seed of the split."""
     format: Format = "auto"
-    """chat: messages; instruction: instruction, response; completion: prompt, completion; text: text;
-    classification: text, label. auto: by the columns. All but text also read a column `system`, chat and completion
-    `tools`, and instruction `input` and `context`, which follow the instruction. Other names: conversations for
-    messages, output for response, functions for tools."""
+    """Format of the rows, by columns. chat: messages; instruction: instruction, response; completion: prompt,
+    completion; text: text; classification: text, label; auto: the first of these whose columns are all there. Optional
+    columns: `system` (all but text), `tools` (chat, completion), `input` and `context` (instruction). Other accepted names:
+    conversations for messages, output for response, functions for tools."""
     columns: dict[str, str] = {}
-    """Renames: the format's column -> the data's, for example {label: category}."""
+    """Column of the format -> column of the data, for example {label: category}."""
     split_special_tokens: bool = True
-    """Special tokens that the rows' texts hold are kept as text, apart from the template's own; off: they are what the
-    tokenizer makes of them, as they always are in rows without a chat template. As an engine's setting of this name."""
+    """Read special tokens inside the rows' texts as plain text, except those of the template itself; off: let the
+    tokenizer parse them, as it always does in rows without a chat template. Serve with the same value
+    (`engine.split_special_tokens`)."""
     instruction: str | None = None
-    """A system prompt put before every row."""
+    """System prompt to put before every row."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: the tokenizer's chat template; plain: prompt, newline, completion. auto: chat where there is one."""
+    """chat: the tokenizer's chat template; plain: prompt, newline, completion; auto: chat if the tokenizer has one."""
     train_on: Literal["completion", "all"] = "completion"
     """Which tokens carry loss."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Longest row, in tokens. A longer row loses the start of its prompt, never a part of its completion."""
+    """Longest row in tokens. A longer row loses the start of its prompt, never part of its completion."""
     over_long: Literal["drop", "error"] = "drop"
-    """What becomes of a row whose completion alone does not fit; what was dropped is reported."""
+    """What to do with a row whose completion alone is too long; dropped rows are reported."""
     max_train_rows: Annotated[int, Field(ge=1)] | None = None
-    """Train on a seeded random subset of this many rows; None: all."""
+    """Train on a seeded random subset of this many rows; null: all."""
 
     @model_validator(mode="after")
-    def _columns_are_known(self) -> DataConfig:
+    def _check_columns(self) -> DataConfig:
         known = [name for table in (COLUMNS, OPTIONAL) for name in sorted({c for each in table.values() for c in each})]
         if unknown := sorted(set(self.columns) - set(known)):
             raise ConfigError(f"unknown column {unknown[0]!r}; allowed: {', '.join(known)}")
@@ -86,10 +87,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "text": ("text",),
 }
-"""The columns each format reads; `auto` takes the first format whose columns are all there."""
+"""Columns that each format needs; `auto` takes the first format whose columns are all there."""
 
 CONTEXT = ("input", "context")
-"""Columns that follow an instruction in its turn, as Alpaca's and Dolly's rows have them."""
+"""Columns appended to an instruction, as in Alpaca's and Dolly's rows."""
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "chat": ("system", "tools"),
     "instruction": ("system", *CONTEXT),
@@ -97,6 +98,6 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "classification": ("system",),
     "text": (),
 }
-"""The columns that each format reads where they are there."""
+"""Columns that each format reads if they are there."""
 ALIASES = {"messages": ("conversations",), "response": ("output",), "tools": ("functions",)}
-"""Other names of columns, in common formats."""
+"""Column -> other names for it in common formats."""

@@ -1,6 +1,6 @@
-"""How much a serving engine holds and does at once: the bank's, or vLLM's.
+"""Settings of a serving engine: rankloom's own, or vLLM.
 
-Read `rankloom/engine/engine.py` and `rankloom/engine/vllm/engine.py` for what they do with it.
+Read `rankloom/engine/engine.py` and `rankloom/engine/vllm/engine.py` next.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ class EngineConfig(Frozen):
 
     type: Literal["bank"] = "bank"
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
-    """Requests that are computed at once; null: 16 on a CPU, 64 on a GPU, no more than `max_num_batched_tokens`."""
+    """Most sequences in one step; null: 16 on a CPU, 64 on a GPU, at most `max_num_batched_tokens`."""
     kv_cache_tokens: Annotated[int, Field(ge=256)] | None = None
-    """Tokens whose keys and values there is room for; null: 16384 on a CPU, on a GPU what half of the memory beside the
-    base holds. Where requests outgrow it, the youngest ones wait and are computed again. No request may be longer."""
+    """Size of the KV cache in tokens; null: 16384 on a CPU, on a GPU as many as fit in half of the memory that the base
+    leaves. When it is full, the youngest sequences are preempted and recomputed. No sequence may be longer."""
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
-    """The most tokens that one step computes: longer prompts take several, so that others go on meanwhile."""
+    """Most tokens in one step. A longer prompt is split over several steps, so that other requests keep streaming."""
     prefix_cache_tokens: Annotated[int, Field(ge=0)] = 8192
-    """Tokens of earlier prompts and answers that are kept for requests that begin alike; 0: none."""
+    """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
-    """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
+    """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_queue: Annotated[int, Field(ge=0)] = 256
-    """Requests that may wait beyond those under way; more are refused as overload."""
+    """Requests that may wait for a place in the batch; more are refused with 503."""
     split_special_tokens: bool = True
-    """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
-    makes of them, as they always are in the prompt of a completion. As `data.split_special_tokens` of the adapters that
-    are served."""
+    """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
+    tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
+    that the adapters were trained with."""
 
     pack_weights: bool = True
-    """Keep a second copy of the base's linear weights in the layout that multiplies fastest. Of use for fp32 on AMD
-    processors; elsewhere there is no copy."""
+    """Keep a second copy of the base's linear weights in oneDNN's layout, which is faster for fp32 on AMD processors.
+    Elsewhere no copy is made."""
 
     @model_validator(mode="after")
-    def _every_row_moves(self) -> Self:
+    def _check_batch_size(self) -> Self:
         if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
@@ -63,7 +63,7 @@ class EngineConfig(Frozen):
         return self
 
     def num_seqs(self, *, on_gpu: bool) -> int:
-        """`max_num_seqs`, or what null stands for."""
+        """Return `max_num_seqs`, or the default that null stands for."""
         return self.max_num_seqs or min(64 if on_gpu else 16, self.max_num_batched_tokens)
 
 
@@ -72,14 +72,14 @@ OURS = (
     "--enable-lora", "--max-num-seqs", "--max-loras", "--max-cpu-loras", "--max-lora-rank", "--max-model-len",
     "--kv-cache-memory-bytes", "--generation-config", "--enable-prompt-tokens-details",
 )  # fmt: skip
-"""Options of vLLM's server that other settings stand for, or that rankloom needs as they are."""
+"""Options of vLLM's server that rankloom sets itself, from other settings or to a value that it needs."""
 
 
 _PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
 
 
 class VllmConfig(Frozen):
-    """vLLM, as a server of its own beside each replica, from a Python environment of its own. It takes LoRA, rsLoRA and
+    """vLLM, as a server process beside each replica, from a Python environment of its own. It serves LoRA, rsLoRA and
     AdaLoRA; other adapters are refused."""
 
     renamed = _RENAMED | {
@@ -92,36 +92,36 @@ class VllmConfig(Frozen):
 
     type: Literal["vllm"] = "vllm"
     python: str | None = None
-    """The interpreter of the environment that vLLM is installed in, on every node that replicas may run on; null:
+    """Python interpreter of the environment with vLLM, the same path on every node that runs replicas; null:
     `$RANKLOOM_VLLM_PYTHON`."""
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
-    """Requests that are computed at once; null: 16 on a CPU, 256 on a GPU."""
+    """Most sequences in one step; null: 16 on a CPU, 256 on a GPU."""
     max_queue: Annotated[int, Field(ge=0)] = 256
-    """Requests that may wait beyond those under way; more are refused as overload."""
+    """Requests that may wait for a place in the batch; more are refused with 503."""
     split_special_tokens: bool = True
-    """Special tokens in the texts of messages are kept as text, and mean nothing; off: they are what the tokenizer
-    makes of them, as they always are in the prompt of a completion. As `data.split_special_tokens` of the adapters that
-    are served."""
+    """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
+    tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
+    that the adapters were trained with."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
-    """Adapters in memory; others are loaded when asked for, in the place of the least recently used."""
+    """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_loras: Annotated[int, Field(ge=1)] = 16
-    """Adapters that one step computes; requests on others wait. vLLM keeps memory for so many of `max_lora_rank`."""
+    """Most adapters in one step; requests on others wait. vLLM reserves memory for this many of rank `max_lora_rank`."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
-    """Adapters of a higher rank are refused. Every adapter costs as much as one of this rank, so not higher than
-    needed."""
+    """Highest rank; adapters above it are refused. Every adapter costs as much as one of this rank, so keep it
+    low."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
-    """The most tokens of prompt and completion together; null: what the base has. The cache must have room for it."""
+    """Most tokens of prompt and completion together; null: the base's context. The KV cache must have room for it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory for keys and values; null: 4 on a CPU, on a GPU what is left of 90 % of the replica's part of it."""
+    """KV cache in GiB; null: 4 on a CPU, on a GPU what the base leaves of 90 % of the replica's share of memory."""
     startup_timeout_s: Annotated[float, Field(gt=0)] = 900.0
-    """The longest that its start may take; vLLM compiles first, for minutes unless `args` has --enforce-eager."""
+    """Seconds to wait for vLLM's start. It compiles for minutes, unless `args` has --enforce-eager."""
     args: tuple[str, ...] = ()
-    """Further options of vLLM's server, such as --tensor-parallel-size=2."""
+    """More options for vLLM's server, such as --tensor-parallel-size=2."""
     env: dict[str, str] = {}
-    """Environment variables of its processes, such as VLLM_CPU_OMP_THREADS_BIND."""
+    """Environment variables for vLLM's processes, such as VLLM_CPU_OMP_THREADS_BIND."""
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _check_vllm(self) -> Self:
         if self.max_loras > self.max_cpu_loras:
             raise ConfigError(f"max_loras ({self.max_loras}) is above max_cpu_loras ({self.max_cpu_loras})")
         for arg in self.args:
@@ -131,18 +131,18 @@ class VllmConfig(Frozen):
         return self
 
     def num_seqs(self, *, on_gpu: bool) -> int:
-        """`max_num_seqs`, or what null stands for."""
+        """Return `max_num_seqs`, or the default that null stands for."""
         return self.max_num_seqs or (256 if on_gpu else 16)
 
     @property
     def num_gpus(self) -> int:
-        """GPUs that its `args` share the base out to."""
+        """Number of GPUs that `args` spreads the base over."""
         words = [word for arg in self.args for word in arg.split("=", 1)]
         sizes = [words[i + 1 : i + 2] for i, word in enumerate(words) if word.replace("_", "-") in _PARALLEL]
         return math.prod(int(size[0]) for size in sizes if size and size[0].isdigit())
 
 
-def _bank_unless_told(value: Any) -> Any:
+def _default_to_bank(value: Any) -> Any:
     if isinstance(value, str):
         return {"type": value}
     return {"type": "bank"} | value if isinstance(value, dict) else value
@@ -151,6 +151,6 @@ def _bank_unless_told(value: Any) -> Any:
 AnyEngineConfig = Annotated[
     EngineConfig | VllmConfig,
     Field(discriminator="type"),
-    BeforeValidator(_bank_unless_told, json_schema_input_type=Literal["bank", "vllm"] | EngineConfig | VllmConfig),
+    BeforeValidator(_default_to_bank, json_schema_input_type=Literal["bank", "vllm"] | EngineConfig | VllmConfig),
 ]
-"""`bank`, `vllm`, or a mapping with the same as `type`; without a type it is the bank."""
+"""`bank`, `vllm`, or a mapping with a `type`, which defaults to bank."""

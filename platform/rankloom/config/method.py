@@ -1,7 +1,7 @@
-"""The fine-tuning methods' own settings: one class each, told apart by `type`.
+"""Settings of the fine-tuning methods: one class each, distinguished by `type`.
 
-Quantisation and LoRA+ are no methods but orthogonal knobs: QLoRA is lora on an nf4 base, LoRA+ is
-`optim.loraplus_ratio`. `compatible.py` says what goes with what. Read `rankloom/methods` next.
+Quantisation and LoRA+ are not methods but orthogonal settings: QLoRA is lora on an nf4 base, LoRA+ is
+`optim.loraplus_ratio`. `compatible.py` has the allowed combinations. Read `rankloom/methods` next.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _names_or_pattern(value: Any) -> Any:
+def _check_targets(value: Any) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         return value
     raise ConfigError(f"expected all-linear, a list of layer names or a regular expression (given {value!r})")
 
 
-Targets = Annotated[list[str] | str, BeforeValidator(_names_or_pattern)]
-"""Which linear layers are meant; `rankloom.models.find_target_linears` resolves it."""
+Targets = Annotated[list[str] | str, BeforeValidator(_check_targets)]
+"""A choice of linear layers, which `rankloom.models.find_target_linears` resolves."""
 
 
 class AdapterConfig(Frozen):
-    """What every adapter method shares."""
+    """Settings that every adapter method has."""
 
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The adapter's product is scaled by alpha / rank (by alpha / sqrt(rank) with rsLoRA)."""
+    """The update is scaled by alpha / rank (by alpha / sqrt(rank) with rsLoRA)."""
     dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout probability on the adapter's input."""
     target_modules: Targets = "all-linear"
-    """`all-linear` (every linear layer but the head), a list of names, or a regular expression."""
+    """`all-linear` (every linear layer but the head), a list of layer names, or a regular expression."""
     experts: bool | None = None
-    """Of a mixture-of-experts model, whose experts are stacks of matrices and no layers. true: adapt them too (lora, in
-    a run of its own); false: leave them as they are; null: leave them, and say so."""
+    """Whether to adapt the experts of a mixture-of-experts model too. true: adapt them (lora only, in its own run);
+    false: leave them as they are; null: leave them, with a note. It matters where experts are stacked matrices, which
+    `target_modules` can't name."""
 
 
 class LoraConfig(AdapterConfig):
@@ -46,12 +47,12 @@ class LoraConfig(AdapterConfig):
 
     type: Literal["lora"] = "lora"
     rank: Rank = 16
-    """Rank of the update."""
+    """Rank of the update (r)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How A and B begin. pissa (arXiv 2404.02948) and olora (arXiv 2406.01775) move a part of W into the adapter;
-    the export gives it back, at twice the rank."""
+    """Initialisation of A and B. pissa (arXiv 2404.02948) and olora (arXiv 2406.01775) move a part of W into the
+    adapter; the export converts the result to plain LoRA of twice the rank."""
 
 
 class DoraConfig(AdapterConfig):
@@ -59,15 +60,15 @@ class DoraConfig(AdapterConfig):
 
     type: Literal["dora"] = "dora"
     rank: Rank = 16
-    """Rank of the update."""
+    """Rank of the update (r)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     init: Literal["default", "gaussian"] = "default"
-    """How A and B begin."""
+    """Initialisation of A and B."""
 
 
 class AdaLoraConfig(AdapterConfig):
-    """AdaLoRA (arXiv 2303.10512): a budget of rank, moved to the layers where it matters."""
+    """AdaLoRA (arXiv 2303.10512): a rank budget, reallocated to the layers where it matters most."""
 
     type: Literal["adalora"] = "adalora"
     initial_rank: Rank = 12
@@ -75,16 +76,16 @@ class AdaLoraConfig(AdapterConfig):
     target_rank: Rank = 8
     """Average rank at the end."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps before the first rank is taken away."""
+    """Fraction of the steps before the first rank is pruned."""
     final_fraction: Fraction = 0.3
-    """Share of the steps, at the end, in which the ranks stay as they are."""
+    """Fraction of the steps, at the end, with fixed ranks."""
     interval: Annotated[int, Field(ge=1)] = 5
     """Steps between two reallocations."""
     orthogonal_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the orthogonality penalty on P and Q."""
 
     @model_validator(mode="after")
-    def _budget_shrinks(self) -> AdaLoraConfig:
+    def _check_budget(self) -> AdaLoraConfig:
         if self.target_rank >= self.initial_rank:
             raise ConfigError(f"target_rank {self.target_rank} must be below initial_rank {self.initial_rank}")
         if self.warmup_fraction + self.final_fraction >= 1:
@@ -93,10 +94,10 @@ class AdaLoraConfig(AdapterConfig):
 
 
 class FullRankConfig(Frozen):
-    """What the methods that change the base's own weights share."""
+    """Settings of the methods that train the base's own weights."""
 
     extract_rank: Rank = 64
-    """Rank at which the weights' difference is published as an adapter (truncated SVD)."""
+    """Rank at which the change of the weights is published as an adapter (truncated SVD)."""
 
 
 class FullConfig(FullRankConfig):
@@ -112,9 +113,9 @@ class GaLoreConfig(FullRankConfig):
     rank: Rank = 128
     """Rank of the projection."""
     interval: Annotated[int, Field(ge=1)] = 50
-    """Steps between two computations of the projection."""
+    """Steps between two updates of the projection."""
     scale: Annotated[float, Field(gt=0)] = 0.25
-    """The projected update is multiplied by this."""
+    """Factor of the projected update."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the moments in 8 bits (bitsandbytes)."""
     layerwise: bool = False
@@ -122,27 +123,27 @@ class GaLoreConfig(FullRankConfig):
 
 
 class LisaConfig(FullRankConfig):
-    """LISA (arXiv 2403.17919): embedding, head and a random few layers train, resampled as training goes."""
+    """LISA (arXiv 2403.17919): the embedding, the head and a few random layers train, redrawn during training."""
 
     type: Literal["lisa"] = "lisa"
     num_layers: Annotated[int, Field(ge=1)] = 2
-    """Layers that train at a time."""
+    """Number of layers that train at a time."""
     interval: Annotated[int, Field(ge=1)] = 20
     """Steps between two draws."""
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise ConfigError where a model has too few layers."""
+        """Raise ConfigError if the model has too few layers."""
         if self.num_layers > num_layers:
             raise ConfigError(f"method.num_layers: {self.num_layers} is more than the model's {num_layers} layers")
 
 
-def _lora_unless_said(value: Any) -> Any:
-    """`method.rank=8` on a config without a method means LoRA's, since LoRA is the default."""
+def _default_to_lora(value: Any) -> Any:
+    """Read `method.rank=8` without a type as LoRA's, which is the default method."""
     return {"type": "lora", **value} if isinstance(value, dict) else value
 
 
 Method = Annotated[
     FullConfig | LoraConfig | DoraConfig | AdaLoraConfig | GaLoreConfig | LisaConfig,
     Field(discriminator="type"),
-    BeforeValidator(_lora_unless_said),
+    BeforeValidator(_default_to_lora),
 ]

@@ -1,4 +1,4 @@
-"""Which base model, and how its frozen weights are held."""
+"""The base model and its quantisation."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class ModelConfig(Frozen):
-    """A base model that `transformers.AutoModelForCausalLM` loads."""
+    """A base model that `transformers.AutoModelForCausalLM` can load."""
 
     id: str = "builtin:smollm2"
     """A hub id, a local folder, a `.gguf` file, or `builtin:smollm2` (SmolLM2-135M-Instruct from the demo extra)."""
     revision: str | None = None
     """A hub branch, tag or commit; only for hub ids."""
     dtype: Dtype = "auto"
-    """How the weights are stored. auto: fp32 on a CPU or while all weights train, else bf16."""
+    """Type of the weights in memory. auto: fp32 on a CPU or when all weights train, else bf16."""
 
 
 class NoQuantization(Frozen):
-    """The weights as they are."""
+    """The weights as they are stored."""
 
     type: Literal["none"] = "none"
 
 
 class Int8(Frozen):
-    """LLM.int8() through bitsandbytes (arXiv 2208.07339); also for a checkpoint that is in it already."""
+    """LLM.int8() through bitsandbytes (arXiv 2208.07339); also for checkpoints stored in it."""
 
     type: Literal["int8"] = "int8"
 
 
 class Nf4(Frozen):
-    """4-bit NormalFloat through bitsandbytes (QLoRA, arXiv 2305.14314); also for a checkpoint that is in it already."""
+    """4-bit NormalFloat through bitsandbytes (QLoRA, arXiv 2305.14314); also for checkpoints stored in it."""
 
     type: Literal["nf4"] = "nf4"
     double: bool = True
-    """Quantise the quantisation constants too: about 0.4 bits a weight less. A checkpoint in NF4 keeps its own."""
+    """Also quantise the quantisation constants: 0.4 bits per weight less. A checkpoint in NF4 keeps its own."""
     compute_dtype: Dtype = "auto"
-    """The type weights are dequantised to. auto: the run's precision."""
+    """Type to dequantise weights to for arithmetic. auto: the precision of the run."""
 
 
 def _spell_out(value: Any) -> Any:
@@ -53,4 +53,4 @@ Quantization = Annotated[
     Field(discriminator="type"),
     BeforeValidator(_spell_out, json_schema_input_type=Literal["none", "int8", "nf4"] | NoQuantization | Int8 | Nf4),
 ]
-"""`none`, `int8`, `nf4`, or a mapping with the same as `type`."""
+"""`none`, `int8`, `nf4`, or a mapping with one of them as `type`."""

@@ -1,6 +1,6 @@
-"""A deployment: one base, the adapters of a registry on it, and how requests find them.
+"""A deployment: one base, adapters from a registry, and the routes to them.
 
-Read `rankloom/gateway/policy.py` for what routes mean, `rankloom/deploy/app.py` for what is built of it.
+Read `rankloom/gateway/policy.py` for what routes do and `rankloom/deploy/app.py` for the application.
 """
 
 from __future__ import annotations
@@ -20,152 +20,152 @@ Ref = Annotated[str, Field(pattern=REF_PATTERN)]
 """`name`, `name@3`, `name@latest` or `name@alias`."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-def _listed(value: Any) -> Any:
+def _split_commas(value: Any) -> Any:
     if isinstance(value, str) and value != "all":
         return [ref.strip() for ref in value.split(",")]
     return value
 
 
-def _model(value: Any) -> Any:
+def _spell_out(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
 class HeaderRule(Frozen):
-    """Requests with a header of one value go to an adapter of their own."""
+    """Send requests with a certain header value to an adapter of their own."""
 
     header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
-    """The header's name; upper and lower case are the same."""
+    """Name of the header; case is ignored."""
     equals: str
-    """Its whole value."""
+    """The value it must have, whole."""
     to: Ref
-    """Where such a request goes; `base` is the base without an adapter."""
+    """The adapter for such a request; `base` is the base without an adapter."""
 
 
 class JudgeConfig(Frozen):
-    """When a canary is rolled back, or promoted, by itself: for what is the version's doing, not a client's."""
+    """When a canary is rolled back or promoted automatically. Only failures of the version itself count."""
 
     min_requests: Annotated[int, Field(ge=1)] = 50
-    """Requests that each of the two must have had, and how often each must have been timed, before it is compared."""
+    """Requests that each version must have answered, and timings of each, before they are compared."""
     error_margin: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Roll back when it failed in a share of its requests that is higher by more than this: it can't be loaded or
-    verified, gives no sound logits, or fails or hangs on the endpoint's own requests, which the stable version answers.
-    """
+    """Roll back when the candidate's failure rate exceeds the stable version's by more than this. A failure: it can't
+    be loaded or verified, gives logits that are not finite, or fails or hangs on the endpoint's own test requests."""
     latency_ratio: Annotated[float, Field(ge=1)] = 1.5
-    """Roll back when its median time per generated token is longer by more than this factor. While the canary lasts,
-    the endpoint times both on the same few tokens of its own, about as often as the candidate answers."""
+    """Roll back when the candidate's median time per token is this many times the stable version's. The endpoint
+    times both on the same small request of its own, about as often as the candidate answers."""
     promote_after: Annotated[int, Field(ge=1)] | None = None
-    """Promote it once it has answered so many requests and is not worse; null: leave that to a person."""
+    """Promote the candidate after this many requests if it is not worse; null: leave promotion to a person."""
 
 
 class CanaryConfig(Frozen):
-    """A few requests go to a candidate version of an adapter.
+    """Send a few requests to a candidate version of an adapter.
 
-    Both are aliases in the registry, which is where a canary begins and ends: `rankloom adapters promote bank@4 --alias
-    canary` begins it, `rankloom adapters promote bank@4` promotes it. While both point to one version there is none.
+    Both versions are aliases in the registry, and moving an alias starts or ends a canary: `rankloom adapters promote
+    bank@4 --alias canary` starts one, `rankloom adapters promote bank@4` promotes it. While both aliases point to the
+    same version, there is no canary.
     """
 
     adapter: AdapterName
     """The adapter's name."""
     stable: Name = "champion"
-    """The alias that most requests go to."""
+    """Alias of the version that gets most requests."""
     candidate: Name = "canary"
-    """The alias that is tried."""
-    share: Share = 0.05
-    """The candidate's share of the requests."""
+    """Alias of the version to try."""
+    share: Fraction = 0.05
+    """Fraction of requests that go to the candidate."""
     judge: JudgeConfig | None = JudgeConfig()
-    """null: nothing happens by itself."""
+    """When to roll back or promote; null: never automatically."""
 
     @model_validator(mode="after")
-    def _two(self) -> CanaryConfig:
+    def _check_aliases(self) -> CanaryConfig:
         if self.stable == self.candidate:
             raise ConfigError(f"stable and candidate are both {self.stable!r}; give two aliases")
         return self
 
 
 class ShadowConfig(Frozen):
-    """A copy of some requests goes to another adapter; its answer is measured and thrown away."""
+    """Copy some requests to another adapter; its answers are measured and discarded."""
 
     to: Ref
-    """Who gets the copy."""
-    share: Share = 1.0
-    """The share of the requests that is copied."""
+    """Adapter that gets the copies."""
+    share: Fraction = 1.0
+    """Fraction of requests to copy."""
 
 
 class RouteConfig(Frozen):
-    """A model name that is decided for each request: `to`, `split` or `canary`, and what goes with it."""
+    """A model name that is resolved for each request, through one of `to`, `split` and `canary`."""
 
     to: Ref | None = None
-    """Every request goes here; `base` is the base without an adapter."""
+    """The adapter for every request; `base` is the base without an adapter."""
     split: Annotated[dict[Ref, Annotated[float, Field(gt=0)]], Field(min_length=2)] | None = None
-    """Several, by weight; the weights need not add up to 1."""
+    """Adapter -> weight; the weights need not add up to 1."""
     canary: CanaryConfig | None = None
-    """A stable version and a candidate."""
+    """A stable version and a candidate of one adapter."""
     rules: tuple[HeaderRule, ...] = ()
-    """Looked at first; the first that fits decides."""
+    """Checked first; the first rule that matches decides."""
     sticky: bool = False
-    """The same `user` of a request always gets the same of a split or canary."""
+    """Always send the same `user` to the same side of a split or canary."""
     fallback: tuple[Ref, ...] = ()
-    """Tried in this order when the chosen adapter is missing or refused; `base` is the base."""
+    """Adapters to try in this order when the chosen one is missing or refused; `base` is the base."""
     shadow: ShadowConfig | None = None
     """Copy requests to another adapter."""
 
     @model_validator(mode="after")
-    def _one_way(self) -> RouteConfig:
+    def _check_one_target(self) -> RouteConfig:
         given = [name for name in ("to", "split", "canary") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"give one of to, split and canary, not {' and '.join(given) or 'none'}")
         if self.sticky and self.to is not None:
-            raise ConfigError("sticky needs a split or a canary; with `to` all requests go to the same")
+            raise ConfigError("sticky needs a split or a canary; with `to`, all requests go to one adapter")
         return self
 
     def refs(self) -> list[str]:
-        """Every adapter that a request may go to."""
+        """Return every adapter that a request may go to."""
         ruled = [rule.to for rule in self.rules]
         one = [*([self.to] if self.to else []), *(self.split or ()), *([self.canary.adapter] if self.canary else [])]
         return [*one, *ruled, *self.fallback, *([self.shadow.to] if self.shadow else [])]
 
 
 class LimitsConfig(Frozen):
-    """What one request may ask for, and how many at once."""
+    """Limits on one request, and on the number of requests."""
 
     body_bytes: Annotated[int, Field(ge=1024)] = 2 * 2**20
-    """The largest request body. Others wait less than 100 ms while one of 2 MiB is read, for a larger one longer."""
+    """Largest request body in bytes. Reading 2 MiB delays other requests by less than 100 ms, a larger one by more."""
     context: Annotated[int, Field(ge=1)] | None = None
-    """The most tokens of prompt and completion together; null: what the base has."""
+    """Most tokens of prompt and completion together; null: the base's context."""
     max_tokens: Annotated[int, Field(ge=1)] = 4096
-    """The most tokens of one completion."""
+    """Most tokens of one completion."""
     completions: Annotated[int, Field(ge=1)] = 16
-    """The most completions of one request: prompts times `n`."""
+    """Most completions of one request: prompts times `n`."""
     in_flight: Annotated[int, Field(ge=1)] = 512
-    """Requests that are worked on or wait, over all replicas; beyond it the answer is 503 with Retry-After. One key may
-    have as many of them as are left free for others, so half if it is alone; beyond it the answer is 429."""
+    """Most requests running or waiting over all replicas; more get 503 with Retry-After. One key may have as many as it
+    leaves free for others, so half when it is alone; more get 429."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """The longest that one request may take."""
+    """Seconds that one request may take."""
 
 
 class ReplicasConfig(Frozen):
-    """How many processes hold the base, and what each takes of the cluster."""
+    """How many processes hold the base, and the resources of each."""
 
     min: Annotated[int, Field(ge=1)] = 1
-    """Replicas that are always there."""
+    """Replicas that always run."""
     max: Annotated[int, Field(ge=1)] = 1
-    """With more than `min`, replicas come and go with the number of requests under way."""
+    """Most replicas; above `min` they are started and stopped with the load."""
     target_requests: Annotated[float, Field(gt=0)] = 8
-    """Requests under way on one replica, above which another is started."""
+    """Requests per replica above which another replica is started."""
     cpus: Annotated[int, Field(ge=1)] = 1
-    """CPU cores of a replica, and its torch threads."""
+    """CPU cores per replica, and its torch threads."""
     gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a replica; null: one of those that are idle when it is deployed, or an equal part of one where there are
-    fewer than `max`; without any, replicas compute on CPUs."""
+    """GPUs per replica; null: one idle GPU each, or an equal share if fewer than `max` are idle at deployment; without
+    an idle GPU, the CPU."""
 
     def gpus_of(self, idle: int, engine: EngineConfig | VllmConfig) -> float:
-        """`gpus`, or what null stands for.
+        """Return `gpus`, or the default that null stands for.
 
         Args:
-            idle: GPUs that nobody has reserved.
+            idle: GPUs that are not reserved.
         """
         if self.gpus is not None:
             return self.gpus
@@ -175,29 +175,29 @@ class ReplicasConfig(Frozen):
         return 1e4 // -(-self.max // idle) / 1e4 if idle else 0  # Ray counts ten-thousandths
 
     @model_validator(mode="after")
-    def _ordered(self) -> ReplicasConfig:
+    def _check_range(self) -> ReplicasConfig:
         if self.max < self.min:
             raise ConfigError(f"max={self.max} is below min={self.min}")
         return self
 
 
 class AuthConfig(Frozen):
-    """Who may ask. Without `keys`, only this machine may, and may do everything."""
+    """Who may call the endpoint. Without `keys`, only this machine may, and it may do everything."""
 
     keys: str | None = None
-    """The file that `rankloom keys create` writes; every request then needs a key."""
+    """File written by `rankloom keys create`; with it, every request needs a key."""
     anonymous: bool = False
-    """Answer everybody who can reach the port, without keys. Only this machine may load and unload adapters."""
+    """Answer everyone who can reach the port, without keys. Only this machine may load and unload adapters."""
     share_prefixes: bool = False
-    """Keep what prompts begin with once for all keys: less to compute where they have a system prompt in common. But
-    `cached_tokens` and the time to the first token then tell a key's holder what others' prompts begin with."""
+    """Share cached prompt prefixes between keys, which saves work when they have a system prompt in common. But then
+    `cached_tokens` and the time to the first token reveal to one key how other keys' prompts begin."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> AuthConfig:
+    def _check_keys(self) -> AuthConfig:
         if self.keys is not None and self.anonymous:
             raise ConfigError(f"keys={self.keys!r} and anonymous exclude each other; leave one out")
         if self.share_prefixes and self.keys is None:
-            raise ConfigError("share_prefixes is about keys, and there are none; leave it out, or set auth.keys")
+            raise ConfigError("share_prefixes is about keys, and there are none; remove it, or set auth.keys")
         return self
 
 
@@ -205,34 +205,37 @@ class ServeConfig(Frozen):
     """Adapters over one base, behind one endpoint."""
 
     name: Name = "rankloom"
-    """Names the Serve application."""
-    adapters: Annotated[list[Ref] | Literal["all"], BeforeValidator(_listed)] = "all"
-    """Refs such as `bank@champion`, separated by commas on a command line; a bare name offers all its versions. `all`:
-    what the registry has for this base, also what is published later."""
-    base: Annotated[ModelConfig, BeforeValidator(_model)] | None = None
-    """The base model; null: what the first of `adapters` was tuned on."""
+    """Name of the Ray Serve application."""
+    adapters: Annotated[list[Ref] | Literal["all"], BeforeValidator(_split_commas)] = "all"
+    """References such as `bank@champion`, separated by commas on a command line; a bare name serves all its versions.
+    `all`: every adapter in the registry for this base, including those published later."""
+    base: Annotated[ModelConfig, BeforeValidator(_spell_out)] | None = None
+    """The base model; null: the base of the first of `adapters`."""
     quantization: Quantization | None = None
-    """How the base's weights are held; null: as the first of `adapters` had it, else as they are."""
+    """Quantisation of the base; null: that of the first of `adapters`, else none."""
     registry: str | None = None
     """A folder or URL; null: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`."""
     routes: dict[AdapterName, RouteConfig] = {}
-    """Model names that are decided for each request. A route hides an adapter of its name."""
-    pinned: Annotated[list[Ref], BeforeValidator(_listed)] = []
-    """Adapters that every replica loads at its start and keeps; aliases are followed."""
+    """Model names that are resolved for each request. A route hides an adapter of the same name."""
+    pinned: Annotated[list[Ref], BeforeValidator(_split_commas)] = []
+    """Adapters that every replica loads at its start and never evicts; aliases are followed."""
     engine: AnyEngineConfig = EngineConfig()
-    """What computes: `bank`, rankloom's own, or `vllm`."""
+    """The engine: `bank`, rankloom's own, or `vllm`."""
     limits: LimitsConfig = LimitsConfig()
+    """Limits on one request, and on the number of requests."""
     replicas: ReplicasConfig = ReplicasConfig()
+    """How many processes hold the base, and the resources of each."""
     auth: AuthConfig = AuthConfig()
+    """Who may call the endpoint."""
     host: str = "127.0.0.1"
-    """Where `rankloom serve` listens. Beyond this machine it needs `auth.keys`, or `auth.anonymous`."""
+    """Address that `rankloom serve` listens on. Beyond this machine it needs `auth.keys` or `auth.anonymous`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0: a free one."""
+    """Port to listen on; 0: any free port."""
     refresh_s: Annotated[float, Field(gt=0)] = 5.0
-    """How often the registry is looked at for new versions and moved aliases."""
+    """Seconds between two looks at the registry for new versions and moved aliases."""
 
     @model_validator(mode="after")
-    def _sound(self) -> ServeConfig:
+    def _check_serve(self) -> ServeConfig:
         if self.adapters == "all" and self.base is None:
             raise ConfigError("adapters: all needs a base, for example base: builtin:smollm2; or list the adapters")
         if self.adapters == [] and self.base is None:

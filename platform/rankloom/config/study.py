@@ -1,7 +1,7 @@
-"""A study: a search over trials. This is what `rankloom tune` reads; checked whole without torch or ray.
+"""A study: a search over trials. `rankloom tune` reads it; it is checked without torch or ray.
 
-Every trial is `trial` with a branch of `space` over it (see `space.py`). A sampled point becomes a `TrialConfig` and is
-checked as any other; what is incompatible is refused and counted, and the search goes on.
+Every trial is `trial` with a branch of `space` over it (see `space.py`). A sampled point becomes a `TrialConfig`, which
+is validated like any other. Incompatible points are refused and counted, and the search continues.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ from rankloom.config.space import (
 from rankloom.config.trial import AdapterName, TrialConfig
 from rankloom.errors import ConfigError, IncompatibleError
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Reduction = Annotated[int, Field(ge=2)]
 Objective = Literal["memory_bytes", "latency_ms"]
 COSTS: tuple[str, ...] = get_args(Objective)
-"""What reports, the journal and results.parquet have of a trial's costs, None where it was not measured."""
+"""Costs of a trial in reports, the journal and results.parquet; None if not measured."""
 
 
 class SearchConfig(Frozen):
-    """Which points are tried."""
+    """The search algorithm, and what it optimises."""
 
     algorithm: Literal["random", "grid", "optuna", "hyperopt", "nevergrad", "bayesopt"] = "random"
-    """random; grid: every combination, in order; optuna: TPE (needs the extra `search`). Ray Tune's own hyperopt,
-    nevergrad and bayesopt need the package of that name, and see all branches' knobs side by side, where those of a
-    branch that was not chosen have no effect; bayesopt takes `uniform` knobs of a single branch alone."""
+    """random; grid: every combination, in order; optuna: TPE (needs the extra `search`). Ray Tune's hyperopt, nevergrad
+    and bayesopt need the package of that name. They see the knobs of all branches at once, although those of the other
+    branches have no effect on a trial; bayesopt only takes `uniform` knobs of a single branch."""
     num_trials: Annotated[int, Field(ge=1)] | None = None
-    """Trials in all, warm starts included (16 where it is not given; in a grid: all of it)."""
+    """Number of trials, warm starts included; null: 16, in a grid every combination."""
     metric: Literal["accuracy", "loss"] = "loss"
     """What is searched for, on the validation rows; accuracy needs classification data."""
     mode: Literal["max", "min"] | None = None
-    """max for accuracy, min for loss; it may be left out."""
+    """max for accuracy, min for loss; may be omitted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seeds the searcher. The trials keep `trial.seed`: they differ in their settings alone."""
+    """Seed of the search. Trials keep `trial.seed`, so that they differ only in their settings."""
     objectives: list[Objective] = []
-    """What else counts, the smaller the better: the result has the Pareto front of `metric` and these. optuna searches
-    for the whole of it, the other algorithms for `metric` alone. memory_bytes: of the weights, the base as it is held
-    and the adapter on it. latency_ms: of a decode step at batch 1 with the adapter on the base, the median of 32, timed
-    once a trial amid the study's other work, to two digits. Both are measured on the trial's own adapter, at its first
-    report; of a trial that can't share a base at its end, so one that the scheduler stopped is not on the front."""
+    """Costs to minimise as well: the result has the Pareto front of `metric` and these. optuna searches for the whole
+    front, the other algorithms for `metric` alone. memory_bytes: weights of the base and the adapter. latency_ms: a
+    decode step at batch 1 with the adapter, median of 32, measured once per trial while the study runs, to two digits.
+    Both are measured at the trial's first report; for a trial that can't share a base at its end, so that one stopped
+    by the scheduler is not on the front."""
     warm_start: list[dict[str, Any]] = []
-    """Fragments of trials to try first. The first of them is the study's baseline, which the report compares the winner
-    with. Without any, the baseline is `trial` as it stands, and the next is a first guess after "LoRA Without Regret",
-    where a branch of LoRA or DoRA permits it: alpha 32, all linear layers, learning rate 5e-4."""
+    """Fragments of trials to try first. The first one is the study's baseline, which the winner is compared with.
+    Without any, the baseline is `trial` as it stands, followed by a guess from "LoRA Without Regret" if a LoRA or DoRA
+    branch permits it: alpha 32, all linear layers, learning rate 5e-4."""
     priors: list[str] = []
-    """Earlier studies (a folder, or its results.parquet) whose trials the searcher is told as if they were its own:
-    those that lie in this space, with the same model, data, budget and measure; the others are skipped and counted."""
+    """Earlier studies (a folder, or its results.parquet) whose trials the searcher learns from as if they were its own.
+    Trials outside this space, or with another model, data, budget or metric, are skipped and counted."""
 
     @model_validator(mode="after")
-    def _settings_agree(self) -> SearchConfig:
+    def _check_search(self) -> SearchConfig:
         if self.mode not in (None, self.best):
             raise ConfigError(f"mode: {self.metric} is best at its {self.best} (given {self.mode!r}); leave it out")
         if len(set(self.objectives)) < len(self.objectives):
@@ -84,109 +84,109 @@ class SearchConfig(Frozen):
 
     @property
     def learns(self) -> bool:
-        """Whether the points that it proposes depend on the results so far."""
+        """Whether the points depend on the results so far."""
         return self.algorithm not in ("random", "grid")
 
 
 class FifoConfig(Frozen):
-    """Every trial runs to its end."""
+    """Run every trial to its end."""
 
     type: Literal["fifo"] = "fifo"
 
 
 class AshaConfig(Frozen):
-    """Asynchronous successive halving (arXiv 1810.05934): at each rung only the best part goes on."""
+    """Asynchronous successive halving (arXiv 1810.05934): only the best trials of each rung continue."""
 
     type: Literal["asha"] = "asha"
-    grace: Share = 0.1
-    """The first rung, as a share of a trial's own budget; the next are `reduction_factor` times further."""
+    grace: Fraction = 0.1
+    """First rung, as a fraction of a trial's budget; each further rung is `reduction_factor` times later."""
     reduction_factor: Reduction = 3
-    """At a rung one of so many goes on."""
+    """Keep 1/reduction_factor of the trials at each rung."""
     brackets: Annotated[int, Field(ge=1)] = 1
-    """Brackets with later first rungs."""
+    """Number of brackets, each with a later first rung."""
 
 
 class HyperBandConfig(Frozen):
-    """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before they halve.
+    """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before each halving.
 
-    Ray Tune fills them from the one that halves least: with factor 3, five trials run to their end, the next eight are
-    halved once, the next 15 twice.
+    Ray Tune fills the bracket with the fewest halvings first: with factor 3, the first five trials run to their end, the
+    next eight are halved once, the next 15 twice.
     """
 
     type: Literal["hyperband"] = "hyperband"
     reduction_factor: Reduction = 3
-    """In each halving one of so many goes on."""
+    """Keep 1/reduction_factor of the trials in each halving."""
 
 
 class MedianConfig(Frozen):
-    """Stop a trial whose best is below the median of the others' averages at the same point."""
+    """Stop a trial whose best result is worse than the median of the other trials' averages at the same step."""
 
     type: Literal["median"] = "median"
-    grace: Share = 0.25
-    """The share of its budget that a trial gets in any case."""
+    grace: Fraction = 0.25
+    """Fraction of its budget that every trial may use."""
     min_trials: Annotated[int, Field(ge=1)] = 3
-    """Trials needed for a median."""
+    """Trials needed to form a median."""
 
 
 class PbtConfig(Frozen):
-    """Population based training (arXiv 1711.09846): the worst take over weights and settings of the best."""
+    """Population based training (arXiv 1711.09846): the worst trials copy weights and settings from the best."""
 
     type: Literal["pbt"] = "pbt"
-    interval: Share = 0.2
-    """Between two exploits, as a share of a trial's budget."""
+    interval: Fraction = 0.2
+    """Time between two exploits, as a fraction of a trial's budget."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """The share of the population that is worst, and best."""
+    """Fraction of the population that counts as worst, and as best."""
     resample: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """How likely a knob is drawn anew instead of being changed a little."""
+    """Probability of resampling a knob instead of perturbing it."""
 
 
 Scheduler = Annotated[FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig, Field(discriminator="type")]
 
 
 class HostsConfig(Frozen):
-    """How trials share bases; it changes the speed, not the results."""
+    """How trials share bases. It changes the speed, not the results."""
 
     num_slots: Annotated[int, Field(ge=1)] = 8
     """Trials that one host trains at once."""
     max_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of a slot; null: the largest in the space."""
     token_budget: Annotated[int, Field(ge=1)] = 8192
-    """Tokens of one forward, over all members."""
+    """Most tokens in one forward pass, over all members."""
     run_ahead: Annotated[int, Field(ge=0)] = 1
-    """Reports that a member may train ahead while the scheduler thinks; what it then refuses is thrown away."""
+    """Reports that a member may train ahead of the scheduler's decision; if the scheduler stops it, they are discarded."""
     num_waiting: Annotated[int, Field(ge=0)] | None = None
-    """Trials under way that wait for a slot, so that none is ever empty. null: twice as many as there are slots; once
-    where the searcher learns from results, and so must not be far ahead of them; all trials under hyperband and pbt,
-    which compare those that are under way; half as many where some trials can't share a base, so that each is a
-    process. Each trial under way keeps its last state on a host's disk."""
+    """Started trials that wait for a slot, so that no slot is ever empty. null: twice the number of slots; as many as
+    slots if the searcher learns from results, so that it is not far ahead of them; all trials under hyperband and pbt,
+    which compare started trials; half as many if some trials can't share a base, since each of those is a process.
+    Every started trial keeps its last state on its host's disk."""
     max_hosts: Annotated[int, Field(ge=1)] | None = None
-    """Hosts of one base; null: one a GPU, or one on CPUs."""
+    """Most hosts per base; null: one per GPU, or one on CPUs."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0
-    """Least time between two checkpoints of a trial: what is lost at most when a host dies."""
+    """Least seconds between two checkpoints of a trial: the most work lost when a host dies."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a trial returns from its checkpoint after a process died under it."""
+    """Restarts of a trial from its checkpoint after the death of its process."""
     lease_s: Annotated[float, Field(gt=0)] = 120.0
-    """A member whose trial has not been heard of for so long gives its place back."""
+    """Seconds without a sign of a trial after which its slot is freed."""
 
 
 class FinalConfig(Frozen):
-    """What is done with the best trials."""
+    """Scoring and publishing of the best trials."""
 
     top_k: Annotated[int, Field(ge=1)] = 3
-    """Trials scored on the test rows, best by validation first; each method's best, the Pareto front and the baseline
-    are scored too."""
+    """Number of best trials by validation to score on the test rows; each method's best, the Pareto front and the
+    baseline are scored too."""
     publish: bool = True
-    """Put the winner into the registry under the study's name, each method's best under `<study>-<method>`, and the
-    Pareto front under `<study>-front`."""
+    """Publish the winner under the study's name, each method's best as `<study>-<method>`, and the Pareto front as
+    `<study>-front`."""
 
 
 class StudyConfig(Frozen):
     """A search over trials."""
 
     name: AdapterName
-    """Names the study, its folder `<output.root>/studies/<name>` and the winner in the registry."""
+    """Name of the study, of its folder `<output.root>/studies/<name>`, and of the winner in the registry."""
     trial: dict[str, Any] = {}
-    """What all trials share: a trial's settings without a name."""
+    """Settings that all trials share: those of a trial, without a name."""
     space: Annotated[list[dict[str, Any]], Field(min_length=1)]
     """Branches: fragments of a trial in which a leaf may be {choice: [...]}, {uniform: [low, high]},
     {loguniform: [low, high]} or {randint: [low, high]}; `method.alpha_over_rank` stands for alpha."""
@@ -196,7 +196,7 @@ class StudyConfig(Frozen):
     final: FinalConfig = FinalConfig()
 
     @model_validator(mode="after")
-    def _every_branch_makes_trials(self) -> StudyConfig:
+    def _check_branches(self) -> StudyConfig:
         if "name" in self.trial:
             raise ConfigError("trial.name: a study names its trials itself; remove it")
         self.baseline  # noqa: B018

@@ -16,77 +16,77 @@ from rankloom.errors import ConfigError, IncompatibleError
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 BASE = "base"
-"""Where an adapter could be named, what stands for the base without one."""
+"""Stands for the base without an adapter wherever an adapter can be named."""
 
 
-def _no_base(name: str) -> str:
+def _refuse_base(name: str) -> str:
     if name == BASE:
         raise ConfigError(f"{name!r} means the base without an adapter; choose another name")
     return name
 
 
-AdapterName = Annotated[Name, AfterValidator(_no_base)]
+AdapterName = Annotated[Name, AfterValidator(_refuse_base)]
 
 
 class OptimConfig(Frozen):
     """AdamW, its schedule and the batch."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
-    """Peak learning rate; with LoRA+ it is A's."""
+    """Peak learning rate; with LoRA+, the rate of A."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
-    """B's learning rate over A's (LoRA+, arXiv 2402.12354); 1 is plain LoRA, 16 the usual start."""
+    """Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA, 16 a common start."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices only."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Adam's moment decays."""
+    """Decay rates of Adam's two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape after the warm-up; linear and cosine end at zero."""
+    """Learning rate after the warm-up; linear and cosine end at zero."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises."""
+    """Fraction of the steps in which the learning rate rises."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null: no clipping."""
+    """Clip the gradient to this norm; null: no clipping."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows of one optimiser step, over all workers and micro-batches."""
+    """Rows per optimiser step, over all workers and micro-batches."""
     accumulation: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches that a step's rows are cut into, to save memory; it does not change the result."""
+    """Micro-batches per step, to save memory; it does not change the result."""
     group_by_length: bool = True
-    """Batch rows of like lengths together; off: batches are uniformly random."""
+    """Batch rows of similar length together; off: batches are uniformly random."""
 
 
 class BudgetConfig(Frozen):
-    """How long to train: `epochs` or `steps`."""
+    """How long to train, in `epochs` or `steps`."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows (3 where neither is given)."""
+    """Passes over the training rows (3 if neither is given)."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> BudgetConfig:
+    def _check_one_of_two(self) -> BudgetConfig:
         if self.epochs is not None and self.steps is not None:
             raise ConfigError(f"give epochs ({self.epochs}) or steps ({self.steps}), not both")
         return self
 
 
 class EvalConfig(Frozen):
-    """What is measured during training, and at its end."""
+    """Measurements during training and at its end."""
 
     every: Annotated[int, Field(ge=1)] = 50
     """Steps between two evaluations on the validation rows; each also writes a checkpoint."""
     metric: Literal["loss", "accuracy"] = "loss"
     """What chooses the best checkpoint; accuracy needs classification data."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many evaluations without a better metric; null: never."""
+    """Stop after this many evaluations without an improvement; null: never."""
     max_rows: Annotated[int, Field(ge=1)] | None = 256
-    """Validation rows of one evaluation; null: all."""
+    """Validation rows per evaluation; null: all."""
     max_test_rows: Annotated[int, Field(ge=1)] | None = None
     """Test rows of the scorecard; null: all."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Rows of one evaluation batch; it does not change the result."""
+    """Rows per evaluation batch; it does not change the result."""
     retention: AnySource | None = None
-    """A second data set (text or chat): the scorecard tells the loss on it beside the base's."""
+    """A second data set (text or chat), to measure forgetting: the scorecard has the loss on it beside the base's."""
     base: bool = True
     """Score the untuned base beside the result."""
     latency: bool = True
@@ -94,42 +94,42 @@ class EvalConfig(Frozen):
 
 
 class ComputeConfig(Frozen):
-    """Where and how it runs; it changes the speed, not the result."""
+    """Hardware and precision."""
 
     num_workers: Annotated[int, Field(ge=0)] = 1
     """Ray Train workers; 0: in this process, without Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where the cluster has GPUs."""
+    """Device to train on; auto: CUDA if the cluster has GPUs."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
-    """CPU cores reserved for a worker, and its torch threads; null: the cores shared evenly, on a GPU 1."""
+    """CPU cores per worker, and its torch threads; null: an equal share of the cores, on a GPU 1."""
     precision: Dtype = "auto"
-    """What the arithmetic runs in. auto: bf16 on CUDA, else fp32."""
+    """Type of the arithmetic. auto: bf16 on CUDA, else fp32."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about half as much time again."""
+    """Recompute activations in the backward pass, which saves memory and takes about half as much time again."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Restarts from the last checkpoint when a worker dies."""
+    """Restarts from the last checkpoint after the death of a worker."""
 
 
 class OutputConfig(Frozen):
-    """Where results go; `s3://` and other pyarrow filesystems are allowed."""
+    """Where to write results; `s3://` and other pyarrow filesystems work too."""
 
     root: str = "~/rankloom"
     """Holds `runs/<name>`, `studies/<name>` and `registry/`."""
     registry: str | None = None
-    """Where results are published; null: `<root>/registry`."""
+    """Registry to publish to; null: `<root>/registry`."""
     publish: bool = True
-    """Put the result into the registry under the trial's name."""
+    """Publish the result to the registry under the trial's name."""
     keep_model: bool = False
-    """full, galore and lisa: also save the tuned model, whole, in `runs/<name>/model` (a local root only)."""
+    """Also save the whole tuned model in `runs/<name>/model` (full, galore and lisa; local root only)."""
 
     @property
     def registry_root(self) -> str:
-        """The registry's place."""
+        """The registry's folder or URL."""
         return self.registry or f"{self.root.rstrip('/')}/registry"
 
 
 class TrackingConfig(Frozen):
-    """Beside TensorBoard, which is always written."""
+    """Trackers besides TensorBoard, which is always written."""
 
     mlflow: str | None = None
     """An MLflow tracking URI."""
@@ -138,10 +138,10 @@ class TrackingConfig(Frozen):
 
 
 class TrialConfig(Frozen):
-    """One configuration, trained once."""
+    """One configuration to train once."""
 
     name: AdapterName
-    """Names the run and the adapter: lower-case letters, digits, '.', '_' and '-'."""
+    """Name of the run and of the adapter: lower-case letters, digits, '.', '_' and '-'."""
     model: ModelConfig = ModelConfig()
     quantization: Quantization = NoQuantization()
     data: DataConfig = DataConfig()
@@ -153,17 +153,17 @@ class TrialConfig(Frozen):
     output: OutputConfig = OutputConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seeds initialisation, data order and dropout."""
+    """Seed of initialisation, data order and dropout."""
 
     @model_validator(mode="after")
-    def _knobs_agree(self) -> TrialConfig:
+    def _check_combination(self) -> TrialConfig:
         for reason in conflicts(self):
             raise IncompatibleError(reason)
         return self
 
 
 def conflicts(trial: TrialConfig) -> list[str]:
-    """Why this combination is refused; empty where it holds."""
+    """Return the reasons to refuse this combination; empty if it is fine."""
     method, optim, compute = trial.method, trial.optim, trial.compute
     row = COMPATIBLE[method.type]
     found = []

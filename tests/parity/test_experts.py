@@ -13,10 +13,10 @@ import peft
 import pytest
 import torch
 import transformers as T
-from codes import write_fp8, write_mxfp4
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from codes import write_fp8, write_mxfp4
 from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import extract_adapter
 from rankloom.adapters.probe import last_logits, verify_probe

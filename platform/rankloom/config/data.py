@@ -51,8 +51,8 @@ class DataConfig(Frozen):
     format: Format = "auto"
     """Format of the rows, by columns. chat: messages; instruction: instruction, response; completion: prompt,
     completion; text: text; classification: text, label; auto: the first of these whose columns are all there. Optional
-    columns: `system` (all but text), `tools` (chat, completion), `input` and `context` (instruction). Other accepted names:
-    conversations for messages, output for response, functions for tools."""
+    columns: `system` (all but text), `tools` (chat, completion), `input` and `context` (instruction). Other names that
+    are accepted: conversations for messages, output for response, functions for tools."""
     columns: dict[str, str] = {}
     """Column of the format -> column of the data, for example {label: category}."""
     split_special_tokens: bool = True

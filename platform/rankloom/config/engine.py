@@ -105,7 +105,7 @@ class VllmConfig(Frozen):
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_loras: Annotated[int, Field(ge=1)] = 16
-    """Most adapters in one step; requests on others wait. vLLM reserves memory for this many of rank `max_lora_rank`."""
+    """Most adapters in one step; requests on others wait. vLLM reserves memory for all, at `max_lora_rank`."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
     """Highest rank; adapters above it are refused. Every adapter costs as much as one of this rank, so keep it
     low."""

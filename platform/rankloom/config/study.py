@@ -109,8 +109,8 @@ class AshaConfig(Frozen):
 class HyperBandConfig(Frozen):
     """HyperBand (arXiv 1603.06560): brackets that wait for all their trials before each halving.
 
-    Ray Tune fills the bracket with the fewest halvings first: with factor 3, the first five trials run to their end, the
-    next eight are halved once, the next 15 twice.
+    Ray Tune fills the bracket with the fewest halvings first: with factor 3, the first five trials run to their end,
+    the next eight are halved once, the next 15 twice.
     """
 
     type: Literal["hyperband"] = "hyperband"
@@ -153,7 +153,7 @@ class HostsConfig(Frozen):
     token_budget: Annotated[int, Field(ge=1)] = 8192
     """Most tokens in one forward pass, over all members."""
     run_ahead: Annotated[int, Field(ge=0)] = 1
-    """Reports that a member may train ahead of the scheduler's decision; if the scheduler stops it, they are discarded."""
+    """Reports that a member may train ahead of the scheduler's decision; discarded if the scheduler stops it."""
     num_waiting: Annotated[int, Field(ge=0)] | None = None
     """Started trials that wait for a slot, so that no slot is ever empty. null: twice the number of slots; as many as
     slots if the searcher learns from results, so that it is not far ahead of them; all trials under hyperband and pbt,

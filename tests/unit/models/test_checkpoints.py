@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from codes import write_fp8, write_mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GptOssConfig, OPTConfig
 
+from codes import write_fp8, write_mxfp4
 from rankloom.config.data import DataConfig, Source
 from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.data import load_data

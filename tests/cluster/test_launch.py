@@ -15,6 +15,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, DataError
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
+from rankloom.train.preflight import HEAD_ROWS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -97,14 +98,15 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
 def test_an_error_of_the_users_is_told_once_and_not_retried(
     tiny_trial: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankloom.train.preflight.READ_BYTES", -1)  # as where only the workers read the data
-    (tmp_path / "empty.csv").write_text("text,label\n")
+    monkeypatch.setattr("rankloom.train.preflight.READ_BYTES", -1)  # as where only the workers read all rows
+    rows = [f"my card was lost {i},lost" for i in range(HEAD_ROWS)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, "one,field,too many"]))
     settings = tiny_trial(
-        data={"train": str(tmp_path / "empty.csv")},
+        data={"train": str(tmp_path / "rows.csv")},
         compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 3},
     )
     events: list[dict[str, Any]] = []
-    with pytest.raises(DataError, match=r"empty\.csv"):
+    with pytest.raises(DataError, match=r"rows\.csv can't be read as csv"):
         train_trial(parse(TrialConfig, settings), on_event=events.append)
     # each rank fails by itself; should rank 1 be first, rank 0 does not even begin
     assert [event["phase"] for event in events if event["event"] == "phase"].count("data") <= 1

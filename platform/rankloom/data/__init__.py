@@ -7,7 +7,7 @@ with them, rows.py keeps the result on disk, batching.py hands it to the loop.
 
 from rankloom.data.batching import Batch, Cursor, collate
 from rankloom.data.check import DataReport, SplitReport
-from rankloom.data.load import TaskData, load_data
+from rankloom.data.load import TaskData, check_heads, load_data
 from rankloom.data.render import Row
 from rankloom.data.rows import Rows
 from rankloom.data.sources import check_sources
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "SplitReport",
     "TaskData",
+    "check_heads",
     "check_sources",
     "collate",
     "load_data",

@@ -96,6 +96,11 @@ class Part:
     def column(self, name: str) -> pa.ChunkedArray:
         return self.rendered.data.column(name).take(pa.array(self.kept))
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int(pc.sum(pc.list_flatten(self.column("loss_weights"))).as_py() or 0)
+
     def picked(self, kept: np.ndarray) -> Part:
         """Some of its rows; what was dropped before stays counted in the whole."""
         return replace(self, kept=kept, empty=0, over_long=0, unread=())
@@ -108,24 +113,29 @@ class Part:
         )
 
 
-def usable(rendered: datasets.Dataset, field: str, config: DataConfig, unread: Sequence[str] = ()) -> Part:
-    """The rows that were not dropped.
-
-    Raises:
-        DataError: none is left, or none has a token that carries loss.
-    """
+def gather(rendered: datasets.Dataset, field: str, unread: Sequence[str] = ()) -> Part:
+    """The rows that were not dropped; there may be none."""
     status = rendered.data.column("status").to_numpy()
     empty, over_long = int((status == EMPTY).sum()), int((status == OVER_LONG).sum())
     kept = np.flatnonzero((status != EMPTY) & (status != OVER_LONG))
-    part = Part(rendered, field, kept, empty, over_long, tuple(unread))
+    return Part(rendered, field, kept, empty, over_long, tuple(unread))
+
+
+def check_usable(part: Part, config: DataConfig) -> None:
+    """Refuse a source that would train nothing.
+
+    Raises:
+        DataError: all its rows were dropped, or none has a token that carries loss.
+    """
     if not len(part.kept):
-        raise DataError(f"{field}: none of its {len(status)} rows can be used: {part.describe(config.max_length)}")
-    if not _trained_tokens(part):
         raise DataError(
-            f"{field}: no token of its {len(part.kept)} rows would be trained on; look at the rows, data.format "
+            f"{part.field}: none of its {len(part.rendered)} rows can be used: {part.describe(config.max_length)}"
+        )
+    if not part.trained_tokens:
+        raise DataError(
+            f"{part.field}: no token of its {len(part.kept)} rows would be trained on; look at the rows, data.format "
             f"and data.train_on={config.train_on}"
         )
-    return part
 
 
 def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, Any] | None, limit: int) -> DataReport:
@@ -172,7 +182,7 @@ def _split_report(part: Part, labelled: bool) -> SplitReport:
     return SplitReport(
         rows=len(lengths),
         tokens=int(lengths.sum()),
-        trained_tokens=_trained_tokens(part),
+        trained_tokens=part.trained_tokens,
         median_length=float(np.median(lengths)),
         p95_length=float(np.percentile(lengths, 95)),
         max_length=int(lengths.max()),
@@ -217,7 +227,3 @@ def _overlap(train: Part, other: Part) -> Overlap:
     shared = [i for i, prompt in enumerate(other.column("prompt_digest").to_pylist()) if prompt in known]
     previews = other.column("preview").take(pa.array(shared[:NUM_EXAMPLES], pa.int64())).to_pylist()
     return Overlap(rows=len(shared), examples=previews)
-
-
-def _trained_tokens(part: Part) -> int:
-    return int(pc.sum(pc.list_flatten(part.column("loss_weights"))).as_py() or 0)

@@ -6,11 +6,15 @@ column is text; a list or a mapping stands there as its JSON (`messages.NESTED`)
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import glob
 import gzip
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +23,8 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+from fsspec.core import OpenFile
 
 from rankloom.data.messages import NESTED
 from rankloom.errors import DataError
@@ -27,6 +33,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".p
 """File extension (`.gz` may follow) -> what its files are."""
 BATCH = 10_000
 """Rows of JSON that become a table at a time."""
+CHUNK_BYTES = 1 << 16
+"""Bytes of a file that are read at a time."""
 SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 
@@ -39,7 +47,9 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
     if kind == "json":
         return _read_json(files, scratch)
     if kind == "parquet":
-        files = [file for file in files if _is_gzip(file) or _num_rows(file)] or _no_rows(files)
+        given, files = files, [file for file in files if _is_gzip(file) or _num_rows(file)]
+        if not files:
+            raise _no_rows(given)
     options = _csv_options(files, kind) if kind != "parquet" else {}
     return datasets.load_dataset(
         "csv" if kind == "tsv" else kind,
@@ -51,11 +61,41 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
     )
 
 
+def read_head(files: Sequence[OpenFile], kind: str, num_rows: int) -> datasets.Dataset:
+    """Read the first rows of the first file that has any, as `read_files` does, and little more of it.
+
+    Raises:
+        As `read_files`.
+    """
+    for file in files:
+        with file as raw:
+            table = _head(raw, file.path, kind, num_rows)
+        if table.num_rows:
+            return datasets.Dataset(InMemoryTable(table))
+    raise _no_rows([file.path for file in files])
+
+
+def _head(raw: IO[bytes], file: str, kind: str, num_rows: int) -> pa.Table:
+    lines = _unpack(raw, file)
+    if kind == "json":
+        return _json_table(list(islice(_rows(lines, file, num_rows), num_rows)))
+    if kind == "parquet":
+        parquet = pq.ParquetFile(lines, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        _check_columns(parquet.schema_arrow, file)
+        return pa.Table.from_batches(islice(parquet.iter_batches(num_rows), 1), parquet.schema_arrow)
+    frame = _csv_frame(lines, file, kind, num_rows)
+    return pa.Table.from_pandas(frame, pa.schema([(str(name), pa.string()) for name in frame]), preserve_index=False)
+
+
 def _num_rows(file: str) -> int:
     metadata = pq.read_metadata(file)
-    if twice := _twice(metadata.schema.to_arrow_schema().names):
-        raise DataError(f"{file} has the column {twice!r} more than once")
+    _check_columns(metadata.schema.to_arrow_schema(), file)
     return int(metadata.num_rows)
+
+
+def _check_columns(schema: pa.Schema, file: str) -> None:
+    if twice := _twice(schema.names):
+        raise DataError(f"{file} has the column {twice!r} more than once")
 
 
 def not_utf8(file: str) -> str | None:
@@ -75,13 +115,12 @@ def not_utf8(file: str) -> str | None:
 def _read_json(files: list[str], scratch: Path) -> datasets.Dataset:
     tables: list[pa.Table] = []
     for file in files:
-        rows = _rows(file)
-        while batch := list(islice(rows, BATCH)):
-            names = dict.fromkeys(name for row in batch for name in row)
-            columns = {name: pa.array([_cell(row.get(name)) for row in batch], pa.string()) for name in names}
-            tables.append(pa.table(columns))
+        with _open(file) as lines:
+            rows = _rows(lines, file)
+            while batch := list(islice(rows, BATCH)):
+                tables.append(_json_table(batch))
     if not tables:
-        _no_rows(files)
+        raise _no_rows(files)
     table = pa.concat_tables(tables, promote_options="default")
     path = str(scratch / "rows.arrow")
     with datasets.arrow_writer.ArrowWriter(
@@ -90,6 +129,11 @@ def _read_json(files: list[str], scratch: Path) -> datasets.Dataset:
         writer.write_table(table)
         writer.finalize()
     return datasets.Dataset.from_file(path)
+
+
+def _json_table(rows: list[dict[str, Any]]) -> pa.Table:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: pa.array([_cell(row.get(name)) for row in rows], pa.string()) for name in names})
 
 
 class _Float(float):
@@ -113,36 +157,59 @@ def _cell(value: Any) -> str | None:
     return found if isinstance(value, (bool, int)) else f"{NESTED}{found}"
 
 
-def _rows(file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file: one a line, or a list of them; texts in a list are rows of `text`."""
-    with _open(file) as lines:
-        if _starts_list(lines):
-            given = _parsed(lines.read(), file, "")
-            for number, row in enumerate(given, 1):
-                yield _object({"text": row} if isinstance(row, str) else row, file, f"row {number}: ")
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                place = f"line {number}: "
-                yield _object(_parsed(line, file, place), file, place)
+def _rows(lines: io.BufferedReader, file: str, num_rows: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a file: one a line, or a list of them; texts in a list are rows of `text`.
+
+    Args:
+        num_rows: how many of a list are wanted; None: all.
+    """
+    if lines.peek(3).startswith(codecs.BOM_UTF8):
+        lines.read(3)
+    if lines.peek(CHUNK_BYTES).lstrip().startswith(b"["):
+        for number, row in enumerate(_elements(lines, file, num_rows), 1):
+            yield _object({"text": row} if isinstance(row, str) else row, file, f"row {number}: ")
+        return
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"line {number}: "
+            yield _object(_parsed(line, file, place), file, place)
 
 
-def _starts_list(lines: IO[bytes]) -> bool:
-    """Whether the first letter is a bracket; leaves the file at its start, behind a byte order mark."""
-    start = 3 if lines.read(3) == b"\xef\xbb\xbf" else 0
-    lines.seek(start)
-    first = b" "
-    while first.isspace():
-        first = lines.read(1)
-    lines.seek(start)
-    return first == b"["
+def _elements(lines: io.BufferedReader, file: str, num_rows: int | None) -> list[Any]:
+    """The elements of a list; with `num_rows` its first ones, for which the file is read as far as they go."""
+    text = b""
+    while num_rows is not None and (chunk := lines.read(max(CHUNK_BYTES, len(text)))):
+        text += chunk
+        if len(found := _whole_elements(text, num_rows)) == num_rows:
+            return found
+    whole: list[Any] = _parsed(text + lines.read(), file, "")  # short, or malformed: it says how
+    return whole
+
+
+def _whole_elements(text: bytes, limit: int) -> list[Any]:
+    """The elements that a list begins with, as far as they are whole and well-formed."""
+    found: list[Any] = []
+    with contextlib.suppress(ValueError, RecursionError):  # cut off
+        start = codecs.getincrementaldecoder("utf-8")().decode(text)
+        place = start.index("[") + 1
+        while len(found) < limit:
+            element, place = _DECODER.raw_decode(start, _skip_space(start, place))
+            place = _skip_space(start, place)
+            if start[place : place + 1] != ",":  # the last, or a number that is cut
+                break
+            found.append(element)
+            place += 1
+    return found
+
+
+def _skip_space(text: str, place: int) -> int:
+    space = _SPACE.match(text, place)
+    return space.end() if space else place
 
 
 def _parsed(text: bytes, file: str, place: str) -> Any:
     try:
-        return json.loads(
-            text.decode("utf-8"), parse_float=_Float, parse_constant=_constant, object_pairs_hook=_mapping
-        )
+        return json.loads(text.decode("utf-8"), **_HOOKS)
     except UnicodeDecodeError:
         raise DataError(f"{file} can't be read as json: {not_utf8(file)}") from None
     except (ValueError, RecursionError) as error:
@@ -167,6 +234,11 @@ def _constant(name: str) -> str | None:
     return None if name == "NaN" else name
 
 
+_HOOKS: dict[str, Any] = {"parse_float": _Float, "parse_constant": _constant, "object_pairs_hook": _mapping}
+_DECODER = json.JSONDecoder(**_HOOKS)
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
+
+
 def _object(row: Any, file: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
@@ -189,38 +261,56 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _open(file: str) -> IO[bytes]:
-    return gzip.open(file) if _is_gzip(file) else Path(file).open("rb")  # type: ignore[return-value]
+@contextlib.contextmanager
+def _open(file: str) -> Iterator[io.BufferedReader]:
+    with Path(file).open("rb") as raw:
+        yield _unpack(raw, file)
+
+
+def _unpack(raw: IO[bytes], file: str) -> io.BufferedReader:
+    """The contents of a file, which need not be able to seek."""
+    stream: Any = gzip.GzipFile(fileobj=raw) if _is_gzip(file) else raw
+    return io.BufferedReader(stream, CHUNK_BYTES)
 
 
 def _is_gzip(file: str) -> bool:
     return file.lower().endswith(".gz")
 
 
-def _no_rows(files: list[str]) -> list[str]:
-    raise DataError(f"{', '.join(files)} has no rows")
+def _no_rows(files: Sequence[str]) -> DataError:
+    return DataError(f"{', '.join(files)} has no rows")
 
 
 def _csv_options(files: list[str], kind: str) -> dict[str, Any]:
     """Every value is kept as it is written: '007', '1.50' and 'None' stay text."""
-    separator = "\t" if kind == "tsv" else ","
     names: list[str] = []
     for file in files:
-        try:
-            head = pd.read_csv(file, nrows=1, dtype=str, keep_default_na=False, sep=separator)
-        except pd.errors.EmptyDataError:
-            _no_rows([file])
-        found = list(map(str, head.columns))
-        other = next((each for each in SEPARATORS if each != separator and each in found[0]), None)
-        if len(found) == 1 and other:
-            raise DataError(
-                f"{file}: it is separated by {SEPARATORS[other]}, not by {'tabs' if kind == 'tsv' else 'commas'}; save "
-                f"it with {'tabs' if kind == 'tsv' else 'commas'}{', or name it .tsv' if other == chr(9) else ''}"
-            )
-        if not isinstance(head.index, pd.RangeIndex):  # pandas would take the first column for row names
-            raise DataError(f"{file}: its rows have more fields than its header; quote texts that hold a comma")
+        with _open(file) as lines:
+            found = list(map(str, _csv_frame(lines, file, kind, 1).columns))
         if names and set(found) != set(names):
             raise DataError(f"{file} has the columns {', '.join(found)}; the files before it {', '.join(names)}")
         names = names or found
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "sep": separator}
+    return {"features": features, "keep_default_na": False, "sep": _separator(kind)}
+
+
+def _separator(kind: str) -> str:
+    return "\t" if kind == "tsv" else ","
+
+
+def _csv_frame(lines: IO[bytes], file: str, kind: str, num_rows: int) -> pd.DataFrame:
+    separator = _separator(kind)
+    try:
+        head = pd.read_csv(lines, nrows=num_rows, dtype=object, keep_default_na=False, sep=separator)
+    except pd.errors.EmptyDataError:
+        raise _no_rows([file]) from None
+    found = list(map(str, head.columns))
+    other = next((each for each in SEPARATORS if each != separator and each in found[0]), None)
+    if len(found) == 1 and other:
+        raise DataError(
+            f"{file}: it is separated by {SEPARATORS[other]}, not by {'tabs' if kind == 'tsv' else 'commas'}; save "
+            f"it with {'tabs' if kind == 'tsv' else 'commas'}{', or name it .tsv' if other == chr(9) else ''}"
+        )
+    if not isinstance(head.index, pd.RangeIndex):  # pandas would take the first column for row names
+        raise DataError(f"{file}: its rows have more fields than its header; quote texts that hold a comma")
+    return head

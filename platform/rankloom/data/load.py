@@ -1,4 +1,4 @@
-"""`load_data`: everything from a data config to tokenised splits, cached on disk.
+"""`load_data`: everything from a data config to tokenised splits, cached on disk; `check_heads`: the first rows alone.
 
 The cache's key names the sources' contents, the tokenizer and the settings; its entries are written beside and renamed
 into place, checked against their own hash when they are read, and made again where they are broken.
@@ -23,8 +23,8 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.config.base import dump
-from rankloom.config.data import DataConfig, Source
-from rankloom.data.check import DataReport, Part, build_report, usable
+from rankloom.config.data import OPTIONAL, DataConfig, Source
+from rankloom.data.check import DataReport, Part, build_report, check_usable, gather
 from rankloom.data.render import Renderer
 from rankloom.data.rows import FEATURES, Rows, store
 from rankloom.data.sources import (
@@ -102,6 +102,35 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retenti
             ) from error
 
 
+def check_heads(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retention: Source | None = None, num_rows: int
+) -> bool:
+    """Read and render the first rows of each source, as `load_data` would.
+
+    Returns:
+        Whether they settle that each source can be used; where they don't, only all rows can tell.
+
+    Raises:
+        As `load_data`, for what is wrong whatever rows follow.
+    """
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
+        heads: dict[Role, datasets.Dataset] = {}
+        for role, source in located.items():
+            head = source.head(num_rows)
+            if head is None or (role != "retention" and not _has_optional(head, config)):
+                return False
+            heads[role] = head
+        parts, *_ = _render_all(config, tokenizer, located, Path(scratch), heads)
+        return all(part.trained_tokens for part in parts.values())
+
+
+def _has_optional(head: datasets.Dataset, config: DataConfig) -> bool:
+    """Whether the columns are there that `config.columns` names, but that only some rows of JSON may have."""
+    optional = {role for roles in OPTIONAL.values() for role in roles}
+    return all(name in head.column_names for role, name in config.columns.items() if role in optional)
+
+
 def _make(
     folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]
 ) -> TaskData:
@@ -156,10 +185,18 @@ def _open(folder: Path) -> TaskData | None:
     )
 
 
-def _parts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located], scratch: Path
+def _render_all(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    located: Mapping[Role, Located],
+    scratch: Path,
+    heads: Mapping[Role, datasets.Dataset] | None = None,
 ) -> tuple[dict[str, Part], str, dict[str, list[int]] | None]:
-    """Each split's rows, the format, and the labels."""
+    """Each source's rows, the format, and the labels.
+
+    Args:
+        heads: some rows of each, to take in place of all; none need be usable, nor do train's have all labels.
+    """
     format: str = config.format
     labels = None
     parts: dict[str, Part] = {}
@@ -168,15 +205,28 @@ def _parts(
         place = scratch / role
         place.mkdir()
         wanted = own.format if role == "retention" else format
-        whole = source.read(place)
-        columns, own_format = pick_columns(whole, source, wanted, own.columns)
-        renderer = Renderer(tokenizer, own, own_format, source.field, _label_names(columns), known)
+        rows = source.read(place) if heads is None else heads[role]
+        columns, own_format = pick_columns(rows, source, wanted, own.columns)
+        renderer = Renderer(
+            tokenizer, own, own_format, source.field, _label_names(columns), known if heads is None else None
+        )
         if role == "train":
             format = own_format
             if format == "classification":
                 labels = renderer.labels = renderer.label_table(_different(columns, "label"))
-        unread = unread_columns(whole, columns, own.columns)
-        parts[role] = usable(_render(columns, renderer, place), source.field, own, unread)
+        parts[role] = gather(
+            _render(columns, renderer, place), source.field, unread_columns(rows, columns, own.columns)
+        )
+        if heads is None:
+            check_usable(parts[role], own)
+    return parts, format, labels
+
+
+def _parts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located], scratch: Path
+) -> tuple[dict[str, Part], str, dict[str, list[int]] | None]:
+    """Each split's rows, the format, and the labels."""
+    parts, format, labels = _render_all(config, tokenizer, located, scratch)
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
     fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
     if sum(fractions.values()) >= 1:

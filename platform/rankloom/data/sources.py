@@ -1,7 +1,8 @@
 """Where rows come from: the built-in set, the hub, or files on any fsspec filesystem.
 
 `locate` finds a source; `Located.key` names its contents without reading a row, `Located.read` reads it through the
-`datasets` builders; `pick_columns` settles the format and renames. Rendering begins in render.py.
+`datasets` builders, `Located.head` its first rows alone; `pick_columns` settles the format and renames. Rendering
+begins in render.py.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import datasets
 import fsspec
+from datasets.table import InMemoryTable
+from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 
 from rankloom.config.data import ALIASES, COLUMNS, OPTIONAL, DataConfig, Source
-from rankloom.data.files import BUILDERS, not_utf8, read_files
+from rankloom.data.files import BUILDERS, not_utf8, read_files, read_head
 from rankloom.errors import ConfigError, DataError
 
 Role = Literal["train", "validation", "test", "retention"]
@@ -52,20 +55,34 @@ class Located:
     make_key: Callable[[], str]
     read: Callable[[Path], datasets.Dataset]
     """Reads the rows; the folder given takes temporary files, and must outlive the data set."""
+    read_head: Callable[[int], datasets.Dataset]
     size: int | None = None
-    """Bytes of its files; None: on the hub."""
+    """Bytes of its files; None: not known, or on the hub."""
 
     @cached_property
     def key(self) -> str:
         """Changes with the contents: files are read for it. Raises DataError where they can't be."""
         return self.make_key()
 
+    def head(self, num_rows: int) -> datasets.Dataset | None:
+        """Read its first rows, and little more of it; None: that can't be done, `read` says why or can.
+
+        Raises:
+            DataError: as `read`.
+        """
+        try:
+            return self.read_head(num_rows)
+        except DataError as error:
+            raise DataError(f"{self.field}: {error}") from None
+        except Exception:  # each filesystem and reader raises its own kinds, and some can't read a part
+            return None
+
 
 def locate(source: Source, role: Role) -> Located:
-    """Find a source.
+    """Find a source; the hub is not asked yet.
 
     Raises:
-        ConfigError: the source's keys contradict each other. DataError: there is no such file or data set.
+        ConfigError: the source's keys contradict each other. DataError: there is no such file.
     """
     field = FIELDS[role]
     if source.path.startswith("builtin:"):
@@ -79,15 +96,12 @@ def locate(source: Source, role: Role) -> Located:
 
 
 def check_sources(config: DataConfig, retention: Source | None) -> int | None:
-    """Raise what `locate` does for sources that are files or built in; data sets on the hub are not looked for.
+    """Raise what `locate` does.
 
     Returns:
-        Bytes of all files, which are not read; None where a source is on the hub.
+        Bytes of all files, which are not read; None where one's size is not known, or it is on the hub.
     """
-    sizes = [
-        locate(source, role).size if source.path.startswith("builtin:") or _is_file(source.path) else None
-        for role, source in sources_of(config, retention).items()
-    ]
+    sizes = [locate(source, role).size for role, source in sources_of(config, retention).items()]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
@@ -210,15 +224,27 @@ def _hub(source: Source, role: Role) -> Located:
             f"{field}: {source.path!r} is neither a built-in set, a hub id such as 'org/name', nor a file ending in "
             f"{', '.join(BUILDERS)} (.gz may follow)"
         )
-    try:
-        dataset = datasets.load_dataset(source.path, name=source.subset, split=split, revision=source.revision)
-    except Exception as error:  # the hub client and the builders raise a dozen unrelated kinds
-        raise DataError(
-            f"{field}: {source.path!r} (split {split!r}) is no file here, and the hub does not give it: "
-            f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
-        ) from None
-    key = f"hub:{dataset._fingerprint}"  # follows the commit, configuration and split
-    return Located(field, source.path, lambda: key, lambda _: dataset)
+    load = partial(datasets.load_dataset, source.path, name=source.subset, split=split, revision=source.revision)
+
+    @cache
+    def whole() -> datasets.Dataset:
+        try:
+            return load()
+        except Exception as error:  # the hub client and the builders raise a dozen unrelated kinds
+            raise DataError(
+                f"{field}: {source.path!r} (split {split!r}) is no file here, and the hub does not give it: "
+                f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
+            ) from None
+
+    def head(num_rows: int) -> datasets.Dataset:
+        stream = load(streaming=True)
+        table = next(stream.with_format("arrow").iter(num_rows))
+        return datasets.Dataset(InMemoryTable(table), datasets.DatasetInfo(features=stream.features))
+
+    def make_key() -> str:
+        return f"hub:{whole()._fingerprint}"  # follows the commit, configuration and split
+
+    return Located(field, source.path, make_key, lambda _: whole(), head)
 
 
 def _is_file(path: str) -> bool:
@@ -246,7 +272,7 @@ def _files(path: str, field: str) -> Located:
             )
         if len({BUILDERS[kind] for kind in kinds}) > 1:
             raise DataError(f"{field}: {path!r} matches files of several kinds: {', '.join(sorted(kinds))}; narrow it")
-        size = sum(int(filesystem.size(p) or 0) for p in paths)
+        sizes = [filesystem.size(p) for p in paths]
         if isinstance(filesystem, LocalFileSystem):
             for each in paths:
                 Path(each).open("rb").close()  # whether it may be read is told at once
@@ -263,7 +289,15 @@ def _files(path: str, field: str) -> Located:
             raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
         return hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
 
-    return Located(field, path, make_key, lambda scratch: _read(filesystem, paths, builder, scratch, field), size)
+    def head(num_rows: int) -> datasets.Dataset:
+        if 0 in sizes:
+            raise DataError(f"{paths[sizes.index(0)]} is empty")
+        return read_head([OpenFile(filesystem, p) for p in paths], builder, num_rows)
+
+    def read(scratch: Path) -> datasets.Dataset:
+        return _read(filesystem, paths, builder, scratch, field)
+
+    return Located(field, path, make_key, read, head, None if None in sizes else sum(sizes))
 
 
 def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,7 +1,7 @@
 """What a trial would be refused for later, told before anything starts: before Ray, and before the first step.
 
-Looked at are the data, where it is read in a moment, the model's outline, which has no weights, and its tokenizer. Of
-the hub only what is small is fetched here; weights and data sets are left to the workers.
+Looked at are the data, the model's outline, which has no weights, and its tokenizer. Large data, and data sets on the
+hub, are read and rendered as far as their first rows; all rows, and weights, are left to the workers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Iterable
 
 from rankloom.config import TrialConfig
 from rankloom.config.method import AdapterConfig, LisaConfig
-from rankloom.data import check_sources, load_data
+from rankloom.data import check_heads, check_sources, load_data
 from rankloom.models import check_experts, decoder_layers, find_target_linears, load_shell, load_tokenizer
 
 READ_BYTES = 50_000_000
 """Size up to which data is read before anything starts; it takes seconds."""
+HEAD_ROWS = 100
+"""First rows of each source that are looked at where the data is larger, or of unknown size."""
 
 
 def preflight(trials: Iterable[TrialConfig]) -> list[str]:
@@ -38,8 +40,10 @@ def preflight(trials: Iterable[TrialConfig]) -> list[str]:
         notes += _check_model(trial)
     for key, trial in by_data.items():
         tokenizer, size = load_tokenizer(trial.model), sizes[key]
-        if size is not None and size <= READ_BYTES:  # workers on this machine find it read
-            load_data(trial.data, tokenizer, retention=trial.eval.retention)
+        is_small = size is not None and size <= READ_BYTES
+        retention = trial.eval.retention
+        if is_small or not check_heads(trial.data, tokenizer, retention=retention, num_rows=HEAD_ROWS):
+            load_data(trial.data, tokenizer, retention=retention)  # workers on this machine find it read
     return list(dict.fromkeys(notes))
 
 

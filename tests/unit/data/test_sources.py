@@ -213,7 +213,7 @@ def test_builtin(tmp_path: Path) -> None:
 
 def test_a_hub_set_that_can_not_be_had() -> None:
     with pytest.raises(DataError, match=r"data.test: 'nobody/nothing' \(split 'test'\).*HF_TOKEN"):
-        locate(Source(path="nobody/nothing"), "test")
+        assert locate(Source(path="nobody/nothing"), "test").key
 
 
 def test_a_hub_set_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +235,11 @@ def test_a_hub_set_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.Monk
     located = locate(Source(path="somebody/intents"), "train")
     assert located.read(tmp_path).to_list() == [{"text": "hello", "label": 1}]
     assert located.key == locate(Source(path="somebody/intents"), "train").key
+    head = located.head(5)
+    assert head is not None
+    assert (head.to_list(), head.features) == ([{"text": "hello", "label": 1}], features)
     with pytest.raises(DataError, match="split 'test'"):
-        locate(Source(path="somebody/intents"), "test")
+        assert locate(Source(path="somebody/intents"), "test").key
 
 
 def columns_of(tmp_path: Path, header: str, format: str = "auto", **columns: str) -> tuple[list[str], str]:

@@ -494,13 +494,19 @@ def test_a_canary_does_not_end_for_what_clients_send(tmp_path: Path) -> None:
         assert made.registry.aliases("bank") == {"champion": 1, "canary": 2}
 
 
+def until_rolled_back(made: Endpoint) -> Iterator[None]:
+    """Each turn of a loop that lasts until `bank`'s canary is its old version again."""
+    deadline = time.monotonic() + 60
+    while made.registry.aliases("bank")["canary"] == 2:
+        assert time.monotonic() < deadline
+        yield
+
+
 def test_a_canary_that_is_slow_is_rolled_back(tmp_path: Path) -> None:
     with endpoint(tmp_path, routes=canary(latency_ratio=3)) as made:
         made.replicas.engine.pace_s = {"bank@1": 0.001, "bank@2": 0.02}
         made.registry.promote("bank@2", alias="canary")
-        deadline = time.monotonic() + 60
-        while made.registry.aliases("bank")["canary"] == 2:
-            assert time.monotonic() < deadline
+        for _ in until_rolled_back(made):
             made.post("/v1/completions", COMPLETE | {"model": "front", "max_tokens": 1})
         made.settled()
         assert 'adapter="bank@2",outcome="ok",traffic="pace"' in made.http.get("/metrics").text
@@ -511,9 +517,7 @@ def test_a_canary_that_can_not_do_the_endpoints_own_requests_is_rolled_back(tmp_
         with endpoint(tmp_path, routes=canary()) as made:
             made.replicas.engine.fails = {"bank@2": error}
             made.registry.promote("bank@2", alias="canary")
-            deadline = time.monotonic() + 60
-            while made.registry.aliases("bank")["canary"] == 2:
-                assert time.monotonic() < deadline
+            for _ in until_rolled_back(made):
                 made.post("/v1/completions", COMPLETE | {"model": "front"})
             made.settled()
 
@@ -522,9 +526,7 @@ def test_a_canary_that_nobody_waits_for_is_timed(tmp_path: Path) -> None:
     with endpoint(tmp_path, routes=canary(latency_ratio=3)) as made:
         made.replicas.engine.pace_s = {"bank@1": 0.001, "bank@2": 0.05}
         made.registry.promote("bank@2", alias="canary")
-        deadline = time.monotonic() + 60
-        while made.registry.aliases("bank")["canary"] == 2:
-            assert time.monotonic() < deadline
+        for _ in until_rolled_back(made):
             body = COMPLETE | {"model": "front", "prompt": "forever", "stream": True, "max_tokens": 200}
             with made.http.stream("POST", "/v1/completions", json=body) as answer:
                 next(answer.iter_bytes())

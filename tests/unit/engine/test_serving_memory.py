@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rankloom.banks.served_bank import _Stack
+from rankloom.engine.engine import ServingEngine
 from rankloom.engine.kv_cache import NARROWEST, HeadShape, KvCache
 from rankloom.engine.model_runner import ModelRunner
 from rankloom.errors import ModelError, OverloadedError
@@ -162,12 +163,16 @@ def test_a_step_that_is_too_large_is_computed_in_parts(
     serving(engine, work)
 
 
+def engine_and_adapter(base: Path, registry: Path, work: Path) -> tuple[ServingEngine, str]:
+    write_adapter(base, work / "lora", "lora")
+    ref = publish(registry, base, "lora", work / "lora")
+    return engine_on(base, registry), ref
+
+
 def test_an_adapter_that_there_is_no_memory_for_can_be_asked_for_again(
     tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_adapter(tiny_llama, tmp_path / "lora", "lora")
-    ref = publish(nothing, tiny_llama, "lora", tmp_path / "lora")
-    engine = engine_on(tiny_llama, nothing)
+    engine, ref = engine_and_adapter(tiny_llama, nothing, tmp_path)
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -254,9 +259,7 @@ def test_a_lost_device_ends_the_engine(
 def test_a_device_that_is_lost_while_an_adapter_is_loaded_ends_the_engine(
     tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_adapter(tiny_llama, tmp_path / "lora", "lora")
-    ref = publish(nothing, tiny_llama, "lora", tmp_path / "lora")
-    engine = engine_on(tiny_llama, nothing)
+    engine, ref = engine_and_adapter(tiny_llama, nothing, tmp_path)
 
     def lost(*_: Any) -> Any:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

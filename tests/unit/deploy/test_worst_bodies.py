@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 import endpoint
-from rankloom.gateway.policy import Catalogue, Shelf
+from rankloom.gateway.policy import AdapterVersions, Catalogue
 from rankloom.engine.jobs import ContextError
 
 class Far(endpoint.Replicas):
@@ -42,7 +42,8 @@ with endpoint.endpoint(Path(sys.argv[1]), refresh_s=600) as made:
     threading.Thread(target=sys.stdin.read, daemon=True, name="told to end").start()
     print(made.url, flush=True)
     while any(thread.name == "told to end" for thread in threading.enumerate()):
-        made.gateway.catalogue = Catalogue("org/base", {name: Shelf((1,)) for name in names}, offered=tuple(names))
+        versions = {name: AdapterVersions((1,)) for name in names}
+        made.gateway.catalogue = Catalogue("org/base", versions, offered=tuple(names))
         time.sleep(0.2)
 """.replace("MANY", "5000")
 UNKNOWN = b'{"model":"adapter-43210","prompt":"hi"}'

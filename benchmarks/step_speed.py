@@ -26,10 +26,10 @@ from common import RESULTS, machine, tiny_llama, today, write_json
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, TaskData, collate, load_data
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.precision import autocast
-from rankloom.train.session import LocalSession
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.precision import autocast
+from rankloom.training.session import LocalSession
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = auto_dtype(DEVICE)

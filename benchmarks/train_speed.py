@@ -26,8 +26,8 @@ import transformers
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Batch, Cursor, collate, load_data
 from rankloom.models import auto_dtype, load_base, load_tokenizer
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.session import LocalSession
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.session import LocalSession
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -81,7 +81,7 @@ def test_module_imports_light(module: str) -> None:
 
 
 def test_a_host_trains_without_the_methods_libraries() -> None:
-    code = "import sys, rankloom.train.fused.host, rankloom.hosts.host_actor"
+    code = "import sys, rankloom.training.fused.host, rankloom.hosts.host_actor"
     code += "\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
     assert run_python(code).strip() == "set()"
 

@@ -15,7 +15,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, DataError
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
-from rankloom.train.preflight import HEAD_ROWS
+from rankloom.training.preflight import HEAD_ROWS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -98,7 +98,7 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
 def test_an_error_of_the_users_is_told_once_and_not_retried(
     tiny_trial: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankloom.train.preflight.READ_BYTES", -1)  # as where only the workers read all rows
+    monkeypatch.setattr("rankloom.training.preflight.READ_BYTES", -1)  # as where only the workers read all rows
     rows = [f"my card was lost {i},lost" for i in range(HEAD_ROWS)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, "one,field,too many"]))
     settings = tiny_trial(

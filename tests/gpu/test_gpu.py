@@ -10,8 +10,8 @@ import torch
 
 from rankloom.config import TrialConfig, parse
 from rankloom.registry import Registry
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 
 pytestmark = [
     pytest.mark.gpu,

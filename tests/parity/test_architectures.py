@@ -29,10 +29,10 @@ from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.registry import Registry
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 from served import completed, engine_on, serving, with_peft
 
 CPU = torch.device("cpu")

@@ -25,11 +25,11 @@ from rankloom.evals.loss import token_loss
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.precision import autocast
-from rankloom.train.run import _check_export, load_for, run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.precision import autocast
+from rankloom.training.run import _check_export, load_for, run_trial
+from rankloom.training.session import LocalSession
 from served import completed, engine_on, serving, write_adapter
 
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from rankloom.data import Row, collate, load_data
 from rankloom.evals.loss import labelled_loss
 from rankloom.models import load_base
 from rankloom.registry import Registry
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 from served import GREEDY, completed, engine_on, serving
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -29,9 +29,9 @@ from rankloom.errors import RegistryError
 from rankloom.methods import build_method
 from rankloom.models import find_experts, load_base, load_tokenizer
 from rankloom.registry import Registry
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 from served import completed, engine_on, publish, serving, with_peft
 
 CPU = torch.device("cpu")

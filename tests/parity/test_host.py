@@ -15,11 +15,11 @@ from rankloom.data import TaskData, load_data
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.score import validate
 from rankloom.models import Base, load_base, load_tokenizer
-from rankloom.train.fused.host import StepReport, TrialHost
-from rankloom.train.fused.packing import logits
-from rankloom.train.fused.plan import StepPlan
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.session import LocalSession
+from rankloom.training.fused.host import StepReport, TrialHost
+from rankloom.training.fused.packing import logits
+from rankloom.training.fused.plan import StepPlan
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.session import LocalSession
 
 CPU = torch.device("cpu")
 STEPS = 30
@@ -342,7 +342,7 @@ def test_running_out_of_memory_splits_the_step(tiny_llama: Path, solo: Any) -> N
 
 
 def test_memory_that_lacked_for_a_while_is_used_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankloom.train.fused.host.TRIED_AGAIN_AFTER", 3)
+    monkeypatch.setattr("rankloom.training.fused.host.TRIED_AGAIN_AFTER", 3)
     trials = trials_of(tiny_llama, ["plain", "narrow"])
     host = host_of(trials["plain"], kind=ShortOfMemory, token_budget=1500)
     assert isinstance(host, ShortOfMemory)
@@ -371,7 +371,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return logits(model, packed)
 
-    monkeypatch.setattr("rankloom.train.fused.host.logits", limited)
+    monkeypatch.setattr("rankloom.training.fused.host.logits", limited)
     for name, found in host.evaluate().items():
         assert found.loss == pytest.approx(whole[name].loss, rel=1e-5)
     assert 0 < sum(size > 150 for size in sizes) <= 4

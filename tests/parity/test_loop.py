@@ -12,8 +12,8 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import TrialError
 from rankloom.models import load_base, load_tokenizer
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.session import LocalSession
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.session import LocalSession
 
 CPU = torch.device("cpu")
 METHODS: list[dict[str, Any]] = [

@@ -18,13 +18,13 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError
 from rankloom.models import load_base, load_tokenizer
-from rankloom.train import memory
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.memory import shape_of
-from rankloom.train.memory_plan import FP32, LASTING, HostSize, Shape, fit_host, run_bytes
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training import memory
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.memory import shape_of
+from rankloom.training.memory_plan import FP32, LASTING, HostSize, Shape, fit_host, run_bytes
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 
 CPU = torch.device("cpu")
 TOLERANCE = 0.25

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.config.trial import OptimConfig
-from rankloom.train.fused import optim as slots
-from rankloom.train.fused.optim import SlotAdamW, SlotParameter
+from rankloom.training.fused import optim as slots
+from rankloom.training.fused.optim import SlotAdamW, SlotParameter
 
 K, RANK = 4, 5
 SETTINGS = {

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
-from rankloom.train.fused.packing import Example, can_pack, lay_out, logits, pack, packed_attention_on
+from rankloom.training.fused.packing import Example, can_pack, lay_out, logits, pack, packed_attention_on
 
 CPU = torch.device("cpu")
 LENGTHS = {

@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from rankloom.config import TrialConfig, parse
-from rankloom.train.run import run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
 
 CPU = torch.device("cpu")
 METHODS: list[dict[str, Any]] = [

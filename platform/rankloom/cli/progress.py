@@ -1,4 +1,4 @@
-"""A run's progress: a live bar on a terminal, plain lines in a pipe. Events in, text out; see `train/session.py`."""
+"""A run's progress: a live bar on a terminal, plain lines in a pipe. Events in, text out; see `training/session.py`."""
 
 from __future__ import annotations
 

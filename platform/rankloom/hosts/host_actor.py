@@ -252,7 +252,7 @@ class HostActor:
 
     def _load(self) -> Any:
         started = time.monotonic()
-        import rankloom.train.fused.host  # noqa: F401  # torch comes with it
+        import rankloom.training.fused.host  # noqa: F401  # torch comes with it
 
         self._work.import_s = time.monotonic() - started
         return open_host(self._study, self._example, self._bank, self._device, self._folder)

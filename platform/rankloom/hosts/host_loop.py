@@ -16,7 +16,7 @@ from typing import Any
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
 from rankloom.hosts.membership import BEST, Membership, Report, costs_of, failed
-from rankloom.train.memory_plan import HostSize, fit_host
+from rankloom.training.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
 """Validation rows among which the prompt for a latency is found."""
@@ -114,7 +114,7 @@ class HostLoop:
 
     def report(self, members: Sequence[Membership]) -> list[Report]:
         """Validate, and keep what it takes to go on from here."""
-        from rankloom.train.memory import peak_memory_bytes
+        from rankloom.training.memory import peak_memory_bytes
 
         started = time.monotonic()
         self._work.memory_bytes = peak_memory_bytes(self.host.base.device)
@@ -202,10 +202,10 @@ def open_host(
     from rankloom.data import load_data
     from rankloom.models import load_base, load_tokenizer
     from rankloom.models.device import local_device
-    from rankloom.train.fused.host import TrialHost
-    from rankloom.train.memory import free_bytes, peak_memory_bytes, shape_of
-    from rankloom.train.precision import check_lengths, precision_of
-    from rankloom.train.resume_check import Origin, hold_study_to
+    from rankloom.training.fused.host import TrialHost
+    from rankloom.training.memory import free_bytes, peak_memory_bytes, shape_of
+    from rankloom.training.precision import check_lengths, precision_of
+    from rankloom.training.resume_check import Origin, hold_study_to
 
     torch.set_num_threads(device.threads)
     place = local_device(trial.compute.device)

@@ -4,5 +4,5 @@
 `evaluation.evaluate` scores one, `submit.py` sends either to a cluster as a Ray job. The driver watches a call in the
 background (`background.py`), whose events come through a `channel.py`; `failures.py` makes one readable error of
 whatever ended it.
-The training itself is `rankloom.train`'s. Read `trainer.py` first.
+The training itself is `rankloom.training`'s. Read `trainer.py` first.
 """

@@ -34,7 +34,7 @@ def evaluate(
     """
     trial, registry = resolved(trial), absolute(registry)
     adapter = None if adapter is None else absolute(adapter)
-    from rankloom.train.preflight import preflight
+    from rankloom.training.preflight import preflight
 
     preflight([trial])
     if trial.compute.num_workers == 0:
@@ -90,8 +90,8 @@ def score(
 ) -> dict[str, Any]:
     """Score in this process."""
     from rankloom.registry import Registry
-    from rankloom.train.run import evaluate as score_adapter
-    from rankloom.train.session import LocalSession
+    from rankloom.training.run import evaluate as score_adapter
+    from rankloom.training.session import LocalSession
 
     trial = parse(TrialConfig, tree)
     with TemporaryDirectory(prefix="rankloom-") as scratch:

@@ -30,7 +30,7 @@ def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path
     import ray.train
     import torch
 
-    from rankloom.train.run import run_trial
+    from rankloom.training.run import run_trial
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -56,7 +56,7 @@ def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path
 
 
 class RayTrainSession:
-    """A Session (see `rankloom.train.session`) of a Ray Train worker."""
+    """A Session (see `rankloom.training.session`) of a Ray Train worker."""
 
     def __init__(self, rank: int, world_size: int, channel: Any) -> None:
         from ray.train.torch import get_device

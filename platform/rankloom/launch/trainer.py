@@ -1,7 +1,7 @@
 """`train_trial`: run a trial, in this process or on Ray Train's workers, and bring back its result.
 
     decide    whether the run starts, goes on or is finished (`run_folder.py`), before Ray does
-    launch    `rankloom.train.run.run_trial` with a Session: LocalSession here, `ray_session.py` in Ray Train's workers
+    launch    `rankloom.training.run.run_trial` with a Session: LocalSession here, `ray_session.py` in a Ray worker
     watch     the driver takes events off the `Channel` and hands them to the trackers and the caller
     unwrap    whatever failed reaches the caller as one RankloomError (`failures.py`)
 
@@ -44,7 +44,7 @@ def train_trial(
     Args:
         resume: continue the run of this name; a finished one is not run again.
         train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
-        on_event: called in this thread with every event of rank 0 (see `rankloom.train.session`).
+        on_event: called in this thread with every event of rank 0 (see `rankloom.training.session`).
         stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
         study: as in `run_trial`.
 
@@ -64,7 +64,7 @@ def train_trial(
     Registry(trial.output.registry_root)  # a wrong URL is found before the training
     run = RunFolder(trial)
     if run.decide(trial, resume=resume) != "finished" and study is None:  # what is refused leaves no trace, nor a lock
-        from rankloom.train.preflight import preflight
+        from rankloom.training.preflight import preflight
 
         preflight([trial])
     with run.held():
@@ -110,8 +110,8 @@ def _in_this_process(
         import torch
 
         from rankloom.models.device import local_device
-        from rankloom.train.run import run_trial
-        from rankloom.train.session import LocalSession
+        from rankloom.training.run import run_trial
+        from rankloom.training.session import LocalSession
 
         if trial.compute.cpus_per_worker:
             torch.set_num_threads(trial.compute.cpus_per_worker)

@@ -24,8 +24,8 @@ from rankloom.models import Base, load_tokenizer
 from rankloom.models.device import local_device
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Measures, Scorecard
-from rankloom.train.resume_check import Origin, hold_study_to
-from rankloom.train.run import PROBE_TOKENS, draft_of, load_for
+from rankloom.training.resume_check import Origin, hold_study_to
+from rankloom.training.run import PROBE_TOKENS, draft_of, load_for
 
 Finalist = dict[str, Any]
 """trial (its config's tree), folder (its adapter), names (to publish under), steps, tokens, train_s, memory_bytes."""

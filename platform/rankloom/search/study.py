@@ -37,7 +37,7 @@ from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
 from rankloom.search.tuning import JOURNAL, running_hosts, search
-from rankloom.train.resume_check import study_warning
+from rankloom.training.resume_check import study_warning
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
@@ -67,7 +67,7 @@ def run(
     study = resolved(study)
     folder = study_folder(study)
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
-        from rankloom.train.preflight import preflight
+        from rankloom.training.preflight import preflight
 
         for note in preflight(study.members()):
             on_event({"event": "warning", "message": note})

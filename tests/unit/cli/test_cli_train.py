@@ -104,12 +104,12 @@ def test_errors_of_the_data_and_of_the_code(
     assert run("train", str(trial_file), "name=a") == 0  # nothing was trained: the corrected trial may have the name
     capsys.readouterr()
 
-    import rankloom.train.run
+    import rankloom.training.run
 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(rankloom.train.run, "load_data", broken)
+    monkeypatch.setattr(rankloom.training.run, "load_data", broken)
     assert run("train", str(trial_file), "name=b") == 1
     text = capsys.readouterr().err
     log = trial_file.parent / "out" / "runs" / "b" / "error.log"

@@ -27,7 +27,7 @@ from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialEr
 from rankloom.hosts.host_actor import HostActor, sweep
 from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.hosts.membership import META
-from rankloom.train.memory import peak_memory_bytes
+from rankloom.training.memory import peak_memory_bytes
 
 STUDY = {
     "name": "s",

@@ -20,7 +20,7 @@ from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, ModelError
 from rankloom.models import Base, load_base, load_outline, load_shell, load_tokenizer
 from rankloom.models.checkpoints import fingerprint, weight_files
-from rankloom.train.precision import check_lengths
+from rankloom.training.precision import check_lengths
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from rankloom.data.render import Row
 from rankloom.evals.labels import LabelTrie
-from rankloom.train.fused.packing import Example, Packed
+from rankloom.training.fused.packing import Example, Packed
 
 
 @dataclass(frozen=True)

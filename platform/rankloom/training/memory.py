@@ -12,7 +12,7 @@ from rankloom.config.method import Targets
 from rankloom.data import TaskData
 from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, in_out
 from rankloom.models.device import free_cuda_bytes
-from rankloom.train.memory_plan import Shape
+from rankloom.training.memory_plan import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
 """Activation functions that transformers computes in several steps, each of which is kept for the backward pass."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankloom.errors import TrialError
-from rankloom.train.parallel import gathered, like, whole
+from rankloom.training.parallel import gathered, like, whole
 
 if TYPE_CHECKING:  # the methods' libraries take seconds to import, and a host needs none of them
     from rankloom.methods import Method

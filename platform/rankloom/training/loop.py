@@ -28,13 +28,13 @@ from rankloom.evals.loss import labelled_loss
 from rankloom.evals.score import validate
 from rankloom.methods import build_method
 from rankloom.models import Base
-from rankloom.train import checkpoint
-from rankloom.train.memory import peak_memory_bytes
-from rankloom.train.parallel import Workers, clip, reshard
-from rankloom.train.precision import autocast
-from rankloom.train.resume_check import Origin
-from rankloom.train.schedule import num_steps, schedule
-from rankloom.train.session import Session
+from rankloom.training import checkpoint
+from rankloom.training.memory import peak_memory_bytes
+from rankloom.training.parallel import Workers, clip, reshard
+from rankloom.training.precision import autocast
+from rankloom.training.resume_check import Origin
+from rankloom.training.schedule import num_steps, schedule
+from rankloom.training.session import Session
 
 UNSCORED = -1e9
 """The score of a checkpoint written between two evaluations: any scored one is better."""

@@ -17,7 +17,7 @@ from rankloom.data import load_data
 from rankloom.errors import DataError, ModelError
 from rankloom.launch.trainer import train_trial
 from rankloom.models import load_base, load_tokenizer
-from rankloom.train.resume_check import ORIGIN, Origin, hold_study_to, study_warning
+from rankloom.training.resume_check import ORIGIN, Origin, hold_study_to, study_warning
 
 TEXTS = ("my card was lost", "transfer money to a friend")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankloom.train.fused.plan import PendingBatch, StepPlan, plan_step
+from rankloom.training.fused.plan import PendingBatch, StepPlan, plan_step
 
 
 def taken(plan: StepPlan | None) -> list[tuple[int, int, int]]:

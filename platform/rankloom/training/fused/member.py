@@ -15,9 +15,9 @@ from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Cursor
 from rankloom.errors import IncompatibleError, TrialError
-from rankloom.train.fused.packing import Example
-from rankloom.train.fused.plan import PendingBatch
-from rankloom.train.schedule import num_steps, schedule
+from rankloom.training.fused.packing import Example
+from rankloom.training.fused.plan import PendingBatch
+from rankloom.training.schedule import num_steps, schedule
 
 
 class Member:

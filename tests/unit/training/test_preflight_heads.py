@@ -23,8 +23,8 @@ from rankloom.cli import main
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import DataError
 from rankloom.launch import cluster
-from rankloom.train import preflight as module
-from rankloom.train.preflight import HEAD_ROWS, preflight
+from rankloom.training import preflight as module
+from rankloom.training.preflight import HEAD_ROWS, preflight
 
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "csv.gz")
 NOISE = [hashlib.sha512(bytes([i % 256, i // 256])).hexdigest() * 3 for i in range(4000)]  # so that gzip leaves much

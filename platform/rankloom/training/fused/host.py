@@ -39,13 +39,13 @@ from rankloom.data import Row, TaskData
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.labels import LabelTrie
 from rankloom.models import Base, find_target_linears
-from rankloom.train.checkpoint import read_state
-from rankloom.train.fused.member import Member
-from rankloom.train.fused.optim import SlotAdamW, SlotParameter
-from rankloom.train.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
-from rankloom.train.fused.plan import StepPlan, plan_step
-from rankloom.train.fused.validation import Evaluation, EvaluationSums, Question, count
-from rankloom.train.precision import autocast
+from rankloom.training.checkpoint import read_state
+from rankloom.training.fused.member import Member
+from rankloom.training.fused.optim import SlotAdamW, SlotParameter
+from rankloom.training.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
+from rankloom.training.fused.plan import StepPlan, plan_step
+from rankloom.training.fused.validation import Evaluation, EvaluationSums, Question, count
+from rankloom.training.precision import autocast
 
 EVALUATED_ON_CPU = 1024
 """Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""

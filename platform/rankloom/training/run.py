@@ -31,13 +31,13 @@ from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.registry.scorecard import Extraction, Measures, Scorecard
-from rankloom.train import checkpoint
-from rankloom.train.loop import TrainingLoop
-from rankloom.train.memory import free_bytes, shape_of
-from rankloom.train.memory_plan import gigabytes, run_bytes
-from rankloom.train.precision import autocast, check_lengths, precision_of
-from rankloom.train.resume_check import Origin, hold_study_to
-from rankloom.train.session import Session
+from rankloom.training import checkpoint
+from rankloom.training.loop import TrainingLoop
+from rankloom.training.memory import free_bytes, shape_of
+from rankloom.training.memory_plan import gigabytes, run_bytes
+from rankloom.training.precision import autocast, check_lengths, precision_of
+from rankloom.training.resume_check import Origin, hold_study_to
+from rankloom.training.session import Session
 
 PROBE_TOKENS = 64
 

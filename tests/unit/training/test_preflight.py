@@ -28,8 +28,8 @@ from rankloom.models import find_target_linears, load_base
 from rankloom.models.checkpoints import INDEX, WHOLE
 from rankloom.models.linears import FUSED_BY_KERNELS
 from rankloom.search.study import run
-from rankloom.train.fused.host import TrialHost
-from rankloom.train.preflight import preflight
+from rankloom.training.fused.host import TrialHost
+from rankloom.training.preflight import preflight
 
 SIZE = dict(vocab_size=400, hidden_size=64, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=1)
 

@@ -17,8 +17,8 @@ from rankloom.config import COMPATIBLE, TrialConfig, parse
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RegistryError, TrialError
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
-from rankloom.train.run import evaluate, run_trial
-from rankloom.train.session import LocalSession
+from rankloom.training.run import evaluate, run_trial
+from rankloom.training.session import LocalSession
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"extract_rank": 16},

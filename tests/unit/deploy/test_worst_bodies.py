@@ -20,11 +20,14 @@ MOST_S = 0.1
 TRIES = 10
 """What else runs on the machine only ever adds to a wait: the least counts."""
 SERVER = """
+import itertools
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 import endpoint
+from rankloom.gateway.metrics import MAX_ADAPTERS, Outcome, Traffic
 from rankloom.gateway.policy import AdapterVersions, Catalogue
 from rankloom.engine.jobs import ContextError
 
@@ -39,6 +42,9 @@ class Far(endpoint.Replicas):
 endpoint.Replicas = Far
 with endpoint.endpoint(Path(sys.argv[1]), refresh_s=600) as made:
     names = ["bank", *(f"adapter-{number}" for number in range(MANY))]
+    tokens = {"prompt": 1, "cached": 1, "completion": 1}
+    for number, traffic, outcome in itertools.product(range(MAX_ADAPTERS), get_args(Traffic), get_args(Outcome)):
+        made.gateway.metrics.ended(f"adapter-{number}@1", traffic, outcome, tokens=tokens, first_s=0.1, token_s=0.1)
     threading.Thread(target=sys.stdin.read, daemon=True, name="told to end").start()
     print(made.url, flush=True)
     while any(thread.name == "told to end" for thread in threading.enumerate()):
@@ -114,6 +120,7 @@ def requests() -> Iterator[tuple[str, str, bytes]]:
     yield from worst_bodies()
     much = {"model": "bank", "n": 16, "max_tokens": 150, "logprobs": True, "top_logprobs": 20}
     yield "many likelihoods", CHAT, json.dumps(much | {"messages": [{"role": "user", "content": "a" * 90}]}).encode()
+    yield "metrics", "/metrics", b""
     yield "models", "/v1/models", b""
     yield "console", "/console/state", b""
     yield "an unknown model", "/v1/completions", UNKNOWN

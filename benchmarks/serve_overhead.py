@@ -50,8 +50,10 @@ def engine_alone(base: str, count: int) -> list[float]:
             seconds = []
             for number in range(count):
                 began = time.perf_counter()
-                work = CompletionJob(str(number), None, (PROMPT,), Sampling(temperature=0.0), max_tokens=1)
-                async for _ in run(engine, work):
+                job = CompletionJob(
+                    id=str(number), adapter=None, prompts=(PROMPT,), sampling=Sampling(temperature=0.0), max_tokens=1
+                )
+                async for _ in run(engine, job):
                     pass
                 seconds.append(time.perf_counter() - began)
             await engine.close()

@@ -56,10 +56,10 @@ class Replicas:
         """For each of the next runs: after how many parts it is lost."""
         self.begun = 0
 
-    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
+    async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
         self.begun += 1
         left = self.lose.pop(0) if self.lose else None
-        stream = run(self.engine, work)
+        stream = run(self.engine, job)
         try:
             async for progress in stream:
                 if left == 0:

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from rankloom.config import dump, parse
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
+from rankloom.deploy.logs import log_with_serve
 from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
@@ -52,13 +53,13 @@ class RayReplicas:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle.options(_by_reference=False)  # over gRPC, whatever the process that bound it does
 
-    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
-        stream = self._handle.options(stream=True).run.remote(work)
+    async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
+        stream = self._handle.options(stream=True).run.remote(job)
         try:
             async for progress in stream:
                 yield progress
         except Exception as error:
-            raise _told(error) from None
+            raise _translate(error) from None
         finally:
             stream.cancel()
 
@@ -66,18 +67,18 @@ class RayReplicas:
         try:
             served: Served = await self._handle.describe.remote()
         except Exception as error:
-            raise _told(error) from None
+            raise _translate(error) from None
         return served
 
     async def load(self, ref: str) -> None:
         try:
             await self._handle.load.remote(ref)
         except Exception as error:
-            raise _told(error) from None
+            raise _translate(error) from None
 
 
-def _told(error: Exception) -> Exception:
-    """The error as the replica raised it, or what its end means."""
+def _translate(error: Exception) -> Exception:
+    """The error as the replica raised it, or the one that its loss means."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
     if isinstance(error, (RayActorError, DeploymentUnavailableError, AioRpcError)):
@@ -98,6 +99,7 @@ class Ingress:
     """The one process that HTTP comes to. It imports no torch."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
+        log_with_serve("rankloom.gateway")
         self._replicas = RayReplicas(replicas)
         self._gateway: Gateway | None = None
 

@@ -1,6 +1,4 @@
-"""What stands before the application: who asks, and how much he may send. Pure ASGI, so that a body that is refused is
-never read.
-"""
+"""ASGI middleware: authenticates the caller and limits the body. It refuses a request before its body is read."""
 
 from __future__ import annotations
 
@@ -19,32 +17,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rankloom.config.serve import ServeConfig
 from rankloom.errors import ConfigError
 from rankloom.gateway.keys import Key, KeyFile
-from rankloom.gateway.openai.requests import WireError
+from rankloom.gateway.openai.errors import WireError
 
 OPEN = frozenset({"/", "/healthz", "/readyz", "/console.js", "/console.css"})
-"""Paths that need no key: they tell nothing of models or their use."""
+"""Paths that need no key: they say nothing about models or traffic."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks."""
+    """The client behind a request."""
 
     key: Key | None
-    """None where keys are not used."""
+    """None where the endpoint has no keys."""
     admin: bool
 
 
 class AuthMiddleware:
-    """Refuses who may not ask; tells the application, in `scope["state"]["caller"]`, who does."""
+    """Refuses callers without access, and sets `scope["state"]["caller"]` for the application."""
 
-    def __init__(self, app: ASGIApp, config: Callable[[], ServeConfig], refused: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, config: Callable[[], ServeConfig], on_refusal: Callable[[int], None]) -> None:
         """
         Args:
-            refused: told the status of whatever was refused here.
+            on_refusal: called with the HTTP status of each refusal.
         """
         self._app = app
         self._config = config
-        self._refused = refused
+        self._on_refusal = on_refusal
         self._files: dict[str, KeyFile] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,10 +61,10 @@ class AuthMiddleware:
             if not length.isdigit() or int(length[:20]) > most:
                 raise _too_large(most)
         except WireError as error:
-            self._refused(error.status)
+            self._on_refusal(error.status)
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
             return
-        await self._app(scope, _Counted(receive, most), send)
+        await self._app(scope, _LimitedBody(receive, most), send)
 
     def _caller(self, scope: Scope, headers: Headers, config: ServeConfig) -> Caller:
         if config.auth.keys is None:
@@ -99,8 +97,8 @@ class AuthMiddleware:
         return self._files.setdefault(path, KeyFile(path))
 
 
-class _Counted:
-    """A request's body, no longer than it may be."""
+class _LimitedBody:
+    """Receives a request's body, and refuses it once it is too long."""
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive = receive
@@ -121,7 +119,7 @@ def _too_large(most: int) -> WireError:
 
 
 def _key(headers: Headers) -> str | None:
-    """The key that is given: as OpenAI's clients do, as Azure's, or as a password."""
+    """Return the key that a request carries: as OpenAI's clients send it, as Azure's, or as a password."""
     kind, _, given = headers.get("authorization", "").partition(" ")
     match kind.lower():
         case "bearer" if given.strip():
@@ -137,7 +135,7 @@ def _key(headers: Headers) -> str | None:
 _PROXIES = frozenset({
     "forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "x-envoy-external-address",
 })  # fmt: skip
-"""Headers that only a proxy sends, beside X-Forwarded-*."""
+"""Headers that only a proxy sends, besides X-Forwarded-*."""
 
 
 def _is_local(scope: Scope, headers: Headers) -> bool:

@@ -1,9 +1,10 @@
-"""OpenAI's HTTP over a `Gateway`: parse, ask, answer. Whatever goes wrong is answered in OpenAI's shape.
+"""OpenAI's HTTP API over a `Gateway`. Every error goes out in OpenAI's shape.
 
 `build_api` makes a plain ASGI application; `app.py` puts it into Ray Serve.
 """
 
-# No `from __future__ import annotations`: FastAPI reads the handlers' annotations, which are local to a function here.
+from __future__ import annotations
+
 import asyncio
 import json
 import logging
@@ -12,6 +13,7 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,193 +27,217 @@ from starlette.types import Receive, Scope, Send
 
 import rankloom
 from rankloom.deploy.auth import AuthMiddleware, Caller
-from rankloom.engine.jobs import CompletionJob, ReplicaLostError
+from rankloom.deploy.logs import SERVE
+from rankloom.engine.jobs import CompletionJob
+from rankloom.errors import RankloomError
 from rankloom.gateway.gateway import Gateway
-from rankloom.gateway.in_flight import ATTEMPTS, InFlightRequest
+from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.openai.bodies import SMALL, read
-from rankloom.gateway.openai.requests import (
-    AdapterRequest,
-    ChatRequest,
-    CompletionRequest,
-    ErrorReply,
-    WireError,
-    wire_error,
-)
-from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, event, reply_id
+from rankloom.gateway.openai.errors import ErrorReply, WireError, wire_error
+from rankloom.gateway.openai.requests import AdapterRequest, ChatRequest, CompletionRequest
+from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, event, response_id
 from rankloom.gateway.policy import RoutingRequest, Target
 from rankloom.registry.card import scorecard_rows
 
 CONSOLE = Path(__file__).parent / "console"
 LARGE = 2**20
-"""Bytes of an answer that take a while to send."""
+"""Bytes of a response that is sent in parts."""
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-"""What the app's document says of an answer that may come in a stream."""
-REFUSAL: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorReply, "description": "Whatever went wrong"}}
+"""For the API's document: a response that may be a stream."""
+ANY_ERROR: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorReply, "description": "Whatever went wrong"}}
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(SERVE)
 
 
-def build_api(gateway: Callable[[], Gateway]) -> FastAPI:
-    """The application.
+def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
+    """Make the application.
 
     Args:
-        gateway: the gateway at that moment; not called before the first request.
+        get_gateway: returns the current gateway; called once requests come, never before.
     """
-    api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None, responses=REFUSAL)
+    api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None, responses=ANY_ERROR)
     api.router.route_class = _Route
     api.state.reader = ThreadPoolExecutor(1, "bodies")  # one at a time, so that no two hold up the event loop together
-    list_models, list_cards = _once_each_catalogue(_model), _once_each_catalogue(_card)
     api.add_middleware(
         AuthMiddleware,
-        config=lambda: gateway().config,
-        refused=lambda status: gateway().metrics.refused.labels(str(status)).inc(),
+        config=lambda: get_gateway().config,
+        on_refusal=lambda status: get_gateway().metrics.refused.labels(str(status)).inc(),
     )
-
-    @api.exception_handler(RequestValidationError)
-    async def wrong_path(_: Request, error: RequestValidationError) -> JSONResponse:
-        detail = error.errors()[0]
-        return _error(WireError(400, f"{'.'.join(map(str, detail['loc'][1:]))}: {detail['msg']}"))
-
-    @api.exception_handler(WireError)
-    async def wrong_body(_: Request, error: WireError) -> JSONResponse:
-        return _error(error)
-
-    @api.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        told = WireError(error.status_code, str(error.detail))
-        return JSONResponse(told.body(), told.status, error.headers)
-
-    @api.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _failed(request, error)
-
-    async def answer(request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
-        gate, caller = gateway(), _caller(request)
-        try:
-            prompts, sampling, most = body.wanted(gate.config.limits)
-            gate.admit(caller.key)
-            number = uuid.uuid4().hex
-            headers = dict(request.headers.items())
-            ask = RoutingRequest(body.model, number, body.user, headers, headers.get("x-request-id", "")[:128] or None)
-            tenant = None if caller.key is None or gate.config.auth.share_prefixes else caller.key.id
-            work = CompletionJob(number, None, prompts, sampling, body.n or 1, most, gate.config.limits.context, tenant)
-            count = len(prompts) * work.n
-            for attempt in range(ATTEMPTS):
-                begun = await gate.begin(ask, work, caller.key)
-                reply = ResponseBuilder(
-                    kind,
-                    reply_id(kind, number),
-                    body.model,
-                    int(time.time()),
-                    count,
-                    n=work.n,
-                    logprobs=sampling.logprobs is not None,
-                )
-                if body.stream:
-                    usage = bool(body.stream_options and body.stream_options.include_usage)
-                    return _Stream(begun, _events(begun, reply, request, usage), headers=_headers(begun.target))
-                try:
-                    async for progress in begun:
-                        reply.add(progress)
-                    return _whole(reply, _headers(begun.target))
-                except ReplicaLostError:  # nothing was answered yet
-                    if attempt + 1 == ATTEMPTS:
-                        raise
-                finally:
-                    await begun.aclose()
-        except Exception as error:
-            return _failed(request, error, gate)
-        raise AssertionError("unreachable")
-
-    @api.post("/v1/chat/completions", responses=OR_EVENTS)
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await answer(request, "chat", body)
-
-    @api.post("/v1/completions", responses=OR_EVENTS)
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answer(request, "text", body)
-
-    @api.get("/v1/models")
-    async def models() -> Response:
-        return _json(b'{"object": "list", "data": [' + await list_models(gateway()) + b"]}")
-
-    @api.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        if gateway().catalogue.asked(name) is None and name not in gateway().catalogue.routes:
-            return _error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
-        return JSONResponse(_model(gateway(), name))
-
-    @api.post("/v1/load_lora_adapter")
-    async def load_adapter(request: Request, body: AdapterRequest) -> Response:
-        try:
-            _admin(request)
-            target = await gateway().load(body.lora_name, body.lora_path or body.lora_name)
-        except Exception as error:
-            return _failed(request, error)
-        return JSONResponse({"loaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
-
-    @api.post("/v1/unload_lora_adapter")
-    async def unload_adapter(request: Request, body: AdapterRequest) -> Response:
-        try:
-            _admin(request)
-            target = await gateway().unload(body.lora_name)
-        except Exception as error:
-            return _failed(request, error)
-        return JSONResponse({"unloaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
-
-    @api.get("/healthz")
-    async def healthz() -> Any:
-        """This process answers."""
-        return {"status": "ok"}
-
-    @api.get("/readyz")
-    async def readyz() -> Response:
-        """A request would be answered: a replica holds the base, and the registry was read."""
-        ready = await gateway().answers()
-        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
-
-    @api.get("/metrics", response_class=PlainTextResponse)
-    async def metrics(request: Request) -> Response:
-        """For Prometheus. It tells of all traffic, so where there are keys it takes an admin's."""
-        if not _may_see_all(request):
-            return _error(WireError(403, "This needs an admin's key.", code="admin_required"))
-        return Response(await asyncio.to_thread(gateway().metrics.exposition), media_type=EXPOSITION)
-
-    @api.get("/", include_in_schema=False)
-    async def console() -> Response:
-        return _page("index.html", "text/html")
-
-    @api.get("/console.{kind}", include_in_schema=False)
-    async def console_part(kind: Literal["js", "css"]) -> Response:
-        return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
-
-    @api.get("/console/state", include_in_schema=False)
-    async def console_state(request: Request) -> Response:
-        gate = gateway()
-        totals = gate.metrics.totals() if _may_see_all(request) else {}
-        head = {"base": gate.catalogue.shown, "context": gate.served.context} | totals
-        return _json(json.dumps(head)[:-1].encode() + b', "models": [' + await list_cards(gate) + b"]}")
-
+    api.add_exception_handler(RequestValidationError, _invalid_path)
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Exception, _failure)
+    api.add_exception_handler(WireError, _failure)
+    api.add_exception_handler(RankloomError, _failure)
+    _CompletionRoutes(get_gateway).add_to(api)
+    _ModelRoutes(get_gateway).add_to(api)
+    _StatusRoutes(get_gateway).add_to(api)
     return api
 
 
-class _Read(Request):
-    """A request whose body was read already."""
+class _CompletionRoutes:
+    """Completions of prompts and of conversations."""
 
-    def __init__(self, request: Request, asked: Any) -> None:
+    def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
+        self._get_gateway = get_gateway
+
+    def add_to(self, api: FastAPI) -> None:
+        api.post("/v1/chat/completions", responses=OR_EVENTS)(self.chat_completions)
+        api.post("/v1/completions", responses=OR_EVENTS)(self.completions)
+
+    async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
+        return await self._complete(request, "chat", body)
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+        return await self._complete(request, "text", body)
+
+    async def _complete(self, request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
+        gateway, key = self._get_gateway(), _caller(request).key
+        try:
+            job = _job(gateway, request, body)
+            gateway.admit(key)
+            routing = _routing(request, job.id, body)
+            new_response = partial(
+                ResponseBuilder,
+                kind,
+                response_id(kind, job.id),
+                body.model,
+                int(time.time()),
+                len(job.prompts) * job.n,
+                n=job.n,
+                logprobs=job.sampling.logprobs is not None,
+            )
+            if body.stream:
+                in_flight = await gateway.begin(routing, job, key)
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                return _EventStream(in_flight, _events(in_flight, new_response(), request, usage))
+            response, target = await gateway.complete(routing, job, key, new_response)
+            return _whole(response, _headers(target))
+        except Exception as error:
+            return _failed(request, error, gateway)
+
+
+class _ModelRoutes:
+    """The models that a client may name, and names given at run time."""
+
+    def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
+        self._get_gateway = get_gateway
+        self._list_models = _once_each_catalogue(_model)
+
+    def add_to(self, api: FastAPI) -> None:
+        api.get("/v1/models")(self.models)
+        api.get("/v1/models/{name:path}")(self.model)
+        api.post("/v1/load_lora_adapter")(self.load_adapter)
+        api.post("/v1/unload_lora_adapter")(self.unload_adapter)
+
+    async def models(self) -> Response:
+        return _json(b'{"object": "list", "data": [' + await self._list_models(self._get_gateway()) + b"]}")
+
+    async def model(self, name: str) -> Response:
+        gateway = self._get_gateway()
+        if gateway.catalogue.resolve(name) is None and name not in gateway.catalogue.routes:
+            return _error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
+        return JSONResponse(_model(gateway, name))
+
+    async def load_adapter(self, request: Request, body: AdapterRequest) -> Response:
+        _check_admin(request)
+        target = await self._get_gateway().load(body.lora_name, body.lora_path or body.lora_name)
+        return JSONResponse({"loaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+
+    async def unload_adapter(self, request: Request, body: AdapterRequest) -> Response:
+        _check_admin(request)
+        target = await self._get_gateway().unload(body.lora_name)
+        return JSONResponse({"unloaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+
+
+class _StatusRoutes:
+    """Health, metrics and the console."""
+
+    def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
+        self._get_gateway = get_gateway
+        self._list_cards = _once_each_catalogue(_card)
+
+    def add_to(self, api: FastAPI) -> None:
+        api.get("/healthz")(self.healthz)
+        api.get("/readyz")(self.readyz)
+        api.get("/metrics", response_class=PlainTextResponse)(self.metrics)
+        api.get("/", include_in_schema=False)(self.console)
+        api.get("/console.{kind}", include_in_schema=False)(self.console_part)
+        api.get("/console/state", include_in_schema=False)(self.console_state)
+
+    async def healthz(self) -> Any:
+        """This process answers."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> Response:
+        """A request would get a response: a replica holds the base, and the registry was read."""
+        ready = await self._get_gateway().is_ready()
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Metrics for Prometheus. They cover all traffic, so where there are keys this needs an admin's."""
+        if not _may_see_all(request):
+            return _error(WireError(403, "This needs an admin's key.", code="admin_required"))
+        return Response(await asyncio.to_thread(self._get_gateway().metrics.exposition), media_type=EXPOSITION)
+
+    async def console(self) -> Response:
+        return _page("index.html", "text/html")
+
+    async def console_part(self, kind: Literal["js", "css"]) -> Response:
+        return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
+
+    async def console_state(self, request: Request) -> Response:
+        gateway = self._get_gateway()
+        totals = gateway.metrics.totals() if _may_see_all(request) else {}
+        head = {"base": gateway.catalogue.public_base, "context": gateway.served.context} | totals
+        cards = await self._list_cards(gateway)
+        return _json(json.dumps(head)[:-1].encode() + b', "models": [' + cards + b"]}")
+
+
+def _job(gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest) -> CompletionJob:
+    """Make a job of a body. Raises WireError where the body asks for more than the limits."""
+    key = _caller(request).key
+    tenant = None if key is None or gateway.config.auth.share_prefixes else key.id
+    return body.job(uuid.uuid4().hex, gateway.config.limits, tenant)
+
+
+def _routing(request: Request, id: str, body: ChatRequest | CompletionRequest) -> RoutingRequest:
+    headers = dict(request.headers.items())
+    trace = headers.get("x-request-id", "")[:128] or None
+    return RoutingRequest(model=body.model, id=id, user=body.user, headers=headers, trace=trace)
+
+
+async def _invalid_path(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    detail = error.errors()[0]
+    return _error(WireError(400, f"{'.'.join(map(str, detail['loc'][1:]))}: {detail['msg']}"))
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(WireError(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
+
+
+async def _failure(request: Request, error: Exception) -> JSONResponse:
+    return _failed(request, error)
+
+
+class _ParsedRequest(Request):
+    """A request whose body was parsed already."""
+
+    def __init__(self, request: Request, body: Any) -> None:
         super().__init__(request.scope, request.receive)
-        self._asked = asked
+        self._parsed = body
 
     async def body(self) -> bytes:
-        return b"{}"  # there is one
+        return b"{}"  # not empty, so that FastAPI calls `json`
 
     async def json(self) -> Any:
-        return self._asked
+        return self._parsed
 
 
 class _Route(APIRoute):
-    """Reads a body in a thread where it is large; FastAPI would on the event loop, and tell of every mistake in it."""
+    """Parses a large body in a thread; FastAPI would do it on the event loop, and report every mistake in it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -221,36 +247,37 @@ class _Route(APIRoute):
         assert isinstance(kind, type)
 
         async def read_and_handle(request: Request) -> Response:
-            what = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if what != "application/json" and not (what.startswith("application/") and what.endswith("+json")):
+            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            is_json = media_type.startswith("application/") and media_type.endswith("+json")
+            if media_type != "application/json" and not is_json:
                 raise WireError(400, "The body is to be JSON: send the header content-type: application/json.")
             try:
                 body = await request.body()
             except ClientDisconnect:
                 raise WireError(400, "The body ended early.") from None
             if len(body) <= SMALL:
-                asked = read(kind, body)
+                parsed = read(kind, body)
             else:
                 loop = asyncio.get_running_loop()
-                asked = await loop.run_in_executor(request.app.state.reader, read, kind, body)
-            return await handle(_Read(request, asked))
+                parsed = await loop.run_in_executor(request.app.state.reader, read, kind, body)
+            return await handle(_ParsedRequest(request, parsed))
 
         return read_and_handle
 
 
-def _once_each_catalogue(tell: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
-    """What is told of all models, as the items of a JSON list. Made in a thread, as it may be thousands, and kept."""
-    held: tuple[Any, asyncio.Future[bytes]] | None = None
+def _once_each_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
+    """Describe all models as the items of a JSON list: in a thread, as there may be thousands, and once a catalogue."""
+    latest: tuple[Any, asyncio.Future[bytes]] | None = None
 
-    def make(gate: Gateway) -> bytes:
-        return ", ".join(json.dumps(tell(gate, name)) for name in gate.catalogue.models()).encode()
+    def describe_all(gateway: Gateway) -> bytes:
+        return ", ".join(json.dumps(describe(gateway, name)) for name in gateway.catalogue.models()).encode()
 
-    async def get(gate: Gateway) -> bytes:
-        nonlocal held
-        of = (gate.catalogue, gate.config)
-        if held is None or held[0][0] is not of[0] or held[0][1] is not of[1]:
-            held = of, asyncio.ensure_future(asyncio.to_thread(make, gate))
-        return await asyncio.shield(held[1])
+    async def get(gateway: Gateway) -> bytes:
+        nonlocal latest
+        source = (gateway.catalogue, gateway.config)
+        if latest is None or latest[0][0] is not source[0] or latest[0][1] is not source[1]:
+            latest = source, asyncio.ensure_future(asyncio.to_thread(describe_all, gateway))
+        return await asyncio.shield(latest[1])
 
     return get
 
@@ -264,8 +291,8 @@ def _page(name: str, kind: str) -> Response:
 def _card(gateway: Gateway, name: str) -> dict[str, Any]:
     """What the console shows of a model: its exact version and its scorecard."""
     model = _model(gateway, name)
-    target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
-    record = gateway.shelves.record(target.ref) if target and target.ref else None
+    target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
+    record = gateway.registry_view.record(target.ref) if target and target.ref else None
     if record is None:
         return model | {"ref": None}
     rows = scorecard_rows(record.scorecard) if record.scorecard else []
@@ -278,12 +305,12 @@ def _caller(request: Request) -> Caller:
 
 
 def _may_see_all(request: Request) -> bool:
-    """Whether what others do may be told: one key's traffic is not another's to see."""
+    """Whether the caller may see all traffic, not only that of its own key."""
     caller = _caller(request)
     return caller.key is None or caller.admin
 
 
-def _admin(request: Request) -> None:
+def _check_admin(request: Request) -> None:
     caller = _caller(request)
     if not caller.admin:
         whose = "needs an admin's key" if caller.key else "is for the endpoint's own machine"
@@ -291,11 +318,11 @@ def _admin(request: Request) -> None:
 
 
 def _model(gateway: Gateway, name: str) -> dict[str, Any]:
-    target = gateway.catalogue.asked(name) if name not in gateway.catalogue.routes else None
+    target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
     entry: dict[str, Any] = {"id": name, "object": "model", "created": gateway.created, "owned_by": "rankloom"}
     if target and target.ref:
-        entry |= {"root": target.ref, "parent": gateway.catalogue.shown}
-        if record := gateway.shelves.record(target.ref):
+        entry |= {"root": target.ref, "parent": gateway.catalogue.public_base}
+        if record := gateway.registry_view.record(target.ref):
             entry["created"] = int(record.created.timestamp())
     return entry | {
         "max_model_len": min(gateway.served.context, gateway.config.limits.context or gateway.served.context)
@@ -303,7 +330,7 @@ def _model(gateway: Gateway, name: str) -> dict[str, Any]:
 
 
 def _headers(target: Target) -> dict[str, str]:
-    """What the answer was made with."""
+    """The headers that name the version which wrote a response."""
     version = {} if target.version is None else {"x-rankloom-version": str(target.version)}
     return {"x-rankloom-adapter": target.adapter or "base"} | version
 
@@ -317,12 +344,12 @@ def _error(error: WireError) -> JSONResponse:
 
 
 def _failed(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
-    told = wire_error(error)
+    mapped = wire_error(error)
     if gateway is not None:
-        gateway.metrics.refused.labels(str(told.status)).inc()
-    if told.status == 500:
+        gateway.metrics.refused.labels(str(mapped.status)).inc()
+    if mapped.status == 500:
         _log_failure(request, error)
-    return _error(told)
+    return _error(mapped)
 
 
 def _log_failure(request: Request, error: Exception) -> None:
@@ -332,44 +359,45 @@ def _log_failure(request: Request, error: Exception) -> None:
     logger.error(json.dumps(facts | {"error": type(error).__name__, "where": where}))
 
 
-def _whole(reply: ResponseBuilder, headers: dict[str, str]) -> Response:
-    """An answer that is not streamed; a large one is sent in parts, between which others have their turn."""
-    if reply.length < LARGE:
-        return Response("".join(reply.body()), headers=headers, media_type="application/json")
+def _whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
+    """A response that is not streamed; a large one is sent in parts, so that other requests continue in between."""
+    if response.length < LARGE:
+        return Response("".join(response.body()), headers=headers, media_type="application/json")
 
     async def parts() -> AsyncIterator[str]:
-        for part in reply.body():
+        for part in response.body():
             yield part
 
     return StreamingResponse(parts(), headers=headers, media_type="application/json")
 
 
 async def _events(
-    answer: InFlightRequest, reply: ResponseBuilder, request: Request, usage: bool
+    in_flight: InFlightRequest, response: ResponseBuilder, request: Request, usage: bool
 ) -> AsyncIterator[bytes]:
-    """The stream. An error in its midst is an event of its own, for the status was sent long before."""
+    """The events of a stream. A late error is an event too, because the status was sent long before."""
     try:
-        async for progress in answer:
-            chunks = [event(chunk) for chunk in reply.chunks(progress)]
+        async for progress in in_flight:
+            chunks = [event(chunk) for chunk in response.chunks(progress)]
             if chunks:
                 yield b"".join(chunks)
-        yield (event(reply.usage_chunk()) if usage else b"") + DONE
+        yield (event(response.usage_chunk()) if usage else b"") + DONE
     except Exception as error:
-        told = wire_error(error)
-        if told.status == 500:
+        mapped = wire_error(error)
+        if mapped.status == 500:
             _log_failure(request, error)
-        yield event(told.body())
+        yield event(mapped.body())
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events; the request ends with the connection, also when nothing was read yet."""
+class _EventStream(StreamingResponse):
+    """Server-sent events. The request ends with the connection, even when nothing was read yet."""
 
-    def __init__(self, answer: InFlightRequest, content: AsyncIterator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(content, headers=headers | {"cache-control": "no-cache"}, media_type="text/event-stream")
-        self._answer = answer
+    def __init__(self, in_flight: InFlightRequest, events: AsyncIterator[bytes]) -> None:
+        headers = _headers(in_flight.target) | {"cache-control": "no-cache"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._in_flight = in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._answer.aclose()
+            await self._in_flight.aclose()

@@ -24,7 +24,7 @@ from rankloom.gateway.policy import (
     judge,
 )
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Trial:
 
 
 class Canaries:
-    """Those of all routes."""
+    """Follows the canary of every route that has one: who is compared, and what each side has done."""
 
     def __init__(self, routes: Mapping[str, RouteConfig]) -> None:
         self.routes = routes
@@ -76,9 +76,9 @@ class Canaries:
             if (stable, candidate) != trial.arms:
                 self._trials[name] = _Trial(trial.config, (stable, candidate))
             if candidate in self._rolled_back and stable and stable.version is not None:
-                shelf = read.shelves[trial.config.adapter]
-                closed = AdapterVersions(shelf.versions, {**shelf.aliases, trial.config.candidate: stable.version})
-                read = replace(read, shelves={**read.shelves, trial.config.adapter: closed})
+                adapter = read.adapters[trial.config.adapter]
+                closed = AdapterVersions(adapter.versions, {**adapter.aliases, trial.config.candidate: stable.version})
+                read = replace(read, adapters={**read.adapters, trial.config.adapter: closed})
         return read
 
     def count(self, decision: Decision, target: Target, *, refused: bool) -> CanaryEnd | None:
@@ -88,7 +88,7 @@ class Canaries:
             target: who answered, or was to.
             refused: the version itself could not be served.
         """
-        trial = self._under_way(decision.route)
+        trial = self._undecided(decision.route)
         if trial is None or decision.arm is None:
             return None
         stable, candidate = trial.arms
@@ -97,43 +97,43 @@ class Canaries:
         side = trial.candidate if decision.arm == "canary" else trial.stable
         side.requests += 1
         side.errors += refused
-        return self._judged(decision.route, trial)
+        return self._decide(decision.route, trial)
 
     def to_time(self, route: str | None) -> tuple[Target, Target] | None:
         """The stable version and the candidate of a canary whose pace counts."""
-        trial = self._under_way(route)
+        trial = self._undecided(route)
         stable, candidate = trial.arms if trial else (None, None)
         return (stable, candidate) if stable and candidate else None
 
     def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> CanaryEnd | None:
         """Remember the seconds that each side took to a token of the same work; the rest as `count`."""
-        trial = self._under_way(route)
+        trial = self._undecided(route)
         if trial is None or trial.arms != arms or None in token_s:
             return None
         for side, took in zip((trial.stable, trial.candidate), token_s, strict=True):
             side.token_s.append(took or 0.0)
-        return self._judged(route, trial)
+        return self._decide(route, trial)
 
     def failed(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
         """Remember that the candidate could not do what the stable version did; the rest as `count`."""
-        trial = self._under_way(route)
+        trial = self._undecided(route)
         if trial is None or trial.arms != arms:
             return None
         trial.candidate.requests += 1
         trial.candidate.errors += 1
-        return self._judged(route, trial)
+        return self._decide(route, trial)
 
-    def _under_way(self, route: str | None) -> _Trial | None:
+    def _undecided(self, route: str | None) -> _Trial | None:
         """The route's canary, if it has both sides and is not decided."""
         trial = self._trials.get(route or "")
         open_ = trial is not None and trial.config.judge is not None and not trial.judged
         return trial if trial and open_ and None not in trial.arms else None
 
-    def _judged(self, route: str | None, trial: _Trial) -> CanaryEnd | None:
+    def _decide(self, route: str | None, trial: _Trial) -> CanaryEnd | None:
         stable, candidate = trial.arms
         assert trial.config.judge is not None
         assert stable is not None
-        assert candidate is not None  # `_under_way` saw to it
+        assert candidate is not None  # `_undecided` saw to it
         verdict = judge(trial.config.judge, trial.stable.tally(), trial.candidate.tally())
         if verdict.action == "wait":
             return None

@@ -1,8 +1,8 @@
-"""An endpoint's mind: names, limits, retries, fallbacks, canaries, measures. It knows neither HTTP nor Ray.
+"""The endpoint's request path: names, limits, retries, fallbacks, canaries, metrics. It knows neither HTTP nor Ray.
 
-A request's way: `begin` decides where it goes, and waits for the first tokens, so that whatever is wrong is known
-before anything is answered; the `InFlightRequest` is then read to its end. `deploy/ingress.py` puts HTTP before it,
-`deploy/app.py` processes behind it.
+`begin` decides where a request goes and waits for its first tokens, so that errors are known before a response starts;
+the caller then reads the `InFlightRequest` to its end. `complete` does both. `deploy/ingress.py` puts HTTP before the
+gateway, `deploy/app.py` puts replicas behind it.
 """
 
 from __future__ import annotations
@@ -13,35 +13,46 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rankloom.config.serve import ServeConfig
 from rankloom.config.trial import BASE
 from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, ReplicaLostError
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
-from rankloom.errors import AdapterNotFoundError, IncompatibleError, OverloadedError, RankloomError, RegistryError
+from rankloom.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    IncompatibleError,
+    OverloadedError,
+    RankloomError,
+    RegistryError,
+    RequestError,
+)
 from rankloom.gateway.canary import Canaries, CanaryEnd
+from rankloom.gateway.errors import NameTakenError, NotLoadedError
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Metrics, Outcome, Traffic
-from rankloom.gateway.openai.requests import WireError, wire_error
-from rankloom.gateway.pace import pace_work, token_seconds
+from rankloom.gateway.pace import pace_job, token_seconds
 from rankloom.gateway.policy import AdapterVersions, Catalogue, Decision, RoutingRequest, Target, decide_route
 from rankloom.gateway.quota import Quotas
 from rankloom.gateway.registry_view import RegistryView
+from rankloom.gateway.retries import Retries
 from rankloom.registry import Record, Registry
 
-_REFUSED = (AdapterNotFoundError, RegistryError, IncompatibleError)
+_REFUSALS = (AdapterNotFoundError, RegistryError, IncompatibleError)
+"""Errors of a version itself: another one may still serve the request."""
+_CLIENT_ERRORS = (*_REFUSALS, ConfigError, RequestError)
 
-logger = logging.getLogger("ray.serve")  # Serve's own, whose level and format the deployment sets
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Served:
-    """The base, as the processes that hold it say."""
+    """The base, as the replicas describe it."""
 
     base: str
     fingerprint: str
@@ -50,10 +61,10 @@ class Served:
 
 
 class Replicas(Protocol):
-    """The processes that do the work."""
+    """The processes that hold the base and run jobs."""
 
-    def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
-        """As `engine.jobs.run`; ReplicaLostError where the process goes."""
+    def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
+        """As `engine.jobs.run`. Raises ReplicaLostError when the process dies."""
         ...
 
     async def describe(self) -> Served: ...
@@ -63,8 +74,17 @@ class Replicas(Protocol):
         ...
 
 
+class Collector(Protocol):
+    """A response that is gathered until it is whole."""
+
+    def add(self, progress: JobProgress) -> None: ...
+
+
+CollectorT = TypeVar("CollectorT", bound=Collector)
+
+
 class Gateway:
-    """One endpoint. Everything runs on one event loop; reading the registry, in a thread."""
+    """One endpoint. Everything runs on one event loop, except reading the registry, which a thread does."""
 
     def __init__(self, config: ServeConfig, registry: Registry, replicas: Replicas) -> None:
         self.config = config
@@ -76,9 +96,9 @@ class Gateway:
         self._canaries = Canaries(config.routes)
         self._loaded: dict[str, Target] = {}
         self._timing: set[str] = set()
-        """Routes whose canary's sides are being timed."""
+        """Routes for which both sides of a canary are being timed."""
         self._secret: bytes | None = None
-        """What only this endpoint's operators know, which draws the sides of sticky routes."""
+        """Known to the operators alone; sticky routes draw with it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading = asyncio.Lock()
         self._read: Mapping[str, AdapterVersions] = {}
@@ -88,7 +108,7 @@ class Gateway:
         """Ask the replicas which base they have, read the registry, and keep reading it."""
         self.served = await self._replicas.describe()
         self.created = int(time.time())
-        self.shelves = RegistryView(self._registry, self._fits)
+        self.registry_view = RegistryView(self._registry, self._fits)
         self.catalogue = Catalogue(base=self.served.base)
         await self.refresh()
         shorten_pauses()
@@ -101,8 +121,8 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         allow_pauses()
 
-    async def answers(self) -> bool:
-        """Whether a request would be answered now."""
+    async def is_ready(self) -> bool:
+        """Whether a request would get a response now."""
         if not self.ready:
             return False
         try:
@@ -112,7 +132,7 @@ class Gateway:
             return False
 
     async def reconfigure(self, config: ServeConfig) -> None:
-        """Go on with other names, routes and limits."""
+        """Change names, routes and limits; requests in flight continue."""
         self.config = config
         if config.routes != self._canaries.routes:
             self._canaries = Canaries(config.routes)
@@ -124,17 +144,17 @@ class Gateway:
         return record.base.fingerprint == self.served.fingerprint
 
     async def refresh(self, at_most_every_s: float = 0.0) -> None:
-        """Read the registry, unless that was done just now."""
+        """Read the registry, unless it was read within the last `at_most_every_s` seconds."""
         async with self._reading:
             if time.monotonic() - self._read_at < at_most_every_s:
                 return
             if self._secret is None and any(route.sticky for route in self.config.routes.values()):
-                self._secret = await asyncio.to_thread(self._find_secret)
-            self._read = await asyncio.to_thread(self.shelves.read, self._names())
+                self._secret = await asyncio.to_thread(self._registry_secret)
+            self._read = await asyncio.to_thread(self.registry_view.read, self._names())
             self._read_at = time.monotonic()
-            self._put_up()
+            self._update_catalogue()
 
-    def _find_secret(self) -> bytes:
+    def _registry_secret(self) -> bytes:
         try:
             return self._registry.secret()
         except RegistryError as error:
@@ -148,12 +168,12 @@ class Gateway:
         refs = [*self.config.adapters, *loaded, *(ref for route in self.config.routes.values() for ref in route.refs())]
         return [ref.partition("@")[0] for ref in refs if ref != BASE]
 
-    def _put_up(self) -> None:
+    def _update_catalogue(self) -> None:
         offered = None if self.config.adapters == "all" else tuple(self.config.adapters)
         loaded, secret = dict(self._loaded), self._secret or b""
         read = Catalogue(self.served.base, self._read, offered, self.config.routes, loaded, secret)
         followed = self._canaries.follow(read)
-        if followed != self.catalogue:  # what was made of it is kept while it stays
+        if followed != self.catalogue:  # what is cached for a catalogue stays valid while the catalogue does
             self.catalogue = followed
 
     async def _keep_fresh(self) -> None:
@@ -169,11 +189,12 @@ class Gateway:
         """Give a version of the registry a name here, once a replica has verified it.
 
         Raises:
-            WireError: the name is taken. AdapterNotFoundError, RegistryError, IncompatibleError: it can't be served.
+            NameTakenError: the name already has a meaning.
+            AdapterNotFoundError, RegistryError, IncompatibleError: the version can't be served.
         """
         taken = self.catalogue
-        if name in (taken.base, BASE, *taken.routes) or (name in taken.shelves and name != ref.partition("@")[0]):
-            raise WireError(400, f"`{name}` has a meaning here already.", param="lora_name")
+        if name in (taken.base, BASE, *taken.routes) or (name in taken.adapters and name != ref.partition("@")[0]):
+            raise NameTakenError(f"`{name}` has a meaning here already.")
         record = await asyncio.to_thread(self._registry.get, ref)
         if not self._fits(record):
             raise IncompatibleError(
@@ -186,12 +207,14 @@ class Gateway:
         return self._loaded[name]
 
     async def unload(self, name: str) -> Target:
-        """Take such a name away. Its weights go when their place is needed. Raises WireError where there is none."""
+        """Remove a name that `load` gave. The weights are evicted when their place is needed.
+
+        Raises:
+            NotLoadedError: `load` gave no such name.
+        """
         if name not in self._loaded:
-            hint = " It is part of the deployment's config." if self.catalogue.asked(name) else ""
-            raise WireError(
-                404, f"`{name}` was not loaded at run time.{hint}", code="model_not_found", param="lora_name"
-            )
+            hint = " It is part of the deployment's config." if self.catalogue.resolve(name) else ""
+            raise NotLoadedError(f"`{name}` was not loaded at run time.{hint}")
         target = self._loaded.pop(name)
         await self.refresh()
         return target
@@ -199,157 +222,197 @@ class Gateway:
     # ---- a request
 
     def admit(self, key: Key | None) -> None:
-        """Count a request against its key. Raises WireError 429 where it has used up its share."""
+        """Count a request against its key. Raises RateLimitedError where the key has used up its share."""
         self._quotas.admit(key, time.monotonic())
 
-    async def begin(self, ask: RoutingRequest, work: CompletionJob, key: Key | None = None) -> InFlightRequest:
-        """Send a request where it belongs, and wait for its first tokens.
+    async def begin(
+        self, routing: RoutingRequest, job: CompletionJob, key: Key | None = None, retries: Retries | None = None
+    ) -> InFlightRequest:
+        """Send a request to its target and wait for its first tokens.
+
+        Args:
+            retries: of the same request's attempts so far; None: this is the first one.
 
         Raises:
-            Whatever `wire_error` knows.
+            RequestError: it can't be served as it stands; AdapterNotFoundError, RegistryError, IncompatibleError: its
+                adapter can't; RateLimitedError, OverloadedError, ReplicaLostError, TimeoutError: a later one may be.
         """
-        self._check_length(work)
-        decision = await self._decide(ask)
+        self._check_length(job)
+        decision = await self._decide(routing)
         self._quotas.check_room(key, self.config.limits.in_flight)
         if decision.shadow is not None and self._quotas.in_flight < self.config.limits.in_flight // 2:
-            self._background(self._shadow(decision.shadow, replace(work, id=f"{work.id}-shadow")))
+            self._background(self._shadow(decision.shadow, replace(job, id=f"{job.id}-shadow")))
         deadline = time.monotonic() + self.config.limits.timeout_s
-        refused: Exception | None = None
+        retries = retries or self._new_retries()
+        refusal: Exception | None = None
         for target in decision.targets:
-            answer = self._answer(work, target, decision, ask, key, deadline, "live")
+            request = self._new_request(
+                job=job, routing=routing, decision=decision, target=target, key=key, traffic="live",
+                deadline=deadline, retries=retries,
+            )  # fmt: skip
             try:
-                await answer.open()
-            except _REFUSED as error:
-                refused = error
-                logger.warning(_line("refused", ask, adapter=target.ref, reason=str(error)))
+                await request.open()
+            except _REFUSALS as error:
+                refusal = error
+                logger.warning(_line("refused", routing, adapter=target.ref, reason=str(error)))
                 continue
-            return answer
-        assert refused is not None
-        raise type(refused)(self._public(str(refused)))
+            return request
+        assert refusal is not None
+        raise type(refusal)(self._public(str(refusal)))
+
+    async def complete(
+        self, routing: RoutingRequest, job: CompletionJob, key: Key | None, collector: Callable[[], CollectorT]
+    ) -> tuple[CollectorT, Target]:
+        """Do a whole job, again from its start when its replica is lost, as nothing has been sent yet.
+
+        Args:
+            collector: makes an empty response, one for each attempt.
+
+        Returns:
+            The response, and the version that wrote it.
+
+        Raises:
+            As `begin`.
+        """
+        retries = self._new_retries()
+        while True:
+            request, response = await self.begin(routing, job, key, retries), collector()
+            try:
+                async for progress in request:
+                    response.add(progress)
+                return response, request.target
+            except ReplicaLostError as error:
+                await retries.pause(error)
+            finally:
+                await request.aclose()
+
+    def _new_retries(self) -> Retries:
+        return Retries(on_retry=self.metrics.retries.inc)
 
     def _public(self, text: str) -> str:
-        """An error's text without the places of this machine, which are no client's business."""
+        """An error's text for clients: without this machine's paths."""
         root = self._registry.root
         for place in (root if "://" in root else str(Path(root).expanduser().absolute()), root):
             text = text.replace(place, "the registry")
-        return text.replace(self.catalogue.base, self.catalogue.shown)
+        return text.replace(self.catalogue.base, self.catalogue.public_base)
 
-    def _check_length(self, work: CompletionJob) -> None:
-        """Refuse prompts of tokens that no replica can take, instead of sending them there."""
-        room = min(self.served.context, work.context or self.served.context)
-        longest = max((len(prompt) for prompt in work.prompts if isinstance(prompt, tuple)), default=0)
+    def _check_length(self, job: CompletionJob) -> None:
+        """Refuse prompts of tokens that are too long for every replica, before they are sent."""
+        room = min(self.served.context, job.context or self.served.context)
+        longest = max((len(prompt) for prompt in job.prompts if isinstance(prompt, tuple)), default=0)
         if longest > room:
             raise ContextError(
                 f"This model's maximum context length is {room} tokens. However, your request needs more: {longest} in "
                 f"the prompt. Shorten the prompt."
             )
 
-    async def _decide(self, ask: RoutingRequest) -> Decision:
+    async def _decide(self, routing: RoutingRequest) -> Decision:
         try:
-            return decide_route(ask, self.catalogue)
+            return decide_route(routing, self.catalogue)
         except AdapterNotFoundError:
             await self.refresh(at_most_every_s=1.0)  # it may have been published just now
-            return decide_route(ask, self.catalogue)
+            return decide_route(routing, self.catalogue)
 
-    async def _shadow(self, target: Target, work: CompletionJob) -> None:
-        """Do the work a second time for nobody."""
-        with contextlib.suppress(Exception):  # it is measured, and nobody waits for it
-            async for _ in await self._unasked(target, work, "shadow"):
+    async def _shadow(self, target: Target, job: CompletionJob) -> None:
+        """Do a copy of a job for its metrics alone; drop the result and any error."""
+        with contextlib.suppress(Exception):
+            async for _ in await self._begin_own(target, job, "shadow"):
                 pass
 
-    async def _unasked(self, target: Target, work: CompletionJob, traffic: Traffic) -> InFlightRequest:
-        """The endpoint's own work, begun. Raises as `InFlightRequest.open` does."""
-        ask = RoutingRequest(model=target.ref or BASE, id=work.id)
-        deadline = time.monotonic() + self.config.limits.timeout_s
-        answer = self._answer(work, target, Decision((target,)), ask, None, deadline, traffic)
-        await answer.open()
-        return answer
+    async def _begin_own(self, target: Target, job: CompletionJob, traffic: Traffic) -> InFlightRequest:
+        """Begin a job of the endpoint's own. Raises as `InFlightRequest.open` does."""
+        request = self._new_request(
+            job=job, routing=RoutingRequest(model=target.ref or BASE, id=job.id), decision=Decision((target,)),
+            target=target, key=None, traffic=traffic, deadline=time.monotonic() + self.config.limits.timeout_s,
+            retries=self._new_retries(),
+        )  # fmt: skip
+        await request.open()
+        return request
 
     async def _time_sides(self, route: str, stable: Target, candidate: Target) -> None:
-        """Give both sides of a canary the same work, one after the other, and compare."""
+        """Run the same job on both sides of a canary, one after the other, and compare their pace."""
         self._timing.add(route)
         sides, begun, stable_took_s = (stable, candidate), time.monotonic(), float("inf")
         try:
-            stable_s = await token_seconds(await self._unasked(stable, pace_work(), "pace"))
+            stable_s = await token_seconds(await self._begin_own(stable, pace_job(), "pace"))
             stable_took_s = time.monotonic() - begun
-            candidate_s = await token_seconds(await self._unasked(candidate, pace_work(), "pace"))
+            candidate_s = await token_seconds(await self._begin_own(candidate, pace_job(), "pace"))
         except Exception as error:
             logger.info(_line("canary: not timed", None, route=route, error=type(error).__name__))
-            # what the stable version has just done, and soon, the candidate can't; its refusals show in its requests
+            # the candidate fails at what the stable version has just done quickly; refusals count in its own requests
             is_soon = stable_took_s < self.config.limits.timeout_s / 4
-            if is_soon and not isinstance(error, (*_REFUSED, OverloadedError, ReplicaLostError)):
-                self._moved(self._canaries.failed(route, sides))
+            if is_soon and not isinstance(error, (*_REFUSALS, OverloadedError, ReplicaLostError)):
+                self._carry_out(self._canaries.failed(route, sides))
         else:
-            self._moved(self._canaries.timed(route, sides, (stable_s, candidate_s)))
+            self._carry_out(self._canaries.timed(route, sides, (stable_s, candidate_s)))
         finally:
             self._timing.discard(route)
 
-    def _answer(
+    def _new_request(
         self,
-        work: CompletionJob,
-        target: Target,
+        *,
+        job: CompletionJob,
+        routing: RoutingRequest,
         decision: Decision,
-        ask: RoutingRequest,
+        target: Target,
         key: Key | None,
-        deadline: float,
         traffic: Traffic,
+        deadline: float,
+        retries: Retries,
     ) -> InFlightRequest:
-        self._quotas.begin(key, _most_tokens(work), time.monotonic())
+        self._quotas.begin(key, _most_tokens(job), time.monotonic())
         self.metrics.in_flight.inc()
-        lost = self.metrics.retries.inc
-        work = replace(work, adapter=target.ref)
         return InFlightRequest(
-            self._replicas.run, self._ended, lost, work, target, decision, ask, key, deadline, traffic
-        )
+            job=replace(job, adapter=target.ref), routing=routing, decision=decision, target=target, key=key,
+            traffic=traffic, deadline=deadline, run=self._replicas.run, retries=retries, on_end=self._finish,
+        )  # fmt: skip
 
-    def _ended(self, answer: InFlightRequest, error: BaseException | None) -> None:
-        """Measure, charge, log and judge a request that is over."""
-        now, work = time.monotonic(), answer.work
-        self._quotas.end(answer.key, _most_tokens(work), answer.prompt_tokens + answer.tokens, now)
+    def _finish(self, request: InFlightRequest, error: BaseException | None) -> None:
+        """Measure, charge, log and judge a request that has ended."""
+        now, job = time.monotonic(), request.job
+        self._quotas.end(request.key, _most_tokens(job), request.prompt_tokens + request.tokens, now)
         self.metrics.in_flight.dec()
         if error is None:
-            self._background(answer.drain())
+            self._background(request.drain())
         outcome = _outcome(error)
-        adapter = answer.target.ref or BASE
+        adapter = request.target.ref or BASE
         first_s = between_s = None
-        if answer.first_at is not None:
-            first_s = answer.first_at - answer.begun_at
-            between_s = (now - answer.first_at) / (answer.tokens - 1) if answer.tokens > 1 else None
-        tokens = {"prompt": answer.prompt_tokens, "cached": answer.cached_tokens, "completion": answer.tokens}
-        self.metrics.ended(adapter, answer.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
+        if request.first_at is not None:
+            first_s = request.first_at - request.begun_at
+            between_s = (now - request.first_at) / (request.tokens - 1) if request.tokens > 1 else None
+        tokens = {"prompt": request.prompt_tokens, "cached": request.cached_tokens, "completion": request.tokens}
+        self.metrics.ended(adapter, request.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
         facts = {
-            "adapter": adapter, "traffic": answer.traffic, "outcome": outcome, "key": answer.key and answer.key.id,
-            "route": answer.decision.route, "arm": answer.decision.arm, "prompts": len(work.prompts), "n": work.n,
-            "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "first_s": _round(first_s),
-            "total_s": _round(now - answer.begun_at), "error": type(error).__name__ if error else None,
+            "adapter": adapter, "traffic": request.traffic, "outcome": outcome, "key": request.key and request.key.id,
+            "route": request.decision.route, "arm": request.decision.arm, "prompts": len(job.prompts), "n": job.n,
+            "prompt_tokens": request.prompt_tokens, "completion_tokens": request.tokens, "first_s": _round(first_s),
+            "total_s": _round(now - request.begun_at), "error": type(error).__name__ if error else None,
         }  # fmt: skip
-        logger.info(_line("request", answer.ask, **facts))
-        if answer.traffic == "live":
-            self._judge(answer, error)
+        logger.info(_line("request", request.routing, **facts))
+        if request.traffic == "live":
+            self._judge(request, error)
 
-    def _judge(self, answer: InFlightRequest, error: BaseException | None) -> None:
-        """Let an answer count for its side of a canary, and have both sides timed."""
-        if error is None or isinstance(error, _REFUSED):  # all else may be the request's doing, or a replica's
-            self._moved(self._canaries.count(answer.decision, answer.target, refused=error is not None))
-        route = answer.decision.route
-        sides = self._canaries.to_time(route) if answer.decision.arm == "canary" else None
+    def _judge(self, request: InFlightRequest, error: BaseException | None) -> None:
+        """Count a request for its side of a canary, and have both sides timed."""
+        if error is None or isinstance(error, _REFUSALS):  # other errors may be the request's fault, or a replica's
+            self._carry_out(self._canaries.count(request.decision, request.target, refused=error is not None))
+        route = request.decision.route
+        sides = self._canaries.to_time(route) if request.decision.arm == "canary" else None
         if route is None or sides is None or route in self._timing:
             return
         if self._quotas.in_flight < self.config.limits.in_flight:
             self._background(self._time_sides(route, *sides))
 
-    def _moved(self, move: CanaryEnd | None) -> None:
-        if move is not None:
-            self._put_up()
-            self._background(self._move(move))
+    def _carry_out(self, end: CanaryEnd | None) -> None:
+        if end is not None:
+            self._update_catalogue()
+            self._background(self._move_alias(end))
 
-    async def _move(self, move: CanaryEnd) -> None:
+    async def _move_alias(self, end: CanaryEnd) -> None:
         try:
-            await asyncio.to_thread(self._registry.promote, move.ref, move.alias)
+            await asyncio.to_thread(self._registry.promote, end.ref, end.alias)
         except RankloomError as error:
-            logger.error(
-                _line("canary: the alias was not moved", None, alias=move.alias, to=move.ref, reason=str(error))
-            )
+            logger.error(_line("canary: the alias was not moved", None, alias=end.alias, to=end.ref, reason=str(error)))
         await self.refresh()
 
     def _background(self, coroutine: Any) -> None:
@@ -360,19 +423,20 @@ class Gateway:
 
 def _outcome(error: BaseException | None) -> Outcome:
     if isinstance(error, Exception):
-        return "server error" if wire_error(error).status >= 500 else "client error"
+        return "client error" if isinstance(error, _CLIENT_ERRORS) else "server error"
     return "ok" if error is None else "cancelled"
 
 
-def _most_tokens(work: CompletionJob) -> int:
-    """How many tokens the completions of some work may have."""
-    each = work.sampling.max_tokens if work.max_tokens is None else work.max_tokens
-    return len(work.prompts) * work.n * each
+def _most_tokens(job: CompletionJob) -> int:
+    """The most tokens that a job's completions may have together."""
+    each = job.sampling.max_tokens if job.max_tokens is None else job.max_tokens
+    return len(job.prompts) * job.n * each
 
 
-def _line(what: str, ask: RoutingRequest | None, **facts: Any) -> str:
-    """A line for the log. It never has a prompt or a key in it."""
-    head = {"event": what} | ({"id": ask.id, "request_id": ask.trace, "model": ask.model} if ask else {})
+def _line(event: str, routing: RoutingRequest | None, **facts: Any) -> str:
+    """A line for the log, as JSON. It never contains a prompt or a key."""
+    ids = {"id": routing.id, "request_id": routing.trace, "model": routing.model} if routing else {}
+    head = {"event": event} | ids
     return json.dumps(head | {name: value for name, value in facts.items() if value is not None})
 
 

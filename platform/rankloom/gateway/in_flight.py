@@ -1,4 +1,4 @@
-"""A request under way: from its first tokens to its end, which is told to the gateway exactly once."""
+"""A request in flight: from its first tokens to its end, which it reports to the gateway exactly once."""
 
 from __future__ import annotations
 
@@ -6,72 +6,61 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Traffic
 from rankloom.gateway.policy import Decision, RoutingRequest, Target
-
-ATTEMPTS = 4
-"""How often a request is begun when replicas are lost under it."""
+from rankloom.gateway.retries import Retries
 
 
+@dataclass(kw_only=True, eq=False)
 class InFlightRequest:
-    """A request under way: read it to its end, or close it."""
+    """A job on a replica: call `open`, then iterate to the end or call `aclose`."""
 
-    def __init__(
-        self,
-        run: Callable[[CompletionJob], AsyncIterator[JobProgress]],
-        ended: Callable[[InFlightRequest, BaseException | None], None],
-        lost: Callable[[], None],
-        work: CompletionJob,
-        target: Target,
-        decision: Decision,
-        ask: RoutingRequest,
-        key: Key | None,
-        deadline: float,
-        traffic: Traffic = "live",
-    ) -> None:
-        """
-        Args:
-            run: does the work, on some replica.
-            ended: is told of the end, with the error that it ended with, or CancelledError; with none, there is
-                something to `drain`.
-            lost: is told each time that a replica was lost and the work is begun again.
-            deadline: of `time.monotonic`.
-        """
-        self.work = work
-        self.target = target
-        self.decision = decision
-        self.ask = ask
-        self.key = key
-        self.traffic = traffic
-        self.begun_at = time.monotonic()
-        self.first_at: float | None = None
-        self.prompt_tokens = self.cached_tokens = self.tokens = 0
-        self._run, self._ended, self._lost = run, ended, lost
-        self._stream: AsyncIterator[JobProgress] | None = None
-        self._deadline = deadline
-        self._unfinished = len(work.prompts) * work.n
-        """Completions. With the last one all is said: the stream's own end comes later, and nobody waits for it."""
-        self._over = False
-        self._first: JobProgress | None = None
+    job: CompletionJob
+    routing: RoutingRequest
+    decision: Decision
+    target: Target
+    """The version that does the job, one of the decision's."""
+    key: Key | None
+    traffic: Traffic
+    deadline: float
+    """In seconds of `time.monotonic`."""
+    run: Callable[[CompletionJob], AsyncIterator[JobProgress]]
+    """Does a job on some replica."""
+    retries: Retries
+    on_end: Callable[[InFlightRequest, BaseException | None], None]
+    """Called once, with the error that ended the request, or CancelledError; without an error, call `drain` then."""
+
+    begun_at: float = field(init=False, default_factory=time.monotonic)
+    first_at: float | None = field(init=False, default=None)
+    """When its first tokens came."""
+    prompt_tokens: int = field(init=False, default=0)
+    cached_tokens: int = field(init=False, default=0)
+    tokens: int = field(init=False, default=0)
+    """Generated so far, over all completions."""
+    _stream: AsyncIterator[JobProgress] | None = field(init=False, default=None)
+    _first: JobProgress | None = field(init=False, default=None)
+    _unfinished: int = field(init=False)
+    """Completions. The request is over with the last one; no client waits for the end of the stream, which is later."""
+    _over: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._unfinished = len(self.job.prompts) * self.job.n
 
     async def open(self) -> None:
-        """Wait for the first tokens; begin again where a replica is lost meanwhile."""
+        """Wait for the first tokens; begin again when a replica is lost meanwhile."""
         try:
-            for attempt in range(ATTEMPTS):
-                self._stream = self._run(replace(self.work, id=f"{self.work.id}-{attempt}"))
+            while True:
+                self._stream = self.run(replace(self.job, id=f"{self.job.id}-{self.retries.attempt}"))
                 try:
                     self._first = await self._next()
                     return
-                except ReplicaLostError:
-                    if attempt + 1 == ATTEMPTS:
-                        raise
-                    self._lost()
-                    await asyncio.sleep(0.1 * 2**attempt)
+                except ReplicaLostError as error:
+                    await self.retries.pause(error)
         except BaseException as error:
             await self._end(error)
             raise
@@ -88,19 +77,19 @@ class InFlightRequest:
         await self._end(None)
 
     async def drain(self) -> None:
-        """Wait for the stream's own end, which says no more than that all completions have ended."""
+        """Read the stream to its own end, after all completions have ended."""
         assert self._stream is not None
         with contextlib.suppress(Exception):
             async for _ in self._stream:
                 pass
 
     async def aclose(self) -> None:
-        """End it, if it has not ended: nobody reads it any more."""
+        """Cancel the request, unless it has ended."""
         await self._end(asyncio.CancelledError())
 
     async def _next(self) -> JobProgress | None:
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._deadline - time.monotonic()):
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.deadline - time.monotonic()):
                 assert self._stream is not None
                 progress = await anext(self._stream)
         except StopAsyncIteration:
@@ -119,9 +108,9 @@ class InFlightRequest:
             return
         self._over = True
         if error is None:
-            asyncio.get_running_loop().call_soon(self._ended, self, None)  # the client first
+            asyncio.get_running_loop().call_soon(self.on_end, self, None)  # the client first
             return
-        self._ended(self, error)
+        self.on_end(self, error)
         close: Callable[[], Any] | None = getattr(self._stream, "aclose", None)
         if close is not None:
             with contextlib.suppress(Exception):

@@ -16,17 +16,17 @@ from rankloom.gateway.in_flight import InFlightRequest
 TOKENS = 9
 
 
-def pace_work() -> CompletionJob:
-    """Some tokens after a short prompt."""
+def pace_job() -> CompletionJob:
+    """Make a job of a few tokens after a short prompt."""
     sampling = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    return CompletionJob(uuid.uuid4().hex, None, ("Hello",), sampling, max_tokens=TOKENS)
+    return CompletionJob(id=uuid.uuid4().hex, adapter=None, prompts=("Hello",), sampling=sampling, max_tokens=TOKENS)
 
 
-async def token_seconds(answer: InFlightRequest) -> float | None:
-    """Seconds to a token after the first, so without queue and prompt; None where all came at once."""
+async def token_seconds(request: InFlightRequest) -> float | None:
+    """Mean seconds between tokens, so without queue and prompt; None where all came at once."""
     begun = last = time.monotonic()
     counts = []
-    async for progress in answer:
+    async for progress in request:
         last = time.monotonic()
         counts.append(sum(len(delta.tokens) for _, delta in progress.deltas))
     later = sum(counts[1:])

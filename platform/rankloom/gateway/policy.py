@@ -65,7 +65,7 @@ class Catalogue:
 
     base: str
     """The base's id."""
-    shelves: Mapping[str, AdapterVersions] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterVersions] = field(default_factory=dict)
     offered: tuple[str, ...] | None = None
     """The refs that may be asked for by name, as configured; None: all."""
     routes: Mapping[str, RouteConfig] = field(default_factory=dict)
@@ -75,26 +75,26 @@ class Catalogue:
     """With it sticky routes draw, so that nobody can work out another side's users."""
 
     @property
-    def shown(self) -> str:
+    def public_base(self) -> str:
         """The base's id as clients are told it: of a folder not the path, which is no business of theirs."""
         is_path = self.base.startswith(("/", "~", ".")) or self.base.count("/") > 1
         return BASE if is_path else self.base
 
     def models(self) -> list[str]:
         """The names to show: the base, routes, then adapters."""
-        refs = self.shelves if self.offered is None else [r for r in self.offered if self.find(r)]
-        return list(dict.fromkeys([self.shown, *self.routes, *self.loaded, *(r for r in refs if r != BASE)]))
+        refs = self.adapters if self.offered is None else [r for r in self.offered if self.find(r)]
+        return list(dict.fromkeys([self.public_base, *self.routes, *self.loaded, *(r for r in refs if r != BASE)]))
 
     def find(self, ref: str) -> Target | None:
-        """What a ref means in the configuration: any version on the shelves, or the base."""
+        """What a ref means in the configuration: any version in `adapters`, or the base."""
         if ref == BASE:
             return Target()
         name, _, selector = ref.partition("@")
-        shelf = self.shelves.get(name)
-        version = shelf.version(selector or None) if shelf else None
+        adapter = self.adapters.get(name)
+        version = adapter.version(selector or None) if adapter else None
         return None if version is None else Target(name, version)
 
-    def asked(self, model: str) -> Target | None:
+    def resolve(self, model: str) -> Target | None:
         """What a client's model name means, routes aside; None: nothing that it may have."""
         if model in (self.base, BASE):
             return Target()
@@ -157,38 +157,38 @@ class Decision:
     shadow: Target | None = None
 
 
-def decide_route(ask: RoutingRequest, catalogue: Catalogue) -> Decision:
+def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
     """Where a request goes. The same request on the same catalogue always goes to the same place.
 
     Raises:
         AdapterNotFoundError: the model's name means nothing here, or nothing of its route can be served.
     """
-    route = catalogue.routes.get(ask.model)
+    route = catalogue.routes.get(request.model)
     if route is None:
-        target = catalogue.asked(ask.model)
+        target = catalogue.resolve(request.model)
         if target is None:
-            raise AdapterNotFoundError(_unknown(ask.model, catalogue.near(ask.model)))
+            raise AdapterNotFoundError(_unknown(request.model, catalogue.near(request.model)))
         return Decision((target,))
-    first, arm = _chosen(ask, route, catalogue)
+    first, arm = _first_target(request, route, catalogue)
     wanted = [first, *(catalogue.find(ref) for ref in route.fallback)]
     targets = tuple(dict.fromkeys(target for target in wanted if target is not None))
     if not targets:
-        raise AdapterNotFoundError(f"The route `{ask.model}` leads to no adapter that is there.")
+        raise AdapterNotFoundError(f"The route `{request.model}` leads to no adapter that is there.")
     shadow = None
-    if route.shadow and draw(ask.model, "shadow", ask.id) < route.shadow.share:
+    if route.shadow and draw(request.model, "shadow", request.id) < route.shadow.share:
         shadow = catalogue.find(route.shadow.to)
-    return Decision(targets, ask.model, arm if first is not None else None, shadow)
+    return Decision(targets, request.model, arm if first is not None else None, shadow)
 
 
-def _chosen(
-    ask: RoutingRequest, route: RouteConfig, catalogue: Catalogue
+def _first_target(
+    request: RoutingRequest, route: RouteConfig, catalogue: Catalogue
 ) -> tuple[Target | None, Literal["stable", "canary"] | None]:
     """What the route wants before anything goes wrong."""
     for rule in route.rules:
-        if ask.headers.get(rule.header.lower()) == rule.equals:
+        if request.headers.get(rule.header.lower()) == rule.equals:
             return catalogue.find(rule.to), None
-    by = ("user", ask.user) if route.sticky and ask.user else ("id", ask.id)
-    lot = draw(ask.model, *by, secret=catalogue.secret)
+    by = ("user", request.user) if route.sticky and request.user else ("id", request.id)
+    lot = draw(request.model, *by, secret=catalogue.secret)
     if route.canary:
         stable, candidate = canary_arms(route.canary, catalogue)
         if candidate is None:

@@ -1,44 +1,45 @@
-"""Quota: what each key has left of its minute, and its share of the requests under way."""
+"""Quotas: what each key has left of its minute, and its share of the requests in flight."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from rankloom.errors import OverloadedError
+from rankloom.gateway.errors import RateLimitedError
 from rankloom.gateway.keys import Key, TokenBucket
-from rankloom.gateway.openai.requests import WireError
 
 
 class Quotas:
-    """Those of one endpoint. Times are of a clock that does not go back, in seconds."""
+    """The quotas of one endpoint. `now` is in seconds of a monotonic clock."""
 
     def __init__(self) -> None:
         self.in_flight = 0
-        """Requests under way, of all keys and of none."""
+        """Requests in flight, with any key or none."""
         self._of_key = Counter[str]()
         self._meters: dict[tuple[str, str], TokenBucket] = {}
 
     def admit(self, key: Key | None, now: float) -> None:
-        """Count a request against its key. Raises WireError 429 where it has used up its minute."""
+        """Count a request against its key. Raises RateLimitedError where the key has used up its minute."""
         if key is None:
             return
-        for what, per_minute in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
+        for resource, per_minute in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
             if per_minute is None:
                 continue
-            wait_s = self._meter(key, what, per_minute).wait_s(now)
+            wait_s = self._meter(key, resource, per_minute).wait_s(now)
             if wait_s > 0:
-                raise _too_many(what, f"Rate limit of {per_minute} {what} a minute reached; try again in", wait_s)
+                text = f"Rate limit of {per_minute} {resource} a minute reached; try again in"
+                raise _too_many(resource, text, wait_s)
         if key.requests_per_minute is not None:
             self._meter(key, "requests", key.requests_per_minute).take(1, now)
 
     def check_room(self, key: Key | None, most: int) -> None:
-        """Whether one more of `most` requests may be under way.
+        """Check that one more of at most `most` requests may be in flight.
 
-        A key may have as many as are left free for others: half of all if it is alone, a third where two ask for all
-        they can get. So none can keep the next one out.
+        A key may have as many as are left free for others: half of all if it is alone, a third where two keys send
+        all they can. So no key can keep the next one out.
 
         Raises:
-            OverloadedError: nobody may have one more. WireError 429: this key may not.
+            OverloadedError: the endpoint is full. RateLimitedError: this key has its share.
         """
         free = most - self.in_flight
         if free <= 0:
@@ -48,7 +49,7 @@ class Quotas:
             raise _too_many("requests", f"This key has {mine} requests under way, its share; try again in", 1.0)
 
     def begin(self, key: Key | None, tokens: int, now: float) -> None:
-        """A request begins, which may generate so many tokens: they are taken off the key's minute until it ends."""
+        """Begin a request that may generate `tokens` tokens, which are taken off the key's minute until it ends."""
         self.in_flight += 1
         if key is not None:
             self._of_key[key.id] += 1
@@ -56,7 +57,7 @@ class Quotas:
                 self._meter(key, "tokens", key.tokens_per_minute).take(_reserved(key.tokens_per_minute, tokens), now)
 
     def end(self, key: Key | None, tokens: int, used: int, now: float) -> None:
-        """It has ended, and used so many, the prompt's included. `tokens` as in `begin`."""
+        """End a request that `used` this many tokens, the prompt's included. `tokens` as in `begin`."""
         self.in_flight -= 1
         if key is not None:
             self._of_key[key.id] -= 1
@@ -64,14 +65,14 @@ class Quotas:
                 over = used - _reserved(key.tokens_per_minute, tokens)
                 self._meter(key, "tokens", key.tokens_per_minute).take(over, now)
 
-    def _meter(self, key: Key, what: str, per_minute: int) -> TokenBucket:
-        return self._meters.setdefault((key.id, what), TokenBucket(per_minute))
+    def _meter(self, key: Key, resource: str, per_minute: int) -> TokenBucket:
+        return self._meters.setdefault((key.id, resource), TokenBucket(per_minute))
 
 
 def _reserved(per_minute: int, tokens: int) -> int:
-    """No more than a minute has, so that a long request need not ask for less than it may get."""
+    """At most a whole minute, so that a long request need not ask for less than it may get."""
     return min(per_minute, tokens)
 
 
-def _too_many(what: str, message: str, wait_s: float) -> WireError:
-    return WireError(429, f"{message} {wait_s:.1f} s.", code="rate_limit_exceeded", kind=what, retry_after_s=wait_s)
+def _too_many(resource: str, message: str, wait_s: float) -> RateLimitedError:
+    return RateLimitedError(f"{message} {wait_s:.1f} s.", resource, wait_s)

@@ -26,32 +26,32 @@ class RegistryView:
         self.registry = registry
         self._fits = fits
         self._records: dict[str, Record | None] = {}
-        self._shelves: dict[str, AdapterVersions] = {}
+        self._adapters: dict[str, AdapterVersions] = {}
 
     def read(self, names: Iterable[str] | None = None) -> Mapping[str, AdapterVersions]:
-        """The shelves of these adapters, or of all. Blocks while the registry is read."""
+        """Read the versions of these adapters, or of all. Blocks meanwhile."""
         found: dict[str, AdapterVersions] = {}
         try:
             wanted = list(self.registry.names()) if names is None else list(dict.fromkeys(names))
         except RegistryError as error:
             logger.warning("the adapters stay as they were: %s", error)
-            return self._shelves
+            return self._adapters
         for name in wanted:
             try:
-                shelf = self._shelf(name)
+                versions = self._versions(name)
             except RegistryError as error:
                 logger.warning("%s stays as it was: %s", name, error)
-                shelf = self._shelves.get(name)
-            if shelf:
-                found[name] = shelf
-        self._shelves = found
+                versions = self._adapters.get(name)
+            if versions:
+                found[name] = versions
+        self._adapters = found
         return found
 
     def record(self, ref: str) -> Record | None:
-        """The record of an exact version that was on a shelf."""
+        """The record of an exact version that was read."""
         return self._records.get(ref)
 
-    def _shelf(self, name: str) -> AdapterVersions | None:
+    def _versions(self, name: str) -> AdapterVersions | None:
         versions = [number for number in self.registry.versions(name) if self._fitting(f"{name}@{number}")]
         if not versions:
             return None

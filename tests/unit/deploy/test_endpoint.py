@@ -17,6 +17,7 @@ import pytest
 
 from endpoint import Endpoint, endpoint, publish
 from rankloom.gateway.keys import KeyFile
+from rankloom.gateway.retries import ATTEMPTS
 from rankloom.registry import Registry
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
@@ -267,8 +268,11 @@ def test_a_lost_replica_is_replaced_until_something_was_answered(tmp_path: Path)
         with pytest.raises(openai.APIError, match="replica that wrote this answer was lost") as caught:
             list(chunks)
         assert caught.value.code == "replica_lost"
-        made.replicas.lose = [0] * 9
-        assert made.post("/v1/completions", COMPLETE).status_code == 503
+        for lost_after in (0, 2):  # before and after the first tokens
+            begun, made.replicas.lose = made.replicas.begun, [lost_after] * 9
+            assert made.post("/v1/completions", COMPLETE | {"prompt": "slow"}).status_code == 503
+            assert made.replicas.begun - begun == ATTEMPTS
+        made.replicas.lose = []
         made.settled()
 
 
@@ -347,7 +351,7 @@ def test_each_keys_prompts_are_its_own_unless_they_are_shared(tmp_path: Path, sh
     keys = [file.create("ann"), file.create("ben"), file.create("ann")]
     with endpoint(tmp_path, auth={"keys": str(file.path), "share_prefixes": share}) as made:
         found, run = [], made.replicas.run
-        made.gateway._replicas.run = lambda work: (found.append(work.tenant), run(work))[1]  # type: ignore[method-assign,func-returns-value]
+        made.gateway._replicas.run = lambda job: (found.append(job.tenant), run(job))[1]  # type: ignore[method-assign,func-returns-value]
         for key, _ in keys:
             made.client(key).completions.create(model="bank", prompt="hi")
     assert found == [None if share else kept.id for _, kept in keys]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rankloom.errors import ConfigError
+from rankloom.gateway.errors import RateLimitedError
 from rankloom.gateway.keys import KeyFile, TokenBucket
-from rankloom.gateway.openai.requests import WireError
+from rankloom.gateway.openai.errors import wire_error
 from rankloom.gateway.quota import Quotas
 
 
@@ -90,17 +91,18 @@ def test_what_a_request_may_generate_is_off_its_keys_minute_while_it_lasts(file:
     quotas.begin(key, 500, 0.0)
     quotas.admit(key, 0.0)
     quotas.begin(key, 4096, 0.0)  # reserves a whole minute, not more
-    with pytest.raises(WireError, match=r"600 tokens a minute reached; try again in 50\.1 s") as caught:
+    with pytest.raises(RateLimitedError, match=r"600 tokens a minute reached; try again in 50\.1 s") as caught:
         quotas.admit(key, 0.0)
-    assert caught.value.status == 429
+    error = wire_error(caught.value)
+    assert (error.status, error.kind, error.headers()) == (429, "tokens", {"retry-after": "50"})
     quotas.end(key, 500, 20, 0.0)
     quotas.end(key, 4096, 30, 0.0)  # what was not used is given back
     quotas.admit(key, 0.0)
     quotas.begin(key, 550, 0.0)
     quotas.end(key, 550, 550, 0.0)  # 600 in all
-    with pytest.raises(WireError, match=r"again in 0\.1 s"):
+    with pytest.raises(RateLimitedError, match=r"again in 0\.1 s"):
         quotas.admit(key, 0.0)
     quotas.begin(key, 16, 1.0)
     quotas.end(key, 16, 1800, 1.0)
-    with pytest.raises(WireError, match="again in 179"):  # it used three minutes
+    with pytest.raises(RateLimitedError, match="again in 179"):  # it used three minutes
         quotas.admit(key, 1.0)

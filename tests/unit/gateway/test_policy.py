@@ -33,7 +33,7 @@ SHELVES = {
 def catalogue(offered: tuple[str, ...] | None = None, **routes: dict[str, Any]) -> Catalogue:
     return Catalogue(
         base="org/base",
-        shelves=SHELVES,
+        adapters=SHELVES,
         offered=offered,
         routes={name: parse(RouteConfig, tree) for name, tree in routes.items()},
         loaded={"mine": Target("faq", 1)},
@@ -150,7 +150,7 @@ def test_who_does_not_know_the_secret_can_not_pick_a_side() -> None:
 @pytest.mark.parametrize(("base", "shown"), [("/srv/models/llama", "base"), ("~/llama", "base"), ("org/m", "org/m")])
 def test_a_base_in_a_folder_is_told_without_its_path(base: str, shown: str) -> None:
     known = replace(catalogue(), base=base)
-    assert (known.shown, known.models()[0]) == (shown, shown)
+    assert (known.public_base, known.models()[0]) == (shown, shown)
     for name in (base, "base"):
         assert decide_route(RoutingRequest(name, "r"), known) == Decision((Target(),))
     with pytest.raises(AdapterNotFoundError) as caught:

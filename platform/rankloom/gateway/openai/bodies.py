@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from rankloom.gateway.openai.requests import TAGS, WireError
+from rankloom.gateway.openai.errors import WireError
+from rankloom.gateway.openai.requests import TAGS
 
 SMALL = 32 * 1024
 """Bytes of a body that is read in less time than another thread takes to begin."""

@@ -1,4 +1,4 @@
-"""OpenAI's wire, what is asked: request bodies, and errors in OpenAI's shape. `responses.py` has the answers.
+"""OpenAI's request bodies as types. `responses.py` writes the responses, `errors.py` the errors.
 
 A key that is not known is refused, and so is a known one that asks for what is not done here: nothing is ignored but
 what says nothing about the answer (`user` counts for sticky routes). null is as good as absent, as at OpenAI.
@@ -23,84 +23,9 @@ from pydantic_core import PydanticCustomError
 
 from rankloom.config.serve import LimitsConfig
 from rankloom.config.trial import Name
-from rankloom.engine.jobs import ChatPrompt, ContextError, Prompt, ReplicaLostError
+from rankloom.engine.jobs import ChatPrompt, CompletionJob, Prompt
 from rankloom.engine.protocol import Sampling
-from rankloom.errors import (
-    AdapterNotFoundError,
-    ConfigError,
-    IncompatibleError,
-    OverloadedError,
-    RegistryError,
-    RequestError,
-)
-
-
-class WireError(Exception):
-    """What a client is told instead of an answer."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-    def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
-
-
-class ErrorFacts(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    """The key of the request that it is about."""
-    code: str | None
-    """What a program can tell it by."""
-
-
-class ErrorReply(BaseModel):
-    """The body of every answer that is an error; for the app's document."""
-
-    error: ErrorFacts
-
-
-def wire_error(error: Exception) -> WireError:
-    """How a client learns of a failure; what is no business of his stays in the log."""
-    if isinstance(error, WireError):
-        return error
-    text = str(error)
-    if isinstance(error, ContextError):
-        return WireError(400, text, code="context_length_exceeded", param="messages")
-    if isinstance(error, RequestError):
-        return WireError(400, text)
-    if isinstance(error, AdapterNotFoundError):
-        return WireError(404, text, code="model_not_found", param="model")
-    if isinstance(error, (RegistryError, IncompatibleError)):
-        return WireError(422, f"The adapter was refused: {text}", code="adapter_refused", param="model")
-    if isinstance(error, ConfigError):
-        return WireError(400, text)
-    if isinstance(error, OverloadedError):
-        return WireError(503, text, code="overloaded", retry_after_s=error.retry_after_s)
-    if isinstance(error, ReplicaLostError):
-        return WireError(503, "The replica that wrote this answer was lost; ask again.", code="replica_lost")
-    if isinstance(error, TimeoutError):
-        return WireError(504, "The request took longer than this endpoint allows.", code="timeout")
-    return WireError(500, "Internal error; the endpoint's log has more under this x-request-id.")
-
+from rankloom.gateway.openai.errors import WireError
 
 Text = str
 """Sound Unicode: what is half of a character does not get past the JSON parser."""
@@ -259,6 +184,20 @@ class _Common(_AnywaySo):
     user: Annotated[Text, Field(max_length=512)] | None = None
     """Who asks, for sticky routes."""
 
+    def _job(
+        self,
+        id: str,
+        limits: LimitsConfig,
+        tenant: str | None,
+        prompts: tuple[Prompt, ...],
+        sampling: Sampling,
+        max_tokens: int | None,
+    ) -> CompletionJob:
+        return CompletionJob(
+            id=id, adapter=None, prompts=prompts, sampling=sampling, n=self.n or 1, max_tokens=max_tokens,
+            context=limits.context, tenant=tenant,
+        )  # fmt: skip
+
     def _sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
         asked = {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) is not None}
         if self.top_p is not None:
@@ -344,16 +283,17 @@ class ChatRequest(_Common):
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
 
-    def wanted(self, limits: LimitsConfig) -> tuple[tuple[Prompt, ...], Sampling, int | None]:
-        """(prompts, sampling, max_tokens). Raises WireError where it asks for more than the limits."""
+    def job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+        """Make a job on the base. Raises WireError where the body asks for more than the limits."""
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise WireError(400, "Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
-        talk = ChatPrompt(tuple(message.told() for message in self.messages))
-        return (talk,), self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None), most
+        prompt = ChatPrompt(tuple(message.told() for message in self.messages))
+        sampling = self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None)
+        return self._job(id, limits, tenant, (prompt,), sampling, most)
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -385,8 +325,8 @@ class CompletionRequest(_Common):
     """A text, several, or the same as token ids."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def wanted(self, limits: LimitsConfig) -> tuple[tuple[Prompt, ...], Sampling, int | None]:
-        """(prompts, sampling, max_tokens). Raises WireError where it asks for more than the limits."""
+    def job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+        """Make a job on the base. Raises WireError where the body asks for more than the limits."""
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if isinstance(prompts[0], int):
             prompts = [prompts]
@@ -394,7 +334,7 @@ class CompletionRequest(_Common):
         most = min(most, limits.max_tokens) if self.max_tokens is None else most
         self._check(limits, most, len(prompts))
         made = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
-        return made, self._sampling(limits, self.logprobs), most
+        return self._job(id, limits, tenant, made, self._sampling(limits, self.logprobs), most)
 
 
 class AdapterRequest(_Body):

@@ -1,4 +1,4 @@
-"""OpenAI's wire, what is answered: whole bodies and the chunks of a stream, made of an engine's deltas."""
+"""OpenAI's responses: whole bodies and the chunks of a stream, made of an engine's deltas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
 _OBJECT = {"chat": "chat.completion", "text": "text_completion"}
 
 
-def reply_id(kind: Kind, number: str) -> str:
+def response_id(kind: Kind, number: str) -> str:
     return f"{_PREFIX[kind]}-{number}"
 
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from rankloom.config.serve import LimitsConfig
 from rankloom.engine.protocol import Sampling
 from rankloom.gateway.openai.bodies import MOST_PARTS, MOST_VALUES, read
-from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart, WireError
+from rankloom.gateway.openai.errors import WireError
+from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETE = {"model": "bank", "prompt": "hi"}
@@ -94,7 +95,7 @@ REFUSED: dict[str, list[Any]] = {
 
 def wanted(kind: type[ChatRequest | CompletionRequest], change: dict[str, Any]) -> Sampling:
     start = SAY if kind is ChatRequest else COMPLETE
-    return read(kind, json.dumps(start | change).encode()).wanted(LimitsConfig())[1]
+    return read(kind, json.dumps(start | change).encode()).job("w", LimitsConfig()).sampling
 
 
 def told(kind: type[BaseModel], body: Any) -> str:
@@ -146,7 +147,7 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
     asked["content"][0]["cache_control"] = {"type": "ephemeral"}  # type: ignore[index]
     for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
         body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
-        (talk,), _, _ = read(ChatRequest, json.dumps(body).encode()).wanted(LimitsConfig())
+        (talk,) = read(ChatRequest, json.dumps(body).encode()).job("w", LimitsConfig()).prompts
         assert talk.messages == (("user", "aa", "ann"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
 
 

@@ -147,7 +147,7 @@ def publish(
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
     from rankloom.registry import check_name
-    from rankloom.registry.checks import RECORD, told_as
+    from rankloom.registry.checks import RECORD, rename_in_errors
 
     registry = _open(root)
     check_name(name)
@@ -156,7 +156,7 @@ def publish(
         raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
     with TemporaryDirectory(prefix="rankloom-") as scratch:
         staged = Path(scratch) / "adapter"
-        with told_as(staged, str(folder)):
+        with rename_in_errors(staged, str(folder)):
             draft = _recorded(folder, staged) if has_record else _foreign(folder, staged, name, base)
             record = registry.publish(name, staged, draft)
     _report(as_json, record, f"published {record.ref}; to make it the champion: rankloom adapters promote {record.ref}")
@@ -180,11 +180,11 @@ def promote(
     """
     registry, why = _open(root), ""
     if best:
-        from rankloom.registry.best import best_of
+        from rankloom.registry.best import choose_best
 
         if "@" in ref:
             raise typer.BadParameter(f"--best chooses the version itself; give the name alone, not {ref}")
-        chosen, measure = best_of(registry.list(ref))
+        chosen, measure = choose_best(registry.list(ref))
         ref, why = chosen.ref, f", the best by {measure}"
     record = registry.promote(ref, alias)
     _report(as_json, record, f"{record.name}@{alias} is now version {record.version}{why}")
@@ -222,9 +222,9 @@ def verify(
     text = f"{record.ref}: {len(record.files)} files, all as recorded"
     if probe:
         from rankloom.adapters.probe import verify_probe
-        from rankloom.registry.checks import told_as
+        from rankloom.registry.checks import rename_in_errors
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", record.ref):
+        with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", record.ref):
             report = verify_probe(registry.fetch(record.ref, Path(scratch) / "adapter"), record)
         shown["probe"] = {
             "max_difference": report.max_difference,
@@ -258,9 +258,9 @@ def export(
         registry.fetch(record.ref, output)
     else:
         from rankloom.adapters.export import merge_adapter
-        from rankloom.registry.checks import told_as
+        from rankloom.registry.checks import rename_in_errors
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", record.ref):
+        with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", record.ref):
             merge_adapter(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
     done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
     _print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")

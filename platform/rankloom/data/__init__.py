@@ -1,8 +1,8 @@
 """Data: a source's rows become messages, then tokens with loss weights, then batches.
 
-`load_data` is the way in: sources.py finds and reads rows, messages.py makes messages of them and render.py tokens
-(through template.py and encode.py, which serving uses too), split.py takes parts off, check.py counts what is wrong
-with them, rows.py keeps the result on disk, batching.py hands it to the loop.
+`load_data` is the entry point: sources.py finds and reads rows, messages.py turns them into messages, render.py those
+into tokens (through template.py and encode.py, which serving uses too), split.py splits parts off, check.py counts
+problems, rows.py keeps the result on disk, batching.py makes batches for the loop.
 """
 
 from rankloom.data.batching import Batch, Cursor, collate

@@ -1,7 +1,7 @@
 """From rows to batches: padding, and the order in which rows are seen.
 
-The order is a pure function of (seed, epoch), so that a cursor is a few integers and a resumed run sees what the
-uninterrupted one would have seen.
+The order is a pure function of (seed, epoch), so that a cursor is a few integers and a resumed run sees the batches
+that an uninterrupted run would have seen.
 
 Shapes: B rows, T positions.
 """
@@ -19,17 +19,17 @@ from rankloom.data.render import Row
 from rankloom.errors import DataError
 
 MEGABATCH = 50
-"""Batches within which rows are sorted by length: enough to remove most padding, few enough to stay random."""
+"""Batches within which rows are sorted by length: enough to avoid most padding, few enough to stay random."""
 
 
 @dataclass
 class Batch:
-    """Rows padded on the right to the longest."""
+    """Rows padded on the right to the length of the longest."""
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
     loss_weights_BT: Tensor
-    """0 on padding, and at each row's first token, which is never predicted."""
+    """0 on padding and on each row's first token, which is never predicted."""
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. On a GPU this waits for the device: ask before `to`."""
+        """Number of tokens that are not padding. On a GPU this waits for the device: read it before `to`."""
         return int(self.attention_mask_BT.sum())
 
 
@@ -63,13 +63,13 @@ class Cursor:
     """An endless sequence of batches of row indices; every row comes exactly once an epoch.
 
     Args:
-        lengths: tokens of each row.
-        group_by_length: rows of like lengths share a batch; the batches' order stays random.
+        lengths: number of tokens of each row.
+        group_by_length: put rows of similar length into one batch; the order of the batches stays random.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, group_by_length: bool) -> None:
         if not len(lengths):
-            raise DataError("there are no rows to make batches of")
+            raise DataError("there are no rows to make batches from")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.group_by_length = batch_size, seed, group_by_length
         self._epoch, self._batch = 0, 0  # the batch that `next` returns
@@ -89,17 +89,17 @@ class Cursor:
 
     @property
     def epoch(self) -> float:
-        """Epochs seen so far."""
+        """Number of epochs seen so far, with the fraction of the current one."""
         return self._epoch + self._batch / self.batches_per_epoch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go where another cursor was.
+        """Move to the position that another cursor's `state_dict` recorded.
 
         Raises:
-            DataError: it went over other rows, or in another order.
+            DataError: the other cursor has different rows, or a different order.
         """
         for name, value in self._identity().items():
             if state[name] != value:

@@ -1,7 +1,7 @@
-"""The data check: what is in the rows, and what is wrong with them, counted and in words.
+"""The data check: counts what the rows hold and what is wrong with them, and words the warnings.
 
-It reads the columns that rendering leaves beside the tokens (`render.OUTPUT`). What makes training pointless is an
-error, raised here or while rendering; what only makes it worse is a warning.
+It reads the columns that rendering writes beside the tokens (`render.OUTPUT`). A problem that makes training pointless
+is an error, raised here or while rendering; a problem that only makes it worse is a warning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Frozen(BaseModel):
 
 
 class SplitReport(_Frozen):
-    """One split's rows."""
+    """Counts of one split's rows."""
 
     rows: int
     tokens: int
@@ -40,23 +40,23 @@ class SplitReport(_Frozen):
     p95_length: float
     max_length: int
     empty: int
-    """Dropped: without a prompt or a completion. Rows split off `train` were counted there."""
+    """Rows dropped for lack of a prompt or a completion. Rows split off `train` are counted in `train`."""
     over_long: int
-    """Dropped: the completion alone does not fit."""
+    """Rows dropped because the completion alone does not fit."""
     truncated: int
-    """Lost the start of their prompt."""
+    """Rows that lost the start of their prompt."""
     chunks: int
     """Rows that are parts of longer texts."""
     duplicates: int
-    """Equal, prompt and completion, to a row before."""
+    """Rows with the prompt and the completion of an earlier row."""
     conflicts: int
-    """Rows whose prompt has another completion elsewhere."""
+    """Rows whose prompt has a different completion in another row."""
     skipped_turns: int
-    """Earlier assistant turns that carry no loss, since the chat template rewrites history."""
+    """Earlier assistant turns that carry no loss, because the chat template rewrites history."""
     notes: dict[str, int]
-    """What is not trained as it stands -> in how many rows."""
+    """What is not trained as given -> number of rows."""
     labels: dict[str, int] | None
-    """Rows a label, in classification."""
+    """Label -> number of rows; None unless the format is classification."""
 
 
 class Overlap(_Frozen):
@@ -68,12 +68,12 @@ class Overlap(_Frozen):
 
 
 class DataReport(_Frozen):
-    """All splits' counts."""
+    """Counts of all splits, and the warnings."""
 
     format: str
     splits: dict[str, SplitReport]
     overlaps: dict[str, Overlap]
-    """Other split -> what it shares with train."""
+    """Other split -> prompts that it shares with train."""
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,31 +82,31 @@ class DataReport(_Frozen):
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a rendered source."""
+    """A selection of the rows of a rendered source."""
 
     rendered: datasets.Dataset
     field: str
     kept: np.ndarray
-    """Indices of its rows."""
+    """Indices of the selected rows."""
     empty: int
     over_long: int
     unread: tuple[str, ...] = ()
-    """Columns of the source that nothing reads."""
+    """Columns of the source that the format does not read."""
 
     def column(self, name: str) -> pa.ChunkedArray:
         return self.rendered.data.column(name).take(pa.array(self.kept))
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         return int(pc.sum(pc.list_flatten(self.column("loss_weights"))).as_py() or 0)
 
-    def picked(self, kept: np.ndarray) -> Part:
-        """Some of its rows; what was dropped before stays counted in the whole."""
+    def pick(self, kept: np.ndarray) -> Part:
+        """Return a smaller selection; dropped rows stay counted in the whole."""
         return replace(self, kept=kept, empty=0, over_long=0, unread=())
 
     def describe(self, limit: int) -> str:
-        """What was dropped, in words."""
+        """Return the numbers of dropped rows, in words."""
         return (
             f"{self.empty} without a prompt or a completion, {self.over_long} whose completion does not fit in "
             f"data.max_length={limit}"
@@ -114,7 +114,7 @@ class Part:
 
 
 def gather(rendered: datasets.Dataset, field: str, unread: Sequence[str] = ()) -> Part:
-    """The rows that were not dropped; there may be none."""
+    """Select the rows that were not dropped; there may be none."""
     status = rendered.data.column("status").to_numpy()
     empty, over_long = int((status == EMPTY).sum()), int((status == OVER_LONG).sum())
     kept = np.flatnonzero((status != EMPTY) & (status != OVER_LONG))
@@ -122,10 +122,10 @@ def gather(rendered: datasets.Dataset, field: str, unread: Sequence[str] = ()) -
 
 
 def check_usable(part: Part, config: DataConfig) -> None:
-    """Refuse a source that would train nothing.
+    """Raise DataError if a source would train nothing.
 
     Raises:
-        DataError: all its rows were dropped, or none has a token that carries loss.
+        DataError: all rows were dropped, or no row has a token that carries loss.
     """
     if not len(part.kept):
         raise DataError(
@@ -139,10 +139,11 @@ def check_usable(part: Part, config: DataConfig) -> None:
 
 
 def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, Any] | None, limit: int) -> DataReport:
-    """Count all splits.
+    """Count the rows of all splits and word the warnings.
 
     Args:
-        limit: data.max_length, for the words.
+        labels: label -> the token ids of its completion; None unless the format is classification.
+        limit: `data.max_length`, which the warnings name.
     """
     splits = {name: _split_report(part, labels is not None and name != "retention") for name, part in parts.items()}
     overlaps = {name: _overlap(parts["train"], parts[name]) for name in ("validation", "test")}
@@ -155,14 +156,14 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
             shown = "; ".join(map(repr, overlap.examples))
             warnings.append(
                 f"{name}: {overlap.rows} of {splits[name].rows} rows have a prompt that is also in train, which "
-                f"flatters the scores: {shown}"
+                f"makes the scores too good: {shown}"
             )
     trained = splits["train"].labels or {}
     if labels is not None and len(labels) == 1:
-        warnings.append(f"all rows have the label {next(iter(labels))!r}: there is nothing to tell apart")
-    for alike in _alike(labels or {}):
+        warnings.append(f"all rows have the label {next(iter(labels))!r}: there is nothing to distinguish")
+    for alike in _group_alike(labels or {}):
         shown = ", ".join(map(repr, alike))
-        warnings.append(f"the labels {shown} differ in capitals or spaces alone, and are classes of their own")
+        warnings.append(f"the labels {shown} differ only in capitals or spaces, and count as different classes")
     if absent := [label for label in labels or {} if label not in trained]:
         shown = ", ".join(map(repr, absent[:NUM_EXAMPLES]))
         warnings.append(f"train: {len(absent)} label(s) have no row to train on: {shown}")
@@ -215,7 +216,7 @@ def _split_warnings(name: str, split: SplitReport, limit: int) -> list[str]:
     return lines
 
 
-def _alike(labels: Mapping[str, Any]) -> list[list[str]]:
+def _group_alike(labels: Mapping[str, Any]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for label in labels:
         groups.setdefault("".join(label.split()).casefold(), []).append(label)

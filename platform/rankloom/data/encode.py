@@ -1,6 +1,6 @@
-"""Texts to token ids, the same way for training and for serving.
+"""Turns texts into token ids, for training and for serving alike.
 
-A special token that a user wrote is text: `Encoder.mark` tells it from those that a chat template puts there.
+A special token that a user wrote is text: `Encoder.mark` distinguishes it from those that a chat template writes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Encoder:
-    """A tokenizer's way with texts that begin a row and with texts that follow others.
+    """Encodes texts that begin a row and texts that follow others.
 
     Args:
-        split_special_tokens: whether `mark` keeps special tokens as text; off: it changes nothing.
+        split_special_tokens: whether `mark` keeps special tokens as text; if False, `mark` changes nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        tokenizer("a")  # takes off what a tokenizer.json may have set: truncation, padding
+        tokenizer("a")  # resets truncation and padding, which a tokenizer.json may have set
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         """The ids of special tokens."""
@@ -33,17 +33,17 @@ class Encoder:
         self._words = sorted(word for word in words if word.strip())
         self._number = {word: i for i, word in enumerate(self._words)}
         self._pattern = re.compile(_any_of(self._words)) if split_special_tokens and self._words else None
-        # neither can be guessed, so no text holds a mark of its own
+        # random, so that no text can hold one on purpose
         self._mark, self._alias = (f"\ue000{secrets.token_hex(8)}" for _ in range(2))
         self._marks = re.compile(f"{self._mark}([0-9]+)\ue001")
         first = tokenizer.convert_ids_to_tokens(self.encode(["a"])[0][:1])
         self._adds_space = first[0].startswith(("▁", "Ġ"))
         bos = tokenizer.bos_token_id
         self.bos: list[int] = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
-        """The token that this tokenizer puts before every text, if it does."""
+        """The id of the token that this tokenizer puts before every text; empty if there is none."""
 
     def mark(self, value: Any) -> Any:
-        """Put a mark in the place of each special token in a text, or in the texts of a list or mapping."""
+        """Replace each special token by a mark, in a text or in all texts of a list or mapping."""
         if self._pattern is None:
             return value
         if isinstance(value, str):
@@ -53,18 +53,18 @@ class Encoder:
         return [self.mark(each) for each in value] if isinstance(value, list) else value
 
     def unmark(self, text: str) -> str:
-        """The text as it was before `mark`."""
+        """Return the text as it was before `mark`."""
         return self._marks.sub(lambda found: self._words[int(found[1])], text) if self._mark in text else text
 
     def is_marked(self, text: str) -> bool:
-        """Whether `mark` found a special token in the text."""
+        """Return whether `mark` replaced a special token in the text."""
         return self._mark in text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that begin a row.
+        """Return the token ids of texts that begin a row.
 
         Raises:
-            ValueError: the tokenizer can't tell a special token from the same letters as text.
+            ValueError: the tokenizer can't distinguish a special token from the same letters as text.
         """
         if not texts:
             return []
@@ -73,19 +73,19 @@ class Encoder:
             rest = iter(self.encode([text for text in texts if self._mark not in text]))
             return [next(own if self._mark in text else rest) for text in texts]
         if self._tokenizer.is_fast:
-            # without offsets, which take longer than all else; other threads run meanwhile, as with `encode` they don't
+            # computes no offsets, which take most of the time, and lets other threads run, which `encode` does not
             backend = self._tokenizer.backend_tokenizer
-            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         return ids
 
     def encode_rest(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that follow others, tokenised apart from them."""
+        """Return the token ids of texts that follow others, tokenised apart from them."""
         if not self._adds_space:
             return self.encode(texts)
-        # this tokenizer puts a space before any text, which would not be there amid a row: a line break takes its place
+        # this tokenizer adds a space before any text, which is wrong inside a row: encode after a line break and cut
         (anchor,) = self.encode(["\n"])
         after_anchor = self.encode([f"\n{text}" for text in texts])
         return [
@@ -94,7 +94,7 @@ class Encoder:
         ]
 
     def _encode_marked(self, text: str) -> list[int]:
-        """In one call, with the template's special tokens under names that only `_blind` knows."""
+        """Encode in one call, with the template's special tokens under aliases that only `_blind` knows."""
         assert self._pattern is not None
         if not self._tokenizer.is_fast:
             return self._encode_apart(text)
@@ -104,11 +104,11 @@ class Encoder:
         there = encoding.ids
         if taken := {ids_of.get(token, token) for token in {*there} - renamed} & self.special:
             word = self._tokenizer.convert_ids_to_tokens(taken.pop())
-            raise ValueError(f"the tokenizer takes {word!r} in a text for its special token")
+            raise ValueError(f"the tokenizer reads {word!r} in a text as its special token")
         return [ids_of.get(token, token) for token in there]
 
     def _encode_apart(self, text: str) -> list[int]:
-        """For tokenizers in Python: each special token of a text by itself."""
+        """Encode a text and each special token in it separately, for tokenizers written in Python."""
         ids: list[int] = []
         for i, part in enumerate(self._marks.split(text)):
             if i % 2:
@@ -123,8 +123,10 @@ class Encoder:
 
     @cached_property
     def _blind(self) -> tuple[Tokenizer, dict[int, int], frozenset[int]]:
-        """The tokenizer with its special tokens renamed, so that their own names are text; of each added token id there
-        -> id here, as those that are not in its vocabulary are numbered anew; and the ids there of those renamed.
+        """The tokenizer with its special tokens renamed, so that their original names are plain text.
+
+        With it come a table from each added token's id in it to the id here, because tokens outside the vocabulary get
+        new numbers, and the ids in it of the renamed tokens.
         """
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state["post_processor"] = state["truncation"] = state["padding"] = None
@@ -139,7 +141,7 @@ class Encoder:
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """A regular expression for the longest of these, in which no letter is looked at twice."""
+    """Return a regular expression that matches the longest of these words and reads each letter only once."""
     words = set(words)
     tails: dict[str, set[str]] = {}
     for word in words - {""}:

@@ -1,7 +1,7 @@
-"""Files with rows, read so that every value keeps its text.
+"""Reads files of rows so that every value keeps its text.
 
-JSON is read here: other readers take dates, numbers and mixed columns for something else than they are in the file. A
-column is text; a list or a mapping stands there as its JSON (`messages.NESTED`). CSV and Parquet go through `datasets`.
+JSON is read here, because other readers reinterpret dates, numbers and mixed columns. Each column is text; it holds a
+list or a mapping as its JSON (`messages.NESTED`). CSV and Parquet go through `datasets`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,24 @@ from rankloom.data.messages import NESTED
 from rankloom.errors import DataError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-"""File extension (`.gz` may follow) -> what its files are."""
+"""File extension (`.gz` may follow) -> kind of file."""
 BATCH = 10_000
-"""Rows of JSON that become a table at a time."""
+"""Rows of JSON that are turned into a table at a time."""
 CHUNK_BYTES = 1 << 16
 """Bytes of a file that are read at a time."""
 SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 
 def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
-    """The rows of local files of one kind.
+    """Read the rows of local files of one kind.
+
+    Args:
+        kind: a value of `BUILDERS`.
+        scratch: folder for temporary files; it must outlive the data set.
 
     Raises:
-        DataError: a file is no such file. It is named, but not the setting. Whatever else the readers raise.
+        DataError: a file is not of that kind. The message names the file, but not the setting.
+        Exception: pyarrow, pandas and gzip raise their own kinds as well.
     """
     if kind == "json":
         return _read_json(files, scratch)
@@ -55,17 +60,17 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
         "csv" if kind == "tsv" else kind,
         data_files=[glob.escape(file) for file in files],
         split="train",
-        # the files' contents are a cache's key already; one by path and time, as the builder's own, can be stale
+        # our cache is keyed by the files' contents; the builder's own, keyed by path and time, can be stale
         cache_dir=str(scratch),
         **options,
     )
 
 
 def read_head(files: Sequence[OpenFile], kind: str, num_rows: int) -> datasets.Dataset:
-    """Read the first rows of the first file that has any, as `read_files` does, and little more of it.
+    """Read the first rows of the first file that has any, as `read_files` does, and little more of the file.
 
     Raises:
-        As `read_files`.
+        DataError: as in `read_files`.
     """
     for file in files:
         with file as raw:
@@ -78,7 +83,7 @@ def read_head(files: Sequence[OpenFile], kind: str, num_rows: int) -> datasets.D
 def _head(raw: IO[bytes], file: str, kind: str, num_rows: int) -> pa.Table:
     lines = _unpack(raw, file)
     if kind == "json":
-        return _json_table(list(islice(_rows(lines, file, num_rows), num_rows)))
+        return _json_table(list(islice(_iter_rows(lines, file, num_rows), num_rows)))
     if kind == "parquet":
         parquet = pq.ParquetFile(lines, buffer_size=CHUNK_BYTES, pre_buffer=False)
         _check_columns(parquet.schema_arrow, file)
@@ -94,12 +99,12 @@ def _num_rows(file: str) -> int:
 
 
 def _check_columns(schema: pa.Schema, file: str) -> None:
-    if twice := _twice(schema.names):
-        raise DataError(f"{file} has the column {twice!r} more than once")
+    if duplicate := _find_duplicate(schema.names):
+        raise DataError(f"{file} has the column {duplicate!r} more than once")
 
 
-def not_utf8(file: str) -> str | None:
-    """Where a text file is not UTF-8, in words; None: it is."""
+def explain_not_utf8(file: str) -> str | None:
+    """Return in words where a text file is not UTF-8, or None if it is."""
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -116,7 +121,7 @@ def _read_json(files: list[str], scratch: Path) -> datasets.Dataset:
     tables: list[pa.Table] = []
     for file in files:
         with _open(file) as lines:
-            rows = _rows(lines, file)
+            rows = _iter_rows(lines, file)
             while batch := list(islice(rows, BATCH)):
                 tables.append(_json_table(batch))
     if not tables:
@@ -137,7 +142,7 @@ def _json_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 class _Float(float):
-    """A number with a point or an exponent, which knows how it was written."""
+    """A number with a point or an exponent that remembers how it was written."""
 
     def __new__(cls, text: str) -> _Float:
         number = super().__new__(cls, text)
@@ -148,46 +153,46 @@ class _Float(float):
 
 
 def _cell(value: Any) -> str | None:
-    """A value as a column has it: text as it is in the file, or JSON."""
+    """Return a value as a column holds it: text as in the file, or JSON."""
     if value is None or (isinstance(value, str) and not value.startswith(NESTED)):
         return value
     if isinstance(value, _Float):
         return value.text
-    found = json.dumps(value, ensure_ascii=False)
-    return found if isinstance(value, (bool, int)) else f"{NESTED}{found}"
+    encoded = json.dumps(value, ensure_ascii=False)
+    return encoded if isinstance(value, (bool, int)) else f"{NESTED}{encoded}"
 
 
-def _rows(lines: io.BufferedReader, file: str, num_rows: int | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a file: one a line, or a list of them; texts in a list are rows of `text`.
+def _iter_rows(lines: io.BufferedReader, file: str, num_rows: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file: one per line, or those of a list; a text in a list is a row with the column `text`.
 
     Args:
-        num_rows: how many of a list are wanted; None: all.
+        num_rows: number of objects wanted from a list; None: all.
     """
     if lines.peek(3).startswith(codecs.BOM_UTF8):
         lines.read(3)
     if lines.peek(CHUNK_BYTES).lstrip().startswith(b"["):
-        for number, row in enumerate(_elements(lines, file, num_rows), 1):
-            yield _object({"text": row} if isinstance(row, str) else row, file, f"row {number}: ")
+        for number, row in enumerate(_read_elements(lines, file, num_rows), 1):
+            yield _check_object({"text": row} if isinstance(row, str) else row, file, f"row {number}: ")
         return
     for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"line {number}: "
-            yield _object(_parsed(line, file, place), file, place)
+            yield _check_object(_parse_json(line, file, place), file, place)
 
 
-def _elements(lines: io.BufferedReader, file: str, num_rows: int | None) -> list[Any]:
-    """The elements of a list; with `num_rows` its first ones, for which the file is read as far as they go."""
+def _read_elements(lines: io.BufferedReader, file: str, num_rows: int | None) -> list[Any]:
+    """Return the elements of a list; with `num_rows` its first ones, and read the file only as far as they extend."""
     text = b""
     while num_rows is not None and (chunk := lines.read(max(CHUNK_BYTES, len(text)))):
         text += chunk
         if len(found := _whole_elements(text, num_rows)) == num_rows:
             return found
-    whole: list[Any] = _parsed(text + lines.read(), file, "")  # short, or malformed: it says how
+    whole: list[Any] = _parse_json(text + lines.read(), file, "")  # the file is short or malformed; parsing says how
     return whole
 
 
 def _whole_elements(text: bytes, limit: int) -> list[Any]:
-    """The elements that a list begins with, as far as they are whole and well-formed."""
+    """Return the first elements of a list, up to one that is cut off or malformed."""
     found: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):  # cut off
         start = codecs.getincrementaldecoder("utf-8")().decode(text)
@@ -195,7 +200,7 @@ def _whole_elements(text: bytes, limit: int) -> list[Any]:
         while len(found) < limit:
             element, place = _DECODER.raw_decode(start, _skip_space(start, place))
             place = _skip_space(start, place)
-            if start[place : place + 1] != ",":  # the last, or a number that is cut
+            if start[place : place + 1] != ",":  # the last element, or a number that is cut off
                 break
             found.append(element)
             place += 1
@@ -207,58 +212,58 @@ def _skip_space(text: str, place: int) -> int:
     return space.end() if space else place
 
 
-def _parsed(text: bytes, file: str, place: str) -> Any:
+def _parse_json(text: bytes, file: str, place: str) -> Any:
     try:
         return json.loads(text.decode("utf-8"), **_HOOKS)
     except UnicodeDecodeError:
-        raise DataError(f"{file} can't be read as json: {not_utf8(file)}") from None
+        raise DataError(f"{file} can't be read as json: {explain_not_utf8(file)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{file} can't be read as json: {place}{error}; give a JSON object a line, or a list of objects"
+            f"{file} can't be read as json: {place}{error}; give one JSON object per line, or a list of objects"
         ) from None
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"the key {_twice([key for key, _ in pairs])!r} is there more than once")
-    return found
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise ValueError(f"the key {_find_duplicate([key for key, _ in pairs])!r} occurs more than once")
+    return mapping
 
 
-def _twice(names: list[str]) -> str | None:
-    """The first name that is there more than once."""
+def _find_duplicate(names: list[str]) -> str | None:
+    """Return the first name that occurs more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _constant(name: str) -> str | None:
+def _parse_constant(name: str) -> str | None:
     return None if name == "NaN" else name
 
 
-_HOOKS: dict[str, Any] = {"parse_float": _Float, "parse_constant": _constant, "object_pairs_hook": _mapping}
+_HOOKS: dict[str, Any] = {"parse_float": _Float, "parse_constant": _parse_constant, "object_pairs_hook": _mapping}
 _DECODER = json.JSONDecoder(**_HOOKS)
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
-def _object(row: Any, file: str, place: str) -> dict[str, Any]:
+def _check_object(row: Any, file: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f'{file} can\'t be read as json: {place}expected an object such as {{"text": ...}}, found {str(row)[:60]!r}'
         )
     try:
-        "".join(_texts(row)).encode()
+        "".join(_iter_texts(row)).encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{file} can't be read as json: {place}it holds half of a surrogate pair, which is no text"
+            f"{file} can't be read as json: {place}it holds half of a surrogate pair, which is not text"
         ) from None
     return row
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iter_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for each in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _texts(each)
+            yield from _iter_texts(each)
 
 
 @contextlib.contextmanager
@@ -268,7 +273,7 @@ def _open(file: str) -> Iterator[io.BufferedReader]:
 
 
 def _unpack(raw: IO[bytes], file: str) -> io.BufferedReader:
-    """The contents of a file, which need not be able to seek."""
+    """Return a reader of a file's decompressed contents; `raw` need not be seekable."""
     stream: Any = gzip.GzipFile(fileobj=raw) if _is_gzip(file) else raw
     return io.BufferedReader(stream, CHUNK_BYTES)
 
@@ -282,14 +287,14 @@ def _no_rows(files: Sequence[str]) -> DataError:
 
 
 def _csv_options(files: list[str], kind: str) -> dict[str, Any]:
-    """Every value is kept as it is written: '007', '1.50' and 'None' stay text."""
+    """Return options that keep every value as written: '007', '1.50' and 'None' stay text."""
     names: list[str] = []
     for file in files:
         with _open(file) as lines:
-            found = list(map(str, _csv_frame(lines, file, kind, 1).columns))
-        if names and set(found) != set(names):
-            raise DataError(f"{file} has the columns {', '.join(found)}; the files before it {', '.join(names)}")
-        names = names or found
+            columns = list(map(str, _csv_frame(lines, file, kind, 1).columns))
+        if names and set(columns) != set(names):
+            raise DataError(f"{file} has the columns {', '.join(columns)}; the files before it {', '.join(names)}")
+        names = names or columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"features": features, "keep_default_na": False, "sep": _separator(kind)}
 
@@ -304,13 +309,13 @@ def _csv_frame(lines: IO[bytes], file: str, kind: str, num_rows: int) -> pd.Data
         head = pd.read_csv(lines, nrows=num_rows, dtype=object, keep_default_na=False, sep=separator)
     except pd.errors.EmptyDataError:
         raise _no_rows([file]) from None
-    found = list(map(str, head.columns))
-    other = next((each for each in SEPARATORS if each != separator and each in found[0]), None)
-    if len(found) == 1 and other:
+    columns = list(map(str, head.columns))
+    other = next((each for each in SEPARATORS if each != separator and each in columns[0]), None)
+    if len(columns) == 1 and other:
         raise DataError(
             f"{file}: it is separated by {SEPARATORS[other]}, not by {'tabs' if kind == 'tsv' else 'commas'}; save "
             f"it with {'tabs' if kind == 'tsv' else 'commas'}{', or name it .tsv' if other == chr(9) else ''}"
         )
-    if not isinstance(head.index, pd.RangeIndex):  # pandas would take the first column for row names
+    if not isinstance(head.index, pd.RangeIndex):  # pandas would read the first column as row names
         raise DataError(f"{file}: its rows have more fields than its header; quote texts that hold a comma")
     return head

@@ -1,7 +1,7 @@
-"""`load_data`: everything from a data config to tokenised splits, cached on disk; `check_heads`: the first rows alone.
+"""`load_data` turns a data config into tokenised splits, cached on disk; `check_heads` reads only the first rows.
 
-The cache's key names the sources' contents, the tokenizer and the settings; its entries are written beside and renamed
-into place, checked against their own hash when they are read, and made again where they are broken.
+The cache's key covers the sources' contents, the tokenizer and the settings. An entry is written to a temporary folder
+and renamed into place, checked against its own hash when it is read, and rebuilt if it is broken.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from rankloom.errors import ConfigError, DataError
 from rankloom.paths import cache_dir
 
 FORMAT_VERSION = 3
-"""Raise it with any change to what is made of the same input: older cache entries then go unused."""
+"""Increase it with every change of the output for equal input, so that older cache entries are not used."""
 PARALLEL_FROM = 50_000
-"""Rows from which rendering is worth several processes."""
+"""Number of rows from which rendering in several processes is faster."""
 
 RENDERED = datasets.Features(
     {
@@ -70,14 +70,14 @@ class TaskData:
     test: Rows
     retention: Rows | None
     labels: dict[str, list[int]] | None
-    """In classification: label -> the token ids of its completion with the end of the turn."""
+    """Label -> the token ids of its completion with the end of the turn; None unless the format is classification."""
     fingerprint: str
-    """Of the splits' tokens and labels; the same on every machine."""
+    """Hash of the splits' tokens and labels, equal on every machine."""
     report: DataReport
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retention: Source | None = None) -> TaskData:
-    """Read, render, split and check.
+    """Read, render, split and check all sources, or open the cached result.
 
     Args:
         retention: a second data set, rendered by its own columns without `config.columns` and `config.instruction`.
@@ -90,11 +90,11 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retenti
         located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
         key = _key(config, tokenizer, located)
         folder = cache_dir() / "tokens" / key
-        if found := _open(folder):
-            return found
+        if cached := _open(folder):
+            return cached
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # of a machine's workers the first renders, the others wait
+            with FileLock(f"{folder}.lock"):  # the first worker of a machine renders, the others wait
                 return _open(folder) or _make(folder, config, tokenizer, located)
         except OSError as error:
             raise DataError(
@@ -108,10 +108,10 @@ def check_heads(
     """Read and render the first rows of each source, as `load_data` would.
 
     Returns:
-        Whether they settle that each source can be used; where they don't, only all rows can tell.
+        True if these rows prove that each source can be used; False if only all rows can.
 
     Raises:
-        As `load_data`, for what is wrong whatever rows follow.
+        DataError, ConfigError: as in `load_data`, for problems that no later row can cure.
     """
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
@@ -126,7 +126,7 @@ def check_heads(
 
 
 def _has_optional(head: datasets.Dataset, config: DataConfig) -> bool:
-    """Whether the columns are there that `config.columns` names, but that only some rows of JSON may have."""
+    """Return whether `head` has the optional columns of `config.columns`, which only later rows of JSON may have."""
     optional = {role for roles in OPTIONAL.values() for role in roles}
     return all(name in head.column_names for role, name in config.columns.items() if role in optional)
 
@@ -134,13 +134,13 @@ def _has_optional(head: datasets.Dataset, config: DataConfig) -> bool:
 def _make(
     folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]
 ) -> TaskData:
-    """Render everything into a folder beside, and rename it into place."""
-    shutil.rmtree(folder, ignore_errors=True)  # there only when it is broken
+    """Render everything into a temporary folder and rename it into place."""
+    shutil.rmtree(folder, ignore_errors=True)  # it exists only if it is broken
     staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".staged-"))
     try:
         scratch = staged / "scratch"
         scratch.mkdir()
-        parts, format, labels = _parts(config, tokenizer, located, scratch)
+        parts, format, labels = _make_parts(config, tokenizer, located, scratch)
         report = build_report(parts, format, labels, config.max_length)
         rows = {name: store(part.rendered, part.kept, staged / name) for name, part in parts.items()}
         meta = {
@@ -161,7 +161,7 @@ def _make(
 
 
 def _open(folder: Path) -> TaskData | None:
-    """A cache entry, or None where it is missing or broken."""
+    """Return a cache entry, or None if it is missing or broken."""
     if not folder.is_dir():
         return None
     try:
@@ -170,7 +170,7 @@ def _open(folder: Path) -> TaskData | None:
         if any(rows[name].digest() != digest for name, digest in meta["digests"].items()):
             return None
         report = DataReport.model_validate(meta["report"])
-    except Exception:  # a damaged file can make the Arrow and JSON readers raise anything; it is rendered again
+    except Exception:  # the Arrow and JSON readers can raise anything for a damaged file; render again
         return None
     labels = meta["labels"]
     identity = json.dumps([meta["digests"], labels], sort_keys=True)
@@ -192,15 +192,15 @@ def _render_all(
     scratch: Path,
     heads: Mapping[Role, datasets.Dataset] | None = None,
 ) -> tuple[dict[str, Part], str, dict[str, list[int]] | None]:
-    """Each source's rows, the format, and the labels.
+    """Return each source's rendered rows, the format, and the labels.
 
     Args:
-        heads: some rows of each, to take in place of all; none need be usable, nor do train's have all labels.
+        heads: the first rows of each source, to render instead of all; they need not be usable or show all labels.
     """
     format: str = config.format
     labels = None
     parts: dict[str, Part] = {}
-    for role, source in located.items():  # train comes first: it settles the format and the labels
+    for role, source in located.items():  # train comes first: it determines the format and the labels
         own, known = (config, labels) if role != "retention" else (config.model_copy(update=_RETENTION), None)
         place = scratch / role
         place.mkdir()
@@ -213,7 +213,7 @@ def _render_all(
         if role == "train":
             format = own_format
             if format == "classification":
-                labels = renderer.labels = renderer.label_table(_different(columns, "label"))
+                labels = renderer.labels = renderer.label_table(_distinct_values(columns, "label"))
         parts[role] = gather(
             _render(columns, renderer, place), source.field, unread_columns(rows, columns, own.columns)
         )
@@ -222,10 +222,10 @@ def _render_all(
     return parts, format, labels
 
 
-def _parts(
+def _make_parts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located], scratch: Path
 ) -> tuple[dict[str, Part], str, dict[str, list[int]] | None]:
-    """Each split's rows, the format, and the labels."""
+    """Return each split's rows, the format, and the labels."""
     parts, format, labels = _render_all(config, tokenizer, located, scratch)
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
     fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
@@ -239,8 +239,8 @@ def _parts(
         parts.update(_split(train, fractions, config))
     if config.max_train_rows is not None and config.max_train_rows < len(parts["train"].kept):
         chosen = np.random.default_rng(config.split_seed).permutation(parts["train"].kept)[: config.max_train_rows]
-        parts["train"] = parts["train"].picked(np.sort(chosen))
-    # what was dropped from the source is train's to report, whatever was split off it
+        parts["train"] = parts["train"].pick(np.sort(chosen))
+    # train reports all rows dropped from the source, also those of the parts split off it
     parts["train"] = replace(train, kept=parts["train"].kept)
     return parts, format, labels
 
@@ -249,7 +249,7 @@ _RETENTION: dict[str, Any] = {
     "format": "auto", "template": "auto", "columns": {}, "instruction": None,
     "train_on": "completion", "over_long": "drop",
 }  # fmt: skip
-"""Settings of the task that mean nothing for the second data set."""
+"""Settings of the task that do not apply to the second data set."""
 
 
 def _split(whole: Part, fractions: Mapping[str, float], config: DataConfig) -> dict[str, Part]:
@@ -264,12 +264,12 @@ def _split(whole: Part, fractions: Mapping[str, float], config: DataConfig) -> d
         few = f"fits data.max_length={limit}" if not whole.empty else f"can be used ({whole.describe(limit)})"
         raise DataError(
             f"{whole.field}: only {len(texts)} of {total} rows {few}: too few to split off {' and '.join(fractions)}; "
-            f"{'raise data.max_length, ' if whole.over_long else ''}mend the others, or give "
+            f"{'raise data.max_length, ' if whole.over_long else ''}fix the others, or give "
             f"{' and '.join(f'data.{name}' for name in fractions)}"
         ) from None
     part_of = {digest: name for name, prompts in chosen.items() for digest in prompts}
     side = np.array([part_of.get(digest, "train") for digest in digests])
-    return {name: whole.picked(whole.kept[side == name]) for name in ("train", *fractions)}
+    return {name: whole.pick(whole.kept[side == name]) for name in ("train", *fractions)}
 
 
 def _render(columns: datasets.Dataset, renderer: Renderer, place: Path) -> datasets.Dataset:
@@ -283,7 +283,7 @@ def _render(columns: datasets.Dataset, renderer: Renderer, place: Path) -> datas
         num_proc=processes,
         cache_file_name=str(place / "rendered.arrow"),
         load_from_cache_file=False,
-        new_fingerprint="rendered",  # else the tokenizer is pickled and hashed to make one
+        new_fingerprint="rendered",  # otherwise `datasets` pickles and hashes the tokenizer for one
     )
 
 
@@ -292,14 +292,14 @@ def _label_names(columns: datasets.Dataset) -> list[str] | None:
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _different(columns: datasets.Dataset, name: str) -> list[Any]:
+def _distinct_values(columns: datasets.Dataset, name: str) -> list[Any]:
     if isinstance(columns.features[name], (datasets.Value, datasets.ClassLabel)):
         return list(columns.unique(name))
     return list(columns[name])  # values of several types
 
 
 def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]) -> str:
-    settings = {name: value for name, value in dump(config).items() if name not in FIELDS}  # sources are in by contents
+    settings = {name: value for name, value in dump(config).items() if name not in FIELDS}  # `located` has them
     parts = [
         FORMAT_VERSION,
         settings,
@@ -313,7 +313,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         state = json.loads(backend.to_str())
-        state["truncation"] = state["padding"] = None  # set by whoever called it last
+        state["truncation"] = state["padding"] = None  # left over from the last call
         digest.update(json.dumps(state, sort_keys=True).encode())
     else:
         digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
@@ -324,7 +324,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and log lines of `datasets`, which would run across a run's own display."""
+    """Silence the progress bars and log lines of `datasets`, which would garble the run's own display."""
     shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error it also raises

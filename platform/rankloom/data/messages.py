@@ -1,7 +1,7 @@
-"""Conversations as files have them, to the messages that a chat template takes.
+"""Turns conversations of files into the messages that a chat template takes.
 
-OpenAI's format and its older one (functions), ShareGPT's (from, value) and TRL's (prompt and completion as messages).
-What a message says beside role and content is kept, for the template to show.
+Reads OpenAI's format and its older one (functions), ShareGPT's (from, value) and TRL's (prompt and completion as
+messages). Other keys of a message than role and content are kept, for the template to show.
 """
 
 from __future__ import annotations
@@ -17,36 +17,40 @@ from rankloom.data.template import Message
 from rankloom.errors import DataError
 
 NESTED = "\0json\0"
-"""Begins a cell that holds JSON: a list or a mapping from a JSON file, whose columns are texts."""
+"""Prefix of a cell that holds JSON: a list or a mapping from a JSON file, whose columns are texts."""
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
 }  # fmt: skip
 SAME_ROLES = {"developer": "system", "function": "tool"}
-"""Newer and older names."""
+"""Newer or older name of a role -> the role."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def plain(cell: Any) -> Any:
-    """A cell's value; in lists and mappings keys without a value are left out, as Arrow fills them in."""
+def decode_cell(cell: Any) -> Any:
+    """Return a cell's value, without the null keys of mappings, which Arrow adds."""
     if isinstance(cell, str) and cell.startswith(NESTED):
         return json.loads(cell[len(NESTED) :])
     return _without_nulls(cell)
 
 
-def text(value: Any, name: str, column: str) -> str:
-    """A value as text; "" where there is none.
+def to_text(value: Any, name: str, column: str) -> str:
+    """Return a value as text; "" for None and NaN.
+
+    Args:
+        name: the source and row, and
+        column: the column, which the error names.
 
     Raises:
-        DataError: it is no text, number or date.
+        DataError: the value is not a text, number or date.
     """
     if value is None:
         return ""
     if isinstance(value, float):
         if math.isnan(value):
             return ""
-        value = int(value) if value.is_integer() else value  # an integer column with a hole in it is read as floats
+        value = int(value) if value.is_integer() else value  # an integer column with a missing value is read as floats
     if isinstance(value, datetime.datetime):
         raise DataError(f"{name}: {column} must be text, found the point in time {str(value)!r}; write it as text")
     if isinstance(value, (str, int, float, decimal.Decimal, datetime.date, datetime.time)):
@@ -54,13 +58,13 @@ def text(value: Any, name: str, column: str) -> str:
     raise DataError(f"{name}: {column} must be text, found {type(value).__name__} {str(value)[:60]!r}")
 
 
-def messages(given: Any, name: str, column: str = "messages") -> list[Message]:
-    """The messages of a list; `weight` stays where it is 0.
+def read_messages(given: Any, name: str, column: str = "messages") -> list[Message]:
+    """Return the messages of a list; `weight` is kept only if it is 0.
 
     Raises:
-        DataError: it is no list of messages, or one of them holds what can't be trained on.
+        DataError: it is not a list of messages, or a message holds something that can't be trained on.
     """
-    given = _parsed(given)
+    given = _parse_json(given)
     if not isinstance(given, list) or not all(
         isinstance(m, dict) and ({"role"} <= m.keys() or {"from", "value"} <= m.keys()) for m in given
     ):
@@ -68,18 +72,18 @@ def messages(given: Any, name: str, column: str = "messages") -> list[Message]:
             f"{name}: {column} must be a list of {{role: ..., content: ...}} (or ShareGPT's {{from: ..., "
             f"value: ...}}), found {str(given)[:80]!r}"
         )
-    found = [_message(m if "role" in m else _from_sharegpt(m), name, column) for m in given]
-    roles = list(dict.fromkeys(m["role"] for m in found))
-    if found and "assistant" not in roles and not set(roles) <= set(ROLES):
+    messages = [_message(m if "role" in m else _from_sharegpt(m), name, column) for m in given]
+    roles = list(dict.fromkeys(m["role"] for m in messages))
+    if messages and "assistant" not in roles and not set(roles) <= set(ROLES):
         raise DataError(
             f"{name}: no turn has the role assistant; roles here: {', '.join(roles)}; rename them to {', '.join(ROLES)}"
         )
-    return found
+    return messages
 
 
-def tools(given: Any, name: str) -> list[Any] | None:
-    """The tools a row offers: as a list, as its JSON, or as OpenAI's older functions."""
-    given = _parsed(given)
+def read_tools(given: Any, name: str) -> list[Any] | None:
+    """Return the tools of a row, given as a list, as its JSON, or as OpenAI's older functions."""
+    given = _parse_json(given)
     if not given:
         return None
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
@@ -95,10 +99,10 @@ def _message(given: Mapping[str, Any], name: str, column: str) -> Message:
     if role == "tool" and _is_result(content):
         content = json.dumps(content, ensure_ascii=False)
     message["content"] = _content(content, name, f"{column}.content")
-    if call := message.pop("function_call", None):  # one of the older format
-        message["tool_calls"] = [_as_function(_parsed(call))]
+    if call := message.pop("function_call", None):  # the older format
+        message["tool_calls"] = [_as_function(_parse_json(call))]
     if "tool_calls" in message:
-        calls = _parsed(message["tool_calls"])
+        calls = _parse_json(message["tool_calls"])
         message["tool_calls"] = [_call(call, name, column) for call in (calls if isinstance(calls, list) else [calls])]
     if "weight" in message and message["weight"] not in (0, 1):
         raise DataError(f"{name}: {column}.weight must be 0 (no loss on this turn) or 1, found {message['weight']!r}")
@@ -113,23 +117,23 @@ def _from_sharegpt(given: Mapping[str, Any]) -> dict[str, Any]:
     role = SHAREGPT_ROLES.get(source, source)
     if source != "function_call":
         return {"role": role, "content": value, **rest}
-    calls = _parsed(value)
+    calls = _parse_json(value)
     return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
 
 
 def _content(value: Any, name: str, column: str) -> str:
     if not isinstance(value, list):
-        return text(value, name, column)
+        return to_text(value, name, column)
     kinds = [str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in value]
     if other := sorted({kind for kind in kinds if kind != "text"}):
         raise DataError(
             f"{name}: {column} is a list of parts, of which {', '.join(other)} can't be trained on; only text can"
         )
-    return "".join(text(part.get("text"), name, f"{column}.text") for part in value)
+    return "".join(to_text(part.get("text"), name, f"{column}.text") for part in value)
 
 
 def _is_result(content: Any) -> bool:
-    """Whether it is what a tool returned, before it was written as JSON; a list may also be one of parts."""
+    """Return whether this is a tool's result that is not yet JSON text; a list may also be one of content parts."""
     if isinstance(content, list):
         return not all(isinstance(part, dict) and "type" in part for part in content)
     return isinstance(content, dict)
@@ -143,7 +147,7 @@ def _call(given: Any, name: str, column: str) -> dict[str, Any]:
             f"arguments: ...}}}}, found {str(given)[:80]!r}"
         )
     arguments = function.get("arguments")
-    arguments = _parsed(arguments) if arguments not in (None, "") else {}
+    arguments = _parse_json(arguments) if arguments not in (None, "") else {}
     if not isinstance(arguments, dict):
         raise DataError(
             f"{name}: {column}.tool_calls: the arguments of {function['name']!r} must be a JSON object, found "
@@ -157,8 +161,8 @@ def _as_function(given: Any) -> dict[str, Any]:
     return {"type": "function", "function": given}
 
 
-def _parsed(value: Any) -> Any:
-    """What a text holds as JSON, or the text."""
+def _parse_json(value: Any) -> Any:
+    """Return the value that a text holds as JSON, or the text itself."""
     if not isinstance(value, str):
         return value
     try:

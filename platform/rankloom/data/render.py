@@ -1,10 +1,10 @@
-"""From a row of a source to tokens with loss weights.
+"""Renders a row of a source as tokens with loss weights.
 
 Every format becomes messages, and messages become text through the tokenizer's chat template, or through the plain
 template: contents on lines of their own, the end token after each completion. The prompt and the completion are
-tokenised apart from each other, so that generation starts from the very token ids that training saw.
+tokenised apart from each other, so that generation starts from exactly the token ids that training saw.
 
-Not here: where rows come from (sources.py), and what is done with the result (load.py).
+sources.py reads the rows, load.py uses the result.
 """
 
 from __future__ import annotations
@@ -20,44 +20,42 @@ from transformers import PreTrainedTokenizerBase
 
 from rankloom.config.data import CONTEXT, DataConfig
 from rankloom.data.encode import Encoder
-from rankloom.data.messages import messages as read_messages
-from rankloom.data.messages import plain, text
-from rankloom.data.messages import tools as read_tools
+from rankloom.data.messages import decode_cell, read_messages, read_tools, to_text
 from rankloom.data.template import THOUGHTS, ChatTemplate, Form, Message, TemplateError, shows_answer
 from rankloom.errors import ConfigError, DataError
 
 OK, TRUNCATED, EMPTY, OVER_LONG = range(4)
-"""What became of a source's row: the last two are dropped."""
+"""Status of a source's row; EMPTY and OVER_LONG rows are dropped."""
 PREVIEW_LENGTH = 80
 LINKS = {"role", "content", "tool_calls", "tool_call_id", "id"}
-"""Keys of a message that need no warning where the template does not show them by themselves."""
+"""Keys of a message that need no warning if the template does not show them."""
 SPOKEN = {"tool_calls", *THOUGHTS}
-"""Keys that make a turn without content one that says something."""
+"""Keys that give a turn without content something to say."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row, ready to train on; nothing is padded."""
+    """One row, ready to train on, without padding."""
 
     input_ids: list[int]
     loss_weights: list[float]
-    """Each token's weight in the loss, as the token that is predicted; the first is never predicted."""
+    """Weight of each token's prediction in the loss, [tokens]; the first token is never predicted."""
     prompt_length: int
-    """Tokens before the (last) completion."""
+    """Number of tokens before the (last) completion."""
     completion: str
-    """The completion's text without what ends the turn; in classification the label."""
+    """The completion's text without the end of the turn; in classification the label."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a row's text that is tokenised by itself."""
+    """A part of a row's text that is tokenised separately."""
 
     text: str
     trained: bool
     ended: bool = False
-    """Whether the end token has to follow."""
+    """Whether the end token must follow."""
     muted: bool = False
-    """Whether it carries no loss even where everything does: a turn of weight 0."""
+    """Whether it carries no loss even with `train_on=all`: a turn of weight 0."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,12 @@ class Conversation:
 
     pieces: list[Piece]
     completion: str
-    """As given, without what the template adds."""
+    """As given, without the template's additions."""
     preview: str
     skipped_turns: int = 0
-    """Earlier assistant turns without loss, since the template renders them differently once they are history."""
+    """Earlier assistant turns without loss, because the template renders them differently in the history."""
     notes: tuple[str, ...] = ()
-    """What of the row is not trained as it stands, each a predicate of the row."""
+    """What is not trained as given, each note a predicate of the row."""
 
     @property
     def prompt(self) -> str:
@@ -79,12 +77,12 @@ class Conversation:
 
 
 class Renderer:
-    """Renders batches of a source's rows; `__call__` is what `Dataset.map` runs.
+    """Renders batches of a source's rows; `Dataset.map` runs `__call__`.
 
     Args:
         format: one of `COLUMNS`, not auto.
-        label_names: the names of integer labels, where the source knows them.
-        labels: in classification, the labels that are known; `label_table` makes them.
+        label_names: the names of integer labels, if the source has them.
+        labels: the known labels of classification; `label_table` makes them.
     """
 
     def __init__(
@@ -110,19 +108,21 @@ class Renderer:
         self.encoder = Encoder(tokenizer, config.split_special_tokens and self.chat)
         self.template = ChatTemplate(tokenizer) if self.chat else None
         self._shown: set[str] = set()
-        """What of a row the template is known to show."""
+        """Parts of a row that the template is known to show."""
 
     def __call__(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         names = [f"{self.field}: row {i + 1}" for i in indices]
-        rows = [dict(zip(columns, map(plain, values), strict=True)) for values in zip(*columns.values(), strict=True)]
-        found = [self.converse(row, name) for row, name in zip(rows, names, strict=True)]
+        rows = [
+            dict(zip(columns, map(decode_cell, values), strict=True)) for values in zip(*columns.values(), strict=True)
+        ]
+        conversations = [self.converse(row, name) for row, name in zip(rows, names, strict=True)]
         try:
-            starts = iter(self.encoder.encode([c.pieces[0].text for c in found if c]))
-            rest = iter(self.encoder.encode_rest([piece.text for c in found if c for piece in c.pieces[1:]]))
+            starts = iter(self.encoder.encode([c.pieces[0].text for c in conversations if c]))
+            rest = iter(self.encoder.encode_rest([piece.text for c in conversations if c for piece in c.pieces[1:]]))
         except ValueError as error:
             raise DataError(f"{self.field}: {error}; set data.split_special_tokens=false, or remove it") from None
         result: dict[str, list[Any]] = {name: [] for name in OUTPUT}
-        for conversation, name, index in zip(found, names, indices, strict=True):
+        for conversation, name, index in zip(conversations, names, indices, strict=True):
             if conversation is None:
                 _append(result, source_row=index, status=EMPTY)
                 continue
@@ -132,19 +132,19 @@ class Renderer:
         return result
 
     def label_table(self, values: Sequence[Any]) -> dict[str, list[int]]:
-        """Each label's completion, as token ids with the end of the turn; sorted by label.
+        """Return each label's completion as token ids with the end of the turn, sorted by label.
 
         Raises:
-            DataError: two labels are the same tokens, or one begins another, so that they can't be told apart.
+            DataError: two labels are the same tokens, or one begins another, so that scoring can't distinguish them.
         """
-        labels = sorted({label for value in values if (label := self._label(plain(value), self.field)).strip()})
+        labels = sorted({label for value in values if (label := self._label(decode_cell(value), self.field)).strip()})
         conversations = [self._render([_message("user", "a"), _message("assistant", label)], label) for label in labels]
         table: dict[str, list[int]] = {}
         for conversation, ids in zip(
             conversations, self.encoder.encode_rest([c.pieces[-1].text for c in conversations]), strict=True
         ):
-            table[conversation.completion] = self._ended(conversation.pieces[-1], ids)
-        # sorted, tokens that begin others come right before one of those
+            table[conversation.completion] = self._end(conversation.pieces[-1], ids)
+        # once sorted, a prefix stands directly before a label that begins with it
         by_tokens = sorted(table.items(), key=lambda item: item[1])
         for (one, ids), (other, other_ids) in pairwise(by_tokens):
             if other_ids[: len(ids)] == ids:
@@ -153,29 +153,29 @@ class Renderer:
 
     def _from_pair(self, row: dict[str, Any], name: str, asked: str, answered: str) -> Conversation | None:
         prompt, completion = row[asked], row[answered]
-        if _is_talk(prompt) or _is_talk(completion):  # TRL's conversational rows, which train the completion alone
+        if _is_talk(prompt) or _is_talk(completion):  # TRL's conversational rows, which train only the completion
             before = (
                 read_messages(prompt, name, asked)
                 if _is_talk(prompt)
-                else [_message("user", text(prompt, name, asked))]
+                else [_message("user", to_text(prompt, name, asked))]
             )
             if self.config.train_on == "completion":
                 before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
             after = completion if _is_talk(completion) else [{"role": "assistant", "content": completion}]
             return self._from_messages([*before, *read_messages(after, name, answered)], row, name)
-        prompt, completion = text(prompt, name, asked), text(completion, name, answered)
-        extra = [each for column in CONTEXT if (each := text(row.get(column), name, column)).strip()]
+        prompt, completion = to_text(prompt, name, asked), to_text(completion, name, answered)
+        extra = [each for column in CONTEXT if (each := to_text(row.get(column), name, column)).strip()]
         if not prompt.strip() or not completion.strip():
             return None
         prompt = "\n\n".join([prompt, *extra])
         return self._from_messages([_message("user", prompt), _message("assistant", completion)], row, name)
 
     def _from_labelled(self, row: dict[str, Any], name: str) -> Conversation | None:
-        asked, label = text(row["text"], name, "text"), self._label(row["label"], name)
+        asked, label = to_text(row["text"], name, "text"), self._label(row["label"], name)
         return self._from_messages([_message("user", asked), _message("assistant", label)], row, name)
 
     def _from_text(self, row: dict[str, Any], name: str) -> Conversation | None:
-        given = text(row["text"], name, "text")
+        given = to_text(row["text"], name, "text")
         if not given.strip():
             return None
         return Conversation([Piece(given, trained=True, ended=True)], given, _preview(given))
@@ -185,42 +185,43 @@ class Renderer:
         return None if given is None else self._from_messages(read_messages(given, name), row, name)
 
     def _from_messages(self, messages: list[Message], row: dict[str, Any], name: str) -> Conversation | None:
-        # nothing is learnt from what no turn answers, nor from turns without loss
+        # turns after the last trained answer teach nothing
         while messages and (messages[-1]["role"] != "assistant" or "weight" in messages[-1]):
             messages = messages[:-1]
         asked = any(m["role"] != "system" and (m["content"].strip() or m.get("tool_calls")) for m in messages[:-1])
         if not asked or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
             return None
-        if (system := text(row.get("system"), name, "system")).strip():
-            messages = _instructed(messages, system)
+        if (system := to_text(row.get("system"), name, "system")).strip():
+            messages = _add_instruction(messages, system)
         silent = [m["role"] == "assistant" and not (m["content"].strip() or m.keys() & SPOKEN) for m in messages]
         if not any(silent) or self.config.train_on == "all":
             return self._render(messages, name, read_tools(row.get("tools"), name))
-        # with loss they would teach the model to say nothing
+        # with loss, they would teach the model to say nothing
         messages = [m | {"weight": 0} if empty else m for m, empty in zip(messages, silent, strict=True)]
-        found = self._render(messages, name, read_tools(row.get("tools"), name))
-        return replace(found, notes=(*found.notes, "have a turn of the assistant without text, which carries no loss"))
+        rendered = self._render(messages, name, read_tools(row.get("tools"), name))
+        return replace(
+            rendered, notes=(*rendered.notes, "have a turn of the assistant without text, which carries no loss")
+        )
 
     def _label(self, value: Any, name: str) -> str:
         if isinstance(value, int) and self.label_names is not None:
-            return self.label_names[value] if 0 <= value < len(self.label_names) else ""  # -1: without a label
-        return text(value, name, "label")
+            return self.label_names[value] if 0 <= value < len(self.label_names) else ""  # -1: no label
+        return to_text(value, name, "label")
 
     def _render(self, messages: list[Message], name: str, tools: list[Any] | None = None) -> Conversation:
         if self.config.instruction:
-            messages = _instructed(messages, self.config.instruction)
+            messages = _add_instruction(messages, self.config.instruction)
         if self.template is None:
             return self._render_plain(messages, name, tools)
         try:
             return self._render_chat(messages, name, tools, self.template)
         except TemplateError as error:
-            raise DataError(f"{name}: {self.encoder.unmark(str(error))}; try {_way_out(messages)}") from None
+            raise DataError(f"{name}: {self.encoder.unmark(str(error))}; try {_suggest_fix(messages)}") from None
 
     def _render_plain(self, messages: list[Message], name: str, tools: list[Any] | None) -> Conversation:
         if any(m.get("tool_calls") for m in messages):
             raise DataError(
-                f"{name}: tool_calls need a chat template to be rendered: take a model that has one, with "
-                f"data.template=auto"
+                f"{name}: only a chat template can render tool_calls: use a model that has one, with data.template=auto"
             )
         if self.config.train_on == "all" and any("weight" in m for m in messages if m["role"] != "assistant"):
             raise DataError(
@@ -265,11 +266,11 @@ class Renderer:
             else:
                 skipped += weighted[i]
         answer = messages[-1]
-        if not prompt.startswith(whole[:done]):  # the last turn's prompt rewrites history: only that turn is trained on
+        if not prompt.startswith(whole[:done]):  # the last turn's prompt rewrites history: train only that turn
             pieces, done, skipped = [], 0, sum(weighted[i] for i in turns[:-1])
         content = answer["content"].strip()
         start = len(prompt)
-        if not whole.startswith(prompt):  # the prompt opens what the turn itself has not, such as thinking
+        if not whole.startswith(prompt):  # the prompt opens a part that the turn lacks, such as thinking
             shared = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(whole))
             start = whole.rfind(content) if content else shared if not prompt[shared:].strip() else -1
         # a line break after the end of the turn is never generated
@@ -277,11 +278,11 @@ class Renderer:
         if start < 0 or not shows_answer(answer, completion):
             raise DataError(
                 f"{name}: the tokenizer's chat template drops the completion, or a part of it: "
-                f"{given[-1]['content'][:60] or 'a call'!r}; change the row, or try {_way_out(given)}"
+                f"{given[-1]['content'][:60] or 'a call'!r}; change the row, or try {_suggest_fix(given)}"
             )
         if self.config.train_on == "all" and sum(piece.muted for piece in pieces) < weighted.count(False):
             raise DataError(
-                f"{name}: a turn of weight 0 can't be told from what the chat template puts around it; use "
+                f"{name}: a turn of weight 0 can't be separated from the text that the chat template adds to it; use "
                 f"data.train_on=completion"
             )
         pieces += [Piece(prompt[done:], trained=False), Piece(completion, trained=True, ended=True)]
@@ -290,18 +291,18 @@ class Renderer:
             if str(answer.get(key) or "").strip() not in completion and f"messages.{key}" not in unread:
                 unread.append(f"messages.{key}")  # the prompt has closed the thinking already
         notes = self._notes(whole, unread=unread)
-        said = self._without_end(completion) if answer.get("tool_calls") else given[-1]["content"]
+        said = self._strip_end(completion) if answer.get("tool_calls") else given[-1]["content"]
         return Conversation(pieces, said, _preview(given[-2]["content"]), skipped, notes)
 
     def _unread(self, messages: list[Message], tools: list[Any] | None, form: Form, whole: str) -> list[str]:
-        """Which keys of the messages, and whether the tools, the template does not show."""
+        """Return the keys of the messages, and `tools`, that the template does not show."""
         assert self.template is not None
         without: dict[str, Any] = {
             f"messages.{key}": [{name: value for name, value in m.items() if name != key} for m in messages]
             for key in sorted({key for m in messages for key in m} - LINKS)
         }
         if any(call["function"]["arguments"] for m in messages for call in m.get("tool_calls") or ()):
-            without["messages.tool_calls.arguments"] = [_without_arguments(m) for m in messages]
+            without["messages.tool_calls.arguments"] = [_strip_arguments(m) for m in messages]
         if tools:
             without["tools"] = messages
         unread: list[str] = []
@@ -318,15 +319,19 @@ class Renderer:
             notes.append("hold special tokens, which are kept as text (data.split_special_tokens)")
         return tuple(notes)
 
-    def _without_end(self, completion: str) -> str:
-        """A rendered turn without the special token that ends it."""
+    def _strip_end(self, completion: str) -> str:
+        """Return a rendered turn without the special token that ends it."""
         ends = self.tokenizer.convert_ids_to_tokens(list(self.encoder.special))
         end = next((str(token) for token in ends if completion.endswith(str(token))), "")
         return self.encoder.unmark(completion.removesuffix(end))
 
     def _rows(self, conversation: Conversation, tokens: list[list[int]], name: str) -> list[dict[str, Any]]:
-        """A conversation's row, or rows; `tokens` are its pieces'."""
-        tokens = [self._ended(piece, ids) for piece, ids in zip(conversation.pieces, tokens, strict=True)]
+        """Return a conversation's row, or rows.
+
+        Args:
+            tokens: token ids of each piece.
+        """
+        tokens = [self._end(piece, ids) for piece, ids in zip(conversation.pieces, tokens, strict=True)]
         if not self.chat and tokens[0][: len(self.encoder.bos)] != self.encoder.bos:
             tokens = [self.encoder.bos, *tokens]
             pieces = [Piece("", trained=False), *conversation.pieces]
@@ -355,7 +360,7 @@ class Renderer:
             return [{**common, **chunk} for chunk in self._chunks(ids, weights, len(ids) - len(tokens[-1]))]
         return [{**common, **self._fit(ids, weights, len(tokens[-1]), name)}]
 
-    def _ended(self, piece: Piece, ids: list[int]) -> list[int]:
+    def _end(self, piece: Piece, ids: list[int]) -> list[int]:
         if not piece.ended or (self.chat and ids and ids[-1] in self.encoder.special):
             return ids
         return [*ids, self.end_id]
@@ -374,7 +379,7 @@ class Renderer:
             )
 
     def _fit(self, ids: list[int], weights: list[int], num_completion: int, name: str) -> dict[str, Any]:
-        """Cut the start of the prompt where the row is too long."""
+        """Cut the start of the prompt if the row is too long."""
         limit = self.config.max_length
         room = limit - num_completion
         prompt_length = len(ids) - num_completion
@@ -394,7 +399,7 @@ class Renderer:
         return {"status": TRUNCATED, "input_ids": head + ids[-keep:], "loss_weights": weights, "prompt_length": room}
 
     def _chunks(self, ids: list[int], weights: list[int], prompt_length: int) -> list[dict[str, Any]]:
-        """Cut a text into rows; each begins with the last token of the one before, so that every token is predicted."""
+        """Cut a text into rows; each begins with the last token of the row before, so that every token is predicted."""
         limit = self.config.max_length
         chunks = []
         for i, start in enumerate(range(0, max(1, len(ids) - 1), limit - 1)):
@@ -420,7 +425,7 @@ OUTPUT: dict[str, Callable[[], Any]] = {
     "status": int,
     "source_row": int,
 }
-"""What a rendered row consists of, each with the maker of its blank."""
+"""Columns of a rendered row -> maker of the blank value."""
 
 
 def _append(result: dict[str, list[Any]], **row: Any) -> None:
@@ -429,16 +434,17 @@ def _append(result: dict[str, list[Any]], **row: Any) -> None:
 
 
 def uses_chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, format: str) -> bool:
-    """Whether rows go through the chat template.
+    """Return whether rows go through the chat template.
 
     Raises:
-        DataError: a chat template is asked for, but there is none. ConfigError: the format has no use for it.
+        DataError: the settings ask for a chat template, but the tokenizer has none.
+        ConfigError: the format does not use a template.
     """
     if format == "text":
         for name, value in (("template", config.template == "chat"), ("instruction", config.instruction)):
             if value:
                 raise ConfigError(
-                    f"data.{name}: {getattr(config, name)!r} means nothing for the format text; remove it"
+                    f"data.{name}: {getattr(config, name)!r} does not apply to the format text; remove it"
                 )
         return False
     has_template = tokenizer.chat_template is not None
@@ -455,13 +461,13 @@ def _is_talk(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
-def _way_out(messages: Sequence[Message]) -> str:
-    """What to try where the template does not show a conversation; the plain one shows no calls."""
+def _suggest_fix(messages: Sequence[Message]) -> str:
+    """Return what to try if the template does not show a conversation; the plain template shows no calls."""
     plain = [] if any(m.get("tool_calls") for m in messages) else ["data.template=plain"]
     return " or ".join([*plain, "a model whose template shows all of it"])
 
 
-def _without_arguments(message: Message) -> Message:
+def _strip_arguments(message: Message) -> Message:
     calls = [call | {"function": call["function"] | {"arguments": {}}} for call in message.get("tool_calls") or ()]
     return message | {"tool_calls": calls} if calls else message
 
@@ -470,7 +476,7 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _instructed(messages: list[Message], instruction: str) -> list[Message]:
+def _add_instruction(messages: list[Message], instruction: str) -> list[Message]:
     if messages[0]["role"] == "system":
         return [_message("system", f"{instruction}\n\n{messages[0]['content']}"), *messages[1:]]
     return [_message("system", instruction), *messages]

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: an Arrow file each split, memory-mapped, so that workers share its pages."""
+"""Tokenised rows on disk: one memory-mapped Arrow file per split, whose pages the workers share."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ FEATURES = datasets.Features(
         "completion": datasets.Value("large_string"),
     }
 )
-"""What is kept of a rendered row."""
+"""Columns of a rendered row that are stored."""
 
 
 class Rows(Sequence[Row]):
-    """Rows of one split, read from the disk when asked for."""
+    """The rows of one split, read from disk on access."""
 
     def __init__(self, dataset: datasets.Dataset, lengths: np.ndarray) -> None:
         self._dataset = dataset
         self.lengths = lengths
-        """Tokens of each row."""
+        """Number of tokens of each row, int64 [rows]."""
         self._digest: str | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Rows:
-        """Map rows that `store` wrote."""
+        """Map the rows that `store` wrote."""
         dataset = datasets.load_from_disk(str(folder))
         return cls(dataset, lists_lengths(dataset, "input_ids"))
 
@@ -49,7 +49,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: slice) -> Rows: ...
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
-            return self._picked(np.arange(len(self))[index])
+            return self._pick(np.arange(len(self))[index])
         row = self._dataset[int(index)]
         return Row(row["input_ids"], list(map(float, row["loss_weights"])), row["prompt_length"], row["completion"])
 
@@ -60,26 +60,26 @@ class Rows(Sequence[Row]):
         return max((pc.max(pc.list_flatten(chunk)).as_py() or 0 for chunk in chunks), default=0)
 
     def select(self, num_rows: int, seed: int | None = None) -> Rows:
-        """At most `num_rows` rows in their order: spread evenly, or a seeded random choice."""
+        """Return at most `num_rows` rows in their order: spread evenly, or with a seed chosen at random."""
         if num_rows >= len(self):
             return self
         if seed is None:  # the first rows of a file that is sorted by label would all be alike
-            return self._picked(np.arange(num_rows) * len(self) // num_rows)
+            return self._pick(np.arange(num_rows) * len(self) // num_rows)
         chosen = np.random.default_rng(seed).permutation(len(self))[:num_rows]
-        return self._picked(np.sort(chosen))
+        return self._pick(np.sort(chosen))
 
     def digest(self) -> str:
-        """A hash of the rows' contents, the same on every machine."""
+        """Return a hash of the rows' contents, equal on every machine."""
         if self._digest is None:
-            self._digest = self._hashed()
+            self._digest = self._hash()
         return self._digest
 
-    def _hashed(self) -> str:
+    def _hash(self) -> str:
         assert self._dataset._indices is None, "only whole splits have a digest"
         table = self._dataset.data.table
         whole = hashlib.sha256()
         for name in FEATURES:
-            part = hashlib.sha256()  # one a column: how the file is cut into record batches must not show
+            part = hashlib.sha256()  # one per column: the cut into record batches must not matter
             sizes = hashlib.sha256()
             for chunk in table.column(name).chunks:
                 if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
@@ -93,17 +93,18 @@ class Rows(Sequence[Row]):
             whole.update(sizes.digest() + part.digest())
         return whole.hexdigest()
 
-    def _picked(self, indices: np.ndarray) -> Rows:
+    def _pick(self, indices: np.ndarray) -> Rows:
         return Rows(self._dataset.select(indices), self.lengths[indices])
 
 
 def store(rendered: datasets.Dataset, indices: np.ndarray, folder: Path) -> Rows:
-    """Write the chosen rows into one Arrow file."""
+    """Write the chosen rows to one Arrow file and map it."""
     kept = rendered.select_columns(list(FEATURES)).select(indices)
     kept.save_to_disk(str(folder), num_shards=1)
     return Rows.open(folder)
 
 
 def lists_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """Return the length of each list in a column, int64 [rows]."""
     lengths: np.ndarray = pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
     return lengths

@@ -1,8 +1,8 @@
-"""Where rows come from: the built-in set, the hub, or files on any fsspec filesystem.
+"""Finds and reads rows: of the built-in set, of the hub, or of files on any fsspec filesystem.
 
-`locate` finds a source; `Located.key` names its contents without reading a row, `Located.read` reads it through the
-`datasets` builders, `Located.head` its first rows alone; `pick_columns` settles the format and renames. Rendering
-begins in render.py.
+`locate` finds a source; `Located.key` identifies its contents without parsing a row, `Located.read` reads it through
+the `datasets` builders, `Located.head` reads only its first rows; `pick_columns` determines the format and renames.
+Rendering begins in render.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 
 from rankloom.config.data import ALIASES, COLUMNS, OPTIONAL, DataConfig, Source
-from rankloom.data.files import BUILDERS, not_utf8, read_files, read_head
+from rankloom.data.files import BUILDERS, explain_not_utf8, read_files, read_head
 from rankloom.errors import ConfigError, DataError
 
 Role = Literal["train", "validation", "test", "retention"]
@@ -40,49 +40,50 @@ FIELDS: dict[Role, str] = {
 DEFAULT_SPLITS: dict[Role, str] = {"train": "train", "validation": "validation", "test": "test", "retention": "test"}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""The source is fine, but its copy can't be written."""
+"""Errors that mean: the source is fine, but its copy can't be written."""
 CHANGE_MARKS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "updated")
-"""What filesystems call the mark that changes with a file's contents."""
+"""Names that filesystems use for a mark that changes with a file's contents."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A source that was found."""
+    """A source that exists, with the functions that read it."""
 
     field: str
-    """The setting that named it."""
+    """The setting that names it."""
     path: str
     make_key: Callable[[], str]
     read: Callable[[Path], datasets.Dataset]
-    """Reads the rows; the folder given takes temporary files, and must outlive the data set."""
+    """Reads the rows; writes temporary files to the given folder, which must outlive the data set."""
     read_head: Callable[[int], datasets.Dataset]
     size: int | None = None
-    """Bytes of its files; None: not known, or on the hub."""
+    """Bytes of its files; None: unknown, or on the hub."""
 
     @cached_property
     def key(self) -> str:
-        """Changes with the contents: files are read for it. Raises DataError where they can't be."""
+        """A hash that changes with the contents, computed by reading the files; DataError if they can't be read."""
         return self.make_key()
 
     def head(self, num_rows: int) -> datasets.Dataset | None:
-        """Read its first rows, and little more of it; None: that can't be done, `read` says why or can.
+        """Read the first rows, and little more of the source; None if that can't be done, though `read` may succeed.
 
         Raises:
-            DataError: as `read`.
+            DataError: as in `read`.
         """
         try:
             return self.read_head(num_rows)
         except DataError as error:
             raise DataError(f"{self.field}: {error}") from None
-        except Exception:  # each filesystem and reader raises its own kinds, and some can't read a part
+        except Exception:  # each filesystem and reader raises its own kinds; some can't read a part
             return None
 
 
 def locate(source: Source, role: Role) -> Located:
-    """Find a source; the hub is not asked yet.
+    """Find a source, without a request to the hub.
 
     Raises:
-        ConfigError: the source's keys contradict each other. DataError: there is no such file.
+        ConfigError: the source's keys contradict each other.
+        DataError: there is no such file.
     """
     field = FIELDS[role]
     if source.path.startswith("builtin:"):
@@ -90,23 +91,26 @@ def locate(source: Source, role: Role) -> Located:
     if _is_file(source.path):
         for name in ("split", "subset", "revision"):
             if value := getattr(source, name):
-                raise ConfigError(f"{field}.{name}: {value!r} means nothing for the file {source.path!r}; remove it")
+                raise ConfigError(f"{field}.{name}: {value!r} does not apply to the file {source.path!r}; remove it")
         return _files(source.path, field)
     return _hub(source, role)
 
 
 def check_sources(config: DataConfig, retention: Source | None) -> int | None:
-    """Raise what `locate` does.
+    """Find all sources, without reading them.
 
     Returns:
-        Bytes of all files, which are not read; None where one's size is not known, or it is on the hub.
+        Bytes of all files; None if a size is unknown, or a source is on the hub.
+
+    Raises:
+        ConfigError, DataError: as in `locate`.
     """
     sizes = [locate(source, role).size for role, source in sources_of(config, retention).items()]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def sources_of(config: DataConfig, retention: Source | None) -> dict[Role, Source]:
-    """All that are given; a built-in data set that is trained on as a whole has its own test rows."""
+    """Return the given sources; a built-in data set whose train split is trained on adds its own test rows."""
     test = config.test
     if test is None and config.train.path.startswith("builtin:") and config.train.split in (None, "train"):
         test = Source(path=config.train.path, split="test")
@@ -119,12 +123,20 @@ def sources_of(config: DataConfig, retention: Source | None) -> dict[Role, Sourc
 def pick_columns(
     dataset: datasets.Dataset, located: Located, format: str, columns: Mapping[str, str]
 ) -> tuple[datasets.Dataset, str]:
-    """The columns that the format reads, under the format's names; and the format, where it was `auto`.
+    """Select the columns that the format reads and give them the format's names.
 
-    Numbers of half the usual width get the digits that they are written with: 0.1, not 0.10000000149011612.
+    float32 numbers keep the digits that they are written with: 0.1, not 0.10000000149011612.
+
+    Args:
+        format: a key of `COLUMNS`, or auto.
+        columns: the format's name of a column -> its name in the source.
+
+    Returns:
+        The columns, and the format, which is never auto.
 
     Raises:
-        DataError: a column is missing, or there is no row. ConfigError: a rename that the format has no use for.
+        DataError: a column is missing, or there is no row.
+        ConfigError: `columns` renames a column that the format does not read.
     """
     if not len(dataset):
         raise DataError(f"{located.field}: {located.path} has no rows")
@@ -132,7 +144,7 @@ def pick_columns(
     there = f"{located.path} has {', '.join(map(repr, names)) or 'none'}"
     for role, name in columns.items():
         if name not in names:
-            raise DataError(f"data.columns: {role}: no column {name!r}{_nearest(name, names)}; {there}")
+            raise DataError(f"data.columns: {role}: no column {name!r}{_hint(name, names)}; {there}")
 
     def column_of(role: str) -> str:
         others = (name for name in ALIASES.get(role, ()) if name in names and role not in names)
@@ -160,7 +172,7 @@ def pick_columns(
     roles = (*roles, *(role for role in optional if column_of(role) in names))
     wanted = {column_of(role): role for role in roles}
     if missing := [name for name in wanted if name not in names]:
-        near = _nearest(missing[0], names)
+        near = _hint(missing[0], names)
         spare = next((name for name in names if name not in wanted), None)
         how = f"; rename with data.columns, e.g. {{{wanted[missing[0]]}: {spare}}}" if spare else ""
         raise DataError(f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; {there}{how}")
@@ -174,7 +186,7 @@ def pick_columns(
 
 
 def _check_spelling(names: list[str], columns: Mapping[str, str], column_of: Callable[[str], str], field: str) -> None:
-    """Refuse names that only differ in capitals or spaces from what a format would read."""
+    """Raise DataError if names differ only in capitals or spaces from those that a format would read."""
     roles = {role: role for table in (COLUMNS, OPTIONAL) for each in table.values() for role in each}
     roles |= {alias: role for role, aliases in ALIASES.items() for alias in aliases}
     nearly = {role: name for name in names if (role := roles.get(name.strip().lower())) and name != column_of(role)}
@@ -184,14 +196,14 @@ def _check_spelling(names: list[str], columns: Mapping[str, str], column_of: Cal
             continue
         if unlike := [f"{r}: {nearly[r]!r}" for r in read if r in nearly and column_of(r) not in names]:
             raise DataError(
-                f"{field}: the format {format} would read these columns, but for capitals or spaces in their names; "
+                f"{field}: the format {format} would read these columns without the capitals or spaces in their names; "
                 f"rename with data.columns={{{', '.join(unlike)}}}, or set data.format"
             )
         return
 
 
 def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns: Mapping[str, str]) -> list[str]:
-    """The columns of a source that `pick_columns` left out."""
+    """Return the columns of a source that `pick_columns` left out."""
     read = {columns.get(role, role) for role in picked.column_names}
     read |= {
         alias for role in picked.column_names if role not in dataset.column_names for alias in ALIASES.get(role, ())
@@ -201,19 +213,19 @@ def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns:
 
 def _builtin(source: Source, role: Role) -> Located:
     field, name = FIELDS[role], source.path.removeprefix("builtin:")
-    shelf = resources.files("rankloom.data") / "builtin"
-    known = sorted(folder.name for folder in shelf.iterdir() if folder.is_dir())
+    root = resources.files("rankloom.data") / "builtin"
+    known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if name not in known:
         allowed = ", ".join(f"builtin:{n}" for n in known)
-        raise ConfigError(f"{field}: unknown {source.path!r}{_nearest(name, known)}; allowed: {allowed}")
+        raise ConfigError(f"{field}: unknown {source.path!r}{_hint(name, known)}; allowed: {allowed}")
     for key in ("subset", "revision"):
         if value := getattr(source, key):
-            raise ConfigError(f"{field}.{key}: {value!r} means nothing for {source.path!r}; remove it")
+            raise ConfigError(f"{field}.{key}: {value!r} does not apply to {source.path!r}; remove it")
     split = source.split or DEFAULT_SPLITS[role]
-    splits = sorted(f.name.removesuffix(".csv") for f in (shelf / name).iterdir() if f.name.endswith(".csv"))
+    splits = sorted(f.name.removesuffix(".csv") for f in (root / name).iterdir() if f.name.endswith(".csv"))
     if split not in splits:
         raise ConfigError(f"{field}: {source.path} has no split {split!r}; it has {', '.join(splits)}")
-    located = _files(str(shelf / name / f"{split}.csv"), field)
+    located = _files(str(root / name / f"{split}.csv"), field)
     return replace(located, path=f"{source.path} ({split})")
 
 
@@ -232,7 +244,7 @@ def _hub(source: Source, role: Role) -> Located:
             return load()
         except Exception as error:  # the hub client and the builders raise a dozen unrelated kinds
             raise DataError(
-                f"{field}: {source.path!r} (split {split!r}) is no file here, and the hub does not give it: "
+                f"{field}: {source.path!r} (split {split!r}) is not a file here, and the hub does not give it: "
                 f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
             ) from None
 
@@ -275,7 +287,7 @@ def _files(path: str, field: str) -> Located:
         sizes = [filesystem.size(p) for p in paths]
         if isinstance(filesystem, LocalFileSystem):
             for each in paths:
-                Path(each).open("rb").close()  # whether it may be read is told at once
+                Path(each).open("rb").close()  # fail now if it may not be read
     except (DataError, ConfigError):
         raise
     except Exception as error:  # each filesystem raises its client's own kinds
@@ -310,7 +322,7 @@ def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
         missing = error
     except ValueError as error:
         raise ConfigError(f"{field}: {path!r}: {explain(error)}") from None
-    # s3 and gs need no package of their own: pyarrow, which the registry uses too, speaks both
+    # s3 and gs need no extra package: pyarrow, which the registry uses too, reads both
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import FileSystem
 
@@ -326,7 +338,7 @@ def _matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
         return [pattern]
     if not glob.has_magic(pattern):
         return []
-    if isinstance(filesystem, LocalFileSystem):  # a folder of that very name is no pattern
+    if isinstance(filesystem, LocalFileSystem):  # existing folders are literal: their names are not patterns
         folder = next(each for each in Path(pattern).parents if each.is_dir())
         pattern = glob.escape(str(folder)) + pattern.removeprefix(str(folder))
     return sorted(p for p in filesystem.glob(pattern) if filesystem.isfile(p))
@@ -343,12 +355,12 @@ def _not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -
     except OSError:
         return f"no file {path!r}, nor its folder"
     if name in siblings:
-        return f"{path!r} is no regular file, nor a link to one"
-    return f"no file {path!r}{_nearest(name, siblings)}"
+        return f"{path!r} is not a regular file, nor a link to one"
+    return f"no file {path!r}{_hint(name, siblings)}"
 
 
 def _content_key(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
-    """A local file's hash; a remote file's version mark, where its filesystem keeps one."""
+    """Return a local file's hash, or a remote file's version mark if its filesystem keeps one."""
     if not isinstance(filesystem, LocalFileSystem):
         info = filesystem.info(path)
         if marks := [f"{mark}={info[mark]}" for mark in CHANGE_MARKS if info.get(mark)]:
@@ -380,14 +392,14 @@ def _read(
     except DataError as error:
         raise DataError(f"{field}: {error}") from None
     except Exception as error:  # pyarrow, pandas, gzip and the builder each raise their own kinds
-        cause = _root(error)
+        cause = _root_cause(error)
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             raise cause from None
-        if "corresponds to no data" in str(cause):  # what `datasets` says of a header without rows
+        if "corresponds to no data" in str(cause):  # the message of `datasets` for a header without rows
             raise DataError(f"{field}: {', '.join(paths)} has no rows") from None
         reason = explain(error)
         if isinstance(cause, UnicodeDecodeError):
-            reason = next(filter(None, map(not_utf8, files)), reason)
+            reason = next(filter(None, map(explain_not_utf8, files)), reason)
         raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {reason}") from None
 
 
@@ -395,18 +407,18 @@ def _extension(path: str) -> str:
     return PurePosixPath(path.lower().removesuffix(".gz")).suffix
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _hint(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def explain(error: BaseException) -> str:
-    """The first line of what went wrong underneath."""
-    error = _root(error)
+    """Return the kind and the first line of the root cause."""
+    error = _root_cause(error)
     return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
 
 
-def _root(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,7 +1,7 @@
-"""The deterministic split: which rows of `data.train` validate and test where no other source does.
+"""The deterministic split: takes validation and test rows off `data.train` where no other source gives them.
 
 Rows are ranked by a hash of their prompt, so that equal prompts are on the same side, the order of the file does not
-matter, and a file that grows keeps most rows where they were.
+matter, and most rows keep their side when the file grows.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from rankloom.errors import DataError
 def split_off(
     prompts: Sequence[str], fractions: Mapping[str, float], seed: int, *, field: str = "data.train"
 ) -> dict[str, set[str]]:
-    """Choose the prompts of each part; what is in no part is left to train on.
+    """Choose the prompts of each part; the rest stays to train on.
 
     Args:
         prompts: each row's prompt, or its digest.
         fractions: part -> its share of the rows, taken in this order.
 
     Returns:
-        part -> its prompts; none is empty, nor is what is left.
+        part -> its prompts; no part is empty, and neither is the rest.
 
     Raises:
-        DataError: there are not enough different prompts.
+        DataError: there are too few different prompts.
     """
     counts = Counter(prompts)
     needed = len(fractions) + 1

@@ -1,7 +1,7 @@
-"""A chat template, held to showing what it is given: no message's text is lost on the way to the prompt.
+"""A chat template that must show all it is given: no message's text is lost on the way to the prompt.
 
 Templates differ in what they take: a text or a list of parts as content, a system message or none, a call's arguments
-as a mapping or as JSON. `ChatTemplate.form` finds what shows every message; the same for training and for serving.
+as a mapping or as JSON. `ChatTemplate.form` finds the form that shows every message, for training and serving alike.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-"""role and content (a text, perhaps empty), and whatever else the template may read, such as tool_calls and name."""
+"""role and content (a text, perhaps empty), and other keys that the template may read, such as tool_calls and name."""
 KEPT_FORMS = 1024
-"""Shapes of conversations whose form is remembered."""
+"""Number of conversation shapes whose form is cached."""
 LONGEST_SHAPE = 64
-"""Messages up to which a shape is remembered."""
+"""Most messages of a shape that is cached."""
 THINKING_ENDS = "</think>"
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message that hold what was thought before it; transformers gives templates the one they read."""
+"""Keys of a message that hold its thinking; transformers passes a template the one that it reads."""
 
 
 class TemplateError(ValueError):
@@ -31,20 +31,20 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """How messages are given to the template."""
+    """The form in which messages are given to the template."""
 
     parts: Literal["none", "all", "turns"] = "none"
-    """Whose content is a list of parts; turns: all but the system's."""
+    """Messages whose content is a list of parts; turns: all but the system's."""
     merged: bool = False
-    """Whether system messages go into the user's turn that follows them."""
+    """Whether system messages are merged into the user's turn after them."""
     json_arguments: bool = False
-    """Whether the arguments of a call are JSON text, not a mapping."""
+    """Whether a call's arguments are JSON text instead of a mapping."""
     filled: bool = False
-    """Whether a turn of calls alone has an empty content, not none."""
+    """Whether a turn with only calls has an empty content instead of none."""
 
-    def of(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template is to get them."""
-        given = system_in_user(messages) if self.merged else list(messages)
+    def convert(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages in this form."""
+        given = merge_system(messages) if self.merged else list(messages)
         return [self._one(message) for message in given]
 
     def _one(self, message: Message) -> Message:
@@ -52,7 +52,7 @@ class Form:
         if calls := message.get("tool_calls"):
             message["tool_calls"] = [self._call(call) for call in calls]
         if calls and not message["content"]:
-            message["content"] = "" if self.filled else None  # None: for the template the key is not there
+            message["content"] = "" if self.filled else None  # the template sees None as a missing key
         elif self.parts == "all" or (self.parts == "turns" and message["role"] != "system"):
             message["content"] = [{"type": "text", "text": message["content"]}]
         return message
@@ -70,7 +70,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._forms: dict[Any, Form | TemplateError] = {}
-        # most templates take a text; some show nothing of it, and want a list of parts
+        # most templates take a text; some need a list of parts and show nothing of a text
         mark = "a-message"
         ask = [{"role": "user", "content": mark}]
         wants_parts = not self._probe(ask, Form(), mark) and self._probe(ask, Form("all"), mark)
@@ -80,21 +80,21 @@ class ChatTemplate:
         self._calls = self._form_of_calls(Form(self._parts[0]))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """The prompt that asks for the assistant's next turn.
+        """Return the prompt for the assistant's next turn.
 
         Raises:
             TemplateError: the template refuses the messages, or leaves out the text of one.
         """
         text = self.render(messages, self.form(messages, tools), tools=tools, ask=True)
-        if (lost := _lost(messages, text)) is not None:
-            raise _leaves_out(messages, lost)
+        if (lost := _find_lost(messages, text)) is not None:
+            raise _left_out_error(messages, lost)
         return text
 
     def form(self, messages: Sequence[Message], tools: Any = None) -> Form:
-        """What shows all of such messages, by their roles and keys; their texts do not matter.
+        """Return the form that shows all of such messages; it depends on their roles and keys, not on their texts.
 
         Raises:
-            TemplateError: nothing does.
+            TemplateError: no form does.
         """
         shape = (
             *((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ())), *sorted(m)) for m in messages),
@@ -108,19 +108,23 @@ class ChatTemplate:
         return form
 
     def render(self, messages: Sequence[Message], form: Form, *, tools: Any = None, ask: bool = False) -> str:
-        """The template's text; raises TemplateError where it refuses."""
+        """Return the template's text.
+
+        Raises:
+            TemplateError: the template refuses the messages.
+        """
         try:
             text = self._tokenizer.apply_chat_template(
-                form.of(messages), tools=tools, tokenize=False, add_generation_prompt=ask
+                form.convert(messages), tools=tools, tokenize=False, add_generation_prompt=ask
             )
-        except Exception as error:  # a template is a program: beside its own refusals it can fail in any way
+        except Exception as error:  # a template is a program and can fail in any way
             roles = ", ".join(str(m["role"]) for m in messages[:20]) + (", ..." if len(messages) > 20 else "")
             raise TemplateError(f"the chat template refuses the roles {roles}: {_reason(error)}") from None
         return str(text)
 
     def _find(self, messages: Sequence[Message], tools: Any) -> Form | TemplateError:
-        # a text, or a call's name, may be in the prompt by chance, as part of another: these can't
-        marked = [_marked(message, f"message-{i}-") for i, message in enumerate(messages)]
+        # a text or a call's name can be in the prompt by chance, as part of another; these marks can't
+        marked = [_mark_message(message, f"message-{i}-") for i, message in enumerate(messages)]
         reason: TemplateError | None = None
         for form in self._candidates(messages):
             try:
@@ -128,22 +132,22 @@ class ChatTemplate:
             except TemplateError as error:
                 reason = reason or error
                 continue
-            lost = _lost(marked, text)
+            lost = _find_lost(marked, text)
             if lost is None:
                 return form
-            reason = reason or _leaves_out(messages, lost)
+            reason = reason or _left_out_error(messages, lost)
         assert reason is not None
         return reason
 
     def _candidates(self, messages: Sequence[Message]) -> list[Form]:
-        """The likeliest first."""
+        """Return the forms to try, the likeliest first."""
         has_system = any(m["role"] == "system" for m in messages)
         parts = self._parts if has_system else self._parts[:1]
         merged = ([False, True] if self._takes_system else [True, False]) if has_system else [False]
         return [replace(self._calls, merged=m, parts=p) for m, p in product(merged, parts)]
 
     def _form_of_calls(self, plain: Form) -> Form:
-        """How a call's arguments are given; most templates take a mapping, as they are to write it as JSON."""
+        """Find the form for calls; most templates take the arguments as a mapping and write the JSON themselves."""
         function = {"name": "f", "arguments": {"of": "a"}}
         call = {"type": "function", "id": "123456789", "function": function}
         turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -155,7 +159,7 @@ class ChatTemplate:
                 text = self.render(talk, form)
             except TemplateError:
                 continue
-            if _lost(talk, text) is None and str(function["arguments"]) not in text:  # not as Python writes it
+            if _find_lost(talk, text) is None and str(function["arguments"]) not in text:  # not as Python writes it
                 return form
             usable = usable or form
         return usable or plain
@@ -167,8 +171,8 @@ class ChatTemplate:
             return False
 
 
-def system_in_user(messages: Sequence[Message]) -> list[Message]:
-    """For templates without a system role: its text begins the user's turn that follows, if one does."""
+def merge_system(messages: Sequence[Message]) -> list[Message]:
+    """Put each system text at the start of the user's turn after it, for templates without a system role."""
     found: list[Message] = []
     for message in messages:
         texts: list[str] = []
@@ -178,8 +182,8 @@ def system_in_user(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def _marked(message: Message, mark: str) -> Message:
-    """A message of the same shape, with texts that are nowhere else."""
+def _mark_message(message: Message, mark: str) -> Message:
+    """Return a message of equal shape whose texts occur nowhere else."""
     marked = {**message, "content": mark if message["content"].strip() else ""}
     if calls := message.get("tool_calls"):
         names = (f"{mark}{i}-" for i in range(len(calls)))
@@ -189,8 +193,8 @@ def _marked(message: Message, mark: str) -> Message:
     return marked
 
 
-def seen(message: Message) -> str:
-    """What a template has to show of a message that is history: thinking is dropped there by design."""
+def required_text(message: Message) -> str:
+    """Return the text that a template must show of a message in the history; templates drop its thinking by design."""
     content = str(message["content"] or "")
     if message["role"] == "assistant":
         content = content.rpartition(THINKING_ENDS)[2]
@@ -198,27 +202,29 @@ def seen(message: Message) -> str:
 
 
 def shows_answer(message: Message, text: str) -> bool:
-    """Whether all that the assistant says in a turn that is trained on is in its text, its thinking too."""
+    """Return whether `text` shows all of a trained turn of the assistant, its thinking included."""
     thinking, _, answer = str(message["content"]).rpartition(THINKING_ENDS)
-    return thinking.replace("<think>", "").strip() in text and _lost([{**message, "content": answer}], text) is None
+    return (
+        thinking.replace("<think>", "").strip() in text and _find_lost([{**message, "content": answer}], text) is None
+    )
 
 
-def _lost(messages: Sequence[Message], text: str) -> int | None:
-    """The first message of which something is not in a prompt, in the order of the messages."""
+def _find_lost(messages: Sequence[Message], text: str) -> int | None:
+    """Return the index of the first message of which something is missing in a prompt; None: nothing is missing."""
     at = 0
     for i, message in enumerate(messages):
         names = [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
-        for part in filter(None, [seen(message), *names]):
+        for part in filter(None, [required_text(message), *names]):
             found = _find(text, part, at)
             if found < 0 and (found := _find(text, part, 0)) < 0:
                 return i
-            if found >= at and message["role"] != "system":  # some templates put it somewhere else
+            if found >= at and message["role"] != "system":  # some templates move the system's text
                 at = found
     return None
 
 
 def _find(text: str, part: str, start: int) -> int:
-    """Where a text is, as it is or as JSON, in which some templates show what tools return."""
+    """Return where a text is, as given or as JSON, which some templates write for a tool's result; -1: nowhere."""
     found = text.find(part, start)
     for ascii in (False, True) if found < 0 else ():
         escaped = json.dumps(part, ensure_ascii=ascii)[1:-1]
@@ -227,7 +233,7 @@ def _find(text: str, part: str, start: int) -> int:
     return found
 
 
-def _leaves_out(messages: Sequence[Message], index: int) -> TemplateError:
+def _left_out_error(messages: Sequence[Message], index: int) -> TemplateError:
     message = messages[index]
     what = "a call" if message.get("tool_calls") and not message["content"] else "the text"
     return TemplateError(f"the chat template leaves out {what} of message {index + 1} (role {message['role']!r})")

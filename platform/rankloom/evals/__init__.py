@@ -1,1 +1,1 @@
-"""One measure a file; `score.py` gathers them into Measures. Read `loss.py` first: training uses it too."""
+"""Measures, one per file; `score.py` gathers them into Measures. Read `loss.py` first: training uses it too."""

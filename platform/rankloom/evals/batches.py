@@ -1,4 +1,4 @@
-"""What every measure needs around a model: its bare module, evaluation mode, rows in batches, prompts padded left.
+"""Helpers of all measures: the bare module of a model, evaluation mode, batches of rows, prompts padded on the left.
 
 Shapes: B rows, T positions.
 """
@@ -18,25 +18,26 @@ from transformers import PreTrainedModel
 from rankloom.data.render import Row
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The model inside DDP's wrapper, to evaluate with.
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Return the model inside DDP's wrapper, to evaluate with.
 
-    The wrapper's forward synchronises buffers between workers even where there is no gradient: workers with different
+    The wrapper's forward synchronises buffers between workers even without a gradient, so that workers with different
     numbers of evaluation batches would wait for each other.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
     return next(model.parameters()).device
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and restore each module's mode afterwards.
 
-    Not inference_mode: a buffer made under it, such as a rotary cache that a long row enlarges, may not take part in
-    a later backward pass.
+    inference_mode can't be used: a buffer made under it, such as a rotary cache that a long row enlarges, may not take
+    part in a later backward pass.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -49,7 +50,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def batches_by_length(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """All rows, longest first: the batch that needs the most memory fails at once or not at all."""
+    """Return all rows in batches, longest first: if memory is too small, the first batch fails."""
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
@@ -62,28 +63,29 @@ class PromptBatch:
     attention_mask_BT: Tensor
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> PromptBatch:
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> PromptBatch:
+    """Pad sequences of token ids on the left into one batch."""
     width = max(map(len, sequences))
     ids = [[pad_id] * (width - len(s)) + list(s) for s in sequences]
     mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
     return PromptBatch(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
 
 
-def positions(attention_mask_BT: Tensor) -> Tensor:
-    """Position ids: each row counts its real tokens from 0."""
+def position_ids(attention_mask_BT: Tensor) -> Tensor:
+    """Return position ids [B, T]: each row counts its real tokens from 0."""
     return (attention_mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
 def prompt_of(row: Row, model: PreTrainedModel, room: int) -> list[int]:
-    """The row's tokens before its completion; its start is cut where the context can't hold `room` tokens more."""
+    """Return the row's tokens before its completion, cut at the start so that the context holds `room` more tokens."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompt = row.input_ids[: row.prompt_length]
     return prompt[-max(1, context - room) :] if context else prompt
 
 
 @torch.no_grad()
-def keeps_cache(model: PreTrainedModel) -> bool:
-    """Whether the model can go on from a cache; some can't where none of their layers is attention."""
+def supports_cache(model: PreTrainedModel) -> bool:
+    """Return whether the model can continue from a cache; some models without attention layers can't."""
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device_of(model)), use_cache=True)
     except ValueError:
@@ -91,7 +93,7 @@ def keeps_cache(model: PreTrainedModel) -> bool:
     return True
 
 
-def bears_padding(model: PreTrainedModel) -> bool:
-    """Whether rows may be padded on the left: not where learned positions count from the first token on (BART)."""
+def supports_left_padding(model: PreTrainedModel) -> bool:
+    """Return whether rows may be padded on the left; not if learned positions count from the first token (BART)."""
     learned = any(name.endswith("embed_positions") for name, _ in model.named_modules())
     return not learned or "position_ids" in inspect.signature(type(model).forward).parameters

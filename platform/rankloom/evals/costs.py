@@ -1,4 +1,4 @@
-"""What an adapter costs whoever serves it: the weights in memory, and the time of a decode step."""
+"""Serving costs of an adapter: the memory of the weights, and the time of a decode step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from rankloom.evals.latency import decode_ms
 
 
 def measure_costs(model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: Collection[str]) -> dict[str, Any]:
-    """Those of `search.objectives` that are in `names`, of a base with an adapter on it; None: it has none such."""
+    """Measure the costs in `names` of a base with an adapter.
+
+    Args:
+        names: `memory_bytes` and `latency_ms`, as in `search.objectives`; other names are ignored.
+
+    Returns:
+        Name -> value; `latency_ms` is None if the model keeps no KV cache.
+    """
     costs: dict[str, Any] = {}
     if "memory_bytes" in names:
         costs["memory_bytes"] = weight_bytes(model)
@@ -22,16 +29,16 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: 
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as they are held, each once, with the constants that quantised ones are read by."""
+    """Return the bytes of a model's weights in memory, each counted once, quantisation constants included."""
     return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _bytes(tensor: Tensor) -> int:
     held = [tensor]
-    state: Any = getattr(tensor, "quant_state", None)  # bitsandbytes: of nf4, and doubly quantised within it
+    state: Any = getattr(tensor, "quant_state", None)  # bitsandbytes' nf4; nested if doubly quantised
     while state is not None:
         held += [part for part in (state.absmax, state.code, state.offset) if isinstance(part, Tensor)]
         state = getattr(state, "state2", None)
-    if isinstance(scales := getattr(tensor, "SCB", None), Tensor):  # of int8
+    if isinstance(scales := getattr(tensor, "SCB", None), Tensor):  # bitsandbytes' int8
         held.append(scales)
     return sum(part.numel() * part.element_size() for part in held)

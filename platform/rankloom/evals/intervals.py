@@ -1,4 +1,4 @@
-"""How far a proportion measured on n rows can be trusted."""
+"""Confidence intervals of proportions measured on n rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rankloom.registry.scorecard import Proportion
 NUM_RESAMPLES = 2000
 
 
-def share(right: Sequence[bool], *, seed: int = 0) -> Proportion:
-    """The share of `right`, with its 95 % bootstrap interval.
+def bootstrap_proportion(right: Sequence[bool], *, seed: int = 0) -> Proportion:
+    """Return the proportion of true values in `right` with its 95 % bootstrap interval.
 
     The number of right rows in a resample of n rows with replacement is binomial, so it is drawn directly.
     """

@@ -1,8 +1,8 @@
 """Classification by constrained decoding: greedy over a trie of the labels' tokens.
 
-At each step a row takes the likeliest of the tokens that still lead to a label. It is done once a single label is
-left, and leaves the batch; tokens without an alternative are fed along with the choice before them, not decoded; what
-all prompts of a batch begin with is computed once.
+At each step a row takes the likeliest of the tokens that still lead to a label. A row is done and leaves the batch when
+a single label is left. Tokens without an alternative are fed together with the choice before them instead of decoded.
+The common start of all prompts in a batch is computed once.
 
 Shapes: B rows, T positions, V vocabulary, C choices.
 """
@@ -21,7 +21,15 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from rankloom.data.render import Row
 from rankloom.errors import DataError
-from rankloom.evals.batches import bears_padding, device_of, evaluating, left_padded, positions, prompt_of, unwrapped
+from rankloom.evals.batches import (
+    device_of,
+    evaluation_mode,
+    pad_left,
+    position_ids,
+    prompt_of,
+    supports_left_padding,
+    unwrap,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,40 +37,49 @@ class Node:
     """A decision between labels, or a label's end."""
 
     tokens: list[int]
-    """From the decision above to here: the first one was chosen there, the others have no alternative."""
+    """Tokens from the decision above to here: the first was chosen there, the others have no alternative."""
     label: str
-    """One that lies below; where there are no children, the one that was reached."""
+    """A label below this node; without children, the label that was reached."""
     children: dict[int, Node]
-    """By their first tokens."""
+    """First token -> node."""
 
 
 class LabelTrie:
-    """All labels' token ids as a tree of the decisions between them; no label's tokens begin another's."""
+    """A tree of the decisions between all labels' token ids; no label's tokens begin another's."""
 
     def __init__(self, labels: dict[str, list[int]]) -> None:
-        """Raises DataError where there is no label, or where decoding could not tell two apart."""
+        """Build the tree.
+
+        Args:
+            labels: label -> token ids.
+
+        Raises:
+            DataError: there is no label, or one label's tokens begin another's.
+        """
         if not labels:
             raise DataError("there is no label to choose from")
-        # as bytes, which compare at once: many labels may begin with the same thousand tokens
+        # as bytes, which compare fast: many labels may begin with the same thousand tokens
         by_tokens = sorted(labels, key=lambda label: np.array(labels[label], dtype=">u4").tobytes())
-        for label, following in pairwise(by_tokens):  # who begins another begins the next
+        for label, following in pairwise(by_tokens):  # a prefix stands directly before a label that it begins
             if labels[following][: len(labels[label])] == labels[label]:
                 raise DataError(f"labels {label!r} and {following!r}: the tokens of one begin the other's; rename one")
         paths = [labels[label] for label in by_tokens]
         self.longest = max(map(len, paths))
         self.num_decisions = 0
-        """The most choices on the way to a label: the forwards after which every row of a batch is done."""
+        """Most choices on a path to a label: the number of forwards after which every row of a batch is done."""
         self.root = Node([], by_tokens[0], {})
-        """Its tokens are what all labels begin with."""
+        """Holds the tokens that all labels begin with."""
         growing = [(self.root, 0, len(paths), 0, 0)]
-        while growing:  # without recursion: a label may have thousands of tokens
+        while growing:  # a loop instead of recursion: a label may have thousands of tokens
             node, start, stop, at, decisions = growing.pop()
             self.num_decisions = max(self.num_decisions, decisions)
             path, last = paths[start], paths[stop - 1]
             if stop - start == 1:
                 node.tokens.extend(path[at:])
                 continue
-            end = next(i for i in range(at, len(path)) if path[i] != last[i])  # sorted: the rest agree up to there
+            end = next(
+                i for i in range(at, len(path)) if path[i] != last[i]
+            )  # the labels between are sorted, so they agree too
             node.tokens.extend(path[at:end])
             borders = [i for i in range(start + 1, stop) if paths[i][end] != paths[i - 1][end]]
             for first, behind in pairwise([start, *borders, stop]):
@@ -79,23 +96,23 @@ def predict_labels(
     batch_size: int,
     lockstep: bool = False,
 ) -> list[str]:
-    """The label that greedy decoding over the trie gives each row's prompt.
+    """Return the label that greedy decoding over the trie chooses for each row's prompt.
 
     Args:
-        lockstep: take as many forwards a batch whatever the rows hold and choose, as the workers of a sharded model
-            have to.
+        pad_id: token id for padding.
+        lockstep: run the same number of forwards for every batch, as the workers of a sharded model must.
     """
-    bare = unwrapped(model)
-    batch_size = batch_size if bears_padding(bare) else 1
+    bare = unwrap(model)
+    batch_size = batch_size if supports_left_padding(bare) else 1
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
-    found: dict[int, str] = {}
-    with evaluating(bare):
+    predictions: dict[int, str] = {}
+    with evaluation_mode(bare):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             prompts = [prompt_of(rows[i], bare, trie.longest) for i in indices]
             labels = _predict_batch(bare, prompts, trie, pad_id, lockstep)
-            found.update(zip(indices, labels, strict=True))
-    return [found[i] for i in range(len(rows))]
+            predictions.update(zip(indices, labels, strict=True))
+    return [predictions[i] for i in range(len(rows))]
 
 
 def _predict_batch(
@@ -109,7 +126,7 @@ def _predict_batch(
     cache: Cache | None = None
     mask_BT = torch.zeros(len(active), 0, dtype=torch.long, device=device)
     shared = _common_start(feed) if caching and len(active) > 1 else []
-    if shared:  # a template's system prompt, an instruction: computed once for all rows
+    if shared:  # such as a system prompt or an instruction
         cache = model(input_ids=torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(active))
         mask_BT = mask_BT.new_ones(len(active), len(shared))
@@ -122,19 +139,19 @@ def _predict_batch(
                 break
             _idle_forward(model, pad_id)
             continue
-        # rows that are fed less get padding amid their tokens: it is masked, and counts as no position
-        new = left_padded(feed, pad_id, device)
+        # rows with fewer new tokens get padding between their tokens: it is masked and takes no position
+        new = pad_left(feed, pad_id, device)
         mask_BT = torch.cat([mask_BT, new.attention_mask_BT], dim=1) if caching else new.attention_mask_BT
         output = model(
             input_ids=new.input_ids_BT,
             attention_mask=mask_BT,
-            position_ids=positions(mask_BT)[:, -new.input_ids_BT.shape[1] :],
+            position_ids=position_ids(mask_BT)[:, -new.input_ids_BT.shape[1] :],
             past_key_values=cache,
             use_cache=caching,
             logits_to_keep=1,
         )
         cache = output.past_key_values if caching else None
-        chosen = _likeliest(output.logits[:, -1], [list(node.children) for node in nodes])
+        chosen = _argmax_choice(output.logits[:, -1], [list(node.children) for node in nodes])
         reached = [node.children[token] for node, token in zip(nodes, chosen, strict=True)]
         left = [b for b, node in enumerate(reached) if node.children]
         for b in set(range(len(active))) - set(left):
@@ -150,15 +167,15 @@ def _predict_batch(
 
 
 def _idle_forward(model: PreTrainedModel, pad_id: int) -> None:
-    """Take part in a sharded model's communication, for the sake of other workers."""
+    """Run a forward only to take part in a sharded model's communication, so that other workers do not wait."""
     model(input_ids=torch.tensor([[pad_id]], device=device_of(model)), use_cache=False)
 
 
 def _caches_each_token(model: PreTrainedModel, length: int) -> bool:
-    """Whether the cache keeps every one of `length` tokens by itself, so that padding amid a row can be masked.
+    """Return whether the cache keeps each of `length` tokens separately, so that padding inside a row can be masked.
 
-    Not so with a recurrent state, beyond a sliding window, or where distance is counted by place in the cache: such
-    models are run without a cache.
+    It does not with a recurrent state, beyond a sliding window, or if distance is counted by place in the cache: such
+    models run without a cache.
     """
     layers = DynamicCache(config=model.config).layers
     windows = [getattr(layer, "sliding_window", length) for layer in layers]
@@ -172,23 +189,23 @@ def _caches_each_token(model: PreTrainedModel, length: int) -> bool:
 
 
 def _common_start(sequences: list[list[int]]) -> list[int]:
-    """The tokens that all begin with; each keeps at least one of its own."""
+    """Return the tokens that all sequences begin with, but leave at least one token to each."""
     limit = min(map(len, sequences)) - 1
     together = zip(*(s[:limit] for s in sequences), strict=True)
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
 
 
-def _likeliest(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
-    """Each row's choice with the highest logit."""
+def _argmax_choice(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
+    """Return each row's choice with the highest logit."""
     most = max(map(len, choices))
     choices_BC = torch.tensor([c + c[:1] * (most - len(c)) for c in choices], device=logits_BV.device)
     best_B1 = logits_BV.gather(1, choices_BC).argmax(dim=1, keepdim=True)
-    found: list[int] = choices_BC.gather(1, best_B1)[:, 0].tolist()
-    return found
+    chosen: list[int] = choices_BC.gather(1, best_B1)[:, 0].tolist()
+    return chosen
 
 
 def macro_f1(truths: Sequence[str], predictions: Sequence[str]) -> float:
-    """The mean F1 over all labels that occur among the truths or the predictions, as scikit-learn's default."""
+    """Return the mean F1 over all labels among the truths or the predictions, as scikit-learn does by default."""
     pairs = list(zip(truths, predictions, strict=True))
     labels = {label for pair in pairs for label in pair}
     scores = []

@@ -1,4 +1,4 @@
-"""How fast the model generates: one decode step at batch 1, and tokens a second at batch 8, with a KV cache."""
+"""Generation speed with a KV cache: time of a decode step at batch 1, and tokens per second at batch 8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankloom.data.render import Row
-from rankloom.evals.batches import device_of, evaluating, keeps_cache, left_padded, positions, prompt_of, unwrapped
+from rankloom.evals.batches import device_of, evaluation_mode, pad_left, position_ids, prompt_of, supports_cache, unwrap
 
 NUM_WARMUP = 4
 NUM_STEPS = 32
@@ -21,35 +21,35 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Latency:
-    """Decode steps only; the prompt's prefill is not counted."""
+    """Speed of decode steps, without the prompt's prefill."""
 
     latency_ms: float
-    """Median of one step at batch 1, in milliseconds."""
+    """Median time of one step at batch 1, in milliseconds."""
     generated_tokens_per_s: float
-    """At batch 8, from the median step."""
+    """Tokens per second at batch 8, from the median step."""
 
 
 def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> Latency | None:
-    """Time greedy decoding after prompts of about the median length; None where the model keeps no KV cache (Mamba)."""
+    """Time greedy decoding after prompts of about the median length; None if the model keeps no KV cache (Mamba)."""
     alone_ms = decode_ms(model, rows, pad_id=pad_id)
     if alone_ms is None:
         return None
-    bare = unwrapped(model)
-    with evaluating(bare):
+    bare = unwrap(model)
+    with evaluation_mode(bare):
         together_s = _step_times(bare, _prompts(bare, rows), pad_id) or []
     return Latency(latency_ms=alone_ms, generated_tokens_per_s=BATCH_SIZE / statistics.median(together_s))
 
 
 def decode_ms(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> float | None:
-    """Median time of one decode step at batch 1, in milliseconds; None as above."""
-    bare = unwrapped(model)
-    with evaluating(bare):
+    """Return the median time of one decode step at batch 1, in milliseconds; None if the model keeps no KV cache."""
+    bare = unwrap(model)
+    with evaluation_mode(bare):
         alone_s = _step_times(bare, _prompts(bare, rows)[BATCH_SIZE // 2 :][:1], pad_id)
     return None if alone_s is None else 1000 * statistics.median(alone_s)
 
 
 def _prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
-    """Of `BATCH_SIZE` rows of about the median length, as far as there are so many."""
+    """Return the prompts of `BATCH_SIZE` rows of about the median length, repeated if there are fewer rows."""
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)
     middle = by_length[first : first + BATCH_SIZE]
@@ -58,11 +58,11 @@ def _prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:
-    """Seconds of each decode step after the warm-up; generation goes on past any end token. None: no KV cache."""
-    if not keeps_cache(model):
+    """Return the seconds of each decode step after the warm-up, past any end token; None without a KV cache."""
+    if not supports_cache(model):
         return None
     device = device_of(model)
-    prompts = left_padded(sequences, pad_id, device)
+    prompts = pad_left(sequences, pad_id, device)
     ids_BT, mask_BT, cache = prompts.input_ids_BT, prompts.attention_mask_BT, None
     times = []
     for _ in range(1 + NUM_WARMUP + NUM_STEPS):  # the first is the prefill
@@ -70,7 +70,7 @@ def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int)
         output = model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            position_ids=positions(mask_BT)[:, -ids_BT.shape[1] :],
+            position_ids=position_ids(mask_BT)[:, -ids_BT.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

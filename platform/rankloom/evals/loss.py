@@ -1,9 +1,9 @@
-"""Cross-entropy with the head run only where a token is trained on; training and evaluation share it.
+"""Cross-entropy that runs the head only on trained positions; training and evaluation share it.
 
 A prompt's positions carry no loss, yet a plain forward spends a vocabulary's width of arithmetic and memory on each.
-Here a hook in front of the output embedding hands it the hidden states of the trained positions alone.
+A hook before the output embedding passes it only the hidden states of the trained positions.
 
-No attention mask is passed: rows are padded on the right, so that under causal attention no real position sees
+The model gets no attention mask: rows are padded on the right, so that under causal attention no real position sees
 padding, positions count from 0 in every row, and SDPA takes its causal path without a mask.
 
 Shapes: B rows, T positions, N trained positions, V vocabulary.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from rankloom.data.batching import Batch, collate
 from rankloom.data.render import Row
 from rankloom.errors import DataError, ModelError
-from rankloom.evals.batches import batches_by_length, device_of, evaluating, unwrapped
+from rankloom.evals.batches import batches_by_length, device_of, evaluation_mode, unwrap
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,25 @@ class Loss:
     """Cross-entropy over a set of rows."""
 
     mean: float
-    """Nats a trained token."""
+    """Nats per trained token."""
     num_tokens: int
-    """Tokens that carry loss."""
+    """Number of tokens that carry loss."""
 
     @property
     def perplexity(self) -> float:
+        """exp(mean)."""
         return math.exp(self.mean) if self.mean < 700 else math.inf  # exp overflows from 710 on
 
 
 def labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The weighted sum of a batch's token cross-entropy, and the sum of the weights.
+    """Return the weighted sum of a batch's token cross-entropy, in nats, and the sum of the weights.
 
     Args:
-        model: a causal language model; PEFT-wrapped, DDP-wrapped or sharded by FSDP2 as well.
-        batch: padded on the right; on the CPU, so that to find the trained positions nobody waits for the device.
+        model: a causal language model, also PEFT-wrapped, DDP-wrapped or sharded by FSDP2.
+        batch: padded on the right; on the CPU, so that finding the trained positions does not wait for the device.
 
     Returns:
-        Two fp32 scalars; the first carries the gradient. Both are 0 where no token has weight.
+        Two fp32 scalars; the first carries the gradient. Both are 0 if no token has weight.
     """
     weights_BT = batch.loss_weights_BT[:, 1:]
     rows_N, positions_N = (weights_BT > 0).nonzero(as_tuple=True)  # position t predicts token t + 1
@@ -59,21 +60,21 @@ def labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         tensor.to(device, non_blocking=True)
         for tensor in (batch.input_ids_BT, rows_N, positions_N, targets_N, weights_N)
     )
-    with _head_sees(model, rows_N, positions_N):
+    with _head_on_trained(model, rows_N, positions_N):
         logits_1NV = model(input_ids=ids_BT, use_cache=False).logits
     losses_N = F.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
     return (losses_N * weights_N).sum(), weights_N.sum()
 
 
 def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size: int) -> Loss:
-    """The mean loss over all rows; the model is left in the mode it came in.
+    """Return the mean loss over all rows; each module keeps its mode.
 
     Raises:
         DataError: no token of the rows carries loss.
     """
-    bare = unwrapped(model)
+    bare = unwrap(model)
     total, weight, num_tokens = 0.0, 0.0, 0
-    with evaluating(bare):
+    with evaluation_mode(bare):
         for rows_of_batch in batches_by_length(rows, batch_size):
             batch = collate(rows_of_batch, pad_id)
             loss_sum, weight_sum = labelled_loss(bare, batch)
@@ -86,9 +87,9 @@ def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size
 
 
 @contextmanager
-def _head_sees(model: nn.Module, rows_N: Tensor, positions_N: Tensor) -> Iterator[None]:
-    """While it lasts, the output embedding is given N hidden states in place of B x T."""
-    bare = unwrapped(model)
+def _head_on_trained(model: nn.Module, rows_N: Tensor, positions_N: Tensor) -> Iterator[None]:
+    """Pass the output embedding N hidden states instead of B x T, inside the context."""
+    bare = unwrap(model)
     head = bare.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(bare).__name__} has no output embedding; a causal language model is needed")

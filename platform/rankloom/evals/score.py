@@ -1,7 +1,6 @@
-"""All measures of one set of weights, and the smaller set that training reads every few steps.
+"""All measures of one set of weights, and the smaller set that training takes every few steps.
 
-Each is a function of a ready model: what the untuned base scores is had by calling `measure` again with the adapter
-switched off.
+Each is a function of a loaded model: call `measure` again with the adapter off to score the untuned base.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from rankloom.data import TaskData
 from rankloom.data.batching import collate
 from rankloom.data.render import Row
 from rankloom.errors import ConfigError
-from rankloom.evals.batches import batches_by_length, evaluating, unwrapped
+from rankloom.evals.batches import batches_by_length, evaluation_mode, unwrap
 from rankloom.evals.generate import exact_matches
-from rankloom.evals.intervals import share
+from rankloom.evals.intervals import bootstrap_proportion
 from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
 from rankloom.evals.loss import labelled_loss, token_loss
 from rankloom.registry.scorecard import Measures, Proportion
 
 SEED = 0
-"""Chooses the test rows where `eval.max_test_rows` leaves some out: the same for every trial."""
+"""Seed that chooses the test rows if `eval.max_test_rows` leaves some out; equal for every trial."""
 
 
 def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData, config: EvalConfig) -> Measures:
     """Score a model on the test rows.
 
-    Constrained accuracy stands in for exact match in classification; plain text, which has no prompts, has neither.
+    Classification gets constrained accuracy instead of exact match; plain text, which has no prompts, gets neither.
     """
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
     limit = config.max_test_rows
@@ -47,7 +46,7 @@ def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData
         accuracy = _share_of_equal(truths, predictions)
         f1 = macro_f1(truths, predictions)
     elif data.report.format != "text":
-        exact_match = share(exact_matches(model, tokenizer, rows, batch_size=batch_size))
+        exact_match = bootstrap_proportion(exact_matches(model, tokenizer, rows, batch_size=batch_size))
     if data.retention is not None:
         kept = data.retention if limit is None else data.retention.select(limit, seed=SEED)
         retention = token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
@@ -67,17 +66,17 @@ def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData
 
 
 def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
-    return share([t == p for t, p in zip(truths, predictions, strict=True)])
+    return bootstrap_proportion([t == p for t, p in zip(truths, predictions, strict=True)])
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One worker's sums; added up over the workers they give the mean loss and the accuracy."""
+    """One worker's sums; their totals over all workers give the mean loss and the accuracy."""
 
     loss_sum: float
     weight_sum: float
     correct: int
-    """Rows whose constrained label is right; 0 where `eval.metric` is not accuracy."""
+    """Rows whose constrained label is right; 0 if `eval.metric` is not accuracy."""
     num_rows: int
 
 
@@ -91,8 +90,8 @@ def validate(
 ) -> Validation:
     """Evaluate this worker's share, `rows[rank::world]`.
 
-    All workers take the same number of forwards, since those of a sharded model communicate: one whose share has fewer
-    batches repeats its last without counting it.
+    All workers run the same number of forwards, because those of a sharded model communicate: a worker with fewer
+    batches repeats its last one without counting it.
 
     Args:
         shard: (rank, world size).
@@ -100,14 +99,14 @@ def validate(
     if config.metric == "accuracy" and data.labels is None:
         raise ConfigError("eval.metric: accuracy needs classification data (text, label); use loss")
     rank, world = shard
-    bare = unwrapped(model)
+    bare = unwrap(model)
     num_batches = math.ceil(math.ceil(len(rows) / world) / config.batch_size)
     mine = [rows[i] for i in range(rank, len(rows), world)]
     batches = batches_by_length(mine, config.batch_size)
     repeated = batches[-1] if batches else [rows[0]]
     trie = LabelTrie(data.labels) if config.metric == "accuracy" and data.labels is not None else None
     loss_sum, weight_sum, correct = 0.0, 0.0, 0
-    with evaluating(bare):
+    with evaluation_mode(bare):
         for i in range(num_batches):
             counts = i < len(batches)
             batch_rows = batches[i] if counts else repeated

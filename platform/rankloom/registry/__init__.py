@@ -1,7 +1,7 @@
 """The registry: versions of adapters under names, with aliases that move; torch-free.
 
-`record.py` says what is known of a version, `checks.py` what its folder may hold, `storage.py` how bytes become
-visible at once on a disk or an object store. Read `store.py` first.
+`record.py` defines what is recorded of a version, `checks.py` what its folder may hold, `storage.py` how its files
+become visible atomically on a disk or an object store. Read `store.py` first.
 """
 
 from rankloom.registry.record import BaseModelRef, Draft, Lineage, Record, Versions

@@ -1,4 +1,4 @@
-"""Which version of an adapter is the best, by what its scorecards measured on the test rows; pure."""
+"""Chooses the best version of an adapter by its scorecards' results on the test rows; pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from rankloom.registry.record import Record
 from rankloom.registry.scorecard import Scorecard
 
 
-def best_of(records: Sequence[Record]) -> tuple[Record, str]:
-    """The best of one adapter's versions, and by what: accuracy where all that were scored have one, else loss.
+def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
+    """Choose the best of one adapter's versions; the latest of equal ones. Versions without a scorecard are skipped.
 
-    Of equal versions the latest. Those without a scorecard are passed over.
+    Args:
+        records: all versions of one adapter, in ascending order; at least one.
+
+    Returns:
+        The record, and the measure that decided: `accuracy` if every scored version has one, else `loss`.
 
     Raises:
-        RegistryError: none was scored, or they were scored on different rows.
+        RegistryError: no version was scored, or they were scored on different rows.
     """
     scored = [(record, record.scorecard) for record in records if record.scorecard is not None]
     name = records[0].name
@@ -25,7 +29,7 @@ def best_of(records: Sequence[Record]) -> tuple[Record, str]:
     for record, card in others:
         if _rows(record, card) != _rows(*first):
             raise RegistryError(
-                f"{first[0].ref} and {record.ref} were scored on different rows, so neither is the better one; name "
+                f"{first[0].ref} and {record.ref} were scored on different rows, so they can't be compared; name "
                 f"the one to promote"
             )
     accuracies = [card.result.accuracy for _, card in scored]

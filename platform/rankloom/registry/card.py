@@ -1,4 +1,4 @@
-"""The model card that is written into each published folder, and the scorecard as rows of text."""
+"""The model card of a published folder, and the scorecard as rows of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUANTIZED = {
 
 
 def model_card(record: Record) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads."""
+    """Return the card as Markdown with the front matter that the Hugging Face hub reads."""
     header: dict[str, object] = {"library_name": "peft"}
     if _is_hub_id(record.base.id):
         header["base_model"] = record.base.id
@@ -42,12 +42,12 @@ def model_card(record: Record) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that ends neither a cell of a Markdown table nor a code span."""
+    """Return text that can't end a cell of a Markdown table or a code span."""
     return printable(text).replace("|", "\\|").replace("`", "'")
 
 
 def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
-    """(measure, this adapter's value, the base's value), measured ones only."""
+    """Return (measure, this adapter's value, the base's value) for each measure that was taken."""
     cut = scorecard.extraction
     rows = measure_rows(scorecard.result, scorecard.base)
     if cut:
@@ -68,7 +68,7 @@ def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
 
 
 def measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:
-    """(measure, the result's value, the base's value), those that the result has."""
+    """Return (measure, the result's value, the base's value) for each measure of the result."""
     return [
         (label, form(value), _base_value(base, field))
         for field, (label, form) in _MEASURES.items()

@@ -1,7 +1,7 @@
-"""What an adapter's folder may hold, and whether it still holds it. Nothing here loads a weight.
+"""Checks an adapter's folder: what it may hold, and whether it still matches its record. No weights are loaded.
 
-Weights are safetensors only: a pickle runs code when it is read. `read_folder` looks at a folder before it is
-published, `find_files` at one that lies somewhere else than in a registry, `check_files` at one that has a record.
+Weights are safetensors only: a pickle runs code when it is read. `read_folder` checks a folder before it is published,
+`find_files` one outside a registry, `check_files` one with a record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CARD = "README.md"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Stands before each module's name in a PEFT folder's tensors."""
+"""Prefix of each module's name in a PEFT folder's tensors."""
 
 MAX_CONFIG_BYTES = 2**24
 
@@ -34,15 +34,15 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib
 
 
 def read_folder(folder: Path) -> dict[str, Path]:
-    """The files of a publishable adapter folder: name -> path.
+    """Return the files of a publishable adapter folder: name -> path.
 
     Raises:
-        RegistryError: an adapter's file is missing, or there is something that must not be published.
+        RegistryError: a file of the adapter is missing, or a file must not be published.
     """
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
     entries = sorted(folder.iterdir())
-    problems = [reason for entry in entries if (reason := _refused(entry))]
+    problems = [reason for entry in entries if (reason := _refusal(entry))]
     problems += [
         f"{needed} is missing; PEFT's save_pretrained writes it"
         for needed in (CONFIG, WEIGHTS)
@@ -53,35 +53,35 @@ def read_folder(folder: Path) -> dict[str, Path]:
 
 
 def find_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Some files of an adapter's folder as it comes, whatever else lies there: name -> regular file.
+    """Find some files of any adapter folder, whatever else it holds: name -> regular file.
 
-    A link is followed where it stays in the folder, or leads to the blobs of the hub cache that the folder is in.
+    A link is followed if it stays in the folder, or leads to the blobs of the hub cache that the folder is in.
 
     Raises:
-        RegistryError: one of them is missing, or something else than a file.
+        RegistryError: a file is missing, or is not a regular file.
     """
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
     home = folder.resolve()
-    found, problems = {}, []
+    files, problems = {}, []
     for name in names:
         entry = home / name
         target = Path(os.path.realpath(entry))
         if not os.path.lexists(entry):
-            problems.append(_missing(home, name))
+            problems.append(_missing_hint(home, name))
         elif target.parent not in (home, home.parent.parent / "blobs"):
             problems.append(f"{name} is a link out of the folder; put the file itself there")
         elif not target.is_file():
-            problems.append(f"{name} is no regular file")
-        found[name] = target
+            problems.append(f"{name} is not a regular file")
+        files[name] = target
     _raise_any(f"{folder} can't be published", problems)
-    return found
+    return files
 
 
-def _missing(folder: Path, name: str) -> str:
+def _missing_hint(folder: Path, name: str) -> str:
     if name == WEIGHTS and (folder / "adapter_model.bin").exists():
         return (
-            f"{name} is missing, and adapter_model.bin is a pickle, which can run code: load it with PEFT where you "
+            f"{name} is missing, and adapter_model.bin is a pickle, which can run code: load it with PEFT if you "
             f"trust it, and save it with save_pretrained(..., safe_serialization=True)"
         )
     if name == CONFIG:
@@ -93,10 +93,10 @@ def _missing(folder: Path, name: str) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """An adapter_config.json, as it is.
+    """Read an adapter_config.json, without checking its settings.
 
     Raises:
-        RegistryError: it can't be read, is too large, or no JSON object.
+        RegistryError: it can't be read, is too large, or is not a JSON object with a peft_type.
     """
     try:
         with file.open("rb") as opened:
@@ -107,13 +107,13 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise RegistryError(f"{file} is not JSON: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("peft_type"), str):
-        raise RegistryError(f"{file} has no peft_type; it is no PEFT config")
+        raise RegistryError(f"{file} has no peft_type; it is not a PEFT config")
     return tree
 
 
 @contextmanager
-def told_as(folder: Path, name: str) -> Iterator[None]:
-    """Errors speak of `name`, which their reader knows, where they would of a temporary folder."""
+def rename_in_errors(folder: Path, name: str) -> Iterator[None]:
+    """Replace a temporary folder by `name`, which the reader knows, in the text of RegistryErrors."""
     try:
         yield
     except RegistryError as error:
@@ -121,27 +121,27 @@ def told_as(folder: Path, name: str) -> Iterator[None]:
 
 
 def check_contents(folder: Path, names: Iterable[str]) -> None:
-    """Refuse an unreadable adapter_config.json or safetensors file among `names`."""
+    """Raise RegistryError if an adapter_config.json or safetensors file among `names` is unreadable."""
     problems = []
     for name in sorted(names):
         if name == CONFIG:
             problems += _config_problems(folder / name)
         elif name.endswith(".safetensors"):
             problems += _safetensors_problems(folder / name)
-    _raise_any(f"{folder} is no sound adapter", problems)
+    _raise_any(f"{folder} is not a valid adapter", problems)
 
 
 def check_files(folder: Path, record: Record) -> None:
-    """Compare a folder with its record: the same files, sizes, checksums, and readable contents.
+    """Check that a folder has the files, sizes and checksums of its record, and readable contents.
 
     Raises:
-        RegistryError: with every difference found.
+        RegistryError: lists every difference.
     """
     found = {entry.name: entry for entry in folder.iterdir() if entry.name != RECORD}
     problems = [f"{name} is missing" for name in sorted(set(record.files) - set(found))]
     problems += [f"{name} is not in the record" for name in sorted(set(found) - set(record.files))]
     for name in sorted(set(found) & set(record.files)):
-        if reason := _refused(found[name]):
+        if reason := _refusal(found[name]):
             problems.append(reason)
             continue
         stored, expected = describe(found[name]), record.files[name]
@@ -155,23 +155,24 @@ def check_files(folder: Path, record: Record) -> None:
 
 
 def describe(file: Path) -> StoredFile:
+    """Return a file's size and checksum."""
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256")
         return StoredFile(bytes=opened.tell(), sha256=digest.hexdigest())
 
 
-def _refused(entry: Path) -> str | None:
+def _refusal(entry: Path) -> str | None:
     name = entry.name[:200]
     if entry.is_symlink():
         return f"{name} is a symbolic link; put the file itself there"
     if entry.is_dir():
         return f"{name}/ is a subfolder; an adapter is one flat folder"
     if not entry.is_file():
-        return f"{name} is no regular file"
+        return f"{name} is not a regular file"
     if entry.suffix.lower() in PICKLES:
         return f"{name} may hold a pickle, which can run code; only .safetensors weights are allowed: remove it"
     if entry.suffix.lower() not in ALLOWED or not re.fullmatch(FILE_PATTERN, entry.name):
-        return f"{name!r} does not belong into an adapter; allowed are {', '.join(sorted(ALLOWED))}: remove it"
+        return f"{name!r} does not belong in an adapter; allowed are {', '.join(sorted(ALLOWED))}: remove it"
     return None
 
 

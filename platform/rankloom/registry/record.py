@@ -1,7 +1,7 @@
-"""Record: what the registry knows of one version of an adapter; plain frozen data, no torch.
+"""Record: what the registry stores about one version of an adapter; plain frozen data, no torch.
 
-A `Draft` is what the publisher knows; the registry adds the name, the number, the date and the checksums, and
-writes the whole as `record.json` into the version's folder.
+The publisher gives a `Draft`; the registry adds the name, the number, the date and the checksums, and writes all of
+it as `record.json` into the version's folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rankloom.config.trial import Name
 from rankloom.registry.scorecard import Scorecard
 
 FILE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
-"""A file directly in the version's folder: no separator, not hidden."""
+"""Pattern of a file directly in the version's folder: no separator, not hidden."""
 
 FileName = Annotated[str, StringConstraints(pattern=FILE_PATTERN)]
 
@@ -35,16 +35,16 @@ class BaseModelRef(_Plain):
 
 
 class Lineage(_Plain):
-    """Where it came from."""
+    """Origin of a version."""
 
     parent: str | None = None
-    """The version (`name@3`) that this one continues or copies."""
+    """Version (`name@3`) that this one continues or copies."""
     run: str | None = None
     study: str | None = None
 
 
 class Versions(_Plain):
-    """The libraries that made it."""
+    """Versions of the libraries that made it."""
 
     rankloom: str
     torch: str
@@ -53,22 +53,24 @@ class Versions(_Plain):
 
     @classmethod
     def here(cls) -> Versions:
-        """Those that are installed."""
+        """Return the installed versions."""
         return cls(rankloom=rankloom.__version__, **{each: version(each) for each in ("torch", "transformers", "peft")})
 
     def changes(self, since: Versions) -> list[str]:
-        """`torch 2.12 -> 2.13` for each that is another now than it was then."""
+        """Return `torch 2.12 -> 2.13` for each library that differs from `since`."""
         then = since.model_dump()
         return [f"{name} {then[name]} -> {now}" for name, now in self.model_dump().items() if then[name] != now]
 
 
 class StoredFile(_Plain):
+    """Size and checksum of a file."""
+
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Draft(_Plain):
-    """A record before the registry gave it a number."""
+    """A record before the registry gives it a number."""
 
     method: str
     """lora, dora, adalora, ..."""
@@ -76,11 +78,11 @@ class Draft(_Plain):
     servable: Literal["itself", "rank pattern", "extracted"]
     """How the method's result became a PEFT folder."""
     trial: dict[str, Any]
-    """The resolved trial config; of an adapter that rankloom did not train, only name, model and quantization."""
+    """The resolved trial config; for an adapter that rankloom did not train, only name, model and quantization."""
     data_fingerprint: str | None
     """None for an adapter that rankloom did not train."""
     scorecard: Scorecard | None
-    """None when nothing was measured."""
+    """None if nothing was measured."""
     lineage: Lineage = Lineage()
     versions: Versions
 
@@ -90,17 +92,18 @@ class Record(Draft):
 
     name: Name
     version: Annotated[int, Field(ge=1)]
-    """Counts from 1 and is never given twice, not even after `rm`."""
+    """Counts from 1; a number is never reused, not even after `rm`."""
     created: AwareDatetime
-    """In UTC."""
+    """Time of publication, in UTC."""
     files: dict[FileName, StoredFile]
-    """Every file of the version but record.json itself."""
+    """Every file of the version except record.json itself."""
 
     @property
     def ref(self) -> str:
+        """`name@version`."""
         return f"{self.name}@{self.version}"
 
     def draft(self) -> Draft:
-        """What a copy of this version is published with; the copy's parent is this version."""
+        """Return the draft of a copy of this version; the copy's parent is this version."""
         fields = {name: getattr(self, name) for name in Draft.model_fields}
         return Draft(**fields | {"lineage": self.lineage.model_copy(update={"parent": self.ref})})

@@ -21,27 +21,27 @@ class Proportion(_Plain):
 
 
 class Measures(_Plain):
-    """What was measured on the test rows with one set of weights."""
+    """Results of one set of weights on the test rows."""
 
     num_rows: int
     loss: float
-    """Mean cross-entropy a trained token, in nats."""
+    """Mean cross-entropy per trained token, in nats."""
     perplexity: float
     accuracy: Proportion | None = None
-    """Rows whose constrained label is right; classification only."""
+    """Proportion of rows whose constrained label is right; classification only."""
     macro_f1: float | None = None
     exact_match: Proportion | None = None
-    """Rows whose free greedy generation equals the completion; not measured for plain text."""
+    """Proportion of rows whose free greedy generation equals the completion; not measured for plain text."""
     retention_loss: float | None = None
-    """Loss on the retention data set, in nats a token."""
+    """Loss on the retention data set, in nats per token."""
     latency_ms: float | None = None
-    """Median time of one decode step at batch 1 with a KV cache, in milliseconds a token."""
+    """Median time of one decode step at batch 1 with a KV cache, in milliseconds per token."""
     generated_tokens_per_s: float | None = None
-    """Greedy decoding throughput in a batch, with a KV cache."""
+    """Throughput of greedy decoding at batch 8 with a KV cache, in tokens per second."""
 
 
 class Extraction(_Plain):
-    """How faithful an adapter cut from a weight difference is to the weights that were trained."""
+    """Fidelity of an adapter extracted from a weight difference to the trained weights."""
 
     rank: int
     energy: float
@@ -59,7 +59,7 @@ class Scorecard(_Plain):
     trainable_parameters: int
     adapter_bytes: int
     peak_memory_bytes: int
-    """CUDA: allocated by torch; CPU: the process's resident set, all of it."""
+    """Peak bytes; on CUDA those allocated by torch, on a CPU the resident set of the whole process."""
     steps: int
     train_tokens: int
     train_s: float

@@ -1,12 +1,12 @@
-"""How a version's bytes become visible at once: `LocalStorage` on a disk, `ObjectStorage` on S3 and its like.
+"""Storage that makes a version's files visible atomically: `LocalStorage` on a disk, `ObjectStorage` on S3 and alike.
 
-Both keep `<name>/<number>/<file>` and `<name>/aliases.json`; a version exists only when its record.json does.
+Both keep `<name>/<number>/<file>` and `<name>/aliases.json`; a version exists if and only if its record.json does.
 
-- Local: a version is staged in a hidden folder beside its place, synced, and renamed into it; writers of one name
-  take turns by a lock file. Leftovers found under the lock belong to nobody alive, so the next writer removes them.
+- Local: a version is staged in a hidden folder beside its target, synced, and renamed; writers of one name take turns
+  through a lock file. Leftovers found under the lock belong to dead writers, so the next writer removes them.
 - Object stores have neither rename nor lock, and pyarrow no conditional put. A writer claims a number with an
-  object of its own, lists the number's folder and goes on only when it sees nothing but its claim, so of two
-  writers at most one goes on (a listing after a put shows it: S3, GCS, MinIO and Azure promise that). It uploads
+  object of its own, lists the number's folder and continues only if it sees nothing but its claim, so at most one of
+  two writers continues (S3, GCS, MinIO and Azure guarantee that a listing after a put shows it). It uploads
   record.json last. Aliases have no such guard: of two promotions in the same instant the later put wins, and the
   earlier may be missing from the alias's history.
 """
@@ -42,13 +42,13 @@ _HIDDEN = (_STAGED, _CLAIM, ".writing-", ".lock")
 
 
 class Storage(Protocol):
-    """Paths are relative to the registry's root, with `/`."""
+    """Operations on a registry's files; paths are relative to its root, with `/`."""
 
     def folders(self, path: str) -> list[str]:
-        """Names of the folders in `path`; none where it does not exist."""
+        """Return the names of the folders in `path`; none if it does not exist."""
 
     def files(self, path: str) -> list[str]:
-        """Names of everything else in `path`, but what the storage itself keeps there."""
+        """Return the names of the files in `path`, without those that the storage itself keeps there."""
 
     def exist(self, paths: list[str]) -> list[bool]: ...
 
@@ -57,27 +57,27 @@ class Storage(Protocol):
     def download(self, path: str, target: Path) -> None: ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Create or replace a small file at once."""
+        """Create or replace a small file atomically."""
 
     def delete(self, path: str) -> None: ...
 
     def lock(self, name: str) -> AbstractContextManager[object]:
-        """Held while `name`'s versions or aliases change."""
+        """Lock `name` while its versions or aliases change."""
 
     def staging(self, name: str) -> AbstractContextManager[Path]:
-        """An empty local folder to prepare a version in; call it under the lock."""
+        """Provide an empty local folder to prepare a version in; call it under the lock."""
 
     def commit(self, staged: Path, name: str, number: int) -> bool:
-        """Make `staged` visible as `<name>/<number>`; False when the number was just taken."""
+        """Make `staged` visible as `<name>/<number>`; return False if another writer took the number."""
 
 
 def open_storage(root: str | Path) -> Storage:
-    """The storage at a local path or a URL that pyarrow knows (s3://, gs://, abfs://, hdfs://, file://).
+    """Open the storage at a local path or a URL that pyarrow knows (s3://, gs://, abfs://, hdfs://, file://).
 
     S3 reads the usual AWS variables; AWS_ENDPOINT_URL points it at another server.
 
     Raises:
-        ConfigError: it is empty, or no URL that pyarrow knows.
+        ConfigError: the root is empty, or not a URL that pyarrow knows.
     """
     if not str(root):
         raise ConfigError("registry: it is empty; give a folder or a URL, or leave it out")
@@ -162,9 +162,9 @@ class LocalStorage:
         _sync(staged)
         target = self.root / name / str(number)
         try:
-            staged.rename(target)  # fails where the target exists: a version's folder is never empty
+            staged.rename(target)  # fails if the target exists: a version's folder is never empty
         except OSError:
-            if target.exists():  # by a writer that our lock does not bind, say on another machine
+            if target.exists():  # made by a writer that ignores our lock, say on another machine
                 return False
             raise
         _sync(target.parent)
@@ -179,14 +179,14 @@ class ObjectStorage:
         self._whole, self._bucket = filesystem, root.split("/")[0]
 
     def folders(self, path: str) -> list[str]:
-        found = [info.base_name for info in self._list(path) if info.type == fs.FileType.Directory]
-        if not found and not path:
-            self._need_bucket()
-        return found
+        names = [info.base_name for info in self._list(path) if info.type == fs.FileType.Directory]
+        if not names and not path:
+            self._check_bucket()
+        return names
 
     def files(self, path: str) -> list[str]:
-        found = [info.base_name for info in self._list(path) if info.type != fs.FileType.Directory]
-        return [name for name in found if not name.startswith(_HIDDEN)]
+        names = [info.base_name for info in self._list(path) if info.type != fs.FileType.Directory]
+        return [name for name in names if not name.startswith(_HIDDEN)]
 
     def exist(self, paths: list[str]) -> list[bool]:
         return [info.type == fs.FileType.File for info in self._fs.get_file_info(paths)]
@@ -224,7 +224,7 @@ class ObjectStorage:
             self.write(f"{folder}/{claim}", b"")
             if {info.base_name for info in self._list(folder)} != {claim}:
                 self.delete(f"{folder}/{claim}")
-                time.sleep(random.uniform(0, 0.5))  # both may have given way: not in step again
+                time.sleep(random.uniform(0, 0.5))  # both writers may have yielded: break the tie
                 return False
             names = sorted(file.name for file in staged.iterdir() if file.name != RECORD)
             for file in names:
@@ -240,19 +240,19 @@ class ObjectStorage:
                 with suppress(OSError):
                     self.delete(f"{folder}/{file}")
             raise
-        with suppress(OSError):  # a claim that stays does no harm
+        with suppress(OSError):  # a leftover claim does no harm
             self.delete(f"{folder}/{claim}")
         return True
 
-    def _need_bucket(self) -> None:
-        """Pyarrow lists a bucket that is not there as an empty one."""
+    def _check_bucket(self) -> None:
+        """Raise FileNotFoundError if the bucket is missing; pyarrow lists a missing bucket as empty."""
         if self._whole.type_name not in ("s3", "gcs"):
             return  # their paths do not begin with a bucket
         if self._whole.get_file_info(self._bucket).type == fs.FileType.NotFound:
             raise FileNotFoundError(f"there is no bucket {self._bucket!r}")
 
     def _drop_abandoned(self, name: str) -> None:
-        """Remove what killed writers uploaded; their claims stay, so that their numbers are never given again."""
+        """Remove uploads of killed writers; their claims stay, so that their numbers are never reused."""
         folders: dict[str, dict[str, Any]] = {}
         for info in self._fs.get_file_info(fs.FileSelector(name, recursive=True, allow_not_found=True)):
             if info.type == fs.FileType.File:

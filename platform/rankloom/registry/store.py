@@ -1,11 +1,11 @@
 """Registry: publish, find and promote versions of adapters, on a disk or an object store.
 
     <root>/<name>/<version>/    an adapter as PEFT reads it, with record.json and README.md; it never changes
-    <root>/<name>/aliases.json  every move of every alias; an alias points where its last move left it
-    <root>/.secret              random bytes, where an endpoint has sticky routes
+    <root>/<name>/aliases.json  every move of every alias; the last move decides where an alias points
+    <root>/.secret              random bytes, if an endpoint has sticky routes
 
-A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` where that alias is
-set, else the latest version. What may be published is in `checks.py`, how it becomes visible at once in `storage.py`.
+A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` if that alias is set,
+else the latest version. `checks.py` defines what may be published, `storage.py` how it becomes visible atomically.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AliasMove(BaseModel):
 
     action: Literal["promote", "rollback"]
     version: int
-    """Where the alias points from then on."""
+    """Version that the alias points to from then on."""
     at: AwareDatetime
 
 
@@ -65,28 +65,28 @@ _History = TypeAdapter(History)
 class Registry:
     """Versions of adapters under one root; safe for several processes (see `storage.py` for the guarantees).
 
-    Every method raises RegistryError with the system's reason where the storage fails, and AdapterNotFoundError
-    where a ref leads nowhere.
+    Every method raises RegistryError with the system's reason if the storage fails, and AdapterNotFoundError if a ref
+    does not exist.
     """
 
     def __init__(self, root: str | Path) -> None:
-        """`root`: a local folder, or a URL that pyarrow's file systems know, such as s3://bucket/folder."""
+        """Open the registry at `root`: a local folder, or a URL that pyarrow knows, such as s3://bucket/folder."""
         self.root = str(root)
-        with self._reporting("open it"):
+        with self._translate_errors("open it"):
             self._storage = open_storage(root)
 
     def publish(self, name: str, folder: Path, draft: Draft) -> Record:
-        """Copy an adapter's folder in as the next version of `name`, with its record and a model card.
+        """Copy an adapter's folder as the next version of `name`, with its record and a model card.
 
         An older record.json or README.md in the folder is not copied.
         """
         check_name(name)
-        with self._reporting(f"publish {name}; nothing was published"):
+        with self._translate_errors(f"publish {name}; nothing was published"):
             sources = {file: path for file, path in read_folder(folder).items() if file not in (RECORD, CARD)}
             with self._storage.lock(name), self._storage.staging(name) as staged:
                 for file, path in sources.items():
                     shutil.copyfile(path, staged / file, follow_symlinks=False)
-                check_contents(staged, sources)  # the copy, for nobody else can change it
+                check_contents(staged, sources)  # check the copy, which no other process changes
                 files = {file: describe(staged / file) for file in sources}
                 while True:
                     number = max(self._numbers(name), default=0) + 1
@@ -98,21 +98,21 @@ class Registry:
                         return record
 
     def publish_once(self, name: str, folder: Path, draft: Draft) -> Record:
-        """As `publish`, but what the same run has published already, and not yet written down, stays as it is.
+        """Publish like `publish`, unless the run has published this already and died before it recorded that.
 
-        That is a version with these weights, and with this draft but for what was measured.
+        A version counts as published if it has these weights and this draft, scorecard aside.
         """
-        made = [field for field in Draft.model_fields if field != "scorecard"]
+        compared = [field for field in Draft.model_fields if field != "scorecard"]
         weights = describe(read_folder(folder)[WEIGHTS])
         for record in self.list(name) if self.versions(name) else ():
-            same = all(getattr(record, field) == getattr(draft, field) for field in made)
+            same = all(getattr(record, field) == getattr(draft, field) for field in compared)
             if same and record.files[WEIGHTS] == weights:
                 return record
         return self.publish(name, folder, draft)
 
     def secret(self) -> bytes:
-        """32 random bytes, made when they are first asked for: the same for all who can read this registry."""
-        with self._reporting("read its secret"):
+        """Return 32 random bytes, made on first use and equal for every reader of this registry."""
+        with self._translate_errors("read its secret"):
             if not self._storage.exist([_SECRET])[0]:
                 with self._storage.lock(""):
                     if not self._storage.exist([_SECRET])[0]:
@@ -120,58 +120,58 @@ class Registry:
             return self._storage.read(_SECRET)
 
     def names(self) -> Sequence[str]:
-        """Every folder that may hold an adapter, without looking into it; fit for shell completion."""
-        with self._reporting("list it"):
+        """Return every folder that may hold an adapter, without looking inside; fast enough for shell completion."""
+        with self._translate_errors("list it"):
             return sorted(name for name in self._storage.folders("") if re.fullmatch(NAME_PATTERN, name))
 
     def list(self, name: str | None = None) -> Sequence[Record]:
-        """All versions (of one adapter), by name and number. One that can't be read is logged and left out."""
+        """Return all versions (of one adapter), by name and number. Unreadable ones are logged and left out."""
         records = []
         for each in self.names() if name is None else [_check_name(name)]:
             for version in self.versions(each):
                 try:
                     records.append(self._record(each, version))
                 except AdapterNotFoundError:
-                    continue  # removed since it was listed
+                    continue  # removed after the listing
                 except RegistryError as error:
                     logger.warning("%s", error)
         if name is not None and not records:
-            self._known(name)
+            self._existing_versions(name)
         return records
 
     def versions(self, name: str) -> Sequence[int]:
-        """The numbers of `name`'s versions, ascending; empty where there is no such adapter."""
+        """Return the numbers of `name`'s versions, ascending; empty if there is no such adapter."""
         _check_name(name)
-        with self._reporting(f"list {name}"):
+        with self._translate_errors(f"list {name}"):
             numbers = sorted(self._numbers(name))
-            there = self._storage.exist([f"{name}/{number}/{RECORD}" for number in numbers])
-            return [number for number, exists in zip(numbers, there, strict=True) if exists]
+            present = self._storage.exist([f"{name}/{number}/{RECORD}" for number in numbers])
+            return [number for number, exists in zip(numbers, present, strict=True) if exists]
 
     def get(self, ref: str) -> Record:
-        """The record that `ref` leads to."""
+        """Return the record of `ref`."""
         return self._record(*self._resolve(ref))
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version."""
+        """Return alias -> version."""
         return {alias: moves[-1].version for alias, moves in self.history(name).items() if moves}
 
     def history(self, name: str) -> History:
-        """Every alias's moves."""
+        """Return the moves of every alias."""
         path = f"{_check_name(name)}/{_ALIASES}"
-        with self._reporting(f"read {path}"):
+        with self._translate_errors(f"read {path}"):
             if not self._storage.exist([path])[0]:
                 return {}
             try:
                 return _History.validate_json(self._storage.read(path))
             except ValidationError as error:
-                raise RegistryError(f"{self.root}/{path} is damaged: {_first(error)}; restore or delete it") from None
+                raise RegistryError(f"{self.root}/{path} is damaged: {_detail(error)}; restore or delete it") from None
 
     def promote(self, ref: str, alias: str = CHAMPION) -> Record:
-        """Let `alias` point to `ref`; a bare name means its latest version here. Promoting twice changes nothing."""
+        """Point `alias` to `ref`; here a bare name means its latest version. Promoting twice changes nothing."""
         _check_alias(alias)
         name, selector = parse_ref(ref)
-        with self._reporting(f"promote {ref}; no alias was moved"):
-            self._known(name)  # before the lock makes a folder
+        with self._translate_errors(f"promote {ref}; no alias was moved"):
+            self._existing_versions(name)  # before the lock makes a folder
             with self._storage.lock(name):
                 name, version = self._resolve(f"{name}@{selector or LATEST}")
                 record, history = self._record(name, version), self.history(name)
@@ -181,18 +181,18 @@ class Registry:
         return record
 
     def rollback(self, name: str, alias: str = CHAMPION) -> Record:
-        """Let `alias` point where it pointed before its last promotion; again goes back one more.
+        """Point `alias` to its version before the last promotion; each further call undoes one more promotion.
 
-        Versions that were removed meanwhile are passed over.
+        Removed versions are skipped.
         """
         _check_alias(alias)
-        with self._reporting(f"roll {name} back; no alias was moved"):
-            self._known(_check_name(name))
+        with self._translate_errors(f"roll {name} back; no alias was moved"):
+            self._existing_versions(_check_name(name))
             with self._storage.lock(name):
                 history, versions = self.history(name), self.versions(name)
                 if alias not in history:
                     raise AdapterNotFoundError(f"{name} has no alias {alias!r}; it has {_join(history)}")
-                earlier = [version for version in _stack(history[alias])[:-1] if version in versions]
+                earlier = [version for version in _promotions_in_force(history[alias])[:-1] if version in versions]
                 if not earlier:
                     raise RegistryError(
                         f"{name}@{alias} has nothing to roll back to; promote a version: {_join(versions)}"
@@ -202,14 +202,14 @@ class Registry:
         return record
 
     def verify(self, ref: str) -> Record:
-        """Check that every file of a version is there, unchanged, readable, and that there is nothing else.
+        """Check that a version has exactly the files of its record, unchanged and readable.
 
         Raises:
-            RegistryError: with every difference found.
+            RegistryError: lists every difference.
         """
         name, version = self._resolve(ref)
         record = self._record(name, version)
-        with self._reporting(f"verify {record.ref}"):
+        with self._translate_errors(f"verify {record.ref}"):
             if isinstance(self._storage, LocalStorage):
                 check_files(self._storage.root / name / str(version), record)
                 return record
@@ -219,13 +219,13 @@ class Registry:
         return record
 
     def fetch(self, ref: str, destination: Path) -> Path:
-        """Copy a version to a local folder that is absent or empty, verified; returns it.
+        """Copy a version to a local folder that is absent or empty, verify it, and return the folder.
 
-        The folder appears at once, complete, or not at all.
+        The folder appears complete or not at all.
         """
         name, version = self._resolve(ref)
         record = self._record(name, version)
-        with self._reporting(f"fetch {record.ref} to {destination}"):
+        with self._translate_errors(f"fetch {record.ref} to {destination}"):
             if (
                 destination.is_symlink()
                 or destination.is_file()
@@ -244,15 +244,19 @@ class Registry:
         return destination
 
     def rm(self, ref: str, *, force: bool = False) -> Record:
-        """Remove a version; its number is not given again.
+        """Remove a version; its number is never reused.
 
-        Refused while an alias points to it, unless `force`: then the alias leads nowhere until it is moved.
+        Args:
+            force: remove it even if an alias points to it; the alias is broken until it is moved.
+
+        Raises:
+            RegistryError: an alias points to it, and `force` is off.
         """
         name, selector = parse_ref(ref)
         if selector is None:
             raise RegistryError(f"rm {ref!r}: name the version to remove, for example {name}@1")
-        with self._reporting(f"remove {ref}"):
-            self._known(name)
+        with self._translate_errors(f"remove {ref}"):
+            self._existing_versions(name)
             with self._storage.lock(name):
                 _, version = self._resolve(ref)
                 record = self._record(name, version)
@@ -263,17 +267,17 @@ class Registry:
                     )
                 folder = f"{name}/{version}"
                 self._storage.write(f"{folder}/{_REMOVED}", f'{{"at": "{datetime.now(UTC).isoformat()}"}}\n'.encode())
-                self._storage.delete(f"{folder}/{RECORD}")  # from here on it does not exist
+                self._storage.delete(f"{folder}/{RECORD}")  # from now on the version does not exist
                 for file in self._storage.files(folder):
                     if file != _REMOVED:
                         self._storage.delete(f"{folder}/{file}")
         return record
 
     def _numbers(self, name: str) -> Sequence[int]:
-        """Every number ever given, those of removed versions and of uploads under way too."""
+        """Return every number ever given, also those of removed versions and of unfinished uploads."""
         return [int(number) for number in self._storage.folders(name) if _NUMBER.fullmatch(number)]
 
-    def _known(self, name: str) -> Sequence[int]:
+    def _existing_versions(self, name: str) -> Sequence[int]:
         versions = self.versions(name)
         if not versions:
             known = [each for each in self.names() if self.versions(each)]
@@ -284,7 +288,7 @@ class Registry:
 
     def _resolve(self, ref: str) -> tuple[str, int]:
         name, selector = parse_ref(ref)
-        versions = self._known(name)
+        versions = self._existing_versions(name)
         if selector == LATEST:
             return name, versions[-1]
         aliases = {} if selector and selector.isdigit() else self.aliases(name)
@@ -305,23 +309,23 @@ class Registry:
 
     def _record(self, name: str, version: int) -> Record:
         path = f"{name}/{version}/{RECORD}"
-        with self._reporting(f"read {path}"):
+        with self._translate_errors(f"read {path}"):
             try:
                 record = Record.model_validate_json(self._storage.read(path))
             except FileNotFoundError:
                 raise AdapterNotFoundError(f"{name}@{version} was removed from {self.root}") from None
             except ValidationError as error:
-                raise RegistryError(f"{self.root}/{path} is no record of this rankloom: {_first(error)}") from None
+                raise RegistryError(f"{self.root}/{path} is not a record of this rankloom: {_detail(error)}") from None
         if (record.name, record.version) != (name, version):
             raise RegistryError(f"{self.root}/{path} is the record of {record.ref}; a version can't be moved by hand")
         return record
 
     def _download(self, record: Record, folder: Path) -> None:
         stored = f"{record.name}/{record.version}"
-        found = {*self._storage.files(stored), *self._storage.folders(stored)}
-        if unexpected := sorted(found - {*record.files, RECORD}):
+        names = {*self._storage.files(stored), *self._storage.folders(stored)}
+        if unexpected := sorted(names - {*record.files, RECORD}):
             raise RegistryError(f"{record.ref} is broken: not in the record: {_join(unexpected)}")
-        for file in sorted(found):
+        for file in sorted(names):
             self._storage.download(f"{stored}/{file}", folder / file)
 
     def _write_move(
@@ -332,7 +336,7 @@ class Registry:
         self._storage.write(f"{name}/{_ALIASES}", _History.dump_json(moved, indent=2) + b"\n")
 
     @contextmanager
-    def _reporting(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, what: str) -> Iterator[None]:
         """Turn the storage's errors into RegistryError with the system's reason."""
         action, _, outcome = what.partition("; ")
         ending = f"; {outcome}" if outcome else ""
@@ -355,38 +359,38 @@ def parse_ref(ref: str) -> tuple[str, str | None]:
     """Split `name@selector`; the selector is a number, an alias, or None.
 
     Raises:
-        ConfigError: one of them is no such thing.
+        ConfigError: the name or the selector is malformed.
     """
     name, at, selector = ref.partition("@")
     _check_name(name)
     if not at:
         return name, None
     if not (_NUMBER.fullmatch(selector) or (re.fullmatch(NAME_PATTERN, selector) and not selector.isdigit())):
-        raise ConfigError(f"ref {_shown(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
+        raise ConfigError(f"ref {_quote(ref)}: after the @ comes a version (1, 2, ...) or an alias: {_ALLOWED}")
     return name, selector
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError where nothing can be published under this name."""
+    """Raise ConfigError if nothing can be published under this name."""
     if _check_name(name) == BASE:
         raise ConfigError(f"adapter name {name!r}: it means the base without an adapter; choose another")
 
 
 def _check_name(name: str) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
-        raise ConfigError(f"adapter name {_shown(name)}: allowed are {_ALLOWED}")
+        raise ConfigError(f"adapter name {_quote(name)}: allowed are {_ALLOWED}")
     return name
 
 
 def _check_alias(alias: str) -> None:
     if not re.fullmatch(NAME_PATTERN, alias) or alias.isdigit() or alias == LATEST:
         raise ConfigError(
-            f"alias {_shown(alias)}: allowed are {_ALLOWED}, but no number, nor {LATEST!r}, which is built in"
+            f"alias {_quote(alias)}: allowed are {_ALLOWED}, but not a number, and not {LATEST!r}, which is built in"
         )
 
 
-def _stack(moves: list[AliasMove]) -> list[int]:
-    """Where a rollback can go: promotions in force, the present one last."""
+def _promotions_in_force(moves: list[AliasMove]) -> list[int]:
+    """Return the versions that a rollback can reach: promotions in force, the current one last."""
     stack: list[int] = []
     for move in moves:
         if move.action == "promote":
@@ -397,7 +401,7 @@ def _stack(moves: list[AliasMove]) -> list[int]:
     return stack
 
 
-def _shown(text: str) -> str:
+def _quote(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
@@ -405,6 +409,6 @@ def _join(items: Iterable[object], separator: str = ", ") -> str:
     return separator.join(map(str, items)) or "none"
 
 
-def _first(error: ValidationError) -> str:
+def _detail(error: ValidationError) -> str:
     detail = error.errors()[0]
     return f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"

@@ -105,7 +105,7 @@ def _check_record(adapter: Path, base: Base) -> None:
     try:
         record = Record.model_validate_json((adapter / RECORD).read_bytes())
     except ValidationError:
-        raise RegistryError(f"{adapter / RECORD} is no record of this rankloom; publish the folder again") from None
+        raise RegistryError(f"{adapter / RECORD} is not a record of this rankloom; publish the folder again") from None
     check_files(adapter, record)
     if record.base.fingerprint != base.fingerprint:
         raise RegistryError(

@@ -18,7 +18,7 @@ import pytest
 from rankloom.config import parse
 from rankloom.config.data import DataConfig
 from rankloom.data import TaskData, load_data
-from rankloom.data.messages import messages
+from rankloom.data.messages import read_messages
 from rankloom.errors import DataError
 
 MakeTokenizer = Callable[..., Any]
@@ -154,9 +154,9 @@ def test_parquet_values(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n["b"]', "line 2: expected an object such as"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: it holds half of a surrogate pair"),
         ("a.json", b"[" * 100_000, "can't be read as json"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}', "line 2: the key 'text' is there more than once"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}', "line 2: the key 'text' occurs more than once"),
         ("a.csv", b"\n\n", "a.csv has no rows"),
-        ("a.csv", b"text, label\nq,b\n", "the format classification would read these columns, but for capitals or "
+        ("a.csv", b"text, label\nq,b\n", "the format classification would read these columns without the capitals or "
          "spaces in their names; rename with data.columns={label: ' label'}, or set data.format"),
         ("a.csv", b"Prompt,Completion\nq,b\n", "data.columns={prompt: 'Prompt', completion: 'Completion'}"),
         ("a.csv", b"instruction,output,Input\nq,b,c\n", "data.columns={input: 'Input'}"),
@@ -332,7 +332,7 @@ def test_labels_that_are_nearly_the_same(make_tokenizer: MakeTokenizer, tmp_path
     (tmp_path / "a.jsonl").write_text(lines([{"text": f"q {i}", "label": labels[i % 4]} for i in range(24)]))
     warnings = load(make_tokenizer(), tmp_path / "a.jsonl").report.warnings
     assert (
-        "the labels ' yes', 'YES', 'yes' differ in capitals or spaces alone, and are classes of their own" in warnings
+        "the labels ' yes', 'YES', 'yes' differ only in capitals or spaces, and count as different classes" in warnings
     )
 
 
@@ -348,7 +348,7 @@ def test_a_turn_that_says_nothing_carries_no_loss(make_tokenizer: MakeTokenizer,
 
 def test_what_is_no_regular_file(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.csv").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"a.csv' is no regular file, nor a link to one"):
+    with pytest.raises(DataError, match=r"a.csv' is not a regular file, nor a link to one"):
         load(make_tokenizer(), tmp_path / "a.csv")
 
 
@@ -360,7 +360,7 @@ def test_results_of_tools_and_calls_in_json() -> None:
         {"role": "tool", "content": [{"found": 5.0}]},
         {"role": "tool", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
-    first, second, result, parts = messages(given, "row 1")
+    first, second, result, parts = read_messages(given, "row 1")
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert first["tool_calls"] == second["tool_calls"] == calls
     assert (result["content"], parts["content"]) == ('[{"found": 5.0}]', "ab")

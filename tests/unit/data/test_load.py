@@ -138,7 +138,7 @@ def test_labels_of_several_types(make_tokenizer: MakeTokenizer, tmp_path: Path) 
 def test_a_single_label_is_warned_of(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     rows = [{"text": f"t {i}", "label": "same"} for i in range(12)]
     data = load_data(DataConfig(train=Source(path=write(tmp_path / "a.jsonl", rows))), make_tokenizer())
-    assert "all rows have the label 'same': there is nothing to tell apart" in data.report.warnings
+    assert "all rows have the label 'same': there is nothing to distinguish" in data.report.warnings
 
 
 def test_the_report(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:

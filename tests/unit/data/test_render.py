@@ -239,5 +239,5 @@ def test_settings_that_would_be_ignored(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(DataError, match=r"data.template: chat, but .* no chat template"):
         render(make_tokenizer(chat=False), "completion", pair(), template="chat")
     for name, value in (("template", "chat"), ("instruction", "be brief")):
-        with pytest.raises(ConfigError, match=f"data.{name}: '{value}' means nothing for the format text"):
+        with pytest.raises(ConfigError, match=f"data.{name}: '{value}' does not apply to the format text"):
             render(make_tokenizer(), "text", [{"text": "a"}], **{name: value})

@@ -187,7 +187,7 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
 def test_keys_that_a_file_would_ignore(tmp_path: Path) -> None:
     file = write("csv", tmp_path / "x.csv")
     for key in ("split", "subset", "revision"):
-        with pytest.raises(ConfigError, match=f"data.train.{key}: 'x' means nothing for the file"):
+        with pytest.raises(ConfigError, match=f"data.train.{key}: 'x' does not apply to the file"):
             locate(Source(path=str(file), **{key: "x"}), "train")
     (tmp_path / "x.xml").touch()
     for path in (str(tmp_path / "x.xml"), "what is this", "ghost://x/y.csv"):
@@ -205,7 +205,7 @@ def test_builtin(tmp_path: Path) -> None:
     for source, role, message in (
         (Source(path="builtin:bank-intent"), "train", "did you mean 'bank-intents'.*allowed: builtin:bank-intents"),
         (Source(path="builtin:bank-intents"), "validation", "no split 'validation'; it has test, train"),
-        (Source(path="builtin:bank-intents", revision="x"), "train", "data.train.revision: 'x' means nothing"),
+        (Source(path="builtin:bank-intents", revision="x"), "train", "data.train.revision: 'x' does not apply"),
     ):
         with pytest.raises(ConfigError, match=message):
             locate(source, role)  # type: ignore[arg-type]

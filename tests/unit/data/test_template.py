@@ -264,7 +264,7 @@ def test_calls_and_tools_that_are_not_shown(make_tokenizer: MakeTokenizer) -> No
             with_template(make_tokenizer, QWEN3.replace("t in m.tool_calls or []", "t in []")),
             [ASKED, call({}), *FOUND],
         )
-    with pytest.raises(DataError, match="tool_calls need a chat template"):
+    with pytest.raises(DataError, match="only a chat template can render tool_calls"):
         rendered(make_tokenizer(chat=False), [ASKED, call({})])
     names = with_template(make_tokenizer, DEEPSEEK_CALLS.replace(" + '\n' + t.function.arguments", ""))
     row = rendered(names, [ASKED, call({"of": "card"})], TOOLS)
@@ -404,7 +404,7 @@ def test_a_tokenizer_that_can_not_tell_is_refused() -> None:
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    with pytest.raises(RequestError, match="takes '<s>' in a text for its special token"):
+    with pytest.raises(RequestError, match="reads '<s>' in a text as its special token"):
         prompts(tokenizer).chat([{"role": "user", "content": "a <s>"}])
     with pytest.raises(DataError, match=r"data.split_special_tokens=false"):
         rendered(tokenizer, [{"role": "user", "content": "a <s> a"}, {"role": "assistant", "content": "a"}])

@@ -329,7 +329,7 @@ def test_a_size_that_no_file_has_is_no_record(tmp_path: Path, adapter: Callable[
     tree = json.loads(file.read_text())
     tree["files"]["adapter_config.json"]["bytes"] = 10**400
     file.write_text(json.dumps(tree))
-    with pytest.raises(RegistryError, match=r"is no record of this rankloom: files\.adapter_config\.json\.bytes"):
+    with pytest.raises(RegistryError, match=r"is not a record of this rankloom: files\.adapter_config\.json\.bytes"):
         registry.get("bank")
 
 
@@ -379,7 +379,7 @@ def test_a_damaged_record_is_reported_and_hides_no_other(
     (tmp_path / "store/a/1/record.json").write_text('{"name": "a"')
     (tmp_path / "store/b/1/record.json").write_bytes((tmp_path / "store/c/1/record.json").read_bytes())
     assert [r.ref for r in registry.list()] == ["c@1"]
-    assert "no record of this rankloom" in caplog.text
+    assert "is not a record of this rankloom" in caplog.text
     with pytest.raises(RegistryError, match=r"is the record of c@1"):
         registry.get("b")
     (tmp_path / "store/c/aliases.json").write_text("[]")
@@ -403,7 +403,7 @@ def test_a_damaged_record_is_reported_and_hides_no_other(
         (lambda f: (f / "new\nline.json").write_text("x"), "does not belong"),
         (lambda f: (f / "sub").mkdir(), "sub/ is a subfolder"),
         (lambda f: (f / "link.json").symlink_to("/etc/passwd"), "symbolic link"),
-        (lambda f: os.mkfifo(f / "pipe.json"), "no regular file"),
+        (lambda f: os.mkfifo(f / "pipe.json"), "not a regular file"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "no peft_type"),
         (_bytes(lambda data: data[:-1]), "corrupt or truncated"),

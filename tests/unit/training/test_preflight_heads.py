@@ -256,5 +256,5 @@ def test_of_a_hub_set_the_first_rows_are_streamed(
 
 @pytest.mark.usefixtures("no_ray")
 def test_a_hub_set_that_can_not_be_had_is_told_at_once(tiny_llama: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.train: 'org/none' \(split 'train'\) is no file here, and the hub"):
+    with pytest.raises(DataError, match=r"data\.train: 'org/none' \(split 'train'\) is not a file here, and the hub"):
         preflight([trial_of(tiny_llama, train="org/none")])

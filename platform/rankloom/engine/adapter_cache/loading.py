@@ -14,7 +14,7 @@ from rankloom.banks.served_adapter import ServedAdapter, fold
 from rankloom.errors import IncompatibleError, OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Record, Registry
-from rankloom.registry.checks import told_as
+from rankloom.registry.checks import rename_in_errors
 
 Logits = Callable[[ServedAdapter | None, list[int]], Tensor]
 """What the base gives [V] after tokens, with an adapter or without."""
@@ -40,7 +40,7 @@ class EngineLoader:
         with tempfile.TemporaryDirectory(prefix="rankloom-") as scratch:
             folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             try:
-                with told_as(folder, record.ref):
+                with rename_in_errors(folder, record.ref):
                     return self._verified(folder)
             except torch.OutOfMemoryError:
                 pass  # what it holds on to is freed once this block is left

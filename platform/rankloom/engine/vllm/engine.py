@@ -40,7 +40,7 @@ from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihood
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
 from rankloom.models import Base, find_target_linears, in_out
 from rankloom.registry import Registry
-from rankloom.registry.checks import told_as
+from rankloom.registry.checks import rename_in_errors
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class VllmLoader:
         record = self._registry.get(ref)
         check_base(self._base, record)
         folder = self._server.scratch / f"{next(self._numbers)}"  # never the same again: vLLM's cache goes by it
-        with TemporaryDirectory(prefix="rankloom-") as scratch, told_as(Path(scratch) / "adapter", ref):
+        with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", ref):
             fetched = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             if more := more_than_lora(self._base.model, fetched):
                 raise RegistryError(

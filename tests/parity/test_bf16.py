@@ -27,8 +27,9 @@ from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
-from rankloom.training.precision import autocast
-from rankloom.training.run import _check_export, load_for, run_trial
+from rankloom.training.precision import autocast, load_trial_base
+from rankloom.training.publish import check_export
+from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 from served import completed, engine_on, serving, write_adapter
 
@@ -106,7 +107,7 @@ def test_every_recipe_in_bf16_is_served_as_it_was_scored(
 
 def test_a_host_in_bf16_trains_and_exports_what_dedicated_runs_do(tiny_llama: Path, tmp_path: Path) -> None:
     trials = {kind: trial_of(tiny_llama, tmp_path, {"method": {"type": kind, "rank": 8}}) for kind in ("lora", "dora")}
-    bases = [load_for(trials["lora"], CPU) for _ in range(3)]
+    bases = [load_trial_base(trials["lora"], CPU) for _ in range(3)]
     data = load_data(trials["lora"].data, bases[0].tokenizer)
     assert bases[0].model.dtype == torch.bfloat16
     host = TrialHost(
@@ -146,12 +147,12 @@ def test_what_is_read_back_keeps_lora_in_fp32(tiny_llama: Path, tmp_path: Path) 
 
 def test_an_export_of_other_weights_is_refused_in_bf16_too() -> None:
     trained = 10 * torch.rand(400, generator=torch.Generator().manual_seed(0)).bfloat16()
-    _check_export(trained, trained * 1.004, 0 * trained, False, "none")
+    check_export(trained * 1.004, trained, "none")
     with pytest.raises(TrialError, match="differ by"):
-        _check_export(trained, trained.flip(0), 0 * trained, False, "none")
+        check_export(trained.flip(0), trained, "none")
     exact = trained.float()
     with pytest.raises(TrialError, match="differ by"):
-        _check_export(exact, exact * 1.004, 0 * exact, False, "none")
+        check_export(exact * 1.004, exact, "none")
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (2, 5)], ids=["even", "uneven"])

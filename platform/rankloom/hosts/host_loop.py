@@ -200,11 +200,11 @@ def open_host(
     import torch
 
     from rankloom.data import load_data
-    from rankloom.models import load_base, load_tokenizer
+    from rankloom.models import load_tokenizer
     from rankloom.models.device import local_device
     from rankloom.training.fused.host import TrialHost
     from rankloom.training.memory import free_bytes, peak_memory_bytes, shape_of
-    from rankloom.training.precision import check_lengths, precision_of
+    from rankloom.training.precision import check_lengths, load_trial_base, precision_of
     from rankloom.training.resume_check import Origin, hold_study_to
 
     torch.set_num_threads(device.threads)
@@ -212,8 +212,7 @@ def open_host(
     data = load_data(trial.data, load_tokenizer(trial.model))
     if study.search.metric == "accuracy" and data.labels is None:
         raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
-    precision = precision_of(trial, place)
-    base = load_base(trial.model, trial.quantization, device=place, dtype=precision, compute_dtype=precision)
+    base = load_trial_base(trial, place)
     check_lengths(data, base)
     if folder is not None:
         hold_study_to(folder, trial, Origin.of(data, base))
@@ -225,4 +224,4 @@ def open_host(
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit_host(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
-    return TrialHost(base, data, precision=precision, **asdict(size))
+    return TrialHost(base, data, precision=precision_of(trial, place), **asdict(size))

@@ -1,4 +1,4 @@
-"""What a trial asks of its base, whoever trains it: the precision of the arithmetic, and positions for its rows."""
+"""A trial's base: the precision of its arithmetic, its weights, and positions for the trial's rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import torch
 from rankloom.config.trial import TrialConfig
 from rankloom.data import TaskData
 from rankloom.errors import ConfigError, DataError
-from rankloom.models import Base, auto_dtype, resolve_dtype
+from rankloom.models import Base, auto_dtype, load_base, resolve_dtype
 
 
 def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
     """What the arithmetic runs in; also that of scoring, and of serving where it is auto."""
     return resolve_dtype(trial.compute.precision, auto_dtype(device))
+
+
+def load_trial_base(trial: TrialConfig, device: torch.device, *, in_fp32: bool = False) -> Base:
+    """Load the trial's base in the run's precision, or in fp32 for arithmetic in that precision."""
+    precision = precision_of(trial, device)
+    dtype = torch.float32 if in_fp32 else precision
+    return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -13,33 +13,30 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
 
-from rankloom.adapters.probe import largest_difference, last_logits, tolerance, write_probe
+from rankloom.adapters.probe import last_logits
 from rankloom.adapters.weights import load_adapter
-from rankloom.config import COMPATIBLE, TrialConfig, dump
+from rankloom.config import COMPATIBLE, TrialConfig
 from rankloom.data import TaskData, load_data
 from rankloom.errors import RegistryError, TrialError
-from rankloom.evals.costs import weight_bytes
 from rankloom.evals.score import measure
 from rankloom.methods import METHODS
-from rankloom.models import Base, load_base, load_tokenizer
-from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
+from rankloom.models import Base, load_tokenizer
+from rankloom.registry import Record
 from rankloom.registry.checks import RECORD, check_files
-from rankloom.registry.scorecard import Extraction, Measures, Scorecard
+from rankloom.registry.scorecard import Extraction, Measures
 from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import free_bytes, shape_of
 from rankloom.training.memory_plan import gigabytes, run_bytes
-from rankloom.training.precision import autocast, check_lengths, precision_of
+from rankloom.training.precision import autocast, check_lengths, load_trial_base, precision_of
+from rankloom.training.publish import TrainingCost, probe_ids, publish, score
 from rankloom.training.resume_check import Origin, hold_study_to
 from rankloom.training.session import Session
-
-PROBE_TOKENS = 64
 
 
 def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study: Path | None = None) -> dict[str, Any]:
@@ -61,7 +58,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
     session.emit({"event": "data", "report": data.report.to_dict()})
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
-    base = load_for(trial, session.device, training=True)
+    base = load_trial_base(trial, session.device, in_fp32=METHODS[type(trial.method)].trains_base)
     check_lengths(data, base)
     if study is not None:
         hold_study_to(study, trial, Origin.of(data, base))
@@ -87,7 +84,7 @@ def evaluate(trial: TrialConfig, adapter: Path | None, session: Session) -> dict
     _phase(session, "data", f"reading {trial.data.train.path}")
     data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
-    base = load_for(trial, session.device)
+    base = load_trial_base(trial, session.device)
     _phase(session, "score", "the base")
     base_measures = measure(base.model, base.tokenizer, data, trial.eval)
     result = None
@@ -134,13 +131,6 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
         )
 
 
-def load_for(trial: TrialConfig, device: torch.device, *, training: bool = False) -> Base:
-    """The trial's base in the run's precision; for training, in fp32 where its own weights train."""
-    precision = precision_of(trial, device)
-    dtype = torch.float32 if training and METHODS[type(trial.method)].trains_base else precision
-    return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
-
-
 def _finish(
     trial: TrialConfig, session: Session, loop: TrainingLoop, module: nn.Module, base: Base, data: TaskData
 ) -> dict[str, Any]:
@@ -149,8 +139,7 @@ def _finish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         folder.mkdir()
-        probe_ids = data.test[0].input_ids[:PROBE_TOKENS]
-        trained_logits = last_logits(module.eval(), probe_ids)
+        trained_logits = last_logits(module.eval(), probe_ids(data))
         trained: Measures | None = None
         if extracted:
             _phase(session, "score", "the trained weights, before extraction")
@@ -161,62 +150,44 @@ def _finish(
         loop.release()  # the optimiser's memory is the export's
         _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
         energy = method.export(module, base, folder)
+        extraction = None
+        if trained is not None and energy is not None:
+            extraction = Extraction(rank=trial.method.extract_rank, energy=energy, trained=trained)  # type: ignore[union-attr]
         del module, base, method
         gc.collect()
 
-        fresh = load_for(trial, session.device)
-        base_logits = last_logits(fresh.model, probe_ids)
+        fresh = load_trial_base(trial, session.device)
         base_measures = None
         if trial.eval.base:
             _phase(session, "score", "the base")
             base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval)
-        adapted = load_adapter(fresh.model, folder)
-        adapter_logits = last_logits(adapted, probe_ids)
-        _check_export(trained_logits, adapter_logits, base_logits, extracted, fresh.quantization)
-        write_probe(folder, probe_ids, adapter_logits, base_logits)
         _phase(session, "score", "the adapter")
-        result = measure(adapted, fresh.tokenizer, data, trial.eval)
-
         progress = loop.progress
-        scorecard = Scorecard(
-            result=result,
-            base=base_measures,
-            extraction=None
-            if trained is None or energy is None
-            else Extraction(rank=trial.method.extract_rank, energy=energy, trained=trained),  # type: ignore[union-attr]
-            trainable_parameters=loop.trainable_parameters,
-            adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
-            peak_memory_bytes=loop.peak_memory_bytes,
-            steps=progress.step,
-            train_tokens=progress.tokens,
-            train_s=progress.train_s,
-            tokens_per_s=progress.tokens / max(progress.train_s, 1e-9),
-            device=_device_name(session.device),
+        scored = score(
+            folder,
+            fresh,
+            data,
+            trial,
+            TrainingCost(
+                loop.trainable_parameters, loop.peak_memory_bytes, progress.step, progress.tokens, progress.train_s
+            ),
+            base_measures=base_measures,
+            extraction=extraction,
+            trained_logits=None if extracted else trained_logits,
         )
-        outcome = {"status": "done", "name": trial.name, "steps": progress.step, "scorecard": scorecard.model_dump()}
-        outcome["memory_bytes"] = weight_bytes(adapted)
+        outcome = {
+            "status": "done",
+            "name": trial.name,
+            "steps": progress.step,
+            "scorecard": scored.scorecard.model_dump(),
+            "memory_bytes": scored.memory_bytes,
+        }
         if trial.output.publish:
             _phase(session, "publish", "into the registry")
             root = trial.output.registry_root
-            record = Registry(root).publish_once(trial.name, folder, draft_of(trial, fresh, data, scorecard))
+            (record,) = publish(folder, [trial.name], fresh, data, trial, scored.scorecard)
             outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
     return outcome
-
-
-def draft_of(
-    trial: TrialConfig, base: Base, data: TaskData, scorecard: Scorecard, *, study: str | None = None
-) -> Draft:
-    """What the registry is told of a trial's result."""
-    return Draft(
-        method=trial.method.type,
-        base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),
-        servable=COMPATIBLE[trial.method.type].servable,
-        trial=dump(trial),
-        data_fingerprint=data.fingerprint,
-        scorecard=scorecard,
-        lineage=Lineage(run=trial.name, study=study),
-        versions=Versions.here(),
-    )
 
 
 def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
@@ -226,24 +197,9 @@ def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.M
     with session.best_checkpoint() as folder:
         if session.rank != 0 or folder is None:
             return loop.module
-        model = load_for(trial, session.device, training=True).model
+        model = load_trial_base(trial, session.device, in_fp32=METHODS[type(trial.method)].trains_base).model
         checkpoint.load_weights(folder, model, loop.method)
         return model
-
-
-def _check_export(
-    trained: torch.Tensor, adapter: torch.Tensor, base: torch.Tensor, extracted: bool, quantization: str
-) -> None:
-    """Refuse an export that does nothing, or that is not what was trained."""
-    if torch.equal(adapter, base):
-        raise TrialError("the exported adapter changes nothing; train longer or raise optim.learning_rate")
-    difference = largest_difference(adapter, trained)
-    allowed = tolerance(trained, adapter.dtype, quantization=quantization)
-    if not extracted and not difference <= allowed:
-        raise TrialError(
-            f"the exported adapter's logits differ by {difference:.3g} from the trained model's (allowed: "
-            f"{allowed:.3g})"
-        )
 
 
 def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
@@ -252,10 +208,6 @@ def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
         folder = Path(trial.output.root).expanduser() / "runs" / trial.name / "model"
         module.save_pretrained(folder)  # type: ignore[operator]
         base.tokenizer.save_pretrained(folder)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
 
 
 def _phase(session: Session, phase: str, message: str) -> None:

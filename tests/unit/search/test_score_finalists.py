@@ -1,0 +1,56 @@
+"""A study scores a finalist as a trial scores its own adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankloom.config import TrialConfig, dump, parse
+from rankloom.registry import Registry
+from rankloom.registry.scorecard import Scorecard
+from rankloom.search.score_finalists import score_finalists
+from rankloom.training.run import run_trial
+from rankloom.training.session import LocalSession
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_finalist_has_the_scorecard_of_a_trial(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    tree = {
+        "name": "tiny",
+        "model": {"id": str(tiny_llama)},
+        "data": {"train": "builtin:bank-intents", "max_train_rows": 64, "test": "builtin:bank-intents"},
+        "method": {"type": method},
+        "optim": {"learning_rate": 3e-3, "batch_size": 8},
+        "budget": {"steps": 12},
+        "eval": {"every": 6, "max_rows": 16, "max_test_rows": 28, "latency": False},
+        "compute": {"num_workers": 0},
+        "output": {"root": str(tmp_path)},
+    }
+    trial = parse(TrialConfig, tree)
+    result = run_trial(trial, LocalSession(tmp_path / "runs" / "tiny", device=torch.device("cpu")))
+    own = Scorecard.model_validate(result["scorecard"])
+    folder = tmp_path / "study" / "adapters" / "tiny"
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(result["adapter"]) / name, folder)
+    finalist = {
+        "trial": dump(trial),
+        "folder": str(folder),
+        "names": ["found", "found-lora"],
+        "steps": own.steps,
+        "tokens": own.train_tokens,
+        "train_s": own.train_s,
+        "memory_bytes": own.peak_memory_bytes,
+    }
+    scores = score_finalists("found", [finalist, finalist], lambda _: None)
+    assert [score["error"] for score in scores] == [None, None]
+    assert Scorecard.model_validate(scores[0]["scorecard"]) == own
+    assert scores[1]["scorecard"] == scores[0]["scorecard"]  # the first left the base as it was
+    assert scores[0]["published"] == scores[1]["published"] == ["found@1", "found-lora@1"]
+    records = [Registry(tmp_path / "registry").verify(ref) for ref in ("tiny@1", "found@1")]
+    files = [{name: file for name, file in record.files.items() if name != "README.md"} for record in records]
+    assert files[0] == files[1]
+    assert [record.lineage.study for record in records] == [None, "found"]

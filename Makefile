@@ -4,6 +4,7 @@
 #                served, and asked a question
 #   make test    the fast tests: unit, parity and cluster; `make test-slow` runs the rest
 #   make lint    ruff, mypy and import-linter
+#   make docs    the documentation, into build/docs
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # In a virtual environment that is not activated, Ray's workers find the tools beside their interpreter.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow lint format wheel setup clean
+.PHONY: demo test test-slow lint format docs wheel setup clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -38,7 +39,7 @@ demo: $(READY)
 	rm -rf demo-output
 	$(BIN)/rankloom tune configs/studies/quickstart.yaml trial.output.root=demo-output
 	$(BIN)/rankloom adapters list --registry demo-output/registry
-	$(BIN)/python serve/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
+	$(BIN)/python examples/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu'
@@ -55,6 +56,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel

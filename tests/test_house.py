@@ -32,10 +32,10 @@ KINDS: dict[str, type[TrialConfig | StudyConfig | ServeConfig]] = {
     "serve": ServeConfig,
 }
 SHIPPED = sorted((REPO / "configs").rglob("*.yaml"))
-DOCS = [REPO / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCS = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").rglob("*.md"))]
 TEXTS = sorted(
     path
-    for top in ("platform", "jobs", "serve", "configs", "tests", "benchmarks", ".ci", "")
+    for top in ("platform", "jobs", "serve", "configs", "examples", "docs", "tests", "benchmarks", ".ci", "")
     for path in ((REPO / top).rglob("*") if top else REPO.glob("*"))
     if path.is_file()
     and (path.suffix in {".py", ".yaml", ".yml", ".toml", ".md"} or path.name in {"Makefile", "run", ".gitignore"})
@@ -200,7 +200,7 @@ def test_architecture_names_every_module() -> None:
     assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(REPO)))
 def test_docs_name_commands_and_files_that_exist(doc: Path) -> None:
     from typer.main import get_group
 
@@ -212,7 +212,8 @@ def test_docs_name_commands_and_files_that_exist(doc: Path) -> None:
     assert named <= set(commands)
     adapters = commands["adapters"].commands  # type: ignore[attr-defined]
     assert set(re.findall(r"rankloom adapters ([a-z]+)", text)) <= set(adapters)
-    files = set(re.findall(r"\b((?:configs|jobs|serve|tests|benchmarks|platform)/[\w./-]+\.(?:yaml|py|md))\b", text))
+    folders = "configs|jobs|serve|examples|docs|tests|benchmarks|platform"
+    files = set(re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:yaml|py|md))\b", text))
     assert [name for name in sorted(files) if not (REPO / name).exists()] == []
     targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", text)) & {"test", "lint", "demo"} <= targets

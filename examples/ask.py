@@ -1,6 +1,6 @@
 """Serve a deployment for as long as it takes to ask each of its models one question, through the openai client.
 
-    python serve/ask.py configs/serve/quickstart.yaml "My card has not arrived yet." [key=value ...]
+    python examples/ask.py configs/serve/quickstart.yaml "My card has not arrived yet." [key=value ...]
 
 An adapter is asked by its name, as any client of OpenAI's would. The question ends with a newline, which is what the
 template `plain` puts between a message and its answer.

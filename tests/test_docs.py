@@ -1,0 +1,195 @@
+"""The documentation says what is so: every code block runs or parses, and the generated reference leaves nothing out.
+
+A fenced block is checked by its language: `yaml` against the config class that has its keys, `console` lines against
+the command line and the settings that they override.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from typer.main import get_command
+
+from rankloom.cli import app
+from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.config.base import Frozen, apply_overrides, read_yaml
+from rankloom.config.serve import ServeConfig
+from rankloom.paths import shipped
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "platform" / "rankloom"
+TEXTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / "examples").rglob("*.md")])
+CONFIGS: dict[str, type[Frozen]] = {"train": TrialConfig, "tune": StudyConfig, "serve": ServeConfig}
+NEEDED: dict[type[Frozen], dict[str, Any]] = {
+    TrialConfig: {"name": "doc"},
+    StudyConfig: {"name": "doc", "space": [{}]},
+    ServeConfig: {"base": "builtin:smollm2"},
+}
+"""What a fragment may leave out."""
+LANGUAGES = {"yaml", "json", "csv", "python", "console", "bash", "text", ""}
+
+sys.path.insert(0, str(REPO / "docs"))
+import generate  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document."""
+
+    path: Path
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(REPO)}:{self.line}"
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a document, those in lists and tabs too."""
+    for token in MarkdownIt().parse(path.read_text(encoding="utf-8")):
+        if token.type == "fence" and token.map:
+            yield Block(path, token.map[0] + 1, token.info.strip().partition(" ")[0], token.content)
+
+
+BLOCKS = [block for path in TEXTS for block in blocks(path)]
+
+
+def of(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+def test_every_block_has_a_language_that_is_checked() -> None:
+    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
+    assert {"yaml", "json", "csv", "python", "console"} <= {block.language for block in BLOCKS}
+
+
+@pytest.mark.parametrize("block", of("yaml"), ids=str)
+def test_yaml_is_a_config(block: Block) -> None:
+    tree = yaml.safe_load(block.code)
+    fits = [cls for cls in NEEDED if tree.keys() <= cls.model_fields.keys()]
+    assert fits, f"{block}: the keys {sorted(tree)} are of no config"
+    parse(fits[0], NEEDED[fits[0]] | tree, str(block))
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_json_is_rows(block: Block) -> None:
+    from rankloom.config.data import COLUMNS
+
+    rows = [yaml.safe_load(line) for line in block.code.splitlines()]
+    assert len(rows) == 3
+    assert all(any(set(columns) <= row.keys() for columns in COLUMNS.values()) for row in rows)
+
+
+@pytest.mark.parametrize("block", of("csv"), ids=str)
+def test_csv_is_rows(block: Block) -> None:
+    import csv
+
+    assert [set(row) for row in csv.DictReader(block.code.splitlines())] == [{"text", "label"}] * 3
+
+
+def commands() -> Iterator[Any]:
+    """Yield each line of a block that calls rankloom, wherever it stands."""
+    for block in BLOCKS:
+        if block.language in ("console", "bash", ""):
+            for number, line in enumerate(block.code.replace("\\\n", " ").splitlines(), block.line + 1):
+                if words := re.match(r"(?:\$ )?(?:\w+=\S+ )*(rankloom .*)", line):
+                    yield pytest.param(words[1], id=f"{block.path.relative_to(REPO)}:{number}")
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_exists_with_its_options_and_settings(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    command: Any = get_command(app)
+    while hasattr(command, "commands") and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(command.name, words)
+    overrides = context.params.get("overrides") or []
+    kind = CONFIGS.get(command.name)
+    if kind is not None and overrides:
+        known = str(context.params["config"]).startswith("shipped:")
+        tree = read_yaml(shipped("configs") / context.params["config"].removeprefix("shipped:")) if known else {}
+        parse(kind, apply_overrides(NEEDED[kind] | tree, overrides), line)
+
+
+def test_commands_are_found() -> None:
+    assert len(list(commands())) > 20
+
+
+def test_config_reference_has_every_setting() -> None:
+    page = generate.pages()["reference/config.md"]
+    sections = dict(re.findall(r"^### (\w+) \{.*?\}\n(.*?)(?=^##|\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    classes = {cls for cls in _subclasses(Frozen) if cls.__module__.startswith("rankloom.config.")}
+    reachable = {cls for cls in classes if cls.__name__ in sections}
+    roots_and_leaves = {cls for cls in classes if not cls.__subclasses__() and not cls.__name__.startswith("_")}
+    assert {cls.__name__ for cls in roots_and_leaves} <= sections.keys()
+    missing = [f"{c.__name__}.{f}" for c in reachable for f in c.model_fields if f"`{f}`" not in sections[c.__name__]]
+    assert missing == []
+
+
+def _subclasses(cls: type[Frozen]) -> set[type[Frozen]]:
+    return {each for below in cls.__subclasses__() for each in ({below} | _subclasses(below))}
+
+
+def test_config_reference_explains_every_setting() -> None:
+    page = generate.pages()["reference/config.md"]
+    sections = {"model", "quantization", "data", "method", "optim", "budget", "eval", "compute", "output", "tracking"}
+    sections |= {"search", "scheduler", "hosts", "final", "limits", "replicas", "auth", "type"}
+    knobs = {"choice", "uniform", "loguniform", "randint"}
+    silent = set(re.findall(r"^\| `(\w+)` \|[^|]*(?:\\\|[^|]*)*\|[^|]*\|  \|$", page, flags=re.MULTILINE))
+    assert silent <= sections | knobs
+
+
+def test_cli_reference_has_every_command_and_option() -> None:
+    page = generate.pages()["reference/cli.md"]
+    found = list(generate.commands(get_command(app), "rankloom"))
+    assert [path for path, _ in found if f"\n## {path}\n" not in page] == []
+    options = {name for _, command in found for each in command.params for name in each.opts if name.startswith("--")}
+    assert [name for name in sorted(options) if f"`{name}`" not in page and name != "--help"] == []
+
+
+def test_http_reference_has_every_path() -> None:
+    from rankloom.deploy.ingress import build_api
+
+    page = generate.pages()["reference/http.md"]
+    paths = build_api(lambda: pytest.fail("no request")).openapi()["paths"]
+    assert [path for path in paths if f" {path}\n" not in page] == []
+
+
+def test_metrics_reference_has_every_series() -> None:
+    source = (PACKAGE / "gateway" / "metrics.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'"rankloom_(\w+)"', source)) | set(re.findall(r'counter\("(\w+)"', source))
+    page = generate.pages()["reference/metrics.md"]
+    assert names
+    assert [name for name in sorted(names) if f"`rankloom_{name}" not in page] == []
+
+
+def test_environment_reference_has_every_variable() -> None:
+    named = {
+        name
+        for top in ("platform", "serve", "jobs", "configs")
+        for path in (REPO / top).rglob("*")
+        if path.suffix in {".py", ".yaml"}
+        for name in re.findall(r"\bRANKLOOM_[A-Z_]+", path.read_text(encoding="utf-8"))
+    }
+    page = (REPO / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    assert named
+    assert [name for name in sorted(named) if f"`{name}`" not in page] == []
+
+
+def test_troubleshooting_quotes_errors_that_exist() -> None:
+    text = (REPO / "docs" / "guide" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # a message over several lines
+    quoted = [re.sub(r"\\`", "`", each) for each in re.findall(r"^### `(.*)`$", text, flags=re.MULTILINE)]
+    assert len(quoted) > 15
+    assert [each for each in quoted if each not in joined] == []

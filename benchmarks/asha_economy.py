@@ -19,6 +19,7 @@ from typing import Any
 from common import RESULTS, machine, since, tiny_llama, today, write_json
 
 from rankloom.config import StudyConfig, parse
+from rankloom.events import Event, TrialEnded
 from rankloom.search.study import run
 
 TOLERANCE = 0.02
@@ -65,8 +66,8 @@ def searched(study: StudyConfig) -> dict[str, Any]:
 
     started, seconds = time.monotonic(), {}
 
-    def take(event: dict[str, Any]) -> None:
-        if event["event"] == "end":
+    def take(event: Event) -> None:
+        if isinstance(event, TrialEnded):
             seconds["search"] = since(started)
 
     result = run(study, on_event=take)

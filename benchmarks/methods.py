@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rankloom.events import Evaluated, read_events
+
 CONFIGS = ["full", "lora", "qlora", "dora", "qdora", "lora-plus", "qlora-lora-plus", "adalora", "galore", "lisa"]
 COLUMNS = (
     "recipe | steps | validation loss, start | end | test accuracy | base | trainable | adapter MB | peak MB | train s"
@@ -33,8 +35,8 @@ def measured(config: str, root: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one config; its figures, once its record is verified."""
     result = rankloom("train", f"shipped:trials/{config}.yaml", f"output.root={root}", *overrides)
     rankloom("adapters", "verify", f"{result['name']}@{result['version']}", "--registry", f"{root}/registry")
-    events = [json.loads(line) for line in (Path(result["run"]) / "events.jsonl").read_text().splitlines()]
-    losses = [event["loss"] for event in events if event["event"] == "eval"]
+    events = read_events(Path(result["run"]) / "events.jsonl")
+    losses = [event.loss for event in events if isinstance(event, Evaluated)]
     assert losses[-1] < losses[0], f"{config}: the validation loss rose from {losses[0]} to {losses[-1]}"
     return {"recipe": config, "first_loss": losses[0], "last_loss": losses[-1], "scorecard": result["scorecard"]}
 

@@ -29,6 +29,7 @@ from typing import Any
 from common import RESULTS, MemoryOfWorkers, machine, since, tiny_llama, today, write_json
 
 from rankloom.config import StudyConfig, dump, parse
+from rankloom.events import Event, TrialEnded, TrialEvaluated
 
 EVAL_ROWS = 32
 MEMORY_STEPS = 6
@@ -116,14 +117,14 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     found: dict[str, Any] = {"losses": [None] * study.num_trials}
 
-    def take(event: dict[str, Any]) -> None:
-        if event["event"] == "report":
-            found["losses"][int(event["name"].rpartition("-")[2])] = event["loss"]
+    def take(event: Event) -> None:
+        if isinstance(event, TrialEvaluated):
+            found["losses"][int(event.name.rpartition("-")[2])] = event.loss
             found.setdefault("first_report_s", since(started))
-        elif event["event"] == "end":
+        elif isinstance(event, TrialEnded):
             found["makespan_s"] = since(started)
-            if event["error"]:
-                raise SystemExit(f"{event['name']}: {event['error']}")
+            if event.error:
+                raise SystemExit(f"{event.name}: {event.error}")
 
     result = run(study, on_event=take)
     for host in result["hosts"]:

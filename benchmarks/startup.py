@@ -48,16 +48,18 @@ def study_of(model: str, root: Path) -> dict[str, Any]:
 def drive(study: dict[str, Any]) -> dict[str, Any]:
     """In the driver: when what happened, as clock times."""
     from rankloom.config import StudyConfig, parse
+    from rankloom.events import Event, PhaseStarted, TrialStarted
     from rankloom.search.study import run
 
     parsed = parse(StudyConfig, study)
     times: dict[str, Any] = {"phases": [], "trials": {}}
 
-    def take(event: dict[str, Any]) -> None:
-        if event["event"] == "phase":
-            times["phases"].append(time.time())
-        elif event["event"] == "trial":
-            times["trials"][event["trial"]] = time.time()
+    def take(event: Event) -> None:
+        match event:
+            case PhaseStarted():
+                times["phases"].append(time.time())
+            case TrialStarted(trial=trial):
+                times["trials"][trial] = time.time()
 
     [host] = run(parsed, on_event=take)["hosts"]
     return times | {"first_steps": host["first_steps"], "load_s": host["load_s"], "import_s": host["import_s"]}

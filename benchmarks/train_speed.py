@@ -51,7 +51,7 @@ class OurLoop:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
         self.loop = TrainingLoop(trial, base, data, LocalSession(scratch, device=DEVICE), auto_dtype(DEVICE))
         self.losses: list[float] = []
-        self.loop.session.emit = lambda event: self.losses.append(event["loss"])  # type: ignore[method-assign]
+        self.loop.session.emit = lambda event: self.losses.append(event.loss)  # type: ignore[method-assign]
 
     def run(self, steps: int) -> float:
         """Seconds for `steps` steps."""

@@ -13,6 +13,7 @@ import pytest
 
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, DataError
+from rankloom.events import Evaluated, Event, PhaseStarted, RunResumed, StepFinished
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
 from rankloom.training.preflight import HEAD_ROWS
@@ -31,13 +32,13 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
             compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 1},
         ),
     )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     killed: list[int] = []
 
-    def watch(event: dict[str, Any]) -> None:
+    def watch(event: Event) -> None:
         events.append(event)
         # Ray registers a checkpoint at its next poll, and takes the next only then: that of step 20 is registered here
-        if event["event"] == "step" and event["step"] > 60 and not killed:
+        if isinstance(event, StepFinished) and event.step > 60 and not killed:
             killed.extend(processes_named("RayTrainWorker")[:1])
             os.kill(killed[0], signal.SIGKILL)
 
@@ -46,14 +47,14 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
     assert killed
     assert result["status"] == "done"
     assert result["steps"] == 160
-    [resumed] = [event["step"] for event in events if event["event"] == "resumed"]
+    [resumed] = [event.step for event in events if isinstance(event, RunResumed)]
     assert resumed >= 20
-    kinds = {event["event"] for event in events}
+    kinds = {event.kind for event in events}
     assert {"phase", "data", "step", "eval", "done"} <= kinds
-    assert {event["step"] for event in events if event["event"] == "step"} == set(range(1, 161))
+    assert {event.step for event in events if isinstance(event, StepFinished)} == set(range(1, 161))
     run = Path(result["run"])
     assert (run / "events.jsonl").read_text().count('"event": "eval"') == len(
-        [e for e in events if e["event"] == "eval"]
+        [e for e in events if isinstance(e, Evaluated)]
     )
     assert list((run / "tensorboard").iterdir())
     assert sum(path.is_dir() and path.name.startswith("checkpoint") for path in run.iterdir()) <= 3
@@ -68,8 +69,8 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
     trial = parse(TrialConfig, settings)
     stop = threading.Event()
 
-    def stop_at_30(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] >= 30:
+    def stop_at_30(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step >= 30:
             stop.set()
 
     stopped = train_trial(trial, on_event=stop_at_30, stop=stop)
@@ -83,13 +84,13 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
     with pytest.raises(ConfigError, match="keep their checkpoints differently"):
         train_trial(parse(TrialConfig, settings | {"compute": {"num_workers": 0}}), resume=True)
 
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     finished = train_trial(
         parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True, on_event=events.append
     )
     assert finished["status"] == "done"
-    assert [event["step"] for event in events if event["event"] == "resumed"] == [stopped["steps"]]
-    assert min(event["step"] for event in events if event["event"] == "step") == stopped["steps"] + 1
+    assert [event.step for event in events if isinstance(event, RunResumed)] == [stopped["steps"]]
+    assert min(event.step for event in events if isinstance(event, StepFinished)) == stopped["steps"] + 1
 
     again = train_trial(parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True)
     assert again == finished
@@ -105,9 +106,9 @@ def test_an_error_of_the_users_is_told_once_and_not_retried(
         data={"train": str(tmp_path / "rows.csv")},
         compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 3},
     )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     with pytest.raises(DataError, match=r"rows\.csv can't be read as csv"):
         train_trial(parse(TrialConfig, settings), on_event=events.append)
     # each rank fails by itself; should rank 1 be first, rank 0 does not even begin
-    assert [event["phase"] for event in events if event["event"] == "phase"].count("data") <= 1
+    assert [event.phase for event in events if isinstance(event, PhaseStarted)].count("data") <= 1
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [".tiny.lock"]

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rankloom.cli.study_view import result_rows
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
+from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
 from rankloom.search.study import run
 
@@ -46,10 +47,10 @@ def reports_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     result = run(parse(StudyConfig, tiny_study()), on_event=events.append)
 
-    assert {"phase", "trial", "report", "end", "status"} <= {event["event"] for event in events}
+    assert {"phase", "trial", "report", "end", "status"} <= {event.kind for event in events}
     counts = result["counts"]
     assert result["status"] == "done"
     assert sum(counts.values()) == 12
@@ -101,11 +102,11 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(
     settings["trial"]["budget"] = {"steps": 60}
     killed: list[str] = []
 
-    def watch(event: dict[str, Any]) -> None:
-        if event["event"] != "report":
+    def watch(event: Event) -> None:
+        if not isinstance(event, TrialEvaluated):
             return
         for name, after in (("ray::HostActor", 3), ("ray::Stage", 8)):
-            if event["n"] >= after and name not in killed:
+            if event.n >= after and name not in killed:
                 killed.append(name)
                 os.kill(processes_named(name)[0], signal.SIGKILL)
 
@@ -180,10 +181,10 @@ def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -
         scheduler={"type": "pbt", "interval": 0.33, "quantile": 0.5, "resample": 0.0},
         hosts={"num_slots": 2, "max_rank": 16},
     )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     result = run(parse(StudyConfig, settings), on_event=events.append)
     assert result["counts"] == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
-    begun = [event["trial"] for event in events if event["event"] == "trial"]
+    begun = [event.trial for event in events if isinstance(event, TrialStarted)]
     assert len(begun) > len(set(begun)) == 4  # some trial went on with another's settings
     for row in pq.read_table(result["results"]).to_pylist():
         assert row["curve"][-1]["step"] == 27
@@ -240,12 +241,12 @@ def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> 
     assert table[0][5:8] == ("front", "memory", "latency")
     assert sum(row[5] == "yes" for row in table) == len(front)
 
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     settings |= {"name": "again", "search": search | {"num_trials": 2, "priors": [result["study"]]}}
     again = run(parse(StudyConfig, settings), on_event=events.append)
     # the baseline, LoRA of rank 16, lies in the space as well
     assert again["priors"] == {"told": 8, "skipped": {}}
-    told = [event["message"] for event in events if event.get("phase") == "priors"]
+    told = [event.message for event in events if isinstance(event, PhaseStarted) and event.phase == "priors"]
     assert told == ["the searcher knows 8 earlier trials"]
 
 
@@ -275,8 +276,8 @@ def test_a_stopped_study_goes_on_with_its_own_data(tiny_study: Make, tmp_path: P
     settings = tiny_study(scheduler={"type": "fifo"}, search={"num_trials": 8}, hosts=hosts)
     stop = threading.Event()
 
-    def stop_when_some_are_done(event: dict[str, Any]) -> None:
-        if event["event"] == "end":
+    def stop_when_some_are_done(event: Event) -> None:
+        if isinstance(event, TrialEnded):
             stop.set()
 
     config = parse(StudyConfig, settings)
@@ -308,7 +309,7 @@ def test_a_study_of_dedicated_runs_goes_on_with_its_own_data(tiny_study: Make, t
     settings = tiny_study(space=[full], search={"algorithm": "grid"}, scheduler={"type": "fifo"}, hosts=hosts)
     settings["trial"] |= {"budget": {"steps": 3}, "method": {"type": "full", "extract_rank": 4}}
     config, stop = parse(StudyConfig, settings), threading.Event()
-    stopped = run(config, on_event=lambda event: stop.set() if event["event"] == "end" else None, stop=stop)
+    stopped = run(config, on_event=lambda event: stop.set() if isinstance(event, TrialEnded) else None, stop=stop)
     assert stopped["status"] == "interrupted"
 
     data = tmp_path / "rows.csv"

@@ -13,6 +13,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import TrialError
+from rankloom.events import Event, StudyStatus, TrialEvaluated
 from rankloom.search.study import run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -54,12 +55,12 @@ def test_members_are_spread_over_the_nodes_and_a_lost_node_costs_no_trial(tiny_s
     settings["trial"]["budget"] = {"steps": 45}
     spread: list[list[int]] = []
 
-    def watch(event: dict[str, Any]) -> None:
-        if event["event"] == "status":
-            members = [host["members"] for host in event["hosts"]]
+    def watch(event: Event) -> None:
+        if isinstance(event, StudyStatus):
+            members = [host.members for host in event.hosts]
             if not spread and len(members) == 2 and sum(members) == 6:
                 spread.append(members)
-        if event["event"] == "report" and event["n"] >= 3 and spread and len(nodes) == 2:
+        if isinstance(event, TrialEvaluated) and event.n >= 3 and spread and len(nodes) == 2:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     result = run(parse(StudyConfig, settings), on_event=watch)
@@ -80,8 +81,8 @@ def test_a_lost_disk_stops_a_study_that_then_goes_on(tiny_study: Make, start: St
         ),
     )
 
-    def lose(event: dict[str, Any]) -> None:
-        if event["event"] == "report" and event["n"] >= 3:
+    def lose(event: Event) -> None:
+        if isinstance(event, TrialEvaluated) and event.n >= 3:
             for folder in tmp_path.glob("rankloom-host-*"):
                 with suppress(OSError):  # the host may be writing in it: then at the next report
                     shutil.rmtree(folder)

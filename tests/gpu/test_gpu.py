@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rankloom.config import TrialConfig, parse
+from rankloom.events import Evaluated, Event
 from rankloom.registry import Registry
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
@@ -47,9 +48,9 @@ def test_every_recipe_trains_on_cuda(recipe: dict[str, Any], tiny_llama: Path, t
             **recipe,
         },
     )
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     session = LocalSession(tmp_path / "run", device=torch.device("cuda", 0), on_event=events.append)
     run_trial(trial, session)
     Registry(tmp_path / "registry").verify("gpu@1")
-    losses = [event["loss"] for event in events if event["event"] == "eval"]
+    losses = [event.loss for event in events if isinstance(event, Evaluated)]
     assert losses[-1] < losses[0]

@@ -27,6 +27,7 @@ from rankloom.config.model import Int8
 from rankloom.data import TaskData, load_data
 from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
+from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.training.fused.host import TrialHost
@@ -258,12 +259,12 @@ def test_members_of_a_host_are_their_dedicated_runs(
             losses[report.name].append(report.loss)
     for name, trial in trials.items():
         alone, data = opened(trial)
-        events: list[dict[str, Any]] = []
+        events: list[Event] = []
         session = LocalSession(tmp_path / name, device=CPU, on_event=events.append)
         loop = TrainingLoop(trial, alone, data, session)
         for _ in range(loop.num_steps):
             loop.step()
-        expected = [event["loss"] for event in events if event["event"] == "step"]
+        expected = [event.loss for event in events if isinstance(event, StepFinished)]
         assert losses[name] == pytest.approx(expected, rel=1e-3), name
         host.export(name, tmp_path / f"{name}-member")
         ids = data.test[0].input_ids

@@ -22,6 +22,7 @@ from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
 from rankloom.evals.loss import token_loss
+from rankloom.events import Event
 from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
@@ -117,12 +118,12 @@ def test_a_host_in_bf16_trains_and_exports_what_dedicated_runs_do(tiny_llama: Pa
         host.admit(kind, trial)
     fused = [{report.name: report.loss for report in host.step()} for _ in range(6)]
     for (kind, trial), base in zip(trials.items(), bases[1:], strict=True):
-        alone: list[dict[str, Any]] = []
+        alone: list[Event] = []
         session = LocalSession(tmp_path / kind, device=CPU, on_event=alone.append)
         loop = TrainingLoop(trial, base, data, session, torch.bfloat16)
         for step in range(6):
             loop.step()
-            assert fused[step][kind] == pytest.approx(alone[-1]["loss"], rel=2e-2)
+            assert fused[step][kind] == pytest.approx(alone[-1].loss, rel=2e-2)
         assert fused[-1][kind] < 0.8 * fused[0][kind]
         host.export(kind, tmp_path / kind / "adapter")
     losses = {kind: evaluation.loss for kind, evaluation in host.evaluate().items()}

@@ -20,6 +20,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import Row, collate, load_data
 from rankloom.evals.loss import labelled_loss
+from rankloom.events import Event, StepFinished
 from rankloom.models import load_base
 from rankloom.registry import Registry
 from rankloom.training.fused.host import TrialHost
@@ -64,8 +65,8 @@ def test_every_method_trains_resumes_and_is_served(
     trial = trial_of(tiny_llama, tmp_path, recipe)
     stop = threading.Event()
 
-    def stop_amid(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 3:
+    def stop_amid(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 3:
             stop.set()
 
     first = LocalSession(tmp_path / "run", device=gpu, on_event=stop_amid, stop=stop)

@@ -14,6 +14,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import TaskData, load_data
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.score import validate
+from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.training.fused.host import StepReport, TrialHost
 from rankloom.training.fused.packing import logits
@@ -105,7 +106,7 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> Any:
         key = trial.model_dump_json()
         if key not in made:
             base, data = opened(trial)
-            events: list[dict[str, Any]] = []
+            events: list[Event] = []
             session = LocalSession(tmp_path_factory.mktemp("solo"), device=CPU, on_event=events.append)
             loop = TrainingLoop(trial, base, data, session)
             for _ in range(loop.num_steps):
@@ -113,7 +114,7 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = tmp_path_factory.mktemp("adapter")
             loop.method.export(loop.module, base, folder)
             part = validate(loop.module, loop.validation, data, trial.eval, base.pad_id, (0, 1))
-            made[key] = [e["loss"] for e in events if e["event"] == "step"], folder, part
+            made[key] = [e.loss for e in events if isinstance(e, StepFinished)], folder, part
         return made[key]
 
     return run

@@ -11,6 +11,7 @@ import torch
 from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import TrialError
+from rankloom.events import Evaluated, Event, RunResumed, StepFinished
 from rankloom.models import load_base, load_tokenizer
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.session import LocalSession
@@ -42,8 +43,8 @@ def trial_of(model: Path, method: dict[str, Any], *, steps: int = 8, **sections:
     return parse(TrialConfig, tree)
 
 
-def loop_of(trial: TrialConfig, run: Path) -> tuple[TrainingLoop, list[dict[str, Any]]]:
-    events: list[dict[str, Any]] = []
+def loop_of(trial: TrialConfig, run: Path) -> tuple[TrainingLoop, list[Event]]:
+    events: list[Event] = []
     data = load_data(trial.data, load_tokenizer(trial.model))
     base = load_base(trial.model, trial.quantization, device=CPU)
     return TrainingLoop(trial, base, data, LocalSession(run, device=CPU, on_event=events.append)), events
@@ -65,7 +66,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method: dict[str, Any], tiny_l
         first.step()
     first.save(0.0)
     second, events = loop_of(trial, tmp_path / "parts")
-    assert {"event": "resumed", "step": 5} in events
+    assert RunResumed(step=5) in events
     for _ in range(3):
         second.step()
     for name, value in weights(whole).items():
@@ -80,7 +81,7 @@ def test_micro_batches_do_not_change_the_result(kind: str, tiny_llama: Path, tmp
         loop, events = loop_of(trial, tmp_path / str(accumulation))
         for _ in range(6):
             loop.step()
-        results.append((weights(loop), [e["loss"] for e in events if e["event"] == "step"]))
+        results.append((weights(loop), [e.loss for e in events if isinstance(e, StepFinished)]))
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
     for name, value in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], value, atol=1e-5, rtol=1e-4)
@@ -93,7 +94,7 @@ def test_activation_checkpointing_does_not_change_the_result(tiny_llama: Path, t
         loop, events = loop_of(trial, tmp_path / str(checkpointing))
         for _ in range(4):
             loop.step()
-        losses.append([e["loss"] for e in events if e["event"] == "step"])
+        losses.append([e.loss for e in events if isinstance(e, StepFinished)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -102,13 +103,13 @@ def test_lower_precision_learns_too(precision: str, tiny_llama: Path, tmp_path: 
     trial = trial_of(tiny_llama, {"type": "lora"}, steps=20)
     data = load_data(trial.data, load_tokenizer(trial.model))
     base = load_base(trial.model, trial.quantization, device=CPU)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     session = LocalSession(tmp_path, device=CPU, on_event=events.append)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     loop = TrainingLoop(trial, base, data, session, dtype)
     for _ in range(20):
         loop.step()
-    losses = [e["loss"] for e in events if e["event"] == "step"]
+    losses = [e.loss for e in events if isinstance(e, StepFinished)]
     assert losses[-1] < losses[0]
     assert loop.scaler.is_enabled() == (precision == "fp16")
 
@@ -120,7 +121,7 @@ def test_the_run_keeps_the_best_and_the_latest_checkpoint_and_ends_on_the_best(
     trial = trial_of(tiny_llama, {"type": "lora"}, steps=30, optim={"learning_rate": 0.1, "schedule": "constant"})
     loop, events = loop_of(trial, tmp_path)
     assert loop.run()
-    scored = {e["step"]: e["loss"] for e in events if e["event"] == "eval" and e["step"] > 0}
+    scored = {e.step: e.loss for e in events if isinstance(e, Evaluated) and e.step > 0}
     best = min(scored, key=lambda step: (scored[step], step))
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted({best, 30})
@@ -135,10 +136,10 @@ def test_early_stopping_waits_for_its_patience(tiny_llama: Path, tmp_path: Path)
     )  # fmt: skip
     loop, events = loop_of(trial, tmp_path)
     loop.run()
-    evals = [e for e in events if e["event"] == "eval" and e["step"] > 0]
+    evals = [e for e in events if isinstance(e, Evaluated) and e.step > 0]
     assert loop.progress.step < 60
-    assert [e["best"] for e in evals[-2:]] == [False, False]
-    assert evals[-3]["best"]
+    assert [e.best for e in evals[-2:]] == [False, False]
+    assert evals[-3].best
 
 
 def test_divergence_is_named_and_earlier_checkpoints_stay(tiny_llama: Path, tmp_path: Path) -> None:
@@ -158,7 +159,13 @@ def test_divergence_is_named_and_earlier_checkpoints_stay(tiny_llama: Path, tmp_
 def test_a_stop_leaves_a_checkpoint_to_go_on_from(tiny_llama: Path, tmp_path: Path) -> None:
     trial = trial_of(tiny_llama, {"type": "lora"}, steps=8)
     loop, events = loop_of(trial, tmp_path)
-    loop.session.emit = lambda e: (events.append(e), e.get("step") == 2 and loop.session._stop.set())  # type: ignore
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepFinished) and event.step == 2:
+            loop.session._stop.set()  # type: ignore[attr-defined]
+
+    loop.session.emit = emit  # type: ignore[method-assign]
     assert loop.run() is False
     again, _ = loop_of(trial, tmp_path)
     assert again.progress.step == 2

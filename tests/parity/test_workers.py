@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from rankloom.config import TrialConfig, parse
+from rankloom.events import Evaluated, Event, StepFinished, to_dict
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
@@ -58,7 +59,7 @@ def trial_of(model: Path, method: dict[str, Any], name: str = "", **compute: Any
 class WorkerSession(LocalSession):
     """LocalSession for one of several processes; rank 0 keeps the checkpoints."""
 
-    def __init__(self, run: Path, rank: int, world_size: int, events: list[dict[str, Any]]) -> None:
+    def __init__(self, run: Path, rank: int, world_size: int, events: list[Event]) -> None:
         super().__init__(run, device=CPU, on_event=events.append)
         self.rank, self.world_size = rank, world_size
 
@@ -78,11 +79,11 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
     for trial in trials:
         run = root / trial.name
         run.mkdir(parents=True, exist_ok=True)
-        events: list[dict[str, Any]] = []
+        events: list[Event] = []
         result = run_trial(trial, WorkerSession(run, rank, world_size, events))
         assert bool(result) == (rank == 0)
         if rank == 0:
-            torch.save([e for e in events if e["event"] in ("step", "eval")], run / "events.pt")
+            torch.save([to_dict(e) for e in events if isinstance(e, StepFinished | Evaluated)], run / "events.pt")
             (run / "scorecard.json").write_text(json.dumps(result["scorecard"]))
     if world_size > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A run's progress: a live bar on a terminal, plain lines in a pipe. Events in, text out; see `training/session.py`."""
+"""A run's progress: a live bar on a terminal, plain lines in a pipe. Events in, text out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rankloom.config.printable import printable
+from rankloom.events import DataLoaded, Evaluated, Event, OnEvent, PhaseStarted, RunResumed, StepFinished, WarningRaised
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-
-Event = dict[str, Any]
 
 STEP_LINE_EVERY_S = 5.0
 """Between two lines about steps in a pipe."""
 
 
 @contextmanager
-def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
+def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
     """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
 
@@ -64,31 +63,31 @@ def lines(event: Event) -> list[str]:
 
 
 def _lines(event: Event) -> list[str]:
-    kind = event["event"]
-    if kind == "phase":
-        return [f"{event['phase']:<8} {event['message']}"]
-    if kind == "data":
-        return _report_lines(event["report"])
-    if kind == "resumed":
-        return [f"resumed at step {event['step']}"]
-    if kind == "warning":
-        return [f"warning: {event['message']}"]
-    if kind == "eval":
-        accuracy = "" if event["accuracy"] is None else f"  accuracy {100 * event['accuracy']:.1f} %"
-        best = "  best so far" if event["best"] else ""
-        return [f"step {event['step']}  validation loss {event['loss']:.4f}{accuracy}{best}"]
+    match event:
+        case PhaseStarted(phase, message):
+            return [f"{phase:<8} {message}"]
+        case DataLoaded(report):
+            return _report_lines(report)
+        case RunResumed(step):
+            return [f"resumed at step {step}"]
+        case WarningRaised(message):
+            return [f"warning: {message}"]
+        case Evaluated():
+            accuracy = "" if event.accuracy is None else f"  accuracy {100 * event.accuracy:.1f} %"
+            best = "  best so far" if event.best else ""
+            return [f"step {event.step}  validation loss {event.loss:.4f}{accuracy}{best}"]
     return []
 
 
-def step_line(event: Event) -> str:
+def step_line(event: StepFinished) -> str:
     """One line on one step."""
-    return f"step {event['step']}/{event['total_steps']}  {_numbers(event)}  eta {duration(event['eta_s'])}"
+    return f"step {event.step}/{event.total_steps}  {_numbers(event)}  eta {duration(event.eta_s)}"
 
 
-def _numbers(event: Event) -> str:
+def _numbers(event: StepFinished) -> str:
     return (
-        f"loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  "
-        f"{event['memory_bytes'] / 1e9:.1f} GB"
+        f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_s:,.0f} tokens/s  "
+        f"{event.memory_bytes / 1e9:.1f} GB"
     )
 
 
@@ -121,9 +120,9 @@ class PlainProgress:
         self._next_step_line = 0.0
 
     def show(self, event: Event) -> None:
-        if event["event"] == "step":
+        if isinstance(event, StepFinished):
             now = time.monotonic()
-            if now >= self._next_step_line or event["step"] == event["total_steps"]:
+            if now >= self._next_step_line or event.step == event.total_steps:
                 self._next_step_line = now + STEP_LINE_EVERY_S
                 self._write(step_line(event))
         for line in lines(event):
@@ -140,16 +139,16 @@ class LiveProgress:
     def show(self, event: Event) -> None:
         from rich.text import Text
 
-        if event["event"] == "step":
+        if isinstance(event, StepFinished):
             if self._task is None:
-                self._task = self._progress.add_task("train", total=event["total_steps"], numbers="", eta="")
-            eta = f"eta {duration(event['eta_s'])}"
-            self._progress.update(self._task, completed=event["step"], numbers=_numbers(event), eta=eta)
-        elif event["event"] == "phase" and self._task is not None:
+                self._task = self._progress.add_task("train", total=event.total_steps, numbers="", eta="")
+            eta = f"eta {duration(event.eta_s)}"
+            self._progress.update(self._task, completed=event.step, numbers=_numbers(event), eta=eta)
+        elif isinstance(event, PhaseStarted) and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
         for line in lines(event):
-            style = "yellow" if line.startswith("warning") else "dim" if event["event"] == "phase" else ""
+            style = "yellow" if line.startswith("warning") else "dim" if isinstance(event, PhaseStarted) else ""
             self._console.print(Text(line, style=style))
 
 

@@ -1,4 +1,4 @@
-"""A study on a terminal: a live table, or plain lines in a pipe. Events in, text out; see `search/journal.py`."""
+"""A study on a terminal: a live table, or plain lines in a pipe. Events in, text out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from rankloom.cli.progress import duration
 from rankloom.config.printable import printable
+from rankloom.events import Event, HostStatus, OnEvent, PhaseStarted, StudyStatus, TrialEnded, WarningRaised
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-Event = dict[str, Any]
 
 STATUS_LINE_EVERY_S = 10.0
 """Between two status lines in a pipe."""
 
 
 @contextmanager
-def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
+def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
     """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
     from rich.live import Live
@@ -36,10 +35,10 @@ def shown(*, on_stderr: bool) -> Iterator[Callable[[Event], None]]:
     with Live(console=console, refresh_per_second=4, transient=True) as live:
 
         def show(event: Event) -> None:
-            if event["event"] == "status":
+            if isinstance(event, StudyStatus):
                 live.update(table(event))
             for line in lines(event):
-                live.console.print(Text(line, style="dim" if event["event"] == "phase" else ""))
+                live.console.print(Text(line, style="dim" if isinstance(event, PhaseStarted) else ""))
 
         yield show
 
@@ -53,7 +52,7 @@ class PlainStudyView:
 
     def show(self, event: Event) -> None:
         now = time.monotonic()
-        if event["event"] == "status" and now >= self._next_status:
+        if isinstance(event, StudyStatus) and now >= self._next_status:
             self._next_status = now + STATUS_LINE_EVERY_S
             self._write(status_line(event))
         for line in lines(event):
@@ -66,65 +65,63 @@ def lines(event: Event) -> list[str]:
 
 
 def _lines(event: Event) -> list[str]:
-    if event["event"] == "phase":
-        return [f"{event['phase']:<8} {event['message']}"]
-    if event["event"] == "warning":
-        return [f"warning: {event['message']}"]
-    if event["event"] == "end":
-        reason = f": {event['error']}" if event["error"] else ""
-        return [f"{event['name']}  {event['method']:<8} {event['status']}{reason}"]
+    match event:
+        case PhaseStarted(phase, message):
+            return [f"{phase:<8} {message}"]
+        case WarningRaised(message):
+            return [f"warning: {message}"]
+        case TrialEnded():
+            reason = f": {event.error}" if event.error else ""
+            return [f"{event.name}  {event.method:<8} {event.status}{reason}"]
     return []
 
 
-def status_line(status: Event) -> str:
+def status_line(status: StudyStatus) -> str:
     """Everything in one line."""
-    counts, best = status["counts"], status["best"]
+    counts, best = status.counts, status.best
     parts = [
-        f"{counts['done'] + counts['stopped'] + counts['failed']}/{status['total']} trials "
+        f"{counts['done'] + counts['stopped'] + counts['failed']}/{status.total} trials "
         f"({counts['running']} running, {counts['stopped']} stopped early, {counts['failed']} failed)"
     ]
     if best:
-        parts.append(f"best {value(best[0]['value'], status['metric'])} by {best[0]['name']} ({best[0]['method']})")
-    parts += [host_line(host) for host in status["hosts"]]
-    parts.append(f"{duration(status['elapsed_s'])}" + (f", eta {duration(status['eta_s'])}" if status["eta_s"] else ""))
+        parts.append(f"best {value(best[0].value, status.metric)} by {best[0].name} ({best[0].method})")
+    parts += [host_line(host) for host in status.hosts]
+    parts.append(f"{duration(status.elapsed_s)}" + (f", eta {duration(status.eta_s)}" if status.eta_s else ""))
     return "; ".join(parts)
 
 
-def host_line(host: dict[str, Any]) -> str:
+def host_line(host: HostStatus) -> str:
     """A host's slots and speed."""
-    speed = host["tokens"] / host["train_s"] if host["train_s"] else 0.0
-    return f"{host['label']} {host['training']}/{host['num_slots']} slots, {speed:,.0f} tokens/s"
+    speed = host.tokens / host.train_s if host.train_s else 0.0
+    return f"{host.label} {host.training}/{host.num_slots} slots, {speed:,.0f} tokens/s"
 
 
-def table(status: Event) -> RenderableType:
+def table(status: StudyStatus) -> RenderableType:
     """The live table."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    counts = status["counts"]
+    counts = status.counts
     ended = counts["done"] + counts["stopped"] + counts["failed"]
-    eta = f"   eta {duration(status['eta_s'])}" if status["eta_s"] else ""
+    eta = f"   eta {duration(status.eta_s)}" if status.eta_s else ""
     head = (
-        f"{ended}/{status['total']} trials   {counts['running']} running   {counts['done']} done   "
-        f"{counts['stopped']} stopped early   {counts['failed']} failed   {status['refused']} refused   "
-        f"{duration(status['elapsed_s'])}{eta}"
+        f"{ended}/{status.total} trials   {counts['running']} running   {counts['done']} done   "
+        f"{counts['stopped']} stopped early   {counts['failed']} failed   {status.refused} refused   "
+        f"{duration(status.elapsed_s)}{eta}"
     )
-    body = Table("best", "method", "settings", "at", status["metric"], box=None, header_style="bold", pad_edge=False)
-    for row in status["best"]:
+    body = Table("best", "method", "settings", "at", status.metric, box=None, header_style="bold", pad_edge=False)
+    for row in status.best:
         body.add_row(
-            Text(row["name"]),
-            Text(row["method"]),
-            Text(row["settings"], overflow="ellipsis", no_wrap=True),
-            Text(f"{row['percent']:.0f} % {'' if row['status'] == 'running' else row['status']}"),
-            Text(value(row["value"], status["metric"])),
+            Text(row.name),
+            Text(row.method),
+            Text(row.settings, overflow="ellipsis", no_wrap=True),
+            Text(f"{row.percent:.0f} % {'' if row.status == 'running' else row.status}"),
+            Text(value(row.value, status.metric)),
         )
-    feet = [
-        f"{host_line(host)}, {host['waiting']} waiting, {100 * host['occupancy']:.0f} % full"
-        for host in status["hosts"]
-    ]
-    if status["rungs"]:
-        feet.append("rungs   " + "   ".join(f"{rung:.0f} %: {reached}" for rung, reached in status["rungs"]))
+    feet = [f"{host_line(host)}, {host.waiting} waiting, {100 * host.occupancy:.0f} % full" for host in status.hosts]
+    if status.rungs:
+        feet.append("rungs   " + "   ".join(f"{rung:.0f} %: {reached}" for rung, reached in status.rungs))
     return Group(Text(head), body, *map(Text, feet))
 
 

@@ -28,7 +28,8 @@ from typing import Any
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, open_host
-from rankloom.hosts.membership import Files, Membership, Report, read_files
+from rankloom.hosts.membership import Files, Membership, read_files
+from rankloom.hosts.reports import TrialReport
 from rankloom.hosts.slots import Candidate, assign_slots
 
 SWEEP_EVERY_S = 1.0
@@ -117,7 +118,7 @@ class HostActor:
         self._changed.set()
         return True
 
-    async def advance(self, key: str, after: int) -> Report:
+    async def advance(self, key: str, after: int) -> TrialReport:
         """The report after the `after`-th, as soon as it is made.
 
         Raises:
@@ -141,7 +142,7 @@ class HostActor:
         if after + 1 not in member.reports:
             raise KeyError(key)
         report = member.reports[after + 1]
-        if report["best"]:
+        if report.best:
             await asyncio.to_thread(member.publish_best, after + 1)
         return report
 
@@ -279,8 +280,8 @@ class HostActor:
         reports = await self._computed(runner.report, members)
         async with self._reported:
             for member, report in zip(members, reports, strict=True):
-                member.reports[report["n"]] = report
-                member.seat.made, member.seat.finished, member.seat.at_report = report["n"], report["done"], True
+                member.reports[report.n] = report
+                member.seat.made, member.seat.finished, member.seat.at_report = report.n, report.done, True
             self._reported.notify_all()
 
     def _forget(self, member: Membership) -> None:

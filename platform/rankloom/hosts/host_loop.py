@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
-from rankloom.hosts.membership import BEST, Membership, Report, costs_of, failed
+from rankloom.hosts.membership import BEST, Membership
+from rankloom.hosts.reports import FAILED_LOSS, TrialReport, costs_of
 from rankloom.training.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
@@ -112,7 +113,7 @@ class HostLoop:
             if due or interrupted():
                 return due
 
-    def report(self, members: Sequence[Membership]) -> list[Report]:
+    def report(self, members: Sequence[Membership]) -> list[TrialReport]:
         """Validate, and keep what it takes to go on from here."""
         from rankloom.training.memory import peak_memory_bytes
 
@@ -136,11 +137,11 @@ class HostLoop:
         self._work.save_s += time.monotonic() - evaluated
         return reports
 
-    def _report(self, member: Membership, scores: Any) -> Report:
-        n = member.seat.made + 1
+    def _report(self, member: Membership, scores: Any) -> TrialReport:
         if member.failure is not None:
             member.seat.seated = member.key in self.host.members
-            return failed(n, member.failure, member.progress(0))
+            failed = member.report(0, FAILED_LOSS, accuracy=0.0)
+            return replace(failed, best_value=None, done=True, error=member.failure)
         value = scores.loss if self._search.metric == "loss" else scores.accuracy
         sign = 1 if self._search.best == "max" else -1
         best = member.best_value is None or sign * value > sign * member.best_value
@@ -149,19 +150,10 @@ class HostLoop:
         num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
         done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
         try:
-            self._save(member, n, export=best and member.best_folder is not None)
+            self._save(member, member.seat.made + 1, export=best and member.best_folder is not None)
         except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
             raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
-        return member.progress(num_steps) | {
-            "n": n,
-            "loss": scores.loss,
-            "accuracy": scores.accuracy,
-            "best": best,
-            "best_value": member.best_value,
-            "done": done,
-            "finished": done,  # `done` is also what Tune sets when it stops a trial
-            "error": None,
-        }
+        return replace(member.report(num_steps, scores.loss, scores.accuracy), best=best, done=done, finished=done)
 
     def _save(self, member: Membership, n: int, *, export: bool) -> None:
         folder = member.snapshot(n)

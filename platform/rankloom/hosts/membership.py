@@ -12,23 +12,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import TrialConfig
-from rankloom.config.study import COSTS
+from rankloom.hosts.reports import TrialReport
 from rankloom.hosts.slots import Candidate
 
 Files = dict[str, bytes]
-Report = dict[str, Any]
-"""n, step, percent, loss, accuracy, train_loss, tokens, train_s, best (so far), best_value, done, finished, error, and
-`config.study.COSTS` (None: not measured)."""
 
 META, BEST = "member.json", "best"
-FAILED_LOSS = 1e9
-"""The loss that a failed trial reports: worse than any, yet a number that every scheduler can compare."""
 BEGINNING: dict[str, Any] = {
     "best_value": None,
     "evals_since_best": 0,
@@ -51,7 +45,7 @@ class Membership:
     """For its snapshots."""
     best_folder: Path | None
     """Where its best adapter goes."""
-    reports: dict[int, Report] = field(default_factory=dict)
+    reports: dict[int, TrialReport] = field(default_factory=dict)
     heard_at: float = 0.0
     num_callers: int = 0
     best_value: float | None = None
@@ -122,16 +116,20 @@ class Membership:
         for name, value in meta.items():
             setattr(self, name, value)
 
-    def progress(self, num_steps: int) -> Report:
-        return {
-            "step": self.step,
-            "percent": 100 * min(1.0, self.step / num_steps) if num_steps else 100.0,
-            "train_loss": self.train_loss,
-            "tokens": self.tokens,
-            "train_s": self.train_s,
-            **no_costs(),
-            **self.costs,
-        }
+    def report(self, num_steps: int, loss: float, accuracy: float | None) -> TrialReport:
+        """Return the next report, of a trial that continues; `num_steps` is its budget."""
+        report = TrialReport(
+            n=self.seat.made + 1,
+            step=self.step,
+            percent=100 * min(1.0, self.step / num_steps) if num_steps else 100.0,
+            loss=loss,
+            accuracy=accuracy,
+            train_loss=self.train_loss,
+            tokens=self.tokens,
+            train_s=self.train_s,
+            best_value=self.best_value,
+        )
+        return report.with_costs(self.costs)
 
     def publish_best(self, n: int) -> None:
         """Put the adapter of report n in the place of an earlier one; asked for twice, it is there already.
@@ -148,34 +146,6 @@ class Membership:
         shutil.rmtree(target, ignore_errors=True)
         staged.rename(target)
         shutil.rmtree(source)
-
-
-def no_costs() -> Report:
-    return dict.fromkeys(COSTS)
-
-
-def costs_of(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """The costs as trials are compared by: a latency to two digits, for it differs by more from timing to timing."""
-    costs = {name: float(measured[name]) for name in names if measured[name] is not None}
-    return {name: float(f"{value:.2g}") if name == "latency_ms" else value for name, value in costs.items()}
-
-
-def failed(n: int, reason: str, progress: Report) -> Report:
-    """The last report of a trial that failed: the worst values that a scheduler can compare."""
-    return (
-        no_costs()
-        | progress
-        | {
-            "n": n,
-            "loss": FAILED_LOSS,
-            "accuracy": 0.0,
-            "best": False,
-            "best_value": None,
-            "done": True,
-            "finished": False,
-            "error": reason,
-        }
-    )
 
 
 def read_files(folder: Path) -> Files:

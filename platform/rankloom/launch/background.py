@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from rankloom.events import OnEvent
+
 TAKE_EVERY_S = 0.2
 
 
@@ -36,9 +38,7 @@ class Background:
         return self._value
 
 
-def watch(
-    call: Background, channel: Any, tell: Callable[[dict[str, Any]], None], stop: threading.Event | None = None
-) -> None:
+def watch(call: Background, channel: Any, tell: OnEvent, stop: threading.Event | None = None) -> None:
     """Hand on the channel's events until the call has ended."""
     import ray
 

@@ -7,8 +7,8 @@ here, so that a restarted group of workers learns of it and does nothing.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
+from rankloom.events import Event
 from rankloom.launch.failures import Failure
 
 
@@ -16,17 +16,17 @@ class Channel:
     """One trial's. Every method is short, so a plain (not asyncio) actor will do."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._stop = False
         self._failure: Failure | None = None
         self._left: set[int] = set()
 
-    def push(self, events: list[dict[str, Any]]) -> bool:
+    def push(self, events: list[Event]) -> bool:
         """A worker's events; returns whether the driver asked to stop."""
         self._events += events
         return self._stop
 
-    def take(self, stop: bool) -> list[dict[str, Any]]:
+    def take(self, stop: bool) -> list[Event]:
         """The events since the last call; `stop` asks the workers to."""
         self._stop = self._stop or stop
         events, self._events = self._events, []

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import rankloom
 from rankloom.config.trial import ComputeConfig
 from rankloom.errors import ConfigError, RankloomError
+from rankloom.events import OnEvent, PhaseStarted, WarningRaised
 
 CONNECT_TIMEOUT_S = 5.0
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -123,11 +124,11 @@ def open_ports() -> str | None:
     )
 
 
-def announce(tell: Callable[[dict[str, Any]], None]) -> None:
+def announce(tell: OnEvent) -> None:
     """Tell that a command connects to Ray now, and of `open_ports`."""
-    tell({"event": "phase", "phase": "launch", "message": "connecting to Ray"})
+    tell(PhaseStarted("launch", "connecting to Ray"))
     if told := open_ports():
-        tell({"event": "warning", "message": told})
+        tell(WarningRaised(told))
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import RankloomError, TrialError
+from rankloom.events import OnEvent
 from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
@@ -21,7 +21,7 @@ def evaluate(
     adapter: str | None,
     *,
     registry: str,
-    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_event: OnEvent = lambda _: None,
 ) -> dict[str, Any]:
     """Score an adapter beside its base.
 
@@ -85,9 +85,7 @@ def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, cha
         return None
 
 
-def score(
-    tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def score(tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: OnEvent) -> dict[str, Any]:
     """Score in this process."""
     from rankloom.registry import Registry
     from rankloom.training.run import evaluate as score_adapter

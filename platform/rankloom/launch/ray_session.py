@@ -13,9 +13,8 @@ from typing import Any
 
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import TrialError
+from rankloom.events import Event
 from rankloom.launch.failures import failure_of
-
-Event = dict[str, Any]
 
 PUSH_EVERY_S = 0.2
 ASK_EVERY_S = 0.2

@@ -7,10 +7,9 @@ by `search/curves.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,9 +19,19 @@ from typing import Any, Protocol
 from rankloom.config import TrialConfig, dump
 from rankloom.config.trial import TrackingConfig
 from rankloom.errors import ConfigError, TrialError
+from rankloom.events import (
+    Evaluated,
+    Event,
+    OnEvent,
+    RunFinished,
+    RunResumed,
+    StepFinished,
+    StudyProgress,
+    TrialEvaluated,
+    to_line,
+)
 from rankloom.launch.run_folder import CURVES, EVENTS, RunFolder, flat
 
-Event = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 MLFLOW_EXPERIMENT = "rankloom"
@@ -89,7 +98,7 @@ def check(trial: TrialConfig) -> None:
 
 
 @contextmanager
-def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[Callable[[Event], None]]:
+def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
     """Yields the function that writes an event to every tracker of the trial.
 
     Raises:
@@ -105,8 +114,8 @@ def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[Callable[[Event], No
 
         def write(event: Event) -> None:
             nonlocal status
-            if event["event"] == "done":
-                status = event["status"]
+            if isinstance(event, RunFinished):
+                status = event.status
             trackers.write(event)
 
         try:
@@ -130,28 +139,33 @@ def servers(subject: Subject, folder: Path) -> list[Tracker]:
 
 def scalars(event: Event) -> dict[str, float]:
     """The numbers of an event that are worth a curve, by name."""
-    if event["event"] == "step":
-        found = {f"train/{key}": event[key] for key in _STEP}
-    elif event["event"] == "eval":
-        found = {f"eval/{key}": event[key] for key in ("loss", "accuracy")}
-    elif event["event"] == "report":
-        found = {"train/loss": event["train_loss"], "eval/loss": event["loss"], "eval/accuracy": event["accuracy"]}
-    elif event["event"] == "study":
-        found = {f"study/{key}": event[key] for key in ("best", "tokens")}
-    elif event["event"] == "done" and event.get("scorecard"):
-        found = {}
-        for side in ("result", "base"):
-            measures = event["scorecard"][side] or {}
-            found |= {f"{side}/{key}": measures.get(key) for key in _MEASURES}
-            for key in ("accuracy", "exact_match"):
-                found[f"{side}/{key}"] = (measures.get(key) or {}).get("value")
-    else:
-        return {}
+    found: dict[str, float | None] = {}
+    match event:
+        case StepFinished():
+            found = {f"train/{key}": getattr(event, key) for key in _STEP}
+        case Evaluated():
+            found = {"eval/loss": event.loss, "eval/accuracy": event.accuracy}
+        case TrialEvaluated():
+            found = {"train/loss": event.train_loss, "eval/loss": event.loss, "eval/accuracy": event.accuracy}
+        case StudyProgress():
+            found = {"study/best": event.best, "study/tokens": event.tokens}
+        case RunFinished(scorecard=dict(scorecard)):
+            for side in ("result", "base"):
+                measures = scorecard[side] or {}
+                found |= {f"{side}/{key}": measures.get(key) for key in _MEASURES}
+                for key in ("accuracy", "exact_match"):
+                    found[f"{side}/{key}"] = (measures.get(key) or {}).get("value")
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
 def _step(event: Event) -> int:
-    return int(event["steps"] if event["event"] == "done" else event["step"])
+    """The step that an event's `scalars` belong to."""
+    match event:
+        case RunFinished(steps=step):
+            return step
+        case StepFinished(step=step) | Evaluated(step=step) | TrialEvaluated(step=step) | StudyProgress(step=step):
+            return step
+    return 0
 
 
 class Jsonl:
@@ -161,7 +175,7 @@ class Jsonl:
         self._opened = file.open("a", encoding="utf-8", buffering=1)
 
     def write(self, event: Event) -> None:
-        self._opened.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+        self._opened.write(to_line(event) + "\n")
 
     def close(self, status: str) -> None:
         self._opened.close()
@@ -180,9 +194,9 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        if event["event"] == "resumed":  # tells TensorBoard to forget the steps that are now repeated
+        if isinstance(event, RunResumed):  # tells TensorBoard to forget the steps that are now repeated
             start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Entry(wall_time=time.time(), step=event["step"] + 1, session_log=start))
+            self._writer.add_event(Entry(wall_time=time.time(), step=event.step + 1, session_log=start))
         if values := scalars(event):
             summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
             self._writer.add_event(Entry(wall_time=time.time(), step=_step(event), summary=summary))

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.events import Event, OnEvent, PhaseStarted, RunFinished
 from rankloom.launch import cluster, tracking
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
@@ -26,16 +26,13 @@ from rankloom.launch.failures import Failure, failure_of, training_failure
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, resolved
 from rankloom.registry import Registry
 
-Event = dict[str, Any]
-Tell = Callable[[Event], None]
-
 
 def train_trial(
     trial: TrialConfig,
     *,
     resume: bool = False,
     train: bool = True,
-    on_event: Tell = lambda _: None,
+    on_event: OnEvent = lambda _: None,
     stop: threading.Event | None = None,
     study: Path | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def train_trial(
     Args:
         resume: continue the run of this name; a finished one is not run again.
         train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
-        on_event: called in this thread with every event of rank 0 (see `rankloom.training.session`).
+        on_event: called in this thread with every event of rank 0.
         stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
         study: as in `run_trial`.
 
@@ -74,7 +71,7 @@ def train_trial(
 def _fit(
     trial: TrialConfig,
     run: RunFolder,
-    on_event: Tell,
+    on_event: OnEvent,
     stop: threading.Event,
     *,
     resume: bool,
@@ -96,7 +93,7 @@ def _fit(
             outcome["run"] = run.path
             if outcome["status"] == "done":
                 run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
-            tell({"event": "done", **outcome})
+            tell(RunFinished(**outcome))
             return outcome
     except RankloomError:
         run.abandon()
@@ -104,7 +101,7 @@ def _fit(
 
 
 def _in_this_process(
-    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool, study: Path | None
+    trial: TrialConfig, run: RunFolder, tell: OnEvent, stop: threading.Event, train: bool, study: Path | None
 ) -> dict[str, Any]:
     try:
         import torch
@@ -123,7 +120,7 @@ def _in_this_process(
 
 
 def _on_ray(
-    trial: TrialConfig, run: RunFolder, tell: Tell, stop: threading.Event, train: bool, study: Path | None
+    trial: TrialConfig, run: RunFolder, tell: OnEvent, stop: threading.Event, train: bool, study: Path | None
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with cluster.connected(trial.compute) as share:
@@ -132,7 +129,7 @@ def _on_ray(
 
         kind = "core(s) and a GPU" if share.gpu else "core(s)"
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
-        tell({"event": "phase", "phase": "launch", "message": message})
+        tell(PhaseStarted("launch", message))
         channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
         fitting = Background(lambda: _ray_trainer(trial, run, share, channel, train, study).fit())
         watch(fitting, channel, tell, stop)

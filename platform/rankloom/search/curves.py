@@ -16,16 +16,26 @@ from typing import Any
 
 from rankloom.config import StudyConfig, dump
 from rankloom.errors import ConfigError
+from rankloom.events import (
+    Event,
+    OnEvent,
+    RunFinished,
+    RunResumed,
+    StudyFinished,
+    StudyProgress,
+    TrialEnded,
+    TrialEvaluated,
+    TrialStarted,
+)
 from rankloom.launch.run_folder import CURVES
 from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, servers
-from rankloom.search.journal import Event, Tell
-from rankloom.search.leaderboard import Leaderboard, TrialState
+from rankloom.search.leaderboard import Leaderboard
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path) -> Iterator[Tell]:
+def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path) -> Iterator[OnEvent]:
     """Yields the function that takes the study's events, after the board did.
 
     Args:
@@ -54,20 +64,22 @@ class _Curves:
 
     def take(self, event: Event) -> None:
         """Pass on what is worth a curve, without waiting for anybody."""
-        if event["event"] == "done":
-            self._take_result(event)
-        if event["event"] not in ("trial", "report", "end"):
-            return
-        trial = self._board.trials[event["trial"]]
-        subject = self._subject(trial)
-        if event["event"] == "report" and event["n"] <= self._told.get(trial.id, 0):
-            self._later(self._write, subject, {"event": "resumed", "step": event["step"] - 1})
-        self._later(self._write, subject, event)
-        if event["event"] == "report":
-            self._told[trial.id] = event["n"]
-        elif event["event"] == "end":
-            self._later(self._end, subject, "failed" if event["status"] == "failed" else "done")
-            self._later(self._write, self._own, self._summary())
+        match event:
+            case StudyFinished(result):
+                self._take_result(result)
+            case TrialStarted(trial=trial_id):
+                self._later(self._write, self._subject(trial_id), event)
+            case TrialEvaluated(trial=trial_id):
+                subject = self._subject(trial_id)
+                if event.n <= self._told.get(trial_id, 0):
+                    self._later(self._write, subject, RunResumed(event.step - 1))
+                self._later(self._write, subject, event)
+                self._told[trial_id] = event.n
+            case TrialEnded(trial=trial_id):
+                subject = self._subject(trial_id)
+                self._later(self._write, subject, event)
+                self._later(self._end, subject, "failed" if event.status == "failed" else "done")
+                self._later(self._write, self._own, self._progress())
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -75,27 +87,28 @@ class _Curves:
         for trackers in self._open.values():
             trackers.close(self._status)
 
-    def _take_result(self, result: Event) -> None:
+    def _take_result(self, result: dict[str, Any]) -> None:
         """The scorecards of the finalists; the winner's is the study's too."""
         for row in result["finalists"]:
-            subject = self._subject(self._board.trials[row["trial"]])
-            event = {"event": "done", "steps": row["validation"]["step"], "scorecard": row["scorecard"]}
+            subject = self._subject(row["trial"])
+            event = RunFinished(status="done", steps=row["validation"]["step"], scorecard=row["scorecard"])
             self._later(self._write, subject, event)
             self._later(self._end, subject, "done")
         winner = result["winner"]["scorecard"]
-        self._later(self._write, self._own, {"event": "done", "steps": self._summary()["step"], "scorecard": winner})
+        ended = RunFinished(status="done", steps=self._progress().step, scorecard=winner)
+        self._later(self._write, self._own, ended)
         self._status = "done"
 
-    def _summary(self) -> Event:
+    def _progress(self) -> StudyProgress:
         """The best so far, against the trials that have ended."""
         metric, ranking = self._board.study.search.metric, self._board.ranking()
         best = ranking[0].best(metric) if ranking else None
         ended = sum(trial.status != "running" for trial in self._board.trials.values())
-        return {"event": "study", "step": ended, "best": best and best[metric], "tokens": self._board.tokens}
+        return StudyProgress(step=ended, best=best.value(metric) if best else None, tokens=self._board.tokens)
 
-    def _subject(self, trial: TrialState) -> Subject:
-        config = trial.config
-        return Subject(f"{self._own.id}-{trial.id}", config.name, dump(config), config.tracking, self._own)
+    def _subject(self, trial_id: str) -> Subject:
+        config = self._board.trials[trial_id].config
+        return Subject(f"{self._own.id}-{trial_id}", config.name, dump(config), config.tracking, self._own)
 
     def _later(self, work: Any, *arguments: Any) -> None:
         self._thread.submit(work, *arguments)

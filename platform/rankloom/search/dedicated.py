@@ -11,13 +11,15 @@ import json
 import queue
 import shutil
 import threading
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
-from rankloom.errors import RankloomError
-from rankloom.hosts.membership import Report, costs_of, no_costs
+from rankloom.errors import RankloomError, TrialError
+from rankloom.events import Evaluated, Event, StepFinished
+from rankloom.hosts.reports import TrialReport, costs_of
 from rankloom.launch.background import Background
 from rankloom.launch.failures import failure_of
 from rankloom.launch.trainer import train_trial
@@ -60,13 +62,13 @@ class DedicatedBackend:
         self._sign = 1 if search.best == "max" else -1
         self._best_folder = best_folder
         self._study = best_folder.parents[1]
-        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._running: Background | None = None
-        self._last_step: dict[str, Any] = {"loss": 0.0, "tokens": 0, "total_steps": 0}
-        self._last: Report = {"step": 0, "best_value": None}
+        self._last_step: StepFinished | None = None
+        self._last: TrialReport | None = None
 
-    def advance(self, n: int) -> Report:
+    def advance(self, n: int) -> TrialReport:
         running = self._running or self._start()
         while True:
             try:
@@ -75,20 +77,25 @@ class DedicatedBackend:
                 if not running.join(0) or not self._events.empty():
                     continue
                 return self._end(n, running)
-            if event["event"] == "step":
-                self._last_step = event
-            elif event["event"] == "eval" and event["step"] > self._last["step"]:
-                self._last = self._report(event)
-                if event["step"] < self._last_step["total_steps"]:
-                    return self._last | {"n": n + 1}
+            match event:
+                case StepFinished():
+                    self._last_step = event
+                case Evaluated(step=step) if self._last_step and step > (self._last.step if self._last else 0):
+                    self._last = self._report(n + 1, event, self._last_step)
+                    if step < self._last_step.total_steps:
+                        return self._last
 
     def save(self, n: int, folder: Path) -> None:
         """The run keeps its own checkpoints; this is which of its evaluations were told."""
         folder.mkdir(parents=True)
-        (folder / PROGRESS).write_text(json.dumps(self._last))
+        (folder / PROGRESS).write_text(json.dumps(self._last and asdict(self._last)))
 
     def load(self, n: int, folder: Path) -> None:
-        self._last = json.loads((folder / PROGRESS).read_text())
+        saved = json.loads((folder / PROGRESS).read_text())
+        known = {each.name for each in fields(TrialReport)}
+        # one from before there was a TrialReport has no `n`, and where nothing was reported, no more than two keys
+        reported = saved is not None and "percent" in saved
+        self._last = TrialReport(**{k: v for k, v in saved.items() if k in known} | {"n": n}) if reported else None
 
     def leave(self) -> None:
         if self._running is not None:
@@ -110,26 +117,24 @@ class DedicatedBackend:
         )
         return self._running
 
-    def _report(self, event: dict[str, Any]) -> Report:
-        value = event["loss"] if self._trial.eval.metric == "loss" else event["accuracy"]
-        before = self._last["best_value"]
+    def _report(self, n: int, event: Evaluated, last_step: StepFinished) -> TrialReport:
+        value = event.loss if event.accuracy is None else event.accuracy
+        before = self._last.best_value if self._last else None
         best = before is None or self._sign * value > self._sign * before
-        return {
-            "step": event["step"],
-            "percent": 100 * event["step"] / max(1, self._last_step["total_steps"]),
-            "train_loss": self._last_step["loss"],
-            "tokens": self._last_step["tokens"],
-            "train_s": 0.0,
-            "loss": event["loss"],
-            "accuracy": event["accuracy"],
-            "best": best,
-            "best_value": value if best else before,
-            "done": False,
-            "finished": False,
-            "error": None,
-        } | no_costs()
+        return TrialReport(
+            n=n,
+            step=event.step,
+            percent=100 * event.step / max(1, last_step.total_steps),
+            loss=event.loss,
+            accuracy=event.accuracy,
+            train_loss=last_step.loss,
+            tokens=last_step.tokens,
+            train_s=0.0,
+            best=best,
+            best_value=value if best else before,
+        )
 
-    def _end(self, n: int, running: Background) -> Report:
+    def _end(self, n: int, running: Background) -> TrialReport:
         """The run came to its end, perhaps earlier than its budget: its last evaluation, now with an adapter."""
         try:
             outcome = running.result()
@@ -141,7 +146,10 @@ class DedicatedBackend:
         train_s = float(outcome["scorecard"]["train_s"])
         measured = {"memory_bytes": outcome["memory_bytes"], "latency_ms": outcome["scorecard"]["result"]["latency_ms"]}
         costs = costs_of(measured, self._objectives)
-        return self._last | costs | {"n": n + 1, "percent": 100.0, "train_s": train_s, "done": True, "finished": True}
+        if self._last is None:
+            raise TrialError(f"{self._trial.name}: it ended without an evaluation")
+        ended = replace(self._last, n=n + 1, percent=100.0, train_s=train_s, done=True, finished=True)
+        return ended.with_costs(costs)
 
     def _keep(self, outcome: dict[str, Any]) -> None:
         staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")

@@ -15,7 +15,8 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import TrialError
-from rankloom.hosts.membership import Files, Report, read_files, write_files
+from rankloom.hosts.membership import Files, read_files, write_files
+from rankloom.hosts.reports import TrialReport
 
 RETURN_TIMEOUT_S = 30.0
 """How long a trial waits for its host to be restarted, before another is looked for."""
@@ -40,10 +41,10 @@ class FusedBackend:
         self._host: Any = None
         self._files: Files | None = None
 
-    def advance(self, n: int) -> Report:
+    def advance(self, n: int) -> TrialReport:
         if self._host is None:
             self._join(n, recover=False)
-        report: Report = self._ask("advance", n)
+        report: TrialReport = self._ask("advance", n)
         return report
 
     def save(self, n: int, folder: Path) -> None:

@@ -5,24 +5,30 @@ It is also where the user's wish to stop reaches Tune, and where an error that n
 
 from __future__ import annotations
 
-import json
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from ray import tune
 
-from rankloom.config.study import COSTS
 from rankloom.errors import TrialError
-from rankloom.search.leaderboard import CURVE, Leaderboard, Line
+from rankloom.events import (
+    CurvePoint,
+    HostStatus,
+    OnEvent,
+    TrialEnded,
+    TrialEvaluated,
+    TrialStarted,
+    TrialStatus,
+    to_line,
+)
+from rankloom.search.leaderboard import Leaderboard
 
-Event = dict[str, Any]
-Tell = Callable[[Event], None]
 STATUS_EVERY_S = 1.0
 ENOUGH = 2**20
 """Bytes that a folder must take not to be called full."""
@@ -41,7 +47,7 @@ def full(folder: Path) -> TrialError | None:
 class Journal(tune.Callback):  # type: ignore[misc]
     """Writes the journal, keeps the board, tells the caller."""
 
-    def __init__(self, board: Leaderboard, path: Path, tell: Tell, hosts: Any, stop: threading.Event) -> None:
+    def __init__(self, board: Leaderboard, path: Path, tell: OnEvent, hosts: Any, stop: threading.Event) -> None:
         self.board = board
         self.fatal: str | None = None
         """An error of the study's, not of a trial's: the data or the base can't be loaded."""
@@ -61,7 +67,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._points.get(trial.trial_id) != trial.config:  # not after a pause, unless an exploit changed it
             self._points[trial.trial_id] = dict(trial.config)
-            self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
+            self._write(TrialStarted(trial=trial.trial_id, point=trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -69,22 +75,22 @@ class Journal(tune.Callback):  # type: ignore[misc]
         if result.get("error"):
             self.fatal = self.fatal or (result["error"] if result.get("fatal") else None)
             return
-        line = {"event": "report", "trial": trial.trial_id, "n": result["n"], "best": result["best"]}
-        self._write(line | {name: result[name] for name in (*CURVE, *COSTS)})
+        point = {each.name: result[each.name] for each in fields(CurvePoint)}
+        self._write(TrialEvaluated(trial=trial.trial_id, **point))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
-        status = "failed" if last.get("error") else "done" if last.get("finished") else "stopped"
-        self._write({"event": "end", "trial": trial.trial_id, "status": status, "error": last.get("error")})
+        status: TrialStatus = "failed" if last.get("error") else "done" if last.get("finished") else "stopped"
+        self._write(TrialEnded(trial=trial.trial_id, status=status, error=last.get("error")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if problem := full(self._folder):  # no trial's fault: Tune has this one begin again at --resume
             self.fatal = self.fatal or str(problem)
             return
         if trial.trial_id not in self.board.trials:  # it never started
-            self._write({"event": "trial", "trial": trial.trial_id, "point": trial.config})
+            self._write(TrialStarted(trial=trial.trial_id, point=trial.config))
         error = " ".join(str(trial.get_pickled_error() or "its process died too often").split())[-400:]
-        self._write({"event": "end", "trial": trial.trial_id, "status": "failed", "error": error})
+        self._write(TrialEnded(trial=trial.trial_id, status="failed", error=error))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._trials = trials
@@ -123,12 +129,14 @@ class Journal(tune.Callback):  # type: ignore[misc]
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, line: Line) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    def _write(self, event: TrialStarted | TrialEvaluated | TrialEnded) -> None:
+        """Keep an event of a trial, which has its name and method of the board, and tell the caller."""
+        self.board.add(event)
+        trial = self.board.trials[event.trial]
+        named = replace(event, name=trial.config.name, method=trial.method)
+        self._file.write(to_line(named) + "\n")
         self._file.flush()
-        self.board.add(line)
-        trial = self.board.trials[line["trial"]]
-        self._tell(line | {"name": trial.config.name, "method": trial.method})
+        self._tell(named)
 
     def _poll(self) -> None:
         """Ask the hosts how they do, now and then, without waiting for them."""
@@ -150,5 +158,6 @@ class Journal(tune.Callback):  # type: ignore[misc]
         elapsed = time.monotonic() - self._began_at
         done = self.board.share_done - self._share_before
         eta = elapsed / done * (1 - self.board.share_done) if done > 0 else None
-        summary = self.board.summary() | {"hosts": list(self.host_stats.values()), "elapsed_s": elapsed, "eta_s": eta}
-        self._tell({"event": "status"} | summary)
+        names = [each.name for each in fields(HostStatus)]
+        hosts = [HostStatus(**{name: stats[name] for name in names}) for stats in self.host_stats.values()]
+        self._tell(replace(self.board.status(), hosts=hosts, elapsed_s=elapsed, eta_s=eta))

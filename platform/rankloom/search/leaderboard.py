@@ -9,15 +9,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.config.space import Point
 from rankloom.config.study import COSTS, AshaConfig, is_fusable
+from rankloom.events import (
+    CurvePoint,
+    Event,
+    LeaderboardRow,
+    StudyStatus,
+    TrialEnded,
+    TrialEvaluated,
+    TrialStarted,
+    TrialStatus,
+    read_events,
+)
 
-Status = Literal["running", "done", "stopped", "failed"]
 CURVE = ("step", "percent", "loss", "accuracy", "train_loss", "tokens", "train_s")
-Line = dict[str, Any]
 NUM_SHOWN = 8
 """Trials that a display lists."""
 
@@ -30,11 +39,11 @@ class TrialState:
     number: int
     point: Point
     config: TrialConfig
-    status: Status = "running"
+    status: TrialStatus = "running"
     """done: ran to its end; stopped: by the scheduler; failed: with `error`."""
     error: str | None = None
-    curve: dict[int, Line] = field(default_factory=dict)
-    """Number of the report -> its values."""
+    curve: dict[int, CurvePoint] = field(default_factory=dict)
+    """Number of the report -> the report."""
     costs: dict[str, float] = field(default_factory=dict)
     """Those of `search.objectives` that were measured."""
 
@@ -45,21 +54,22 @@ class TrialState:
         return {"none": kind, "nf4": f"q{kind}"}.get(quantization, f"{kind}-{quantization}")
 
     @property
-    def reports(self) -> list[Line]:
+    def reports(self) -> list[CurvePoint]:
         return [self.curve[n] for n in sorted(self.curve)]
 
     @property
-    def last(self) -> Line | None:
+    def last(self) -> CurvePoint | None:
         return self.curve[max(self.curve)] if self.curve else None
 
-    def best(self, metric: str) -> Line | None:
+    def best(self, metric: str) -> CurvePoint | None:
         """Its best report; of equal ones the one of lower loss, then the earlier."""
-        return min(self.reports, key=lambda line: (*rank(line, metric), line["step"]), default=None)
+        return min(self.reports, key=lambda point: (*rank(point, metric), point.step), default=None)
 
 
-def rank(line: Line, metric: str) -> tuple[float, float]:
+def rank(point: CurvePoint, metric: str) -> tuple[float, float]:
     """Sorts reports, the best first."""
-    return (-line["accuracy"] if metric == "accuracy" else line["loss"], line["loss"])
+    value = point.value(metric)
+    return (-value if metric == "accuracy" else value, point.loss)
 
 
 class Leaderboard:
@@ -75,32 +85,32 @@ class Leaderboard:
     def read(cls, study: StudyConfig, journal: Path) -> Leaderboard:
         """From a journal; a half line, which a killed driver leaves, is nothing."""
         board = cls(study)
-        for text in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            board.add(line)
+        for event in read_events(journal) if journal.is_file() else ():
+            board.add(event)
         return board
 
-    def add(self, line: Line) -> None:
-        """Take a line of the journal in."""
-        trial_id = line["trial"]
-        if line["event"] == "trial":
-            point = dict(line["point"])
-            number = int(point.pop("number"))
-            self.num_refused = max(self.num_refused, int(point.pop("refused")))
-            known = self.trials.get(trial_id)
-            # an exploit changes the point of a trial that keeps its number
-            number = known.number if known else number
-            config = self.study.resolve(point, number)
-            curve, costs = (known.curve, known.costs) if known else ({}, {})
-            self.trials[trial_id] = TrialState(trial_id, number, point, config, curve=curve, costs=costs)
-        elif line["event"] == "report":
-            self.trials[trial_id].curve[line["n"]] = {name: line[name] for name in CURVE}
-            self.trials[trial_id].costs |= {name: line[name] for name in COSTS if line.get(name) is not None}
-        elif line["event"] == "end":
-            self.trials[trial_id].status, self.trials[trial_id].error = line["status"], line["error"]
+    def add(self, event: Event) -> None:
+        """Take an event of the journal in."""
+        match event:
+            case TrialStarted():
+                self._start(event)
+            case TrialEvaluated():
+                trial = self.trials[event.trial]
+                trial.curve[event.n] = event
+                trial.costs |= {name: cost for name in COSTS if (cost := getattr(event, name)) is not None}
+            case TrialEnded():
+                self.trials[event.trial].status, self.trials[event.trial].error = event.status, event.error
+
+    def _start(self, event: TrialStarted) -> None:
+        point = dict(event.point)
+        number = int(point.pop("number"))
+        self.num_refused = max(self.num_refused, int(point.pop("refused")))
+        known = self.trials.get(event.trial)
+        # an exploit changes the point of a trial that keeps its number
+        number = known.number if known else number
+        config = self.study.resolve(point, number)
+        curve, costs = (known.curve, known.costs) if known else ({}, {})
+        self.trials[event.trial] = TrialState(event.trial, number, point, config, curve=curve, costs=costs)
 
     def ranking(self) -> list[TrialState]:
         """The trials with a report, the best by validation first; a failed one's best report counts as any other."""
@@ -124,14 +134,12 @@ class Leaderboard:
         search = self.study.search
         if not search.objectives:
             return []
-        measured = [trial for trial in self.candidates() if trial.costs.keys() >= set(search.objectives)]
-        values = [
-            (
-                rank(trial.best(search.metric) or {}, search.metric)[0],
-                *(trial.costs[name] for name in search.objectives),
-            )
-            for trial in measured
-        ]
+        measured, values = [], []
+        for trial in self.candidates():
+            best = trial.best(search.metric)
+            if best is not None and trial.costs.keys() >= set(search.objectives):
+                measured.append(trial)
+                values.append((rank(best, search.metric)[0], *(trial.costs[name] for name in search.objectives)))
 
         def beaten(mine: tuple[float, ...]) -> bool:
             return any(
@@ -155,9 +163,9 @@ class Leaderboard:
             found[self.baseline.id] = self.baseline
         return [trial for trial in ranking if trial.id in found]
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[TrialStatus, int]:
         """Status -> trials."""
-        counts = dict.fromkeys(("running", "done", "stopped", "failed"), 0)
+        counts: dict[TrialStatus, int] = dict.fromkeys(get_args(TrialStatus), 0)
         for trial in self.trials.values():
             counts[trial.status] += 1
         return counts
@@ -168,48 +176,47 @@ class Leaderboard:
         if isinstance(scheduler, AshaConfig):
             rung = max(1.0, round(100 * scheduler.grace))
             while rung < 100:
-                reached = sum(
-                    trial.last is not None and trial.last["percent"] >= rung for trial in self.trials.values()
-                )
+                reached = sum(trial.last is not None and trial.last.percent >= rung for trial in self.trials.values())
                 found.append((rung, reached))
                 rung *= scheduler.reduction_factor
         return found
 
-    def summary(self) -> dict[str, Any]:
-        """What a display shows, as plain data."""
+    def status(self) -> StudyStatus:
+        """What a display shows, without the hosts and the time."""
         metric = self.study.search.metric
         top = [
-            {
-                "name": trial.config.name,
-                "method": trial.method,
-                "settings": settings(trial),
-                "status": trial.status,
-                "value": (trial.best(metric) or {})[metric],
-                "percent": (trial.last or {})["percent"],
-            }
+            LeaderboardRow(
+                name=trial.config.name,
+                method=trial.method,
+                settings=settings(trial),
+                status=trial.status,
+                value=best.value(metric),
+                percent=last.percent,
+            )
             for trial in self.ranking()[:NUM_SHOWN]
+            if (best := trial.best(metric)) and (last := trial.last)
         ]
-        return {
-            "metric": metric,
-            "total": self.study.num_trials,
-            "counts": self.counts(),
-            "refused": self.num_refused,
-            "rungs": self.rungs(),
-            "best": top,
-            "tokens": self.tokens,
-            "share": self.share_done,
-        }
+        return StudyStatus(
+            metric=metric,
+            total=self.study.num_trials,
+            counts=self.counts(),
+            refused=self.num_refused,
+            rungs=self.rungs(),
+            best=top,
+            tokens=self.tokens,
+            share=self.share_done,
+        )
 
     @property
     def tokens(self) -> int:
         """Tokens that the trials were trained on."""
-        return sum(trial.last["tokens"] for trial in self.trials.values() if trial.last)
+        return sum(trial.last.tokens for trial in self.trials.values() if trial.last)
 
     @property
     def share_done(self) -> float:
         """About how much of the study is behind us, 0 to 1: a trial that was stopped is as done as one that ended."""
         done = sum(
-            1.0 if trial.status != "running" else trial.last["percent"] / 100 if trial.last else 0.0
+            1.0 if trial.status != "running" else trial.last.percent / 100 if trial.last else 0.0
             for trial in self.trials.values()
         )
         return min(1.0, done / self.study.num_trials)
@@ -229,7 +236,7 @@ def rows(board: Leaderboard) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
     found, metric, front = [], board.study.search.metric, {trial.id for trial in board.front()}
     for trial in sorted(board.trials.values(), key=lambda t: t.number):
-        best, last = trial.best(metric), trial.last or {}
+        best, last = trial.best(metric), trial.last
         found.append(
             {
                 "number": trial.number,
@@ -238,17 +245,17 @@ def rows(board: Leaderboard) -> list[dict[str, Any]]:
                 "method": trial.method,
                 "status": trial.status,
                 "error": trial.error,
-                "best_loss": best and best["loss"],
-                "best_accuracy": best and best["accuracy"],
-                "best_step": best and best["step"],
-                "steps": last.get("step", 0),
-                "tokens": last.get("tokens", 0),
-                "train_s": last.get("train_s", 0.0),
+                "best_loss": best and best.loss,
+                "best_accuracy": best and best.accuracy,
+                "best_step": best and best.step,
+                "steps": last.step if last else 0,
+                "tokens": last.tokens if last else 0,
+                "train_s": last.train_s if last else 0.0,
                 **{name: trial.costs.get(name) for name in COSTS},
                 "on_front": trial.id in front,
                 "point": json.dumps(trial.point),
                 "config": json.dumps(dump(trial.config)),
-                "curve": trial.reports,
+                "curve": [{name: getattr(point, name) for name in CURVE} for point in trial.reports],
             }
         )
     return found

@@ -12,17 +12,19 @@ from typing import Any
 from rankloom.config import StudyConfig, dump
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
+from rankloom.events import OnEvent, PhaseStarted
 from rankloom.hosts.hosts import share_out
 from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import failure_of
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
-from rankloom.search.journal import Journal, Tell
+from rankloom.search.finalists import Finalist, FinalistScore
+from rankloom.search.journal import Journal
 from rankloom.search.leaderboard import Leaderboard, TrialState
 
 
-def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: Tell) -> dict[str, Any]:
+def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: OnEvent) -> dict[str, Any]:
     """Score the finalists on the test rows and publish the winners.
 
     Raises:
@@ -34,22 +36,23 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     finalists = board.finalists()
     for trial in finalists:
         if not is_fusable(trial.config) and trial.status == "stopped":
-            tell({"event": "phase", "phase": "export", "message": f"{trial.config.name}, which was stopped early"})
+            tell(PhaseStarted("export", f"{trial.config.name}, which was stopped early"))
             cpus = share_out(study, cluster.alive()).dedicated_cpus
             with suppress(RankloomError):  # without an adapter, the scoring says why
                 dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
     memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
     work = [
-        {
-            "trial": dump(trial.config),
-            "folder": str(folder / ADAPTERS / trial.id),
-            "names": names_of(trial, board) if study.final.publish else [],
-            "steps": (trial.best(study.search.metric) or {})["step"],
-            "tokens": (trial.best(study.search.metric) or {})["tokens"],
-            "train_s": (trial.best(study.search.metric) or {})["train_s"],
-            "memory_bytes": memory,
-        }
+        Finalist(
+            trial=trial.config,
+            folder=str(folder / ADAPTERS / trial.id),
+            names=names_of(trial, board) if study.final.publish else [],
+            steps=best.step,
+            tokens=best.tokens,
+            train_s=best.train_s,
+            memory_bytes=memory,
+        )
         for trial in finalists
+        if (best := trial.best(study.search.metric))
     ]
     channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
 
@@ -77,7 +80,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     }
 
 
-def score_remotely(study: str, work: list[dict[str, Any]], channel: Any) -> list[dict[str, Any]]:
+def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[FinalistScore]:
     """What a host's process runs: the driver has no torch."""
     import ray
 
@@ -110,18 +113,18 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) 
     return bool(ours["loss"] < theirs["loss"])
 
 
-def _row(board: Leaderboard, trial: TrialState, result: dict[str, Any]) -> dict[str, Any]:
-    best = trial.best(board.study.search.metric) or {}
+def _row(board: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
+    best = trial.best(board.study.search.metric)
     return {
         "trial": trial.id,
         "number": trial.number,
         "name": trial.config.name,
         "method": trial.method,
         "point": trial.point,
-        "validation": {"loss": best.get("loss"), "accuracy": best.get("accuracy"), "step": best.get("step")},
+        "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "step")},
         "costs": trial.costs,
         "on_front": trial in board.front(),
-        "scorecard": result.get("scorecard"),
-        "published": result["published"],
-        "error": result["error"],
+        "scorecard": score.scorecard and score.scorecard.model_dump(),
+        "published": score.published,
+        "error": score.error,
     }

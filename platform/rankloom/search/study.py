@@ -28,11 +28,11 @@ from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
 from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, TrialError
+from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
 from rankloom.launch.run_folder import ID, absolute, changes, hold
 from rankloom.registry import Registry
 from rankloom.search.curves import tracked
-from rankloom.search.journal import Event, Tell
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
@@ -49,13 +49,13 @@ Decision = Literal["start", "resume", "finished"]
 
 
 def run(
-    study: StudyConfig, *, resume: bool = False, on_event: Tell = lambda _: None, stop: threading.Event | None = None
+    study: StudyConfig, *, resume: bool = False, on_event: OnEvent = lambda _: None, stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """Search, score the best on the test rows, publish.
 
     Args:
         resume: continue the study of this name; a finished one is not run again.
-        on_event: called in this thread: the journal's lines, `phase`, and `status` about once a second.
+        on_event: called in this thread with every event of the study.
         stop: once set, the study stops where it can be resumed; the result's status is "interrupted".
 
     Returns:
@@ -70,7 +70,7 @@ def run(
         from rankloom.training.preflight import preflight
 
         for note in preflight(study.members()):
-            on_event({"event": "warning", "message": note})
+            on_event(WarningRaised(note))
     with hold(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
@@ -78,7 +78,7 @@ def run(
             raise TrialError(f"output.root: {folder} can't be used: {error}; make room, --resume goes on") from None
 
 
-def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
+def _run(study: StudyConfig, folder: Path, on_event: OnEvent, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
     decision = decide(study, folder, resume=resume)
     if decision == "finished":
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
@@ -91,9 +91,9 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
     _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
     knowledge.write(folder / KNOWN)
     if study.search.priors:
-        on_event({"event": "phase", "phase": "priors", "message": _told(knowledge)})
+        on_event(PhaseStarted("priors", _told(knowledge)))
     if changed := study_warning(folder):
-        on_event({"event": "warning", "message": changed})
+        on_event(WarningRaised(changed))
     board = Leaderboard.read(study, folder / JOURNAL)
     with tracked(study, _id(folder), board, folder) as track:
 
@@ -104,12 +104,12 @@ def _run(study: StudyConfig, folder: Path, on_event: Tell, stop: threading.Event
         outcome = _search(study, knowledge, board, folder, tell, stop)
         if outcome["status"] == "done":
             _replace(folder / RESULT, json.dumps(outcome, indent=2) + "\n")
-            tell({"event": "done", **outcome})
+            tell(StudyFinished(outcome))
         return outcome
 
 
 def _search(
-    study: StudyConfig, knowledge: Priors, board: Leaderboard, folder: Path, tell: Tell, stop: threading.Event
+    study: StudyConfig, knowledge: Priors, board: Leaderboard, folder: Path, tell: OnEvent, stop: threading.Event
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with (

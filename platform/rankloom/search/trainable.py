@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from ray import tune
 from rankloom.config import StudyConfig, parse
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
-from rankloom.hosts.membership import Report, failed
+from rankloom.hosts.reports import FAILED_LOSS, TrialReport
 from rankloom.search.dedicated import ADAPTERS, dedicated_run
 from rankloom.search.fused import FusedBackend, LostError
 
@@ -25,7 +26,7 @@ CHECKPOINT = "trial.json"
 class TrialBackend(Protocol):
     """How a trial is run."""
 
-    def advance(self, n: int) -> Report:
+    def advance(self, n: int) -> TrialReport:
         """The report after the n-th."""
 
     def save(self, n: int, folder: Path) -> None:
@@ -64,9 +65,9 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             raise  # Tune starts the trial again from its own checkpoint
         except RankloomError as error:
             return self._gave_up(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
-        self._n = report["n"]
+        self._n = report.n
         due = time.monotonic() - self._saved_at >= self._study.hosts.checkpoint_every_s
-        return report | {"should_checkpoint": due and not report["done"]}
+        return asdict(report) | {"should_checkpoint": due and not report.done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir)
@@ -102,14 +103,24 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         else:
             self._way = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
-    def _gave_up(self, error: RankloomError) -> Report:
+    def _gave_up(self, error: RankloomError) -> dict[str, Any]:
         """The last report of a trial that a retry would not help.
 
         A trial's own failure ends it. What is wrong with the data, the base or the cluster ends the study, in which
         this trial is still under way.
         """
         fatal = not isinstance(error, TrialError)
-        percent = 0.0 if fatal else 100.0
-        progress = {"step": 0, "percent": percent, "train_loss": 0.0, "tokens": 0, "train_s": 0.0}
-        report = failed(self._n + 1, str(error), progress)
-        return report | {"fatal": fatal, "done": not fatal, "should_checkpoint": False}
+        report = TrialReport(
+            n=self._n + 1,
+            step=0,
+            percent=0.0 if fatal else 100.0,
+            loss=FAILED_LOSS,
+            accuracy=0.0,
+            train_loss=0.0,
+            tokens=0,
+            train_s=0.0,
+            done=not fatal,
+            error=str(error),
+            fatal=fatal,
+        )
+        return asdict(report) | {"should_checkpoint": False}

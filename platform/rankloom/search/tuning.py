@@ -20,11 +20,12 @@ from typing import Any
 from rankloom.config import StudyConfig, dump
 from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
+from rankloom.events import OnEvent, PhaseStarted
 from rankloom.hosts.hosts import Hosts, groups, share_out
 from rankloom.launch import cluster
 from rankloom.launch.failures import failure_of
 from rankloom.launch.run_folder import ERROR
-from rankloom.search.journal import Journal, Tell, full
+from rankloom.search.journal import Journal, full
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.samplers import PriorTrial
 
@@ -55,7 +56,7 @@ def search(
     board: Leaderboard,
     folder: Path,
     hosts: Any,
-    tell: Tell,
+    tell: OnEvent,
     stop: threading.Event,
 ) -> Journal:
     """Run Ray Tune until the study is searched, stopped or hopeless.
@@ -72,7 +73,7 @@ def search(
     from rankloom.search.shared_actor import trials_in_one_actor  # with Ray Tune, while the hosts' processes start
 
     if opened := ray.get(opening):
-        tell({"event": "phase", "phase": "launch", "message": f"{len(opened)} host(s) are loading their base"})
+        tell(PhaseStarted("launch", f"{len(opened)} host(s) are loading their base"))
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
     journal = Journal(board, folder / JOURNAL, tell, hosts, stop)

@@ -26,6 +26,7 @@ from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
 from rankloom.evals.loss import labelled_loss
 from rankloom.evals.score import validate
+from rankloom.events import Evaluated, RunResumed, StepFinished, WarningRaised
 from rankloom.methods import build_method
 from rankloom.models import Base
 from rankloom.training import checkpoint
@@ -139,19 +140,18 @@ class TrainingLoop:
         seconds = time.monotonic() - started
         self.progress.train_s += seconds
         self.session.emit(
-            {
-                "event": "step",
-                "step": self.progress.step,
-                "total_steps": self.num_steps,
-                "epoch": self.cursor.epoch,
-                "loss": loss,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "grad_norm": norm,
-                "tokens": self.progress.tokens,
-                "tokens_per_s": tokens / seconds,
-                "memory_bytes": peak_memory_bytes(self.session.device),
-                "eta_s": self.progress.train_s / self.progress.step * (self.num_steps - self.progress.step),
-            }
+            StepFinished(
+                step=self.progress.step,
+                total_steps=self.num_steps,
+                epoch=self.cursor.epoch,
+                loss=loss,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                grad_norm=norm,
+                tokens=self.progress.tokens,
+                tokens_per_s=tokens / seconds,
+                memory_bytes=peak_memory_bytes(self.session.device),
+                eta_s=self.progress.train_s / self.progress.step * (self.num_steps - self.progress.step),
+            )
         )
 
     def evaluate(self) -> float:
@@ -178,9 +178,7 @@ class TrainingLoop:
         if self.progress.step > 0:
             self.progress.evals_since_best = 0 if best else self.progress.evals_since_best + 1
             self.progress.best_score = max(score, self.progress.best_score)
-        self.session.emit(
-            {"event": "eval", "step": self.progress.step, "loss": loss, "accuracy": accuracy, "best": best}
-        )
+        self.session.emit(Evaluated(step=self.progress.step, loss=loss, accuracy=accuracy, best=best))
         return score
 
     def save(self, score: float) -> None:
@@ -252,14 +250,14 @@ class TrainingLoop:
         with self.session.latest_checkpoint() as folder:
             if folder is not None:
                 if changed := self.origin.check(folder, self.trial):
-                    self.session.emit({"event": "warning", "message": changed})
+                    self.session.emit(WarningRaised(changed))
                 checkpoint.load_weights(folder, self.module, self.method)
                 saved = checkpoint.load_optimizer(folder, self.method, self.optimizer)
                 self.cursor.load_state_dict(saved.pop("cursor"))
                 self.scaler.load_state_dict(saved.pop("scaler"))
                 self.progress = LoopProgress(**saved)
                 self.saved_step = self.progress.step
-                self.session.emit({"event": "resumed", "step": self.progress.step})
+                self.session.emit(RunResumed(self.progress.step))
         if self.session.rank:  # dropout differs between workers; the checkpoint's random state is rank 0's
             torch.manual_seed(self.trial.seed + 1_000_003 * self.session.rank + self.progress.step)
 

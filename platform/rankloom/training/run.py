@@ -24,6 +24,7 @@ from rankloom.config import COMPATIBLE, TrialConfig
 from rankloom.data import TaskData, load_data
 from rankloom.errors import RegistryError, TrialError
 from rankloom.evals.score import measure
+from rankloom.events import DataLoaded, PhaseStarted
 from rankloom.methods import METHODS
 from rankloom.models import Base, load_tokenizer
 from rankloom.registry import Record
@@ -56,7 +57,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study
     _phase(session, "data", f"reading {trial.data.train.path}")
     tokenizer = load_tokenizer(trial.model)
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
-    session.emit({"event": "data", "report": data.report.to_dict()})
+    session.emit(DataLoaded(data.report.to_dict()))
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_trial_base(trial, session.device, in_fp32=METHODS[type(trial.method)].trains_base)
     check_lengths(data, base)
@@ -211,7 +212,7 @@ def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
 
 
 def _phase(session: Session, phase: str, message: str) -> None:
-    session.emit({"event": "phase", "phase": phase, "message": message})
+    session.emit(PhaseStarted(phase, message))
 
 
 def _quieten() -> None:

@@ -10,16 +10,15 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from rankloom.errors import TrialError
-
-Event = dict[str, Any]
+from rankloom.events import Event, OnEvent
 
 
 class Session(Protocol):
@@ -56,7 +55,7 @@ class LocalSession:
         run: Path,
         *,
         device: torch.device,
-        on_event: Callable[[Event], None] = lambda _: None,
+        on_event: OnEvent = lambda _: None,
         stop: threading.Event | None = None,
     ) -> None:
         self.device = device

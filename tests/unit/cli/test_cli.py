@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from rankloom.cli.configs import find_config
 from rankloom.cli.progress import PlainProgress, duration, lines, step_line
 from rankloom.cli.tables import next_lines
 from rankloom.errors import ConfigError
+from rankloom.events import Evaluated, RunResumed, StepFinished
 from rankloom.paths import shipped
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
@@ -169,11 +169,11 @@ def test_configs_are_found_here_before_the_shipped(tmp_path: Path, monkeypatch: 
         find_config("configs/trials/lore.yaml")
 
 
-def step(number: int) -> dict[str, Any]:
-    return {
-        "event": "step", "step": number, "total_steps": 100, "epoch": 0.1, "loss": 1.25, "learning_rate": 1e-3,
-        "grad_norm": 1.0, "tokens_per_s": 1234.0, "tokens": 9, "memory_bytes": 1_500_000_000, "eta_s": 65.0,
-    }  # fmt: skip
+def step(number: int) -> StepFinished:
+    return StepFinished(
+        step=number, total_steps=100, epoch=0.1, loss=1.25, learning_rate=1e-3,
+        grad_norm=1.0, tokens_per_s=1234.0, tokens=9, memory_bytes=1_500_000_000, eta_s=65.0,
+    )  # fmt: skip
 
 
 def test_plain_progress_throttles_steps_but_never_the_last() -> None:
@@ -186,10 +186,10 @@ def test_plain_progress_throttles_steps_but_never_the_last() -> None:
 
 
 def test_events_in_words() -> None:
-    assert lines({"event": "eval", "step": 5, "loss": 0.5, "accuracy": 0.25, "best": True}) == [
+    assert lines(Evaluated(step=5, loss=0.5, accuracy=0.25, best=True)) == [
         "step 5  validation loss 0.5000  accuracy 25.0 %  best so far"
     ]
-    assert lines({"event": "resumed", "step": 5}) == ["resumed at step 5"]
+    assert lines(RunResumed(5)) == ["resumed at step 5"]
     assert [duration(seconds) for seconds in (0.4, 59, 61, 3725)] == ["0s", "59s", "1m01s", "1h02m"]
 
 

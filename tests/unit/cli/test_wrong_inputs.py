@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from rankloom.cli import main
 from rankloom.config import TrialConfig, load
+from rankloom.events import Evaluated, Event, StepFinished
 from rankloom.launch.trainer import train_trial
 from rankloom.paths import shipped
 
@@ -458,8 +459,8 @@ def test_two_processes_do_not_run_the_same(trial: Path, cli: Cli) -> None:
     config = load(TrialConfig, trial)
     refused: list[str] = []
 
-    def resume_meanwhile(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 2:
+    def resume_meanwhile(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 2:
             refused.append(subprocess.run(
                 [*CLI, "train", str(trial), "--resume"], env=environment(), capture_output=True, text=True, check=False
             ).stderr)  # fmt: skip
@@ -562,8 +563,8 @@ def test_a_stop_at_an_evaluated_step_keeps_its_score(trial: Path, cli: Cli) -> N
     """Else the best checkpoint of the whole run might no longer be known as such."""
     stop = threading.Event()
 
-    def stop_after_evaluation(event: dict[str, Any]) -> None:
-        if event["event"] == "eval" and event["step"] == 2:
+    def stop_after_evaluation(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.step == 2:
             stop.set()
 
     config = load(TrialConfig, trial)

@@ -15,7 +15,7 @@ from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.model import ModelConfig, Nf4, NoQuantization
 from rankloom.data.render import Row
 from rankloom.evals.costs import measure_costs, weight_bytes
-from rankloom.hosts.membership import costs_of
+from rankloom.hosts.reports import costs_of
 from rankloom.models import find_target_linears, load_base
 
 ROWS = [Row([i + 5 for i in range(9)], [1.0] * 9, 4, "")] * 8

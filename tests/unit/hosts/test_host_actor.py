@@ -27,6 +27,7 @@ from rankloom.errors import DataError, IncompatibleError, RankloomError, TrialEr
 from rankloom.hosts.host_actor import HostActor, sweep
 from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.hosts.membership import META
+from rankloom.hosts.reports import TrialReport
 from rankloom.training.memory import peak_memory_bytes
 
 STUDY = {
@@ -192,10 +193,10 @@ def join(actor: HostActor, key: str, seed: int = 0, **changed: Any) -> Coroutine
     return actor.join(key, trial(seed), **defaults | changed)
 
 
-async def whole(actor: HostActor, key: str) -> list[dict[str, Any]]:
+async def whole(actor: HostActor, key: str) -> list[TrialReport]:
     """All reports of a member that joined."""
-    reports: list[dict[str, Any]] = []
-    while not reports or not reports[-1]["done"]:
+    reports: list[TrialReport] = []
+    while not reports or not reports[-1].done:
         reports.append(await actor.advance(key, len(reports)))
     await actor.leave(key)
     return reports
@@ -214,7 +215,7 @@ def test_one_thread_computes_whatever_else_goes_on(make: Callable[..., HostActor
 
 
 def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callable[..., HostActor]) -> None:
-    async def main() -> tuple[list[list[dict[str, Any]]], dict[str, Any], Any]:
+    async def main() -> tuple[list[list[TrialReport]], dict[str, Any], Any]:
         actor = make()
         await asyncio.gather(*(join(actor, f"t{i}#a") for i in range(6)))
         reports = await asyncio.gather(*(whole(actor, f"t{i}#a") for i in range(6)))
@@ -224,11 +225,11 @@ def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callabl
 
     found, stats, host = asyncio.run(main())
     for reports in found:
-        assert [r["n"] for r in reports] == [1, 2, 3, 4]
-        assert [r["step"] for r in reports] == [3, 6, 9, 12]
-        assert [r["percent"] for r in reports] == [25, 50, 75, 100]
-        assert [r["done"] for r in reports] == [False, False, False, True]
-        assert [r["loss"] for r in reports] == [1 / 3, 1 / 6, 1 / 9, 1 / 12]
+        assert [r.n for r in reports] == [1, 2, 3, 4]
+        assert [r.step for r in reports] == [3, 6, 9, 12]
+        assert [r.percent for r in reports] == [25, 50, 75, 100]
+        assert [r.done for r in reports] == [False, False, False, True]
+        assert [r.loss for r in reports] == [1 / 3, 1 / 6, 1 / 9, 1 / 12]
     assert host.most == 2
     assert not host.members
     assert stats["tokens"] == 6 * 120
@@ -245,11 +246,11 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
         first = await actor.advance("t#a", 0)
         await asyncio.sleep(0.3)
         assert actor._members["t#a"].seat.made == 2  # one more than was told
-        assert (await actor.snapshot("t#a", first["n"]))["step"] == b"3"
-        assert (await actor.advance("t#a", 0))["step"] == 3  # asked twice, answered twice
+        assert (await actor.snapshot("t#a", first.n))["step"] == b"3"
+        assert (await actor.advance("t#a", 0)).step == 3  # asked twice, answered twice
         second = await actor.advance("t#a", 1)
         await asyncio.sleep(0.3)
-        files = await actor.snapshot("t#a", second["n"])
+        files = await actor.snapshot("t#a", second.n)
         assert files["step"] == b"6"
         assert await actor.snapshot("t#a", 0) == {}
         with pytest.raises(KeyError):  # there is none: an empty one would be taken for the beginning
@@ -257,7 +258,7 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
         # another trial takes its place over, as population based training does
         await join(actor, "u#a", files=files, n=2)
         third = await actor.advance("u#a", 2)
-        assert (third["n"], third["step"], third["best"]) == (3, 9, True)
+        assert (third.n, third.step, third.best) == (3, 9, True)
 
     asyncio.run(main())
 
@@ -271,12 +272,12 @@ def test_a_trial_that_diverges_or_does_not_fit_ends_with_its_reason_alone(make: 
         bad, wide, nan, good = await asyncio.gather(
             *(whole(actor, f"{key}#a") for key in ("bad", "wide", "nan", "good"))
         )
-        assert [(r["step"], r["loss"]) for r in nan] == [(3, 1 / 3), (6, 1e9)]
-        assert nan[-1]["error"] == "the validation loss is not finite at step 6; lower optim.learning_rate (0.0003)"
-        assert [(r["step"], r["error"]) for r in bad] == [(3, None), (5, "training diverged at step 5")]
-        assert (bad[-1]["loss"], bad[-1]["accuracy"], bad[-1]["finished"]) == (1e9, 0.0, False)
-        assert [r["error"] for r in wide] == ["rank too large"]
-        assert [r["step"] for r in good] == [3, 6, 9, 12]
+        assert [(r.step, r.loss) for r in nan] == [(3, 1 / 3), (6, 1e9)]
+        assert nan[-1].error == "the validation loss is not finite at step 6; lower optim.learning_rate (0.0003)"
+        assert [(r.step, r.error) for r in bad] == [(3, None), (5, "training diverged at step 5")]
+        assert (bad[-1].loss, bad[-1].accuracy, bad[-1].finished) == (1e9, 0.0, False)
+        assert [r.error for r in wide] == ["rank too large"]
+        assert [r.step for r in good] == [3, 6, 9, 12]
 
     asyncio.run(main())
 
@@ -310,7 +311,7 @@ def test_a_restarted_host_goes_on_where_the_driver_is(make: Callable[..., HostAc
             await actor.advance("t#a", 2)
         assert not await join(actor, "unknown#a", n=1, recover=True)
         assert await join(actor, "t#a", n=2, recover=True)
-        return [(await actor.advance("t#a", n))["step"] for n in (2, 3)]
+        return [(await actor.advance("t#a", n)).step for n in (2, 3)]
 
     asyncio.run(before())
     assert asyncio.run(after()) == [9, 12]
@@ -340,7 +341,7 @@ def test_a_new_membership_ends_the_trials_old_one(make: Callable[..., HostActor]
         with pytest.raises(KeyError):
             await parked
         await actor.leave("t#old")  # late, from a cached actor: it must not end the new one
-        assert (await actor.advance("t#new", 0))["step"] == 3
+        assert (await actor.advance("t#new", 0)).step == 3
 
     asyncio.run(main())
 
@@ -353,7 +354,7 @@ def test_patience_ends_a_trial_and_survives_a_snapshot(make: Callable[..., HostA
         files = {"step": b"3", META: json.dumps(_meta(best_value=0.01, evals_since_best=1)).encode()}
         await actor.join("t#a", tree, files=files, n=1, recover=False, best_folder=None)
         report = await actor.advance("t#a", 1)
-        assert (report["best"], report["done"], report["finished"]) == (False, True, True)
+        assert (report.best, report.done, report.finished) == (False, True, True)
 
     asyncio.run(main())
 
@@ -379,8 +380,8 @@ def test_a_host_that_breaks_down_loads_again_and_its_members_notice_nothing(make
         await actor.advance("t#a", 0)
         actor._runner.host.evaluate = None  # as a bug or a lost device would
         reports = [await actor.advance("t#a", after) for after in range(1, 4)]
-        assert [r["step"] for r in reports] == [6, 9, 12]
-        assert [r["tokens"] for r in reports] == [60, 90, 120]
+        assert [r.step for r in reports] == [6, 9, 12]
+        assert [r.tokens for r in reports] == [60, 90, 120]
 
     asyncio.run(main())
 
@@ -438,7 +439,7 @@ def test_a_host_that_loads_again_has_let_go_of_what_it_had(make: Callable[..., H
     async def main() -> None:
         actor = make(HeldByItselfActor)
         await join(actor, "t#a")
-        assert [r["step"] for r in await whole(actor, "t#a")] == [3, 6, 9, 12]
+        assert [r.step for r in await whole(actor, "t#a")] == [3, 6, 9, 12]
 
     gc.collect()
     gc.disable()
@@ -513,9 +514,9 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
             return await whole(small, f"{rank}#a")
 
         wide, narrow = await asyncio.gather(reports(4096), reports(4))
-        [refused] = [r["error"] for r in wide]
+        [refused] = [r.error for r in wide]
         assert refused == "method.rank=4096 does not fit this host; allowed: at most the bank's 4"
-        assert [r["step"] for r in narrow] == [2, 4]
+        assert [r.step for r in narrow] == [2, 4]
         nothing = actor(peak_memory_bytes(device) + 1e4)
         with pytest.raises(TrialError, match=r"not even one slot of rank 4 .* lower data\.max_length or method\.rank"):
             await nothing.ready()

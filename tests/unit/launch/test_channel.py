@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from rankloom.errors import DataError
+from rankloom.events import RunResumed
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure
 
 
 def test_events_come_in_order_and_once() -> None:
     channel = Channel()
-    assert channel.push([{"event": "a"}, {"event": "b"}]) is False
-    channel.push([{"event": "c"}])
-    assert [event["event"] for event in channel.take(stop=False)] == ["a", "b", "c"]
+    assert channel.push([RunResumed(1), RunResumed(2)]) is False
+    channel.push([RunResumed(3)])
+    assert channel.take(stop=False) == [RunResumed(1), RunResumed(2), RunResumed(3)]
     assert channel.take(stop=False) == []
 
 

@@ -15,6 +15,7 @@ from rankloom.config.engine import VllmConfig
 from rankloom.config.trial import ComputeConfig
 from rankloom.engine.vllm.server import environment as vllm_environment
 from rankloom.errors import ConfigError, RankloomError
+from rankloom.events import Event
 from rankloom.launch.cluster import (
     WorkerResources,
     announce,
@@ -82,9 +83,9 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
 def test_open_ports_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode, kinds in (("token", ["phase"]), ("disabled", ["phase", "warning"])):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-        told: list[dict[str, Any]] = []
+        told: list[Event] = []
         announce(told.append)
-        assert [event["event"] for event in told] == kinds
+        assert [event.kind for event in told] == kinds
 
 
 def test_serve_starts_no_ray_that_runs_what_anybody_sends(

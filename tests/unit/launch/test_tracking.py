@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError
+from rankloom.events import Evaluated, PhaseStarted, RunFinished, RunResumed, StepFinished
 from rankloom.launch.run_folder import RunFolder, resolved
 from rankloom.launch.tracking import check, scalars, tracked
 
-STEP: dict[str, Any] = {
-    "event": "step", "step": 1, "total_steps": 2, "epoch": 0.5, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": None,
-    "tokens_per_s": 10.0, "tokens": 5, "memory_bytes": 100, "eta_s": 1.0,
-}  # fmt: skip
+STEP = StepFinished(
+    step=1, total_steps=2, epoch=0.5, loss=2.0, learning_rate=1e-3, grad_norm=None,
+    tokens_per_s=10.0, tokens=5, memory_bytes=100, eta_s=1.0,
+)  # fmt: skip
 MEASURES = {"num_rows": 2, "loss": 0.5, "perplexity": 1.6, "accuracy": {"value": 0.9, "low": 0.8, "high": 1.0}}
-DONE = {"event": "done", "status": "done", "steps": 2, "scorecard": {"result": MEASURES, "base": None}}
+DONE = RunFinished(status="done", steps=2, scorecard={"result": MEASURES, "base": None})
 
 
 def test_scalars_leave_out_what_was_not_measured() -> None:
     assert "train/grad_norm" not in scalars(STEP)
     assert scalars(STEP)["train/loss"] == 2.0
-    assert scalars({"event": "eval", "step": 1, "loss": 1.0, "accuracy": None, "best": True}) == {"eval/loss": 1.0}
+    assert scalars(Evaluated(step=1, loss=1.0, accuracy=None, best=True)) == {"eval/loss": 1.0}
     assert scalars(DONE) == {"result/loss": 0.5, "result/perplexity": 1.6, "result/accuracy": 0.9}
-    assert scalars({"event": "phase", "phase": "data", "message": ""}) == {}
+    assert scalars(PhaseStarted("data", "")) == {}
 
 
 def test_events_are_written_where_tensorboard_reads_them(tmp_path: Path) -> None:
@@ -38,15 +39,15 @@ def test_events_are_written_where_tensorboard_reads_them(tmp_path: Path) -> None
     run.begin(trial)
     with tracked(trial, run) as write:
         for step in (1, 2):
-            write(STEP | {"step": step, "loss": 3.0 - step})
+            write(replace(STEP, step=step, loss=3.0 - step))
     with tracked(trial, run) as write:  # a resumed run: step 2 is repeated
-        write({"event": "resumed", "step": 1})
-        write(STEP | {"step": 2, "loss": 0.25})
+        write(RunResumed(1))
+        write(replace(STEP, step=2, loss=0.25))
         write(DONE)
     folder = tmp_path / "runs" / "run"
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["step", "step", "resumed", "step", "done"]
-    assert all(line["time"] > 1e9 for line in lines)
+    assert all(line["time"] > 1e9 and line["v"] == 1 for line in lines)
     curves = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [(1, 2.0), (2, 0.25)]
     assert curves.Scalars("result/accuracy")[0].value == pytest.approx(0.9)

@@ -11,6 +11,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
+from rankloom.events import Event, StudyFinished, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus
 from rankloom.search.curves import tracked
 from rankloom.search.leaderboard import Leaderboard
 
@@ -23,36 +24,35 @@ def study(**tracking: str) -> StudyConfig:
     return parse(StudyConfig, tree)
 
 
-def begin(number: int) -> dict[str, Any]:
-    return {"event": "trial", "trial": f"t{number}", "point": {"number": number, "refused": 0, **LORA}}
+def begin(number: int) -> Event:
+    return TrialStarted(trial=f"t{number}", point={"number": number, "refused": 0, **LORA})
 
 
-def report(number: int, n: int, loss: float) -> dict[str, Any]:
+def report(number: int, n: int, loss: float) -> Event:
     values = {"step": 10 * n, "percent": 25.0 * n, "loss": loss, "accuracy": None, "train_loss": loss + 1}
-    return {"event": "report", "trial": f"t{number}", "n": n, **values, "tokens": 100 * n, "train_s": 0.5 * n}
+    return TrialEvaluated(trial=f"t{number}", n=n, **values, tokens=100 * n, train_s=0.5 * n)  # type: ignore[arg-type]
 
 
-def end(number: int, status: str) -> dict[str, Any]:
-    return {"event": "end", "trial": f"t{number}", "status": status, "error": None}
+def end(number: int, status: TrialStatus) -> Event:
+    return TrialEnded(trial=f"t{number}", status=status)
 
 
-def done(number: int) -> dict[str, Any]:
+def done(number: int) -> Event:
     row = {"trial": f"t{number}", "validation": {"step": 20}, "scorecard": SCORECARD}
-    return {"event": "done", "finalists": [row], "winner": row}
+    return StudyFinished({"finalists": [row], "winner": row})
 
 
 FIRST = [
     begin(0), begin(1), report(0, 1, 3.0), report(1, 1, 2.5), report(0, 2, 2.0), end(1, "stopped"),
-    report(0, 3, 9.0), report(0, 3, 1.5), {"event": "status", "total": 2},
+    report(0, 3, 9.0), report(0, 3, 1.5), Leaderboard(study()).status(),
 ]  # fmt: skip
 THEN = [begin(0), report(0, 3, 1.25), report(0, 4, 1.0), end(0, "done"), done(0)]
 
 
-def take(config: StudyConfig, board: Leaderboard, folder: Path, events: Iterable[dict[str, Any]]) -> None:
+def take(config: StudyConfig, board: Leaderboard, folder: Path, events: Iterable[Event]) -> None:
     with tracked(config, "id", board, folder) as track:
         for event in events:
-            if event["event"] in ("trial", "report", "end"):
-                board.add(event)
+            board.add(event)
             track(event)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from rankloom.cli import study_view
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.errors import ConfigError
+from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus, to_line
 from rankloom.registry import Registry
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.publish_best import beats, names_of
@@ -30,17 +32,23 @@ def board(metric: str = "accuracy", **changed: Any) -> Leaderboard:
     )
 
 
-def begin(number: int, point: dict[str, Any]) -> dict[str, Any]:
-    return {"event": "trial", "trial": f"t{number}", "point": {"number": number, "refused": number, **point}}
+def begin(number: int, point: dict[str, Any]) -> TrialStarted:
+    return TrialStarted(trial=f"t{number}", point={"number": number, "refused": number, **point})
 
 
-def report(number: int, n: int, loss: float, accuracy: float | None) -> dict[str, Any]:
-    values = {"step": 10 * n, "percent": 25.0 * n, "loss": loss, "accuracy": accuracy, "train_loss": 1.0}
-    return {"event": "report", "trial": f"t{number}", "n": n, **values, "tokens": 100 * n, "train_s": 0.5 * n}
+def report(number: int, n: int, loss: float, accuracy: float | None) -> TrialEvaluated:
+    values: dict[str, Any] = {
+        "step": 10 * n,
+        "percent": 25.0 * n,
+        "loss": loss,
+        "accuracy": accuracy,
+        "train_loss": 1.0,
+    }
+    return TrialEvaluated(trial=f"t{number}", n=n, **values, tokens=100 * n, train_s=0.5 * n)
 
 
-def end(number: int, status: str, error: str | None = None) -> dict[str, Any]:
-    return {"event": "end", "trial": f"t{number}", "status": status, "error": error}
+def end(number: int, status: TrialStatus, error: str | None = None) -> TrialEnded:
+    return TrialEnded(trial=f"t{number}", name=f"s-000{number}", method="lora", status=status, error=error)
 
 
 LORA, DORA = {"branch": 0, "method.rank": 4}, {"branch": 1}
@@ -62,9 +70,9 @@ def filled(metric: str = "accuracy") -> Leaderboard:
 def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
     found = filled()
     assert [trial.number for trial in found.ranking()] == [3, 1, 2, 0]
-    assert found.trials["t1"].best("accuracy") == {**found.trials["t1"].curve[2]}
+    assert found.trials["t1"].best("accuracy") == found.trials["t1"].curve[2]
     assert [trial.number for trial in filled("loss").ranking()] == [3, 1, 2, 0]
-    assert found.trials["t3"].best("loss")["step"] == 20  # type: ignore[index]
+    assert found.trials["t3"].best("loss").step == 20  # type: ignore[union-attr]
 
 
 def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
@@ -84,7 +92,8 @@ def test_the_front_is_what_nothing_beats_in_all() -> None:
         found.add(begin(number, LORA))
         found.add(report(number, 1, 1.0, share))
         if number in costs:
-            found.add(report(number, 2, 1.0, 0.0) | dict(zip(search["objectives"], costs[number], strict=True)))  # type: ignore[call-overload]
+            memory, latency = costs[number]
+            found.add(replace(report(number, 2, 1.0, 0.0), memory_bytes=memory, latency_ms=latency))
     # 3 is beaten by 1; 5 is as good as 1; of 6 the costs are not known
     assert [trial.number for trial in found.front()] == [0, 1, 2, 5, 4]
     assert {trial.number for trial in found.finalists()} == {0, 1, 2, 4, 5, 6}
@@ -95,10 +104,10 @@ def test_the_front_is_what_nothing_beats_in_all() -> None:
 def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     again = [report(3, 2, 1.2, 0.65), end(3, "done")]  # a report may come twice
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*LINES, *again]) + '{"event": "rep')
+    path.write_text("".join(to_line(line) + "\n" for line in [*LINES, *again]) + '{"event": "rep')
     found = Leaderboard.read(board().study, path)
     assert found.counts() == {"running": 1, "done": 2, "stopped": 1, "failed": 1}
-    assert [point["step"] for point in found.trials["t3"].reports] == [10, 20]
+    assert [point.step for point in found.trials["t3"].reports] == [10, 20]
     assert found.num_refused == 4
     assert found.tokens == 100 + 300 + 100 + 200
     assert Leaderboard.read(board().study, tmp_path / "none").trials == {}
@@ -106,7 +115,7 @@ def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> 
 
 def test_a_trial_that_took_anothers_place_keeps_its_number() -> None:
     found = filled()
-    found.add({"event": "trial", "trial": "t3", "point": {"number": 1, "refused": 0, "branch": 0, "method.rank": 2}})
+    found.add(TrialStarted(trial="t3", point={"number": 1, "refused": 0, "branch": 0, "method.rank": 2}))
     assert found.trials["t3"].number == 3
     assert found.trials["t3"].config.name == "s-0003"
     assert found.trials["t3"].config.method.rank == 2  # type: ignore[union-attr]
@@ -174,21 +183,15 @@ def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:
         run(study)
 
 
-HOST = {
-    "label": "host-1",
-    "training": 3,
-    "num_slots": 4,
-    "waiting": 1,
-    "tokens": 5000,
-    "train_s": 2.0,
-    "occupancy": 0.93,
-}
+HOST = HostStatus(
+    label="host-1", members=4, training=3, num_slots=4, waiting=1, tokens=5000, train_s=2.0, occupancy=0.93
+)
 
 
 def test_the_status_in_one_line_and_as_a_table() -> None:
     from rich.console import Console
 
-    status = filled().summary() | {"hosts": [HOST], "elapsed_s": 65, "eta_s": 130.0}
+    status = replace(filled().status(), hosts=[HOST], elapsed_s=65, eta_s=130.0)
     assert study_view.status_line(status) == (
         "3/6 trials (2 running, 1 stopped early, 1 failed); best 70.0 % by s-0003 (lora); "
         "host-1 3/4 slots, 2,500 tokens/s; 1m05s, eta 2m10s"
@@ -200,7 +203,7 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
     assert "s-0003  lora    rank 4    50 %" in text
     assert "host-1 3/4 slots, 2,500 tokens/s, 1 waiting, 93 % full" in text
     assert "rungs   10 %: 4   30 %: 2   90 %: 0" in text
-    fresh = board().summary() | {"hosts": [], "elapsed_s": 0.1, "eta_s": None}
+    fresh = replace(board().status(), elapsed_s=0.1)
     assert study_view.status_line(fresh) == "0/6 trials (0 running, 0 stopped early, 0 failed); 0s"
     console.print(study_view.table(fresh))
 
@@ -208,10 +211,10 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
 def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
     written: list[str] = []
     view = study_view.PlainStudyView(written.append)
-    status = {"event": "status"} | filled().summary() | {"hosts": [HOST], "elapsed_s": 65, "eta_s": None}
+    status = replace(filled().status(), hosts=[HOST], elapsed_s=65)
     view.show(status)
     view.show(status)
-    view.show({**end(4, "failed", "diverged"), "name": "s-0004", "method": "lora"})
+    view.show(end(4, "failed", "diverged"))
     assert len(written) == 2
     assert written[1] == "s-0004  lora     failed: diverged"
 

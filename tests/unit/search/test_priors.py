@@ -10,6 +10,7 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, load, parse
 from rankloom.errors import ConfigError
+from rankloom.events import TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.priors import Priors, first_guess, locate
 from rankloom.search.samplers import PriorTrial
@@ -120,11 +121,17 @@ def write_study(folder: Path, config: StudyConfig, points: list[dict[str, Any]],
     board = Leaderboard(config)
     for number, point in enumerate(points):
         trial = f"t{number}"
-        board.add({"event": "trial", "trial": trial, "point": {"number": number, "refused": 0, **point}})
-        values = {"step": 10, "percent": 100.0, "loss": 0.9 - number / 10, "accuracy": None, "train_loss": 1.0}
-        board.add({"event": "report", "trial": trial, "n": 1, **values, "tokens": 10, "train_s": 1.0} | costs)
+        board.add(TrialStarted(trial=trial, point={"number": number, "refused": 0, **point}))
+        values: dict[str, Any] = {
+            "step": 10,
+            "percent": 100.0,
+            "loss": 0.9 - number / 10,
+            "accuracy": None,
+            "train_loss": 1.0,
+        }
+        board.add(TrialEvaluated(trial=trial, n=1, **values, tokens=10, train_s=1.0, **costs))
         last = number == len(points) - 1
-        board.add({"event": "end", "trial": trial, "status": "failed" if last else "stopped", "error": None})
+        board.add(TrialEnded(trial=trial, status="failed" if last else "stopped"))
     folder.mkdir()
     write_results(board, folder / "results.parquet")
 

@@ -19,6 +19,7 @@ from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RankloomError
+from rankloom.events import Event, WarningRaised
 from rankloom.launch import cluster
 from rankloom.launch.evaluation import evaluate
 from rankloom.launch.trainer import train_trial
@@ -227,10 +228,10 @@ def test_a_study_tells_of_experts_before_ray(mixtral: Path, tmp_path: Path, monk
     monkeypatch.setattr(cluster, "connected", ray_started)
     space = [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]
     study = {"name": "s", "trial": trial_of(mixtral, tmp_path / "out"), "space": space}
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     with pytest.raises(DataError, match="Ray was started"):
         run(parse(StudyConfig, study), on_event=events.append)
-    told = [event["message"] for event in events if event["event"] == "warning" and "experts" in event["message"]]
+    told = [event.message for event in events if isinstance(event, WarningRaised) and "experts" in event.message]
     assert len(told) == 1
     assert "method.experts=true" in told[0]
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import DataError, ModelError
+from rankloom.events import Event, WarningRaised
 from rankloom.launch.trainer import train_trial
 from rankloom.models import load_base, load_tokenizer
 from rankloom.training.resume_check import ORIGIN, Origin, hold_study_to, study_warning
@@ -53,7 +54,7 @@ def make(tmp_path: Path, tiny_llama: Path) -> Callable[..., TrialConfig]:
 
 
 def go_on(make: Callable[..., TrialConfig], steps: int = 4) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     return train_trial(make(budget={"steps": steps}), resume=True, on_event=events.append), events
 
 
@@ -68,7 +69,7 @@ def test_other_labels_under_the_same_texts_are_refused(
     write(tmp_path / "test.csv", "ba")  # nothing that was trained or chosen depends on them
     done, events = go_on(make)
     assert done["steps"] == 4
-    assert not [event for event in events if event["event"] == "warning"]
+    assert not [event for event in events if isinstance(event, WarningRaised)]
 
 
 def test_another_base_at_the_same_place_is_refused(make: Callable[..., TrialConfig], tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_other_versions_are_told(make: Callable[..., TrialConfig], tmp_path: Pat
     origin["versions"]["peft"] = "0.0.1"
     (latest / ORIGIN).write_text(json.dumps(origin))
     _, events = go_on(make)
-    [warning] = [event["message"] for event in events if event["event"] == "warning"]
+    [warning] = [event.message for event in events if isinstance(event, WarningRaised)]
     assert "peft 0.0.1 -> " in warning
     for place in (tmp_path / "out" / "runs" / "tiny" / "checkpoints").glob(f"*/{ORIGIN}"):
         place.unlink()  # as an earlier rankloom left it

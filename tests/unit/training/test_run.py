@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rankloom.config import COMPATIBLE, TrialConfig, parse
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RegistryError, TrialError
+from rankloom.events import Evaluated, Event
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
 from rankloom.training.run import evaluate, run_trial
@@ -49,7 +50,7 @@ def trial_of(model: Path, root: Path, method: str = "lora", **sections: Any) -> 
 
 
 def run(trial: TrialConfig, root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     session = LocalSession(root / "runs" / trial.name, device=torch.device("cpu"), on_event=events.append)
     return run_trial(trial, session), events
 
@@ -68,7 +69,7 @@ def test_every_method_on_every_base_leaves_a_verified_record(
     assert card.base is not None
     assert card.result.loss < card.base.loss
     assert (card.extraction is not None) == (record.servable == "extracted")
-    losses = [e["loss"] for e in events if e["event"] == "eval"]
+    losses = [e.loss for e in events if isinstance(e, Evaluated)]
     assert losses[-1] < losses[0]
     if quantization == "none":
         loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), result["adapter"])

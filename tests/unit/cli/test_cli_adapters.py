@@ -213,8 +213,8 @@ def test_an_exported_folder_keeps_its_record_through_a_hub_cache_and_git(tmp_pat
     run("export", "bank", "-o", tmp_path / "out")
     snapshot = tmp_path / "models--org--bank" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
-    (tmp_path / "out").rename(snapshot.parents[2] / "blobs")
-    for file in (snapshot.parents[2] / "blobs").iterdir():
+    (tmp_path / "out").rename(snapshot.parents[1] / "blobs")
+    for file in (snapshot.parents[1] / "blobs").iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     (snapshot / ".gitattributes").touch()
     (snapshot / ".git").mkdir()

@@ -118,7 +118,7 @@ def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, t
     refs = {kind: published(tiny_llama, root, tmp_path, kind, rank) for kind, rank in ranks.items()}
     refused = {
         published(tiny_llama, root, tmp_path, "dora", 8): r"dora@1 has DoRA magnitudes.* engine\.type=bank",
-        published(tiny_llama, root, tmp_path, "wide", 20): r"rank 20, above engine\.max_rank=16",
+        published(tiny_llama, root, tmp_path, "wide", 20): r"rank 20, above engine\.max_lora_rank=16",
         published(tiny_llama, root, tmp_path, "patterns", 7): "seven is no rank",
         published(tiny_llama, root, tmp_path, "lora", 5, "changed"): "differ by",
         published(tiny_llama, root, tmp_path, "lora", 0, "unlike"): "differ by",
@@ -206,7 +206,7 @@ def test_a_server_that_does_not_come_up_says_why(tiny_llama: Path, tmp_path: Pat
 
     with pytest.raises(ModelError, match="ended before it was ready: ValueError: this model is not for me"):
         serving(tiny_llama, tmp_path / "registry", python, work, args=("--start=fail",))
-    with pytest.raises(ModelError, match=r"not ready after engine\.start_s=0\.05 seconds"):
+    with pytest.raises(ModelError, match=r"not ready after engine\.startup_timeout_s=0\.05 seconds"):
         serving(tiny_llama, tmp_path / "registry", python, work, startup_timeout_s=0.05)
 
 
@@ -215,7 +215,9 @@ def test_the_server_gets_what_the_config_says(tiny_llama: Path, tmp_path: Path, 
         (line,) = [line for line in engine._server._last_lines if line.startswith("options:")]
         return line.split()[1:]
 
-    settings: dict[str, Any] = dict(rows=5, resident=9, adapters_at_once=3, max_rank=32, context=100, cache_gib=0.5)
+    settings: dict[str, Any] = dict(
+        max_num_seqs=5, max_cpu_loras=9, max_loras=3, max_lora_rank=32, max_model_len=100, kv_cache_gib=0.5
+    )
     settings |= dict(args=("--enforce-eager",), env={"OMP_NUM_THREADS": "2"})
     options = serving(tiny_llama, tmp_path / "registry", python, work, **settings)
     zero = not torch.cuda.is_available()

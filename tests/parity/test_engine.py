@@ -12,8 +12,9 @@ import torch
 
 from rankloom.banks.served_adapter import ServedAdapter, fold
 from rankloom.banks.served_bank import AdapterShare, placed
+from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
-from rankloom.engine.model_runner import ModelRunner, SequenceChunk
+from rankloom.engine.model_runner import ModelRunner
 from served import completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
 
 KINDS = {
@@ -68,18 +69,19 @@ def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Pat
         if adapter is not None:
             runner.bank.admit(adapter)
     chance = random.Random(0)
-    # slots are filled, left and taken over in many orders, several rows on some adapters
+    # slots are filled, left and taken over in many orders, several sequences on some adapters
     for _ in range(12):
-        works = []
+        chunks = []
         for i in range(chance.randint(2, 9)):
             tokens = [chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))]
-            works.append(SequenceChunk(str(i), chance.choice(adapters), 0, tokens))
+            chunks.append(SequenceChunk(str(i), chance.choice(adapters), 0, tokens))
         found = []
-        for runner.bank.compiles, stack in ((True, True), (False, True), (False, False)):
+        for compiles, stack in ((True, True), (False, True), (False, False)):
+            runner.bank.compiles = compiles
             cache = KvCache(runner.shape, 1 << 16)
-            for work in works:
-                cache.reserve(work.row, len(work.tokens))
-            found.append(runner.forward(cache, works, stack=stack))
+            for chunk in chunks:
+                cache.reserve(chunk.id, chunk.count)
+            found.append(runner.forward(cache, chunks, stack=stack))
         for fast in found[:2]:
             torch.testing.assert_close(fast, found[2], atol=1e-4, rtol=1e-4)
 

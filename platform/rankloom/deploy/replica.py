@@ -80,9 +80,9 @@ class Replica:
         await self._pin()
         self._notes = asyncio.create_task(self._note())
 
-    async def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
+    async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
         """As `engine.jobs.run`."""
-        stream = run(self._engine, work)
+        stream = run(self._engine, job)
         try:
             async for progress in stream:
                 yield progress

@@ -1,4 +1,4 @@
-"""ServingEngine: one base, the adapters of a registry, and continuous batching over the rows of all of them.
+"""ServingEngine: one base, the adapters of a registry, and continuous batching over the sequences of all of them.
 
 The engine's work is `Core.step()` in `core.py`, called by one thread again and again; read it next. Here is what stands
 around it: requests go from the event loop into the thread's inbox, and deltas come back (`stream.py`).
@@ -43,7 +43,7 @@ class ServingEngine:
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
         vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        self._admission = Admission(self._core.num_rows + config.max_queue, vocabulary)
+        self._admission = Admission(self._core.num_seqs + config.max_queue, vocabulary)
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
 
     @property
@@ -80,15 +80,15 @@ class ServingEngine:
         with self._admission.take(request, self.context):
             guide = await self._guides.of(request)
             self._admission.refuse_if_stopping()  # meanwhile
-            row = RunningSequence(
+            sequence = RunningSequence(
                 request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context
             )
-            self._inbox.put(partial(self._core.enter, row))
+            self._inbox.put(partial(self._core.enter, sequence))
             try:
-                async for delta in row.stream:
+                async for delta in sequence.stream:
                     yield delta
             finally:
-                self._inbox.put(partial(self._core.leave, row))
+                self._inbox.put(partial(self._core.leave, sequence))
 
     async def pin(self, ref: str) -> None:
         self._admission.refuse_if_stopping()
@@ -111,20 +111,20 @@ class ServingEngine:
         try:
             with torch.inference_mode():
                 while not self._admission.stopping:
-                    self._take_in()
+                    self._run_inbox()
                     worked = self._core.step()
                     self._mailbox.deliver()
-                    # until something comes in; `close` wakes it, but `_take_in` may have taken that already
+                    # until something comes in; `close` wakes it, but `_run_inbox` may have taken that already
                     if not worked and not self._admission.stopping:
                         self._inbox.get()()
                         self._mailbox.wait_for_turn()
         finally:  # also where a bug ends it: nobody is left waiting
             self._admission.stopping = True
-            self._take_in()
+            self._run_inbox()
             self._core.close(OverloadedError(STOPPING))
             self._mailbox.deliver()
 
-    def _take_in(self) -> None:
+    def _run_inbox(self) -> None:
         while True:
             try:
                 call = self._inbox.get_nowait()

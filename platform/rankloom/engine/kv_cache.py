@@ -1,11 +1,11 @@
-"""RowCache: keys and values of every row's tokens, in shelves of rows of like lengths.
+"""KvCache: the keys and values of every sequence's tokens, in buckets of sequences of similar lengths.
 
-Attention over many rows at once is fastest on one dense block, and a block is as wide as its longest row. So rows lie
-on shelves, whose widths are powers of two; one that outgrows its shelf moves to the next, each token of it at most once
-a doubling. On a shelf the rows are the first ones, without gaps: a block is a view, never gathered. A step allocates
-nothing; a shelf is resized when rows come that it has no place for, within the budget of tokens.
+Attention over many sequences at once is fastest on one dense block, and a block is as wide as its longest sequence. So
+sequences lie in buckets, whose widths are powers of two; one that outgrows its bucket moves to the next, so that each
+token moves at most once per doubling. In a bucket the sequences take the first places, without gaps: a block is a view,
+never gathered. A step allocates nothing; a bucket is resized when it has no place left, within the budget of tokens.
 
-Shapes: R rows of a shelf, H key and value heads, T width, E width of a head.
+Shapes: R places of a bucket, H key and value heads, T width, E width of a head.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from rankloom.models.device import free_cuda_bytes
 
 NARROWEST = 256
-"""Tokens of the first shelf's rows."""
-ON_CPU = 16384
-"""Tokens of a cache, where the device is no GPU."""
-OF_THE_FREE = 0.5
-"""The cache's part of a GPU's memory beside the base. The rest is for adapters, prefixes and what steps compute."""
+"""Width of the first bucket, in tokens."""
+CPU_TOKENS = 16384
+"""Capacity of a cache on a CPU, in tokens."""
+GPU_SHARE = 0.5
+"""The cache's share of the GPU memory that the base leaves; the rest is for adapters, prefixes and activations."""
 
 
-def shelf_width(length: int) -> int:
-    """The width of the shelf for a row of so many tokens."""
+def bucket_width(length: int) -> int:
+    """Return the width of the bucket for a sequence of this many tokens."""
     return max(NARROWEST, 1 << (length - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a model's layers keep of a token."""
+    """The keys and values that a model keeps of each token."""
 
     num_layers: int
     num_heads: int
@@ -46,25 +46,25 @@ class HeadShape:
         return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
 
 
-def room_for(shape: HeadShape, num_rows: int, longest: int | None) -> int:
-    """Tokens of a cache beside what the device holds already.
+def room_for(shape: HeadShape, num_seqs: int, longest: int | None) -> int:
+    """Return the capacity, in tokens, of a cache in the device's free memory.
 
     Args:
-        longest: tokens that a row can have; None: any number.
+        longest: the most tokens of a sequence; None: any number.
     """
     if shape.device.type != "cuda":
-        return ON_CPU
-    tokens = int(OF_THE_FREE * free_cuda_bytes(shape.device)) // shape.bytes_per_token
-    most = num_rows * shelf_width(longest) if longest else tokens
+        return CPU_TOKENS
+    tokens = int(GPU_SHARE * free_cuda_bytes(shape.device)) // shape.bytes_per_token
+    most = num_seqs * bucket_width(longest) if longest else tokens
     return max(NARROWEST, min(tokens, most))
 
 
 class KvBucket:
-    """Rows of up to `width` tokens beside each other."""
+    """Sequences of up to `width` tokens in one block."""
 
     def __init__(self, shape: HeadShape, width: int) -> None:
         self.width = width
-        self.rows: list[str] = []
+        self.ids: list[str] = []
         """Request ids by place."""
         # zeros: what is masked is still multiplied, and must be finite
         empty = torch.zeros(0, shape.num_heads, width, shape.width, dtype=shape.dtype, device=shape.device)
@@ -76,8 +76,12 @@ class KvBucket:
         return len(self.keys_RHTE[0])
 
     def resize(self, num_places: int) -> None:
-        """Raises torch.OutOfMemoryError; all rows are still there then, and all blocks of one size."""
-        kept = len(self.rows)
+        """Change the number of places.
+
+        Raises:
+            torch.OutOfMemoryError: all sequences are intact then, and all blocks of one size.
+        """
+        kept = len(self.ids)
         try:
             for layers in (self.keys_RHTE, self.values_RHTE):
                 for i, before in enumerate(layers):  # one by one, so that little is there twice
@@ -94,92 +98,93 @@ class KvBucket:
 
 
 class KvCache:
-    """Where each row's keys and values are.
+    """The keys and values of each sequence, by request id.
 
-    Invariant: the shelves together have places for no more than `capacity` tokens.
+    Invariant: the buckets together have places for at most `capacity` tokens.
     """
 
     def __init__(self, shape: HeadShape, capacity: int) -> None:
         self.shape, self.capacity = shape, capacity
-        self.shelves: dict[int, KvBucket] = {}
+        self.buckets: dict[int, KvBucket] = {}
         """By width."""
         self._widths: dict[str, int] = {}
 
-    def __contains__(self, row: str) -> bool:
-        return row in self._widths
+    def __contains__(self, id: str) -> bool:
+        return id in self._widths
 
     @property
     def held(self) -> int:
-        """Tokens that rows have places for."""
+        """Tokens that the sequences have places for."""
         return sum(self._widths.values())
 
-    def at(self, row: str) -> tuple[KvBucket, int]:
-        """A row's shelf and place."""
-        shelf = self.shelves[self._widths[row]]
-        return shelf, shelf.rows.index(row)
+    def at(self, id: str) -> tuple[KvBucket, int]:
+        """Return a sequence's bucket and its place there."""
+        bucket = self.buckets[self._widths[id]]
+        return bucket, bucket.ids.index(id)
 
-    def reserve(self, row: str, length: int) -> None:
-        """Make sure that a row, new or not, has a place for so many tokens; the caller keeps to `capacity`.
+    def reserve(self, id: str, length: int) -> None:
+        """Give a sequence, new or not, a place for `length` tokens; the caller keeps to `capacity`.
 
-        Raises torch.OutOfMemoryError where the device has none for it; every row is where it was.
+        Raises:
+            torch.OutOfMemoryError: the device has no memory for it; every sequence keeps its place.
         """
-        width, before = shelf_width(length), self._widths.get(row)
+        width, before = bucket_width(length), self._widths.get(id)
         if before is not None and before >= width:
             return
-        shelf = self.shelves.setdefault(width, KvBucket(self.shape, width))
-        if len(shelf.rows) == shelf.num_places:
-            self._extend(shelf)
-        place = len(shelf.rows)
+        bucket = self.buckets.setdefault(width, KvBucket(self.shape, width))
+        if len(bucket.ids) == bucket.num_places:
+            self._extend(bucket)
+        place = len(bucket.ids)
         if before is not None:
-            old, old_place = self.at(row)
-            for target, source in zip(shelf.blocks(), old.blocks(), strict=True):
+            old, old_place = self.at(id)
+            for target, source in zip(bucket.blocks(), old.blocks(), strict=True):
                 target[place, :, :before] = source[old_place]
-            self.remove(row)
-        shelf.rows.append(row)
-        self._widths[row] = width
+            self.remove(id)
+        bucket.ids.append(id)
+        self._widths[id] = width
 
-    def remove(self, row: str) -> None:
-        """Forget a row; the shelf's last one takes its place."""
-        shelf, place = self.at(row)
-        last = len(shelf.rows) - 1
+    def remove(self, id: str) -> None:
+        """Remove a sequence; the bucket's last one takes its place."""
+        bucket, place = self.at(id)
+        last = len(bucket.ids) - 1
         if place != last:
-            for block in shelf.blocks():
+            for block in bucket.blocks():
                 block[place] = block[last]
-            shelf.rows[place] = shelf.rows[last]
-        shelf.rows.pop()
-        del self._widths[row]
+            bucket.ids[place] = bucket.ids[last]
+        bucket.ids.pop()
+        del self._widths[id]
 
-    def read(self, row: str, start: int, stop: int) -> Tensor:
-        """[2, L, H, t, E]: a copy of a span of a row's keys and values."""
-        shelf, place = self.at(row)
-        spans = [block[place, :, start:stop] for block in shelf.blocks()]
+    def read(self, id: str, start: int, stop: int) -> Tensor:
+        """Copy a span of a sequence's keys and values: [2, L, H, t, E]."""
+        bucket, place = self.at(id)
+        spans = [block[place, :, start:stop] for block in bucket.blocks()]
         return torch.stack(spans).unflatten(0, (2, -1))
 
-    def write(self, row: str, start: int, values: Tensor) -> None:
-        """The inverse of `read`."""
-        shelf, place = self.at(row)
-        for block, span in zip(shelf.blocks(), values.flatten(0, 1), strict=True):
+    def write(self, id: str, start: int, values: Tensor) -> None:
+        """Write what `read` returned, from `start`."""
+        bucket, place = self.at(id)
+        for block, span in zip(bucket.blocks(), values.flatten(0, 1), strict=True):
             block[place, :, start : start + span.shape[1]] = span
 
-    def _extend(self, shelf: KvBucket) -> None:
-        """Twice the places, or as many as the budget has, others' unused ones given up first."""
-        wanted = max(4, 2 * shelf.num_places)
-        if self._allocated() + (wanted - shelf.num_places) * shelf.width > self.capacity:
-            self._give_up_unused(shelf)
-            spare = (self.capacity - self._allocated()) // shelf.width
-            wanted = min(wanted, shelf.num_places + max(1, spare))
+    def _extend(self, bucket: KvBucket) -> None:
+        """Double the places, or add as many as the budget allows once other buckets have given up unused ones."""
+        wanted = max(4, 2 * bucket.num_places)
+        if self._allocated() + (wanted - bucket.num_places) * bucket.width > self.capacity:
+            self._give_up_unused(bucket)
+            spare = (self.capacity - self._allocated()) // bucket.width
+            wanted = min(wanted, bucket.num_places + max(1, spare))
         try:
-            shelf.resize(wanted)
+            bucket.resize(wanted)
         except torch.OutOfMemoryError:
-            self._give_up_unused(shelf)
-            shelf.resize(shelf.num_places + 1)
+            self._give_up_unused(bucket)
+            bucket.resize(bucket.num_places + 1)
 
     def _give_up_unused(self, but: KvBucket) -> None:
-        for width, other in list(self.shelves.items()):
-            if other is not but and not other.rows:
-                del self.shelves[width]
+        for width, other in list(self.buckets.items()):
+            if other is not but and not other.ids:
+                del self.buckets[width]
             elif other is not but:
-                other.resize(len(other.rows))
+                other.resize(len(other.ids))
 
     def _allocated(self) -> int:
-        return sum(shelf.num_places * width for width, shelf in self.shelves.items())
+        return sum(bucket.num_places * width for width, bucket in self.buckets.items())

@@ -1,15 +1,14 @@
-"""Runner: one forward of the base over the tokens of many rows, each row on its own adapter.
+"""ModelRunner: one forward of the base over the tokens of many sequences, each on its own adapter.
 
-transformers' model is used as it is: `row_attention` takes the place of its attention, `ServedBank` adds the adapters.
-Whether that gives this model's own logits is tried once, before anything is served.
+transformers' model is used as it is: `ragged_attention` replaces its attention, `ServedBank` adds the adapters. Whether
+that gives this model's own logits is checked once, before anything is served.
 
-Shapes: N tokens of all rows, M rows that predict, V vocabulary.
+Shapes: N tokens of all sequences, M sequences that predict, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.served_bank import AdapterShare, ServedBank
-from rankloom.engine.attention import ATTENTION, Chunk, lay_out_rows
+from rankloom.engine.attention import ATTENTION, SequenceChunk, lay_out
 from rankloom.engine.kv_cache import HeadShape, KvCache
 from rankloom.errors import ModelError
 
@@ -26,19 +25,8 @@ PROBE_TOLERANCE = 1e-3
 """Largest difference from the model's own logits in `_check`, as a share of the largest; 0.1 where not in fp32."""
 
 
-@dataclass(frozen=True)
-class SequenceChunk:
-    """A row's next tokens, and whether the one after them is wanted."""
-
-    row: str
-    adapter: ServedAdapter | None
-    start: int
-    tokens: Sequence[int]
-    predicts: bool = True
-
-
 class ModelRunner:
-    """Owns the model: as long as it lives, nobody else may run it."""
+    """Owns the model: until `close`, nothing else may run it."""
 
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
@@ -51,38 +39,38 @@ class ModelRunner:
         self._check(expected)
 
     def close(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model as it was."""
         self.bank.remove()
         self._model.config._attn_implementation = self._attention_before
 
     @torch.inference_mode()
-    def forward(self, cache: KvCache, works: Sequence[SequenceChunk], *, stack: bool = True) -> Tensor:
-        """[M, V] in fp32: what follows each work that predicts, in the works' order.
+    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, stack: bool = True) -> Tensor:
+        """Return the logits [M, V], in fp32, after each chunk that predicts, in the chunks' order.
 
         Args:
-            works: one a row at most; each row has places in the cache.
+            chunks: at most one per sequence; each sequence has its place in the cache.
             stack: see `ServedBank.route`.
         """
         members: dict[ServedAdapter | None, list[SequenceChunk]] = {}
-        for work in works:
-            members.setdefault(work.adapter, []).append(work)
+        for chunk in chunks:
+            members.setdefault(chunk.adapter, []).append(chunk)
         shares = [
-            AdapterShare(adapter, sum(len(w.tokens) for w in own), sum(w.predicts for w in own))
+            AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.predicts for chunk in own))
             for adapter, own in members.items()
         ]
         route = self.bank.route(shares, stack=stack)
         adapters = list(members)
-        ordered = [work for i in route.order for work in members[adapters[i]]]
+        ordered = [chunk for i in route.order for chunk in members[adapters[i]]]
         ids: list[int] = []
         positions: list[int] = []
         last_M, stop = [], 0
-        for work in ordered:
-            ids += work.tokens
-            positions += range(work.start, work.start + len(work.tokens))
-            stop += len(work.tokens)
-            if work.predicts:
+        for chunk in ordered:
+            ids += chunk.tokens
+            positions += range(chunk.start, chunk.start + chunk.count)
+            stop += chunk.count
+            if chunk.predicts:
                 last_M.append(stop - 1)
-        layout = lay_out_rows(cache, [Chunk(work.row, work.start, len(work.tokens)) for work in ordered])
+        layout = lay_out(cache, ordered)
         device = self.shape.device
         with self.bank.routed(route):
             logits_1MV = self._model(
@@ -90,12 +78,12 @@ class ModelRunner:
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(last_M, dtype=torch.long, device=device),
-                row_layout=layout,
+                ragged_layout=layout,
             ).logits
-        places = {work.row: m for m, work in enumerate(w for w in ordered if w.predicts)}
-        wanted = [places[work.row] for work in works if work.predicts]
+        index_of = {chunk.id: m for m, chunk in enumerate(chunk for chunk in ordered if chunk.predicts)}
+        order = [index_of[chunk.id] for chunk in chunks if chunk.predicts]
         logits_MV: Tensor = logits_1MV[0].float()
-        return logits_MV if wanted == sorted(wanted) else logits_MV[wanted]
+        return logits_MV if order == sorted(order) else logits_MV[order]
 
     def _check(self, expected: list[Tensor]) -> None:
         """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side."""

@@ -1,8 +1,8 @@
-"""Who gets a row, who gives one up, and which tokens a step computes: pure decisions, carried out by `engine.py`.
+"""Which sequences run, and which tokens a step computes: pure decisions that `core.py` carries out.
 
-First come, first served. A row that decodes gets its token at every step, whatever prompts come in; prompts share what
-is left of a step's tokens. Where rows outgrow the cache's budget it is the youngest that gives its place up, so that
-the oldest always finishes.
+First come, first served. A sequence that decodes gets its token at every step, whatever prompts come in; prompts share
+the rest of a step's tokens. When sequences outgrow the cache, the youngest is preempted, so that the oldest always
+finishes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ class SequenceState:
     length: int
     """Tokens of prompt and completion so far."""
     cached: int = 0
-    """Of these, the ones whose keys and values are there."""
+    """How many of these have keys and values in the cache."""
     ready: bool = True
-    """Whether its adapter is there."""
+    """Whether its adapter is loaded."""
 
 
 @dataclass(frozen=True)
 class StepBudget:
-    rows: int
+    """What a step may use."""
+
+    num_seqs: int
     cache_tokens: int
-    step_tokens: int
+    batched_tokens: int
 
 
 @dataclass(frozen=True)
 class BatchChange:
-    """Who leaves the batch, and then who joins it."""
+    """The sequences that leave the batch, and those that then join it."""
 
     preempted: tuple[str, ...]
     admitted: tuple[str, ...]
@@ -42,13 +44,13 @@ class BatchChange:
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """A row's tokens in a step."""
+    """The tokens of one sequence in a step."""
 
     id: str
     start: int
     count: int
     predicts: bool
-    """Whether these are all it has, so that the next one is chosen."""
+    """Whether these are all its tokens, so that the next one is sampled."""
 
 
 def change_batch(
@@ -57,45 +59,49 @@ def change_batch(
     budget: StepBudget,
     room_for: Callable[[int], int],
 ) -> BatchChange:
-    """Args: room_for: the tokens of the budget that a row of a length takes."""
-    rows = sorted(running, key=lambda row: row.arrival)
-    needed = sum(room_for(row.length) for row in rows)
+    """Choose the sequences to preempt, or those to admit.
+
+    Args:
+        room_for: returns the cache tokens that a sequence of some length takes.
+    """
+    states = sorted(running, key=lambda state: state.arrival)
+    needed = sum(room_for(state.length) for state in states)
     preempted = []
-    while needed > budget.cache_tokens and len(rows) > 1:
-        youngest = rows.pop()
+    while needed > budget.cache_tokens and len(states) > 1:
+        youngest = states.pop()
         needed -= room_for(youngest.length)
         preempted.append(youngest.id)
     if preempted:
         return BatchChange(tuple(preempted), ())
     admitted: list[str] = []
-    for row in sorted(waiting, key=lambda row: row.arrival):
-        if not row.ready:
-            continue  # it holds up nobody
-        needed += room_for(row.length)
-        if len(rows) + len(admitted) >= budget.rows or (needed > budget.cache_tokens and (rows or admitted)):
-            break  # nor is it overtaken by a smaller one
-        admitted.append(row.id)
+    for state in sorted(waiting, key=lambda state: state.arrival):
+        if not state.ready:
+            continue  # later ones may pass it
+        needed += room_for(state.length)
+        if len(states) + len(admitted) >= budget.num_seqs or (needed > budget.cache_tokens and (states or admitted)):
+            break  # smaller ones may not pass it
+        admitted.append(state.id)
     return BatchChange((), tuple(admitted))
 
 
 def schedule(running: Sequence[SequenceState], budget: StepBudget) -> tuple[ScheduledChunk, ...]:
-    """What a step computes."""
-    rows = sorted(running, key=lambda row: row.arrival)
-    left = budget.step_tokens - sum(row.length - row.cached == 1 for row in rows)
-    portions = []
-    for row in rows:
-        pending = row.length - row.cached
+    """Choose the tokens that a step computes."""
+    states = sorted(running, key=lambda state: state.arrival)
+    left = budget.batched_tokens - sum(state.length - state.cached == 1 for state in states)
+    chunks = []
+    for state in states:
+        pending = state.length - state.cached
         count = pending if pending == 1 else min(pending, left)
         if pending > 1:
             left -= count
         if count > 0:
-            portions.append(ScheduledChunk(row.id, row.cached, count, predicts=count == pending))
-    return tuple(portions)
+            chunks.append(ScheduledChunk(state.id, state.cached, count, predicts=count == pending))
+    return tuple(chunks)
 
 
-def halved(portions: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:
-    """The first half of a step's rows; of a single row, the first half of its tokens."""
-    if len(portions) > 1:
-        return tuple(portions[: len(portions) // 2])
-    (only,) = portions
+def halve(chunks: Sequence[ScheduledChunk]) -> tuple[ScheduledChunk, ...]:
+    """Keep the first half of a step's chunks, or of a single chunk the first half of its tokens."""
+    if len(chunks) > 1:
+        return tuple(chunks[: len(chunks) // 2])
+    (only,) = chunks
     return (replace(only, count=only.count // 2, predicts=False),)

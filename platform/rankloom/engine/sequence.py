@@ -1,4 +1,4 @@
-"""Row: one request on its way: its tokens, its text, and when it is over."""
+"""RunningSequence: the tokens of one request, its text, and when it ends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rankloom.engine.stream import Stream
 from rankloom.engine.text import Decoder
 from rankloom.engine.transcript import Transcript
 
-ALIKE = 64
-"""Tokens of two prompts that are the same where a part of one is worth waiting for."""
+SHARED_PREFIX = 64
+"""Tokens that two prompts must share for the later one to wait until the first has computed them."""
 
 
 class RunningSequence:
-    """Invariant: `tokens` are the prompt and what was generated; the first `cached` have keys and values."""
+    """Invariant: `tokens` are the prompt and the completion; the first `cached` have keys and values."""
 
     def __init__(
         self,
@@ -34,18 +34,18 @@ class RunningSequence:
         self.tokens = list(request.prompt)
         self.num_prompt = len(request.prompt)
         self.cached = 0
-        self.whose = (request.tenant, request.adapter)
-        """Whose keys and values it may take over, and leave."""
-        self.beginning = (self.whose, request.prompt[:ALIKE]) if len(request.prompt) > ALIKE else None
-        """Requests with the same one are worth computing one after the other; None: too short."""
+        self.owner = (request.tenant, request.adapter)
+        """It shares keys and values with sequences of the same tenant and adapter alone."""
+        self.beginning = (self.owner, request.prompt[:SHARED_PREFIX]) if len(request.prompt) > SHARED_PREFIX else None
+        """Sequences with the same beginning are computed one after the other; None: too short."""
         self.num_reused = 0
-        """Tokens of the prompt that came from another row."""
+        """Tokens of the prompt owner keys and values came from another sequence."""
         self.adapter: ServedAdapter | None = None
         """Set while it has a place in the batch."""
         self.arrival = -1
         self.ended = False
         self._ends = frozenset[int]() if request.sampling.ignore_eos else end_ids
-        self._guide = guide  # which is shared as long as one has it
+        self._guide = guide  # kept here, because `Guides` holds it weakly
         self._choice = None if guide.tree is None else ChoiceState(guide.tree)
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
@@ -55,17 +55,19 @@ class RunningSequence:
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
-    def turn(self) -> SamplingInput:
-        """How its next token is to be chosen; to be asked for once a token."""
+    def sampling_input(self) -> SamplingInput:
+        """Return what sampling its next token needs; draws a random number, so call it once per token."""
         allowed = None if self._choice is None else self._choice.allowed
         return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._random.random(), allowed)
 
-    def take(self, chosen: SampledToken) -> bool:
-        """Add the chosen token, and those that follow from it, and send what is new; True: that was the last."""
-        new, is_over = [chosen.token], chosen.token in self._ends
+    def take(self, sampled: SampledToken) -> bool:
+        """Add the sampled token and those that it implies, and send what is new. Returns True at the end."""
+        new, is_over = [sampled.token], sampled.token in self._ends
         if self._choice is not None:
-            self._choice.advance(chosen.token)
-            if self.request.sampling.logprobs is None:  # without them, what has no alternative need not be computed
+            self._choice.advance(sampled.token)
+            if (
+                self.request.sampling.logprobs is None
+            ):  # tokens without an alternative need no forward, unless it is to give logprobs
                 new += self._choice.rest()
             is_over = self._choice.is_over
         kept = new[: self._limit - len(self.tokens)]
@@ -75,7 +77,7 @@ class RunningSequence:
             finish = "stop"
         elif len(self.tokens) >= self._limit:
             finish = "length"
-        text = self._transcript.push(kept, () if chosen.logprob is None else [chosen])
+        text = self._transcript.push(kept, () if sampled.logprob is None else [sampled])
         if finish is not None:
             text += self._transcript.finish()
         if self._transcript.stopped:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rankloom.engine.kv_cache import NARROWEST, ON_CPU, HeadShape, KvCache, room_for, shelf_width
+from rankloom.engine.kv_cache import CPU_TOKENS, NARROWEST, HeadShape, KvCache, bucket_width, room_for
 from rankloom.engine.prefix import PrefixTree
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -43,7 +43,7 @@ def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
             assert name not in cache
         for name, expected in rows.items():
             assert torch.equal(cache.read(name, 0, expected.shape[-2]), expected)
-        assert cache.held == sum(shelf_width(v.shape[-2]) for v in rows.values()) <= cache.capacity
+        assert cache.held == sum(bucket_width(v.shape[-2]) for v in rows.values()) <= cache.capacity
 
 
 def test_allocation_stays_within_the_capacity() -> None:
@@ -53,16 +53,16 @@ def test_allocation_stays_within_the_capacity() -> None:
     for i in range(8):
         cache.remove(f"short{i}")
     cache.reserve("long", 8 * NARROWEST)
-    assert sum(s.num_places * w for w, s in cache.shelves.items()) <= cache.capacity
+    assert sum(s.num_places * w for w, s in cache.buckets.items()) <= cache.capacity
     cache.remove("long")
     for i in range(8):
         cache.reserve(f"again{i}", 10)
-    assert sum(s.num_places * w for w, s in cache.shelves.items()) <= cache.capacity
+    assert sum(s.num_places * w for w, s in cache.buckets.items()) <= cache.capacity
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 256), (256, 256), (257, 512), (513, 1024)])
 def test_shelf_width(length: int, width: int) -> None:
-    assert shelf_width(length) == width
+    assert bucket_width(length) == width
 
 
 def kept(tree: PrefixTree, key: str | None, tokens: list[int]) -> torch.Tensor:
@@ -132,4 +132,4 @@ def test_the_cache_is_as_large_as_the_memory_beside_the_base(
     shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
     assert shape.bytes_per_token == 100_000
     assert room_for(shape, 8, longest) == tokens
-    assert room_for(SHAPE, 8, longest) == ON_CPU
+    assert room_for(SHAPE, 8, longest) == CPU_TOKENS

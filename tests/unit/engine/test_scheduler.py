@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, schedule
 
-BUDGET = StepBudget(rows=3, cache_tokens=100, step_tokens=10)
+BUDGET = StepBudget(num_seqs=3, cache_tokens=100, batched_tokens=10)
 
 
 def rows(*lengths: int, cached: int = 0) -> list[SequenceState]:

@@ -47,7 +47,7 @@ def nothing(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("lasts", range(6))
-def test_a_shelf_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
+def test_a_bucket_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
     cache = KvCache(SHAPE, ROOMY)
     rows = {f"r{i}": torch.full((2, 3, 1, 20, 3), float(i)) for i in range(4)}
     for name, values in rows.items():
@@ -58,7 +58,7 @@ def test_a_shelf_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         cache.reserve("new", 20)
     assert "new" not in cache
-    assert {len(block) for block in cache.shelves[NARROWEST].blocks()} == {4}
+    assert {len(block) for block in cache.buckets[NARROWEST].blocks()} == {4}
     fits(lambda _: True)
     cache.reserve("new", 20)
     cache.write("new", 0, torch.full((2, 3, 1, 20, 3), 9.0))
@@ -70,10 +70,10 @@ def test_places_that_no_row_needs_make_room(fits: Any) -> None:
     cache = KvCache(SHAPE, ROOMY)
     cache.reserve("long", 2 * NARROWEST)
     fits(lambda block: len(block) * block.shape[2] + sum(
-        shelf.num_places * width for width, shelf in cache.shelves.items() if width != block.shape[2]
+        bucket.num_places * width for width, bucket in cache.buckets.items() if width != block.shape[2]
     ) <= 4 * NARROWEST)  # fmt: skip
     cache.reserve("short", 20)
-    assert {width: shelf.num_places for width, shelf in cache.shelves.items()} == {NARROWEST: 1, 2 * NARROWEST: 1}
+    assert {width: bucket.num_places for width, bucket in cache.buckets.items()} == {NARROWEST: 1, 2 * NARROWEST: 1}
 
 
 def test_a_row_without_memory_waits_for_others(tiny_llama: Path, nothing: Path, fits: Any) -> None:
@@ -105,7 +105,7 @@ def test_a_row_that_outgrows_the_memory_is_refused_and_the_engine_goes_on(
         assert "no memory for a request of 257 tokens" in str(refused[0])
         assert tokens == with_peft(tiny_llama, None, [5, 6], 12)
         fits(lambda _: False)  # not even a first row
-        engine._core._cache.shelves.clear()
+        engine._core._cache.buckets.clear()
         both = [completed(engine, [5, 6, i], id=f"none{i}") for i in range(2)]
         assert {type(error) for error in await asyncio.gather(*both, return_exceptions=True)} == {OverloadedError}
         fits(lambda _: True)

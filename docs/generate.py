@@ -6,6 +6,7 @@ files of this folder; the texts at the repository's root (architecture, changelo
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any, get_args
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
+from rankloom import events
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.config.serve import ServeConfig
 from rankloom.config.space import Knob
@@ -322,6 +324,12 @@ def files_page() -> Iterator[str]:
     from rankloom.registry.record import Record
 
     yield (REPO / "docs" / "reference" / "files.in.md").read_text(encoding="utf-8")
+    yield "## events.jsonl and journal.jsonl\n"
+    yield f"A JSON object a line: `v` (the schema's version, {events.VERSION}), `time` (seconds since 1970), `event`"
+    yield "(the kind), and the event's own fields. A run writes its events to events.jsonl; a study writes `trial`,"
+    yield "`report` and `end` to journal.jsonl. `rankloom.events.read_events` reads both, and `on_event` gets the same"
+    yield "objects.\n"
+    yield from table(("event", "class", "", "fields"), map(_event, get_args(events.Event)))
     yield "## record.json\n"
     yield "In a version's folder, beside the PEFT files. It never changes.\n"
     schema = Record.model_json_schema()
@@ -331,6 +339,12 @@ def files_page() -> Iterator[str]:
     yield "## results.parquet\n"
     yield "In a study's folder: a row for each trial.\n"
     yield from table(("column", "type", ""), ((f"`{name}`", kind, COLUMNS[name]) for name, kind in parquet_columns()))
+
+
+def _event(cls: Any) -> tuple[str, ...]:
+    names = ", ".join(f"`{field.name}`" for field in dataclasses.fields(cls))
+    link = f"[{cls.__name__}](python.md#rankloom.events.{cls.__name__})"
+    return f"`{cls.kind}`", link, (cls.__doc__ or "").partition("\n")[0], names
 
 
 def parquet_columns() -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ FileName = Annotated[str, StringConstraints(pattern=FILE_PATTERN)]
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BaseModelRef(_Plain):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Proportion(_Plain):

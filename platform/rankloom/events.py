@@ -130,6 +130,8 @@ class Evaluated(_Printable):
     """Mean cross-entropy per trained token, in nats."""
     accuracy: float | None = None
     """Share of rows with the right label, 0 to 1; None where `eval.metric` is loss."""
+    metric: float | None = None
+    """Value of `eval.metric`, where it is a function of the user's own."""
     best: bool
     """Whether it is the best so far; the untrained model never is."""
 
@@ -173,6 +175,8 @@ class CurvePoint:
     """Mean cross-entropy per trained token of the validation rows, in nats."""
     accuracy: float | None = None
     """Share of validation rows with the right label, 0 to 1; None where `search.metric` is loss."""
+    metric: float | None = None
+    """Value of `search.metric`, where it is a function of the user's own."""
     train_loss: float
     """Loss of the last optimiser step, in nats per trained token."""
     tokens: int
@@ -186,9 +190,10 @@ class CurvePoint:
     latency_ms: float | None = None
     """Milliseconds per generated token with the adapter; None: not measured."""
 
-    def value(self, metric: str) -> float:
-        """Return what trials are compared by: the accuracy where `metric` names it, else the loss."""
-        return self.accuracy if metric == "accuracy" and self.accuracy is not None else self.loss
+    def value(self, key: str) -> float:
+        """Return what trials are compared by: the field that `search.key` names, else the loss."""
+        value: float | None = getattr(self, key)
+        return self.loss if value is None else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,7 +286,7 @@ class StudyStatus(_Printable):
 
     kind: ClassVar[str] = "status"
     metric: str
-    """`search.metric`: loss or accuracy."""
+    """`search.metric`: loss, accuracy, or the name of the user's own function."""
     total: int
     """Trials that the study will have."""
     counts: dict[TrialStatus, int]

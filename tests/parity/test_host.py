@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
 from rankloom.data import TaskData, load_data
 from rankloom.errors import IncompatibleError, TrialError
-from rankloom.evals.score import validate
+from rankloom.evals.own_metric import Prediction
+from rankloom.evals.score import predict, validate, validation_rows
 from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
 from rankloom.training.fused.host import StepReport, TrialHost
@@ -113,7 +116,7 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 loop.step()
             folder = tmp_path_factory.mktemp("adapter")
             loop.method.export(loop.module, base, folder)
-            part = validate(loop.module, loop.validation, data, trial.eval, base.pad_id, (0, 1))
+            part = validate(loop.module, loop.validation, data, trial.eval, base.tokenizer, (0, 1))
             made[key] = [e.loss for e in events if isinstance(e, StepFinished)], folder, part
         return made[key]
 
@@ -377,6 +380,36 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_in_parts(
         assert found.loss == pytest.approx(whole[name].loss, rel=1e-5)
     assert 0 < sum(size > 150 for size in sizes) <= 4
     assert 30 < host.token_budget <= 150
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_own_metric_sees_what_each_member_alone_predicts(labelled: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"yes {n % 3}"}) + "\n" for n in range(40)))
+    data = {} if labelled else {"data": {"train": str(file)}}
+    trials = trials_of(tiny_llama, ["plain", "dora"], budget={"steps": 6}, **data)
+    host = host_of(trials["plain"])
+    for name, trial in trials.items():
+        host.admit(name, trial)
+    losses_of(host)
+    asked: list[list[Prediction]] = []
+
+    def own(rows: Sequence[Prediction]) -> float:
+        asked.append(list(rows))
+        return float(len(asked))
+
+    host.metric = own
+    found, host.metric = host.evaluate(list(trials)), None
+    assert [found[name].metric for name in trials] == [1.0, 2.0]
+    assert all(found[name].loss == each.loss for name, each in host.evaluate().items())  # the bank is as it was
+    expected = []
+    for name, trial in trials.items():
+        host.export(name, tmp_path / name)
+        base, rows = opened(trial)
+        model = load_adapter(base.model, tmp_path / name)
+        expected.append(predict(model, base.tokenizer, validation_rows(rows, 16), rows, batch_size=32))
+    assert asked == expected
+    assert asked[0] != asked[1]
 
 
 def test_a_row_that_never_fits_ends_its_member_alone(tiny_llama: Path) -> None:

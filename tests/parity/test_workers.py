@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from rankloom.config import TrialConfig, parse
+from rankloom.evals.own_metric import Prediction
 from rankloom.events import Evaluated, Event, StepFinished, to_dict
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
@@ -38,19 +39,30 @@ EXPERTS = {"type": "lora", "rank": 4, "experts": True}
 """On a mixture with so many that some get no token of a worker's rows."""
 
 
-def trial_of(model: Path, method: dict[str, Any], name: str = "", **compute: Any) -> TrialConfig:
+def trial_of(
+    model: Path,
+    method: dict[str, Any],
+    name: str = "",
+    *,
+    train: str = "builtin:bank-intents",
+    metric: str = "accuracy",
+    **compute: Any,
+) -> TrialConfig:
     return parse(
         TrialConfig,
         {
             "name": name or method["type"],
             "model": {"id": str(model)},
-            "data": {"max_train_rows": 43},  # no multiple of the batch: the last one leaves a worker short
+            "data": {
+                "train": train,
+                "max_train_rows": 43,
+            },  # no multiple of the batch: the last one leaves a worker short
             "method": method,
             # a large epsilon: Adam divides by almost nothing where a gradient is almost nothing
             "optim": {"learning_rate": 2e-3, "batch_size": 6, "accumulation": 2, "eps": 1e-4},
             "budget": {"steps": 9},
             "compute": compute,
-            "eval": {"every": 9, "max_rows": 15, "max_test_rows": 14, "metric": "accuracy", "latency": False},
+            "eval": {"every": 9, "max_rows": 15, "max_test_rows": 14, "metric": metric, "latency": False},
             "output": {"publish": False},
         },
     )
@@ -68,6 +80,11 @@ class WorkerSession(LocalSession):
             super().save_checkpoint(folder, metrics)
         if self.world_size > 1:
             dist.barrier()
+
+
+def shares(rows: Sequence[Prediction]) -> list[float]:
+    """A metric of the user's own that depends on the rows' order."""
+    return [(n + 1) * len(row.prompt) / 1000 + (row.reference == row.prediction) for n, row in enumerate(rows)]
 
 
 def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], root: Path) -> None:
@@ -95,11 +112,15 @@ def trained(
 ) -> dict[int, Path]:
     """Number of workers -> the folder with all methods' runs; the processes start once."""
     mixture = tiny_model("mixture")
+    pairs = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"yes {n}"}) + "\n" for n in range(60)))
     trials = [
         *(trial_of(tiny_llama, method) for method in METHODS),
         trial_of(tiny_llama, {"type": "full"}, "full-bf16", precision="bf16"),
         trial_of(mixture, EXPERTS, "experts"),
         trial_of(mixture, EXPERTS, "experts-recomputed", activation_checkpointing=True),
+        trial_of(tiny_llama, {"type": "lora", "rank": 4}, "own", metric=f"{__name__}:shares"),
+        trial_of(tiny_llama, {"type": "full"}, "own-sharded", train=str(pairs), metric=f"{__name__}:shares"),
     ]
     roots = {n: tmp_path_factory.mktemp(f"workers-{n}") for n in (1, 2)}
     with socket.socket() as free:
@@ -110,13 +131,17 @@ def trained(
     return roots
 
 
-@pytest.mark.parametrize("kind", [*(method["type"] for method in METHODS), "experts", "experts-recomputed"])
+@pytest.mark.parametrize(
+    "kind", [*(method["type"] for method in METHODS), "experts", "experts-recomputed", "own", "own-sharded"]
+)
 def test_two_workers_equal_one(kind: str, trained: dict[int, Path]) -> None:
     one, two = (torch.load(trained[n] / kind / "events.pt") for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a.get("accuracy") == pytest.approx(b.get("accuracy"))
+        assert a.get("metric") == pytest.approx(b.get("metric"))
         assert a.get("tokens") == b.get("tokens")
+    assert (one[0].get("metric") is not None) == kind.startswith("own")
     scores = [json.loads((trained[n] / kind / "scorecard.json").read_text())["result"]["loss"] for n in (1, 2)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     whole, split = (load_file(trained[n] / kind / "checkpoints" / "9" / "weights.safetensors") for n in (1, 2))

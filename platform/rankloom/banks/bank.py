@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ class AdapterBank:
             if name in wanted
         }
         self.specs: dict[int, SlotSpec] = {}
-        self._route: TokenRouting | None = None
+        self._route: Callable[[int], TokenRouting] | None = None
+        """Of a forward of so many tokens."""
         self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
         for site in self.sites.values():
             site.module.forward = self._forward_at(site)
@@ -123,7 +125,24 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        self._route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {})
+        route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {})
+        with self._routing(lambda _: route):
+            yield
+
+    @contextmanager
+    def alone(self, slot: int) -> Iterator[None]:
+        """While it lasts, the model computes as if it had this slot's adapter alone, whatever it is given."""
+
+        @lru_cache(1)
+        def route(num_tokens: int) -> TokenRouting:
+            return TokenRouting(tuple(num_tokens * (k == slot) for k in range(self.num_slots)), 0, {}, {})
+
+        with self._routing(route):
+            yield
+
+    @contextmanager
+    def _routing(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:
+        self._route = route
         try:
             yield
         finally:
@@ -275,7 +294,9 @@ class AdapterBank:
 
     def _forward_at(self, site: AdaptedLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            return site.base(x) if self._route is None else adapted(site, self._route, x)
+            if self._route is None:
+                return site.base(x)
+            return adapted(site, self._route(x.numel() // site.num_in), x)
 
         return forward
 

@@ -39,6 +39,8 @@ def evaluate(
 
     rankloom evaluate bank-intents-lora data.test=new-messages.csv
 
+    rankloom evaluate bank-intents-lora eval.metric=my_metrics:f1
+
     rankloom evaluate shipped:trials/lora.yaml
     """
     from rankloom.cli.progress import shown
@@ -71,6 +73,7 @@ def resolve_subject(subject: str, registry: str, overrides: Sequence[str]) -> tu
 
     from rankloom.config import TrialConfig, load, parse
     from rankloom.config.base import apply_overrides
+    from rankloom.config.metric import without_own
     from rankloom.registry import Record, Registry
     from rankloom.registry.checks import RECORD
 
@@ -94,4 +97,6 @@ def resolve_subject(subject: str, registry: str, overrides: Sequence[str]) -> tu
         adapter = record.ref
     if record.data_fingerprint is None and not any(override.startswith("data.") for override in overrides):
         raise ConfigError(f"{record.ref} was not trained by rankloom: name the rows, for example data.test=rows.csv")
-    return parse(TrialConfig, apply_overrides(record.trial, overrides), f"the trial of {record.ref}"), adapter
+    return parse(
+        TrialConfig, apply_overrides(without_own(record.trial), overrides), f"the trial of {record.ref}"
+    ), adapter

@@ -74,8 +74,9 @@ def _lines(event: Event) -> list[str]:
             return [f"warning: {message}"]
         case Evaluated():
             accuracy = "" if event.accuracy is None else f"  accuracy {100 * event.accuracy:.1f} %"
+            own = "" if event.metric is None else f"  metric {event.metric:.4f}"
             best = "  best so far" if event.best else ""
-            return [f"step {event.step}  validation loss {event.loss:.4f}{accuracy}{best}"]
+            return [f"step {event.step}  validation loss {event.loss:.4f}{accuracy}{own}{best}"]
     return []
 
 

@@ -138,7 +138,7 @@ def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     baseline = result["baseline"] and result["baseline"]["trial"]
     for row in result["finalists"]:
         validation = row["validation"]
-        metric = "loss" if validation["accuracy"] is None else "accuracy"
+        metric = next((name for name in ("metric", "accuracy") if validation.get(name) is not None), "loss")
         test, loss = tested(row["scorecard"]["result"]) if row["scorecard"] else (row["error"] or "", "")
         name = row["name"] + (" (baseline)" if row["trial"] == baseline else "")
         shown = value(validation[metric], metric)

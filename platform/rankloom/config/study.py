@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from rankloom.config.base import Frozen, dump, is_whole_number, parse
 from rankloom.config.compatible import COMPATIBLE
+from rankloom.config.metric import HANDED_OVER, OWN, Metric, Mode, best_of, check_mode, is_own
 from rankloom.config.space import (
     Knob,
     LogUniform,
@@ -46,10 +47,11 @@ class SearchConfig(Frozen):
     branches have no effect on a trial; bayesopt only takes `uniform` knobs of a single branch."""
     num_trials: Annotated[int, Field(ge=1)] | None = None
     """Number of trials, warm starts included; null: 16, in a grid every combination."""
-    metric: Literal["accuracy", "loss"] = "loss"
-    """What is searched for, on the validation rows; accuracy needs classification data."""
-    mode: Literal["max", "min"] | None = None
-    """max for accuracy, min for loss; may be omitted."""
+    metric: Metric = "loss"
+    """What is searched for, on the validation rows: loss, accuracy (needs classification data), or a function of your
+    own as module:function (see eval.metric)."""
+    mode: Mode | None = None
+    """max or min, for a metric of your own; null: max. max for accuracy and min for loss may be omitted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the search. Trials keep `trial.seed`, so that they differ only in their settings."""
     objectives: list[Objective] = []
@@ -68,8 +70,7 @@ class SearchConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_search(self) -> SearchConfig:
-        if self.mode not in (None, self.best):
-            raise ConfigError(f"mode: {self.metric} is best at its {self.best} (given {self.mode!r}); leave it out")
+        check_mode(self.metric, self.mode)
         if len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives: each only once (given {self.objectives})")
         if self.priors and not self.learns:
@@ -79,8 +80,24 @@ class SearchConfig(Frozen):
         return self
 
     @property
-    def best(self) -> Literal["max", "min"]:
-        return "max" if self.metric == "accuracy" else "min"
+    def best(self) -> Mode:
+        """Return whether the metric is best at its maximum or its minimum."""
+        return best_of(self.metric, self.mode)
+
+    @property
+    def sign(self) -> int:
+        """Return what makes a larger value the better one."""
+        return 1 if self.best == "max" else -1
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Return whether the metric is a function that Python code handed over."""
+        return self.metric.startswith(HANDED_OVER)
+
+    @property
+    def key(self) -> str:
+        """Return what reports call the value that is searched for."""
+        return OWN if is_own(self.metric) else self.metric
 
     @property
     def learns(self) -> bool:
@@ -253,7 +270,8 @@ class StudyConfig(Frozen):
         metric = tree.get("eval", {}).get("metric", self.search.metric)
         if metric != self.search.metric:
             raise ConfigError(f"{origin}: eval.metric={metric} is not search.metric={self.search.metric}; remove it")
-        tree = merge(tree, {"eval": {"metric": metric}})
+        own = {"mode": self.search.best} if is_own(metric) else {}
+        tree = merge(tree, {"eval": {"metric": metric, **own}})
         return parse(TrialConfig, with_alpha(tree) | {"name": f"{self.name}-{number:04}"}, origin)
 
     def members(self) -> Iterator[TrialConfig]:

@@ -10,6 +10,7 @@ from rankloom.config.base import Frozen
 from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.data import AnySource, DataConfig
 from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
+from rankloom.config.metric import Metric, Mode, best_of, check_mode, is_own
 from rankloom.config.model import Dtype, ModelConfig, NoQuantization, Quantization
 from rankloom.errors import ConfigError, IncompatibleError
 
@@ -75,8 +76,12 @@ class EvalConfig(Frozen):
 
     every: Annotated[int, Field(ge=1)] = 50
     """Steps between two evaluations on the validation rows; each also writes a checkpoint."""
-    metric: Literal["loss", "accuracy"] = "loss"
-    """What chooses the best checkpoint; accuracy needs classification data."""
+    metric: Metric = "loss"
+    """What chooses the best checkpoint. accuracy needs classification data. `module:function` is a function of your
+    own: it takes the list of predictions, each with prompt, reference and prediction, and returns a number, or one for
+    each row. It needs prompts, so not the format text, and decodes the validation rows at every evaluation."""
+    mode: Mode | None = None
+    """Whether a metric of your own is best at its maximum or its minimum; null: max."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many evaluations without an improvement; null: never."""
     max_rows: Annotated[int, Field(ge=1)] | None = 256
@@ -91,6 +96,16 @@ class EvalConfig(Frozen):
     """Score the untuned base beside the result."""
     latency: bool = True
     """Measure generation latency and throughput."""
+
+    @model_validator(mode="after")
+    def _mode_is_the_metrics(self) -> EvalConfig:
+        check_mode(self.metric, self.mode)
+        return self
+
+    @property
+    def best(self) -> Mode:
+        """Return whether the metric is best at its maximum or its minimum."""
+        return best_of(self.metric, self.mode)
 
 
 class ComputeConfig(Frozen):
@@ -217,6 +232,10 @@ def conflicts(trial: TrialConfig) -> list[str]:
     if trial.eval.metric == "accuracy" and trial.data.format not in ("auto", "classification"):
         found.append(
             f"eval.metric: accuracy needs classification data (text, label); use loss, not {trial.data.format}"
+        )
+    if is_own(trial.eval.metric) and trial.data.format == "text":
+        found.append(
+            f"eval.metric: {trial.eval.metric} needs rows with prompts, which data.format=text has not; use loss"
         )
     if trial.output.keep_model and (row.servable != "extracted" or "://" in trial.output.root):
         found.append(

@@ -1,4 +1,4 @@
-"""Exact match: free greedy generation to the end of the turn, compared with the completion."""
+"""Free greedy generation to the end of the turn, and the texts that it is held against."""
 
 from __future__ import annotations
 
@@ -33,20 +33,29 @@ PLAIN_GREEDY = {
 }
 
 
-def exact_matches(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, batch_size: int
-) -> list[bool]:
-    """Return for each row whether the text generated from its prompt is its completion, up to surrounding space."""
-    texts = generate_completions(model, tokenizer, rows, batch_size=batch_size)
-    # decode the completion from its tokens, as the generation: a tokenizer may normalise text
-    wanted = [_decode(tokenizer, row.input_ids[row.prompt_length :]) for row in rows]
-    return [text == want for text, want in zip(texts, wanted, strict=True)]
+def references(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+    """Return the rows' completions, read back from their tokens as generations are: a tokenizer may normalise text."""
+    return [_decode(tokenizer, row.input_ids[row.prompt_length :]) for row in rows]
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+    """Return the text before each row's completion, without special tokens."""
+    return [_decode(tokenizer, row.input_ids[: row.prompt_length]) for row in rows]
 
 
 def generate_completions(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, batch_size: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    lockstep: bool = False,
 ) -> list[str]:
-    """Return the greedy continuation of each row's prompt, in the rows' order, without the end of the turn."""
+    """The text that greedy decoding gives each row's prompt, in the rows' order, without the end of the turn.
+
+    Args:
+        lockstep: decode until all workers of a sharded model are done, each with as many batches.
+    """
     bare, device = unwrap(model), device_of(model)
     ends = end_ids(tokenizer, rows)
     limit = max(len(row.input_ids) - row.prompt_length for row in rows) + ROOM
@@ -58,17 +67,18 @@ def generate_completions(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             sequences = [prompt_of(rows[i], bare, limit) for i in indices]
-            prompts = pad_left(sequences, tokenizer.pad_token_id, device)
+            batch = pad_left(sequences, tokenizer.pad_token_id, device)
             generated = bare.generate(
-                input_ids=prompts.input_ids_BT,
-                attention_mask=prompts.attention_mask_BT,
+                input_ids=batch.input_ids_BT,
+                attention_mask=batch.attention_mask_BT,
                 max_new_tokens=limit,
                 use_cache=caching,
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=lockstep,
                 **PLAIN_GREEDY,
             )
-            for i, tokens in zip(indices, generated[:, prompts.input_ids_BT.shape[1] :].tolist(), strict=True):
+            for i, tokens in zip(indices, generated[:, batch.input_ids_BT.shape[1] :].tolist(), strict=True):
                 length = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
                 texts[i] = _decode(tokenizer, tokens[:length])
     return [texts[i] for i in range(len(rows))]

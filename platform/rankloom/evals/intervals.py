@@ -1,4 +1,4 @@
-"""Confidence intervals of proportions measured on n rows."""
+"""How far a proportion or a mean measured on n rows can be trusted."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def bootstrap_proportion(right: Sequence[bool], *, seed: int = 0) -> Proportion:
     resampled = np.random.default_rng(seed).binomial(n, value, size=NUM_RESAMPLES) / n
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Proportion(value=value, low=float(low), high=float(high))
+
+
+def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean, and the ends of its 95 % bootstrap interval."""
+    rng, array = np.random.default_rng(seed), np.asarray(values, dtype=float)
+    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)

@@ -16,37 +16,51 @@ from rankloom.config.trial import EvalConfig
 from rankloom.data import TaskData
 from rankloom.data.batching import collate
 from rankloom.data.render import Row
+from rankloom.data.rows import Rows
 from rankloom.errors import ConfigError
 from rankloom.evals.batches import batches_by_length, evaluation_mode, unwrap
-from rankloom.evals.generate import exact_matches
+from rankloom.evals.generate import generate_completions, prompts, references
 from rankloom.evals.intervals import bootstrap_proportion
 from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
 from rankloom.evals.loss import labelled_loss, token_loss
+from rankloom.evals.own_metric import MetricFunction, Prediction, compute, load_metric
 from rankloom.registry.scorecard import Measures, Proportion
 
+CHECKED_ROWS = 32
+"""Rows that the user's own metric is tried on before anything starts."""
 SEED = 0
 """Seed that chooses the test rows if `eval.max_test_rows` leaves some out; equal for every trial."""
 
 
-def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData, config: EvalConfig) -> Measures:
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    config: EvalConfig,
+    own: MetricFunction | None = None,
+) -> Measures:
     """Score a model on the test rows.
 
-    Classification gets constrained accuracy instead of exact match; plain text, which has no prompts, gets neither.
+    Constrained accuracy stands in for exact match in classification; plain text, which has no prompts, has neither.
+
+    Args:
+        own: the function that `eval.metric` names, where it is the user's.
     """
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
     limit = config.max_test_rows
     rows = list(data.test if limit is None else data.test.select(limit, seed=SEED))
     loss = token_loss(model, rows, pad_id=pad_id, batch_size=batch_size)
-    accuracy = f1 = exact_match = retention = latency = None
-    if data.labels is not None:
-        trie = LabelTrie(data.labels)
-        predictions = predict_labels(model, rows, trie, pad_id=pad_id, batch_size=batch_size)
-        truths = [row.completion for row in rows]
-        accuracy = _share_of_equal(truths, predictions)
-        f1 = macro_f1(truths, predictions)
-    elif data.report.format != "text":
-        exact_match = bootstrap_proportion(exact_matches(model, tokenizer, rows, batch_size=batch_size))
+    accuracy = f1 = exact_match = metric = retention = latency = None
+    if has_prompts(data):
+        predictions = predict(model, tokenizer, rows, data, batch_size=batch_size)
+        truths, texts = [each.reference for each in predictions], [each.prediction for each in predictions]
+        if data.labels is None:
+            exact_match = _share_of_equal(truths, texts)
+        else:
+            accuracy, f1 = _share_of_equal(truths, texts), macro_f1(truths, texts)
+        if own is not None:
+            metric = compute(own, config, predictions)
     if data.retention is not None:
         kept = data.retention if limit is None else data.retention.select(limit, seed=SEED)
         retention = token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
@@ -59,10 +73,65 @@ def measure(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: TaskData
         accuracy=accuracy,
         macro_f1=f1,
         exact_match=exact_match,
+        metric=metric,
         retention_loss=retention and retention.mean,
         latency_ms=latency and latency.latency_ms,
         generated_tokens_per_s=latency and latency.generated_tokens_per_s,
     )
+
+
+def _check_prompts(data: TaskData) -> None:
+    if not has_prompts(data):
+        raise ConfigError(
+            "eval.metric: a metric of your own needs rows with prompts, which the format text has not; use loss"
+        )
+
+
+def validation_rows(data: TaskData, limit: int | None) -> Rows:
+    """Return the validation rows of every evaluation, or as many of them as `eval.max_rows` says."""
+    return data.validation if limit is None else data.validation.select(limit, seed=SEED)
+
+
+def has_prompts(data: TaskData) -> bool:
+    """Return whether the data's rows have prompts, so that there is something to predict."""
+    return data.report.format != "text"
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    data: TaskData,
+    *,
+    batch_size: int,
+    lockstep: bool = False,
+) -> list[Prediction]:
+    """Return each row with what the model predicts for it: a label in classification, else a generated text."""
+    _check_prompts(data)
+    if data.labels is None:
+        texts = generate_completions(model, tokenizer, rows, batch_size=batch_size, lockstep=lockstep)
+        wanted = references(tokenizer, rows)
+    else:
+        trie, pad_id = LabelTrie(data.labels), int(tokenizer.pad_token_id)
+        texts = predict_labels(model, rows, trie, pad_id=pad_id, batch_size=batch_size, lockstep=lockstep)
+        wanted = [row.completion for row in rows]
+    return [Prediction(*each) for each in zip(prompts(tokenizer, rows), wanted, texts, strict=True)]
+
+
+def check_metric(
+    config: EvalConfig, tokenizer: PreTrainedTokenizerBase, data: TaskData, own: MetricFunction | None = None
+) -> None:
+    """Refuse a metric that this data can't have, or the user's own where it fails on right predictions.
+
+    Raises:
+        ConfigError: the data has no prompts. TrialError: as `compute`.
+    """
+    if (function := load_metric(config.metric, own)) is None:
+        return
+    _check_prompts(data)
+    rows = list(data.validation.select(CHECKED_ROWS, seed=SEED))
+    wanted = [row.completion for row in rows] if data.labels is not None else references(tokenizer, rows)
+    compute(function, config, [Prediction(p, w, w) for p, w in zip(prompts(tokenizer, rows), wanted, strict=True)])
 
 
 def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
@@ -76,8 +145,10 @@ class Validation:
     loss_sum: float
     weight_sum: float
     correct: int
-    """Rows whose constrained label is right; 0 if `eval.metric` is not accuracy."""
+    """Rows whose constrained label is right; 0 where `eval.metric` is the loss."""
     num_rows: int
+    predictions: list[Prediction]
+    """Of this worker's rows, in their order; empty where `eval.metric` is the loss."""
 
 
 def validate(
@@ -85,7 +156,7 @@ def validate(
     rows: Sequence[Row],
     data: TaskData,
     config: EvalConfig,
-    pad_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     shard: tuple[int, int],
 ) -> Validation:
     """Evaluate this worker's share, `rows[rank::world]`.
@@ -99,26 +170,23 @@ def validate(
     if config.metric == "accuracy" and data.labels is None:
         raise ConfigError("eval.metric: accuracy needs classification data (text, label); use loss")
     rank, world = shard
-    bare = unwrap(model)
+    bare, pad_id = unwrap(model), int(tokenizer.pad_token_id)
     num_batches = math.ceil(math.ceil(len(rows) / world) / config.batch_size)
     mine = [rows[i] for i in range(rank, len(rows), world)]
     batches = batches_by_length(mine, config.batch_size)
     repeated = batches[-1] if batches else [rows[0]]
-    trie = LabelTrie(data.labels) if config.metric == "accuracy" and data.labels is not None else None
-    loss_sum, weight_sum, correct = 0.0, 0.0, 0
+    loss_sum, weight_sum = 0.0, 0.0
     with evaluation_mode(bare):
         for i in range(num_batches):
-            counts = i < len(batches)
-            batch_rows = batches[i] if counts else repeated
-            losses, weights = labelled_loss(bare, collate(batch_rows, pad_id))
-            if counts:
+            losses, weights = labelled_loss(bare, collate(batches[i] if i < len(batches) else repeated, pad_id))
+            if i < len(batches):
                 loss_sum += losses.item()
                 weight_sum += weights.item()
-            if trie is None:
-                continue
-            found = predict_labels(
-                bare, batch_rows, trie, pad_id=pad_id, batch_size=config.batch_size, lockstep=world > 1
-            )
-            if counts:
-                correct += sum(row.completion == label for row, label in zip(batch_rows, found, strict=True))
-    return Validation(loss_sum, weight_sum, correct, len(mine))
+    predictions: list[Prediction] = []
+    if config.metric != "loss":
+        padding = repeated[:1] * (math.ceil(len(rows) / world) - len(mine))
+        predictions = predict(
+            bare, tokenizer, [*mine, *padding], data, batch_size=config.batch_size, lockstep=world > 1
+        )[: len(mine)]
+    correct = sum(each.reference == each.prediction for each in predictions) if data.labels is not None else 0
+    return Validation(loss_sum, weight_sum, correct, len(mine), predictions)

@@ -70,7 +70,7 @@ class HostLoop:
     """A host in use."""
 
     def __init__(self, host: Any, study: StudyConfig, work: HostStats) -> None:
-        """`host`: a `train.host.TrialHost`."""
+        """`host`: a `train.fused.host.TrialHost`."""
         self.host = host
         self._search, self._work = study.search, work
 
@@ -123,7 +123,9 @@ class HostLoop:
         scores: dict[str, Any] = {}
         try:
             scores = self.host.evaluate([member.key for member in sound])
-        except TrialError as error:  # a row that is too long for the memory is so for all of them
+        except (
+            TrialError
+        ) as error:  # a row that is too long for the memory, or the user's metric, is so for all of them
             for member in sound:
                 member.failure = str(error)
         for member in sound:
@@ -140,10 +142,9 @@ class HostLoop:
     def _report(self, member: Membership, scores: Any) -> TrialReport:
         if member.failure is not None:
             member.seat.seated = member.key in self.host.members
-            failed = member.report(0, FAILED_LOSS, accuracy=0.0)
+            failed = member.report(0, FAILED_LOSS, 0.0, -self._search.sign * FAILED_LOSS)
             return replace(failed, best_value=None, done=True, error=member.failure)
-        value = scores.loss if self._search.metric == "loss" else scores.accuracy
-        sign = 1 if self._search.best == "max" else -1
+        value, sign = getattr(scores, self._search.key), self._search.sign
         best = member.best_value is None or sign * value > sign * member.best_value
         member.best_value = value if best else member.best_value
         member.evals_since_best = 0 if best else member.evals_since_best + 1
@@ -153,7 +154,8 @@ class HostLoop:
             self._save(member, member.seat.made + 1, export=best and member.best_folder is not None)
         except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
             raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
-        return replace(member.report(num_steps, scores.loss, scores.accuracy), best=best, done=done, finished=done)
+        report = member.report(num_steps, scores.loss, scores.accuracy, scores.metric)
+        return replace(report, best=best, done=done, finished=done)
 
     def _save(self, member: Membership, n: int, *, export: bool) -> None:
         folder = member.snapshot(n)
@@ -192,6 +194,7 @@ def open_host(
     import torch
 
     from rankloom.data import load_data
+    from rankloom.launch.handed_over import study_metric
     from rankloom.models import load_tokenizer
     from rankloom.models.device import local_device
     from rankloom.training.fused.host import TrialHost
@@ -216,4 +219,5 @@ def open_host(
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit_host(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
-    return TrialHost(base, data, precision=precision_of(trial, place), **asdict(size))
+    metric = study_metric(study.search.metric, folder)
+    return TrialHost(base, data, precision=precision_of(trial, place), metric=metric, **asdict(size))

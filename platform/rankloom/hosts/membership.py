@@ -116,7 +116,7 @@ class Membership:
         for name, value in meta.items():
             setattr(self, name, value)
 
-    def report(self, num_steps: int, loss: float, accuracy: float | None) -> TrialReport:
+    def report(self, num_steps: int, loss: float, accuracy: float | None, metric: float | None) -> TrialReport:
         """Return the next report, of a trial that continues; `num_steps` is its budget."""
         report = TrialReport(
             n=self.seat.made + 1,
@@ -124,6 +124,7 @@ class Membership:
             percent=100 * min(1.0, self.step / num_steps) if num_steps else 100.0,
             loss=loss,
             accuracy=accuracy,
+            metric=metric,
             train_loss=self.train_loss,
             tokens=self.tokens,
             train_s=self.train_s,

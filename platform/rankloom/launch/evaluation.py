@@ -8,11 +8,13 @@ from typing import Any
 
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import RankloomError, TrialError
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import OnEvent
 from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of
+from rankloom.launch.handed_over import judged_by
 from rankloom.launch.run_folder import absolute, resolved
 
 
@@ -22,26 +24,28 @@ def evaluate(
     *,
     registry: str,
     on_event: OnEvent = lambda _: None,
+    metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
     """Score an adapter beside its base.
 
     Args:
         trial: the data, the base and how to measure.
         adapter: a ref of the registry or a PEFT folder; None: the base alone.
+        metric: a function in place of `eval.metric` (see `rankloom.evals.own_metric`).
 
     Returns:
         name, and `result` (None for the base alone) and `base`, each as `rankloom.registry.scorecard.Measures`.
     """
-    trial, registry = resolved(trial), absolute(registry)
+    trial, registry = resolved(judged_by(trial, metric)), absolute(registry)
     adapter = None if adapter is None else absolute(adapter)
     from rankloom.training.preflight import preflight
 
-    preflight([trial])
+    preflight([trial], metric)
     if trial.compute.num_workers == 0:
         from rankloom.models.device import local_device
 
         try:
-            return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event)
+            return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event, metric)
         except Exception as error:
             raise _one_line(failure_of(error)) from None
     cluster.announce(on_event)
@@ -56,7 +60,7 @@ def evaluate(
             max_retries=trial.compute.max_failures,
             runtime_env={"env_vars": cluster.worker_environment(share.cpus, gpu=share.gpu)},
         )
-        arguments = (dump(trial), adapter, registry, channel, share.cpus)
+        arguments = (dump(trial), adapter, registry, channel, share.cpus, metric)
         waiting = Background(lambda: ray.get(task.remote(*arguments)))
         watch(waiting, channel, on_event)
         failure: Failure | None = ray.get(channel.failure.remote())
@@ -69,7 +73,14 @@ def evaluate(
         return scored
 
 
-def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, channel: Any, cpus: int) -> Any:
+def score_remotely(
+    tree: dict[str, Any],
+    adapter: str | None,
+    registry: str,
+    channel: Any,
+    cpus: int,
+    metric: MetricFunction | None = None,
+) -> Any:
     """What the Ray worker runs; None after an error that the channel holds."""
     import ray
     import torch
@@ -79,13 +90,20 @@ def score_remotely(tree: dict[str, Any], adapter: str | None, registry: str, cha
     torch.set_num_threads(cpus)
     try:
         device = local_device("cuda" if ray.get_gpu_ids() else "cpu")
-        return score(tree, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])))
+        return score(tree, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])), metric)
     except Exception as error:
         ray.get(channel.fail.remote(0, failure_of(error)))
         return None
 
 
-def score(tree: dict[str, Any], adapter: str | None, registry: str, device: Any, on_event: OnEvent) -> dict[str, Any]:
+def score(
+    tree: dict[str, Any],
+    adapter: str | None,
+    registry: str,
+    device: Any,
+    on_event: OnEvent,
+    metric: MetricFunction | None = None,
+) -> dict[str, Any]:
     """Score in this process."""
     from rankloom.registry import Registry
     from rankloom.training.run import evaluate as score_adapter
@@ -97,7 +115,8 @@ def score(tree: dict[str, Any], adapter: str | None, registry: str, device: Any,
         if adapter is not None:
             given, fetched = Path(adapter), Path(scratch) / "adapter"
             folder = given if given.is_dir() else Registry(registry).fetch(adapter, fetched)
-        return score_adapter(trial, folder, LocalSession(Path(scratch) / "run", device=device, on_event=on_event))
+        session = LocalSession(Path(scratch) / "run", device=device, on_event=on_event)
+        return score_adapter(trial, folder, session, metric)
 
 
 def _one_line(failure: Failure) -> RankloomError:

@@ -1,4 +1,4 @@
-"""A trial in a Ray Train worker: `work` is what each worker runs, `RayTrainSession` what its loop talks to."""
+"""A trial in a Ray Train worker: `run_on_worker` is what each runs, `RayTrainSession` what its loop talks to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,12 @@ LEAVE_TOGETHER_S = 10.0
 CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
-def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path | None) -> dict[str, Any] | None:
-    """What every Ray Train worker runs; rank 0 returns the result, None after an error that the channel holds."""
+def run_on_worker(tree: dict[str, Any], channel: Any, cpus: int, work: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Run a trial on a Ray Train worker; rank 0 returns the result, None after an error that the channel holds.
+
+    Args:
+        work: `run_trial`'s further arguments.
+    """
     import ray
     import ray.train
     import torch
@@ -38,7 +42,7 @@ def work(tree: dict[str, Any], channel: Any, cpus: int, train: bool, study: Path
     torch.set_num_threads(cpus)
     try:
         with RayTrainSession.opened(rank, world_size, channel) as session:
-            outcome = run_trial(parse(TrialConfig, tree), session, train=train, study=study)
+            outcome = run_trial(parse(TrialConfig, tree), session, **work)
         ray.get(channel.leave.remote(rank))
         return outcome
     except Exception as error:

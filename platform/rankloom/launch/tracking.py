@@ -144,16 +144,17 @@ def scalars(event: Event) -> dict[str, float]:
         case StepFinished():
             found = {f"train/{key}": getattr(event, key) for key in _STEP}
         case Evaluated():
-            found = {"eval/loss": event.loss, "eval/accuracy": event.accuracy}
+            found = {"eval/loss": event.loss, "eval/accuracy": event.accuracy, "eval/metric": event.metric}
         case TrialEvaluated():
-            found = {"train/loss": event.train_loss, "eval/loss": event.loss, "eval/accuracy": event.accuracy}
+            found = {"eval/loss": event.loss, "eval/accuracy": event.accuracy, "eval/metric": event.metric}
+            found["train/loss"] = event.train_loss
         case StudyProgress():
             found = {"study/best": event.best, "study/tokens": event.tokens}
         case RunFinished(scorecard=dict(scorecard)):
             for side in ("result", "base"):
                 measures = scorecard[side] or {}
                 found |= {f"{side}/{key}": measures.get(key) for key in _MEASURES}
-                for key in ("accuracy", "exact_match"):
+                for key in ("accuracy", "exact_match", "metric"):
                     found[f"{side}/{key}"] = (measures.get(key) or {}).get("value")
     return {key: float(value) for key, value in found.items() if value is not None}
 

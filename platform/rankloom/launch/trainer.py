@@ -14,17 +14,27 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from rankloom.config import TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, RunFinished
 from rankloom.launch import cluster, tracking
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of, training_failure
+from rankloom.launch.handed_over import judged_by
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, resolved
 from rankloom.registry import Registry
+
+
+class Work(TypedDict):
+    """What `run_trial` is called with beside the trial."""
+
+    train: bool
+    study: Path | None
+    metric: MetricFunction | None
 
 
 def train_trial(
@@ -35,6 +45,7 @@ def train_trial(
     on_event: OnEvent = lambda _: None,
     stop: threading.Event | None = None,
     study: Path | None = None,
+    metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
     """Train, export, score and publish one trial.
 
@@ -44,6 +55,7 @@ def train_trial(
         on_event: called in this thread with every event of rank 0.
         stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
         study: as in `run_trial`.
+        metric: a function in place of `eval.metric` (see `rankloom.evals.own_metric`); a resumed run needs it again.
 
     Returns:
         `run_trial`'s result, with `run` (the run's folder).
@@ -51,7 +63,7 @@ def train_trial(
     Raises:
         RankloomError: ConfigError before anything starts; else what failed, for the user to read.
     """
-    trial = resolved(trial)
+    trial = resolved(judged_by(trial, metric))
     if trial.compute.num_workers == 0 and "://" in trial.output.root:
         raise ConfigError(
             f"output.root={trial.output.root}: compute.num_workers=0 keeps checkpoints on a local disk; give a folder, "
@@ -63,20 +75,20 @@ def train_trial(
     if run.decide(trial, resume=resume) != "finished" and study is None:  # what is refused leaves no trace, nor a lock
         from rankloom.training.preflight import preflight
 
-        preflight([trial])
+        preflight([trial], metric)
     with run.held():
-        return _fit(trial, run, on_event, stop or threading.Event(), resume=resume, train=train, study=study)
+        work = Work(train=train, study=study, metric=metric)
+        return _fit(trial, run, work, on_event, stop or threading.Event(), resume=resume)
 
 
 def _fit(
     trial: TrialConfig,
     run: RunFolder,
+    work: Work,
     on_event: OnEvent,
     stop: threading.Event,
     *,
     resume: bool,
-    train: bool,
-    study: Path | None,
 ) -> dict[str, Any]:
     if run.decide(trial, resume=resume) == "finished":
         return run.result()
@@ -89,7 +101,7 @@ def _fit(
                 on_event(event)
 
             launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
-            outcome = launch(trial, run, tell, stop, train, study)
+            outcome = launch(trial, run, work, tell, stop)
             outcome["run"] = run.path
             if outcome["status"] == "done":
                 run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
@@ -101,7 +113,7 @@ def _fit(
 
 
 def _in_this_process(
-    trial: TrialConfig, run: RunFolder, tell: OnEvent, stop: threading.Event, train: bool, study: Path | None
+    trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event
 ) -> dict[str, Any]:
     try:
         import torch
@@ -114,14 +126,12 @@ def _in_this_process(
             torch.set_num_threads(trial.compute.cpus_per_worker)
         assert run.local is not None
         session = LocalSession(run.local, device=local_device(trial.compute.device), on_event=tell, stop=stop)
-        return run_trial(trial, session, train=train, study=study)
+        return run_trial(trial, session, **work)
     except Exception as error:
         _raise(failure_of(error), run)
 
 
-def _on_ray(
-    trial: TrialConfig, run: RunFolder, tell: OnEvent, stop: threading.Event, train: bool, study: Path | None
-) -> dict[str, Any]:
+def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> dict[str, Any]:
     cluster.announce(tell)
     with cluster.connected(trial.compute) as share:
         import ray
@@ -131,7 +141,7 @@ def _on_ray(
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell(PhaseStarted("launch", message))
         channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
-        fitting = Background(lambda: _ray_trainer(trial, run, share, channel, train, study).fit())
+        fitting = Background(lambda: _ray_trainer(trial, run, work, share, channel).fit())
         watch(fitting, channel, tell, stop)
         failure: Failure | None = ray.get(channel.failure.remote())
         if failure is not None:
@@ -145,18 +155,16 @@ def _on_ray(
         return outcome
 
 
-def _ray_trainer(
-    trial: TrialConfig, run: RunFolder, share: cluster.WorkerResources, channel: Any, train: bool, study: Path | None
-) -> Any:
+def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.WorkerResources, channel: Any) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from rankloom.launch.ray_session import work
+    from rankloom.launch.ray_session import run_on_worker
 
     tree, cpus = dump(trial), share.cpus
 
     def each_worker() -> dict[str, Any] | None:
-        return work(tree, channel, cpus, train, study)
+        return run_on_worker(tree, channel, cpus, work)
 
     return TorchTrainer(
         each_worker,

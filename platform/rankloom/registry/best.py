@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rankloom.errors import RegistryError
 from rankloom.registry.record import Record
-from rankloom.registry.scorecard import Scorecard
+from rankloom.registry.scorecard import MetricValue, Scorecard
 
 
 def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
@@ -16,7 +16,8 @@ def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
         records: all versions of one adapter, in ascending order; at least one.
 
     Returns:
-        The record, and the measure that decided: `accuracy` if every scored version has one, else `loss`.
+        The record, and the measure that decided: the user's own metric if every scored version has the same, else
+        `accuracy` if every one has it, else `loss`.
 
     Raises:
         RegistryError: no version was scored, or they were scored on different rows.
@@ -32,6 +33,9 @@ def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
                 f"{first[0].ref} and {record.ref} were scored on different rows, so they can't be compared; name "
                 f"the one to promote"
             )
+    if (own := _same_metric([card for _, card in scored])) is not None:
+        best = max(scored, key=lambda pair: (_value(pair[1]), -pair[1].result.loss, pair[0].version))
+        return best[0], own.name
     accuracies = [card.result.accuracy for _, card in scored]
     if None not in accuracies:
         return max(scored, key=lambda pair: (_accuracy(pair[1]), -pair[1].result.loss, pair[0].version))[0], "accuracy"
@@ -40,6 +44,22 @@ def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
 
 def _rows(record: Record, card: Scorecard) -> tuple[str | None, int]:
     return record.data_fingerprint, card.result.num_rows
+
+
+def _same_metric(cards: Sequence[Scorecard]) -> MetricValue | None:
+    """The user's own metric, where all were scored by the same."""
+    found = [card.result.metric for card in cards]
+    first = found[0]
+    if first is None or any(other is None or (other.name, other.best) != (first.name, first.best) for other in found):
+        return None
+    return first
+
+
+def _value(card: Scorecard) -> float:
+    metric = card.result.metric
+    if metric is None:
+        return 0.0
+    return metric.value if metric.best == "max" else -metric.value
 
 
 def _accuracy(card: Scorecard) -> float:

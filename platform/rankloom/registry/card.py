@@ -11,7 +11,7 @@ import yaml
 
 from rankloom.config.printable import printable
 from rankloom.registry.record import Record
-from rankloom.registry.scorecard import Measures, Proportion, Scorecard
+from rankloom.registry.scorecard import Measures, MetricValue, Proportion, Scorecard
 
 _QUANTIZED = {
     "none": "",
@@ -80,6 +80,11 @@ def _share(share: Proportion) -> str:
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
+def _metric(metric: MetricValue) -> str:
+    interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
+    return f"{metric.value:.4g}{interval} ({metric.name})"
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
@@ -91,6 +96,7 @@ _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "accuracy": ("accuracy [95 %]", _share),
     "macro_f1": ("macro F1", "{:.3f}".format),
     "exact_match": ("exact match [95 %]", _share),
+    "metric": ("own metric [95 %]", _metric),
     "retention_loss": ("retention loss", "{:.4f}".format),
     "latency_ms": ("decode latency, ms a token", "{:.1f}".format),
     "generated_tokens_per_s": ("generation, tokens/s", "{:.0f}".format),

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -20,6 +22,19 @@ class Proportion(_Plain):
     high: float
 
 
+class MetricValue(_Plain):
+    """The value of a metric of the user's own."""
+
+    name: str
+    """As `eval.metric` names it."""
+    best: Literal["max", "min"]
+    """Whether it is best at its maximum or its minimum."""
+    value: float
+    low: float | None = None
+    """95 % bootstrap interval, where the metric gives a number for each row."""
+    high: float | None = None
+
+
 class Measures(_Plain):
     """Results of one set of weights on the test rows."""
 
@@ -32,6 +47,8 @@ class Measures(_Plain):
     macro_f1: float | None = None
     exact_match: Proportion | None = None
     """Proportion of rows whose free greedy generation equals the completion; not measured for plain text."""
+    metric: MetricValue | None = None
+    """Of `eval.metric`, where it is a function of the user's own."""
     retention_loss: float | None = None
     """Loss on the retention data set, in nats per token."""
     latency_ms: float | None = None

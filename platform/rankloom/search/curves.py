@@ -101,10 +101,10 @@ class _Curves:
 
     def _progress(self) -> StudyProgress:
         """The best so far, against the trials that have ended."""
-        metric, ranking = self._board.study.search.metric, self._board.ranking()
-        best = ranking[0].best(metric) if ranking else None
+        search, ranking = self._board.study.search, self._board.ranking()
+        best = ranking[0].best(search) if ranking else None
         ended = sum(trial.status != "running" for trial in self._board.trials.values())
-        return StudyProgress(step=ended, best=best.value(metric) if best else None, tokens=self._board.tokens)
+        return StudyProgress(step=ended, best=best.value(search.key) if best else None, tokens=self._board.tokens)
 
     def _subject(self, trial_id: str) -> Subject:
         config = self._board.trials[trial_id].config

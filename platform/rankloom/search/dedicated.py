@@ -18,10 +18,12 @@ from typing import Any
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError, TrialError
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Evaluated, Event, StepFinished
 from rankloom.hosts.reports import TrialReport, costs_of
 from rankloom.launch.background import Background
 from rankloom.launch.failures import failure_of
+from rankloom.launch.handed_over import study_metric
 from rankloom.launch.trainer import train_trial
 
 LEAVE_TIMEOUT_S = 60.0
@@ -59,7 +61,7 @@ class DedicatedBackend:
             "cpus_per_worker": trial.compute.cpus_per_worker or cpus,
         }
         self._trial = parse(TrialConfig, tree)
-        self._sign = 1 if search.best == "max" else -1
+        self._search = search
         self._best_folder = best_folder
         self._study = best_folder.parents[1]
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -106,27 +108,33 @@ class DedicatedBackend:
     def finish(self) -> None:
         """End a run that was stopped: its best checkpoint's adapter goes where those of finished runs are."""
         if not self._best_folder.is_dir():
-            self._keep(train_trial(self._trial, resume=True, train=False, study=self._study))
+            self._keep(train_trial(self._trial, resume=True, train=False, study=self._study, metric=self._metric))
+
+    @property
+    def _metric(self) -> MetricFunction | None:
+        """Of the study's own, where Python code handed it over; else `eval.metric` says it."""
+        return study_metric(self._search.metric, self._study) if self._search.is_handed_over else None
 
     def _start(self) -> Background:
         begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()
         self._stop, self._events = threading.Event(), queue.SimpleQueue()
-        put, stop = self._events.put, self._stop
+        put, stop, metric = self._events.put, self._stop, self._metric
         self._running = Background(
-            lambda: train_trial(self._trial, resume=begun, on_event=put, stop=stop, study=self._study)
+            lambda: train_trial(self._trial, resume=begun, on_event=put, stop=stop, study=self._study, metric=metric)
         )
         return self._running
 
     def _report(self, n: int, event: Evaluated, last_step: StepFinished) -> TrialReport:
-        value = event.loss if event.accuracy is None else event.accuracy
+        value, sign = getattr(event, self._search.key), self._search.sign
         before = self._last.best_value if self._last else None
-        best = before is None or self._sign * value > self._sign * before
+        best = before is None or sign * value > sign * before
         return TrialReport(
             n=n,
             step=event.step,
             percent=100 * event.step / max(1, last_step.total_steps),
             loss=event.loss,
             accuracy=event.accuracy,
+            metric=event.metric,
             train_loss=last_step.loss,
             tokens=last_step.tokens,
             train_s=0.0,

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from rankloom.config import StudyConfig, TrialConfig, dump
 from rankloom.config.space import Point
-from rankloom.config.study import COSTS, AshaConfig, is_fusable
+from rankloom.config.study import COSTS, AshaConfig, SearchConfig, is_fusable
 from rankloom.events import (
     CurvePoint,
     Event,
@@ -26,7 +26,7 @@ from rankloom.events import (
     read_events,
 )
 
-CURVE = ("step", "percent", "loss", "accuracy", "train_loss", "tokens", "train_s")
+CURVE = ("step", "percent", "loss", "accuracy", "metric", "train_loss", "tokens", "train_s")
 NUM_SHOWN = 8
 """Trials that a display lists."""
 
@@ -61,15 +61,14 @@ class TrialState:
     def last(self) -> CurvePoint | None:
         return self.curve[max(self.curve)] if self.curve else None
 
-    def best(self, metric: str) -> CurvePoint | None:
+    def best(self, search: SearchConfig) -> CurvePoint | None:
         """Its best report; of equal ones the one of lower loss, then the earlier."""
-        return min(self.reports, key=lambda point: (*rank(point, metric), point.step), default=None)
+        return min(self.reports, key=lambda point: (*rank(point, search), point.step), default=None)
 
 
-def rank(point: CurvePoint, metric: str) -> tuple[float, float]:
+def rank(point: CurvePoint, search: SearchConfig) -> tuple[float, float]:
     """Sorts reports, the best first."""
-    value = point.value(metric)
-    return (-value if metric == "accuracy" else value, point.loss)
+    return (-search.sign * point.value(search.key), point.loss)
 
 
 class Leaderboard:
@@ -114,9 +113,9 @@ class Leaderboard:
 
     def ranking(self) -> list[TrialState]:
         """The trials with a report, the best by validation first; a failed one's best report counts as any other."""
-        metric = self.study.search.metric
-        scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(metric)) is not None]
-        return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], metric), pair[0].number))]
+        search = self.study.search
+        scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(search)) is not None]
+        return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], search), pair[0].number))]
 
     def candidates(self) -> list[TrialState]:
         """Those of the ranking that have an adapter, or can be given one: no dedicated run that failed."""
@@ -136,10 +135,10 @@ class Leaderboard:
             return []
         measured, values = [], []
         for trial in self.candidates():
-            best = trial.best(search.metric)
+            best = trial.best(search)
             if best is not None and trial.costs.keys() >= set(search.objectives):
                 measured.append(trial)
-                values.append((rank(best, search.metric)[0], *(trial.costs[name] for name in search.objectives)))
+                values.append((rank(best, search)[0], *(trial.costs[name] for name in search.objectives)))
 
         def beaten(mine: tuple[float, ...]) -> bool:
             return any(
@@ -183,21 +182,21 @@ class Leaderboard:
 
     def status(self) -> StudyStatus:
         """What a display shows, without the hosts and the time."""
-        metric = self.study.search.metric
+        search = self.study.search
         top = [
             LeaderboardRow(
                 name=trial.config.name,
                 method=trial.method,
                 settings=settings(trial),
                 status=trial.status,
-                value=best.value(metric),
+                value=best.value(search.key),
                 percent=last.percent,
             )
             for trial in self.ranking()[:NUM_SHOWN]
-            if (best := trial.best(metric)) and (last := trial.last)
+            if (best := trial.best(search)) and (last := trial.last)
         ]
         return StudyStatus(
-            metric=metric,
+            metric=search.metric,
             total=self.study.num_trials,
             counts=self.counts(),
             refused=self.num_refused,
@@ -234,9 +233,9 @@ def settings(trial: TrialState) -> str:
 
 def rows(board: Leaderboard) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
-    found, metric, front = [], board.study.search.metric, {trial.id for trial in board.front()}
+    found, front = [], {trial.id for trial in board.front()}
     for trial in sorted(board.trials.values(), key=lambda t: t.number):
-        best, last = trial.best(metric), trial.last
+        best, last = trial.best(board.study.search), trial.last
         found.append(
             {
                 "number": trial.number,
@@ -247,6 +246,7 @@ def rows(board: Leaderboard) -> list[dict[str, Any]]:
                 "error": trial.error,
                 "best_loss": best and best.loss,
                 "best_accuracy": best and best.accuracy,
+                "best_metric": best and best.metric,
                 "best_step": best and best.step,
                 "steps": last.step if last else 0,
                 "tokens": last.tokens if last else 0,
@@ -272,9 +272,9 @@ def write_results(board: Leaderboard, path: Path) -> None:
     schema = pa.schema(
         [
             ("number", whole), ("trial", text), ("name", text), ("method", text), ("status", text), ("error", text),
-            ("best_loss", real), ("best_accuracy", real), ("best_step", whole), ("steps", whole), ("tokens", whole),
-            ("train_s", real), *((name, real) for name in COSTS), ("on_front", pa.bool_()), ("point", text),
-            ("config", text), ("curve", curve),
+            ("best_loss", real), ("best_accuracy", real), ("best_metric", real), ("best_step", whole), ("steps", whole),
+            ("tokens", whole), ("train_s", real), *((name, real) for name in COSTS), ("on_front", pa.bool_()),
+            ("point", text), ("config", text), ("curve", curve),
         ]
     )  # fmt: skip
     table = pa.Table.from_pylist(rows(board), schema=schema)

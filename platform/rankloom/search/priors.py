@@ -125,7 +125,7 @@ def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
         ConfigError: one of `search.priors` is no study.
     """
     found, skipped = [], Counter[str]()
-    metric = f"best_{study.search.metric}"
+    metric = f"best_{study.search.key}"
     for place in study.search.priors:
         for row in _rows(Path(place).expanduser()):
             values: list[Any] = [row.get(name) for name in (metric, *study.search.objectives)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, dump
-from rankloom.config.study import is_fusable
+from rankloom.config.study import SearchConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.hosts.hosts import share_out
@@ -52,7 +52,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
             memory_bytes=memory,
         )
         for trial in finalists
-        if (best := trial.best(study.search.metric))
+        if (best := trial.best(study.search))
     ]
     channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
 
@@ -76,7 +76,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         "baseline": baseline,
         "finalists": rows,
         "registry": study.baseline.output.registry_root,
-        "beats_baseline": beats(winner, baseline, study.search.metric),
+        "beats_baseline": beats(winner, baseline, study.search),
     }
 
 
@@ -100,7 +100,7 @@ def names_of(trial: TrialState, board: Leaderboard) -> list[str]:
     return names
 
 
-def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) -> bool | None:
+def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, search: SearchConfig) -> bool | None:
     """Whether the winner is better on the test rows than what a user would have trained without a search.
 
     None where they are the same trial, or the baseline failed.
@@ -108,20 +108,20 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, metric: str) 
     if baseline is None or baseline["trial"] == winner["trial"]:
         return None
     ours, theirs = winner["scorecard"]["result"], baseline["scorecard"]["result"]
-    if metric == "accuracy" and ours["accuracy"] and theirs["accuracy"]:
-        return bool(ours["accuracy"]["value"] > theirs["accuracy"]["value"])
+    if search.key != "loss" and ours[search.key] and theirs[search.key]:
+        return bool(search.sign * ours[search.key]["value"] > search.sign * theirs[search.key]["value"])
     return bool(ours["loss"] < theirs["loss"])
 
 
 def _row(board: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
-    best = trial.best(board.study.search.metric)
+    best = trial.best(board.study.search)
     return {
         "trial": trial.id,
         "number": trial.number,
         "name": trial.config.name,
         "method": trial.method,
         "point": trial.point,
-        "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "step")},
+        "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "metric", "step")},
         "costs": trial.costs,
         "on_front": trial in board.front(),
         "scorecard": score.scorecard and score.scorecard.model_dump(),

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from rankloom.config.study import host_key
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.evals.score import measure
 from rankloom.events import OnEvent, PhaseStarted
+from rankloom.launch.handed_over import study_metric
 from rankloom.models import Base, load_tokenizer
 from rankloom.models.device import local_device
 from rankloom.registry.checks import WEIGHTS
@@ -41,25 +43,33 @@ def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) ->
         data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
         hold_study_to(Path(finalists[mine[0]].folder).parents[1], trial, Origin.of(data, base))
         on_event(PhaseStarted("score", "the base"))
-        base_measures = measure(base.model, base.tokenizer, data, trial.eval) if trial.eval.base else None
+        metric = study_metric(trial.eval.metric, Path(finalists[mine[0]].folder).parents[1])
+        base_measures = measure(base.model, base.tokenizer, data, trial.eval, metric) if trial.eval.base else None
         for i in mine:
             name = finalists[i].trial.name
             on_event(PhaseStarted("score", f"{name} on the test rows"))
             try:
-                results[i] = _score(study, finalists[i], base, base_measures, data)
+                results[i] = _score(study, finalists[i], base, base_measures, data, metric)
             except TrialError as error:
                 results[i] = FinalistScore(error=str(error))
     return [results[i] for i in range(len(finalists))]
 
 
-def _score(study: str, finalist: Finalist, base: Base, base_measures: Measures | None, data: TaskData) -> FinalistScore:
+def _score(
+    study: str,
+    finalist: Finalist,
+    base: Base,
+    base_measures: Measures | None,
+    data: TaskData,
+    metric: MetricFunction | None,
+) -> FinalistScore:
     trial, folder = finalist.trial, Path(finalist.folder)
     if not folder.is_dir():
         raise TrialError(f"{trial.name}: no adapter at {folder}; it may have been deleted")
     cost = TrainingCost(
         _num_parameters(folder), finalist.memory_bytes, finalist.steps, finalist.tokens, finalist.train_s
     )
-    scorecard = score(folder, base, data, trial, cost, base_measures=base_measures).scorecard
+    scorecard = score(folder, base, data, trial, cost, base_measures=base_measures, metric=metric).scorecard
     records = publish(folder, finalist.names, base, data, trial, scorecard, study=study)
     return FinalistScore(scorecard=scorecard, published=[record.ref for record in records])
 

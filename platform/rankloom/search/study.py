@@ -28,8 +28,10 @@ from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
 from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, TrialError
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
+from rankloom.launch.handed_over import keep_metric, searched_by
 from rankloom.launch.run_folder import ID, absolute, changes, hold
 from rankloom.registry import Registry
 from rankloom.search.curves import tracked
@@ -49,7 +51,12 @@ Decision = Literal["start", "resume", "finished"]
 
 
 def run(
-    study: StudyConfig, *, resume: bool = False, on_event: OnEvent = lambda _: None, stop: threading.Event | None = None
+    study: StudyConfig,
+    *,
+    resume: bool = False,
+    on_event: OnEvent = lambda _: None,
+    stop: threading.Event | None = None,
+    metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
     """Search, score the best on the test rows, publish.
 
@@ -57,6 +64,7 @@ def run(
         resume: continue the study of this name; a finished one is not run again.
         on_event: called in this thread with every event of the study.
         stop: once set, the study stops where it can be resumed; the result's status is "interrupted".
+        metric: a function in place of `search.metric` (see `rankloom.evals.own_metric`); needed again to resume.
 
     Returns:
         status (done or interrupted), name, study (its folder), winner, finalists, counts, occupancy and the like.
@@ -64,21 +72,29 @@ def run(
     Raises:
         RankloomError: ConfigError before anything starts; else what failed, for the user to read.
     """
-    study = resolved(study)
+    study = resolved(searched_by(study, metric))
     folder = study_folder(study)
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
 
-        for note in preflight(study.members()):
+        for note in preflight(study.members(), metric):
             on_event(WarningRaised(note))
     with hold(folder, "study"):
         try:
-            return _run(study, folder, on_event, stop or threading.Event(), resume=resume)
+            return _run(study, folder, on_event, stop or threading.Event(), resume=resume, metric=metric)
         except OSError as error:
             raise TrialError(f"output.root: {folder} can't be used: {error}; make room, --resume goes on") from None
 
 
-def _run(study: StudyConfig, folder: Path, on_event: OnEvent, stop: threading.Event, *, resume: bool) -> dict[str, Any]:
+def _run(
+    study: StudyConfig,
+    folder: Path,
+    on_event: OnEvent,
+    stop: threading.Event,
+    *,
+    resume: bool,
+    metric: MetricFunction | None,
+) -> dict[str, Any]:
     decision = decide(study, folder, resume=resume)
     if decision == "finished":
         finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
@@ -90,6 +106,8 @@ def _run(study: StudyConfig, folder: Path, on_event: OnEvent, stop: threading.Ev
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
     knowledge.write(folder / KNOWN)
+    if metric is not None and study.search.is_handed_over:
+        keep_metric(folder, metric)
     if study.search.priors:
         on_event(PhaseStarted("priors", _told(knowledge)))
     if changed := study_warning(folder):

@@ -116,6 +116,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             percent=0.0 if fatal else 100.0,
             loss=FAILED_LOSS,
             accuracy=0.0,
+            metric=-self._study.search.sign * FAILED_LOSS,
             train_loss=0.0,
             tokens=0,
             train_s=0.0,

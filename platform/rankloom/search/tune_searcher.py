@@ -31,7 +31,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     """
 
     def __init__(self, study: StudyConfig, known: Sequence[PriorTrial] = ()) -> None:
-        super().__init__(metric=study.search.metric, mode=study.search.best)
+        super().__init__(metric=study.search.key, mode=study.search.best)
         self._study = study
         self._proposer = PROPOSERS[study.search.algorithm](study, known)
         self._count = 0

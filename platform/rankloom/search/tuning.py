@@ -123,7 +123,7 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
         name=TUNE,
         storage_path=str(folder),
         resume="AUTO+ERRORED",
-        metric=study.search.metric,
+        metric=study.search.key,
         mode=study.search.best,
         config=population(study, known) if is_population else None,
         search_alg=None if is_population else StudySearcher(study, known),

@@ -25,7 +25,8 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
 from rankloom.evals.loss import labelled_loss
-from rankloom.evals.score import validate
+from rankloom.evals.own_metric import MetricFunction, compute
+from rankloom.evals.score import Validation, validate, validation_rows
 from rankloom.events import Evaluated, RunResumed, StepFinished, WarningRaised
 from rankloom.methods import build_method
 from rankloom.models import Base
@@ -62,16 +63,23 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, trial: TrialConfig, base: Base, data: TaskData, session: Session, precision: torch.dtype = torch.float32
+        self,
+        trial: TrialConfig,
+        base: Base,
+        data: TaskData,
+        session: Session,
+        precision: torch.dtype = torch.float32,
+        metric: MetricFunction | None = None,
     ) -> None:
         """Attach the method and restore the latest checkpoint, if there is one.
 
         Args:
             precision: of the arithmetic; below fp32 it runs under autocast.
+            metric: the function that `eval.metric` names, where it is the user's own.
         """
+        self.metric = metric
         self.trial, self.base, self.data, self.session, self.precision = trial, base, data, session, precision
-        limit = trial.eval.max_rows
-        self.validation = data.validation if limit is None else data.validation.select(limit, seed=0)
+        self.validation = validation_rows(data, trial.eval.max_rows)
         optim = trial.optim
         self.cursor = Cursor(
             data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
@@ -158,11 +166,12 @@ class TrainingLoop:
         """Score the validation rows, and tell the user; higher is better.
 
         Raises:
-            TrialError: the loss is no finite number.
+            TrialError: the loss or the metric is not a finite number.
         """
+        config = self.trial.eval
         shard = (self.session.rank, self.session.world_size)
         with autocast(self.session.device, self.precision):
-            part = validate(self.module, self.validation, self.data, self.trial.eval, self.base.pad_id, shard)
+            part = validate(self.module, self.validation, self.data, config, self.base.tokenizer, shard)
         reshard(self.module)
         loss_sum, weight, correct, num_rows = self.workers.sum(
             part.loss_sum, part.weight_sum, part.correct, part.num_rows
@@ -172,14 +181,23 @@ class TrainingLoop:
             broken = f"is {self.base.id} damaged, or compute.precision too narrow for it?"
             why = "lower optim.learning_rate" if self.progress.step else f"before any training: {broken}"
             raise TrialError(f"the validation loss is {loss} at step {self.progress.step}; {why}")
-        accuracy = correct / num_rows if self.trial.eval.metric == "accuracy" else None
-        score = -loss if accuracy is None else accuracy
+        labelled = config.metric != "loss" and self.data.labels is not None
+        accuracy, own = correct / num_rows if labelled else None, self._own_value(part)
+        value = next(each for each in (own, accuracy, loss) if each is not None)
+        score = value if config.best == "max" else -value
         best = self.progress.step > 0 and score > self.progress.best_score
         if self.progress.step > 0:
             self.progress.evals_since_best = 0 if best else self.progress.evals_since_best + 1
             self.progress.best_score = max(score, self.progress.best_score)
-        self.session.emit(Evaluated(step=self.progress.step, loss=loss, accuracy=accuracy, best=best))
+        self.session.emit(Evaluated(step=self.progress.step, loss=loss, accuracy=accuracy, metric=own, best=best))
         return score
+
+    def _own_value(self, part: Validation) -> float | None:
+        """The user's own metric, which is called once, whatever the number of workers."""
+        if self.metric is None:
+            return None
+        function, predictions = self.metric, self.workers.gather(part.predictions)
+        return self.workers.from_first(lambda: compute(function, self.trial.eval, predictions).value)
 
     def save(self, score: float) -> None:
         """Write a checkpoint and hand it to the session; every worker calls."""

@@ -6,9 +6,9 @@ workers, so N workers give the gradient that one would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from rankloom.errors import TrialError
 from rankloom.models import decoder_layers, skips_layers
 
+T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp"]
 
 
@@ -71,6 +73,29 @@ class Workers:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor]
+
+    def gather(self, dealt: Sequence[T]) -> list[T]:
+        """Put a list together again, on every worker, of which each has every world_size-th from its rank on."""
+        if self.world_size == 1:
+            return list(dealt)
+        parts: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, list(dealt))
+        return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """Call on rank 0 alone; every worker has its result, or its TrialError."""
+        if self.world_size == 1:
+            return call()
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [call()]
+            except TrialError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], TrialError):
+            raise outcome[0]
+        return cast("T", outcome[0])
 
     @contextmanager
     def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:

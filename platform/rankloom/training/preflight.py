@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from rankloom.config import TrialConfig
 from rankloom.config.method import AdapterConfig, LisaConfig
 from rankloom.data import check_heads, check_sources, load_data
+from rankloom.evals.own_metric import MetricFunction, load_metric
+from rankloom.evals.score import check_metric
 from rankloom.models import check_experts, decoder_layers, find_target_linears, load_shell, load_tokenizer
 
 READ_BYTES = 50_000_000
@@ -19,8 +21,11 @@ HEAD_ROWS = 100
 """First rows of each source that are looked at where the data is larger, or of unknown size."""
 
 
-def preflight(trials: Iterable[TrialConfig]) -> list[str]:
+def preflight(trials: Iterable[TrialConfig], metric: MetricFunction | None = None) -> list[str]:
     """Refuse what is known to fail; of trials that are alike in what is looked at, the first is looked at.
+
+    Args:
+        metric: one of the user's own that Python code handed over.
 
     Returns:
         What is left out of the training and the user should know of.
@@ -32,6 +37,7 @@ def preflight(trials: Iterable[TrialConfig]) -> list[str]:
     by_model: dict[str, TrialConfig] = {}
     for trial in trials:
         settings = [getattr(trial.method, name, None) for name in ("target_modules", "experts", "num_layers")]
+        load_metric(trial.eval.metric, metric)
         by_data.setdefault(repr([trial.model, trial.data, trial.eval.retention]), trial)
         by_model.setdefault(repr([trial.model, trial.quantization, *settings]), trial)
     sizes = {key: check_sources(trial.data, trial.eval.retention) for key, trial in by_data.items()}
@@ -43,7 +49,8 @@ def preflight(trials: Iterable[TrialConfig]) -> list[str]:
         is_small = size is not None and size <= READ_BYTES
         retention = trial.eval.retention
         if is_small or not check_heads(trial.data, tokenizer, retention=retention, num_rows=HEAD_ROWS):
-            load_data(trial.data, tokenizer, retention=retention)  # workers on this machine find it read
+            data = load_data(trial.data, tokenizer, retention=retention)  # workers on this machine find it read
+            check_metric(trial.eval, tokenizer, data, metric)
     return list(dict.fromkeys(notes))
 
 

@@ -18,6 +18,7 @@ from rankloom.config import COMPATIBLE, TrialConfig, dump
 from rankloom.data import TaskData
 from rankloom.errors import TrialError
 from rankloom.evals.costs import weight_bytes
+from rankloom.evals.own_metric import MetricFunction
 from rankloom.evals.score import measure
 from rankloom.models import Base
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
@@ -62,6 +63,7 @@ def score(
     base_measures: Measures | None,
     extraction: Extraction | None = None,
     trained_logits: Tensor | None = None,
+    metric: MetricFunction | None = None,
 ) -> Score:
     """Measure an adapter on the test rows, and write its probe into its folder; the base is bare again afterwards.
 
@@ -70,6 +72,7 @@ def score(
         base_measures: the base's own; None where `eval.base` is off.
         extraction: of an adapter that was cut from the difference of weights.
         trained_logits: [V], the trained model's after `probe_ids`, which the export has to reproduce.
+        metric: the function that `eval.metric` names, where it is the user's own.
 
     Raises:
         TrialError: the adapter changes nothing, or is not what was trained.
@@ -83,7 +86,7 @@ def score(
             raise TrialError(f"{trial.name}: the adapter changes nothing; train longer or raise optim.learning_rate")
         if trained_logits is not None:
             check_export(adapter_logits, trained_logits, base.quantization)
-        result = measure(adapted, base.tokenizer, data, trial.eval)
+        result = measure(adapted, base.tokenizer, data, trial.eval, metric)
         memory_bytes = weight_bytes(adapted)
     finally:
         adapted.unload()

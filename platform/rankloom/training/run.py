@@ -23,6 +23,7 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.config import COMPATIBLE, TrialConfig
 from rankloom.data import TaskData, load_data
 from rankloom.errors import RegistryError, TrialError
+from rankloom.evals.own_metric import MetricFunction, load_metric
 from rankloom.evals.score import measure
 from rankloom.events import DataLoaded, PhaseStarted
 from rankloom.methods import METHODS
@@ -40,12 +41,20 @@ from rankloom.training.resume_check import Origin, hold_study_to
 from rankloom.training.session import Session
 
 
-def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study: Path | None = None) -> dict[str, Any]:
+def run_trial(
+    trial: TrialConfig,
+    session: Session,
+    *,
+    train: bool = True,
+    study: Path | None = None,
+    metric: MetricFunction | None = None,
+) -> dict[str, Any]:
     """Train, export, score and publish; every worker calls it, rank 0 returns the result as plain data.
 
     Args:
         train: False: a run that was stopped ends here, with the best checkpoint that it has.
         study: the folder of the study that it is part of, which is held to its data and base.
+        metric: a metric of the user's own that Python code handed over; None: `eval.metric` says where it is.
 
     Returns:
         status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
@@ -54,6 +63,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study
         DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
     """
     _quieten()
+    metric = load_metric(trial.eval.metric, metric)
     _phase(session, "data", f"reading {trial.data.train.path}")
     tokenizer = load_tokenizer(trial.model)
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
@@ -65,7 +75,7 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study
         hold_study_to(study, trial, Origin.of(data, base))
     _check_memory(trial, data, base, session)
     _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
-    loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device))
+    loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device), metric)
     for note in loop.method.notes:
         _phase(session, "train", note)
     if not train:
@@ -79,20 +89,27 @@ def run_trial(trial: TrialConfig, session: Session, *, train: bool = True, study
     return _finish(trial, session, loop, module, base, data)
 
 
-def evaluate(trial: TrialConfig, adapter: Path | None, session: Session) -> dict[str, Any]:
-    """Score a PEFT folder (None: the base alone) on the trial's test rows, beside the base."""
+def evaluate(
+    trial: TrialConfig, adapter: Path | None, session: Session, metric: MetricFunction | None = None
+) -> dict[str, Any]:
+    """Score a PEFT folder (None: the base alone) on the trial's test rows, beside the base.
+
+    Args:
+        metric: as in `run_trial`.
+    """
     _quieten()
+    metric = load_metric(trial.eval.metric, metric)
     _phase(session, "data", f"reading {trial.data.train.path}")
     data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_trial_base(trial, session.device)
     _phase(session, "score", "the base")
-    base_measures = measure(base.model, base.tokenizer, data, trial.eval)
+    base_measures = measure(base.model, base.tokenizer, data, trial.eval, metric)
     result = None
     if adapter is not None:
         _check_record(adapter, base)
         _phase(session, "score", f"{adapter}")
-        result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval).model_dump()
+        result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric).model_dump()
     return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
 
 
@@ -145,7 +162,7 @@ def _finish(
         if extracted:
             _phase(session, "score", "the trained weights, before extraction")
             with autocast(session.device, precision_of(trial, session.device)):
-                trained = measure(module, base.tokenizer, data, trial.eval)
+                trained = measure(module, base.tokenizer, data, trial.eval, loop.metric)
             _keep_model(trial, module, base)  # whatever comes of the export
         method = loop.method
         loop.release()  # the optimiser's memory is the export's
@@ -161,7 +178,7 @@ def _finish(
         base_measures = None
         if trial.eval.base:
             _phase(session, "score", "the base")
-            base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval)
+            base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval, loop.metric)
         _phase(session, "score", "the adapter")
         progress = loop.progress
         scored = score(
@@ -175,6 +192,7 @@ def _finish(
             base_measures=base_measures,
             extraction=extraction,
             trained_logits=None if extracted else trained_logits,
+            metric=loop.metric,
         )
         outcome = {
             "status": "done",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankloom.data.batching import collate
 from rankloom.data.render import Row
-from rankloom.evals.generate import ROOM, end_ids, exact_matches, generate_completions
+from rankloom.evals.generate import ROOM, end_ids, generate_completions, references
 from rankloom.evals.loss import labelled_loss
 
 TEXTS = {
@@ -66,11 +66,16 @@ def test_equals_plain_greedy_decoding(tiny_model, architecture: str) -> None:
 def test_exact_match_of_a_model_that_has_learned_the_rows(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
     rows = make_rows(tokenizer, TEXTS)
-    assert not any(exact_matches(model, tokenizer, rows, batch_size=3))
+
+    def exact_matches(rows: list[Row]) -> list[bool]:
+        texts = generate_completions(model, tokenizer, rows, batch_size=3)
+        return [text == want for text, want in zip(texts, references(tokenizer, rows), strict=True)]
+
+    assert not any(exact_matches(rows))
     memorise(model, rows)
     assert generate_completions(model, tokenizer, rows, batch_size=3) == list(TEXTS.values())
     other = make_rows(tokenizer, {"balance": "checked", "weather": "the sun"})  # one too short, one too long
-    assert exact_matches(model, tokenizer, [*rows, *other], batch_size=3) == [True] * len(rows) + [False, False]
+    assert exact_matches([*rows, *other]) == [True] * len(rows) + [False, False]
 
 
 def test_generation_ends_at_the_chat_templates_end_of_turn(make_tokenizer) -> None:

@@ -115,13 +115,13 @@ def test_validation_adds_up_over_workers_in_lockstep(tiny_llama: Path, tmp_path:
     model, tokenizer = load(tiny_llama)
     data = task(tmp_path, tokenizer, LABELLED)
     config = EvalConfig(metric="accuracy", batch_size=2)
-    whole = validate(model, data.validation, data, config, 0, (0, 1))
+    whole = validate(model, data.validation, data, config, tokenizer, (0, 1))
     forwards: list[int] = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     shares, counts = [], []
     for rank in range(world):
         forwards.clear()
-        shares.append(validate(model, data.validation, data, config, 0, (rank, world)))
+        shares.append(validate(model, data.validation, data, config, tokenizer, (rank, world)))
         counts.append(len(forwards))
     assert len(set(counts)) == 1
     assert sum(s.loss_sum for s in shares) == pytest.approx(whole.loss_sum, rel=1e-5)
@@ -135,7 +135,7 @@ def test_validation_equals_the_measures(tiny_llama: Path, tmp_path: Path) -> Non
     data = task(tmp_path, tokenizer, LABELLED)
     config = EvalConfig(metric="accuracy", latency=False)
     found, expected = (
-        validate(model, data.validation, data, config, 0, (0, 1)),
+        validate(model, data.validation, data, config, tokenizer, (0, 1)),
         measure(model, tokenizer, data, config),
     )
     assert found.loss_sum / found.weight_sum == pytest.approx(expected.loss)

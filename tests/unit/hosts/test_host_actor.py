@@ -86,7 +86,7 @@ class CountingHost:
     def evaluate(self, names: list[str]) -> dict[str, Any]:
         losses = {name: 1 / self.members[name].step for name in names}
         losses |= {name: math.nan for name in names if (self.members[name].seed, self.members[name].step) == (11, 6)}
-        return {name: SimpleNamespace(loss=loss, accuracy=None) for name, loss in losses.items()}
+        return {name: SimpleNamespace(loss=loss, accuracy=None, metric=None) for name, loss in losses.items()}
 
     def save(self, name: str, folder: Path) -> None:
         (folder / "step").write_text(str(self.members[name].step))

@@ -12,6 +12,7 @@ import pytest
 
 from rankloom.cli import study_view
 from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.config.study import SearchConfig
 from rankloom.errors import ConfigError
 from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus, to_line
 from rankloom.registry import Registry
@@ -19,6 +20,7 @@ from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.publish_best import beats, names_of
 from rankloom.search.study import resolved, run
 
+ACCURACY = SearchConfig(metric="accuracy")
 SPACE = [
     {"method": {"type": "lora", "rank": {"choice": [2, 4]}}},
     {"method": {"type": "dora"}, "quantization": "nf4"},
@@ -70,9 +72,9 @@ def filled(metric: str = "accuracy") -> Leaderboard:
 def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
     found = filled()
     assert [trial.number for trial in found.ranking()] == [3, 1, 2, 0]
-    assert found.trials["t1"].best("accuracy") == found.trials["t1"].curve[2]
+    assert found.trials["t1"].best(ACCURACY) == found.trials["t1"].curve[2]
     assert [trial.number for trial in filled("loss").ranking()] == [3, 1, 2, 0]
-    assert found.trials["t3"].best("loss").step == 20  # type: ignore[union-attr]
+    assert found.trials["t3"].best(SearchConfig()).step == 20  # type: ignore[union-attr]
 
 
 def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
@@ -140,11 +142,11 @@ def test_the_winner_is_compared_with_the_baseline_on_the_test_rows() -> None:
         share = None if accuracy is None else {"value": accuracy, "low": 0, "high": 1}
         return {"trial": trial, "scorecard": {"result": {"accuracy": share, "loss": loss}}}
 
-    assert beats(row("a", 0.8, 2), row("b", 0.7, 1), "accuracy") is True
-    assert beats(row("a", 0.7, 1), row("b", 0.7, 2), "accuracy") is False  # as good is not better
-    assert beats(row("a", None, 1), row("b", None, 2), "loss") is True
-    assert beats(row("a", 0.8, 2), row("a", 0.8, 2), "accuracy") is None
-    assert beats(row("a", 0.8, 2), None, "accuracy") is None
+    assert beats(row("a", 0.8, 2), row("b", 0.7, 1), ACCURACY) is True
+    assert beats(row("a", 0.7, 1), row("b", 0.7, 2), ACCURACY) is False  # as good is not better
+    assert beats(row("a", None, 1), row("b", None, 2), SearchConfig()) is True
+    assert beats(row("a", 0.8, 2), row("a", 0.8, 2), ACCURACY) is None
+    assert beats(row("a", 0.8, 2), None, ACCURACY) is None
 
 
 def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rankloom.config import COMPATIBLE, TrialConfig, parse
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RegistryError, TrialError
+from rankloom.evals.own_metric import Prediction
 from rankloom.events import Evaluated, Event
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
@@ -176,3 +177,28 @@ def test_a_truncated_model_file_is_named(tiny_llama: Path, tmp_path: Path) -> No
         (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
     with pytest.raises(ModelError, match="broken"):
         run(trial_of(broken, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_own_metric_chooses_the_best_checkpoint_and_is_on_the_scorecard(
+    mode: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trial = trial_of(tiny_llama, tmp_path, eval={"every": 2, "metric": "python:own", "mode": mode, "patience": 2})
+    values = iter([0.5, 0.3, 0.9, 0.1, 0.2, 0.2, 0.2, 7.0, 8.0])  # before training, then every two steps
+
+    def own(rows: list[Prediction]) -> float:
+        assert {row.reference for row in rows} & {row.prediction for row in rows}
+        return next(values)
+
+    events: list[Event] = []
+    session = LocalSession(tmp_path / "run", device=torch.device("cpu"), on_event=events.append)
+    result = run_trial(trial, session, metric=own)
+    told = [(event.metric, event.best) for event in events if isinstance(event, Evaluated)]
+    best = {"max": [False, True, True, False, False], "min": [False, True, False, True, False, False]}[mode]
+    assert told == list(zip([0.5, 0.3, 0.9, 0.1, 0.2, 0.2], best, strict=False))
+    card = Scorecard.model_validate(result["scorecard"])
+    assert card.result.metric is not None
+    assert (card.result.metric.name, card.result.metric.best) == ("python:own", mode)
+    record = Registry(tmp_path / "registry").get("tiny")
+    assert record.scorecard is not None
+    assert record.scorecard.result.metric == card.result.metric

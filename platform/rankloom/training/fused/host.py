@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,10 +38,12 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import Row, TaskData
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.labels import LabelTrie
+from rankloom.evals.own_metric import MetricFunction, compute
+from rankloom.evals.score import predict, validation_rows
 from rankloom.models import Base, find_target_linears
 from rankloom.training.checkpoint import read_state
 from rankloom.training.fused.member import Member
-from rankloom.training.fused.optim import SlotAdamW, SlotParameter
+from rankloom.training.fused.optim import SlotAdamW, parameters_of
 from rankloom.training.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
 from rankloom.training.fused.plan import StepPlan, plan_step
 from rankloom.training.fused.validation import Evaluation, EvaluationSums, Question, count
@@ -90,6 +92,7 @@ class TrialHost:
         with_magnitudes: bool,
         targets: Targets = "all-linear",
         precision: torch.dtype = torch.float32,
+        metric: MetricFunction | None = None,
     ) -> None:
         """Put an empty bank on the base.
 
@@ -98,13 +101,14 @@ class TrialHost:
             with_magnitudes: whether members may be DoRA.
             targets: every linear layer that some member may adapt.
             precision: of the arithmetic; bf16 runs under autocast.
+            metric: the function that the members' `eval.metric` names, where it is the user's own.
         """
         if precision == torch.float16:
             raise IncompatibleError(
                 "compute.precision=fp16 needs a gradient scale of each member's own, which a host does not keep; use "
                 "bf16 or fp32"
             )
-        self.base, self.data, self.precision = base, data, precision
+        self.base, self.data, self.precision, self.metric = base, data, precision, metric
         self.token_budget = self._most_tokens = token_budget
         self._num_sufficient = 0
         """Plans since memory ran out or more tokens were tried."""
@@ -114,7 +118,7 @@ class TrialHost:
         """Whether the model's attention can't be packed, so that rows are padded."""
         names = find_target_linears(base.model, targets)
         self.bank = AdapterBank(base.model, names, num_slots, max_rank, with_magnitudes=with_magnitudes)
-        self.optimizer = SlotAdamW(_parameters(self.bank), num_slots)
+        self.optimizer = SlotAdamW(parameters_of(self.bank), num_slots)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
         self.last_plan: StepPlan | None = None
@@ -176,8 +180,15 @@ class TrialHost:
         reports = self._compute(plan)
         return sorted(reports + self._apply(plan), key=lambda report: report.name)
 
-    def evaluate(self, names: Iterable[str] | None = None, rows: Sequence[Row] | None = None) -> dict[str, Evaluation]:
-        """Score members, on the validation rows that their trials ask for or on `rows`."""
+    def evaluate(
+        self,
+        names: Iterable[str] | None = None,
+        rows: Sequence[Row] | None = None,
+    ) -> dict[str, Evaluation]:
+        """Score members, on the validation rows that their trials ask for or on `rows`.
+
+        For a metric of the user's own each member decodes by itself.
+        """
         members = [self._member(name) for name in (self.members if names is None else names)]
         found: dict[str, Evaluation] = {}
         for limit in {member.trial.eval.max_rows for member in members}:
@@ -188,7 +199,23 @@ class TrialHost:
                 self._evaluate([m.slot for m in group], tallies, questions)
             labelled = self._trie is not None
             found |= {m.name: tally.evaluation(labelled) for m, tally in zip(group, tallies, strict=True)}
+        if self.metric is not None:
+            for member in members:
+                found[member.name] = replace(found[member.name], metric=self._own_value(member, rows, self.metric))
         return found
+
+    def _own_value(self, member: Member, rows: Sequence[Row] | None, metric: MetricFunction) -> float:
+        config = member.trial.eval
+        asked = validation_rows(self.data, config.max_rows) if rows is None else rows
+        try:
+            with self.bank.alone(member.slot), autocast(self.base.device, self.precision):
+                found = predict(self.base.model, self.base.tokenizer, asked, self.data, batch_size=config.batch_size)
+        except torch.OutOfMemoryError:
+            raise TrialError(
+                f"eval.metric: {config.metric}: out of memory: {config.batch_size} rows are decoded at once; lower "
+                f"eval.batch_size"
+            ) from None
+        return compute(metric, config, found).value
 
     def save(self, name: str, folder: Path) -> None:
         """Write all that the member depends on into a folder that is there.
@@ -399,8 +426,7 @@ class TrialHost:
     def _questions(self, limit: int | None) -> list[Question]:
         """The validation rows of a limit, read once."""
         if limit not in self._validation:
-            rows = self.data.validation if limit is None else self.data.validation.select(limit, seed=0)
-            self._validation[limit] = self._asked(rows)
+            self._validation[limit] = self._asked(validation_rows(self.data, limit))
         return self._validation[limit]
 
     def _asked(self, rows: Sequence[Row]) -> list[Question]:
@@ -422,15 +448,6 @@ class TrialHost:
         if name not in self.members:
             raise TrialError(f"{name} is no member of this host; it has {', '.join(sorted(self.members)) or 'none'}")
         return self.members[name]
-
-
-def _parameters(bank: AdapterBank) -> list[SlotParameter]:
-    found = []
-    for name, site in bank.sites.items():
-        found += [SlotParameter(f"{name}.a", "a", site.a_KRI), SlotParameter(f"{name}.b", "b", site.b_KOR)]
-        if site.m_KO is not None:
-            found.append(SlotParameter(f"{name}.m", "m", site.m_KO))
-    return found
 
 
 def _diverged(member: Member, loss: float, norm: float) -> str:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rankloom.banks.bank import AdapterBank
 from rankloom.config.trial import OptimConfig
 
 Role = Literal["a", "b", "m"]
@@ -56,6 +57,16 @@ class _Group:
     """[G, K, ...]."""
     first: Tensor
     second: Tensor
+
+
+def parameters_of(bank: AdapterBank) -> list[SlotParameter]:
+    """Return what trains in a bank, site by site."""
+    found = []
+    for name, site in bank.sites.items():
+        found += [SlotParameter(f"{name}.a", "a", site.a_KRI), SlotParameter(f"{name}.b", "b", site.b_KOR)]
+        if site.m_KO is not None:
+            found.append(SlotParameter(f"{name}.m", "m", site.m_KO))
+    return found
 
 
 class SlotAdamW:

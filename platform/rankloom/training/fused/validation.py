@@ -31,6 +31,8 @@ class Evaluation:
     accuracy: float | None
     """Share of rows whose constrained label is right; None where the data has no labels."""
     num_rows: int
+    metric: float | None = None
+    """The user's own metric, where there is one."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from rankloom.adapters.weights import load_adapter
 from rankloom.banks.bank import AdapterBank, SlotSpec
-from rankloom.banks.grouped import Groups, scale_rows, scale_rows_reference
+from rankloom.banks.grouped import scale_rows, scale_rows_reference
+from rankloom.banks.groups import Groups
 from rankloom.banks.served_adapter import fold
 from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.config import TrialConfig, parse

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom.banks.grouped import (
-    PADDED,
-    Groups,
     SlotBySlot,
     Stacked,
     Way,
@@ -27,6 +25,7 @@ from rankloom.banks.grouped import (
     scale_rows,
     scale_rows_reference,
 )
+from rankloom.banks.groups import PADDED, Groups
 
 WAYS = [SlotBySlot(), Stacked()]
 SCALES = [2.0, 0.5, 1.0, 4.0]

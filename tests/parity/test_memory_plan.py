@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from rankloom.banks.grouped import PADDED
+from rankloom.banks.groups import PADDED
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.patterns import scaling_of
-from rankloom.banks.grouped import Groups, grouped_linear, grouped_lora, scale_rows
+from rankloom.banks.grouped import grouped_linear, grouped_lora, scale_rows
+from rankloom.banks.groups import Groups
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
 from rankloom.models import find_target_linears, in_out
@@ -125,13 +126,13 @@ class AdaptedLinear:
     def row_norms(self, groups: Groups) -> Tensor:
         """[K, O]: the norms by which the magnitudes of the slots at work are divided; 1 for the others."""
         assert self.m_KO is not None
-        picked = groups.picked(self.m_KO.device)
+        slots = groups.index(self.m_KO.device)
         norm_KO = torch.ones_like(self.m_KO)
-        norm_KO[picked] = self.norms(picked, groups.rank, groups.scales(self.scales, norm_KO)[:, :, 0])
+        norm_KO[slots] = self.norms(slots, groups.rank, groups.scales(self.scales, norm_KO)[:, :, 0])
         return norm_KO
 
     @torch.no_grad()
-    def norms(self, picked: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
+    def norms(self, slots: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
         """[C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
 
         |w + s d|^2 = |w|^2 + 2 s <w, d> + s^2 |d|^2 with d a row of B A, so that <w, d> is the row product of B and
@@ -143,7 +144,7 @@ class AdaptedLinear:
         dense_OI = self._dense_OI().float()
         if self._squares_O is None:
             self._squares_O = dense_OI.square().sum(1)
-        a_CRI, b_COR = self.a_KRI[picked, :rank], self.b_KOR[picked, :, :rank]
+        a_CRI, b_COR = self.a_KRI[slots, :rank], self.b_KOR[slots, :, :rank]
         across_OCR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, -1, rank)
         across_CO = (across_OCR.transpose(0, 1) * b_COR).sum(-1)
         own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)

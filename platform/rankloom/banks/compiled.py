@@ -29,25 +29,26 @@ from torch import Tensor
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 A, B, RANK, FACTOR, SHIFT = range(5)
-"""What a table has for an adapter on a linear: addresses, 0 for what it lacks, and the rank."""
+"""Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, and the rank."""
 X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, TABLE, SPANS, NUM_SHARES, EACH, TAKEN = range(10)
-"""A call: addresses, sizes, how many tokens a thread takes at once, and how often that was done."""
+"""Fields of a call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
 PARTS = 4
-"""So often each thread takes tokens: one that comes late, or whose core has other work, takes fewer."""
+"""Chunks per thread (dynamic scheduling): a late or busy thread takes fewer."""
 MATH = {"contract", "reassoc", "nsz"}
-"""What the compiler may do to sums; nan and inf stay what they are."""
+"""What the compiler may do to sums; nan and inf are preserved."""
 
 
 class KernelInput:
-    """The adapters of a forward and whose tokens are whose."""
+    """The adapters of a forward, and the tokens of each."""
 
     def __init__(
         self, adapters: Sequence[ServedAdapter], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
     ) -> None:
-        """Args:
-        table_SK5: each adapter's `addresses`.
-        spans_K2: first token, and the one after the last; ascending.
-        sizes_S2: I and O of each linear.
+        """
+        Args:
+            table_SK5: the `addresses` of each adapter on each linear layer.
+            spans_K2: each adapter's first token, and the one after its last; ascending.
+            sizes_S2: I and O of each linear layer.
         """
         assert table_SK5.flags.c_contiguous
         assert spans_K2.flags.c_contiguous
@@ -86,7 +87,7 @@ def addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
 
 @cache
 def kernel() -> Callable[[int, int], None]:
-    """What runs the call at an address on so many threads, compiled: seconds, where numba's cache does not have it."""
+    """Return the compiled launcher `launch(call_address, num_threads)`. Compiling takes seconds when not cached."""
     signature = types.void(types.CPointer(types.int64))
     try:
         part = cfunc(signature, cache=True)(_part)

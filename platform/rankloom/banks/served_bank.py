@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankloom.banks.compiled import KernelInput, addresses, kernel
-from rankloom.banks.grouped import Groups, Stacked, scale_spans, shift_spans
+from rankloom.banks.grouped import Stacked, Stacks, scale_spans, shift_spans
+from rankloom.banks.groups import Groups
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 from rankloom.models import chooses_experts, in_out, is_linear
 from rankloom.models.onednn import packed
@@ -77,7 +78,10 @@ class ServedBank:
     """
 
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
-        """Args: pack: compute with copies of the base's weights in the layout that is the fastest (`onednn.packed`)."""
+        """
+        Args:
+            pack: compute with copies of the base's weights in the fastest layout (`onednn.packed`).
+        """
         self._pack = pack
         self._model, self._head = model, model.get_output_embeddings()
         self._device, self._dtype = next(model.parameters()).device, model.dtype
@@ -298,7 +302,7 @@ class _Stack:
     def add_to(self, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> None:
         """`Stacked.add`; where nothing is padded, in as few calls as can be, for decoding is many small products."""
         if not groups.is_even or groups.slots[-1] != len(groups.slots) - 1:
-            Stacked().add(y_NO, x_NI, self.a_KRI, self.b_KOR, None, groups)
+            Stacked().add(y_NO, x_NI, Stacks(self.a_KRI, self.b_KOR, None, groups))
             return
         num_slots, span = len(groups.slots), groups.whole
         if num_slots not in self._views:

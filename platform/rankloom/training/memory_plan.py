@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rankloom.banks.grouped import PADDED
+from rankloom.banks.groups import PADDED
 from rankloom.config.method import AdaLoraConfig, DoraConfig, FullConfig, GaLoreConfig, LisaConfig, LoraConfig
 from rankloom.errors import TrialError
 

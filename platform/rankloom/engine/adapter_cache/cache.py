@@ -55,7 +55,11 @@ class AdapterCache(Generic[H]):
         post: Callable[[Callable[[], None]], None],
         failed: Callable[[str, RankloomError], None],
     ) -> None:
-        """Args: post: has something called in the owner's thread. failed: told of what can't be loaded."""
+        """
+        Args:
+            post: thread-safe; schedules a callable on the owner's thread.
+            failed: called with each version that can't be loaded, and why.
+        """
         self._residency: EvictionPolicy[H] = EvictionPolicy(capacity)
         self._refusals = LoadBackoff()
         self._loader, self._post, self._failed = loader, post, failed

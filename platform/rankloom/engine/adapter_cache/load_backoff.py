@@ -30,7 +30,11 @@ class LoadBackoff:
         self._of: OrderedDict[str, _Refusal] = OrderedDict()
 
     def add(self, ref: str, error: RankloomError, now: float) -> None:
-        """Args: now: of a clock that does not go back, in seconds."""
+        """Remember that a version could not be loaded.
+
+        Args:
+            now: in seconds of a monotonic clock.
+        """
         before = self._of.pop(ref, None)
         held_s = min(LONGEST_S, 2 * before.held_s) if before else FIRST_S
         self._of[ref] = _Refusal(type(error), str(error), now + held_s, held_s)

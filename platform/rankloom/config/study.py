@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -22,6 +23,7 @@ from rankloom.config.space import (
     Tree,
     Uniform,
     grid,
+    grid_size,
     knobs_of,
     merge,
     place,
@@ -216,8 +218,7 @@ class StudyConfig(Frozen):
     def _check_branches(self) -> StudyConfig:
         if "name" in self.trial:
             raise ConfigError("trial.name: a study names its trials itself; remove it")
-        self.baseline  # noqa: B018
-        for index in range(len(self.search.warm_start)):
+        for index in range(max(1, len(self.search.warm_start))):  # without any, `trial` as it stands
             self.resolve({"warm_start": index})
         for index in range(len(self.space)):
             self._check_branch(index)
@@ -229,28 +230,35 @@ class StudyConfig(Frozen):
             )
         return self
 
-    @property
+    @cached_property
     def baseline(self) -> TrialConfig:
         """What a user would train without a search: the first warm start, else `trial` as it stands."""
         return self.resolve({"warm_start": 0})
 
-    @property
+    @cached_property
     def num_trials(self) -> int:
         if self.search.num_trials is not None:
             return self.search.num_trials
         if self.search.algorithm != "grid":
             return 16
-        return self.num_warm_starts + sum(1 for knobs in self.knobs for _ in grid(knobs))
+        return self.num_warm_starts + sum(map(grid_size, self.knobs))
 
     @property
     def num_warm_starts(self) -> int:
         """The baseline is one of them; a population has none, for its trials must be able to become one another."""
         return 0 if isinstance(self.scheduler, PbtConfig) else max(1, len(self.search.warm_start))
 
-    @property
+    @cached_property
     def knobs(self) -> list[dict[str, Knob]]:
         """Each branch's knobs by dotted name."""
         return [knobs_of(branch) for branch in self.space]
+
+    def __copy__(self) -> StudyConfig:
+        """Copy the settings alone: what was computed from them may not hold for the copy's."""
+        copy = super().__copy__()
+        for name in copy.__dict__.keys() - StudyConfig.model_fields.keys():
+            del copy.__dict__[name]
+        return copy
 
     def resolve(self, point: Point, number: int = 0) -> TrialConfig:
         """The trial at a point.
@@ -264,7 +272,7 @@ class StudyConfig(Frozen):
             origin = f"search.warm_start[{at}]" if self.search.warm_start else "trial"
         else:
             branch = int(point["branch"])
-            values = {name: point[name] for name in knobs_of(self.space[branch])}
+            values = {name: point[name] for name in self.knobs[branch]}
             fragment, origin = place(self.space[branch], values), f"space[{branch}]"
         tree = merge(self.trial, fragment)
         metric = tree.get("eval", {}).get("metric", self.search.metric)

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, open_host
 from rankloom.hosts.membership import Files, Membership, read_files
@@ -44,8 +44,8 @@ class HostActor:
 
     def __init__(
         self,
-        study: dict[str, Any],
-        example: dict[str, Any],
+        study: StudyConfig,
+        example: TrialConfig,
         bank: BankShape,
         device: HostDevice,
         label: str,
@@ -54,13 +54,11 @@ class HostActor:
     ) -> None:
         """
         Args:
-            study: the study's tree, for `hosts` and `search`.
-            example: a trial's tree, with the base and the data that all members share.
+            example: a trial with the base and the data that all members share.
             scratch: the folder for snapshots; None: this actor's own.
             folder: the study's, for what its trials come from.
         """
-        self._study = parse(StudyConfig, study)
-        self._example = parse(TrialConfig, example)
+        self._study, self._example = study, example
         self._bank, self._device, self._label, self._folder = bank, device, label, folder
         self._members: dict[str, Membership] = {}
         self._changed = asyncio.Event()
@@ -89,7 +87,7 @@ class HostActor:
         return self._label
 
     async def join(
-        self, key: str, tree: dict[str, Any], *, files: Files | None, n: int, recover: bool, best_folder: str | None
+        self, key: str, trial: TrialConfig, *, files: Files | None, n: int, recover: bool, best_folder: str | None
     ) -> bool:
         """Become a member; it is seated when its turn comes.
 
@@ -104,7 +102,7 @@ class HostActor:
         """
         await self.ready()
         member = Membership(
-            Candidate(key, self._order, accepted=n, made=n), parse(TrialConfig, tree), self._scratch / key,
+            Candidate(key, self._order, accepted=n, made=n), trial, self._scratch / key,
             Path(best_folder) if best_folder else None, heard_at=time.monotonic(),
         )  # fmt: skip
         self._order += 1

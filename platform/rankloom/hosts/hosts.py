@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankloom.config import StudyConfig, TrialConfig, dump, parse
+from rankloom.config import StudyConfig, TrialConfig
 from rankloom.config.study import host_key, is_fusable
 from rankloom.errors import ConfigError
 from rankloom.hosts.host_actor import HostActor
@@ -106,13 +106,12 @@ class RunningHost:
 class Hosts:
     """The actor; all its methods are short."""
 
-    def __init__(self, study: dict[str, Any], nodes: Sequence[dict[str, float]], folder: Path | None = None) -> None:
+    def __init__(self, study: StudyConfig, nodes: Sequence[dict[str, float]], folder: Path | None = None) -> None:
         """`folder`: the study's, where it is kept what its trials come from; None: it is not."""
-        self._tree, self._folder = study, folder
-        self._study = parse(StudyConfig, study)
-        self._groups = groups(self._study)
-        self._bank = bank_of(self._study)
-        plan = share_out(self._study, nodes)
+        self._study, self._folder = study, folder
+        self._groups = groups(study)
+        self._bank = bank_of(study)
+        plan = share_out(study, nodes)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[RunningHost] = []
         self._count = 0
@@ -125,24 +124,22 @@ class Hosts:
         num_hosts = min(self._max_hosts, math.ceil(trials / self._study.hosts.num_slots))
         return [self._start(key).handle for key in self._groups for _ in range(num_hosts)]
 
-    async def seat(self, trial_id: str, tree: dict[str, Any]) -> Any:
+    async def seat(self, trial_id: str, trial: TrialConfig) -> Any:
         """The handle of the host that a trial is to join."""
         self._unseat(trial_id)
-        trial = parse(TrialConfig, tree)
         key = host_key(trial)
         self._groups.setdefault(key, trial)
         host = self._host_of(key)
         host.trials.add(trial_id)
         return host.handle
 
-    async def any(self, tree: dict[str, Any]) -> Any:
+    async def any(self, trial: TrialConfig) -> Any:
         """The handle of some open host, to `work` in; of a new one, for this trial's group, where none is open.
 
         The search is over then, and no host is given back any more: the one that works has no members.
         """
         self._stop_sweeping()
         if not self._open:
-            trial = parse(TrialConfig, tree)
             self._groups.setdefault(host_key(trial), trial)
             self._start(host_key(trial), to_train=False)
         return self._open[0].handle
@@ -198,7 +195,7 @@ class Hosts:
                 max_concurrency=1000,
                 runtime_env={"env_vars": cluster.worker_environment(device.threads, gpu=device.gpus > 0)},
             )
-            .remote(self._tree, dump(self._groups[key]), self._bank, device, label, folder=self._folder)
+            .remote(self._study, self._groups[key], self._bank, device, label, folder=self._folder)
         )
         if to_train:
             handle.ready.remote()  # it loads from now on, not from the first trial that joins

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rankloom.config import TrialConfig, dump, parse
+from rankloom.config import TrialConfig
 from rankloom.errors import RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import OnEvent
@@ -45,7 +45,7 @@ def evaluate(
         from rankloom.models.device import local_device
 
         try:
-            return score(dump(trial), adapter, registry, local_device(trial.compute.device), on_event, metric)
+            return score(trial, adapter, registry, local_device(trial.compute.device), on_event, metric)
         except Exception as error:
             raise _one_line(failure_of(error)) from None
     cluster.announce(on_event)
@@ -60,7 +60,7 @@ def evaluate(
             max_retries=trial.compute.max_failures,
             runtime_env={"env_vars": cluster.worker_environment(share.cpus, gpu=share.gpu)},
         )
-        arguments = (dump(trial), adapter, registry, channel, share.cpus, metric)
+        arguments = (trial, adapter, registry, channel, share.cpus, metric)
         waiting = Background(lambda: ray.get(task.remote(*arguments)))
         watch(waiting, channel, on_event)
         failure: Failure | None = ray.get(channel.failure.remote())
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def score_remotely(
-    tree: dict[str, Any],
+    trial: TrialConfig,
     adapter: str | None,
     registry: str,
     channel: Any,
@@ -90,14 +90,14 @@ def score_remotely(
     torch.set_num_threads(cpus)
     try:
         device = local_device("cuda" if ray.get_gpu_ids() else "cpu")
-        return score(tree, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])), metric)
+        return score(trial, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])), metric)
     except Exception as error:
         ray.get(channel.fail.remote(0, failure_of(error)))
         return None
 
 
 def score(
-    tree: dict[str, Any],
+    trial: TrialConfig,
     adapter: str | None,
     registry: str,
     device: Any,
@@ -109,7 +109,6 @@ def score(
     from rankloom.training.run import evaluate as score_adapter
     from rankloom.training.session import LocalSession
 
-    trial = parse(TrialConfig, tree)
     with TemporaryDirectory(prefix="rankloom-") as scratch:
         folder = None
         if adapter is not None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankloom.config import TrialConfig, parse
+from rankloom.config import TrialConfig
 from rankloom.errors import TrialError
 from rankloom.events import Event
 from rankloom.launch.failures import failure_of
@@ -23,7 +23,7 @@ LEAVE_TOGETHER_S = 10.0
 CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
-def run_on_worker(tree: dict[str, Any], channel: Any, cpus: int, work: Mapping[str, Any]) -> dict[str, Any] | None:
+def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str, Any]) -> dict[str, Any] | None:
     """Run a trial on a Ray Train worker; rank 0 returns the result, None after an error that the channel holds.
 
     Args:
@@ -42,7 +42,7 @@ def run_on_worker(tree: dict[str, Any], channel: Any, cpus: int, work: Mapping[s
     torch.set_num_threads(cpus)
     try:
         with RayTrainSession.opened(rank, world_size, channel) as session:
-            outcome = run_trial(parse(TrialConfig, tree), session, **work)
+            outcome = run_trial(trial, session, **work)
         ray.get(channel.leave.remote(rank))
         return outcome
     except Exception as error:

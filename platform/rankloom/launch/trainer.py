@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
-from rankloom.config import TrialConfig, dump
+from rankloom.config import TrialConfig
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, RunFinished
@@ -161,10 +161,10 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.
 
     from rankloom.launch.ray_session import run_on_worker
 
-    tree, cpus = dump(trial), share.cpus
+    cpus = share.cpus
 
     def each_worker() -> dict[str, Any] | None:
-        return run_on_worker(tree, channel, cpus, work)
+        return run_on_worker(trial, channel, cpus, work)
 
     return TorchTrainer(
         each_worker,

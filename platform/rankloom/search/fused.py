@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from rankloom.config import TrialConfig, dump
+from rankloom.config import TrialConfig
 from rankloom.errors import TrialError
 from rankloom.hosts.membership import Files, read_files, write_files
 from rankloom.hosts.reports import TrialReport
@@ -77,16 +77,16 @@ class FusedBackend:
         Raises:
             LostError: the host did not return, or has nothing of this membership.
         """
-        tree, deadline = dump(self._trial), time.monotonic() + RETURN_TIMEOUT_S
+        deadline = time.monotonic() + RETURN_TIMEOUT_S
         if not recover:
             # unique to this membership: a cached actor of the same trial's past must not end it
             self._key = f"{self._trial_id}#{uuid.uuid4().hex[:8]}"
-            self._host = ray.get(self._hosts.seat.remote(self._trial_id, tree))
+            self._host = ray.get(self._hosts.seat.remote(self._trial_id, self._trial))
         best_folder = str(self._best_folder)
         while True:
             try:
                 joined = self._host.join.remote(
-                    self._key, tree, files=self._files, n=n, recover=recover, best_folder=best_folder
+                    self._key, self._trial, files=self._files, n=n, recover=recover, best_folder=best_folder
                 )
                 if ray.get(joined):
                     self._files = None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rankloom.config import StudyConfig, dump
+from rankloom.config import StudyConfig
 from rankloom.config.study import SearchConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
@@ -56,7 +56,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     ]
     channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
 
-    host = ray.get(hosts.any.remote(dump(finalists[0].config)))
+    host = ray.get(hosts.any.remote(finalists[0].config))
     scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
     watch(scoring, channel, tell)
     try:

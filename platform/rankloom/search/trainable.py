@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ray import tune
 
-from rankloom.config import StudyConfig, parse
+from rankloom.config import StudyConfig
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.reports import FAILED_LOSS, TrialReport
@@ -42,9 +42,7 @@ class TrialBackend(Protocol):
 class StudyTrial(tune.Trainable):  # type: ignore[misc]
     """Actors of this class are reused: one trial after another, in the same process."""
 
-    def setup(
-        self, config: dict[str, Any], study: dict[str, Any], hosts: Any, folder: str, dedicated_cpus: int
-    ) -> None:
+    def setup(self, config: dict[str, Any], study: StudyConfig, hosts: Any, folder: str, dedicated_cpus: int) -> None:
         """
         Args:
             config: a point of the study's space, with the trial's number.
@@ -52,8 +50,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             folder: the study's.
             dedicated_cpus: cores for a worker of a trial that can't share a base.
         """
-        self._study = parse(StudyConfig, study)
-        self._hosts, self._folder, self._dedicated_cpus = hosts, Path(folder), dedicated_cpus
+        self._study, self._hosts, self._folder, self._dedicated_cpus = study, hosts, Path(folder), dedicated_cpus
         self._n: int = 0
         self._saved_at: float = 0.0
         self._begin(config)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from rankloom.config import StudyConfig, dump
+from rankloom.config import StudyConfig
 from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
@@ -42,7 +42,7 @@ def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
     import ray
 
     options = {"max_concurrency": 1000} | cluster.beside_me()
-    hosts = ray.remote(Hosts).options(**options).remote(dump(study), cluster.alive(), folder)
+    hosts = ray.remote(Hosts).options(**options).remote(study, cluster.alive(), folder)
     try:
         yield hosts
     finally:
@@ -115,7 +115,7 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     trainable = tune.with_parameters(
-        StudyTrial, study=dump(study), hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
+        StudyTrial, study=study, hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
     )
     is_population = isinstance(study.scheduler, PbtConfig)
     tune.run(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
-from rankloom.config import StudyConfig, parse
+from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.method import GaLoreConfig, LoraConfig
 from rankloom.config.space import grid, grid_size, knobs_of, merge, place
 from rankloom.config.study import host_key, is_fusable
@@ -128,3 +129,19 @@ def test_what_shares_a_host() -> None:
     for compute in ({"precision": "fp16"}, {"activation_checkpointing": True}):
         alone = parse(StudyConfig, {"name": "s", "trial": {"compute": compute}, "space": [{"seed": {"choice": [1]}}]})
         assert not is_fusable(alone.baseline)  # what a host would have to leave out is run by itself
+
+
+def test_what_is_computed_once_changes_neither_equality_nor_copies() -> None:
+    grid = {"algorithm": "grid"}
+    space = [{"method": {"type": "lora", "rank": {"choice": [4, 8]}}}]
+    fresh, used = (study(space=space, search=grid) for _ in range(2))
+    assert used.num_trials == 3
+    assert used.baseline is used.baseline
+    assert used == fresh
+    again = pickle.loads(pickle.dumps(used))
+    assert again == fresh
+    assert again.baseline == used.baseline
+    wider = used.model_copy(update={"space": [{"method": {"type": "lora", "rank": {"choice": [4, 8, 16]}}}]})
+    assert wider.num_trials == 4
+    assert used.num_trials == 3
+    assert dump(used) == dump(fresh)

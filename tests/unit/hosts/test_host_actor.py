@@ -177,15 +177,15 @@ def make(tmp_path: Path) -> Callable[..., HostActor]:
     def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
         config = study(**hosts)
         return cls(
-            dump(config), dump(config.baseline), BankShape((8,), with_magnitudes=False), HostDevice(1.0, 0.0, 1, 1e12),
+            config, config.baseline, BankShape((8,), with_magnitudes=False), HostDevice(1.0, 0.0, 1, 1e12),
             label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
     return made
 
 
-def trial(seed: int) -> dict[str, Any]:
-    return dump(study().resolve({"branch": 0, "seed": seed}))
+def trial(seed: int) -> TrialConfig:
+    return study().resolve({"branch": 0, "seed": seed})
 
 
 def join(actor: HostActor, key: str, seed: int = 0, **changed: Any) -> Coroutine[Any, Any, bool]:
@@ -349,10 +349,10 @@ def test_a_new_membership_ends_the_trials_old_one(make: Callable[..., HostActor]
 def test_patience_ends_a_trial_and_survives_a_snapshot(make: Callable[..., HostActor]) -> None:
     async def main() -> None:
         actor = make()
-        tree = trial(0)
+        tree = dump(trial(0))
         tree["eval"]["patience"] = 2
         files = {"step": b"3", META: json.dumps(_meta(best_value=0.01, evals_since_best=1)).encode()}
-        await actor.join("t#a", tree, files=files, n=1, recover=False, best_folder=None)
+        await actor.join("t#a", parse(TrialConfig, tree), files=files, n=1, recover=False, best_folder=None)
         report = await actor.advance("t#a", 1)
         assert (report.best, report.done, report.finished) == (False, True, True)
 
@@ -498,7 +498,7 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
 
     def actor(memory_bytes: float) -> HostActor:
         return HostActor(
-            dump(config), dump(config.baseline), BankShape((4, 4096), with_magnitudes=False),
+            config, config.baseline, BankShape((4, 4096), with_magnitudes=False),
             HostDevice(1.0, 0.0, 1, memory_bytes), label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
@@ -509,8 +509,8 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
         small = actor(peak_memory_bytes(device) + 150e6)  # a slot of rank 4096 takes 200 MB
 
         async def reports(rank: int) -> list[dict[str, Any]]:
-            tree = dump(config.resolve({"branch": 0, "method.rank": rank}))
-            await small.join(f"{rank}#a", tree, files=None, n=0, recover=False, best_folder=None)
+            member = config.resolve({"branch": 0, "method.rank": rank})
+            await small.join(f"{rank}#a", member, files=None, n=0, recover=False, best_folder=None)
             return await whole(small, f"{rank}#a")
 
         wide, narrow = await asyncio.gather(reports(4096), reports(4))

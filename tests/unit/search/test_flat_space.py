@@ -78,8 +78,8 @@ def test_incompatible_points_are_refused_and_counted(algorithm: str) -> None:
 
 def test_a_space_of_nothing_but_refusals_ends_the_search() -> None:
     # each end of each knob is possible beside the others' first values, yet hardly anything else is
-    searcher = StudySearcher(study(search={"num_trials": 10}))
-    searcher._study.__dict__["space"] = [{"method": {"type": "galore"}, "quantization": "nf4"}]
+    impossible = [{"method": {"type": "galore"}, "quantization": "nf4"}]
+    searcher = StudySearcher(study(search={"num_trials": 10}).model_copy(update={"space": impossible}))
     searcher._proposer._first = []  # type: ignore[attr-defined]
     assert isinstance(searcher.suggest("t0"), dict)  # the warm start
     assert searcher.suggest("t1") == Searcher.FINISHED

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankloom.config import TrialConfig, dump, parse
+from rankloom.config import TrialConfig, parse
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
+from rankloom.search.finalists import Finalist
 from rankloom.search.score_finalists import score_finalists
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
@@ -36,20 +37,19 @@ def test_a_finalist_has_the_scorecard_of_a_trial(method: str, tiny_llama: Path, 
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(Path(result["adapter"]) / name, folder)
-    finalist = {
-        "trial": dump(trial),
-        "folder": str(folder),
-        "names": ["found", "found-lora"],
-        "steps": own.steps,
-        "tokens": own.train_tokens,
-        "train_s": own.train_s,
-        "memory_bytes": own.peak_memory_bytes,
-    }
+    finalist = Finalist(
+        trial=trial,
+        folder=str(folder),
+        names=["found", "found-lora"],
+        steps=own.steps,
+        tokens=own.train_tokens,
+        train_s=own.train_s,
+        memory_bytes=own.peak_memory_bytes,
+    )
     scores = score_finalists("found", [finalist, finalist], lambda _: None)
-    assert [score["error"] for score in scores] == [None, None]
-    assert Scorecard.model_validate(scores[0]["scorecard"]) == own
-    assert scores[1]["scorecard"] == scores[0]["scorecard"]  # the first left the base as it was
-    assert scores[0]["published"] == scores[1]["published"] == ["found@1", "found-lora@1"]
+    assert [score.error for score in scores] == [None, None]
+    assert [score.scorecard for score in scores] == [own, own]  # the first left the base bare
+    assert [score.published for score in scores] == [["found@1", "found-lora@1"]] * 2
     records = [Registry(tmp_path / "registry").verify(ref) for ref in ("tiny@1", "found@1")]
     files = [{name: file for name, file in record.files.items() if name != "README.md"} for record in records]
     assert files[0] == files[1]

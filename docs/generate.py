@@ -112,7 +112,7 @@ def config_page() -> Iterator[str]:
         places = dict(_places(model.__name__, "", classes))
         for name in sorted(places, key=lambda name: list(places).index(name)):
             if name not in seen:
-                yield from _section(name, places[name], classes[name])
+                yield from _section(name, places[name], classes[name], classes)
         seen |= places.keys()
         if model is StudyConfig:
             yield "### Knobs\n"
@@ -149,7 +149,9 @@ def _named_in(field: Any) -> Iterator[str]:
             yield from _named_in(each)
 
 
-def _section(name: str, places: list[str], schema: Mapping[str, Any]) -> Iterator[str]:
+def _section(
+    name: str, places: list[str], schema: Mapping[str, Any], classes: Mapping[str, Any] | None = None
+) -> Iterator[str]:
     where = ", ".join(f"`{place}`" for place in places if place)
     yield f"### {name} {{ #{name.lower()} }}\n"
     if where:
@@ -158,10 +160,21 @@ def _section(name: str, places: list[str], schema: Mapping[str, Any]) -> Iterato
         yield f"{' '.join(schema.get('description', '').split())}\n"
     required = set(schema.get("required", ()))
     rows = [
-        (f"`{key}`", _type(field), "required" if key in required else _default(field), field.get("description", ""))
+        (
+            f"`{key}`",
+            _type(field),
+            "required" if key in required else _default(field),
+            field.get("description") or _of_its_class(field, classes or {}),
+        )
         for key, field in schema.get("properties", {}).items()
     ]
     yield from table(("key", "value", "default", ""), rows)
+
+
+def _of_its_class(field: Mapping[str, Any], classes: Mapping[str, Any]) -> str:
+    """What a section without a help of its own is, where it is of one class."""
+    named = list(dict.fromkeys(_named_in(field)))
+    return str(classes.get(named[0], {}).get("description", "")) if len(named) == 1 else ""
 
 
 def _default(field: Mapping[str, Any]) -> str:
@@ -335,7 +348,7 @@ def files_page() -> Iterator[str]:
     schema = Record.model_json_schema()
     classes = schema.pop("$defs") | {"Record": schema}
     for name, places in _places("Record", "", classes):
-        yield from _section(name, places, classes[name])
+        yield from _section(name, places, classes[name], classes)
     yield "## results.parquet\n"
     yield "In a study's folder: a row for each trial.\n"
     yield from table(("column", "type", ""), ((f"`{name}`", kind, COLUMNS[name]) for name, kind in parquet_columns()))

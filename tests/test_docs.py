@@ -142,8 +142,7 @@ def _subclasses(cls: type[Frozen]) -> set[type[Frozen]]:
 
 def test_config_reference_explains_every_setting() -> None:
     page = generate.pages()["reference/config.md"]
-    sections = {"model", "quantization", "data", "method", "optim", "budget", "eval", "compute", "output", "tracking"}
-    sections |= {"search", "scheduler", "hosts", "final", "limits", "replicas", "auth", "type"}
+    sections = {"quantization", "method", "scheduler", "type"}  # one of several classes, each with its own help
     knobs = {"choice", "uniform", "loguniform", "randint"}
     silent = set(re.findall(r"^\| `(\w+)` \|[^|]*(?:\\\|[^|]*)*\|[^|]*\|  \|$", page, flags=re.MULTILINE))
     assert silent <= sections | knobs

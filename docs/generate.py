@@ -34,6 +34,7 @@ COLUMNS = {
     "error": "Why it failed.",
     "best_loss": "Validation loss of its best report, in nats a token.",
     "best_accuracy": "Validation accuracy of that report, 0 to 1; null without labels.",
+    "best_metric": "The study's own metric at that report; null where it is loss or accuracy.",
     "best_step": "The step of that report.",
     "steps": "Steps that it made.",
     "tokens": "Tokens that it was trained on.",

@@ -102,7 +102,8 @@ def _submit(
     working_dir: Path | None,
 ) -> None:
     from rankloom.config import StudyConfig, TrialConfig, load
-    from rankloom.launch.submit import CONFIG_FILE, is_open, local_paths, submit
+    from rankloom.config.paths import local_inputs
+    from rankloom.launch.submit import CONFIG_FILE, is_open, submit
 
     shipped = None
     if verb != "evaluate" or is_config(subject):
@@ -111,10 +112,10 @@ def _submit(
             load(StudyConfig, path, overrides) if verb == "tune" else load(TrialConfig, path, overrides)
         )
         if working_dir is None:
-            for place in local_paths(config):
+            for setting, place in local_inputs(config):
                 typer.secho(
-                    f"warning: {place} lies on this machine; the cluster looks for it on its own: give a URL, or "
-                    f"--working-dir", fg=typer.colors.YELLOW, err=True,
+                    f"warning: {setting}={place} lies on this machine; the cluster looks for it on its own: give a "
+                    f"URL, or --working-dir", fg=typer.colors.YELLOW, err=True,
                 )  # fmt: skip
             shipped, arguments = config, [CONFIG_FILE]
         else:

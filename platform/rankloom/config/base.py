@@ -107,13 +107,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             if not isinstance(node.get(part), dict):
                 # a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) is spelt out before one part changes
                 old = node.get(part)
-                node[part] = {_SHORTHAND[part]: old} if part in _SHORTHAND and isinstance(old, str) else {}
+                node[part] = {SHORTHAND[part]: old} if part in SHORTHAND and isinstance(old, str) else {}
             node = node[part]
         node[rest[-1]] = value
     return result
 
 
-_SHORTHAND = {
+SHORTHAND = {
     "quantization": "type",
     "engine": "type",
     "base": "id",

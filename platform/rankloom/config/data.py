@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
+from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError
 
 Format = Literal["auto", "chat", "instruction", "completion", "text", "classification"]
@@ -15,7 +16,7 @@ Format = Literal["auto", "chat", "instruction", "completion", "text", "classific
 class Source(Frozen):
     """A source of rows; a plain string is short for `{path: ...}`."""
 
-    path: str
+    path: Annotated[str, IsPath(or_id=True)]
     """`builtin:bank-intents`, the id of a hub data set, or a jsonl, json, csv, tsv or parquet file, local or at an
     fsspec URL."""
     split: str | None = None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
+from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError
 
 _RENAMED = {
@@ -91,7 +92,7 @@ class VllmConfig(Frozen):
     }
 
     type: Literal["vllm"] = "vllm"
-    python: str | None = None
+    python: Annotated[str, IsPath(or_id=True)] | None = None
     """Python interpreter of the environment with vLLM, the same path on every node that runs replicas; null:
     `$RANKLOOM_VLLM_PYTHON`."""
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None

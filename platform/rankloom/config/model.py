@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rankloom.config.base import Frozen
+from rankloom.config.paths import IsPath
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -14,7 +15,7 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 class ModelConfig(Frozen):
     """A base model that `transformers.AutoModelForCausalLM` can load."""
 
-    id: str = "builtin:smollm2"
+    id: Annotated[str, IsPath(or_id=True)] = "builtin:smollm2"
     """A hub id, a local folder, a `.gguf` file, or `builtin:smollm2` (SmolLM2-135M-Instruct from the demo extra)."""
     revision: str | None = None
     """A hub branch, tag or commit; only for hub ids."""

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rankloom.config.base import Frozen
 from rankloom.config.engine import AnyEngineConfig, EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig, Quantization
+from rankloom.config.paths import IsPath
 from rankloom.config.trial import AdapterName, Name
 from rankloom.errors import ConfigError
 
@@ -184,7 +185,7 @@ class ReplicasConfig(Frozen):
 class AuthConfig(Frozen):
     """Who may call the endpoint. Without `keys`, only this machine may, and it may do everything."""
 
-    keys: str | None = None
+    keys: Annotated[str, IsPath()] | None = None
     """File written by `rankloom keys create`; with it, every request needs a key."""
     anonymous: bool = False
     """Answer everyone who can reach the port, without keys. Only this machine may load and unload adapters."""
@@ -213,7 +214,7 @@ class ServeConfig(Frozen):
     """The base model; null: the base of the first of `adapters`."""
     quantization: Quantization | None = None
     """Quantisation of the base; null: that of the first of `adapters`, else none."""
-    registry: str | None = None
+    registry: Annotated[str, IsPath()] | None = None
     """A folder or URL; null: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`."""
     routes: dict[AdapterName, RouteConfig] = {}
     """Model names that are resolved for each request. A route hides an adapter of the same name."""

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from rankloom.config.base import Frozen, dump, is_whole_number, parse
 from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.metric import HANDED_OVER, OWN, Metric, Mode, best_of, check_mode, is_own
+from rankloom.config.paths import IsFragment, IsPath
 from rankloom.config.space import (
     Knob,
     LogUniform,
@@ -35,6 +36,7 @@ from rankloom.errors import ConfigError, IncompatibleError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Reduction = Annotated[int, Field(ge=2)]
+TrialFragment = Annotated[dict[str, Any], IsFragment(TrialConfig)]
 Objective = Literal["memory_bytes", "latency_ms"]
 COSTS: tuple[str, ...] = get_args(Objective)
 """Costs of a trial in reports, the journal and results.parquet; None if not measured."""
@@ -62,11 +64,11 @@ class SearchConfig(Frozen):
     decode step at batch 1 with the adapter, median of 32, measured once per trial while the study runs, to two digits.
     Both are measured at the trial's first report; for a trial that can't share a base at its end, so that one stopped
     by the scheduler is not on the front."""
-    warm_start: list[dict[str, Any]] = []
+    warm_start: list[TrialFragment] = []
     """Fragments of trials to try first. The first one is the study's baseline, which the winner is compared with.
     Without any, the baseline is `trial` as it stands, followed by a guess from "LoRA Without Regret" if a LoRA or DoRA
     branch permits it: alpha 32, all linear layers, learning rate 5e-4."""
-    priors: list[str] = []
+    priors: list[Annotated[str, IsPath()]] = []
     """Earlier studies (a folder, or its results.parquet) whose trials the searcher learns from as if they were its own.
     Trials outside this space, or with another model, data, budget or metric, are skipped and counted."""
 
@@ -204,9 +206,9 @@ class StudyConfig(Frozen):
 
     name: AdapterName
     """Name of the study, of its folder `<output.root>/studies/<name>`, and of the winner in the registry."""
-    trial: dict[str, Any] = {}
+    trial: TrialFragment = {}
     """Settings that all trials share: those of a trial, without a name."""
-    space: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    space: Annotated[list[TrialFragment], Field(min_length=1)]
     """Branches: fragments of a trial in which a leaf may be {choice: [...]}, {uniform: [low, high]},
     {loguniform: [low, high]} or {randint: [low, high]}; `method.alpha_over_rank` stands for alpha."""
     search: SearchConfig = SearchConfig()

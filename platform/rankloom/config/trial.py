@@ -12,6 +12,7 @@ from rankloom.config.data import AnySource, DataConfig
 from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
 from rankloom.config.metric import Metric, Mode, best_of, check_mode, is_own
 from rankloom.config.model import Dtype, ModelConfig, NoQuantization, Quantization
+from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError, IncompatibleError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
@@ -128,9 +129,9 @@ class ComputeConfig(Frozen):
 class OutputConfig(Frozen):
     """Where to write results; `s3://` and other pyarrow filesystems work too."""
 
-    root: str = "~/rankloom"
+    root: Annotated[str, IsPath(is_output=True)] = "~/rankloom"
     """Holds `runs/<name>`, `studies/<name>` and `registry/`."""
-    registry: str | None = None
+    registry: Annotated[str, IsPath(is_output=True)] | None = None
     """Registry to publish to; null: `<root>/registry`."""
     publish: bool = True
     """Publish the result to the registry under the trial's name."""

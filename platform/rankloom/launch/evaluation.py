@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rankloom.config import TrialConfig
+from rankloom.config.paths import resolve_path, resolve_paths
 from rankloom.errors import RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import OnEvent
@@ -15,7 +16,6 @@ from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of
 from rankloom.launch.handed_over import judged_by
-from rankloom.launch.run_folder import absolute, resolved
 
 
 def evaluate(
@@ -36,8 +36,8 @@ def evaluate(
     Returns:
         name, and `result` (None for the base alone) and `base`, each as `rankloom.registry.scorecard.Measures`.
     """
-    trial, registry = resolved(judged_by(trial, metric)), absolute(registry)
-    adapter = None if adapter is None else absolute(adapter)
+    trial, registry = resolve_paths(judged_by(trial, metric)), resolve_path(registry)
+    adapter = None if adapter is None else resolve_path(adapter, or_id=True)
     from rankloom.training.preflight import preflight
 
     preflight([trial], metric)

@@ -44,7 +44,7 @@ class RunFolder:
     """One run's folder, on a local disk or an object store."""
 
     def __init__(self, trial: TrialConfig) -> None:
-        """`trial.output.root` is absolute or a URL (see `resolved`)."""
+        """`trial.output.root` is absolute or a URL (see `config.paths.resolve_paths`)."""
         self.parent = f"{trial.output.root.rstrip('/')}/runs"
         self.path = f"{self.parent}/{trial.name}"
         with self._writing():
@@ -223,25 +223,6 @@ def hold(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def resolved(trial: TrialConfig) -> TrialConfig:
-    """The trial with its local paths absolute: workers run in folders of their own."""
-    tree = dump(trial)
-    for place in ("root", "registry"):
-        tree["output"][place] = tree["output"][place] and absolute(tree["output"][place], must_exist=False)
-    tree["model"]["id"] = absolute(tree["model"]["id"])
-    for source in (*(tree["data"][key] for key in ("train", "validation", "test")), tree["eval"]["retention"]):
-        if source:
-            source["path"] = absolute(source["path"])
-    return parse(TrialConfig, tree)
-
-
-def absolute(place: str, *, must_exist: bool = True) -> str:
-    """A local path made absolute; a URL, or what is no path that exists, as it is."""
-    path = Path(place.removeprefix("file://")).expanduser()
-    remote = "://" in place and not place.startswith("file://")
-    return place if remote or (must_exist and not path.exists()) else str(path.absolute())
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,31 +115,6 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
     if info.driver_exit_code in (None, 0):
         write(f"job {job.id} failed: {info.message}\n")
     return info.driver_exit_code or 1
-
-
-def local_paths(config: TrialConfig | StudyConfig) -> list[str]:
-    """`setting=path` of inputs that are files of this machine, which a cluster will not find."""
-    trials = [config] if isinstance(config, TrialConfig) else [config.baseline, *config.members()]
-    places = [f"{key}={place}" for trial in trials for key, place in _inputs(trial) if _is_here(place)]
-    if isinstance(config, StudyConfig):
-        places += [f"search.priors={place}" for place in config.search.priors if _is_here(place)]
-    return list(dict.fromkeys(places))
-
-
-def _inputs(trial: TrialConfig) -> Iterator[tuple[str, str]]:
-    yield "model.id", trial.model.id
-    for key, source in (
-        ("data.train", trial.data.train),
-        ("data.validation", trial.data.validation),
-        ("data.test", trial.data.test),
-        ("eval.retention", trial.eval.retention),
-    ):
-        if source is not None:
-            yield key, source.path
-
-
-def _is_here(place: str) -> bool:
-    return Path(place).expanduser().exists()
 
 
 def _client(address: str) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 from rankloom.config import TrialConfig
+from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, RunFinished
@@ -25,7 +26,7 @@ from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of, training_failure
 from rankloom.launch.handed_over import judged_by
-from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, resolved
+from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
 
 
@@ -63,7 +64,7 @@ def train_trial(
     Raises:
         RankloomError: ConfigError before anything starts; else what failed, for the user to read.
     """
-    trial = resolved(judged_by(trial, metric))
+    trial = resolve_paths(judged_by(trial, metric))
     if trial.compute.num_workers == 0 and "://" in trial.output.root:
         raise ConfigError(
             f"output.root={trial.output.root}: compute.num_workers=0 keeps checkpoints on a local disk; give a folder, "

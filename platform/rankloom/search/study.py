@@ -26,13 +26,14 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.base import read_yaml
+from rankloom.config.paths import resolve_paths
 from rankloom.config.study import PbtConfig, is_fusable
 from rankloom.errors import ConfigError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
 from rankloom.launch.handed_over import keep_metric, searched_by
-from rankloom.launch.run_folder import ID, absolute, changes, hold
+from rankloom.launch.run_folder import ID, changes, hold
 from rankloom.registry import Registry
 from rankloom.search.curves import tracked
 from rankloom.search.leaderboard import Leaderboard, write_results
@@ -72,7 +73,7 @@ def run(
     Raises:
         RankloomError: ConfigError before anything starts; else what failed, for the user to read.
     """
-    study = resolved(searched_by(study, metric))
+    study = resolve_study_paths(searched_by(study, metric))
     folder = study_folder(study)
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
@@ -210,36 +211,11 @@ def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
     return "finished" if (folder / RESULT).is_file() else "resume"
 
 
-def resolved(study: StudyConfig) -> StudyConfig:
-    """The study with its local paths absolute: hosts run in folders of their own."""
-    tree = dump(study)
-    tree["trial"] = _absolute(
-        tree["trial"] | {"output": {"root": study.baseline.output.root} | tree["trial"].get("output", {})}
-    )
-    tree["space"] = [_absolute(branch) for branch in tree["space"]]
-    tree["search"]["priors"] = [absolute(place, must_exist=False) for place in tree["search"]["priors"]]
-    tree["search"]["warm_start"] = [_absolute(fragment) for fragment in tree["search"]["warm_start"]]
-    return parse(StudyConfig, tree)
-
-
-def _absolute(fragment: dict[str, Any]) -> dict[str, Any]:
-    """A fragment of a trial with its files' paths absolute."""
-
-    def source(value: Any) -> Any:
-        if isinstance(value, str):
-            return absolute(value)
-        return value | {"path": absolute(value["path"])} if isinstance(value, dict) and "path" in value else value
-
-    result = dict(fragment)
-    for section, keys in (("data", ("train", "validation", "test")), ("eval", ("retention",))):
-        if isinstance(result.get(section), dict):
-            result[section] = {k: source(v) if k in keys else v for k, v in result[section].items()}
-    if isinstance(result.get("model"), dict) and isinstance(result["model"].get("id"), str):
-        result["model"] = result["model"] | {"id": absolute(result["model"]["id"])}
-    if isinstance(result.get("output"), dict):
-        places = {name: result["output"][name] for name in ("root", "registry") if result["output"].get(name)}
-        result["output"] = result["output"] | {n: absolute(each, must_exist=False) for n, each in places.items()}
-    return result
+def resolve_study_paths(study: StudyConfig) -> StudyConfig:
+    """Return the study with its local paths absolute, also where results go if `trial.output.root` is not set."""
+    root = {"root": study.baseline.output.root}
+    trial = study.trial | {"output": root | study.trial.get("output", {})}
+    return resolve_paths(study.model_copy(update={"trial": trial}))
 
 
 def _told(knowledge: Priors) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from rankloom.config import TrialConfig, parse
+from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError, TrialError
-from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, hold, resolved
+from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, hold
 
 
 def trial_at(root: Path, **settings: Any) -> TrialConfig:
-    return resolved(parse(TrialConfig, {"name": "run", "output": {"root": str(root)}} | settings))
+    return resolve_paths(parse(TrialConfig, {"name": "run", "output": {"root": str(root)}} | settings))
 
 
 def begun(trial: TrialConfig) -> RunFolder:
@@ -101,7 +102,7 @@ def test_a_run_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     with run.held():
         with pytest.raises(ConfigError, match=rf"run 'run' at {run.path} is under way in another process; wait for it"):
             hold(Path(run.path), "run").__enter__()
-        other = RunFolder(resolved(parse(TrialConfig, {"name": "other", "output": {"root": str(tmp_path)}})))
+        other = RunFolder(resolve_paths(parse(TrialConfig, {"name": "other", "output": {"root": str(tmp_path)}})))
         with other.held():
             pass
     with run.held():
@@ -137,10 +138,10 @@ def test_local_paths_become_absolute_and_ids_stay(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("text,label\n")
     settings = {"name": "run", "output": {"root": "out"}, "data": {"train": "rows.csv", "test": "builtin:bank-intents"}}
-    trial = resolved(parse(TrialConfig, settings | {"model": {"id": "org/model"}}))
+    trial = resolve_paths(parse(TrialConfig, settings | {"model": {"id": "org/model"}}))
     assert trial.output.root == str(tmp_path / "out")
     assert trial.data.train.path == str(tmp_path / "rows.csv")
     assert trial.data.test is not None
     assert (trial.data.test.path, trial.model.id) == ("builtin:bank-intents", "org/model")
     remote = parse(TrialConfig, {"name": "run", "output": {"root": "s3://bucket/x"}})
-    assert resolved(remote).output.root == "s3://bucket/x"
+    assert resolve_paths(remote).output.root == "s3://bucket/x"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from rankloom.config import TrialConfig, parse
+from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, PhaseStarted, RunFinished, RunResumed, StepFinished
-from rankloom.launch.run_folder import RunFolder, resolved
+from rankloom.launch.run_folder import RunFolder
 from rankloom.launch.tracking import check, scalars, tracked
 
 STEP = StepFinished(
@@ -34,7 +35,7 @@ def test_scalars_leave_out_what_was_not_measured() -> None:
 def test_events_are_written_where_tensorboard_reads_them(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trial = resolved(parse(TrialConfig, {"name": "run", "output": {"root": str(tmp_path)}}))
+    trial = resolve_paths(parse(TrialConfig, {"name": "run", "output": {"root": str(tmp_path)}}))
     run = RunFolder(trial)
     run.begin(trial)
     with tracked(trial, run) as write:

@@ -18,7 +18,7 @@ from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.publish_best import beats, names_of
-from rankloom.search.study import resolved, run
+from rankloom.search.study import resolve_study_paths, run
 
 ACCURACY = SearchConfig(metric="accuracy")
 SPACE = [
@@ -160,14 +160,14 @@ def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: 
             "space": [{"data": {"test": {"path": "rows.csv"}}, "optim": {"learning_rate": {"uniform": [0.1, 0.2]}}}],
         },
     )
-    trial = resolved(study).resolve({"branch": 0, "optim.learning_rate": 0.15})
+    trial = resolve_study_paths(study).resolve({"branch": 0, "optim.learning_rate": 0.15})
     assert trial.data.train.path == str(tmp_path / "rows.csv")
     assert trial.data.test is not None
     assert trial.data.test.path == str(tmp_path / "rows.csv")
     assert trial.model.id == "builtin:smollm2"
     assert trial.output.root == str(tmp_path / "out")
     assert trial.output.registry_root == str(tmp_path / "out" / "registry")
-    assert resolved(resolved(study)) == resolved(study)
+    assert resolve_study_paths(resolve_study_paths(study)) == resolve_study_paths(study)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("s3://bucket/registry", "s3://bucket/registry"), ("mine", "{}/mine")])
@@ -176,7 +176,7 @@ def test_a_study_publishes_where_it_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     study = parse(StudyConfig, {"name": "s", "trial": {"output": {"registry": given}}, "space": SPACE})
-    assert resolved(study).baseline.output.registry_root == meant.format(tmp_path)
+    assert resolve_study_paths(study).baseline.output.registry_root == meant.format(tmp_path)
 
 
 def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +107,17 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing a test does reaches the user's caches or registry."""
     monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
     monkeypatch.setenv("RANKLOOM_REGISTRY", str(tmp_path / "registry"))
+
+
+@pytest.fixture
+def last_version(tmp_path: Path) -> Path:
+    """A copy of the runs, studies and registry in tests/data/last_version, as if they were written where it is."""
+    folder = tmp_path / "last-version"
+    shutil.copytree(Path(__file__).parent / "data" / "last_version", folder)
+    for file in folder.rglob("*"):
+        written = file.suffix in (".yaml", ".json", ".jsonl")
+        if written and not {"tune", "registry", "adapters"} & set(
+            file.parts
+        ):  # Ray Tune moves its own; others are hashed
+            file.write_text(file.read_text().replace("/tmp/rankloom-last-version", str(folder)))
+    return folder

@@ -252,6 +252,7 @@ class LeaderboardRow:
     settings: str
     """Its values of the knobs, in short."""
     status: TrialStatus
+    """Whether it runs still, and how it ended."""
     value: float
     """Its best value of `search.metric`: nats, or a share of 0 to 1."""
     percent: float
@@ -302,6 +303,7 @@ class StudyStatus(_Printable):
     share: float
     """About how much of the study is done, 0 to 1."""
     hosts: list[HostStatus] = field(default_factory=list)
+    """The hosts that the study runs on."""
     elapsed_s: float = 0.0
     """Seconds since this start of the study."""
     eta_s: float | None = None

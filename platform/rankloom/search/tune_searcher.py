@@ -18,6 +18,7 @@ from rankloom.config.space import Point
 from rankloom.config.study import StudyConfig
 from rankloom.errors import IncompatibleError
 from rankloom.search.samplers import PROPOSERS, PriorTrial, Values
+from rankloom.search.saved_state import load_state
 
 MAX_REFUSALS_IN_A_ROW = 200
 """After so many the space is taken to hold nothing more."""
@@ -65,9 +66,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         Path(checkpoint_path).write_bytes(cloudpickle.dumps(state))  # some searchers hold functions
 
     def restore(self, checkpoint_path: str) -> None:
-        # our own state, in the study's folder; Ray Tune unpickles its own from there too
-        state = cloudpickle.loads(Path(checkpoint_path).read_bytes())
+        state = load_state(Path(checkpoint_path))
         self._proposer, self._count, self._numbers, self._worst, self.refusals = state
+        if hasattr(self._proposer, "_study"):  # the config that was saved may lack what this version's has
+            self._proposer._study = self._study
 
     def _values(self, result: dict[str, Any] | None) -> Values | None:
         """What the proposer is told; None where the trial failed, or was stopped before its costs were measured."""

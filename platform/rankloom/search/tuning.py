@@ -118,6 +118,15 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
         StudyTrial, study=study, hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
     )
     is_population = isinstance(study.scheduler, PbtConfig)
+    searcher = None if is_population else StudySearcher(study, known)
+    if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
+        try:
+            StudySearcher(study, known).restore_from_dir(str(folder / TUNE))
+        except Exception as error:  # Ray Tune would log it and wait for trials that never come
+            state = f"{folder / TUNE}: the searcher's state can't be read: {type(error).__name__}: {error}"
+            raise TrialError(
+                f"{state}; install the version of rankloom that wrote it, or start anew with name=..."
+            ) from error
     tune.run(
         tune.with_resources(trainable, {"cpu": TRIAL_CPUS}),
         name=TUNE,
@@ -126,7 +135,7 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
         metric=study.search.key,
         mode=study.search.best,
         config=population(study, known) if is_population else None,
-        search_alg=None if is_population else StudySearcher(study, known),
+        search_alg=searcher,
         num_samples=1 if is_population else study.num_trials,
         scheduler=build_scheduler(study),
         max_concurrent_trials=concurrent,

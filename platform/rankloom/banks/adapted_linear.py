@@ -40,7 +40,7 @@ class SlotSpec:
     targets: tuple[str, ...] = ()
     """Full names of the linears that it adapts."""
     seed: int = 0
-    """Of the initial A, which is the one that PEFT draws after `torch.manual_seed(seed)`."""
+    """Seed of the initial A, which equals the one that PEFT draws after `torch.manual_seed(seed)`."""
 
     @classmethod
     def of(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
@@ -75,15 +75,15 @@ class AdaptedLinear:
         """The linear as it was before the bank."""
         self.num_in, self.num_out = in_out(module)
         self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
-        """Whether W is at hand as it is: neither quantised nor computed with in a way of its own."""
+        """Whether W is a plain tensor: neither quantised nor used by a special kernel."""
         device = module.get_parameter("weight").device
         self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))
         self.b_KOR = nn.Parameter(torch.zeros(num_slots, self.num_out, max_rank, device=device))
         self.m_KO = nn.Parameter(torch.zeros(num_slots, self.num_out, device=device)) if with_magnitudes else None
         self.ranks = [0] * num_slots
-        """Of each slot's adapter; 0 where the slot leaves this site as it is."""
+        """The rank of each slot's adapter; 0 where the slot has none on this layer."""
         self.dora_ranks = [0] * num_slots
-        """The same, and 0 where it is no DoRA."""
+        """The rank of each slot's adapter, and 0 where it is not DoRA."""
         self.scales = [0.0] * num_slots
         self._squares_O: Tensor | None = None
 
@@ -170,7 +170,7 @@ class TokenRouting:
     dropout: dict[int, tuple[float, torch.Generator]]
     """Probability and source of chance, for the slots whose dropout is on."""
     groups: dict[tuple[int, ...], Groups]
-    """By the slots' ranks at a site; most sites share one."""
+    """By the slots' ranks on a layer; most layers share one."""
 
     def among(self, ranks: Sequence[int]) -> Groups:
         key = tuple(ranks)
@@ -184,7 +184,7 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     groups = route.among(site.ranks)
     if not groups.slots:
         return site.base(x)
-    assert x.numel() == groups.num_tokens * site.num_in, "routed was told of other rows"
+    assert x.numel() == groups.num_tokens * site.num_in, "the input does not have the tokens of `routed`"
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else site.a_KRI.dtype

@@ -60,7 +60,7 @@ class AdapterBank:
         modules = dict(model.named_modules())
         for name in targets:
             if name not in modules or not is_linear(modules[name]):
-                raise IncompatibleError(f"targets: {name} is no linear layer of this {type(model).__name__}")
+                raise IncompatibleError(f"targets: {name} is not a linear layer of this {type(model).__name__}")
         wanted = set(targets)
         self.sites: dict[str, AdaptedLinear] = {
             name: AdaptedLinear(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
@@ -256,7 +256,7 @@ class AdapterBank:
         if spec.rank > self.max_rank:
             raise IncompatibleError(f"rank {spec.rank} is above the bank's {self.max_rank}; open one of a higher rank")
         if outside := [name for name in spec.targets if name not in self.sites]:
-            raise IncompatibleError(f"{outside[0]} is no site of this bank; open one whose targets cover it")
+            raise IncompatibleError(f"{outside[0]} is not a site of this bank; open one whose targets cover it")
         if spec.dora and not self.with_magnitudes:
             raise IncompatibleError("this bank has no magnitudes, which DoRA trains; open one with them")
         if spec.dora and any(site.is_int8_on_cpu for site in self._sites_of(spec)):

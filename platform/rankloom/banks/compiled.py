@@ -152,7 +152,7 @@ def _part(call: Any) -> None:
 
 
 # The kernels below take tokens by ones and fours, and ranks by fours and twos: as many sums as there are registers.
-# Where the rank is no multiple, the last rank is computed again, and `h` is zero beyond it.
+# Where the rank is not a multiple, the last rank is computed again, and `h` is zero beyond it.
 
 
 @njit(fastmath=MATH, nogil=True)

@@ -154,14 +154,14 @@ class Stacked:
     """
 
     def add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks) -> list[Tensor]:
-        return [self._add(y_NO, x_NI, stacks._replace(groups=part)) for part in stacks.groups.parts]
+        return [self._add(y_NO, x_NI, stacks, part) for part in stacks.groups.parts]
 
     def gradients(
         self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, kept: list[Tensor], dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         groups = stacks.groups
         parts = [
-            self._gradients(dy_NO, x_NI, stacks._replace(groups=part), h_CTR, dx_NI)
+            self._gradients(dy_NO, x_NI, stacks, part, h_CTR, dx_NI)
             for part, h_CTR in zip(groups.parts, kept, strict=True)
         ]
         if parts[0][0].shape == stacks.a_KRI.shape:
@@ -172,9 +172,9 @@ class Stacked:
             da_KRI[slots, : part.rank], db_KOR[slots, :, : part.rank] = da_CRI, db_COR
         return da_KRI, db_KOR
 
-    def _add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks) -> Tensor:
-        a_CRI, b_COR = _at_work(stacks)
-        groups = stacks.groups
+    def _add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks, groups: Groups) -> Tensor:
+        """Add one part of the slots; returns its h."""
+        a_CRI, b_COR = _at_work(stacks, groups)
         h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT)
         if stacks.scale_K is not None:
             h_CTR.mul_(groups.scales(stacks.scale_K, x_NI))
@@ -184,11 +184,10 @@ class Stacked:
         return h_CTR
 
     def _gradients(
-        self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, h_CTR: Tensor, dx_NI: Tensor | None
+        self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, groups: Groups, h_CTR: Tensor, dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Of the slots at work alone."""
-        a_CRI, b_COR = _at_work(stacks)
-        groups = stacks.groups
+        """Return the gradients for one part of the slots, of its slots at work alone."""
+        a_CRI, b_COR = _at_work(stacks, groups)
         dy_CTO = _stacked(dy_NO, groups)
         dh_CTR = torch.bmm(dy_CTO, b_COR)
         if stacks.scale_K is not None:
@@ -202,10 +201,10 @@ class Stacked:
         return da_CRI, db_COR
 
 
-def _at_work(stacks: Stacks) -> tuple[Tensor, Tensor]:
+def _at_work(stacks: Stacks, groups: Groups) -> tuple[Tensor, Tensor]:
     """Return A [C, R, I] and B [C, O, R] of the slots at work, up to their largest rank; views of adjacent slots."""
-    slots, rank = stacks.groups.index(stacks.a_KRI.device), stacks.groups.rank
-    return stacks.a_KRI[slots, :rank], stacks.b_KOR[slots, :, :rank]
+    slots = groups.index(stacks.a_KRI.device)
+    return stacks.a_KRI[slots, : groups.rank], stacks.b_KOR[slots, :, : groups.rank]
 
 
 class _Onto(torch.autograd.Function):

@@ -35,7 +35,7 @@ class Factors:
 
     a_RI: Tensor
     b_RO: Tensor
-    """With the scaling in it."""
+    """Scaled already."""
     factor_O: Tensor | None
     """DoRA's magnitudes over their norms, in fp32: they are near 1, where bf16 has steps of 0.008. None: 1."""
     shift_O: Tensor | None
@@ -94,7 +94,7 @@ class ExpertFactors:
             yield from product
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity: a key of dicts
+@dataclass(frozen=True, eq=False)  # compared by identity: a key of dicts
 class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 

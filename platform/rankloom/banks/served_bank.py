@@ -43,7 +43,7 @@ class AdapterShare:
     adapter: ServedAdapter | None
     num_tokens: int
     num_predicting: int
-    """Of these tokens, how many the output head sees."""
+    """How many of these tokens the output head sees."""
 
 
 @dataclass(frozen=True)

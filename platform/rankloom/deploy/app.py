@@ -34,17 +34,17 @@ from rankloom.registry import Record, Registry
 FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
 """The settings whose change makes new replicas."""
 GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
-"""Of whoever calls a deployment: on its own connection instead of as a Ray task, which takes longer."""
+"""For callers of a deployment: over a connection of their own in place of Ray tasks, which take longer."""
 PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rankloom.deploy.proxy.middlewares"} | GRPC
-"""Of Serve's HTTP proxy."""
+"""For Serve's HTTP proxy."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
-"""Ours never blocks its event loop, so that it may be Serve's own: fewer threads to pass each token through."""
+"""For our deployments: they never block, so they share Serve's event loop, which saves a change of thread per token."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""Of a replica that has none reserved: Ray itself leaves it all of its machine's."""
+"""For a replica without a reserved GPU: Ray would leave all of the machine's visible."""
 ANSWER_S = 10.0
-"""The longest that a replica which is replaced is asked what it has."""
+"""Seconds to wait for the answer of a replica that is replaced."""
 LOGGING = {"enable_access_log": False}
-"""The gateway logs every request, and knows more of it."""
+"""The gateway logs every request, with more detail."""
 
 
 class RayReplicas:
@@ -96,7 +96,7 @@ def _translate(error: Exception) -> Exception:
 )
 @serve.ingress()
 class Ingress:
-    """The one process that HTTP comes to. It imports no torch."""
+    """The process that receives HTTP requests. It imports no torch."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         log_with_serve("rankloom.gateway")
@@ -121,7 +121,7 @@ class Ingress:
         return self._gateway
 
     async def note(self, replica: str, stats: Stats, resident: int) -> None:
-        """What a replica says of itself, now and then."""
+        """Record what a replica reports about itself."""
         if self._gateway is not None:
             self._gateway.metrics.replica(replica, stats, resident)
 
@@ -192,7 +192,7 @@ def on_idle_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
     """The config with `replicas.gpus`, which stays what it is where an application is deployed again.
 
     Args:
-        idle: GPUs that nobody has reserved; None: as Ray says.
+        idle: unreserved GPUs; None: ask Ray.
     """
     if config.replicas.gpus is not None:
         return config
@@ -203,17 +203,17 @@ def on_idle_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
 
 
 def idle_gpus() -> int:
-    """GPUs of the cluster that nobody has reserved; 0 where this process is not connected to one."""
+    """Return the cluster's unreserved GPUs; 0 where this process is not connected to one."""
     return int(ray.available_resources().get("GPU", 0)) if ray.is_initialized() else 0
 
 
 def _gpus_now(name: str) -> float | None:
-    """What each replica of the application has that is there under this name; None: there is none."""
+    """Return the GPUs of each replica of the application deployed under this name; None: there is none."""
     if not ray.is_initialized() or name not in serve.status().applications:
         return None
     try:
         gpus: float = serve.get_deployment_handle("Replica", name).gpus.remote().result(timeout_s=ANSWER_S)
-    except Exception:  # it is not ours, of another version, or does not run
+    except Exception:  # another application, another version, or not running
         return None
     return gpus
 

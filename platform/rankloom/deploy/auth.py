@@ -139,11 +139,10 @@ _PROXIES = frozenset({
 
 
 def _is_local(scope: Scope, headers: Headers) -> bool:
-    """Whether the request comes from this machine, and neither through a proxy on it nor from a page of another site in
-    its browser.
+    """Return whether the request comes from this machine, without a proxy and not from another site's page.
 
-    A page can have its own name lead to 127.0.0.1 (DNS rebinding), but not change the Host header. nginx tells nothing
-    of its client unless told to, but speaks HTTP/1.0, which clients do not any more.
+    A page can make its own name resolve to 127.0.0.1 (DNS rebinding), but can't change the Host header. By default
+    nginx sends no header about its client, but it speaks HTTP/1.0, which clients no longer do.
     """
     if scope.get("http_version") == "1.0" or any(
         name in _PROXIES or name.startswith("x-forwarded-") for name in headers

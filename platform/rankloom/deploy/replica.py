@@ -1,4 +1,4 @@
-"""A replica: a process with a base and an engine on it. The only part of a deployment that imports torch."""
+"""Replica: a process with a base and an engine on it, the only part of a deployment that imports torch."""
 
 import asyncio
 import contextlib
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from rankloom.models import Base
 
 NOTE_S = 2.0
-"""How often a replica tells the ingress how it is."""
+"""Seconds between a replica's reports to the ingress."""
 
 logger = logging.getLogger("ray.serve")
 
 
-def _built(config: ServeConfig, registry: Registry, threads: int, gpus: float) -> "tuple[Base, Engine]":
-    """The config's engine and its base, of which vLLM has the weights.
+def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -> "tuple[Base, Engine]":
+    """Build the config's engine and its base (for vLLM an outline without weights).
 
     Args:
         gpus: that are reserved for this process.
@@ -57,8 +57,8 @@ def _built(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     return base, ServingEngine(base, registry, config.engine)
 
 
-def _mine(kind: str, default: float) -> float:
-    """How much of a resource is reserved for this process."""
+def _reserved(kind: str, default: float) -> float:
+    """Return how much of a resource is reserved for this process."""
     return float(ray.get_runtime_context().get_assigned_resources().get(kind, default))
 
 
@@ -72,8 +72,8 @@ class Replica:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._config = parse(ServeConfig, config, "serve")
         self._registry = Registry(self._config.registry or registry_root())
-        threads, gpus = max(1, int(_mine("CPU", 1))), _mine("GPU", 0)
-        self._base, self._engine = await asyncio.to_thread(_built, self._config, self._registry, threads, gpus)
+        threads, gpus = max(1, int(_reserved("CPU", 1))), _reserved("GPU", 0)
+        self._base, self._engine = await asyncio.to_thread(_build, self._config, self._registry, threads, gpus)
         gc.collect()  # the engine's start keeps the collector from what loading left
         await self._engine.start()
         self._pinned: set[str] = set()
@@ -93,22 +93,22 @@ class Replica:
         return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context)
 
     async def gpus(self) -> float:
-        """That are reserved for this process."""
-        return _mine("GPU", 0)
+        """Return the GPUs that are reserved for this process."""
+        return _reserved("GPU", 0)
 
     async def load(self, ref: str) -> None:
-        """Load and verify an adapter, which stays until its place is needed."""
+        """Load and verify an adapter, which stays until it is evicted."""
         await self._engine.pin(ref)
         if ref not in self._pinned:
             await self._engine.unpin(ref)
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose engine has stopped."""
+        """Raise where the engine has stopped, so that Serve replaces this replica."""
         if not self._engine.alive:
             raise RuntimeError("the engine has stopped")
 
     async def _pin(self) -> None:
-        """Keep what the config says in memory, at the versions that it means now."""
+        """Pin the config's adapters, at the versions that their refs mean now."""
         wanted = set()
         for ref in self._config.pinned:
             try:
@@ -127,7 +127,7 @@ class Replica:
             self._pinned.discard(ref)
 
     async def _note(self) -> None:
-        """Tell the ingress how this replica is, as long as it is."""
+        """Report this replica's figures to the ingress, until it ends."""
         context = serve.get_replica_context()
         ingress = serve.get_deployment_handle("Ingress", context.app_name)
         passed_s = 0.0

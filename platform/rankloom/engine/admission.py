@@ -1,4 +1,4 @@
-"""Which requests an engine takes: sound ones, with ids of their own, and not too many at once."""
+"""Admission: an engine accepts valid requests, with unique ids, and not too many at once."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from rankloom.errors import OverloadedError, RankloomError, RequestError
 from rankloom.registry.store import parse_ref
 
 AT_LEAST = 16
-"""Requests that one tenant may have where there is room: what one of a client's makes, unless `limits.completions` is
-set."""
+"""Requests that one tenant may always have while the engine has room: as many as one HTTP request makes by default."""
 STOPPING = "the engine is stopping; try another replica"
 
 
 class Admission:
-    """The requests under way."""
+    """The requests in flight."""
 
     def __init__(self, limit: int, vocabulary: int) -> None:
         self.limit, self._vocabulary = limit, vocabulary
         self.open: dict[str, str | None] = {}
-        """Their ids, and whose each is."""
+        """The tenant of each, by id."""
         self.stopping = False
 
     @contextmanager
     def take(self, request: Request, context: int) -> Iterator[None]:
-        """It is under way while this lasts.
+        """Hold a request's place for the duration of the context.
 
         Raises:
-            RequestError: it can't be served here. OverloadedError: nor can any other now, or none of its tenant's.
+            RequestError: it can't be served here. OverloadedError: the engine is full, or its tenant has its share.
         """
         self.refuse_if_stopping()
         if len(self.open) >= self.limit:
-            raise OverloadedError(f"{self.limit} requests are under way or waiting already; try again later")
-        if request.tenant is not None:  # none takes so many that the next one could have none
+            raise OverloadedError(f"{self.limit} requests are running or waiting already; try again later")
+        if request.tenant is not None:  # no tenant takes so many that the next one gets none
             mine = sum(tenant == request.tenant for tenant in self.open.values())
             if mine >= max(self.limit - len(self.open), AT_LEAST):
-                raise OverloadedError(f"{mine} requests of this key are under way or waiting already; try again later")
+                raise OverloadedError(f"{mine} requests of this key are running or waiting already; try again later")
         if request.id in self.open:
-            raise RequestError(f"id: {request.id!r} is under way already; give each request its own")
+            raise RequestError(f"id: {request.id!r} is in use; give each request an id of its own")
         if request.adapter is not None:
             check_ref(request.adapter)
         if not request.prompt:
@@ -63,7 +62,7 @@ class Admission:
 
 
 def check_ref(ref: str) -> None:
-    """Raises RequestError where it is no exact version."""
+    """Raise RequestError where `ref` is not an exact version."""
     try:
         _, version = parse_ref(ref)
     except RankloomError as error:

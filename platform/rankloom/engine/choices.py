@@ -19,12 +19,12 @@ def choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
 
 
 class ChoiceState:
-    """Where one completion is in the tree."""
+    """The position of one completion in the tree."""
 
     def __init__(self, tree: LabelTrie) -> None:
         self._node: Node = tree.root
         self._at = 0
-        """Tokens of the node that are behind."""
+        """Tokens of the node that were generated."""
 
     @property
     def allowed(self) -> list[int]:
@@ -41,6 +41,6 @@ class ChoiceState:
         self._at += 1
 
     def rest(self) -> list[int]:
-        """The tokens that follow without an alternative, but for the end of the turn; goes on behind them."""
+        """Return the tokens that follow without an alternative, except the end of the turn, and advance past them."""
         tokens, self._at = self._node.tokens[self._at :], len(self._node.tokens)
         return tokens[:-1] if self.is_over else tokens

@@ -39,7 +39,7 @@ class ServingEngine:
         self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
         self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """What the thread is to call between two steps."""
+        """Callables that the thread runs between two steps."""
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
         vocabulary = base.model.get_input_embeddings().weight.shape[0]
@@ -101,7 +101,7 @@ class ServingEngine:
         self._inbox.put(partial(self._core.adapters.unpin, ref))
 
     def resident(self) -> tuple[Resident, ...]:
-        return self._core.adapters.listed()
+        return self._core.adapters.list_resident()
 
     def stats(self) -> Stats:
         return self._core.stats()
@@ -118,7 +118,7 @@ class ServingEngine:
                     if not worked and not self._admission.stopping:
                         self._inbox.get()()
                         self._mailbox.wait_for_turn()
-        finally:  # also where a bug ends it: nobody is left waiting
+        finally:  # also after a bug, so that every waiting request ends
             self._admission.stopping = True
             self._run_inbox()
             self._core.close(OverloadedError(STOPPING))

@@ -1,6 +1,6 @@
-"""What a completion is held to, made ready: the tree of its choices, its stop strings.
+"""What constrains a completion: the tree of its choices, and its stop strings.
 
-It takes work of the request's size, so that it is done off the event loop, and once for all completions of a request.
+Preparing it takes longer for longer texts, so a thread does it, once for all completions of a request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Guide:
 
 
 class Guides:
-    """The guides of the requests under way."""
+    """The guides of the requests in flight."""
 
     def __init__(self, prompts: Prompts) -> None:
         self._prompts = prompts

@@ -138,21 +138,21 @@ def _weight(item: tuple[int, Delta] | BaseException | None) -> int:
 
 
 def _size(prompt: Prompt) -> int:
-    """Characters to work on, about."""
+    """Return the number of characters to tokenise, about."""
     if isinstance(prompt, ChatPrompt):
         return sum(64 + sum(map(len, message)) for message in prompt.messages)
     return len(prompt) if isinstance(prompt, str) else 0
 
 
 def _with_seed(sampling: Sampling, number: int) -> Sampling:
-    """That of the number-th completion of one prompt, each of which is another draw."""
+    """Return the sampling of a prompt's number-th completion; each completion has a seed of its own."""
     if sampling.seed is None:
         return sampling
     return sampling.model_copy(update={"seed": (sampling.seed + number) % 2**63})
 
 
 def _fit(job: CompletionJob, prompt_tokens: int, room: int) -> Sampling:
-    """The sampling with `max_tokens` as asked, or as much as fits."""
+    """Return the sampling with the job's `max_tokens`, or with as many as fit."""
     asked = job.max_tokens if job.max_tokens is not None else 1
     if not prompt_tokens:
         raise RequestError("The prompt is empty.")

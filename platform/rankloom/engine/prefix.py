@@ -1,9 +1,8 @@
-"""PrefixTree: keys and values of earlier rows, for rows that begin alike.
+"""PrefixTree: keys and values of earlier sequences, for later ones with the same beginning.
 
-A radix tree of tokens for each adapter version and tenant. Keys and values depend on the adapter, so that the same
-prompt on another one must never find them; and whether one is found tells what was asked before, so that it is found by
-who asked alone. What two prompts share, such as a system prompt, is kept once. Least recently used leaves go when room
-is needed.
+It has a radix tree of tokens for each adapter version and tenant. Keys and values depend on the adapter, so another one
+must never find them; and a hit reveals an earlier prompt, so another tenant must not either. What two prompts share,
+such as a system prompt, is kept once. The least recently used leaves are dropped when room is needed.
 
 Shapes: L layers, H heads, t tokens of a node, E width of a head.
 """
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 WORTHWHILE = 16
-"""Tokens below which copying is no gain over computing."""
+"""Fewest tokens for which copying is faster than computing."""
 
 
 @dataclass(eq=False)
@@ -40,7 +39,7 @@ class PrefixTree:
         self._clock = 0
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
-        """The longest known beginning: its length, and its keys and values [2, L, H, t, E] piece by piece."""
+        """Find the longest known beginning: its length, and its keys and values [2, L, H, t, E] in pieces."""
         length, pieces = 0, []
         for node, common in self._follow(key, tokens):
             assert node.values_2LHtE is not None
@@ -49,10 +48,10 @@ class PrefixTree:
         return (length, pieces) if length >= WORTHWHILE else (0, [])
 
     def insert(self, key: Hashable, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:
-        """Keep a row's beginning.
+        """Keep a sequence's beginning.
 
         Args:
-            read: gives a copy of the keys and values of a span of the row's tokens.
+            read: returns a copy of the keys and values of a span of the sequence's tokens.
         """
         if len(tokens) > self.capacity:
             return
@@ -73,11 +72,11 @@ class PrefixTree:
             self._drop(min(self._leaves(), key=lambda leaf: leaf.used))
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop everything."""
         self._roots, self.num_tokens = {}, 0
 
     def _follow(self, key: Hashable, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
-        """The nodes on the way, and how many of each one's tokens agree."""
+        """Yield the nodes on the way, and how many tokens of each agree."""
         self._clock += 1
         node, at = self._roots.get(key), 0
         while node is not None and at < len(tokens):

@@ -14,7 +14,7 @@ from rankloom.errors import RequestError
 
 
 class Prompts:
-    """A base's way with text.
+    """Tokenises a base's prompts and conversations.
 
     Args:
         split_special_tokens: whether special tokens in messages' texts are kept as text, as by the data's setting.
@@ -32,21 +32,21 @@ class Prompts:
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
-        with suppress(RequestError):  # what it takes to keep a special token as text is made now, not while others wait
+        with suppress(RequestError):  # builds the tables for special tokens in texts now, not during a request
             self._encode(self._encoder.mark(str(tokenizer.eos_token)))
 
     def tokens(self, text: str) -> list[int]:
-        """Of a text that begins a prompt: as it is written, special tokens too."""
+        """Return the token ids of a text that begins a prompt; special tokens in it count as such."""
         ids = self._encode(text)
         bos = self._encoder.bos
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def completion(self, text: str) -> list[int]:
-        """Of a text that follows a prompt, with the end of the turn."""
+        """Return the token ids of a text that follows a prompt, with the end of the turn."""
         return [*self._encode(self._encoder.mark(text), rest=True), self.turn_end]
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Of a conversation that asks for the assistant's turn; raises RequestError where that can't be."""
+        """Return the token ids of a conversation, up to the assistant's turn. Raises RequestError where it can't be."""
         if self._template is None:
             raise RequestError("messages: the base's tokenizer has no chat template; ask for a completion of a prompt")
         if not messages:

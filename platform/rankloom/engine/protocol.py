@@ -1,7 +1,7 @@
-"""What an ingress and an engine say to each other; torch-free, so that an ingress need not have it.
+"""The protocol between an ingress and an engine, without torch.
 
-A request goes in as tokens, and comes back as an iterator of deltas. Names, aliases, routes and limits are the
-ingress's; an engine knows exact versions (`name@3`), whose weights never change.
+A request goes in as tokens, and comes back as an iterator of deltas. The gateway handles names, aliases, routes and
+limits; an engine knows exact versions (`name@3`), whose weights never change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rankloom.config.base import Frozen
 
 
 class Sampling(Frozen):
-    """How a request's tokens are chosen. Rows of one batch may each have another."""
+    """How a request's tokens are sampled; sequences of one batch may differ in it."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
     """The most that are generated."""
@@ -25,41 +25,41 @@ class Sampling(Frozen):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from so many of the likeliest tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens; 0: from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """Taken off the logit of every token that was generated already."""
+    """Subtracted from the logit of every token that was generated already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    """The same, times how often it was."""
+    """Subtracted from the logit of every generated token, once for each time it was generated."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Divides the logit, if it is above 0, else multiplies it, of every token of prompt and completion."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """With a seed, the same request gives the same tokens, whoever else is in the batch; null: a random one."""
+    """With a seed, a request always gives the same tokens, whatever the batch; null: a random seed."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)] = ()
     """The completion ends before the first of these; the text has none of it."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The natural logarithm of each token's probability as the model gives it, before temperature, penalties and
-    cuts, with so many of the likeliest beside it; null: none."""
+    cuts, and of this many of the likeliest tokens; null: none."""
     choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """The completion is one of these texts, whole."""
     ignore_eos: bool = False
-    """Go on past the end of the turn, to `max_tokens`; for measuring."""
+    """Continue past the end of the turn, up to `max_tokens`; for measurements."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion that is asked for. Several of one prompt (`n`) are several requests."""
+    """One completion. Several completions of one prompt (`n`) are several requests."""
 
     id: str
-    """Unique among the requests under way."""
+    """Unique among the requests in flight."""
     adapter: str | None
     """An exact version, `name@3`; None: the base."""
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sampling: Sampling
     tenant: str | None = None
-    """Whose it is, by a key's id: what it leaves computed is found by requests of the same tenant alone."""
+    """The id of the key that it belongs to; requests share cached prefixes within a tenant alone."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Likelihood:
     token: int
     logprob: float
     piece: bytes
-    """What it adds to the text where it stands, which may be a part of a UTF-8 character."""
+    """The bytes that it adds to the text; they may be a part of a UTF-8 character."""
     name: str | None = None
-    """Of a token that no text shows, such as the end of the turn."""
+    """The name of a token that the text does not show, such as the end of the turn."""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A generated token's likelihood and those of the likeliest in its place."""
+    """The likelihood of a generated token, and those of the likeliest tokens at its place."""
 
     chosen: Likelihood
     top: tuple[Likelihood, ...]
@@ -93,7 +93,7 @@ class Delta:
 
     text: str
     tokens: tuple[int, ...] = ()
-    """All that were generated, also the one that ended the turn."""
+    """All generated tokens, the one that ended the turn included."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token where the request asks for them, as soon as its text is certain. Their pieces, one after the other,
     are the completion; none is of a stop string."""
@@ -101,7 +101,7 @@ class Delta:
     """stop: the model ended its turn, or a stop string or a whole choice was reached; length: `max_tokens` or the
     context was."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were not computed anew, as far as is known; the last delta knows."""
+    """Tokens of the prompt that came from the cache; final in the last delta."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Stats:
     """An engine's state and its counters since the start."""
 
     running: int
-    """Requests with a row in the batch."""
+    """Requests in the batch."""
     waiting: int
-    """Requests without one: queued, preempted, or waiting for their adapter."""
+    """Requests outside of it: queued, preempted, or waiting for their adapter."""
     cache_tokens: int
     """Tokens that the KV cache holds; kept prefixes included."""
     cache_capacity: int
@@ -139,8 +139,10 @@ class Stats:
 
 @runtime_checkable
 class Engine(Protocol):
-    """One base with the adapters of a registry on it. Its methods are to be called on one event loop, `tokens` and
-    `render_chat`, whose work is of the text's size, on any thread."""
+    """One base with the adapters of a registry on it.
+
+    Call its methods on one event loop; `tokens` and `render_chat`, which take longer for longer texts, on any thread.
+    """
 
     @property
     def base_id(self) -> str:
@@ -154,23 +156,23 @@ class Engine(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether it works; False before `start`, after `close`, and where it has broken down."""
+        """Whether it runs; False before `start`, after `close` and after a failure."""
         ...
 
     async def start(self) -> None:
-        """Begin to work. To be called once."""
+        """Start the engine. Call it once."""
         ...
 
     async def close(self) -> None:
-        """Stop: requests under way get an OverloadedError. To drain, wait for them before."""
+        """Stop the engine; requests in flight get an OverloadedError. To drain, wait for them first."""
         ...
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text that begins a prompt, as training has them."""
+        """Return the token ids of a text that begins a prompt, as in training."""
         ...
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation by the base's chat template, asking for the assistant's turn.
+        """Return the token ids of a conversation by the base's chat template, up to the assistant's turn.
 
         Args:
             messages: each with `role` and `content`, and perhaps a `name`.
@@ -181,14 +183,14 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """The completion, as it comes. Closing the iterator (`aclose`, or cancelling who awaits it) ends the request.
+        """Generate the completion as a stream. Closing the iterator, or cancelling its task, ends the request.
 
-        An adapter that is not resident is loaded while others go on.
+        An adapter that is not resident is loaded while other requests continue.
 
         Raises:
-            RequestError: it can't be served here: too long, an unknown token, a choice that is no text.
+            RequestError: it can't be served here: too long, an unknown token, choices that become the same tokens.
             AdapterNotFoundError: no such version.
-            RegistryError: the adapter is broken, does nothing, or needs what this engine has not.
+            RegistryError: the adapter is broken, does nothing, or needs a feature that this engine lacks.
             IncompatibleError: the adapter was tuned on another base.
             OverloadedError: the queue is full, or the engine is stopping; nothing was done.
         """
@@ -199,7 +201,7 @@ class Engine(Protocol):
         ...
 
     async def unpin(self, ref: str) -> None:
-        """Let a pinned adapter go when its place is needed. One that is not pinned: nothing happens."""
+        """Allow a pinned adapter to be evicted. Does nothing for one that is not pinned."""
         ...
 
     def resident(self) -> tuple[Resident, ...]:

@@ -1,4 +1,4 @@
-"""From tokens to text, bit by bit: never half a character, never a piece of a stop string."""
+"""From tokens to text, incrementally: never half a character, never a part of a stop string."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Decoder:
         return str(self._tokenizer.convert_ids_to_tokens(token))
 
     def is_special(self, token: int) -> bool:
-        """Whether texts have nothing of it."""
+        """Whether texts do not show this token."""
         return token in self._special
 
     def piece(self, token: int, *, at_start: bool = False) -> bytes:
-        """What it adds to a text: of a character that is split over tokens, its part.
+        """Return the bytes that a token adds to a text: of a character that is split over tokens, its part.
 
         Args:
-            at_start: nothing stands before it, where many tokenizers leave a word's space out.
+            at_start: nothing precedes it; many tokenizers omit a word's space there.
         """
         if (token, at_start) not in self._known:
             self._known[token, at_start] = self._found(token, [] if at_start else self._anchor)
@@ -85,7 +85,7 @@ class Stops:
                 order.append(longer)
 
     def step(self, state: int, letter: str) -> int:
-        """The state after one more character; 0 is the first."""
+        """Return the state after one more character; 0 is the first state."""
         while letter not in self._next[state]:
             if not state:
                 return 0
@@ -110,19 +110,19 @@ class TextStream:
         self.grown = ""
         """What the tokens since the last whole character add."""
         self.is_whole = True
-        """Whether that has no half of a character at its end."""
+        """Whether it ends with a whole character."""
         self.stopped = False
-        """Whether a stop string was reached; nothing comes after."""
+        """Whether a stop string was reached, which ends the text."""
         self._num_waiting = 0
         """Pushes since the last whole character."""
 
     @property
     def at_start(self) -> bool:
-        """Whether nothing stands before the next token."""
+        """Whether nothing precedes the next token."""
         return self.is_whole and not self._before
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that is certain with these tokens."""
+        """Add tokens, and return the text that has become certain."""
         self._ids += [token for token in tokens if not self._decoder.is_special(token)]
         self.grown = self._decoder.text(self._ids[self._start :])[len(self._before) :]
         self._num_waiting += 1
@@ -130,7 +130,7 @@ class TextStream:
         return self._settled() if self.is_whole else ""
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         text = "" if self.is_whole or self.stopped else self._settled()
         self.is_whole = True
         rest, self._held = self._held, ""

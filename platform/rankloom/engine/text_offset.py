@@ -1,4 +1,4 @@
-"""Place: which characters of a text a token's bytes are, where one may hold a part of a character alone."""
+"""TextOffset: the characters of a text that each token's bytes belong to; a token may hold a part of a character."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 @dataclass
 class TextOffset:
-    """Where in a text its bytes have got to."""
+    """The position in a text after the bytes so far."""
 
     characters: int = 0
     part: bytes = b""
-    """Of a character that is not whole yet."""
+    """The bytes of an unfinished character."""
 
     def take(self, piece: bytes) -> tuple[int, int]:
-        """From where to where in the text a piece is, in characters, one that it has a part of included; goes on behind
-        the piece.
+        """Return where in the text a piece begins and ends, in characters, and advance past it.
+
+        A character that the piece holds a part of counts.
         """
         try:
             codecs.getincrementaldecoder("utf-8")().decode(self.part + piece[:1])

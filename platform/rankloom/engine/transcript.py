@@ -36,11 +36,11 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was reached; nothing comes after."""
+        """Whether a stop string was reached, which ends the text."""
         return self._text.stopped
 
     def push(self, tokens: Sequence[int], chosen: Sequence[SampledToken] = ()) -> str:
-        """The text that is certain with these tokens.
+        """Add tokens, and return the text that has become certain.
 
         Args:
             chosen: how likely each was, where that is asked for.
@@ -60,17 +60,17 @@ class Transcript:
         return text
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         text = self._text.finish()
         self._place()
         self._given += len(text)
         return text
 
     def logprobs(self, *, last: bool = False) -> tuple[TokenLogprobs, ...]:
-        """Those whose text was given since this was last called.
+        """Return the logprobs whose text was returned since the last call.
 
         Args:
-            last: there is no more text; of a token that a stop string cut, what is left of it.
+            last: the text has ended; a token that a stop string cut keeps what is left of it.
         """
         found = []
         while self._placed:
@@ -88,7 +88,7 @@ class Transcript:
         return [token for token in tokens if token not in self._ends]
 
     def _place(self) -> None:
-        """The tokens since the last whole character have all their text."""
+        """Assign the text since the last whole character to its tokens."""
         if not self._open:
             return
         grown = self._text.grown
@@ -120,7 +120,7 @@ class Transcript:
 
 
 def _with_piece(entry: TokenLogprobs, piece: bytes) -> TokenLogprobs:
-    """With another piece of the chosen token, also where it is among the likeliest."""
+    """Replace the chosen token's piece, also where the token is among the likeliest."""
     chosen = entry.chosen.token
     top = tuple(replace(each, piece=piece) if each.token == chosen else each for each in entry.top)
     return TokenLogprobs(replace(entry.chosen, piece=piece), top)

@@ -1,7 +1,7 @@
-"""The canaries of an ingress: how each side did since its candidate came, and what follows from that.
+"""The canaries of an endpoint: each side's record since its candidate appeared, and the decision that follows.
 
-Where a canary stands is in the registry, as two aliases. Here are only the tallies, and which candidates were rolled
-back while the registry does not say so yet.
+The registry holds a canary's state, as two aliases. This module holds the counts, and the candidates that were rolled
+back before the registry shows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CanaryEnd:
-    """An alias that is to be moved: the end of a canary."""
+    """The end of a canary: an alias to move to a version."""
 
     ref: str
     alias: str
@@ -47,7 +47,7 @@ class _Side:
 
 @dataclass
 class _Trial:
-    """One route's canary. Its sides begin anew when a version changes."""
+    """One route's canary. Its counts restart when a version changes."""
 
     config: CanaryConfig
     arms: tuple[Target | None, Target | None] = (None, None)
@@ -65,9 +65,9 @@ class Canaries:
         self._rolled_back: set[Target] = set()
 
     def follow(self, read: Catalogue) -> Catalogue:
-        """What was read of the registry, without the candidates that were rolled back here.
+        """Return the catalogue as read, without the candidates that were rolled back here.
 
-        The registry may be slow, or not writable: for this endpoint their canary is over all the same.
+        Even where the registry is slow or not writable, their canary is over for this endpoint.
         """
         seen = {name: canary_arms(trial.config, read) for name, trial in self._trials.items()}
         self._rolled_back &= {candidate for _, candidate in seen.values() if candidate}
@@ -82,10 +82,10 @@ class Canaries:
         return read
 
     def count(self, decision: Decision, target: Target, *, refused: bool) -> CanaryEnd | None:
-        """Remember how an answer went; tell which alias to move, where that decides the canary.
+        """Count a request's outcome. Returns the alias to move, where that decides the canary.
 
         Args:
-            target: who answered, or was to.
+            target: the version that did the job, or refused it.
             refused: the version itself could not be served.
         """
         trial = self._undecided(decision.route)
@@ -100,13 +100,13 @@ class Canaries:
         return self._decide(decision.route, trial)
 
     def to_time(self, route: str | None) -> tuple[Target, Target] | None:
-        """The stable version and the candidate of a canary whose pace counts."""
+        """Return the stable version and the candidate of a route's undecided canary."""
         trial = self._undecided(route)
         stable, candidate = trial.arms if trial else (None, None)
         return (stable, candidate) if stable and candidate else None
 
     def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> CanaryEnd | None:
-        """Remember the seconds that each side took to a token of the same work; the rest as `count`."""
+        """Record each side's seconds per token of one job. Returns as `count` does."""
         trial = self._undecided(route)
         if trial is None or trial.arms != arms or None in token_s:
             return None
@@ -115,7 +115,7 @@ class Canaries:
         return self._decide(route, trial)
 
     def failed(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
-        """Remember that the candidate could not do what the stable version did; the rest as `count`."""
+        """Record that the candidate failed at a job that the stable version did. Returns as `count` does."""
         trial = self._undecided(route)
         if trial is None or trial.arms != arms:
             return None
@@ -124,7 +124,7 @@ class Canaries:
         return self._decide(route, trial)
 
     def _undecided(self, route: str | None) -> _Trial | None:
-        """The route's canary, if it has both sides and is not decided."""
+        """Return the route's canary if it has both sides and is not decided."""
         trial = self._trials.get(route or "")
         open_ = trial is not None and trial.config.judge is not None and not trial.judged
         return trial if trial and open_ and None not in trial.arms else None

@@ -381,7 +381,7 @@ class Gateway:
             first_s = request.first_at - request.begun_at
             between_s = (now - request.first_at) / (request.tokens - 1) if request.tokens > 1 else None
         tokens = {"prompt": request.prompt_tokens, "cached": request.cached_tokens, "completion": request.tokens}
-        self.metrics.ended(adapter, request.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
+        self.metrics.count_request(adapter, request.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
         facts = {
             "adapter": adapter, "traffic": request.traffic, "outcome": outcome, "key": request.key and request.key.id,
             "route": request.decision.route, "arm": request.decision.arm, "prompts": len(job.prompts), "n": job.n,

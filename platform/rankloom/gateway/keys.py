@@ -1,4 +1,4 @@
-"""API keys: a file of hashes, who a key belongs to, and how much it may use.
+"""API keys: a file of hashes, each key's owner, and its limits.
 
 A key is shown once, when it is made. The file has only SHA-256 of it: a key is 256 random bits, so that a slow hash
 would add nothing (a password needs one). Comparing takes the same time whatever is wrong.
@@ -26,24 +26,24 @@ from rankloom.errors import ConfigError
 Role = Literal["user", "admin"]
 LOCK_TIMEOUT_S = 10
 _KEY = re.compile(r"rl-([0-9a-f]{12})-([A-Za-z0-9_-]{43})")
-_NOBODY = hashlib.sha256(b"").hexdigest()
+_NO_KEY = hashlib.sha256(b"").hexdigest()
 
 
 class Key(BaseModel):
-    """What is kept of a key. Never the key."""
+    """The record of a key, without the key itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12}$")]
     """Its public part, which logs may have."""
     name: Name
-    """Whose it is."""
+    """Its owner."""
     role: Role
-    """admin: may also load and unload adapters, and see what all others do."""
+    """admin: may also load and unload adapters, and see all traffic."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
-    """Of prompts and completions together."""
+    """Tokens of prompts and completions together."""
     created: AwareDatetime
 
 
@@ -65,7 +65,7 @@ class KeyFile:
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
     ) -> tuple[str, Key]:
-        """A new key, and what is kept of it. The key can't be had again.
+        """Create a key. Returns it, which is not possible again, and its record.
 
         Raises:
             ConfigError: the file can't be used, or the name or a limit is none.
@@ -83,7 +83,7 @@ class KeyFile:
         return key, kept
 
     def revoke(self, key_id: str) -> Key:
-        """Take a key away, by its id. Raises ConfigError where there is none."""
+        """Revoke a key by its id. Raises ConfigError where there is none."""
         with self._changing() as keys:
             found = next((key for key in keys if key.id == key_id), None)
             if found is None:
@@ -93,14 +93,14 @@ class KeyFile:
         return found
 
     def list(self) -> Sequence[Key]:
-        """All of them, oldest first. Raises ConfigError where the file can't be read."""
+        """List all keys, oldest first. Raises ConfigError where the file can't be read."""
         return tuple(self._load().values())
 
     def find(self, key: str | None) -> Key | None:
-        """Whose key this is; None for no key, a wrong one or a revoked one."""
+        """Return the record of a key; None for a missing, wrong or revoked one."""
         parts = _KEY.fullmatch(key or "")
         known = self._load().get(parts[1]) if parts else None
-        same = hmac.compare_digest(_hash(key or ""), known.sha256 if known else _NOBODY)
+        same = hmac.compare_digest(_hash(key or ""), known.sha256 if known else _NO_KEY)
         return known if same else None
 
     def _load(self) -> dict[str, Key]:
@@ -120,7 +120,7 @@ class KeyFile:
 
     @contextmanager
     def _changing(self) -> Iterator[Sequence[Key]]:
-        """The keys, while nobody else changes them."""
+        """Yield the keys while holding the file's lock."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_TIMEOUT_S):
@@ -147,7 +147,7 @@ def _hash(key: str) -> str:
 
 
 class TokenBucket:
-    """How much of something a key has left: a bucket that fills in a minute.
+    """What a key has left of a resource: a bucket that fills in a minute.
 
     What a request costs in tokens is known when it ends, so that the bucket may go below empty; it is then the next one
     that waits. While it lasts, what it may generate is taken off (`quota.py`), so that only one can overdraw.
@@ -160,15 +160,15 @@ class TokenBucket:
         self._at = 0.0
 
     def wait_s(self, now: float) -> float:
-        """Seconds until there is at least one; 0: there is one now.
+        """Return the seconds until at least one is available; 0: now.
 
         Args:
-            now: of a clock that does not go back, in seconds.
+            now: in seconds of a monotonic clock.
         """
         return max(0.0, (1.0 - self._filled(now)) / self._rate)
 
     def take(self, amount: float, now: float) -> None:
-        """Use some up."""
+        """Remove `amount` from the bucket."""
         self._level, self._at = self._filled(now) - amount, now
 
     def _filled(self, now: float) -> float:

@@ -1,4 +1,4 @@
-"""What an endpoint measures, for Prometheus: of all, and of each adapter that was asked for lately."""
+"""An endpoint's metrics for Prometheus: in total, and for each recently used adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GAUGES = {"running", "waiting", "cache_tokens", "cache_capacity", "resident"}
 
 
 class Metrics:
-    """One endpoint's measures, in a collection of their own."""
+    """One endpoint's metrics, in a collector registry of their own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # a third of all lines, which Prometheus does not read
@@ -43,16 +43,16 @@ class Metrics:
         self._token_s = Histogram(
             "rankloom_token_seconds", "Time between tokens, a request's mean.", by, buckets=_TOKEN_S, registry=self._all
         )
-        self.in_flight = Gauge("rankloom_in_flight", "Requests under way.", registry=self._all)
-        self.refused = counter("refused", "Requests that were not begun.", ["status"])
+        self.in_flight = Gauge("rankloom_in_flight", "Requests in flight.", registry=self._all)
+        self.refused = counter("refused", "Requests that were refused.", ["status"])
         self.retries = counter("retries", "Requests begun again after a replica was lost.", [])
         self._replicas = _Replicas()
         self._all.register(self._replicas)
         self._adapters: OrderedDict[str, None] = OrderedDict()
-        """The last one was asked for last."""
+        """The most recently used last."""
         self._live = {"requests": 0, "completion_tokens": 0}
 
-    def ended(
+    def count_request(
         self,
         adapter: str,
         traffic: Traffic,
@@ -62,7 +62,7 @@ class Metrics:
         first_s: float | None,
         token_s: float | None,
     ) -> None:
-        """Count a request that is over.
+        """Count a request that has ended.
 
         Args:
             tokens: by their kind.
@@ -87,24 +87,24 @@ class Metrics:
             self._live["completion_tokens"] += tokens["completion"]
 
     def replica(self, name: str, stats: Stats, resident: int) -> None:
-        """Take in what a replica said of itself."""
+        """Record a replica's own figures."""
         self._replicas.latest[name] = (time.monotonic(), asdict(stats) | {"resident": resident})
 
     def forget_replicas(self, before: float) -> None:
-        """Drop those that have said nothing since."""
+        """Drop replicas that have reported nothing since `before`, a time of `time.monotonic`."""
         self._replicas.latest = {name: (at, each) for name, (at, each) in self._replicas.latest.items() if at >= before}
 
     def totals(self) -> dict[str, float]:
-        """Of live traffic, over all adapters: requests that ended, tokens generated, requests under way."""
+        """Sum live traffic over all adapters: requests that ended, tokens generated, requests in flight."""
         return {**self._live, "in_flight": next(iter(self.in_flight.collect())).samples[0].value}
 
     def exposition(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the text that Prometheus reads."""
         return generate_latest(self._all)
 
 
 class _Replicas:
-    """The replicas' own figures, as they came last."""
+    """The latest figures that the replicas reported."""
 
     def __init__(self) -> None:
         self.latest: dict[str, tuple[float, dict[str, int]]] = {}

@@ -1,7 +1,7 @@
-"""The pace of a version: how long it takes to a token, on work that is the endpoint's own.
+"""The pace of a version: its seconds per token, on a job of the endpoint's own.
 
-What clients send says little of it: their prompts, lengths, options and the speed at which they read are theirs to
-choose, and a sticky client can choose the side that they count for.
+Clients' requests would not do: clients choose their prompts, lengths, options and reading speed, and a sticky client
+can choose the side that they count for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a request goes: from a model's name to exact versions, as pure functions of what is known.
+"""Routing: from a model's name to exact versions, as pure functions that neither wait nor read.
 
-`Catalogue` is what an ingress knows at one instant. `decide_route` picks for one request, `judge` compares a canary
-with the stable version, `rank_replicas` orders the processes that could do the work. Nothing here waits or reads.
+A `Catalogue` is what an ingress knows at one instant. `decide_route` picks the versions for one request, `judge`
+compares a canary with the stable version, `rank_replicas` orders the replicas for a job.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AdapterVersions:
     aliases: Mapping[str, int] = field(default_factory=dict)
 
     def version(self, selector: str | None) -> int | None:
-        """The version that a selector means; None where it means none. Bare: the champion, else the latest."""
+        """Return the version that a selector means, or None. Without a selector: the champion, else the latest."""
         if selector == LATEST or (selector is None and CHAMPION not in self.aliases):
             return self.versions[-1]
         is_number = selector is not None and selector.isdigit() and not selector.startswith("0")
@@ -61,7 +61,7 @@ class AdapterVersions:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All that names can mean. Invariant: every version in it fits the base."""
+    """All names and their meanings. Invariant: every version in it fits the base."""
 
     base: str
     """The base's id."""
@@ -72,21 +72,21 @@ class Catalogue:
     loaded: Mapping[str, Target] = field(default_factory=dict)
     """Names that were given to versions at run time."""
     secret: bytes = field(default=b"", repr=False)
-    """With it sticky routes draw, so that nobody can work out another side's users."""
+    """Sticky routes draw with it, so that clients can't predict which side a user gets."""
 
     @property
     def public_base(self) -> str:
-        """The base's id as clients are told it: of a folder not the path, which is no business of theirs."""
+        """The base's id for clients; a folder's path stays private."""
         is_path = self.base.startswith(("/", "~", ".")) or self.base.count("/") > 1
         return BASE if is_path else self.base
 
     def models(self) -> list[str]:
-        """The names to show: the base, routes, then adapters."""
+        """List the names to show: the base, routes, then adapters."""
         refs = self.adapters if self.offered is None else [r for r in self.offered if self.find(r)]
         return list(dict.fromkeys([self.public_base, *self.routes, *self.loaded, *(r for r in refs if r != BASE)]))
 
     def find(self, ref: str) -> Target | None:
-        """What a ref means in the configuration: any version in `adapters`, or the base."""
+        """Find what a ref in the configuration means: any version in `adapters`, or the base."""
         if ref == BASE:
             return Target()
         name, _, selector = ref.partition("@")
@@ -95,7 +95,7 @@ class Catalogue:
         return None if version is None else Target(name, version)
 
     def resolve(self, model: str) -> Target | None:
-        """What a client's model name means, routes aside; None: nothing that it may have."""
+        """Resolve a client's model name, routes aside; None: it has no meaning, or is not offered."""
         if model in (self.base, BASE):
             return Target()
         if model in self.loaded:
@@ -114,7 +114,7 @@ class Catalogue:
         return target if target in [self.find(ref) for ref in of_name] else None
 
     def near(self, model: str) -> list[str]:
-        """Names like one that means nothing. Of thousands, its neighbours in the alphabet are compared."""
+        """Return names similar to an unknown one; only its neighbours in the alphabet are compared."""
         at = bisect.bisect(self._alphabet, model)
         return difflib.get_close_matches(model[:128], self._alphabet[max(0, at - NEAR) : at + NEAR], n=3, cutoff=0.5)
 
@@ -133,24 +133,24 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What of a request bears on where it goes."""
+    """The parts of a request that routing depends on."""
 
     model: str
     id: str
     """Differs from request to request."""
     user: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    """With names in lower case."""
+    """Names are in lower case."""
     trace: str | None = None
     """The client's own name for the request; nothing is decided by it."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a request goes."""
+    """The versions that a request goes to."""
 
     targets: tuple[Target, ...]
-    """At least one; the next is for when the one before can't be served."""
+    """At least one; each further one is used where those before it can't be served."""
     route: str | None = None
     arm: Literal["stable", "canary"] | None = None
     """Which side of a canary it is; None: there is none, or a rule or fallback decided."""
@@ -158,7 +158,7 @@ class Decision:
 
 
 def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
-    """Where a request goes. The same request on the same catalogue always goes to the same place.
+    """Decide where a request goes: on one catalogue always to the same versions.
 
     Raises:
         AdapterNotFoundError: the model's name means nothing here, or nothing of its route can be served.
@@ -183,7 +183,7 @@ def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
 def _first_target(
     request: RoutingRequest, route: RouteConfig, catalogue: Catalogue
 ) -> tuple[Target | None, Literal["stable", "canary"] | None]:
-    """What the route wants before anything goes wrong."""
+    """Return the route's first choice, fallbacks aside."""
     for rule in route.rules:
         if request.headers.get(rule.header.lower()) == rule.equals:
             return catalogue.find(rule.to), None
@@ -200,20 +200,20 @@ def _first_target(
 
 
 def canary_arms(canary: CanaryConfig, catalogue: Catalogue) -> tuple[Target | None, Target | None]:
-    """The stable version and the candidate; no candidate where its alias is missing or points to the stable version."""
+    """Return the stable version and the candidate, or None where its alias is missing or means the stable version."""
     stable = catalogue.find(f"{canary.adapter}@{canary.stable}")
     candidate = catalogue.find(f"{canary.adapter}@{canary.candidate}")
     return stable, None if candidate == stable else candidate
 
 
 def draw(*parts: str | None, secret: bytes = b"") -> float:
-    """A number in [0, 1) that depends on nothing but `parts` and `secret`, evenly spread."""
+    """Return a number in [0, 1), uniformly distributed, that depends on `parts` and `secret` alone."""
     digest = hmac.digest(secret, "\0".join(part or "" for part in parts).encode(), "sha256")
     return int.from_bytes(digest[:7]) / 2**56  # 56 bits: a float holds no quotient below 1 as 1
 
 
 def _at(lot: float, weights: Mapping[str, float]) -> str:
-    """The key in whose share of [0, 1) `lot` lies."""
+    """Return the key whose share of [0, 1) contains `lot`."""
     position = lot * sum(weights.values())
     for key, weight in weights.items():
         if position < weight:
@@ -230,13 +230,13 @@ def _unknown(model: str, near: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class CanaryCounts:
-    """How one side of a canary did since the candidate came."""
+    """The record of one side of a canary since the candidate appeared."""
 
     requests: int = 0
     errors: int = 0
-    """Of these, how often the version itself failed."""
+    """Requests in which the version itself failed."""
     token_s: tuple[float, ...] = ()
-    """Seconds to a token of the same work, as they were measured last."""
+    """Seconds per token of one fixed job, latest measurements."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Verdict:
 
 
 def judge(config: JudgeConfig, stable: CanaryCounts, candidate: CanaryCounts) -> Verdict:
-    """Whether the candidate is worse than the stable version by more than the margins, or has proved itself."""
+    """Decide whether the candidate is worse than the stable version by more than the margins, or good enough."""
     is_asked = min(stable.requests, candidate.requests) >= config.min_requests
     is_timed = min(len(stable.token_s), len(candidate.token_s)) >= min(config.min_requests, MOST_TIMES)
     if is_asked:
@@ -267,7 +267,7 @@ def judge(config: JudgeConfig, stable: CanaryCounts, candidate: CanaryCounts) ->
 
 
 def rank_replicas(adapter: str | None, loads: Mapping[str, int], *, room: int, spill: float = 1.5) -> list[str]:
-    """Replicas by preference, best first.
+    """Order replicas by preference, best first.
 
     Every adapter has a replica of its own by hashing, where its weights stay (rendezvous hashing, Thaler and
     Ravishankar 1998, with bounded loads, arXiv 1608.01350): the first in its order that is not overloaded. So all who
@@ -275,7 +275,7 @@ def rank_replicas(adapter: str | None, loads: Mapping[str, int], *, room: int, s
     and of several the first one given.
 
     Args:
-        loads: requests under way on each replica.
+        loads: requests in flight on each replica.
         room: requests that a replica works on at once; with fewer it is never overloaded.
         spill: with more, it is overloaded above this many times the mean load.
     """

@@ -43,10 +43,10 @@ class Quotas:
         """
         free = most - self.in_flight
         if free <= 0:
-            raise OverloadedError(f"{self.in_flight} requests are under way; try again later.")
+            raise OverloadedError(f"{self.in_flight} requests are in flight; try again later.")
         mine = self._of_key[key.id] if key else 0
         if mine >= free:
-            raise _too_many("requests", f"This key has {mine} requests under way, its share; try again in", 1.0)
+            raise _too_many("requests", f"This key has {mine} requests in flight, its share; try again in", 1.0)
 
     def begin(self, key: Key | None, tokens: int, now: float) -> None:
         """Begin a request that may generate `tokens` tokens, which are taken off the key's minute until it ends."""

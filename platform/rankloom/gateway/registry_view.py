@@ -1,4 +1,4 @@
-"""What a registry has for one base, kept up to date: the part of a catalogue that changes by itself."""
+"""RegistryView: the adapters that a registry has for one base, kept up to date."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class RegistryView:
-    """Reads a registry again and again. A version never changes, so its record is read once.
+    """Reads a registry repeatedly. A version never changes, so its record is read once.
 
-    What can't be read stays as it was: an object store that is away for a minute takes no adapter from anybody.
+    What can't be read stays as it was: a short outage of an object store removes no adapter.
     """
 
     def __init__(self, registry: Registry, fits: Callable[[Record], bool]) -> None:

@@ -404,12 +404,12 @@ def test_a_zero_row_of_the_base_is_no_nan(open_base: Opener) -> None:
 def test_what_does_not_fit_is_refused(open_base: Opener) -> None:
     base = open_base("llama", "none")
     spec = specs_of(base, "llama")[1]
-    with pytest.raises(IncompatibleError, match=r"model\.norm is no linear layer of this LlamaForCausalLM"):
+    with pytest.raises(IncompatibleError, match=r"model\.norm is not a linear layer of this LlamaForCausalLM"):
         AdapterBank(base.model, ["model.norm"], 2, 4, with_magnitudes=False)
     bank = AdapterBank(base.model, spec.targets[:2], 2, 4, with_magnitudes=False)
     for change, message in (
         ({"rank": 5}, "rank 5 is above the bank's 4"),
-        ({"rank": 4}, "is no site of this bank"),
+        ({"rank": 4}, "is not a site of this bank"),
         ({"rank": 4, "targets": spec.targets[:2]}, "this bank has no magnitudes"),
     ):
         with pytest.raises(IncompatibleError, match=message):

@@ -573,13 +573,13 @@ def test_a_key_leaves_room_for_the_next(tmp_path: Path) -> None:
     with endpoint(tmp_path, auth={"keys": str(file.path)}, limits={"in_flight": 6}) as made:
         made.replicas.engine.context = 5000
         streams = [forever(made, ann) for _ in range(3)]
-        with pytest.raises(openai.RateLimitError, match="3 requests under way"):
+        with pytest.raises(openai.RateLimitError, match="3 requests in flight"):
             forever(made, ann)
         streams.append(forever(made, ben))
         with pytest.raises(openai.RateLimitError):
             forever(made, ann)
         streams.append(forever(made, ben))
-        with pytest.raises(openai.RateLimitError, match="2 requests under way"):
+        with pytest.raises(openai.RateLimitError, match="2 requests in flight"):
             forever(made, ben)
         for stream in streams:
             stream.close()

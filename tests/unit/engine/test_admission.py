@@ -29,7 +29,7 @@ def test_no_tenant_takes_all_places() -> None:
             take(bens, 16, "ben")
         for number in range(16):
             take(bens, number, None)  # where there are no keys, first come, first served
-        with pytest.raises(OverloadedError, match="64 requests are under way"):
+        with pytest.raises(OverloadedError, match="64 requests are running"):
             take(bens, 16, None)
         anns.close()
         take(bens, 17, "ben")

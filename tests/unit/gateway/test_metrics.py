@@ -13,7 +13,7 @@ def test_series_are_kept_of_the_adapters_asked_for_last_and_totals_of_all(monkey
     metrics = Metrics()
     tokens = {"prompt": 5, "cached": 0, "completion": 3}
     for adapter, traffic in (("a@1", "live"), ("b@1", "live"), ("a@1", "shadow"), ("c@1", "live"), ("c@1", "live")):
-        metrics.ended(adapter, traffic, "ok", tokens=tokens, first_s=0.1, token_s=0.01)
+        metrics.count_request(adapter, traffic, "ok", tokens=tokens, first_s=0.1, token_s=0.01)
     text = metrics.exposition().decode()
     assert 'adapter="b@1"' not in text
     assert 'rankloom_requests_total{adapter="a@1",outcome="ok",traffic="live"} 1.0' in text
@@ -21,7 +21,7 @@ def test_series_are_kept_of_the_adapters_asked_for_last_and_totals_of_all(monkey
     assert 'rankloom_tokens_total{adapter="c@1",kind="completion",traffic="live"} 6.0' in text
     assert 'rankloom_token_seconds_count{adapter="c@1",traffic="live"} 2.0' in text
     assert metrics.totals() == {"requests": 4, "completion_tokens": 12, "in_flight": 0}
-    metrics.ended("b@1", "live", "cancelled", tokens=tokens, first_s=None, token_s=None)
+    metrics.count_request("b@1", "live", "cancelled", tokens=tokens, first_s=None, token_s=None)
     text = metrics.exposition().decode()
     assert 'rankloom_requests_total{adapter="b@1",outcome="cancelled",traffic="live"} 1.0' in text
     assert 'first_token_seconds_count{adapter="b@1"' not in text

@@ -1,4 +1,4 @@
-"""Residents: the adapters in memory, loaded by a thread of their own, so that a cold one holds up only its requests.
+"""AdapterCache: the adapters in memory, loaded by a thread of its own, so that a cold one delays only its requests.
 
 `eviction.py` decides what is loaded and what goes; `loading.py` loads.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class CachedAdapter(Protocol):
-    """What is kept of an adapter."""
+    """An adapter as its engine keeps it."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -34,19 +34,19 @@ H_co = TypeVar("H_co", bound=CachedAdapter, covariant=True)
 
 
 class AdapterLoader(Protocol[H_co]):
-    """Gets adapters into memory; both calls come from one thread of its own."""
+    """Loads adapters into memory; one thread makes both calls."""
 
     def load(self, ref: str) -> H_co:
         """Raises AdapterNotFoundError, IncompatibleError or RegistryError where it can't be served."""
         ...
 
     def forget(self, ref: str) -> None:
-        """One that was loaded is not needed any more."""
+        """Release what the engine holds of an evicted adapter."""
         ...
 
 
 class AdapterCache(Generic[H]):
-    """Owned by one thread, which makes all calls but for `listed`."""
+    """Owned by one thread, which makes all calls except `list_resident`."""
 
     def __init__(
         self,
@@ -60,53 +60,53 @@ class AdapterCache(Generic[H]):
             post: thread-safe; schedules a callable on the owner's thread.
             failed: called with each version that can't be loaded, and why.
         """
-        self._residency: EvictionPolicy[H] = EvictionPolicy(capacity)
-        self._refusals = LoadBackoff()
+        self._policy: EvictionPolicy[H] = EvictionPolicy(capacity)
+        self._backoff = LoadBackoff()
         self._loader, self._post, self._failed = loader, post, failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-load")
         self._pins: dict[str, list[Future[None]]] = {}
         self.num_loads = self.num_evictions = self.num_failures = 0
 
     def refusal(self, ref: str) -> RankloomError | None:
-        """Why it can't be loaded, where that was found out a short while ago."""
-        return self._refusals.get(ref, time.monotonic())
+        """Return why a version can't be loaded, if that was found a short while ago."""
+        return self._backoff.get(ref, time.monotonic())
 
     def ask(self, ref: str) -> None:
-        self._residency.ask(ref)
+        self._policy.ask(ref)
 
     def release(self, ref: str) -> None:
-        self._residency.release(ref)
+        self._policy.release(ref)
 
     def get(self, ref: str) -> H | None:
         """The adapter, if it is there."""
-        return self._residency.get(ref)
+        return self._policy.get(ref)
 
     def pin(self, ref: str, done: Future[None]) -> None:
-        """Load it, unless it is there, and keep it; `done` is told."""
+        """Load an adapter, unless it is there, and keep it; then resolve `done`."""
         if (error := self.refusal(ref)) is not None:
-            _tell(done, error)
-        elif not self._residency.pin(ref):
-            capacity = self._residency.capacity
-            _tell(done, OverloadedError(f"{ref} can't be pinned: all {capacity} places are; unpin another"))
+            _resolve(done, error)
+        elif not self._policy.pin(ref):
+            capacity = self._policy.capacity
+            _resolve(done, OverloadedError(f"{ref} can't be pinned: all {capacity} places are; unpin another"))
         elif self.get(ref) is not None:
-            _tell(done, None)
+            _resolve(done, None)
         else:
             self._pins.setdefault(ref, []).append(done)
 
     def unpin(self, ref: str) -> None:
-        self._residency.unpin(ref)
+        self._policy.unpin(ref)
 
-    def listed(self) -> tuple[Resident, ...]:
-        """The loaded ones, the most recently used last."""
+    def list_resident(self) -> tuple[Resident, ...]:
+        """List the loaded adapters, the most recently used last. Thread-safe."""
         return tuple(
             Resident(ref, entry.pinned, entry.users, entry.adapter.num_bytes)
-            for ref, entry in list(self._residency.entries.items())
+            for ref, entry in list(self._policy.entries.items())
             if entry.adapter is not None
         )
 
     def load_next(self) -> None:
-        """Begin to load what is wanted and has a place."""
-        while (load := self._residency.next_load()) is not None:
+        """Begin to load the adapters that have requests and a place."""
+        while (load := self._policy.next_load()) is not None:
             ref, evicted = load
             if evicted is not None:
                 self.num_evictions += 1
@@ -115,41 +115,41 @@ class AdapterCache(Generic[H]):
 
     def close(self, error: RankloomError) -> None:
         for done in (done for waiting in self._pins.values() for done in waiting):
-            _tell(done, error)
+            _resolve(done, error)
         self._pins.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _post_loaded(self, ref: str, load: Future[H]) -> None:
         if not load.cancelled():
-            self._post(partial(self._loaded, ref, load))
+            self._post(partial(self._finish_load, ref, load))
 
-    def _loaded(self, ref: str, load: Future[H]) -> None:
+    def _finish_load(self, ref: str, load: Future[H]) -> None:
         error = load.exception()
         if error is not None and is_lost(error):
             raise error
         pins = self._pins.pop(ref, [])
         if error is None:
-            self._residency.loaded(ref, load.result())
-            self._refusals.clear(ref)
+            self._policy.loaded(ref, load.result())
+            self._backoff.clear(ref)
             self.num_loads += 1
             for done in pins:
-                _tell(done, None)
+                _resolve(done, None)
             return
         if not isinstance(error, RankloomError):
             logger.error("loading %s failed", ref, exc_info=error)
             error = RegistryError(f"{ref}: can't be loaded: {error}")
         self.num_failures += 1
         if not isinstance(error, (AdapterNotFoundError, OverloadedError, ReplicaLostError)):  # it may yet be published
-            self._refusals.add(ref, error, time.monotonic())
+            self._backoff.add(ref, error, time.monotonic())
         self._failed(ref, error)
-        self._residency.failed(ref)
+        self._policy.failed(ref)
         for done in pins:
-            _tell(done, error)
+            _resolve(done, error)
 
 
-def _tell(done: Future[None], error: RankloomError | None) -> None:
+def _resolve(done: Future[None], error: RankloomError | None) -> None:
     if not done.set_running_or_notify_cancel():
-        return  # nobody waits any more
+        return  # cancelled
     if error is None:
         done.set_result(None)
     else:

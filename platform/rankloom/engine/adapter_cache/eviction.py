@@ -1,7 +1,7 @@
-"""Residency: which adapters are in memory, which one is loaded next, and in whose place. Decisions alone; no weights.
+"""EvictionPolicy: which adapters are in memory, and which one a load replaces. Pure decisions, without weights.
 
-An adapter is asked for by the requests on it and by pins. One that nobody asks for stays until its place is needed; the
-one that was not used for longest goes first. Where every place is asked for, who comes later waits.
+Requests and pins use an adapter. One without either stays until its place is needed; the least recently used goes
+first. Where every place is in use, later adapters wait.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 A = TypeVar("A")
-"""What is held of an adapter."""
+"""An adapter as its engine keeps it."""
 
 
 @dataclass
@@ -32,21 +32,21 @@ class EvictionPolicy(Generic[A]):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.entries: OrderedDict[str, CacheEntry[A]] = OrderedDict()
-        """By ref, least recently used first; those that wait for a place too."""
+        """By ref, least recently used first; includes those that wait for a place."""
         self._loading: set[str] = set()
 
     def ask(self, ref: str) -> None:
-        """One more request is on it."""
+        """Count one more request on an adapter."""
         self._touch(ref).users += 1
 
     def release(self, ref: str) -> None:
-        """One less. Of an adapter that is gone, because it failed, nothing is known."""
+        """Count one request less; does nothing for an adapter that is gone because it failed."""
         if ref in self.entries:
             self.entries[ref].users -= 1
             self._forget_unwanted(ref)
 
     def pin(self, ref: str) -> bool:
-        """Keep it from now on; False: all places are pinned already."""
+        """Keep an adapter from now on. Returns False where all places are pinned already."""
         others = sum(entry.pinned for other, entry in self.entries.items() if other != ref)
         if others >= self.capacity:
             return False
@@ -59,12 +59,12 @@ class EvictionPolicy(Generic[A]):
             self._forget_unwanted(ref)
 
     def get(self, ref: str) -> A | None:
-        """The adapter, if it is loaded."""
+        """Return the adapter if it is loaded."""
         entry = self.entries.get(ref)
         return entry.adapter if entry else None
 
     def next_load(self) -> tuple[str, str | None] | None:
-        """What is to be loaded now and what is to go for it; None: nothing can be. Counts as loading from then on."""
+        """Return the ref to load now and the one to evict for it, or None; the first counts as loading from then on."""
         wanted = [r for r, e in self.entries.items() if e.adapter is None and r not in self._loading]
         if not wanted:
             return None
@@ -84,7 +84,7 @@ class EvictionPolicy(Generic[A]):
         self.entries[ref].adapter = adapter
 
     def failed(self, ref: str) -> None:
-        """Forget it, whoever asked for it."""
+        """Forget an adapter, even if requests use it."""
         self._loading.discard(ref)
         del self.entries[ref]
 
@@ -94,7 +94,7 @@ class EvictionPolicy(Generic[A]):
         return entry
 
     def _forget_unwanted(self, ref: str) -> None:
-        """One that nobody waits for any more need not be loaded."""
+        """Forget an adapter that has no request or pin and is not loaded."""
         entry = self.entries[ref]
         if entry.is_free and entry.adapter is None and ref not in self._loading:
             del self.entries[ref]

@@ -1,4 +1,4 @@
-"""Refusals: which versions could not be loaded, and why, so that nobody can have them tried again and again."""
+"""LoadBackoff: which versions could not be loaded, and why, so that an engine does not retry them at every request."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class LoadBackoff:
             self._of.popitem(last=False)
 
     def clear(self, ref: str) -> None:
-        """It was loaded after all."""
+        """Forget a version's failures: it was loaded."""
         self._of.pop(ref, None)
 
     def get(self, ref: str, now: float) -> RankloomError | None:
-        """The error to answer with, a new one each time (one that is raised twice keeps both tracebacks); None: try."""
+        """Return the error to raise, a new one each time (a reused one keeps all tracebacks); None: try to load it."""
         refusal = self._of.get(ref)
         return None if refusal is None or now >= refusal.until else refusal.kind(refusal.message)

@@ -1,4 +1,4 @@
-"""From the registry to an adapter that is ready to be served: fetched, checked, folded and probed."""
+"""EngineLoader: fetches an adapter from the registry, and checks, folds and probes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankloom.registry import Record, Registry
 from rankloom.registry.checks import rename_in_errors
 
 Logits = Callable[[ServedAdapter | None, list[int]], Tensor]
-"""What the base gives [V] after tokens, with an adapter or without."""
+"""Returns the logits [V] after tokens, with an adapter or without."""
 
 
 class EngineLoader:
@@ -27,13 +27,13 @@ class EngineLoader:
         self._base, self._registry, self._logits = base, registry, logits
 
     def load(self, ref: str) -> ServedAdapter:
-        """May take seconds; for a thread of its own.
+        """Load and verify a version. This may take seconds.
 
         Raises:
             AdapterNotFoundError: no such version.
             IncompatibleError: it was tuned on another base.
             RegistryError: it is broken, or does nothing.
-            OverloadedError: there is no memory for it now.
+            OverloadedError: memory does not suffice for it now.
         """
         record = self._registry.get(ref)
         check_base(self._base, record)
@@ -41,12 +41,12 @@ class EngineLoader:
             folder = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             try:
                 with rename_in_errors(folder, record.ref):
-                    return self._verified(folder)
+                    return self._verify(folder)
             except torch.OutOfMemoryError:
-                pass  # what it holds on to is freed once this block is left
+                pass  # the memory is freed once this block is left
         raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")
 
-    def _verified(self, folder: Path) -> ServedAdapter:
+    def _verify(self, folder: Path) -> ServedAdapter:
         adapter = fold(self._base.model, folder)
         vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
         tokens = probe_tokens(folder, vocabulary)
@@ -55,7 +55,7 @@ class EngineLoader:
         return adapter
 
     def forget(self, ref: str) -> None:
-        """Its place is needed. The weights go with the last who holds them."""
+        """Do nothing: weights are freed with their last reference."""
 
 
 def check_base(base: Base, record: Record) -> None:

@@ -49,7 +49,7 @@ class VllmEngine:
     """The `Engine` of `protocol.py`."""
 
     def __init__(self, base: Base, registry: Registry, config: VllmConfig, *, threads: int, gpus: float = 1.0) -> None:
-        """Raises ConfigError where there is no vLLM.
+        """Raises ConfigError where vLLM is not installed.
 
         Args:
             base: an outline is enough (`models.load_outline`).
@@ -68,7 +68,7 @@ class VllmEngine:
             config.max_cpu_loras, self._loader, self._post, self._failed
         )
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}
-        """Of requests that wait for their adapter."""
+        """Requests that wait for their adapter, by its ref."""
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
     @property
@@ -107,10 +107,10 @@ class VllmEngine:
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
-            guide = await self._guides.of(request)  # also refuses what is no set of texts
+            guide = await self._guides.of(request)  # refuses choices that become the same tokens
             async with self._holding(request.adapter):
                 try:
-                    async with aclosing(self._completed(request, guide.stops)) as deltas:
+                    async with aclosing(self._complete(request, guide.stops)) as deltas:
                         async for delta in deltas:
                             self._generated_tokens += len(delta.tokens)
                             yield delta
@@ -132,7 +132,7 @@ class VllmEngine:
         self._adapters.load_next()
 
     def resident(self) -> tuple[Resident, ...]:
-        return self._adapters.listed()
+        return self._adapters.list_resident()
 
     def stats(self) -> Stats:
         gauges, under_way = self._server.gauges, len(self._admission.open)
@@ -153,8 +153,8 @@ class VllmEngine:
             adapter_failures=self._adapters.num_failures,
         )
 
-    async def _completed(self, request: Request, stops: Stops) -> AsyncGenerator[Delta, None]:
-        """What vLLM generates. The usage, which knows of the prompt's cached part, comes behind the last delta."""
+    async def _complete(self, request: Request, stops: Stops) -> AsyncGenerator[Delta, None]:
+        """Generate with vLLM. Its usage, which has the number of cached tokens, comes after the last delta."""
         asked = request.sampling
         ends = frozenset() if asked.ignore_eos and asked.choices is None else self._prompts.end_ids
         transcript = Transcript(self._decoder, request.prompt, stops, ends)
@@ -181,7 +181,7 @@ class VllmEngine:
 
     @asynccontextmanager
     async def _holding(self, ref: str | None) -> AsyncIterator[None]:
-        """Its adapter is in memory while this lasts. Raises as loading it does."""
+        """Keep an adapter in memory for the duration of the context. Raises as loading it does."""
         if ref is None:
             yield
             return
@@ -197,12 +197,12 @@ class VllmEngine:
             yield
         finally:
             failed = arrival.done() and not arrival.cancelled() and arrival.exception() is not None
-            if not failed:  # of one that failed, nothing is known any more
+            if not failed:  # the cache has forgotten one that failed
                 self._adapters.release(ref)
                 self._adapters.load_next()
 
     def _post(self, call: Callable[[], None]) -> None:
-        """From any thread."""
+        """Thread-safe."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._turn, call)
 
@@ -225,15 +225,15 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
     tokens, text = choice["token_ids"] or [], ""
     if finish not in (None, "stop", "length"):
         raise ModelError(f"vLLM ended a completion with {finish!r}")
-    told: list[list[SampledToken]] = [[] for _ in tokens]
+    sampled: list[list[SampledToken]] = [[] for _ in tokens]
     if num_logprobs is not None:
         named = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
-        told = [
+        sampled = [
             [SampledToken(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
             for token, logprob, top in zip(tokens, named["token_logprobs"], named["top_logprobs"], strict=True)
         ]
     kept: list[int] = []
-    for token, chosen in zip(tokens, told, strict=True):
+    for token, chosen in zip(tokens, sampled, strict=True):
         kept.append(token)
         text += transcript.push([token], chosen)
         if transcript.stopped:
@@ -247,14 +247,14 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
 
 @dataclass(frozen=True)
 class VllmAdapter:
-    """An adapter that vLLM has."""
+    """An adapter that vLLM has loaded."""
 
     folder: Path
     num_bytes: int
 
 
 class VllmLoader:
-    """From the registry to an adapter that vLLM serves: fetched, checked, made plain, sent and probed."""
+    """Fetches an adapter from the registry, checks it, converts it to plain LoRA, and has vLLM load and probe it."""
 
     def __init__(self, base: Base, registry: Registry, server: VllmServer, max_rank: int) -> None:
         self._base, self._registry, self._server, self._max_rank = base, registry, server, max_rank
@@ -262,10 +262,10 @@ class VllmLoader:
         self._numbers = itertools.count()
 
     def load(self, ref: str) -> VllmAdapter:
-        """Raises as `loading.Loader.load`, and RegistryError where vLLM can't serve it."""
+        """Raises as `EngineLoader.load`, and RegistryError where vLLM can't serve it."""
         record = self._registry.get(ref)
         check_base(self._base, record)
-        folder = self._server.scratch / f"{next(self._numbers)}"  # never the same again: vLLM's cache goes by it
+        folder = self._server.scratch / f"{next(self._numbers)}"  # a new one each time: vLLM caches by path
         with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", ref):
             fetched = self._registry.fetch(record.ref, Path(scratch) / "adapter")
             if more := more_than_lora(self._base.model, fetched):
@@ -289,7 +289,7 @@ class VllmLoader:
         return self._sent[ref]
 
     def send_zero(self) -> None:
-        """Give vLLM an adapter that changes nothing."""
+        """Load an adapter that changes nothing."""
         name = find_target_linears(self._base.model, "all-linear")[0]
         num_in, num_out = in_out(self._base.model.get_submodule(name))
         nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)

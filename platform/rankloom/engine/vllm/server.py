@@ -1,4 +1,4 @@
-"""vLLM's server as a process beside this one, and what is said to it. Neither torch nor vLLM is imported here.
+"""VllmServer: vLLM's server as a child process, and an HTTP client of it. This module imports neither torch nor vLLM.
 
 It runs in a Python environment of its own (`engine.python`), because vLLM pins other versions than rankloom does. It
 listens on a socket in a folder that only this user can enter, and ends with this process (`die_with_parent.py`).
@@ -41,14 +41,14 @@ ZERO = "zero"
 others where they share a step (vllm-project/vllm#48421), so there every row has to have one."""
 PYTHON = "RANKLOOM_VLLM_PYTHON"
 LIKELIEST = 20
-"""So many of the likeliest tokens are compared with a probe; vLLM gives no more unless told."""
+"""Likeliest tokens that a probe compares; by default vLLM returns no more."""
 CPU_CACHE_GIB = 4.0
 OF_A_GPU = 0.9
-"""What vLLM may take of a GPU's memory where it has the whole."""
+"""vLLM's share of a GPU's memory where it has the whole GPU."""
 WATCH_S = 2.0
-"""How often it is looked at."""
+"""Seconds between two health checks."""
 HUNG_S = 30.0
-"""One that has not answered for so long is taken for dead."""
+"""Seconds without a healthy answer after which the server counts as dead."""
 LOAD_S = 300.0
 """The longest that loading an adapter may take."""
 CHUNK_BYTES = 2**23
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_vllm(python: str | None) -> tuple[str, str]:
-    """The interpreter that has vLLM, and vLLM's version. Raises ConfigError where there is none.
+    """Return the interpreter that has vLLM, and vLLM's version. Raises ConfigError where there is none.
 
     Args:
         python: null: `$RANKLOOM_VLLM_PYTHON`.
@@ -82,11 +82,11 @@ def find_vllm(python: str | None) -> tuple[str, str]:
         )
     found = shutil.which(os.path.expanduser(given))
     if found is None:
-        raise ConfigError(f"engine.python: {given!r} is no program that can be run")
+        raise ConfigError(f"engine.python: {given!r} is not a program that can be run")
     try:
         asked = subprocess.run([found, "-I", "-c", _WHICH], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"engine.python: {given!r} is no Python interpreter: {error}") from None
+        raise ConfigError(f"engine.python: {given!r} is not a Python interpreter: {error}") from None
     if asked.returncode or not asked.stdout.strip():
         raise ConfigError(f"engine.python: {given!r} has no vLLM: {given} -m pip install vllm")
     return found, asked.stdout.strip()
@@ -95,7 +95,7 @@ def find_vllm(python: str | None) -> tuple[str, str]:
 def arguments(
     config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0
 ) -> list[str]:
-    """The options of vLLM's server.
+    """Return the options of vLLM's server.
 
     Args:
         dtype: in torch's spelling, such as float32.
@@ -121,7 +121,7 @@ def arguments(
 
 
 def environment(config: VllmConfig, threads: int) -> dict[str, str]:
-    """Ours, but for what means our Python."""
+    """Return this process's environment without what concerns its Python, and with vLLM's settings."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine would take the same cores
@@ -132,7 +132,7 @@ def environment(config: VllmConfig, threads: int) -> dict[str, str]:
 
 
 def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
-    """The body that asks for a request's completion, as a stream of tokens.
+    """Return the body of an HTTP request for a completion as a stream of tokens.
 
     Args:
         model: what its adapter, or the base, is called there.
@@ -162,7 +162,7 @@ class VllmServer:
     def __init__(
         self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0
     ) -> None:
-        """Raises ConfigError where there is no vLLM.
+        """Raises ConfigError where vLLM is not installed.
 
         Args:
             folder: the base's.
@@ -173,16 +173,16 @@ class VllmServer:
         self._config, self._folder, self._dtype = config, folder, dtype
         self._threads, self._on_gpu, self._gpus = threads, on_gpu, gpus
         self.base = BASE if on_gpu else ZERO
-        """What requests without an adapter are to ask for."""
+        """The model name for requests without an adapter."""
         self._process: subprocess.Popen[bytes] | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=50)
         self._answered_at = 0.0
         self._open: set[aiohttp.ClientResponse] = set()
-        """Of completions that are under way."""
+        """The responses of completions in flight."""
         self.context = 0
         """The most tokens of prompt and completion together, once it has started."""
         self.gauges: Mapping[str, float] = {}
-        """What it measures, as of the last look, by the names of its metrics."""
+        """Its metrics as of the last health check, by name."""
 
     @property
     def alive(self) -> bool:
@@ -230,7 +230,7 @@ class VllmServer:
         self._watch = asyncio.create_task(self._keep_watch())
 
     async def close(self) -> None:
-        """End it, with whatever it is doing."""
+        """Stop the server and its requests."""
         if self._process is None:
             return
         if hasattr(self, "_watch"):
@@ -238,7 +238,7 @@ class VllmServer:
         for answer in list(self._open):
             answer.close()
         assert self._process.stdin is not None
-        self._process.stdin.close()  # the leash
+        self._process.stdin.close()  # die_with_parent waits for this
         await asyncio.to_thread(self._end)
         await self._http.close()
 
@@ -251,7 +251,7 @@ class VllmServer:
         try:
             async with self._http.post("/v1/completions", json=body) as answer:
                 if answer.status != 200:
-                    raise _refused(answer.status, await answer.read())
+                    raise _refusal(answer.status, await answer.read())
                 self._open.add(answer)
                 try:
                     async for line in answer.content:
@@ -293,7 +293,7 @@ class VllmServer:
         finally:
             connection.close()
         if answer.status != 200:
-            raise _refused(answer.status, text)
+            raise _refusal(answer.status, text)
         return text
 
     async def _keep_watch(self) -> None:
@@ -304,7 +304,7 @@ class VllmServer:
         await asyncio.to_thread(self._end)
 
     async def _look(self) -> bool:
-        """Whether it answers, and how it is."""
+        """Check the server's health and read its metrics. Returns whether it is healthy."""
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with asyncio.timeout(HUNG_S):
                 async with self._http.get("/health") as answer:
@@ -317,7 +317,7 @@ class VllmServer:
         return False
 
     def _end(self) -> None:
-        """Wait for its end, and for that of what it started; what is left then is killed."""
+        """Wait until the server and its children have ended, and kill those that remain."""
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(die_with_parent.GRACE_S + 5)
@@ -337,7 +337,7 @@ class VllmServer:
             logger.info("vllm: %s", text)
 
     def _reason(self) -> str:
-        """What its log says last, in one line."""
+        """Return the last error in its log, in one line."""
         self._reader.join(timeout=5)
         lines = [line.strip() for line in self._last_lines if line.strip()]
         errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]
@@ -345,21 +345,21 @@ class VllmServer:
 
 
 def likelihoods(named: Mapping[str, float]) -> dict[int, float]:
-    """By token, likeliest first; from vLLM's spelling, `token_id:5`."""
+    """Parse vLLM's logprobs, named `token_id:5`, into a dict by token, likeliest first."""
     pairs = sorted(named.items(), key=lambda pair: -pair[1])
     return {int(name.removeprefix("token_id:")): logprob for name, logprob in pairs}
 
 
-def _refused(status: int, body: bytes) -> RankloomError:
+def _refusal(status: int, body: bytes) -> RankloomError:
     try:
-        told = json.loads(body)["error"]["message"]
+        message = json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError):
-        told = body.decode("utf-8", "replace")[:500]
-    return (RequestError if status in (400, 422) else ModelError)(f"vLLM: {told}")
+        message = body.decode("utf-8", "replace")[:500]
+    return (RequestError if status in (400, 422) else ModelError)(f"vLLM: {message}")
 
 
 def _gauges(text: str) -> dict[str, float]:
-    """Each metric's samples added up, over its labels."""
+    """Sum each metric's samples over its labels."""
     found: dict[str, float] = collections.defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -370,7 +370,7 @@ def _gauges(text: str) -> dict[str, float]:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over a socket of the file system."""
+    """HTTP over a Unix socket."""
 
     def __init__(self, address: Path) -> None:
         super().__init__("vllm", timeout=LOAD_S)

@@ -1,7 +1,7 @@
-"""From a body's bytes to a request, or to its first mistake, in words. Its time is bounded by the body's length.
+"""Parse a body's bytes into a request, or report its first mistake, in time bounded by the body's length.
 
-A body of a client's size is not to hold up others: each call into C here is short, also for 2 MB of the worst, since
-nobody else in the process runs meanwhile. So what makes the most objects is counted before it is made.
+A large body must not hold up other requests: each call into C here is short, even for the worst 2 MB, because it holds
+the interpreter's lock. So what would create the most objects is counted before it is parsed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.requests import TAGS
 
 SMALL = 32 * 1024
-"""Bytes of a body that is read in less time than another thread takes to begin."""
+"""Bytes of a body that is parsed faster than a thread starts."""
 MOST_PARTS, MOST_VALUES = 2**16, 2**18
 """Texts, keys, lists and objects of a body; the same with numbers, of which there are more where prompts are tokens."""
 _INSTEAD = {
@@ -41,16 +41,16 @@ _INSTEAD = {
     "suffix": "put it into the prompt",
     "echo": "put the prompt before the answer yourself",
 }
-"""What to do without a key of OpenAI that asks for what is not done here."""
+"""What to do in place of one of OpenAI's keys that is not supported."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 def read(kind: type[BodyT], body: bytes) -> BodyT:
-    """The request that a body is.
+    """Parse a body into a request.
 
     Raises:
-        WireError: it is none; tells the first mistake.
+        WireError: reports the first mistake.
     """
     if len(body) > SMALL:
         _check_parts(body)
@@ -63,7 +63,7 @@ def read(kind: type[BodyT], body: bytes) -> BodyT:
     except ValidationError as error:
         # no more than one for each key of the kind: lists end at the first, and so do keys that are not known
         detail = error.errors(include_url=False)[0]
-    raise _told(kind, detail)
+    raise _explain(kind, detail)
 
 
 def _check_parts(body: bytes) -> None:
@@ -80,8 +80,8 @@ def _check_parts(body: bytes) -> None:
         )
 
 
-def _told(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
-    """One of pydantic's complaints as one line: the key, what is allowed, what was given, what to do."""
+def _explain(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
+    """Explain one of pydantic's errors in one line: the key, what is allowed, what was given, what to do."""
     context, value = detail.get("ctx", {}), detail["input"]
     where = [str(part)[:64] for part in detail["loc"] if part not in TAGS]
     key = where[-1] if where else ""
@@ -135,7 +135,7 @@ def _allowed(kind: str, text: str, context: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value, or the beginning of it, as JSON has it."""
+    """Return a value, or its beginning, as JSON."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):

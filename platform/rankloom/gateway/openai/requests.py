@@ -2,7 +2,7 @@
 
 A key that is not known is refused, and so is a known one that asks for what is not done here: nothing is ignored but
 what says nothing about the answer (`user` counts for sticky routes). null is as good as absent, as at OpenAI.
-`bodies.py` makes a request of bytes, or tells the first mistake in them.
+`bodies.py` parses the bytes into a request, or reports the first mistake in them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rankloom.gateway.openai.errors import WireError
 Text = str
 """Sound Unicode: what is half of a character does not get past the JSON parser."""
 TEXT, LIST, TOKENS, LISTS = TAGS = ("<text>", "<list>", "<tokens>", "<lists>")
-"""Of the kinds of a key; they stand in pydantic's locations, and are no keys."""
+"""Tags of a key's types; they appear in pydantic's locations, but are not keys."""
 
 
 class _Body(BaseModel):
@@ -83,9 +83,9 @@ def _one_or_list(value: Any) -> str | None:
     return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
-def _either(told: str) -> Discriminator:
-    """A text or a list: only what is given is checked, so that only its mistakes are told."""
-    return Discriminator(_one_or_list, custom_error_type="no_kind", custom_error_message=told)
+def _either(message: str) -> Discriminator:
+    """A text or a list: only the given type is checked, so that only its mistakes are reported."""
+    return Discriminator(_one_or_list, custom_error_type="no_kind", custom_error_message=message)
 
 
 class StreamOptions(_Body):
@@ -180,9 +180,9 @@ class _Common(_AnywaySo):
     structured_outputs: StructuredOutputs | None = None
     """Not OpenAI's: the completion is one of the texts in `choice`."""
     ignore_eos: bool | None = None
-    """Not OpenAI's: go on to max_tokens; for measuring."""
+    """Not OpenAI's: continue up to max_tokens; for measurements."""
     user: Annotated[Text, Field(max_length=512)] | None = None
-    """Who asks, for sticky routes."""
+    """The end user, for sticky routes."""
 
     def _job(
         self,
@@ -234,7 +234,7 @@ class TextPart(_Body):
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     name: Annotated[Text, Field(max_length=512)] | None = None
-    """Who of several speaks; for chat templates that show it."""
+    """The speaker, for chat templates that show it."""
     id: Annotated[Text, Field(max_length=512)] | None = None
     """Without effect."""
     annotations: list[Any] | None = None
@@ -252,7 +252,7 @@ class Message(_Body):
     ]
     """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
 
-    def told(self) -> tuple[str, str] | tuple[str, str, str]:
+    def as_tuple(self) -> tuple[str, str] | tuple[str, str, str]:
         """(role, text) or (role, text, name) as a chat template knows them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
@@ -291,13 +291,13 @@ class ChatRequest(_Common):
             raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
-        prompt = ChatPrompt(tuple(message.told() for message in self.messages))
+        prompt = ChatPrompt(tuple(message.as_tuple() for message in self.messages))
         sampling = self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None)
         return self._job(id, limits, tenant, (prompt,), sampling, most)
 
 
 def _kind_of_prompt(value: Any) -> str | None:
-    """Told by what it begins with."""
+    """Return the tag of a prompt's type, by its first item."""
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int):
         return TOKENS

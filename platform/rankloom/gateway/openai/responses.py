@@ -31,11 +31,11 @@ class _Completion:
     begun: bool = False
     """Whether a chunk of it was sent."""
     place: TextOffset = field(default_factory=TextOffset)
-    """Of the logprobs that were written."""
+    """The position of the logprobs that were written."""
 
 
 class ResponseBuilder:
-    """The answer to one request, gathered or in chunks."""
+    """The response to one request, gathered or in chunks."""
 
     def __init__(self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool) -> None:
         """
@@ -58,7 +58,7 @@ class ResponseBuilder:
         """Characters of `body`, about."""
 
     def add(self, progress: JobProgress) -> None:
-        """Take in what was generated, for `body`."""
+        """Add progress for `body`."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
             each.text += delta.text
@@ -78,7 +78,7 @@ class ResponseBuilder:
         return each
 
     def chunks(self, progress: JobProgress) -> Iterator[dict[str, Any]]:
-        """The same, as what a stream sends."""
+        """Make the chunks that a stream sends for new progress."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
             begin, each.begun = not each.begun, True
@@ -94,11 +94,11 @@ class ResponseBuilder:
             yield self._chunk([choice | {"finish_reason": delta.finish}])
 
     def usage_chunk(self) -> dict[str, Any]:
-        """What a stream with `include_usage` sends last."""
+        """Make the last chunk of a stream with `include_usage`."""
         return self._chunk([]) | {"usage": self.usage()}
 
     def body(self) -> Iterator[str]:
-        """The body of an answer that is not streamed, as JSON in parts."""
+        """Yield the body of a response that is not streamed, as JSON in parts."""
         yield json.dumps(self._head)[:-1] + ', "choices": ['
         for index, each in enumerate(self._completions):
             choice: dict[str, Any] = {"index": index, "finish_reason": each.finish}
@@ -149,7 +149,7 @@ def _one(token: Likelihood) -> dict[str, Any]:
 
 
 def _by_name(token: TokenLogprobs) -> dict[str, float]:
-    """The likeliest by their texts; of those that are no text, or another's, by their bytes, as OpenAI writes them."""
+    """Name the likeliest tokens by their texts, or as OpenAI does by bytes where a text is partial or not unique."""
     found: dict[str, float] = {}
     for each in token.top:
         text, spelt = _text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)

@@ -165,7 +165,7 @@ def test_what_is_refused_and_what_fails(tiny_llama: Path, tmp_path: Path, python
                 await completed(engine, prompt)
         slow = engine.generate(Request("slow", None, (SLOW, 30), Sampling(max_tokens=90, ignore_eos=True)))
         await anext(slow)
-        with pytest.raises(OverloadedError, match="1 requests are under way"):
+        with pytest.raises(OverloadedError, match="1 requests are running"):
             await completed(engine)
         await slow.aclose()  # type: ignore[attr-defined]
         while engine._server.gauges["vllm:num_requests_running"] or not await engine._server._look():
@@ -242,7 +242,7 @@ def test_a_server_takes_its_part_of_a_gpu(tmp_path: Path, gpus: float, share: st
 
 def test_an_environment_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch, python: str) -> None:
     monkeypatch.delenv("RANKLOOM_VLLM_PYTHON", raising=False)
-    for given, reason in ((None, "not given"), ("/none", "no program"), (sys.executable, "has no vLLM")):
+    for given, reason in ((None, "not given"), ("/none", "not a program"), (sys.executable, "has no vLLM")):
         with pytest.raises(ConfigError, match=f"engine.python: .*{reason}"):
             find_vllm(given)
     monkeypatch.setenv("RANKLOOM_VLLM_PYTHON", python)

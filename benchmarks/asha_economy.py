@@ -1,10 +1,10 @@
-"""Successive halving against running every trial to its end: tokens, what is found, and how full the host's steps are.
+"""Successive halving against complete trials: tokens, best result, and occupancy of the host's steps.
 
     python benchmarks/asha_economy.py [--trials 64] [--steps 200] [--out benchmarks/results/DATE-asha-economy]
 
-The same points (random search, one seed) on the tiny model, searched twice: with ASHA, and with every trial run to its
-end. Tokens are all that the host trained on, what it trained ahead of the scheduler in vain included. Occupancy is the
-mean over the host's steps of the share of slots that trained. There are more trials than slots.
+Random search with one seed tries the points on the tiny model twice: with ASHA, and with every trial run to its end.
+Tokens count all that the host trained on, also those ahead of the scheduler that were discarded. Occupancy is the mean
+over the host's steps of the share of slots that trained. There are more trials than slots.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rankloom.events import Event, TrialEnded
 from rankloom.search.study import run
 
 TOLERANCE = 0.02
-"""ASHA's best counts as good as the other's where its validation loss is at most this share above."""
+"""ASHA's best counts as equally good if its validation loss is at most this share above the other's."""
 EVALUATIONS = 20
-"""In a trial that runs to its end."""
+"""Reports of a trial that runs to its end."""
 
 
 def study_of(model: str, scheduler: dict[str, Any], root: Path, options: argparse.Namespace) -> StudyConfig:
@@ -60,8 +60,8 @@ def study_of(model: str, scheduler: dict[str, Any], root: Path, options: argpars
     )
 
 
-def searched(study: StudyConfig) -> dict[str, Any]:
-    """What a study found, and at which cost."""
+def run_search(study: StudyConfig) -> dict[str, Any]:
+    """Run a study, and return its best result and its cost."""
     import pyarrow.parquet as pq
 
     started, seconds = time.monotonic(), {}
@@ -92,15 +92,17 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", choices=["asha", "fifo"], help="one side, to look at; nothing is written")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{today()}-asha-economy", help="without .json and .md")
+    parser.add_argument("--only", choices=["asha", "fifo"], help="run one side only, and write nothing")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{today()}-asha-economy", help="file to write, without .json and .md"
+    )
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_llama(Path(scratch) / "model")
         for name, scheduler in (("asha", {"type": "asha", "grace": 0.1}), ("fifo", {"type": "fifo"})):
             if options.only in (None, name):
-                found[name] = searched(study_of(model, scheduler, Path(scratch) / name, options))
+                found[name] = run_search(study_of(model, scheduler, Path(scratch) / name, options))
                 print(name, found[name], flush=True)
     if options.only:
         return

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a tiny model, an endpoint, the machine in words, memory of processes, results on disk."""
+"""Helpers of the benchmarks: a tiny model, an endpoint, the machine in words, memory of processes, results on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE_EVERY_S = 0.5
 
 
 def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
-    """Save a random Llama, too small for its arithmetic to matter, with a tokenizer of the built-in data's words."""
+    """Save a random Llama, too small for its arithmetic to matter, with a tokenizer for the built-in data's words."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # larger than the default initialisation, so that there is something to adapt
+    with torch.no_grad():  # larger than the default initialisation, so that an adapter has an effect
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
@@ -52,7 +52,7 @@ def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
 
 
 def machine() -> str:
-    """The device in words."""
+    """Describe the device in words."""
     import torch
 
     if torch.cuda.is_available():
@@ -71,7 +71,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 @contextmanager
 def endpoint(config: dict[str, Any]) -> Iterator[str]:
-    """A deployment on a local Ray of two cores, as `rankloom serve` would have it, at a URL."""
+    """Serve a deployment on a local Ray of two cores, as `rankloom serve` does, and yield its URL."""
     import ray
     from ray import serve
 
@@ -94,16 +94,16 @@ def endpoint(config: dict[str, Any]) -> Iterator[str]:
 
 
 class MemoryOfWorkers:
-    """While it lasts, samples the memory of all Ray workers below a process: the most that they held at once.
+    """Samples the memory of all Ray workers below a process, inside the context, and keeps the peak of their sum.
 
-    Memory is PSS, in which a page that several processes share counts once, a part for each of them.
+    Memory is PSS, which divides a shared page among its processes, so that it counts once.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.peak_bytes = 0
         self.at_peak: dict[str, int] = {}
-        """Bytes by the process's name, when it was the most."""
+        """Process name -> bytes at the peak."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -125,7 +125,7 @@ class MemoryOfWorkers:
 
 
 def workers_below(pid: int) -> list[tuple[str, int]]:
-    """(name, pid) of Ray's worker processes among the descendants of a process."""
+    """Return (name, pid) of Ray's worker processes among the descendants of a process."""
     parents, names = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

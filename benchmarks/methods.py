@@ -1,9 +1,9 @@
-"""All ten recipes, each from its shipped config on SmolLM2-135M: does it lower the loss and leave a verified record?
+"""All ten recipes, each with its shipped config on SmolLM2-135M: does it lower the loss and publish a verified record?
 
     python benchmarks/methods.py [--root DIR] [--output benchmarks/results/DATE-methods] [key=value ...]
 
 Runs `rankloom train` and `rankloom adapters verify` as a user would, one config after the other, and writes a table.
-The budgets are small (see the configs): it shows that each recipe works, not which one is best.
+The budgets are small (see the configs): the table shows that each recipe works, not which one is best.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def rankloom(*arguments: str) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def measured(config: str, root: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train one config; its figures, once its record is verified."""
+def measure(config: str, root: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train one config, verify its record, and return its figures."""
     result = rankloom("train", f"shipped:trials/{config}.yaml", f"output.root={root}", *overrides)
     rankloom("adapters", "verify", f"{result['name']}@{result['version']}", "--registry", f"{root}/registry")
     events = read_events(Path(result["run"]) / "events.jsonl")
@@ -71,7 +71,7 @@ def main() -> None:
         print(*table, sep="\n")
         found = []
         for config in CONFIGS:
-            found.append(measured(config, root, options.overrides))
+            found.append(measure(config, root, options.overrides))
             table.append(row(found[-1]))
             print(table[-1], flush=True)
     if options.output:

@@ -1,14 +1,14 @@
-"""A study against what users write today: Ray Tune with one process a trial, PEFT and transformers' Trainer.
+"""A study against the usual code: Ray Tune with one process per trial, PEFT and transformers' Trainer.
 
     python benchmarks/search_speed.py --workload tiny|smollm2 [--rounds 1] [--out benchmarks/results/DATE-search-speed]
 
-Both sides train the same LoRA trials on the very same batches in the same order, evaluate each at its end on the same
-rows and save its adapter. A round runs one after the other, each in a fresh driver on a local Ray of its own; the clock
+Both sides train the same LoRA trials on the same batches in the same order, evaluate each at its end on the same rows
+and save its adapter. A round runs one side after the other, each in a fresh driver with its own local Ray; the clock
 starts when Ray is up and stops at the last trial's result, so imports, processes and loading count on both sides. The
-baseline runs as many trials at once as there are cores, a core each, which is its fastest on a CPU.
+baseline runs one trial per core at once, which is its fastest on a CPU.
 
-Memory is the most PSS that a side's Ray workers held at once. Of the larger model the baseline is also run with all its
-trials at once, as the study runs them: that is what the same concurrency costs there.
+Memory is the peak PSS of a side's Ray workers. With the larger model, the baseline also runs with all its trials at
+once, as the study does, to show the cost of equal concurrency.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WORKLOADS = {
 
 
 def study_of(workload: Workload, root: Path) -> StudyConfig:
-    """All trials as warm starts: a search would draw others."""
+    """Return a study with all trials as warm starts, because a search would draw others."""
     grid = itertools.product((1.0e-3, 5.0e-4, 2.0e-3, 2.5e-4), (8, 16, 4, 2))
     trials = [
         {"method": {"type": "lora", "rank": rank, "alpha": 2 * rank}, "optim": {"learning_rate": rate}}
@@ -81,7 +81,7 @@ def study_of(workload: Workload, root: Path) -> StudyConfig:
 
 
 def prepare(study: StudyConfig, folder: Path) -> None:
-    """Write the batches that every trial is fed, tokens ready: the baseline need not render any data."""
+    """Write the tokenised batches of every trial, so that the baseline need not render data."""
     import torch
 
     from rankloom.data import Cursor, collate, load_data
@@ -107,7 +107,7 @@ def prepare(study: StudyConfig, folder: Path) -> None:
 
 
 def by_study(spec: dict[str, Any]) -> dict[str, Any]:
-    """rankloom: the study; seconds to the last trial's end, and each trial's validation loss."""
+    """Run the study; return the seconds to the last trial's end, and each trial's validation loss."""
     import ray
 
     from rankloom.search.study import run
@@ -133,7 +133,7 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_ray_tune(spec: dict[str, Any]) -> dict[str, Any]:
-    """The baseline, as one writes it: a function that trains one trial, and a process for each."""
+    """Run the baseline as users write it: a function that trains one trial, and a process for each."""
     import ray
     from ray import tune
 
@@ -159,7 +159,7 @@ def by_ray_tune(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_alone(config: dict[str, Any]) -> None:
-    """One trial in a process of its own."""
+    """Train one trial in its own process."""
     import peft
     import torch
     import transformers
@@ -212,7 +212,7 @@ def side(name: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def round_of(workload: Workload, folder: Path) -> dict[str, Any]:
-    """Both sides once."""
+    """Run both sides once."""
     folder.mkdir()
     study = study_of(workload, folder / "output")
     prepare(study, folder)
@@ -231,7 +231,7 @@ def round_of(workload: Workload, folder: Path) -> dict[str, Any]:
 
 
 def all_at_once(workload: Workload, folder: Path) -> dict[str, Any]:
-    """What the baseline's trials hold when all run at the same time, as the study's do."""
+    """Return the memory of the baseline's trials if all run at once, as the study's do."""
     folder.mkdir()
     short = replace(workload, steps=MEMORY_STEPS)
     prepare(study_of(short, folder / "output"), folder)
@@ -240,7 +240,7 @@ def all_at_once(workload: Workload, folder: Path) -> dict[str, Any]:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """The note beside the figures."""
+    """Return the note to the figures, as Markdown."""
     lines = [
         "# A study against Ray Tune with one process a trial",
         "",
@@ -282,9 +282,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=list(WORKLOADS), default="tiny")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="optimiser steps of a trial, where not the workload's own")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{today()}-search-speed", help="without .json and .md")
-    parser.add_argument("--note", help="a remark for the results, such as what else the machine did")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a trial (default: the workload's)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{today()}-search-speed", help="file to write, without .json and .md"
+    )
+    parser.add_argument("--note", help="remark for the results, such as the machine's other load")
     parser.add_argument("--side", choices=["study", "tune"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

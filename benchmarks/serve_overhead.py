@@ -1,11 +1,11 @@
-"""What an idle endpoint adds to its engine: the time to one token over HTTP, less the same in the engine alone.
+"""Overhead of an idle endpoint: the time to one token over HTTP, minus the time to one token in the engine alone.
 
     python benchmarks/serve_overhead.py [--base tiny|MODEL] [--requests 200]
 
-One client, one request after the other, one token each, on a local Ray; the requests take turns between two ways:
-"ingress" asks the ingress at a port of its own (Ray Serve's direct ingress), so that what is added is ours: ingress,
-router and the call to a replica; "proxy" asks Ray Serve's HTTP proxy before it, as users do. The base is a random
-two-layer Llama unless told: a larger one's own time varies by more than what is measured. Prints the medians in
+One client sends one request after the other, one token each, on a local Ray, and alternates between two ways:
+"ingress" calls the ingress at its own port (Ray Serve's direct ingress), so that the overhead is only ours: ingress,
+router and the call to a replica; "proxy" calls Ray Serve's HTTP proxy before it, as users do. The base is by default a
+random two-layer Llama, because the time of a larger one varies by more than the overhead. Prints the medians in
 milliseconds.
 """
 
@@ -29,7 +29,7 @@ PROMPT = "The capital of France is"
 
 
 def engine_alone(base: str, count: int) -> list[float]:
-    """Seconds a request, in this process."""
+    """Return the seconds per request of the engine in this process."""
     import torch
 
     from rankloom.config.engine import EngineConfig
@@ -63,7 +63,7 @@ def engine_alone(base: str, count: int) -> list[float]:
 
 
 def over_http(base: str, count: int) -> dict[str, list[float]]:
-    """Seconds a request, by the way that it took."""
+    """Return way -> seconds per request."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ |= {
@@ -103,7 +103,7 @@ def main() -> None:
     medians = {way: 1e3 * statistics.median(seconds[warm:]) for way, seconds in found.items()}
     print(json.dumps({f"{way}_ms": round(ms, 2) for way, ms in medians.items()} | {"requests": given.requests}))
     for way in ("ingress", "proxy"):
-        print(f"added, asked at the {way}: {medians[way] - medians['engine']:.2f} ms")
+        print(f"overhead through the {way}: {medians[way] - medians['engine']:.2f} ms")
 
 
 if __name__ == "__main__":

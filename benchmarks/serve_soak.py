@@ -2,15 +2,15 @@
 
     python benchmarks/serve_soak.py [--minutes 10] [--registered 1000] [--idle 10000]
 
-A real endpoint on a local Ray over a random two-layer Llama, whose speed is no matter. Three parts:
+A real endpoint on a local Ray with a random two-layer Llama, whose speed does not matter. Three parts:
 
 - `--minutes`: 16 clients stream completions on the base, 12 adapters of which 6 fit in memory, and a route, while
-  another publishes, promotes, begins and ends canaries, and loads and unloads names.
-- `--registered`: so many more adapters are published, and requests walk over all of them twice.
-- `--idle`: so many connections are opened, half of them kept alive after a request and half without any, and stay.
+  another client publishes, promotes, begins and ends canaries, and loads and unloads names.
+- `--registered`: this many more adapters are published, and requests use each of them twice.
+- `--idle`: this many connections stay open, half of them after one request and half without any.
 
 Prints every request that failed, and the memory (RSS) of each process; compares the second third of the minutes with
-the last. Exits with 1 where a request failed or memory grew by more than 5 %.
+the last. Exits with 1 if a request failed or memory grew by more than 5 %.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ PROMPT = "I still have not received my new card, what now?"
 
 @dataclass
 class Load:
-    """What was asked, and how it went."""
+    """The requests sent, and their results."""
 
     done: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     def ask(self, client: openai.OpenAI, model: str, tokens: int, kind: str) -> None:
-        """One streamed completion, read to its end."""
+        """Stream one completion to its end."""
         try:
             stream = client.completions.create(
                 model=model, prompt=PROMPT, max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
@@ -64,7 +64,7 @@ class Load:
 
 
 class Memory:
-    """The RSS of each of Ray's workers, by name, sampled until it ends."""
+    """Samples the RSS of each of Ray's workers, by name."""
 
     def __init__(self) -> None:
         self.samples: dict[str, list[float]] = {}
@@ -78,7 +78,7 @@ class Memory:
                 self.samples.setdefault(name, []).append(megabytes)
 
     def thirds(self) -> dict[str, tuple[float, float]]:
-        """Medians of the second third and of the last, in MB."""
+        """Return the medians of the second and the last third of the samples, in MB."""
         self._stop.set()
         self._thread.join()
         found = {}
@@ -90,7 +90,7 @@ class Memory:
 
 
 def now_mb() -> dict[str, float]:
-    """RSS in MB of the endpoint's processes; the largest where several share a name."""
+    """Return the RSS of the endpoint's processes in MB, by name; the largest if several share a name."""
     sizes: dict[str, float] = {}
     for name, pid in workers_below(os.getpid()):
         part = next((p for p in ("Replica", "Ingress", "Proxy", "Controller") if f":{p}" in name or f"{p}Actor" in name
@@ -103,7 +103,7 @@ def now_mb() -> dict[str, float]:
 
 
 class Adapters:
-    """Random adapters in a registry. Publishing takes a folder that is ready: the weights differ, not the work."""
+    """Random adapters in a registry, published from a prepared folder with new weights."""
 
     def __init__(self, base: str, root: Path, work: Path) -> None:
         import torch
@@ -124,7 +124,7 @@ class Adapters:
 
 
 def config_of(base: str, root: Path) -> dict[str, Any]:
-    judge = {"min_requests": 1_000_000}  # canaries begin and end by hand here
+    judge = {"min_requests": 1_000_000}  # the benchmark itself begins and ends canaries
     return {
         "base": base, "registry": str(root), "refresh_s": 1.0,
         "routes": {"front": {"canary": {"adapter": "a0", "share": 0.3, "judge": judge}, "fallback": ["base"]}},
@@ -137,7 +137,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 def soak(url: str, base: str, adapters: Adapters, minutes: float) -> dict[str, Any]:
-    """Full load for so long, amid changes."""
+    """Run full load for some minutes, with changes."""
     load, until = Load(), time.monotonic() + 60 * minutes
     memory, changes = Memory(), Counter[str]()
 
@@ -162,7 +162,7 @@ def soak(url: str, base: str, adapters: Adapters, minutes: float) -> dict[str, A
                 load.failures.append(f"loading {ref}: {error}")
             time.sleep(1)
             adapters.registry.promote("a0@canary" if draw.random() < 0.5 else "a0@champion", "canary")
-            adapters.registry.promote("a0@canary")  # the canary ends, with either
+            adapters.registry.promote("a0@canary")  # ends the canary
             changes["rounds"] += 1
             time.sleep(1)
 
@@ -180,7 +180,7 @@ def soak(url: str, base: str, adapters: Adapters, minutes: float) -> dict[str, A
 
 
 def walk(url: str, adapters: Adapters, count: int) -> dict[str, Any]:
-    """Over so many adapters, twice."""
+    """Send requests to this many adapters, twice each."""
     names = [adapters.publish(f"many{i}", i % ADAPTERS).partition("@")[0] for i in range(count)]
     load, mine = Load(), client(url)
     deadline = time.monotonic() + 60
@@ -202,7 +202,7 @@ def walk(url: str, adapters: Adapters, count: int) -> dict[str, Any]:
 
 
 def idle(url: str, base: str, count: int) -> dict[str, Any]:
-    """So many connections that nobody uses, while others ask."""
+    """Keep this many idle connections open while others send requests."""
     host, port = url.removeprefix("http://").split(":")
     load, mine, held = Load(), client(url), []
     request = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=0)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    # of this process and those that it starts
+    # limits of this process and of those that it starts
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     figures: dict[str, Any] = {"date": today(), "machine": machine()}

@@ -1,11 +1,11 @@
-"""How long until a study trains: from the command to the first trial's first step, and from there to each later one's.
+"""Start-up time of a study: from the command to the first trial's first step, and the start of each later trial.
 
     python benchmarks/startup.py [--model tiny|builtin:smollm2] [--out benchmarks/results/DATE-startup]
 
-A driver is started as a command would be. Its split: importing the study's path; starting a local Ray and asking for
-the host; in the host's process importing torch, then reading the data and loading the base; the rest is the process's
-start, waiting for the first trials, and the first step. A later trial's start is from the driver's word that it begins
-to the beginning of its first step, and to its end; with no trials kept waiting, none is prepared before a slot is free.
+A driver starts as a command does. Its phases: importing the study's path; starting a local Ray and requesting the host;
+in the host's process importing torch, then reading the data and loading the base; the rest is the process's start, the
+wait for the first trials, and the first step. The start of a later trial lasts from the driver's event that it begins
+to the beginning, and to the end, of its first step; no trials wait, so none is prepared before a slot is free.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def study_of(model: str, root: Path) -> dict[str, Any]:
 
 
 def drive(study: dict[str, Any]) -> dict[str, Any]:
-    """In the driver: when what happened, as clock times."""
+    """Run the driver; return the clock time of each event."""
     from rankloom.config import StudyConfig, parse
     from rankloom.events import Event, PhaseStarted, TrialStarted
     from rankloom.search.study import run
@@ -68,7 +68,9 @@ def drive(study: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{today()}-startup", help="without .json and .md")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{today()}-startup", help="file to write, without .json and .md"
+    )
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.drive:

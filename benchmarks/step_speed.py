@@ -1,10 +1,10 @@
-"""The step alone: eight trials in one host against eight steps of trials by themselves, at each batch size.
+"""Speed of the step alone: one step of eight trials in a host against eight steps of single trials, by batch size.
 
     python benchmarks/step_speed.py [--model tiny|builtin:smollm2] [--rounds 3] [--out RESULTS/DATE-step-speed]
 
-Three ways take turns in one process, so that whatever else the machine does hits all: `TrialHost.step` with eight
+Three ways take turns in one process, so that other load on the machine affects all of them: `TrialHost.step` with eight
 members, eight steps of rankloom's own loop, and eight of a plain loop over a PEFT model with torch's AdamW, on padded
-batches. All train LoRA of rank 8. Figures are real tokens a second, medians of the rounds.
+batches. All train LoRA of rank 8. Figures are real tokens per second, medians of the rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = auto_dtype(DEVICE)
 NUM_MEMBERS = 8
 Run = Callable[[], int]
-"""Trains eight steps; how many tokens that were."""
+"""Trains eight steps; returns the number of tokens."""
 
 
 def trial_of(model: str, batch_size: int, seed: int = 0) -> TrialConfig:
@@ -113,7 +113,7 @@ def solo_peft(model: str, batch_size: int, data: TaskData) -> Run:
 
 
 def load_plain(trial: TrialConfig) -> Any:
-    """The base as transformers loads it."""
+    """Load the base as transformers does."""
     from transformers import AutoModelForCausalLM
 
     from rankloom.models import local_folder
@@ -122,7 +122,7 @@ def load_plain(trial: TrialConfig) -> Any:
     return model.to(DEVICE)
 
 
-def measured(model: str, batch_size: int, data: TaskData, rounds: int, scratch: Path) -> dict[str, Any]:
+def measure(model: str, batch_size: int, data: TaskData, rounds: int, scratch: Path) -> dict[str, Any]:
     ways: dict[str, Run] = {
         "host": fused(model, batch_size, data),
         "loop": solo_loop(model, batch_size, data, scratch),
@@ -135,7 +135,7 @@ def measured(model: str, batch_size: int, data: TaskData, rounds: int, scratch: 
             tokens = run()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
-            if index:  # the first warms up
+            if index:  # the first round warms up
                 rates[name].append(tokens / (time.perf_counter() - started))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
@@ -166,7 +166,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{today()}-step-speed", help="without .json and .md")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{today()}-step-speed", help="file to write, without .json and .md"
+    )
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -174,7 +176,7 @@ def main() -> None:
         trial = trial_of(model, 1)
         data = load_data(trial.data, load_tokenizer(trial.model))
         for batch_size in options.batch_sizes:
-            rows.append(measured(model, batch_size, data, options.rounds, Path(scratch)))
+            rows.append(measure(model, batch_size, data, options.rounds, Path(scratch)))
             print(rows[-1], flush=True)
     found = {
         "command": " ".join(["python", "benchmarks/step_speed.py", *sys.argv[1:]]),

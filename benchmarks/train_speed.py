@@ -2,9 +2,9 @@
 
     python benchmarks/train_speed.py [--rounds 5] [--steps 6] [--batch-size 8]
 
-Both train the same LoRA from the same start on the very same batches, in alternating rounds, so that whatever else the
-machine does hits both; the medians' ratio is the figure. A third column gives Trainer batches drawn at random, as its
-default sampler would: what length grouping is worth. Tokens are real ones: padding does not count.
+Both train the same LoRA from the same start on the same batches, in alternating rounds, so that other load on the
+machine affects both; the ratio of the medians is the result. A third column gives Trainer random batches, as its
+default sampler does, to show the gain of length grouping. Padding does not count as tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def trial_of(steps: int, batch_size: int) -> TrialConfig:
 
 
 class OurLoop:
-    """rankloom: `TrainingLoop.step`."""
+    """rankloom's loop: `TrainingLoop.step`."""
 
     def __init__(self, trial: TrialConfig, data: Any, scratch: Path) -> None:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
@@ -54,7 +54,7 @@ class OurLoop:
         self.loop.session.emit = lambda event: self.losses.append(event.loss)  # type: ignore[method-assign]
 
     def run(self, steps: int) -> float:
-        """Seconds for `steps` steps."""
+        """Return the seconds for `steps` steps."""
         before = self.loop.progress.train_s
         for _ in range(steps):
             self.loop.step()
@@ -62,7 +62,7 @@ class OurLoop:
 
 
 class HfTrainer:
-    """transformers.Trainer over a PEFT model, fed prepared batches."""
+    """transformers.Trainer with a PEFT model and prepared batches."""
 
     def __init__(self, trial: TrialConfig, scratch: Path) -> None:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
@@ -106,7 +106,7 @@ class HfTrainer:
 
 
 class _Clock(transformers.TrainerCallback):
-    """Times the steps alone, without Trainer's set-up."""
+    """Times only the steps, without Trainer's set-up."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -121,7 +121,7 @@ class _Clock(transformers.TrainerCallback):
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--steps", type=int, default=6, help="optimiser steps a round")
+    arguments.add_argument("--steps", type=int, default=6, help="optimiser steps per round")
     arguments.add_argument("--batch-size", type=int, default=8)
     arguments.add_argument("--output", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()

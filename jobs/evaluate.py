@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # the source tree in the place of this folder, whose modules' names others have too; a wheel needs neither
+    # replace this folder, whose module names are common ones, by the source tree; a wheel needs neither
     sys.path[0] = str(Path(__file__).resolve().parents[1] / "platform")
 
     from rankloom.cli import main

@@ -16,7 +16,7 @@ __all__ = ["build"]
 
 
 def __getattr__(name: str) -> Any:
-    """`app`: the application of the config that `$RANKLOOM_SERVE` names, made when it is asked for."""
+    """Return `app`, the application of the config that `$RANKLOOM_SERVE` names, made on first use."""
     if name != "app":
         raise AttributeError(name)
     return application(load(ServeConfig, find_config(os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml"))))

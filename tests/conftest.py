@@ -1,4 +1,4 @@
-"""Tiny random models and a small tokenizer, made on the fly: no network, no real weights.
+"""Tiny random models and a small tokenizer, made at run time: no network, no real weights.
 
 Every model is a saved folder (safetensors and tokenizer), so that tests load it as users do.
 """
@@ -15,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run's Rays alone, which it starts and ends
-os.environ["RAY_memory_usage_threshold"] = "0.99"  # noqa: SIM112  # other work on this machine is no reason to kill a test's workers
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # only for the Rays that this run starts and ends
+os.environ["RAY_memory_usage_threshold"] = "0.99"  # noqa: SIM112  # other work on this machine must not kill a test's workers
 
 import pytest
 
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., object]:
-    """Builds a small byte-level BPE tokenizer; `chat=False` leaves it without a chat template."""
+    """Return a function that builds a small byte-level BPE tokenizer; `chat=False`: without a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +57,7 @@ def make_tokenizer() -> Callable[..., object]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., object]) -> Callable[..., Path]:
-    """Saves (once each) a 2-layer random model of an architecture and returns its folder."""
+    """Return a function that saves (once each) a 2-layer random model of an architecture and returns its folder."""
     made: dict[tuple[str, bool], Path] = {}
 
     def make(architecture: str = "llama", chat: bool = True) -> Path:
@@ -83,7 +83,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callabl
         }[architecture]()  # fmt: skip
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():  # larger than the default initialisation, so that logits and gradients are not all alike
+        with torch.no_grad():  # larger than the default initialisation, so that logits and gradients differ
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(4)
@@ -98,13 +98,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callabl
 
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_model: Callable[..., Path]) -> Path:
-    """A 2-layer random Llama with a chat template, tied embeddings."""
+    """Return the folder of a 2-layer random Llama with a chat template and tied embeddings."""
     return tiny_model("llama")
 
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing a test does reaches the user's caches or registry."""
+    """Keep a test away from the user's caches and registry."""
     monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
     monkeypatch.setenv("RANKLOOM_REGISTRY", str(tmp_path / "registry"))
 

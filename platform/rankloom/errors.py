@@ -8,7 +8,7 @@
     ├── TrialError(RuntimeError)           training failed: exit code 1
     ├── RegistryError(RuntimeError)        the registry refused: exit code 1
     ├── AdapterNotFoundError(LookupError)  no such adapter, version or alias: exit code 1
-    ├── RequestError(ValueError)           a request to an engine asks for what it can't do: exit code 1
+    ├── RequestError(ValueError)           a request asks for something that an engine can't do: exit code 1
     └── OverloadedError(RuntimeError)      an engine has no room now; try again later: exit code 1
 
 A message names the field or file, the value given, what is allowed and what to do. Constructors take one
@@ -17,7 +17,7 @@ plain message, so that every error survives pickling between Ray processes.
 
 
 class RankloomError(Exception):
-    """Anything that rankloom reports to its user without a stack trace."""
+    """An error that rankloom reports to its user without a stack trace."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class ConfigError(RankloomError, ValueError):
 
 
 class IncompatibleError(ConfigError):
-    """Two settings, each right by itself, exclude each other."""
+    """Two settings, each valid alone, exclude each other."""
 
 
 class DataError(RankloomError, ValueError):
@@ -56,13 +56,13 @@ class AdapterNotFoundError(RankloomError, LookupError):
 
 
 class RequestError(RankloomError, ValueError):
-    """A request that no engine of this base can serve as it stands: too long, or with an option out of range."""
+    """A request that no engine of this base can serve: it is too long, or an option is out of range."""
 
 
 class OverloadedError(RankloomError, RuntimeError):
-    """An engine took no more requests; nothing was done for this one."""
+    """An engine has no room for another request; it did nothing for this one."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        """When it may be worth to try again."""
+        """Seconds after which a retry makes sense."""

@@ -1,4 +1,4 @@
-"""Where things live on disk when no config says so; torch-free."""
+"""Default places on disk, for settings that no config gives; torch-free."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Literal
 
 
 def cache_dir() -> Path:
-    """Converted models and tokenised data: `$RANKLOOM_CACHE`, else `~/.cache/rankloom`. Safe to delete."""
+    """Return the folder of converted models and tokenised data: `$RANKLOOM_CACHE`, else `~/.cache/rankloom`.
+
+    The folder is safe to delete.
+    """
     return Path(os.environ.get("RANKLOOM_CACHE") or "~/.cache/rankloom").expanduser()
 
 
 def registry_root() -> str:
-    """The registry that the CLI reads: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`; may be an s3:// URL."""
+    """Return the CLI's registry, a folder or URL: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`."""
     return os.environ.get("RANKLOOM_REGISTRY") or str(Path("~/rankloom/registry").expanduser())
 
 
 def keys_file() -> Path:
-    """The API keys that the CLI makes: `$RANKLOOM_KEYS`, else `~/rankloom/keys.json`."""
+    """Return the file of the API keys that the CLI makes: `$RANKLOOM_KEYS`, else `~/rankloom/keys.json`."""
     return Path(os.environ.get("RANKLOOM_KEYS") or "~/rankloom/keys.json").expanduser()
 
 
-def shipped(kind: Literal["configs", "jobs", "serve"]) -> Path:
-    """The folder of that name which comes with rankloom: inside the package in a wheel, else in the source tree."""
+def shipped_folder(kind: Literal["configs", "jobs", "serve"]) -> Path:
+    """Return a folder that comes with rankloom: in a wheel inside the package, else in the source tree."""
     package = Path(__file__).resolve().parent
     packed = package / "shipped" / kind
     return packed if packed.is_dir() else package.parents[1] / kind

@@ -1,4 +1,4 @@
-"""Real local Rays, one at a time: Train's helpers attach to the wrong cluster where two run on one machine."""
+"""Real local Rays, one at a time: Train's helpers attach to the wrong cluster if two run on one machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """This process is connected to a Ray of its own."""
+    """Connect this process to its own Ray."""
     import ray
 
-    source = {"PYTHONPATH": SOURCE}  # where rankloom is not installed
+    source = {"PYTHONPATH": SOURCE}  # in case rankloom is not installed
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
     )
@@ -33,13 +33,13 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def processes_named() -> Callable[[str], list[int]]:
-    """Finds this process's descendants, which Ray's are, by a part of their name."""
+    """Return a function that finds this process's descendants, Ray's processes, by a part of their name."""
     return lambda name: processes_below(os.getpid(), name)
 
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The HTTP address of a cluster that takes jobs; this process is not connected to it."""
+    """Start a cluster that takes jobs and yield its HTTP address; this process does not connect to it."""
     ports = free_ports(3)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment["PATH"] = os.pathsep.join(
@@ -47,7 +47,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )  # a job runs `python`
     environment.pop("RAY_ADDRESS", None)
     environment.pop("PYTHONPATH", None)  # the jobs must bring rankloom
-    # a folder of its own, or other Rays would find this one; not pytest's, for sockets need short paths
+    # its own folder, so that other Rays do not find it; not pytest's, because sockets need short paths
     temporary = tempfile.mkdtemp(prefix="ray-")
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block",
@@ -71,7 +71,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def end_session(session: int) -> None:
-    """Kill all that the head started, jobs too, and nobody else's Ray, as `ray stop` would."""
+    """Kill every process that the head started, jobs too; `ray stop` would also stop other Rays."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -83,7 +83,7 @@ def end_session(session: int) -> None:
 
 
 def processes_below(pid: int, name: str) -> list[int]:
-    """Processes with `name` in their command line among the descendants of `pid`."""
+    """Return the descendants of `pid` with `name` in their command line."""
     parents, names = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -127,7 +127,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture
 def tiny_trial(tmp_path: Path, tiny_llama: Path) -> Callable[..., dict[str, Any]]:
-    """A trial's settings: a tiny model and 96 rows of two intents; keywords replace whole sections."""
+    """Return a function that makes a trial's settings: a tiny model, 96 rows of two intents; keywords set sections."""
     texts = {"card_lost": "my card was lost", "transfer": "transfer money to a friend"}
     rows = [f"{text} {i},{label}" for i in range(48) for label, text in texts.items()]
     data = tmp_path / "rows.csv"
@@ -151,7 +151,7 @@ def tiny_trial(tmp_path: Path, tiny_llama: Path) -> Callable[..., dict[str, Any]
 
 @pytest.fixture
 def tiny_study(tiny_trial: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A study's settings over a tiny model; keywords replace whole sections."""
+    """Return a function that makes a study's settings over a tiny model; keywords replace whole sections."""
     trial = tiny_trial(
         budget={"steps": 27},
         eval={"every": 3, "latency": False, "max_rows": 16, "max_test_rows": 16, "batch_size": 16},

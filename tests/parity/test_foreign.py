@@ -27,8 +27,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from rankloom.adapters.foreign import write_plainly
-from rankloom.adapters.patterns import by_module
+from rankloom.adapters.foreign import write_plain
+from rankloom.adapters.patterns import resolve_patterns
 from rankloom.adapters.weights import load_adapter
 from rankloom.cli.adapters import app
 from rankloom.errors import RegistryError
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"target_modules: .*takes longer than",
     ),
     "a slow key": (dict(edit=sets(alpha_pattern={r"(.|[a-z])*[A-Z]": 3})), r"alpha_pattern: .* takes longer than 1 s"),
-    "no expression": (dict(edit=sets(rank_pattern={"(": 3})), r"rank_pattern: '\(\.\*.* is no regular expression"),
+    "no expression": (dict(edit=sets(rank_pattern={"(": 3})), r"rank_pattern: '\(\.\*.* is not a regular expression"),
     "many expressions": (
         dict(edit=sets(rank_pattern={f"q.*{i}": 3 for i in range(2000)})),
         r"2000 keys.*allowed: 1000",
@@ -236,7 +236,7 @@ def test_a_convolution_is_refused_by_its_tensor(tiny_llama: Path, tmp_path: Path
     config = peft.LoraConfig(r=2, target_modules=["conv", "q_proj"])
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a", save_embedding_layers=False)
     with pytest.raises(RegistryError, match=r"tensor \S+conv.lora_A.weight belongs on conv, a Conv1d.*target_modules"):
-        write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+        write_plain(model, tmp_path / "a", tmp_path / "plain", "base")
 
 
 @pytest.mark.parametrize("targets", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]])
@@ -256,7 +256,7 @@ def test_experts_as_peft_has_them(tmp_path: Path, kind: str, targets: list[str])
         if "lora_" in name:
             parameter.data.normal_(std=0.5)
     theirs.save_pretrained(tmp_path / "a")
-    write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+    write_plain(model, tmp_path / "a", tmp_path / "plain", "base")
     ids = torch.arange(5, 20)[None]
     expected, before = theirs(input_ids=ids).logits, model(input_ids=ids).logits
     ours = load_adapter(copy.deepcopy(model), tmp_path / "plain")
@@ -267,7 +267,7 @@ def test_experts_as_peft_has_them(tmp_path: Path, kind: str, targets: list[str])
         fewer = {key: value for key, value in tensors.items() if key != name}
         save_file(fewer, tmp_path / "a" / "adapter_model.safetensors")
         with pytest.raises(RegistryError, match="is missing or empty"):
-            write_plainly(model, tmp_path / "a", tmp_path / "other", "base")
+            write_plain(model, tmp_path / "a", tmp_path / "other", "base")
 
 
 def test_experts_that_no_setting_names_are_refused_by_their_tensor(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_experts_that_no_setting_names_are_refused_by_their_tensor(tmp_path: Pat
     with pytest.raises(
         RegistryError, match=r"lora_A.weight belongs on \S+experts\S*, a MixtralExperts, and only linear"
     ):
-        write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+        write_plain(model, tmp_path / "a", tmp_path / "plain", "base")
 
 
 def test_weights_of_the_base_beside_the_adapter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -387,12 +387,12 @@ def test_files_that_are_none(change: Callable[[Path], None], told: str, folder: 
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda t: t.update({k: v * float("nan") for k, v in t.items()}), "no finite numbers"),
-        (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), "no finite numbers"),
+        (lambda t: t.update({k: v * float("nan") for k, v in t.items()}), "not finite numbers"),
+        (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), "not finite numbers"),
         (lambda t: t.pop(f"base_model.model.{Q1}.lora_A.weight"), rf"{Q1}.lora_A.weight is missing"),
         (lambda t: t.update({f"base_model.model.{Q1}.lora_A.weight": torch.empty(0)}), "missing or empty.*save"),
         (lambda t: t.update(other=torch.ones(1)), "tensor other does not begin with base_model.model"),
-        (lambda t: t.update({f"base_model.model.{Q1}.lora_C.weight": torch.ones(1)}), "no part of a LoRA or DoRA"),
+        (lambda t: t.update({f"base_model.model.{Q1}.lora_C.weight": torch.ones(1)}), "not a part of a LoRA or DoRA"),
         (lambda t: t.update({"base_model.model.score.weight": torch.ones(1)}), "score.weight has no place in the base"),
         (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}), "belongs on x, which the"),
         (lambda t: [t.pop(key) for key in (*t,)] and t.update(
@@ -446,7 +446,7 @@ def test_names_of_an_earlier_transformers_are_those_of_this_one(tmp_path: Path) 
             tensors[name.replace(now, before)] = tensors.pop(name)
 
     change_tensors(tmp_path / "a", rename)
-    write_plainly(model, tmp_path / "a", tmp_path / "plain", "base")
+    write_plain(model, tmp_path / "a", tmp_path / "plain", "base")
     assert all(name.startswith(now) for name in load_file(tmp_path / "plain" / WEIGHTS))
 
 
@@ -467,7 +467,7 @@ NAMES = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.11.q_pr
 )
 def test_patterns_match_as_pefts_do(patterns: dict[str, int]) -> None:
     expected = [patterns.get(get_pattern_key(list(patterns), name), 0) for name in NAMES]
-    found = by_module(patterns, NAMES)
+    found = resolve_patterns(patterns, NAMES)
     assert [found.get(name, 0) for name in NAMES] == expected
     assert [found.get(get_pattern_key(found.keys(), name), 0) for name in NAMES] == expected  # as PEFT asks it
 

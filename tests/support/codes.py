@@ -1,4 +1,4 @@
-"""Model folders as quantised checkpoints lie on the hub."""
+"""Writes model folders like the quantised checkpoints on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "a
 
 
 def write_fp8(folder: Path) -> Path:
-    """Make a folder's projections what DeepSeek-V3's are: codes, and the scale of each block of 128."""
+    """Quantise a folder's projections as in DeepSeek-V3: FP8 codes, and a scale for each block of 128."""
     tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         tensors[name] = weight
@@ -25,7 +25,7 @@ def write_fp8(folder: Path) -> Path:
 
 
 def write_mxfp4(folder: Path) -> Path:
-    """Make a gpt-oss's experts what the published ones are: random codes, and the scale of each 32."""
+    """Quantise a gpt-oss's experts as in the published models: random MXFP4 codes, and a scale for every 32."""
     tensors = {}
     generator = torch.Generator().manual_seed(0)
     for name, weight in load_file(folder / "model.safetensors").items():

@@ -1,4 +1,4 @@
-"""An engine without a model: it answers with its adapter's name and the prompt, a byte a token."""
+"""An engine without a model: it answers with the adapter's name and the prompt, one byte per token."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class EchoEngine:
         self.broken = set(broken)
         self.reason = "does nothing"
         self.pace_s: dict[str, float] = {}
-        """By adapter, how long it takes to a token."""
+        """Adapter -> seconds per token."""
         self.fails: dict[str, type[Exception]] = {}
-        """By adapter, what each of its requests ends with, after a token."""
+        """Adapter -> error that ends each of its requests after one token."""
         self.under_way: set[str] = set()
         self.cancelled: list[str] = []
         self.pinned: list[str] = []

@@ -30,7 +30,7 @@ FINGERPRINT = "sha256:" + "0" * 64
 
 
 def publish(registry: Registry, name: str, work: Path, *, fingerprint: str = FINGERPRINT) -> str:
-    """The next version of an adapter that no model could load, nor is asked to."""
+    """Publish the next version of an adapter that no model could load, and return its ref."""
     folder = work / f"{name}-{time.monotonic_ns()}"
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
@@ -48,12 +48,12 @@ def publish(registry: Registry, name: str, work: Path, *, fingerprint: str = FIN
 
 
 class Replicas:
-    """Two engines in this process. `lose` makes the next so many runs end as if their process had died."""
+    """A replica in this process; `lose` makes the next runs end as if its process had died."""
 
     def __init__(self, broken: Sequence[str] = ()) -> None:
         self.engine = EchoEngine(broken)
         self.lose: list[int] = []
-        """For each of the next runs: after how many parts it is lost."""
+        """Number of parts after which each of the next runs is lost."""
         self.begun = 0
 
     async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
@@ -77,7 +77,7 @@ class Replicas:
 
 
 class Endpoint:
-    """What a test has of it."""
+    """An endpoint, with everything behind it, for a test."""
 
     def __init__(self, url: str, gateway: Gateway, replicas: Replicas, registry: Registry, work: Path) -> None:
         self.url = url
@@ -96,7 +96,7 @@ class Endpoint:
         return self.http.post(path, content=content, headers=headers, **options)
 
     def settled(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until no request is running."""
         deadline = time.monotonic() + 10
         while self.gateway._quotas.in_flight or self.replicas.engine.under_way:
             assert time.monotonic() < deadline
@@ -105,7 +105,7 @@ class Endpoint:
 
 @contextmanager
 def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1", **config: Any) -> Iterator[Endpoint]:
-    """With `bank` 1 (champion) and 2, `faq` 1, and `alien` 1 on another base; serves all unless told otherwise."""
+    """Start an endpoint with `bank` 1 (champion) and 2, `faq` 1, and `alien` 1 on another base; it serves all."""
     registry = Registry(tmp_path / "endpoint-registry")
     if not registry.names():
         for name in ("bank", "bank", "faq"):
@@ -122,9 +122,9 @@ def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1"
 
 @contextmanager
 def listening(gateway: Gateway, host: str = "127.0.0.1") -> Iterator[str]:
-    """Starts a gateway and serves it over HTTP, at a URL; both end."""
+    """Start a gateway, serve it over HTTP at the yielded URL, and stop both."""
     with socket.create_server((host, 0)) as opened:
-        # asyncio sees to it for most sockets, uvloop, which Ray Serve runs on, for all; else each answer waits 40 ms
+        # asyncio does this for most sockets, and uvloop, Ray Serve's loop, for all; otherwise each answer waits 40 ms
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = uvicorn.Server(uvicorn.Config(build_api(lambda: gateway), log_level="warning", lifespan="off"))
 

@@ -1,7 +1,7 @@
-"""A GPU that is not there: tensors that say they are on `cuda:0`, compute on the CPU, and refuse to meet the CPU's.
+"""A fake GPU: tensors that claim to be on `cuda:0`, compute on the CPU, and refuse operations with CPU tensors.
 
-What is checked is where tensors are, as CUDA would: an operation on both devices raises, but for those that CUDA has
-(copies, numbers without dimensions, indices). Values are those of the CPU, so whole runs go through.
+It checks devices as CUDA does: an operation on both devices raises, except those that CUDA allows (copies, numbers
+without dimensions, indices). Values are those of the CPU, so whole runs succeed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defaul
 
 
 class OnGpu(torch.Tensor):
-    """A tensor whose values are held by another, on the CPU."""
+    """A tensor whose values are in another tensor, on the CPU."""
 
     held: torch.Tensor
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnGpu:
-        made = torch.Tensor._make_subclass(cls, held)  # C++ takes it for the CPU's, which has autograd's threads
+        made = torch.Tensor._make_subclass(cls, held)  # C++ sees a CPU tensor, which has autograd's threads
         made.held = held
         return made
 
@@ -38,7 +38,7 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _computed(func, args, kwargs or {})
+        return _compute(func, args, kwargs or {})
 
     device = property(lambda _: GPU)  # type: ignore[assignment]
     is_cuda = property(lambda _: True)  # type: ignore[assignment]
@@ -67,7 +67,7 @@ class OnGpu(torch.Tensor):
         return memo[id(self)]
 
 
-def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     ours = [t for t in tensors if isinstance(t, OnGpu)]
     device = kwargs.get("device")
@@ -86,7 +86,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs.pop("pin_memory", None)
     args, kwargs = tree_map_only(OnGpu, lambda t: t.held, (args, kwargs))
     found = func(*args, **kwargs)
-    known = {id(t.held): t for t in ours}  # what was changed in place stays itself
+    known = {id(t.held): t for t in ours}  # a tensor changed in place keeps its identity
 
     def ours_of(tensor: torch.Tensor) -> OnGpu:
         return known[id(tensor)] if id(tensor) in known else OnGpu(tensor)
@@ -96,14 +96,14 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._can_decompose():  # in inference mode; else autograd has done so
+        if func._can_decompose():  # in inference mode; otherwise autograd has decomposed it
             with self:
                 return func.decompose(*args, **kwargs or {})
-        return _computed(func, args, kwargs or {})
+        return _compute(func, args, kwargs or {})
 
 
 class _Calls(TorchFunctionMode):
-    """What C++ would decide by itself, taking our tensors for the CPU's."""
+    """Calls that C++ would decide wrongly, because it sees our tensors as CPU tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,7 +136,7 @@ def _to_cpu(*args: Any, **kwargs: Any) -> bool:
 @contextmanager
 def _active() -> Iterator[None]:
     lifted = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then moves what it made by a call that is seen here
+    torch._C._set_only_lift_cpu_tensors(True)  # makes `torch.tensor` move its result by a call that is visible here
     try:
         with _Dispatch(), _Calls():
             yield
@@ -146,7 +146,7 @@ def _active() -> Iterator[None]:
 
 @contextmanager
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """While it lasts, this process has one GPU, in all threads that it starts."""
+    """Give this process one GPU, in all threads that it starts, inside the context."""
     run = threading.Thread.run
 
     def run_with_gpu(thread: threading.Thread) -> None:

@@ -1,6 +1,6 @@
-"""Asks the endpoint at argv[1] and prints what came as JSON; for an interpreter with litellm and langchain-openai.
+"""Calls the endpoint at argv[1] and prints the answers as JSON; for an interpreter with litellm and langchain-openai.
 
-argv[2] is a key, argv[3] one that has used up what it may ask for.
+argv[2] is a key, argv[3] a key that has reached its limit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Adapters of every kind in a registry, and an engine over them, for the tests of serving."""
+"""Adapters of every kind in a registry, and an engine that serves them, for the tests of serving."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(folder: Path, quantization: Quantization | None = None) -> Base:
 
 
 def write_adapter(base: Path, folder: Path, kind: str, *, architecture: str = "llama", seed: int = 0) -> None:
-    """Writes a PEFT folder of some kind, strong enough to change what is generated."""
+    """Write a PEFT folder of a kind, strong enough to change what is generated."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "extracted":
         trained = plain(base)
@@ -89,7 +89,7 @@ def publish(
     probe: bool = True,
     quantization: Quantization | None = None,
 ) -> str:
-    """Puts a folder into a registry as `rankloom` does; returns its ref."""
+    """Publish a folder as `rankloom` does, and return its ref."""
     loaded = base if isinstance(base, Base) else load(base, quantization)
     if probe:
         record_probe(load_adapter(loaded.model, folder), [7, 50, 101, 9], folder)
@@ -107,7 +107,7 @@ def publish(
 
 
 def with_peft(base: Path, adapter: Path | None, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What greedy decoding gives with PEFT alone, without a cache or any of our code."""
+    """Return the greedy continuation of PEFT alone, without a cache or any of our code."""
     model: Any = plain(base)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
@@ -124,7 +124,7 @@ def engine_on(base: Base | Path, registry: Path, **settings: Any) -> ServingEngi
 
 
 def serving(engine: ServingEngine, work: Callable[[], Awaitable[T]], *, limit_s: float = 60) -> T:
-    """Runs `work` while the engine does."""
+    """Run `work` while the engine runs, and return its result."""
 
     async def run() -> T:
         await engine.start()
@@ -143,7 +143,7 @@ async def collect(engine: ServingEngine, request: Request) -> list[Delta]:
 async def completed(
     engine: ServingEngine, prompt: Sequence[int], adapter: str | None = None, *, id: str = "r", **sampling: Any
 ) -> tuple[str, list[int], list[Delta]]:
-    """A completion's text, tokens and deltas; greedy unless told."""
+    """Return a completion's text, tokens and deltas; greedy by default."""
     settings = GREEDY.model_copy(update=sampling)
     deltas = await collect(engine, Request(id, adapter, tuple(prompt), settings))
     return "".join(d.text for d in deltas), [t for d in deltas for t in d.tokens], deltas

@@ -1,8 +1,8 @@
-"""An adapter and its base as one model folder that transformers loads without PEFT.
+"""Merges an adapter and its base into one model folder that transformers loads without PEFT.
 
-The sum is what `load_adapter` computes, weight by weight. On an NF4 or int8 base it is the *dequantised* base that is
-merged into, because that is what the adapter was tuned on: the merged model is then not the original base plus the
-adapter, and takes the unquantised base's space.
+The sum equals what `load_adapter` computes, weight by weight. An adapter on an NF4 or int8 base is merged into the
+*dequantised* base, because it was tuned on that: the merged model is then not the original base plus the adapter, and
+takes the space of the unquantised base.
 """
 
 from __future__ import annotations
@@ -27,22 +27,26 @@ from rankloom.models.checkpoints import cast_weights, forget_quantization
 from rankloom.registry.record import Record
 
 NEARLY = 1e-6
-"""Embedding and head are tied again where no weight differs by more than this share of the largest."""
+"""Embedding and head are tied again if no weight differs by more than this share of the largest."""
 
 
 def merge_adapter(folder: Path, record: Record, destination: Path) -> None:
     """Write base + adapter as safetensors with the tokenizer; computed in fp32, stored in the base's own type.
 
+    Args:
+        folder: the adapter's folder.
+        destination: the new model's folder, which must not exist.
+
     Raises:
-        RegistryError: the destination exists or can't be written, the base is another one, or the adapter is refused.
+        RegistryError: the destination exists or can't be written, the base differs, or the adapter is refused.
     """
     destination = destination.expanduser()
     if destination.exists():
         raise RegistryError(f"{destination}: exists already; remove it or choose another place")
     base = load_recorded_base(record, torch.float32)
-    plain = _dequantised(base)
+    plain = _dequantise(base)
     adapter = load_adapter(plain, folder)
-    merged = _merged(adapter, folder)
+    merged = _merge(adapter, folder)
     cast_weights(merged, AutoConfig.from_pretrained(base.folder).dtype or torch.float32)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,7 @@ def merge_adapter(folder: Path, record: Record, destination: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _dequantised(base: Base) -> PreTrainedModel:
+def _dequantise(base: Base) -> PreTrainedModel:
     model = base.model
     if base.quantization != "none":
         model = model.dequantize()
@@ -69,11 +73,11 @@ def _dequantised(base: Base) -> PreTrainedModel:
     return plain
 
 
-def _merged(adapter: PeftModel, folder: Path) -> PreTrainedModel:
+def _merge(adapter: PeftModel, folder: Path) -> PreTrainedModel:
     base = adapter.get_base_model()
     embedding, head = _innermost(base.get_input_embeddings()), _innermost(base.get_output_embeddings())
     tied = head is not None and head.weight is embedding.weight
-    if tied:  # or what belongs to one would be added to both, and twice
+    if tied:  # untie, otherwise the update of one would be added to both, twice
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and module.lora_bias.get("default"):
@@ -93,7 +97,7 @@ def _merged(adapter: PeftModel, folder: Path) -> PreTrainedModel:
 
 
 def _innermost(module: Any) -> Any:
-    """The base's own module under what PEFT wrapped around it."""
+    """Return the base's own module inside PEFT's wrappers."""
     for wrapped in ("base_layer", "original_module"):
         if hasattr(module, wrapped):
             return _innermost(getattr(module, wrapped))
@@ -101,7 +105,7 @@ def _innermost(module: Any) -> Any:
 
 
 def _drop_zero_bias(name: str, layer: LoraLayer, folder: Path) -> None:
-    """PEFT refuses to merge a LoRA bias into a layer without one, even where it is zero."""
+    """Drop a zero LoRA bias, which PEFT refuses to merge into a layer without a bias."""
     if layer.get_base_layer().bias is not None:
         return
     if layer.lora_B["default"].bias.any():

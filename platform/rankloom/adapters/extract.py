@@ -1,8 +1,8 @@
-"""Any method's result as an adapter folder that PEFT loads.
+"""Writes any method's result as an adapter folder that PEFT loads.
 
-AdaLoRA becomes LoRA with a rank for each layer, exactly. Where the base's own weights changed (full, GaLore, LISA),
-the difference of each matrix is cut to a rank by a truncated SVD; what has no low rank (norms, biases) is kept whole,
-so that the rank is all that is lost. Every scaling is 1: alpha and rank agree in each layer and as a whole.
+AdaLoRA becomes LoRA with a rank for each layer, exactly. If the base's own weights changed (full, GaLore, LISA), a
+truncated SVD reduces the difference of each matrix to a rank; parameters without a low rank (norms, biases) are kept
+whole, so that only the rank is lost. Every scaling is 1: alpha equals rank in each layer and as a whole.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.errors import ModelError, TrialError
-from rankloom.models import bypassed, is_linear, reload_weights
+from rankloom.models import find_idle_linears, is_linear, reload_weights
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
 FULL_SVD_UP_TO = {"cpu": 4096, "cuda": 512}
-"""The smaller dimension up to which all singular vectors are computed, which takes a GPU seconds for a matrix of
-thousands; beyond, only the wanted ones, by sampling."""
+"""Smaller dimension up to which all singular vectors are computed, which takes a GPU seconds for a matrix of
+thousands; above, only the wanted ones are computed, by sampling."""
 
 
 @dataclass
 class _Parts:
-    """What will be written. B·A (out x in) is what is added to a module's weight, as in PEFT."""
+    """The parts of the adapter to write. As in PEFT, B·A (out x in) is added to a module's weight."""
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Module -> A [r, in], B [out, r]; for an embedding in is the vocabulary."""
+    """Module -> A [r, in], B [out, r]; for an embedding, in is the vocabulary."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
     """Modules kept with all their weights."""
@@ -43,7 +43,7 @@ def adalora_to_lora(model: peft.PeftModel, folder: Path) -> None:
     """Write an AdaLoRA model as plain LoRA, exact: P·E·Q becomes B·A with E folded into B, without the zero E.
 
     Raises:
-        TrialError: no layer has any rank left.
+        TrialError: every layer has rank 0.
     """
     config = model.peft_config["default"]
     parts = _Parts()
@@ -62,11 +62,12 @@ def adalora_to_lora(model: peft.PeftModel, folder: Path) -> None:
     _write(model.get_base_model(), parts, folder, config.base_model_name_or_path)
 
 
-def cannot_be_carried(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that no adapter can hold: those of a module with layers below it (Mamba's A_log).
+def find_unsupported_parameters(model: PreTrainedModel) -> list[str]:
+    """Return the names of the parameters that no adapter can hold.
 
-    An adapter has products for layers, and whole modules; such a module whole would hold its layers a second time. Nor
-    can it hold a module that is written a state from outside (RecurrentGemma's rg_lru): PEFT's copy would not get it.
+    An adapter holds products for layers, and whole modules. A module with layers below it (Mamba's A_log), kept whole,
+    would hold its layers a second time. A module that gets its state from outside (RecurrentGemma's rg_lru) would get
+    none in PEFT's copy.
     """
     return [
         f"{name}.{parameter}"
@@ -78,38 +79,45 @@ def cannot_be_carried(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder: Path, base_id: str) -> float:
-    """Write what training changed as an adapter of (at most) a rank; the base is loaded again, to compare with.
+    """Write the change of the weights as an adapter of (at most) a rank, by comparison with the base, loaded again.
 
-    A tied head gets the embedding's difference a second time, because PEFT wraps the two apart. PEFT can't have
-    biases beside LoRA on an embedding: where linear biases changed, embeddings are kept whole. So are layers whose
-    weight the model takes without calling them.
+    A tied head gets the embedding's difference a second time, because PEFT wraps the two separately. PEFT does not
+    support biases beside LoRA on an embedding: if linear biases changed, embeddings are kept whole. Layers whose weight
+    the model reads without calling them are kept whole too.
+
+    Args:
+        model: the trained model.
+        base_folder: the untrained base's model folder.
+        rank: rank of the extracted products.
+        folder: where to write the adapter.
+        base_id: the base's id, for the adapter's config.
 
     Returns:
-        The share of the difference's energy (squared Frobenius norm) that the adapter keeps.
+        The share of the difference's energy (squared Frobenius norm) that the adapter keeps, 0 to 1.
 
     Raises:
-        TrialError: training changed nothing, to something that isn't finite, or what no adapter can hold.
+        TrialError: training changed nothing, made a weight non-finite, or changed a parameter that no adapter can hold.
         ModelError: the base can't be loaded, or is another model.
     """
     modules = dict(model.named_modules())
-    # not read off the files: they may name or group weights otherwise than the model does
+    # from a loaded model, because the files may name or group weights differently
     stored = dict(reload_weights(base_folder, model.dtype).named_parameters(remove_duplicate=False))
-    alone = bypassed(model)
+    alone = find_idle_linears(model)
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(parameter, []).append(name)
     parts = _Parts()
     total = kept = 0.0
-    # biases first: whether any changed decides how embeddings are kept
+    # biases first: a changed bias decides how embeddings are kept
     for parameter, aliases in sorted(names.items(), key=lambda item: not item[1][0].endswith(".bias")):
         if aliases[0] not in stored or stored[aliases[0]].shape != parameter.shape:
-            raise ModelError(f"{base_folder} holds another model: {aliases[0]} is not in it, or of another shape")
+            raise ModelError(f"{base_folder} holds another model: {aliases[0]} is missing there, or has another shape")
         before = stored[aliases[0]].to(parameter.device, parameter.dtype)
         if torch.equal(before, parameter):
             continue
         delta = parameter.float() - before.float()
         if not delta.isfinite().all():
-            raise TrialError(f"{aliases[0]} holds values that are no finite numbers: training diverged")
+            raise TrialError(f"{aliases[0]} holds values that are not finite: training diverged")
         energy = float(delta.double().square().sum())
         total += energy
         owners = [alias.rpartition(".")[0] for alias in aliases]
@@ -132,7 +140,7 @@ def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder
             "training changed no weight: there is nothing to extract; raise the learning rate or the budget"
         )
     for name, bias in parts.biases.items():
-        if name not in parts.factors:  # its weight is as it was: a product that is zero carries the bias
+        if name not in parts.factors:  # its weight is unchanged: a zero product carries the bias
             width, height = _in_out(modules[name])
             parts.factors[name] = (bias.new_zeros(1, width), bias.new_zeros(height, 1))
     if not parts.factors:
@@ -153,13 +161,13 @@ def _in_out(linear: nn.Module) -> tuple[int, int]:
 
 
 def _truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best L [m, r] and R [r, n] with L·R near delta, of like size, and the energy of L·R."""
+    """Return the L [m, r] and R [r, n], of similar norm, whose product is nearest to delta, and the energy of L·R."""
     r = min(rank, *delta.shape)
     if min(delta.shape) <= FULL_SVD_UP_TO[delta.device.type]:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
-            torch.manual_seed(0)  # the sampling: the same export twice
+            torch.manual_seed(0)  # makes the sampling, and so the export, reproducible
             u, s, v = torch.svd_lowrank(delta, q=min(r + 32, *delta.shape), niter=4)
             vh = v.T
     root = s[:r].sqrt()
@@ -177,7 +185,7 @@ def _write(model: PreTrainedModel, parts: _Parts, folder: Path, base_id: str | N
         tensors |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
         if parts.biases:  # PEFT has a bias on all layers or on none
             tensors[f"{key}lora_B.bias"] = parts.biases.get(name, b.new_zeros(len(b)))
-    if held := [name for name in cannot_be_carried(model) if name.rpartition(".")[0] in parts.whole]:
+    if held := [name for name in find_unsupported_parameters(model) if name.rpartition(".")[0] in parts.whole]:
         raise TrialError(f"{held[0]} changed, but its module also holds other layers and can't be kept whole")
     for name in parts.whole:
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in modules[name].state_dict().items()}
@@ -199,7 +207,7 @@ def _write(model: PreTrainedModel, parts: _Parts, folder: Path, base_id: str | N
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # cloned, because a tied head's factors are views of the embedding's, which safetensors refuses
+        # cloned, because safetensors refuses the views that a tied head's factors are
         cloned = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         save_file(cloned, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(folder)

@@ -1,8 +1,9 @@
-"""A PEFT folder as it comes, made into a plain one that `weights.py` loads: what `PeftModel.from_pretrained` does.
+"""Converts any PEFT folder into a plain one that `weights.py` loads, with the result of `PeftModel.from_pretrained`.
 
-Its tensors say which layers it adapts, and how; of its settings only those count that change what the tensors mean. So
-nothing that a setting names is imported, downloaded or run, and no regular expression without an end. What is written
-names each layer in full. PiSSA and OLoRA change the base when PEFT loads them, which here goes into the factors.
+The folder's tensors define which layers it adapts, and how; only settings that change the meaning of the tensors count.
+So nothing that a setting names is imported, downloaded or run, and regular expressions have a time limit. The plain
+folder names each layer in full. PiSSA and OLoRA change the base when PEFT loads them; here the change goes into the
+factors.
 
 Shapes: R rank, I in, O out.
 """
@@ -30,10 +31,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import ByModule, by_module, fullmatch, scaling_of
-from rankloom.adapters.weights import adapted_experts
+from rankloom.adapters.patterns import ByModule, fullmatch, lora_scaling, resolve_patterns
+from rankloom.adapters.weights import find_adapted_experts
 from rankloom.errors import RegistryError
-from rankloom.models import in_out, is_linear
+from rankloom.models import is_linear, linear_widths
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS, find_files, read_config
 
 _INSTEAD = "train a LoRA or DoRA without it, or merge it into its base with PEFT and serve that"
@@ -42,15 +43,15 @@ _PARTS = re.compile(
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 _DRAWN = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Ways in which A and B begin that leave the base as it is."""
+"""Initialisations of A and B that leave the base unchanged."""
 _MOVED = re.compile(r"pissa(_niter_\d+)?|(?i:olora)")
 _VARIANTS = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.metadata.get("is_lora_variant")}
 _OTHER_PRODUCTS = sorted({*_VARIANTS, "layer_replication", "megatron_config"} - {"use_dora"})
-"""Settings with which PEFT computes something else from the same tensors, or on another base."""
+"""Settings with which PEFT computes something else from these tensors, or on another base."""
 
 
 class _Settings(BaseModel):
-    """Those of PEFT's settings that say what tensors mean, with PEFT's defaults; others may be anything."""
+    """The settings of PEFT that define the meaning of tensors, with PEFT's defaults; others may be anything."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -81,14 +82,18 @@ class _Settings(BaseModel):
 
 
 @torch.no_grad()
-def write_plainly(model: PreTrainedModel, folder: Path, plain: Path, base_id: str) -> list[str]:
-    """Write what PEFT makes of `folder` on this base as a new folder `plain`; the base is only looked at.
+def write_plain(model: PreTrainedModel, folder: Path, plain: Path, base_id: str) -> list[str]:
+    """Write the adapter that PEFT would load from `folder` onto this base as a new folder `plain`.
+
+    Args:
+        model: the base, which is not changed.
+        base_id: the base's id, for the new config.
 
     Returns:
-        What of the folder has no effect, in words, for its reader to know.
+        Notes for the user on settings of the folder that have no effect.
 
     Raises:
-        RegistryError: it is no LoRA or DoRA, or one that can't be served, with the tensor that shows it.
+        RegistryError: it is not a LoRA or DoRA, or one that can't be served; names the tensor that shows it.
     """
     files = find_files(folder, (CONFIG, WEIGHTS))
     settings = _read_settings(files[CONFIG], folder / CONFIG)
@@ -128,12 +133,12 @@ def _read_tensors(file: Path, shown: Path) -> dict[str, Tensor]:
         if tensor.is_floating_point() and tensor.element_size() == 1:
             tensors[name] = tensor = tensor.float()
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise RegistryError(f"{shown}: tensor {name:.200} holds values that are no finite numbers")
+            raise RegistryError(f"{shown}: tensor {name:.200} holds values that are not finite numbers")
     return tensors
 
 
 def _check_kind(settings: _Settings, tensors: Iterable[str], folder: Path) -> None:
-    """Refuse what is no LoRA or DoRA, whatever its tensors are called."""
+    """Raise RegistryError if the folder is not a LoRA or DoRA, whatever the names of its tensors."""
     if settings.peft_type != "LORA":
         other = next((name for name in sorted(tensors) if not re.search(r"\.lora_[AB]\.", name)), min(tensors))
         raise RegistryError(
@@ -144,7 +149,7 @@ def _check_kind(settings: _Settings, tensors: Iterable[str], folder: Path) -> No
     for key in _OTHER_PRODUCTS:
         if extra.get(key):
             raise RegistryError(
-                f"{folder / CONFIG}: {key}: {extra[key]!r:.80}: its tensors are no plain LoRA or DoRA; {_INSTEAD}"
+                f"{folder / CONFIG}: {key}: {extra[key]!r:.80}: its tensors are not a plain LoRA or DoRA; {_INSTEAD}"
             )
     init = settings.init_lora_weights
     if isinstance(init, str) and init.lower() not in _DRAWN and not settings.moves_base:
@@ -155,7 +160,7 @@ def _check_kind(settings: _Settings, tensors: Iterable[str], folder: Path) -> No
 
 
 class _Adapter:
-    """What is known of one adapter: its tensors, by the full name of the base's module."""
+    """One adapter's tensors, by the full name of the base's module."""
 
     def __init__(self, model: PreTrainedModel, folder: Path, settings: _Settings) -> None:
         self._folder, self._file, self._settings = folder, folder / WEIGHTS, settings
@@ -163,18 +168,18 @@ class _Adapter:
         self._modules = dict(model.named_modules())
         self._weights = model.state_dict()
         self._layers: dict[str, dict[str, Tensor]] = {}
-        """By the layer, or the parameter of experts."""
-        self._experts = adapted_experts(model, settings.target_parameters)
+        """Layer, or parameter of experts -> part -> tensor."""
+        self._experts = find_adapted_experts(model, settings.target_parameters)
         self._places: dict[str, str] = {}
-        """Of such a parameter, what its tensors are named after: PEFT wraps one parameter around the other."""
+        """Parameter of experts -> prefix of its tensors' names: PEFT wraps one parameter around the other."""
         self._tied = self._find_tied() if settings.ensure_weight_tying else ()
         ends = tuple(settings.modules_to_save)  # as PEFT matches them
         kept = self._with_tied({name for name in self._modules if name.endswith(ends)})
         self._kept = {name: dict[str, Tensor]() for name in sorted(kept)}
-        """The modules that take the place of the base's own."""
+        """Modules that replace the base's own -> their tensors."""
 
     def _find_tied(self) -> Sequence[str]:
-        """Embedding and head, where they are one."""
+        """Return the names of embedding and head if they share their weight, else nothing."""
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         if head is None or head.weight is not embedding.weight:
             return ()
@@ -184,7 +189,7 @@ class _Adapter:
         return layers.union(self._tied) if not layers.isdisjoint(self._tied) else layers
 
     def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the names of this version of transformers, where an adapter has those of an earlier one."""
+        """Return the tensors under the names of this version of transformers, if they have those of an earlier one."""
         if self._all_fit(tensors):
             return tensors
         try:
@@ -198,7 +203,7 @@ class _Adapter:
         return all(layer in self._modules or _unwrapped(layer) in self._experts for layer in layers)
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Find a tensor's place; those of the base that PEFT saves beside are compared with it, and left out."""
+        """Assign a tensor to its layer; compare a saved copy of a base's tensor with the base's, and leave it out."""
         place = name.removeprefix(PREFIX)
         if place == name:
             self._refuse(name, f"does not begin with {PREFIX}, as those that PEFT saves do")
@@ -207,7 +212,7 @@ class _Adapter:
         if match := _PARTS.fullmatch(place.removesuffix(".weight") if "magnitude_vector.weight" in place else place):
             return self._take_part(name, match["layer"], match["part"], tensor)
         if ".lora_" in name:
-            self._refuse(name, f"is no part of a LoRA or DoRA: {_INSTEAD}")
+            self._refuse(name, f"is not a part of a LoRA or DoRA: {_INSTEAD}")
         place = re.sub(r"\.(base_layer|original_module)\.", ".", place)
         if place not in self._weights:
             self._refuse(name, "has no place in the base; is it another base's adapter? name its own with --base")
@@ -222,7 +227,7 @@ class _Adapter:
             if place.startswith(f"{module}.") and place in name:
                 kept[place.removeprefix(f"{module}.")] = tensor
                 return None
-        types = (weight.dtype, torch.bfloat16, torch.float16)  # in which the base may have been when it was saved
+        types = (weight.dtype, torch.bfloat16, torch.float16)  # types that the base may have had when it was saved
         if not any(torch.equal(weight.to(each).to(tensor.dtype), tensor) for each in types):
             self._refuse(
                 name,
@@ -234,9 +239,9 @@ class _Adapter:
     def _take_part(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
         if _unwrapped(layer) in self._experts:
             return self._take_experts(name, layer, part, tensor)
-        module: Any = self._modules.get(layer.removesuffix(".base_layer"))  # of two parameters PEFT wraps one so
+        module: Any = self._modules.get(layer.removesuffix(".base_layer"))  # PEFT wraps one of two parameters like this
         if module is None:
-            self._refuse(name, f"belongs on {layer}, which the base has not; is it another's? name that with --base")
+            self._refuse(name, f"belongs on {layer}, which the base lacks; is it another base's? name that with --base")
         embeds = isinstance(module, nn.Embedding)
         if not embeds and not is_linear(module):
             self._refuse(
@@ -270,7 +275,7 @@ class _Adapter:
                 parts[part] = tensor
 
     def _is_target(self, layer: str) -> bool:
-        """Whether PEFT would adapt it; what it finds out from the base alone is left to the tensors."""
+        """Return whether PEFT would adapt a layer; if the config alone does not say so, its tensors do."""
         found = self._settings
         if any(f"{layer}.".startswith(f"{module}.") for module in self._kept):
             return False
@@ -299,7 +304,7 @@ class _Adapter:
         raise RegistryError(f"{self._file}: tensor {name:.200} {reason}")
 
     def write(self, plain: Path, base_id: str) -> None:
-        """Write all that was taken, once it is whole."""
+        """Check that all tensors are there, and write the plain folder."""
         if not self._layers:
             raise RegistryError(f"{self._file}: holds no LoRA; publish the folder that PEFT's save_pretrained wrote")
         ranks, alphas = self._by_layer("rank_pattern"), self._by_layer("alpha_pattern")
@@ -309,7 +314,9 @@ class _Adapter:
             alpha = alphas.get(layer, self._settings.lora_alpha)
             self._check_shapes(layer, parts, rank)
             if self._settings.moves_base and layer not in self._places and is_linear(self._modules[layer]):
-                parts, rank, alpha = self._moved_back(layer, parts, scaling_of(alpha, rank, self._settings.use_rslora))
+                parts, rank, alpha = self._undo_base_change(
+                    layer, parts, lora_scaling(alpha, rank, self._settings.use_rslora)
+                )
             ranks[layer], alphas[layer] = rank, alpha
             place = self._places.get(layer, layer)
             tensors |= {f"{PREFIX}{place}.{part}": tensor for part, tensor in parts.items()}
@@ -329,7 +336,7 @@ class _Adapter:
 
     def _by_layer(self, key: str) -> ByModule[Any]:
         try:
-            return by_module(getattr(self._settings, key), self._layers)
+            return resolve_patterns(getattr(self._settings, key), self._layers)
         except ValueError as error:
             raise RegistryError(f"{self._folder / CONFIG}: {key}: {error}") from None
 
@@ -341,8 +348,8 @@ class _Adapter:
             if getattr(self._modules[layer.rpartition(".")[0]], "is_transposed", False):
                 num_in, num_out = num_out, num_in
         elif is_linear(module):
-            num_in, num_out = in_out(module)
-            if self._settings.moves_base:  # there is no more of W to be taken away
+            num_in, num_out = linear_widths(module)
+            if self._settings.moves_base:  # PEFT can take no more than W's rank out of it
                 rank = min(rank, num_in, num_out)
         else:
             num_in, num_out = module.weight.shape
@@ -359,11 +366,13 @@ class _Adapter:
                     f"base's adapter?",
                 )
 
-    def _moved_back(self, layer: str, parts: dict[str, Tensor], scaling: float) -> tuple[dict[str, Tensor], int, float]:
-        """W - s·B₀·A₀ + s·B·A, which PEFT computes, as a LoRA of twice the rank on W; its parts, rank and alpha."""
+    def _undo_base_change(
+        self, layer: str, parts: dict[str, Tensor], scaling: float
+    ) -> tuple[dict[str, Tensor], int, float]:
+        """Return W - s·B₀·A₀ + s·B·A, which PEFT computes, as a LoRA of twice the rank on W: parts, rank and alpha."""
         after_RI, after_OR = parts["lora_A.weight"].float(), parts["lora_B.weight"].float()
         rank = len(after_RI)
-        # PEFT samples pissa_niter_4 anew each time: near the decomposition that pissa takes
+        # PEFT samples pissa_niter_4 anew each time, near the decomposition that pissa uses
         init: Any = "pissa" if self._settings.is_sampled else self._settings.init_lora_weights
         alone = nn.ModuleDict({"layer": copy.deepcopy(self._modules[layer])})
         config = peft.LoraConfig(
@@ -378,7 +387,7 @@ class _Adapter:
                 warnings.simplefilter("ignore")
                 peft.inject_adapter_in_model(config, alone)
         except (ValueError, TypeError, RuntimeError) as error:
-            self._refuse(f"{PREFIX}{layer}.lora_A.weight", f"can't be brought back from its init_lora_weights: {error}")
+            self._refuse(f"{PREFIX}{layer}.lora_A.weight", f"can't be undone for its init_lora_weights: {error}")
         initial: Any = alone["layer"]
         before_RI, before_OR = initial.lora_A["default"].weight.float(), initial.lora_B["default"].weight.float()
         moved = {
@@ -389,7 +398,7 @@ class _Adapter:
 
     def _config(self, ranks: Mapping[str, int], alphas: Mapping[str, float], base_id: str) -> peft.LoraConfig:
         first = max(ranks, key=lambda layer: ranks[layer])
-        # PEFT takes the first key that ends a layer's name: of two the longer is the layer's own
+        # PEFT takes the first key that ends a layer's name: the longer of two is the layer's own
         layers = sorted(ranks, key=len, reverse=True)
         return peft.LoraConfig(
             task_type="CAUSAL_LM",

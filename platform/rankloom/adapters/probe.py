@@ -1,7 +1,8 @@
-"""A probe: a few tokens, and the logits after them with and without the adapter, recorded when it is published.
+"""A probe: a few tokens, and the logits after them with and without the adapter, recorded at publication.
 
-Whoever loads the adapter later runs the probe again. Other logits mean another base, a changed file or a library that
-reads the folder differently; logits like the base's mean an adapter that silently does nothing. Both are refused.
+Every later load of the adapter runs the probe again. Different logits mean another base, a changed file or a library
+that reads the folder differently; logits equal to the base's mean an adapter that silently does nothing. Both are
+refused.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from rankloom.registry.record import Record
 
 PROBE = "probe.safetensors"
 FP32_TOLERANCE = 1e-3
-"""Largest difference of a logit where base and probe are in fp32, unquantised."""
+"""Largest difference of a logit if base and probe are in fp32, unquantised."""
 LOOSE_TOLERANCE = 0.05
-"""The same where weights or arithmetic are of fewer bits, as a share of the largest logit: other kernels, and other
-machines, round them differently."""
+"""Largest difference of a logit with fewer bits in weights or arithmetic, as a share of the largest logit: other
+kernels and other machines round differently."""
 SILENT = 1e-6
-"""A largest difference from the base's logits below this share of the largest logit is no effect."""
+"""An adapter has no effect if no logit differs from the base's by more than this share of the largest logit."""
 
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS: dict[str, tuple[torch.dtype, ...]] = {
@@ -42,18 +43,18 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What running a probe showed; both are the largest difference of a logit."""
+    """Result of a probe; each field is the largest difference of a logit."""
 
     max_difference: float
-    """From the recorded logits."""
+    """Between the adapter's logits and the recorded ones."""
     distance_from_base: float
-    """Of the logits with the adapter from those without it."""
+    """Between the logits with the adapter and those without it."""
 
 
 def record_probe(model: peft.PeftModel, input_ids: list[int], folder: Path) -> None:
     """Run the probe on an adapter that `load_adapter` read from `folder`, and write it there.
 
-    A model as it came out of training is not the same: what is published may be cut to a rank.
+    A model fresh from training must not be probed: the published adapter may be reduced to a rank.
     """
     adapter, base = _both_logits(model, input_ids)
     write_probe(folder, input_ids, adapter, base)
@@ -63,8 +64,8 @@ def write_probe(folder: Path, input_ids: list[int], adapter_logits: Tensor, base
     """Write `<folder>/probe.safetensors`.
 
     Args:
-        adapter_logits: [V], after the last of `input_ids`, in the type they were computed in.
-        base_logits: the same without the adapter.
+        adapter_logits: [V], after the last of `input_ids`, in the type of their computation.
+        base_logits: [V], without the adapter.
     """
     tensors = {"input_ids": torch.tensor(input_ids), "adapter_logits": adapter_logits, "base_logits": base_logits}
     try:
@@ -77,7 +78,7 @@ def verify_probe(folder: Path, record: Record) -> ProbeReport:
     """Load the recorded base and the adapter in `folder`, and run its probe.
 
     Raises:
-        RegistryError: with the reason, where the adapter does not do what it was published for.
+        RegistryError: the adapter does not give the logits that it was published with.
         ModelError: the base can't be loaded.
     """
     dtype = _read_probe(folder)["adapter_logits"].dtype
@@ -86,10 +87,10 @@ def verify_probe(folder: Path, record: Record) -> ProbeReport:
 
 
 def check_probe(model: peft.PeftModel, folder: Path, *, quantization: str) -> ProbeReport:
-    """Run the probe in `folder` on an adapter that is loaded already.
+    """Run the probe in `folder` on a loaded adapter.
 
     Raises:
-        RegistryError: other logits than recorded, or the base's own.
+        RegistryError: the logits differ from the recorded ones, or equal the base's.
     """
     input_ids = probe_tokens(folder, model.get_base_model().get_input_embeddings().weight.shape[0])
     adapter, base = _both_logits(model, input_ids)
@@ -97,10 +98,10 @@ def check_probe(model: peft.PeftModel, folder: Path, *, quantization: str) -> Pr
 
 
 def probe_tokens(folder: Path, vocabulary: int) -> list[int]:
-    """The tokens of the probe in `folder`.
+    """Return the tokens of the probe in `folder`.
 
     Raises:
-        RegistryError: they are none of a base with such a vocabulary.
+        RegistryError: they are outside a vocabulary of this size.
     """
     input_ids: list[int] = _read_probe(folder)["input_ids"].tolist()
     if not input_ids or min(input_ids) < 0 or max(input_ids) >= vocabulary:
@@ -112,7 +113,7 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
     """Compare logits [V] after the probe's tokens, with and without the adapter, to those recorded in `folder`.
 
     Raises:
-        RegistryError: other logits than recorded, or the base's own.
+        RegistryError: the logits differ from the recorded ones, or equal the base's.
     """
     recorded = _read_probe(folder)["adapter_logits"]
     if recorded.shape != adapter.shape:
@@ -125,22 +126,27 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
 
 
 def tolerance(expected: Tensor, dtype: torch.dtype, *, quantization: str) -> float:
-    """How far from expected logits those of the same adapter may be; `dtype` is what these are computed in."""
+    """Return the largest allowed difference from expected logits.
+
+    Args:
+        expected: the recorded logits [V].
+        dtype: type of the arithmetic that gives the new ones.
+    """
     exact = quantization == "none" and expected.dtype == dtype == torch.float32
     return FP32_TOLERANCE if exact else LOOSE_TOLERANCE * float(expected.float().abs().max())
 
 
-def check_likeliest(
+def check_top_logprobs(
     folder: Path, adapter: Mapping[int, float], base: Mapping[int, float], *, dtype: torch.dtype
 ) -> ProbeReport:
-    """`check_logits` for an engine that tells only the likeliest tokens, and the logarithms of their probabilities.
+    """Run `check_logits` for an engine that returns only the likeliest tokens with their log-probabilities.
 
     Args:
-        adapter, base: by token, after the probe's tokens.
-        dtype: of the engine's arithmetic, on a base that is not quantised.
+        adapter, base: token -> log-probability after the probe's tokens.
+        dtype: type of the engine's arithmetic, on a base that is not quantised.
 
     Raises:
-        RegistryError: others than recorded, or the base's own.
+        RegistryError: the values differ from the recorded ones, or equal the base's.
     """
     recorded = _read_probe(folder)["adapter_logits"]
     largest = float(recorded.float().abs().max())
@@ -156,8 +162,8 @@ def check_likeliest(
 
 
 def _judge(folder: Path, report: ProbeReport, recorded: Tensor, allowed: float) -> None:
-    """Raises RegistryError."""
-    if not report.max_difference <= allowed:  # so that a NaN is refused too
+    """Raise RegistryError if the report shows another adapter than recorded, or one without effect."""
+    if not report.max_difference <= allowed:  # refuses a NaN too
         raise RegistryError(
             f"{folder}: the probe's logits differ by {report.max_difference:.3g} from the recorded ones (allowed: "
             f"{allowed:.3g}); the base, the adapter or a library is not the one it was published with"
@@ -170,14 +176,19 @@ def _judge(folder: Path, report: ProbeReport, recorded: Tensor, allowed: float) 
 
 
 class _RecordedBase(Frozen):
-    """The part of a trial that says which base; an adapter from elsewhere has no trial."""
+    """The part of a trial that defines the base; an adapter from elsewhere has only this part."""
 
     model: ModelConfig
     quantization: Quantization
 
 
 def load_recorded_base(record: Record, dtype: torch.dtype) -> Base:
-    """The base that a record names, as it was quantised; refused if its weights are not the recorded ones."""
+    """Load the base that a record names, with its quantisation.
+
+    Raises:
+        RegistryError: its weights are not the recorded ones.
+        ModelError: it can't be loaded.
+    """
     default = {"model": {"id": record.base.id}, "quantization": record.base.quantization}
     config = parse(_RecordedBase, {key: record.trial.get(key, default[key]) for key in default}, "record.trial")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,14 +210,14 @@ def _both_logits(model: peft.PeftModel, input_ids: list[int]) -> tuple[Tensor, T
 
 @torch.no_grad()
 def last_logits(model: nn.Module, input_ids: list[int]) -> Tensor:
-    """The logits [V] after the last of `input_ids`, on the CPU."""
+    """Return the logits [V] after the last of `input_ids`, on the CPU."""
     ids_BT = torch.tensor([input_ids], device=next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1]
     return logits.cpu()
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Of two vectors' values; stored ones are on the CPU, others where they were computed."""
+    """Return the largest difference between two vectors' values, wherever they are."""
     return float((a.cpu().float() - b.cpu().float()).abs().max())
 
 
@@ -222,5 +233,5 @@ def _read_probe(folder: Path) -> dict[str, Tensor]:
     for name, kinds in _KINDS.items():
         if name not in probe or probe[name].dim() != 1 or probe[name].dtype not in kinds:
             allowed = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
-            raise RegistryError(f"{file}: {name} is missing or no vector of numbers (allowed: {allowed})")
+            raise RegistryError(f"{file}: {name} is missing or not a vector of numbers (allowed: {allowed})")
     return probe

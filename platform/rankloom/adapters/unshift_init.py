@@ -1,7 +1,7 @@
-"""PiSSA and OLoRA begin by moving a part of W into the adapter; this writes the adapter for the *unchanged* W.
+"""Writes a PiSSA or OLoRA adapter, whose initialisation moves a part of W into it, for the *unchanged* W.
 
 W + s·B·A of the changed base is W₀ + s·(B·A - B₀·A₀), a LoRA of twice the rank (PiSSA, arXiv 2404.02948, appendix).
-PEFT converts too, but by loading the initial adapter again from disk; here both are at hand.
+PEFT converts too, but loads the initial adapter from disk for it; here it is in memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rankloom.registry.checks import PREFIX, WEIGHTS
 
 
 def save_without_base_change(model: peft.PeftModel, initial: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a plain LoRA folder, of twice each layer's rank.
+    """Write a plain LoRA folder with twice each layer's rank.
 
-    A layer narrower than the rank has factors as narrow as itself, and is scaled by alpha over the rank all the same.
+    A layer narrower than the rank has factors as narrow as itself, but is still scaled by alpha over the rank.
 
     Args:
-        initial: A₀ [r, in] and B₀ [out, r] by the parameter's name in `model`, as they were right after attaching.
+        initial: name of the parameter in `model` -> A₀ [r, in] or B₀ [out, r] right after attaching.
     """
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     file = folder / WEIGHTS

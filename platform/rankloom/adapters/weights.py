@@ -1,8 +1,8 @@
-"""The one way to load an adapter folder into a base: nothing is unpickled, imported, downloaded or guessed.
+"""The only way to load an adapter folder into a base: nothing is unpickled, imported, downloaded or guessed.
 
-An adapter may come from anyone, so its config is held to what plain LoRA and DoRA need (PEFT's other settings can
-import modules, read files or rewrite the base), and every tensor's name and shape is compared with what the config
-asks for, before PEFT gets to see a value. PEFT alone would ignore a tensor too many and start a missing one afresh.
+An adapter may come from anyone. So its config may hold only what plain LoRA and DoRA need (PEFT's other settings can
+import modules, read files or rewrite the base), and every tensor's name and shape is compared with the config before
+PEFT reads a value. PEFT alone would ignore a surplus tensor and initialise a missing one.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.modules import as_named
-from rankloom.adapters.patterns import by_module
+from rankloom.adapters.modules import exact_module_names
+from rankloom.adapters.patterns import resolve_patterns
 from rankloom.errors import RegistryError
 from rankloom.models import find_experts, is_linear
 from rankloom.registry.checks import CONFIG, PICKLES, WEIGHTS, read_config
 
 _IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
-"""Settings that do nothing here: the base is the one given, and it is never looked up."""
+"""Settings without effect here: the base is given, and never looked up."""
 
 _INITS = ("gaussian", "orthogonal")
-"""How A and B may have begun, which says nothing of what they are."""
+"""Initialisations of A and B that do not affect the meaning of trained tensors."""
 
-_Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT takes some names for regular expressions
+_Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]  # PEFT reads some names as regular expressions
 _Rank = Annotated[int, Field(ge=1)]
 
 
 class _AdapterConfig(BaseModel):
-    """What of PEFT's LoraConfig an adapter may set; anything else must be at PEFT's default."""
+    """Settings of PEFT's LoraConfig that an adapter may change; all others must have PEFT's default."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -80,7 +80,7 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """Put an adapter folder onto a base, frozen and in eval mode. The base's modules are wrapped in place.
 
     Raises:
-        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit; the base is as before.
+        RegistryError: a file or tensor is missing, corrupt, not allowed or does not fit; the base is unchanged.
     """
     config = _read_config(base_model, folder)
     shapes = _read_shapes(folder)
@@ -90,15 +90,15 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
         try:
-            with as_named():
+            with exact_module_names():
                 model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
-        except (ValueError, TypeError) as error:  # what PEFT refuses for this kind of base
+        except (ValueError, TypeError) as error:  # PEFT's refusals for this kind of base
             raise RegistryError(f"{folder}: PEFT can't put it onto the base: {error}") from None
         try:
             _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
             tensors = _read_tensors(base_model, folder)
             set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
-            # PEFT has rounded LoRA to the base's type, on its way off the meta device: once more, in fp32
+            # PEFT has rounded LoRA to the base's type while it left the meta device: set it again, in fp32
             cast_adapter_dtype(model, "default")
             set_peft_model_state_dict(model, tensors)
         except Exception:
@@ -108,23 +108,23 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
 
 
 def load_beside(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """`load_adapter` onto a copy of the module tree around the base's own tensors: the base's modules stay as they are.
+    """Run `load_adapter` on a copy of the module tree around the base's own tensors; the base's modules stay unchanged.
 
     Raises:
-        RegistryError: as `load_adapter` does.
+        RegistryError: as in `load_adapter`.
     """
-    # what deepcopy finds in its memo it takes as it is
+    # deepcopy does not copy objects in its memo
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base_model.parameters(), *base_model.buffers())}
     return load_adapter(copy.deepcopy(base_model, shared), folder)
 
 
 def read_adapter(base_model: PreTrainedModel, folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter folder's config and tensors, for whoever puts them onto the base in another way than PEFT.
+    """Read an adapter folder's config and tensors, to put them onto the base in another way than PEFT.
 
-    Of the tensors, values and types are checked; names and shapes are the caller's to compare.
+    The tensors' values and types are checked; the caller must compare names and shapes.
 
     Raises:
-        RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.
+        RegistryError: a file or setting is missing, corrupt, not allowed or does not fit.
     """
     config = _read_config(base_model, folder)
     _check_modules(base_model, config, folder)
@@ -141,7 +141,7 @@ def _read_config(base_model: PreTrainedModel, folder: Path) -> peft.LoraConfig:
             raise RegistryError(f"{file}: pickled weights can run code; remove the file, only {WEIGHTS} is read")
     file = folder / CONFIG
     if not file.exists():
-        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter")
+        raise RegistryError(f"{file}: missing; {folder} is not a PEFT adapter")
     try:
         config = _AdapterConfig.model_validate(read_config(file))
     except ValidationError as error:
@@ -156,8 +156,8 @@ def _read_config(base_model: PreTrainedModel, folder: Path) -> peft.LoraConfig:
     settings: dict[str, Any] = config.model_dump(include=set(_AdapterConfig.model_fields) - {"peft_type"})
     names = [*(name for name, _ in base_model.named_modules()), *find_experts(base_model)]
     for pattern in ("rank_pattern", "alpha_pattern"):
-        settings[pattern] = by_module(settings[pattern], names)
-    # every value comes from the file, so none is drawn
+        settings[pattern] = resolve_patterns(settings[pattern], names)
+    # every value comes from the file, so none is initialised
     try:
         return peft.LoraConfig(**{**settings, "init_lora_weights": False, "inference_mode": True})
     except ValueError as error:  # settings that exclude each other
@@ -165,10 +165,10 @@ def _read_config(base_model: PreTrainedModel, folder: Path) -> peft.LoraConfig:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Each tensor's shape, off the file's header alone."""
+    """Return each tensor's shape from the file's header."""
     file = folder / WEIGHTS
     if not file.is_file():
-        raise RegistryError(f"{file}: missing; {folder} is no PEFT adapter")
+        raise RegistryError(f"{file}: missing; {folder} is not a PEFT adapter")
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())}
@@ -177,7 +177,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
-    """Refuse what PEFT would find out half-way, with a part of the base already wrapped."""
+    """Raise the errors that PEFT would find only after it has wrapped a part of the base."""
     modules = dict(base_model.named_modules())
     ends = _by_ending(modules)
     for target in config.target_modules:
@@ -196,31 +196,31 @@ def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder:
 
 
 def _check_parameters(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
-    """The same for experts, the only parameters beside layers that an adapter may be on."""
+    """Raise the errors of target_parameters, which may name only experts."""
     if not config.target_parameters:
         return
     experts, ends = find_experts(base_model), _by_ending(name for name, _ in base_model.named_parameters())
     for target in config.target_parameters:
         if not ends.get(target) or not all(name in experts for name in ends[target]):
-            raise RegistryError(f"{folder / CONFIG}: target_parameters: {target!r} means no experts of the base")
+            raise RegistryError(f"{folder / CONFIG}: target_parameters: {target!r} matches no experts of the base")
     for key in ("use_dora", "lora_bias", "lora_dropout", "fan_in_fan_out"):
         if getattr(config, key):
             raise RegistryError(f"{folder / CONFIG}: {key}: can't be combined with target_parameters")
 
 
-def adapted_experts(base_model: PreTrainedModel, target_parameters: Iterable[str] | None) -> dict[str, list[str]]:
-    """The experts that an adapter is on: each module's full name, and its parameters in their order."""
-    found: dict[str, list[str]] = {}
+def find_adapted_experts(base_model: PreTrainedModel, target_parameters: Iterable[str] | None) -> dict[str, list[str]]:
+    """Return the experts that an adapter adapts: each module's full name -> its parameters in their order."""
+    experts: dict[str, list[str]] = {}
     ends = tuple(f".{target}" for target in target_parameters or ())
     for name in find_experts(base_model):
         if f".{name}".endswith(ends):
             module, _, key = name.rpartition(".")
-            found.setdefault(module, []).append(key)
-    return found
+            experts.setdefault(module, []).append(key)
+    return experts
 
 
 def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
-    """Full names by each part that they end with."""
+    """Return each ending of dotted names -> the full names that have it."""
     ends: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -230,7 +230,7 @@ def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _check_ranks(config: peft.LoraConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Refuse a rank that no tensor has, before PEFT allocates it."""
+    """Raise RegistryError for a rank that no tensor has, before PEFT allocates it."""
     ranks = [s[0] for name, s in shapes.items() if s and name.endswith((".lora_A.weight", ".lora_embedding_A"))]
     largest = max(ranks, default=0)
     for rank in (config.r, *config.rank_pattern.values()):
@@ -265,9 +265,9 @@ def _read_tensors(base_model: PreTrainedModel, folder: Path) -> dict[str, torch.
         raise RegistryError(f"{file}: corrupt or truncated: {error}; publish or fetch the adapter again") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise RegistryError(f"{file}: tensor {name} holds values that are no finite numbers")
+            raise RegistryError(f"{file}: tensor {name} holds values that are not finite numbers")
         if ".lora_" in name:
-            tensors[name] = tensor.float()  # as it is trained, whatever the base is in
+            tensors[name] = tensor.float()  # as in training, whatever the base's type
         else:
             tensors[name] = tensor.to(base_model.dtype)
     return tensors

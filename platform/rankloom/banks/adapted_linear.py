@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import scaling_of
+from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.grouped import grouped_linear, grouped_lora, scale_rows
 from rankloom.banks.groups import Groups
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
-from rankloom.models import find_target_linears, in_out
+from rankloom.models import find_target_linears, linear_widths
 from rankloom.models.onednn import FrozenLinear
 
 
@@ -63,7 +63,7 @@ class SlotSpec:
 
     @property
     def scaling(self) -> float:
-        return scaling_of(self.alpha, self.rank, self.rslora)
+        return lora_scaling(self.alpha, self.rank, self.rslora)
 
 
 class AdaptedLinear:
@@ -73,7 +73,7 @@ class AdaptedLinear:
         self.name, self.module = name, module
         self.base: Callable[[Tensor], Tensor] = module.forward
         """The linear as it was before the bank."""
-        self.num_in, self.num_out = in_out(module)
+        self.num_in, self.num_out = linear_widths(module)
         self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
         """Whether W is a plain tensor: neither quantised nor used by a special kernel."""
         device = module.get_parameter("weight").device

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import scaling_of
+from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import is_linear
@@ -244,7 +244,7 @@ class AdapterBank:
         self.specs[slot] = spec
         for site in self._sites_of(spec):
             rank = ranks[site.name]
-            site.assign(slot, rank, scaling_of(alphas[site.name], rank, spec.rslora), dora=spec.dora)
+            site.assign(slot, rank, lora_scaling(alphas[site.name], rank, spec.rslora), dora=spec.dora)
             for part, values in site.parts(slot).items():
                 values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
 

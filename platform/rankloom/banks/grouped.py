@@ -257,7 +257,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, a_KRI, b_KOR, *kept = ctx.saved_tensors
-        dx_NI = onednn.times(dy_NO, weight_OI) if ctx.needs_input_grad[0] else None
+        dx_NI = onednn.multiply(dy_NO, weight_OI) if ctx.needs_input_grad[0] else None
         stacks = Stacks(a_KRI, b_KOR, ctx.scale_K, ctx.groups)
         da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), stacks, kept, dx_NI)
         dx = None if dx_NI is None else dx_NI.view(x.shape)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import scaling_of
-from rankloom.adapters.weights import adapted_experts, read_adapter
+from rankloom.adapters.patterns import lora_scaling
+from rankloom.adapters.weights import find_adapted_experts, read_adapter
 from rankloom.errors import RegistryError
-from rankloom.models import chooses_experts, in_out, is_linear
+from rankloom.models import chooses_experts, is_linear, linear_widths
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
 
@@ -133,7 +133,7 @@ def fold(model: PreTrainedModel, folder: Path) -> ServedAdapter:
     reader = _Reader(model, folder, config, dict(tensors))
     linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
-    stacks = adapted_experts(model, config.target_parameters)
+    stacks = find_adapted_experts(model, config.target_parameters)
     for name, module in model.named_modules():
         if name in stacks:
             experts[name] = reader.experts(name, module, stacks[name])
@@ -167,7 +167,7 @@ class _Reader:
 
     def linear(self, name: str, module: nn.Module) -> Factors:
         rank, scaling = self._settings(name)
-        num_in, num_out = in_out(module)
+        num_in, num_out = linear_widths(module)
         a_RI = self._take(f"{name}.lora_A.weight", (rank, num_in))
         b_OR = self._take(f"{name}.lora_B.weight", (num_out, rank)) * scaling
         factor_O = shift_O = None
@@ -231,7 +231,7 @@ class _Reader:
     def _settings(self, name: str) -> tuple[int, float]:
         rank = self.config.rank_pattern.get(name, self.config.r)
         alpha = self.config.alpha_pattern.get(name, self.config.lora_alpha)
-        return int(rank), scaling_of(alpha, int(rank), self.config.use_rslora)
+        return int(rank), lora_scaling(alpha, int(rank), self.config.use_rslora)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.pop(f"{PREFIX}{name}", None)

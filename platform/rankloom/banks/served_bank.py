@@ -27,8 +27,8 @@ from rankloom.banks.compiled import KernelInput, addresses, kernel
 from rankloom.banks.grouped import Stacked, Stacks, scale_spans, shift_spans
 from rankloom.banks.groups import Groups
 from rankloom.banks.served_adapter import Factors, ServedAdapter
-from rankloom.models import chooses_experts, in_out, is_linear
-from rankloom.models.onednn import packed
+from rankloom.models import chooses_experts, is_linear, linear_widths
+from rankloom.models.onednn import pack
 
 FEW = 8
 """Tokens up to which an adapter's share of a forward is stacked."""
@@ -94,7 +94,7 @@ class ServedBank:
         self.compiles = self._device.type == "cpu" and self._dtype == torch.float32
         if self.compiles:
             kernel()
-            self._sizes_S2 = np.array([in_out(module) for module in self._sites.values()])
+            self._sizes_S2 = np.array([linear_widths(module) for module in self._sites.values()])
         for name, module in self._sites.items():
             self._patch(name, module, self._linear_at(name, module))
 
@@ -185,7 +185,7 @@ class ServedBank:
         module.forward = forward
 
     def _linear_at(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        base = (packed(module) if self._pack else None) or module.forward
+        base = (pack(module) if self._pack else None) or module.forward
         on_cpu, site = self._device.type == "cpu", list(self._sites).index(name)
 
         def forward(x: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class _Stack:
     """One linear's adapters of one rank class."""
 
     def __init__(self, module: nn.Module, rank: int, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        num_in, num_out = in_out(module)
+        num_in, num_out = linear_widths(module)
         # a view of [K, I, R], which was measured to be read faster
         self.a_KRI = torch.zeros(num_slots, num_in, rank, device=device, dtype=dtype).mT
         self.b_KOR = torch.zeros(num_slots, num_out, rank, device=device, dtype=dtype)

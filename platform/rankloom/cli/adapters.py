@@ -323,16 +323,16 @@ def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draf
 
     import torch
 
-    from rankloom.adapters.foreign import write_plainly
+    from rankloom.adapters.foreign import write_plain
     from rankloom.adapters.probe import check_probe, record_probe
     from rankloom.adapters.weights import load_adapter
     from rankloom.config.model import ModelConfig
-    from rankloom.models import load_base, stored_as
+    from rankloom.models import detect_quantization, load_base
     from rankloom.registry import BaseModelRef, Draft, Versions
 
-    quantization = stored_as(ModelConfig(id=base_id))
+    quantization = detect_quantization(ModelConfig(id=base_id))
     base = load_base(ModelConfig(id=base_id), quantization, device=torch.device("cpu"))
-    for note in write_plainly(base.model, folder, staged, base_id):
+    for note in write_plain(base.model, folder, staged, base_id):
         _tell(note)
     _tell_of_others(folder, files)
     model = load_adapter(base.model, staged)

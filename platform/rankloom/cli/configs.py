@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from rankloom.errors import ConfigError
-from rankloom.paths import shipped
+from rankloom.paths import shipped_folder
 
 PREFIX = "shipped:"
 
@@ -17,7 +17,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: no such file here or there.
     """
-    path, root = Path(name).expanduser(), shipped("configs")
+    path, root = Path(name).expanduser(), shipped_folder("configs")
     if not name.startswith(PREFIX) and path.is_file():
         return path
     packed = root / name.removeprefix(PREFIX).removeprefix("configs/")

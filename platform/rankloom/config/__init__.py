@@ -1,6 +1,6 @@
 """Every setting of the product, checked on a laptop: frozen pydantic models, no torch, no ray.
 
-`base.load(TrialConfig, path, overrides)` is the way in; `compatible.COMPATIBLE` says what goes with what.
+`base.load(TrialConfig, path, overrides)` is the entry point; `compatible.COMPATIBLE` lists the allowed combinations.
 """
 
 from rankloom.config.base import dump, load, parse

@@ -1,8 +1,8 @@
-"""What every config class shares: frozen, strict on keys, loaded from YAML with dotted overrides.
+"""The base of every config class: frozen, strict on keys, loaded from YAML with dotted overrides.
 
-`load` is the one way from a file to a config; it turns each of pydantic's complaints into one line that names
-the key, the value, what is allowed and the nearest known key. Nothing here, nor anywhere in
-`rankloom.config`, imports torch or ray. Read `trial.py` next.
+`load` is the only way from a file to a config; it turns each of pydantic's errors into one line that names the key, the
+value, what is allowed and the nearest known key. No module of `rankloom.config` imports torch or ray. Read `trial.py`
+next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankloom.errors import ConfigError, IncompatibleError
 
 
 class Frozen(BaseModel):
-    """An immutable config node; the docstring under a field is its help."""
+    """An immutable config node; the docstring under a field is its help text."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -32,12 +32,12 @@ class Frozen(BaseModel):
         protected_namespaces=(),
     )
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions -> what they are called now; the error for an old key names the new one."""
+    """Key of an earlier version -> its present name, which the error for the old key gives."""
 
     @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, tree: Any) -> Any:
-        """`batch_size: true`, which pydantic would read as 1."""
+    def _refuse_bool_as_number(cls, tree: Any) -> Any:
+        """Raise ConfigError for `batch_size: true`, which pydantic would read as 1."""
         for name, value in tree.items() if isinstance(tree, Mapping) else ():
             if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
                 raise ConfigError(f"{name}: expected a number (given {value!r})")
@@ -51,13 +51,14 @@ def load(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) ->
     """Read a YAML file, apply `key.path=value` overrides and validate.
 
     Raises:
-        ConfigError: the file, a key or a value is wrong. IncompatibleError: two settings exclude each other.
+        ConfigError: the file, a key or a value is wrong.
+        IncompatibleError: two settings exclude each other.
     """
     return parse(cls, apply_overrides(read_yaml(path), overrides), str(path))
 
 
 def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -> ConfigT:
-    """Validate a plain mapping; `origin` is named in the error."""
+    """Validate a plain mapping; the error names `origin`."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -69,12 +70,16 @@ def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -
 
 
 def dump(config: Frozen) -> dict[str, Any]:
-    """The config as plain data that `parse` reads back."""
+    """Return the config as plain data that `parse` reads back."""
     return config.model_dump(mode="json")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML mapping; duplicate keys are refused."""
+    """Read one YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not a YAML mapping, or has a key twice.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         near = difflib.get_close_matches(file.name, _siblings(file), n=1)
@@ -105,7 +110,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                 name = ".".join(rest[: at + 1])
                 raise ConfigError(f"override {override!r}: {name} is a list; give it whole, as {name}=[...]")
             if not isinstance(node.get(part), dict):
-                # a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) is spelt out before one part changes
+                # expand a scalar shorthand (`quantization: nf4`, `data.train: file.csv`) before one part of it changes
                 old = node.get(part)
                 node[part] = {SHORTHAND[part]: old} if part in SHORTHAND and isinstance(old, str) else {}
             node = node[part]
@@ -122,7 +127,7 @@ SHORTHAND = {
     "test": "path",
     "retention": "path",
 }
-"""Settings that may be given as one string -> the key that the string stands for."""
+"""Settings that may be given as one string -> the key that the string sets."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -147,9 +152,9 @@ def _copy(tree: Any) -> Any:
 
 
 def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
-    """One line for one of pydantic's complaints."""
+    """Return one line for one of pydantic's errors."""
     cause = detail.get("ctx", {}).get("error")
-    # inside a tagged union pydantic's location also holds the tag: it is no key of the user's
+    # inside a tagged union pydantic's location also holds the tag, which is not one of the user's keys
     keys, models = _walk(cls, detail["loc"])
     known = {name for model in models for name in model.model_fields}
     path = ".".join(keys) or "the config"
@@ -187,12 +192,12 @@ _TYPE_HINTS = {
 
 
 def _tags(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The `type`s of the tagged union at `loc`."""
+    """Return the `type`s of the tagged union at `loc`."""
     return [repr(tag) for model in _walk(cls, loc)[1] if (tag := _tag(model))]
 
 
 def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The user's keys along `loc` (without union tags), and the config classes that may stand where it ends."""
+    """Return the user's keys along `loc` (without union tags), and the config classes allowed at its end."""
     keys: list[str] = []
     models: list[type[BaseModel]] = [cls]
     for part in map(str, loc):
@@ -210,7 +215,7 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
 
 
 def is_whole_number(cls: type[BaseModel], name: str) -> bool:
-    """Whether the setting of this dotted name takes whole numbers, and no others."""
+    """Return whether the setting with this dotted name takes only whole numbers."""
     *path, last = name.split(".")
     fields = [m.model_fields[last].annotation for m in _walk(cls, tuple(path))[1] if last in m.model_fields]
     kinds = {kind for annotation in fields for kind in _kinds(annotation)}
@@ -218,7 +223,7 @@ def is_whole_number(cls: type[BaseModel], name: str) -> bool:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """What a setting may be, out of unions and bounds."""
+    """Return the types inside an annotation's unions and bounds."""
     return [kind for part in get_args(annotation) for kind in _kinds(part)] or [annotation]
 
 
@@ -228,7 +233,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def _is_number(annotation: Any) -> bool:
-    """int, float, or one of them with bounds or None."""
+    """Return whether an annotation is int, float, or one of them with bounds or None."""
     parts = [part for part in get_args(annotation) if part is not type(None) and not isinstance(part, FieldInfo)]
     return annotation in (int, float) or (len(parts) == 1 and _is_number(parts[0]))
 

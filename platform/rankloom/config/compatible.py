@@ -8,11 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What one method can be combined with.
+    """The settings that one method can be combined with.
 
     Attributes:
-        quantization: of the bases that it can train on.
-        loraplus: whether `optim.loraplus_ratio` applies.
+        quantization: quantisations of the bases that it can train on.
+        loraplus: whether `optim.loraplus_ratio` applies to it.
         fusable: whether its trials can train together in a host.
         servable: how its result becomes a PEFT folder.
         parallel: how several workers share its training.

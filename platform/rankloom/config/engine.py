@@ -128,7 +128,7 @@ class VllmConfig(Frozen):
         for arg in self.args:
             name = arg.partition("=")[0].replace("_", "-")
             if name in OURS:
-                raise ConfigError(f"args: {name} is rankloom's to set; use the engine's other settings")
+                raise ConfigError(f"args: rankloom sets {name} itself; use the engine's other settings")
         return self
 
     def num_seqs(self, *, on_gpu: bool) -> int:

@@ -1,17 +1,21 @@
-"""Text of somebody else's (a record's, a data set's, a model's), as it may be shown."""
+"""Escapes foreign text (of a record, a data set or a model), so that it is safe to show."""
 
 from __future__ import annotations
 
 import re
 
 _OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, which a terminal obeys, and those that begin a line or turn its direction."""
+"""Control characters, which a terminal obeys, and characters that begin a line or change its direction."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with what a terminal would obey spelt out, as `\\x1b`; `keep`: characters that stay."""
+    """Return the text with every character that a terminal would obey escaped, as `\\x1b`.
 
-    def spelt(found: re.Match[str]) -> str:
-        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+    Args:
+        keep: characters to leave as they are.
+    """
 
-    return _OBEYED.sub(spelt, text)
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
+
+    return _OBEYED.sub(escape, text)

@@ -183,7 +183,7 @@ class ReplicasConfig(Frozen):
 
 
 class AuthConfig(Frozen):
-    """Who may call the endpoint. Without `keys`, only this machine may, and it may do everything."""
+    """Access to the endpoint. Without `keys`, only this machine may call it, and may do everything."""
 
     keys: Annotated[str, IsPath()] | None = None
     """File written by `rankloom keys create`; with it, every request needs a key."""
@@ -198,7 +198,7 @@ class AuthConfig(Frozen):
         if self.keys is not None and self.anonymous:
             raise ConfigError(f"keys={self.keys!r} and anonymous exclude each other; leave one out")
         if self.share_prefixes and self.keys is None:
-            raise ConfigError("share_prefixes is about keys, and there are none; remove it, or set auth.keys")
+            raise ConfigError("share_prefixes needs auth.keys, which is not set; remove it, or set auth.keys")
         return self
 
 
@@ -227,7 +227,7 @@ class ServeConfig(Frozen):
     replicas: ReplicasConfig = ReplicasConfig()
     """How many processes hold the base, and the resources of each."""
     auth: AuthConfig = AuthConfig()
-    """Who may call the endpoint."""
+    """Access to the endpoint."""
     host: str = "127.0.0.1"
     """Address that `rankloom serve` listens on. Beyond this machine it needs `auth.keys` or `auth.anonymous`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -249,6 +249,6 @@ class ServeConfig(Frozen):
         if self.host not in LOOPBACK and self.auth.keys is None and not self.auth.anonymous:
             raise ConfigError(
                 f"host={self.host}: others could reach the endpoint; make a key with `rankloom keys create` and set "
-                f"auth.keys, or set auth.anonymous=true to answer everybody"
+                f"auth.keys, or set auth.anonymous=true to answer everyone"
             )
         return self

@@ -3,7 +3,7 @@
     - {method: {type: lora, rank: {choice: [8, 16]}}, optim: {learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}}
 
 A branch is a fragment of a trial; a *point* picks a branch and a value for each of its knobs, by dotted name. Pure and
-without torch: `study.py` checks a study with it, `rankloom/search/flat_space.py` hands it to the searchers.
+without torch: `study.py` checks a study with it, `rankloom/search/flat_space.py` passes it to the searchers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Point = dict[str, Any]
 """`branch` (its index) and the values of that branch's knobs by dotted name; or `warm_start` (an index) alone."""
 
 ALPHA_OVER_RANK = "alpha_over_rank"
-"""In a space's `method`, in place of alpha: alpha = this x rank."""
+"""Key of a space's `method` that replaces alpha: alpha = this x rank."""
 
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _number(value: Any) -> Any:
-    """A value with each number as a number: PyYAML reads `1e-4`, which is one in YAML 1.2, as text."""
+    """Return a value with its texts that are numbers as numbers: PyYAML reads `1e-4`, a number in YAML 1.2, as text."""
     if isinstance(value, Mapping):
         return {key: _number(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -48,23 +48,25 @@ class Choice(Frozen):
     choice: Annotated[list[Annotated[Any, BeforeValidator(_number)]], Field(min_length=1)]
 
     def ends(self) -> list[Any]:
-        """Values that together show whether the knob's whole range is allowed."""
+        """Return the values that decide whether the knob's whole range is allowed."""
         return self.choice
 
 
 class _Range(Frozen):
     @property
     def bounds(self) -> tuple[float, float]:
+        """Lowest and highest value."""
         raise NotImplementedError
 
     @model_validator(mode="after")
-    def _ascends(self) -> _Range:
+    def _check_order(self) -> _Range:
         low, high = self.bounds
         if not low < high:
             raise ConfigError(f"expected [low, high] with low < high, given [{low:g}, {high:g}]")
         return self
 
     def ends(self) -> list[Any]:
+        """Return the two bounds, which decide whether the whole range is allowed."""
         return list(self.bounds)
 
 
@@ -105,33 +107,33 @@ _KNOBS: dict[str, TypeAdapter[Any]] = {
 
 
 def knobs_of(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
-    """Dotted name -> knob, in the order of the YAML.
+    """Return dotted name -> knob, in the order of the YAML.
 
     Raises:
         ConfigError: a knob is malformed.
     """
-    found: dict[str, Knob] = {}
+    knobs: dict[str, Knob] = {}
     for key, value in branch.items():
         name = f"{path}{key}"
         if not isinstance(value, Mapping):
             continue
         if kinds := [kind for kind in value if kind in _KNOBS]:
-            found[name] = _knob(name, kinds[0], value)
-        elif (kind := _meant(value)) is not None:
+            knobs[name] = _parse_knob(name, kinds[0], value)
+        elif (kind := _nearest_knob(value)) is not None:
             raise ConfigError(f"{name}: unknown {next(iter(value))!r}; did you mean {kind!r}?")
         else:
-            found |= knobs_of(value, f"{name}.")
-    return found
+            knobs |= knobs_of(value, f"{name}.")
+    return knobs
 
 
-def _meant(value: Mapping[str, Any]) -> str | None:
-    """The knob that a mapping looks like: one key with a list, and a name that is nearly a knob's."""
+def _nearest_knob(value: Mapping[str, Any]) -> str | None:
+    """Return the knob that a mapping looks like: one key with a list, and nearly the name of a knob."""
     if len(value) != 1 or not isinstance(next(iter(value.values())), list):
         return None
     return next(iter(difflib.get_close_matches(str(next(iter(value))), _KNOBS, n=1)), None)
 
 
-def _knob(name: str, kind: str, value: Mapping[str, Any]) -> Knob:
+def _parse_knob(name: str, kind: str, value: Mapping[str, Any]) -> Knob:
     if len(value) > 1:
         raise ConfigError(f"{name}: expected {kind} alone, found {', '.join(map(str, value))}")
     try:
@@ -145,7 +147,7 @@ def _knob(name: str, kind: str, value: Mapping[str, Any]) -> Knob:
 
 
 def place(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Tree:
-    """A copy of a branch with each knob's value in its place."""
+    """Return a copy of a branch with each knob replaced by its value."""
     result: Tree = {key: place(value, {}) if isinstance(value, Mapping) else value for key, value in tree.items()}
     for name, value in values.items():
         node, *path = result, *name.split(".")
@@ -156,12 +158,12 @@ def place(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Tree:
 
 
 def merge(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> Tree:
-    """`base` with `fragment`'s settings over it; a section of another `type` replaces the base's whole."""
+    """Return `base` updated with `fragment`'s settings; a section of another `type` replaces the base's section."""
     result: Tree = dict(base)
     for key, value in fragment.items():
         old = result.get(key)
-        alike = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if alike and ("type" not in value or value["type"] == old.get("type", value["type"])):  # type: ignore[union-attr]
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if both and ("type" not in value or value["type"] == old.get("type", value["type"])):  # type: ignore[union-attr]
             result[key] = merge(old, value)  # type: ignore[arg-type]
         else:
             result[key] = value
@@ -169,7 +171,7 @@ def merge(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> Tree:
 
 
 def with_alpha(tree: Tree) -> Tree:
-    """`method.alpha_over_rank` resolved to alpha."""
+    """Return the tree with `method.alpha_over_rank` replaced by alpha."""
     method = tree.get("method")
     if not isinstance(method, Mapping) or ALPHA_OVER_RANK not in method:
         return tree
@@ -178,7 +180,7 @@ def with_alpha(tree: Tree) -> Tree:
     rank = settings.get("rank", _default_rank(settings.get("type")))
     if rank is None:
         raise ConfigError(
-            f"method.{ALPHA_OVER_RANK}: {settings.get('type')} has no alpha and rank to relate; remove it"
+            f"method.{ALPHA_OVER_RANK}: {settings.get('type')} does not have both alpha and rank; remove it"
         )
     if not isinstance(ratio, (int, float)) or not isinstance(rank, int):
         raise ConfigError(f"method.{ALPHA_OVER_RANK}: expected numbers (given {ratio!r}, with rank {rank!r})")
@@ -186,7 +188,7 @@ def with_alpha(tree: Tree) -> Tree:
 
 
 def _default_rank(kind: Any) -> int | None:
-    """The rank that a method with an alpha has where none is given."""
+    """Return the default rank of a method that has alpha and rank, else None."""
     for cls in get_args(get_args(Method)[0]):
         if cls.model_fields["type"].default == kind and {"alpha", "rank"} <= cls.model_fields.keys():
             return int(cls.model_fields["rank"].default)
@@ -194,13 +196,13 @@ def _default_rank(kind: Any) -> int | None:
 
 
 CROSSED = ("model", "quantization", "data", "compute")
-"""Sections that make another base or other data: how many of these there are must be known."""
+"""Sections that change the base or the data; a study must know all their combinations."""
 
 
 def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
-    """Points that show each end of each knob, the others at their first: a typo in any of them is seen before a run.
+    """Yield points with one knob at each of its ends and the others at their first, to find every typo before a run.
 
-    Knobs of `CROSSED` sections come in every combination of their ends.
+    Knobs of `CROSSED` sections take every combination of their ends.
     """
     first = {name: knob.ends()[0] for name, knob in knobs.items()}
     crossed = {name: knob for name, knob in knobs.items() if name.partition(".")[0] in CROSSED}
@@ -212,7 +214,7 @@ def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
 
 
 def grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
-    """Every combination.
+    """Yield every combination of the knobs' values.
 
     Raises:
         ConfigError: a knob has infinitely many values.
@@ -227,6 +229,6 @@ def grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
 
 
 def grid_size(knobs: Mapping[str, Knob]) -> int:
-    """How many combinations `grid` yields."""
+    """Return the number of combinations that `grid` yields."""
     sizes = [len(k.choice) if isinstance(k, Choice) else k.bounds[1] - k.bounds[0] + 1 for k in knobs.values()]
     return math.prod(int(size) for size in sizes)

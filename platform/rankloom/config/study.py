@@ -66,7 +66,7 @@ class SearchConfig(Frozen):
     by the scheduler is not on the front."""
     warm_start: list[TrialFragment] = []
     """Fragments of trials to try first. The first one is the study's baseline, which the winner is compared with.
-    Without any, the baseline is `trial` as it stands, followed by a guess from "LoRA Without Regret" if a LoRA or DoRA
+    Without any, the baseline is `trial` itself, followed by a guess from "LoRA Without Regret" if a LoRA or DoRA
     branch permits it: alpha 32, all linear layers, learning rate 5e-4."""
     priors: list[Annotated[str, IsPath()]] = []
     """Earlier studies (a folder, or its results.parquet) whose trials the searcher learns from as if they were its own.
@@ -234,7 +234,7 @@ class StudyConfig(Frozen):
 
     @cached_property
     def baseline(self) -> TrialConfig:
-        """What a user would train without a search: the first warm start, else `trial` as it stands."""
+        """The trial that a user would train without a search: the first warm start, else `trial` itself."""
         return self.resolve({"warm_start": 0})
 
     @cached_property
@@ -247,12 +247,12 @@ class StudyConfig(Frozen):
 
     @property
     def num_warm_starts(self) -> int:
-        """The baseline is one of them; a population has none, for its trials must be able to become one another."""
+        """Number of warm starts, the baseline included; 0 with pbt, whose trials must be able to become one another."""
         return 0 if isinstance(self.scheduler, PbtConfig) else max(1, len(self.search.warm_start))
 
     @cached_property
     def knobs(self) -> list[dict[str, Knob]]:
-        """Each branch's knobs by dotted name."""
+        """Each branch's knobs, by dotted name."""
         return [knobs_of(branch) for branch in self.space]
 
     def __copy__(self) -> StudyConfig:
@@ -263,10 +263,11 @@ class StudyConfig(Frozen):
         return copy
 
     def resolve(self, point: Point, number: int = 0) -> TrialConfig:
-        """The trial at a point.
+        """Return the trial at a point.
 
         Raises:
-            IncompatibleError: its settings exclude each other. ConfigError: one of them is wrong by itself.
+            IncompatibleError: its settings exclude each other.
+            ConfigError: one of them is wrong.
         """
         if "warm_start" in point:
             at = int(point["warm_start"])
@@ -285,7 +286,7 @@ class StudyConfig(Frozen):
         return parse(TrialConfig, with_alpha(tree) | {"name": f"{self.name}-{number:04}"}, origin)
 
     def members(self) -> Iterator[TrialConfig]:
-        """Trials that together show the space: each end of each knob. For how large hosts must be, and how many."""
+        """Yield trials with each end of each knob; they decide the size and the number of hosts."""
         for index in range(self.num_warm_starts):
             yield self.resolve({"warm_start": index})
         for index, knobs in enumerate(self.knobs):
@@ -293,10 +294,10 @@ class StudyConfig(Frozen):
                 try:
                     yield self.resolve({"branch": index, **values})
                 except IncompatibleError:
-                    continue  # the searcher's to refuse
+                    continue  # the searcher skips it
 
     def _check_branch(self, index: int) -> None:
-        """Refuse a branch with a wrong setting, or whose every trial would be refused."""
+        """Raise ConfigError if a branch has a wrong setting, or none of its trials is possible."""
         origin = f"space[{index}]"
         try:
             knobs = knobs_of(self.space[index])
@@ -325,25 +326,25 @@ def _no_fractions(name: str, knob: Uniform | LogUniform) -> str:
     (kind,) = type(knob).model_fields
     low, high = (f"{bound:.0f}" for bound in knob.bounds)
     return (
-        f"{name}.{kind}: {name} is a whole number, and {kind} draws others too; allowed: randint or choice, for "
+        f"{name}.{kind}: {name} is a whole number, but {kind} also draws fractions; allowed: randint or choice, for "
         f"example {{randint: [{low}, {high}]}}"
     )
 
 
 def is_fusable(trial: TrialConfig) -> bool:
-    """Whether it can be a host's member."""
+    """Return whether a trial can be a host's member."""
     method = trial.method
-    # pissa, olora and orthogonal begin from a decomposition, and the first two rewrite the shared base
+    # pissa, olora and orthogonal start from a decomposition, and the first two rewrite the shared base
     plain = getattr(method, "init", "default") in ("default", "gaussian")
-    # nor has a bank places for experts, which are no layers
+    # a bank has no slots for experts, which are not layers
     plain = plain and not getattr(method, "experts", None)
-    # a scaler of gradients and recomputed activations would have to be each member's own
+    # each member would need its own gradient scaler and its own recomputed activations
     shared = trial.compute.precision != "fp16" and not trial.compute.activation_checkpointing
     return COMPATIBLE[method.type].fusable and plain and shared and trial.quantization.type != "int8"
 
 
 def host_key(trial: TrialConfig) -> str:
-    """Trials with the same key can share a host: one base, one data set, one way of measuring."""
+    """Return a key; trials with equal keys can share a host: one base, one data set, one evaluation."""
     tree = dump(trial)
     measured = {name: tree["eval"][name] for name in ("metric", "max_rows", "batch_size")}
     shared = {name: tree[name] for name in ("model", "quantization", "data")}

@@ -1,4 +1,4 @@
-"""A trial: one configuration, trained once. This is what `rankloom train` reads."""
+"""A trial: one configuration, trained once. `rankloom train` reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankloom.errors import ConfigError, IncompatibleError
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 BASE = "base"
-"""Stands for the base without an adapter wherever an adapter can be named."""
+"""Name of the base without an adapter, wherever an adapter can be named."""
 
 
 def _refuse_base(name: str) -> str:
@@ -182,70 +182,73 @@ def conflicts(trial: TrialConfig) -> list[str]:
     """Return the reasons to refuse this combination; empty if it is fine."""
     method, optim, compute = trial.method, trial.optim, trial.compute
     row = COMPATIBLE[method.type]
-    found = []
+    reasons = []
     if trial.quantization.type not in row.quantization:
-        found.append(
+        reasons.append(
             f"method.type={method.type} changes the base's weights, so quantization={trial.quantization.type} is "
             f"refused; use quantization: none, or lora, dora or adalora"
         )
     if optim.loraplus_ratio != 1 and not row.loraplus:
-        found.append(
-            f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B; {method.type} has none: set it to 1"
+        reasons.append(
+            f"optim.loraplus_ratio={optim.loraplus_ratio:g} needs A and B, which {method.type} lacks; set it to 1"
         )
     if isinstance(method, LoraConfig) and method.init == "orthogonal" and method.rank % 2:
-        found.append(f"method.init=orthogonal needs an even rank, not method.rank={method.rank}")
+        reasons.append(f"method.init=orthogonal needs an even rank, not method.rank={method.rank}")
     if row.servable == "extracted" and trial.model.dtype == "fp16":
-        found.append(
+        reasons.append(
             f"method.type={method.type} trains the base's own weights, and in fp16 their updates overflow or round to "
             f"nothing; set model.dtype=fp32 or bf16 (compute.precision=fp16 is for the arithmetic alone)"
         )
     if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and trial.quantization.type != "none":
-        found.append(
+        reasons.append(
             f"method.init={method.init} rewrites the base's weights, so quantization={trial.quantization.type} is "
             f"refused; use init: default"
         )
     if isinstance(method, LoraConfig) and method.init in ("pissa", "olora") and method.rslora:
-        found.append(f"method.init={method.init} doubles the rank on export, which rslora's scaling does not survive")
+        reasons.append(
+            f"method.init={method.init} doubles the rank on export, which changes rslora's scaling; set "
+            f"method.rslora=false"
+        )
     if isinstance(method, AdapterConfig) and method.experts:
         init = getattr(method, "init", "default")
-        for setting, sound, allowed in (
+        for setting, is_valid, allowed in (
             (f"method.type={method.type}", method.type == "lora", "lora"),
             (f"method.dropout={method.dropout:g}", method.dropout == 0, "0"),
             (f"method.init={init}", init in ("default", "gaussian"), "default, gaussian"),
         ):
-            if not sound:
-                found.append(
-                    f"method.experts=true: PEFT can't adapt experts, which are no layers, with {setting} (allowed: "
+            if not is_valid:
+                reasons.append(
+                    f"method.experts=true: PEFT can't adapt experts, which are not layers, with {setting} (allowed: "
                     f"{allowed}); change it, or set method.experts=false"
                 )
     if isinstance(method, GaLoreConfig) and method.layerwise:
-        for setting, sound in (
+        for setting, is_valid in (
             ("optim.accumulation", optim.accumulation == 1),
             ("optim.clip_norm", optim.clip_norm is None),
             ("compute.num_workers", compute.num_workers <= 1),
             ("compute.precision", compute.precision != "fp16"),
         ):
-            if not sound:
-                found.append(
+            if not is_valid:
+                reasons.append(
                     f"method.layerwise frees each gradient during the backward pass, before {setting} could act on "
                     f"it; set optim.accumulation=1, optim.clip_norm=null, compute.num_workers<=1, no fp16"
                 )
     if trial.eval.metric == "accuracy" and trial.data.format not in ("auto", "classification"):
-        found.append(
+        reasons.append(
             f"eval.metric: accuracy needs classification data (text, label); use loss, not {trial.data.format}"
         )
     if is_own(trial.eval.metric) and trial.data.format == "text":
-        found.append(
-            f"eval.metric: {trial.eval.metric} needs rows with prompts, which data.format=text has not; use loss"
+        reasons.append(
+            f"eval.metric: {trial.eval.metric} needs rows with prompts, which data.format=text does not have; use loss"
         )
     if trial.output.keep_model and (row.servable != "extracted" or "://" in trial.output.root):
-        found.append(
+        reasons.append(
             f"output.keep_model saves the whole tuned model, for full, galore and lisa under a local output.root; "
             f"with method.type={method.type} and output.root={trial.output.root} leave it off"
         )
     if optim.batch_size < optim.accumulation * max(1, compute.num_workers):
-        found.append(
+        reasons.append(
             f"optim.batch_size={optim.batch_size} leaves some of {max(1, compute.num_workers)} worker(s) x "
             f"{optim.accumulation} micro-batch(es) without a row; raise it or lower optim.accumulation"
         )
-    return found
+    return reasons

@@ -1,4 +1,4 @@
-"""The methods: one file each, and the one table from a config's class to its method."""
+"""The methods, one file each, and the table from a config's class to its method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS: dict[type, type[Method]] = {  # type: ignore[type-arg]
 
 
 def build_method(trial: TrialConfig, num_steps: int) -> Method:  # type: ignore[type-arg]
-    """The trial's method, for a run of `num_steps` optimiser steps."""
+    """Return the trial's method for a run of `num_steps` optimiser steps."""
     return METHODS[type(trial.method)](trial.method, seed=trial.seed, num_steps=num_steps)
 
 

@@ -1,8 +1,8 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), through PEFT: W + (alpha/r) P·diag(lambda)·Q with a budget of rank.
 
-Starts every layer at `initial_rank`, scores each singular triplet by sensitivity and uncertainty, and cuts the least
-important until `target_rank` is left on average. The schedule is laid over the run's real number of steps. PEFT adds
-the orthogonality penalty only where the model computes the loss itself; our loop does, so it is added here.
+Every layer starts at `initial_rank`; each singular triplet is scored by sensitivity and uncertainty, and the least
+important are pruned until `target_rank` is left on average. The schedule covers the run's real number of steps. PEFT
+adds the orthogonality penalty only if the model computes the loss; our loop does that, so the penalty is added here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rankloom.adapters.extract import adalora_to_lora
-from rankloom.adapters.modules import as_named
+from rankloom.adapters.modules import exact_module_names
 from rankloom.config.method import AdaLoraConfig
 from rankloom.errors import ConfigError
 from rankloom.methods.base import Method, State, has_conv1d, peft_targets
@@ -22,7 +22,7 @@ from rankloom.models import Base, check_experts
 
 
 class AdaLora(Method[AdaLoraConfig]):
-    """LoRA in singular value form, whose ranks differ between layers at the end."""
+    """LoRA in singular value form, with ranks that differ between layers at the end."""
 
     def attach(self, base: Base) -> nn.Module:
         config = self.config
@@ -31,8 +31,8 @@ class AdaLora(Method[AdaLoraConfig]):
         if self.num_steps - warmup - final < config.interval:
             raise ConfigError(
                 f"budget: {self.num_steps} steps leave AdaLoRA {max(0, self.num_steps - warmup - final)} between its "
-                f"warm-up ({warmup}) and its final phase ({final}), fewer than method.interval={config.interval}: no "
-                f"rank would be moved; train longer or lower method.interval"
+                f"warm-up ({warmup}) and its final phase ({final}), fewer than method.interval={config.interval}, so "
+                f"that no rank would move; train longer or lower method.interval"
             )
         adalora = peft.AdaLoraConfig(
             task_type="CAUSAL_LM",
@@ -49,7 +49,7 @@ class AdaLora(Method[AdaLoraConfig]):
             fan_in_fan_out=has_conv1d(base),
         )
         self.notes += check_experts(base.model, config)
-        with as_named():
+        with exact_module_names():
             model = peft.get_peft_model(base.model, adalora)
         adalora.base_model_name_or_path = base.id
         self._peft = adalora
@@ -68,7 +68,7 @@ class AdaLora(Method[AdaLoraConfig]):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         for parameter in self.trained(model).values():
-            if parameter.grad is None:  # no token of the step went there: an expert's layer
+            if parameter.grad is None:  # an expert's layer that no token of the step reached
                 parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
 

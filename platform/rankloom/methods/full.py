@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight trains that an adapter can hold. The yardstick of the others; FSDP2 on workers."""
+"""Full fine-tuning: every weight that an adapter can hold trains. The reference of the others; FSDP2 on workers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.extract import cannot_be_carried, extract_adapter
+from rankloom.adapters.extract import extract_adapter, find_unsupported_parameters
 from rankloom.config.method import FullConfig, FullRankConfig
 from rankloom.methods.base import Method
-from rankloom.models import Base, endings
+from rankloom.models import Base, list_endings
 
 FullRankT = TypeVar("FullRankT", bound=FullRankConfig)
 
 
 class BaseTraining(Method[FullRankT]):
-    """What full, GaLore and LISA share: the base's own weights change, and the difference is extracted."""
+    """The common part of full, GaLore and LISA: the base's own weights change, and the difference is extracted."""
 
     trains_base = True
 
     def attach(self, base: Base) -> nn.Module:
-        names = cannot_be_carried(base.model)
+        names = find_unsupported_parameters(base.model)
         parameters = dict(base.model.named_parameters())
         self._uncarried, self._frozen = frozenset(names), [parameters[name] for name in names]
         if names:
-            self.notes.append(f"{len(names)} parameter(s) that no adapter can hold stay as they are: {endings(names)}")
+            self.notes.append(f"{len(names)} parameter(s) that no adapter can hold stay frozen: {list_endings(names)}")
         base.model.requires_grad_(True)
         self._freeze()
         return base.model
@@ -44,4 +44,4 @@ class BaseTraining(Method[FullRankT]):
 
 
 class Full(BaseTraining[FullConfig]):
-    """Nothing to add: the defaults train everything."""
+    """Full fine-tuning; the defaults train everything."""

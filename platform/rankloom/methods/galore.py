@@ -1,9 +1,9 @@
 """GaLore (Zhao et al. 2024, arXiv 2403.03507): all weights train, Adam's moments live in a low-rank projection.
 
 The projector is galore-torch's. Its optimisers are not used: they keep the projector as a Python object in their
-state, which no weights-only load accepts, and the 8-bit one calls bitsandbytes with stale arguments. `Projected` does
-the same arithmetic around any optimiser (a test holds it to `galore_torch.GaLoreAdamW`) and keeps projectors apart,
-as tensors. On several workers rank 0's projection is broadcast, so that all walk in the same subspace.
+state, which a weights-only load refuses, and the 8-bit one calls bitsandbytes with stale arguments. `Projected` does
+the same arithmetic around any optimiser (a test compares it with `galore_torch.GaLoreAdamW`) and keeps projectors
+separately, as tensors. With several workers, rank 0 broadcasts its projection, so that all use one subspace.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rankloom.config.method import GaLoreConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.methods.base import State, adam_settings, decay_groups
 from rankloom.methods.full import BaseTraining
-from rankloom.models import Base, endings, find_experts, find_target_linears
+from rankloom.models import Base, find_experts, find_target_linears, list_endings
 
 
 class Projector(GaLoreProjector):  # type: ignore[misc]
-    """galore-torch's projector, the same on every worker."""
+    """galore-torch's projector, equal on every worker."""
 
     def get_orthogonal_matrix(self, weights: torch.Tensor, rank: int, type: str) -> torch.Tensor:
         matrix: torch.Tensor = super().get_orthogonal_matrix(weights, rank, type).contiguous()
@@ -35,10 +35,10 @@ class Projector(GaLoreProjector):  # type: ignore[misc]
 
 
 class Projected(Optimizer):
-    """Mixin: an optimiser whose groups with a `rank` are stepped in their projection.
+    """Mixin for an optimiser that steps groups with a `rank` in their projection.
 
-    For such a group the weight W [m, n] and its gradient are swapped for a zero and the projected gradient, of shape
-    [m, r] or [r, n]; the optimiser's own step turns the zero into the low-rank update, which is projected back onto W.
+    For such a group, a zero and the projected gradient, [m, r] or [r, n], replace the weight W [m, n] and its gradient;
+    the optimiser's own step turns the zero into the low-rank update, which is projected back onto W.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
@@ -72,18 +72,21 @@ class ProjectedAdamW8bit(Projected, bitsandbytes.optim.AdamW8bit):  # type: igno
 
 
 def new_projector(group: dict[str, Any]) -> Projector:
+    """Return a projector with a parameter group's settings."""
     return Projector(group["rank"], update_proj_gap=group["interval"], scale=group["scale"], proj_type="std")
 
 
 class GaLore(BaseTraining[GaLoreConfig]):
-    """Full-rank weights, low-rank moments."""
+    """Training of full-rank weights with low-rank moments."""
 
     def attach(self, base: Base) -> nn.Module:
         model = super().attach(base)
         modules = dict(base.model.named_modules())
         self._projected = [modules[name].weight for name in find_target_linears(base.model, "all-linear")]
         if experts := find_experts(base.model):
-            self.notes.append(f"the experts are no linear layers and train without a projection: {endings(experts)}")
+            self.notes.append(
+                f"the experts are not linear layers and train without a projection: {list_endings(experts)}"
+            )
         return model
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
@@ -125,6 +128,6 @@ class GaLore(BaseTraining[GaLoreConfig]):
 
 
 def _step_alone(optimizer: Optimizer, parameter: torch.Tensor) -> None:
-    """Step the one weight whose gradient is there, and free it."""
+    """Step the only weight that has a gradient, and free the gradient."""
     optimizer.step()
     parameter.grad = None

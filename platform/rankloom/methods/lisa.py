@@ -1,7 +1,7 @@
 """LISA (Pan et al. 2024, arXiv 2403.17919): embedding and head always train, and `num_layers` random layers with them.
 
-A new set is drawn every `interval` steps, from the seed and the step alone, so that a resumed run draws the same. The
-optimiser's moments of layers that leave are freed: that is where the method's memory goes. The final norm stays frozen.
+A new set is drawn every `interval` steps from the seed and the step, so that a resumed run draws equally. The moments
+of layers that leave the set are freed, which is how the method saves memory. The final norm stays frozen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankloom.models import Base, decoder_layers
 
 
 class Lisa(BaseTraining[LisaConfig]):
-    """Full-rank training of a changing few layers."""
+    """Full-rank training of a few layers that change over time."""
 
     def attach(self, base: Base) -> nn.Module:
         self._layers = decoder_layers(base.model)
@@ -38,7 +38,7 @@ class Lisa(BaseTraining[LisaConfig]):
         return {name: p for name, p in super().trained(model).items() if p.requires_grad or id(p) in layers}
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
-        # over all layers, so that the groups stay the same; a frozen one has no gradient and hence no moments
+        # over all layers, so that the groups never change; a frozen layer has no gradient and hence no moments
         return AdamW(decay_groups(self.trained(model).values(), optim), **adam_settings(optim))
 
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
@@ -50,7 +50,7 @@ class Lisa(BaseTraining[LisaConfig]):
         return True
 
     def _activate(self, step: int) -> bool:
-        """Switch to the layers drawn for `step`; whether they differ from the ones before."""
+        """Switch to the layers drawn for `step`; return whether they differ from the current ones."""
         draw = random.Random(f"{self.seed}:{step // self.config.interval}")
         drawn = frozenset(draw.sample(range(len(self._layers)), self.config.num_layers))
         changed = drawn != self._active

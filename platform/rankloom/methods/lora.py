@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) and DoRA (Liu et al. 2024, arXiv 2402.09353), through PEFT.
 
 y = W x + (alpha/r) B A x, with A [r, in], B [out, r], W frozen and B zero at the start. DoRA trains the direction of
-W + (alpha/r) B A so and, beside it, the magnitude of each of its rows. On an NF4 base they are QLoRA and QDoRA. With
+W + (alpha/r) B A in this way, and also the magnitude of each of its rows. On an NF4 base they are QLoRA and QDoRA. With
 `optim.loraplus_ratio` B (and the magnitude) learn faster than A: LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
 """
 
@@ -15,7 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from rankloom.adapters.modules import as_named
+from rankloom.adapters.modules import exact_module_names
 from rankloom.adapters.unshift_init import save_without_base_change
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
@@ -41,7 +41,8 @@ class Lora(Method[LoraConfig | DoraConfig]):
         config = self.config
         if config.init == "olora" and has_conv1d(base):
             raise IncompatibleError(
-                f"method.init=olora: PEFT has none for the Conv1D layers of {base.id}; use default, pissa or gaussian"
+                f"method.init=olora: PEFT does not support it on the Conv1D layers of {base.id}; use "
+                f"default, pissa or gaussian"
             )
         self.notes += check_experts(base.model, config)
         lora = peft.LoraConfig(
@@ -56,10 +57,10 @@ class Lora(Method[LoraConfig | DoraConfig]):
             target_parameters=peft_parameters(base) if config.experts else None,
             fan_in_fan_out=has_conv1d(base),
         )
-        with as_named():
+        with exact_module_names():
             model = peft.get_peft_model(base.model, lora)
         lora.base_model_name_or_path = base.id
-        # PiSSA and OLoRA take a part of W away: its product is remembered, to be given back on export
+        # PiSSA and OLoRA move a part of W into the adapter: keep it, so that the export can give it back
         self._moved = (
             {n: p.detach().to("cpu", copy=True) for n, p in self.trained(model).items()}
             if config.init in ("pissa", "olora")
@@ -88,14 +89,14 @@ class Lora(Method[LoraConfig | DoraConfig]):
 
 
 class Dora(Lora):
-    """LoRA with `use_dora`: the same hooks, one more trained vector a layer."""
+    """LoRA with `use_dora`: equal hooks, and one more trained vector per layer."""
 
     use_dora = True
 
     def attach(self, base: Base) -> nn.Module:
         if base.quantization == "int8" and base.device.type == "cpu":
             raise IncompatibleError(
-                "quantization=int8 with method.type=dora needs CUDA: on a CPU, PEFT's reading of the int8 weights for "
-                "DoRA's norms destroys their scales; use quantization: nf4 or none"
+                "quantization=int8 with method.type=dora needs CUDA: on a CPU, PEFT destroys the scales of the int8 "
+                "weights when it reads them for DoRA's norms; use quantization: nf4 or none"
             )
         return super().attach(base)

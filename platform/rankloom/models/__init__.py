@@ -1,49 +1,50 @@
-"""Base models: `load.py` makes a frozen `Base` of a model id, `linears.py` finds what adapters can sit on.
+"""Base models: `load.py` loads a model id as a frozen `Base`, `linears.py` finds the parts that adapters can adapt.
 
-`folder.py` finds or converts the files, `checkpoints.py` reads what they say of themselves, `onednn.py` speeds up some
-CPUs, `device.py` asks a device for its memory.
+`folder.py` finds or converts the files, `checkpoints.py` inspects them, `onednn.py` speeds up some CPUs, `device.py`
+reports on a device and its memory.
 """
 
 from rankloom.models.checkpoints import fingerprint
 from rankloom.models.folder import is_on_hub, local_folder
 from rankloom.models.linears import (
-    bypassed,
     check_experts,
     chooses_experts,
     decoder_layers,
-    endings,
     find_experts,
+    find_idle_linears,
     find_target_linears,
-    in_out,
     is_linear,
+    linear_widths,
+    list_endings,
     skips_layers,
 )
 from rankloom.models.load import (
     Base,
     auto_dtype,
+    detect_quantization,
     load_base,
     load_outline,
     load_shell,
     load_tokenizer,
     reload_weights,
     resolve_dtype,
-    stored_as,
 )
 
 __all__ = [
     "Base",
     "auto_dtype",
-    "bypassed",
     "check_experts",
     "chooses_experts",
     "decoder_layers",
-    "endings",
+    "detect_quantization",
     "find_experts",
+    "find_idle_linears",
     "find_target_linears",
     "fingerprint",
-    "in_out",
     "is_linear",
     "is_on_hub",
+    "linear_widths",
+    "list_endings",
     "load_base",
     "load_outline",
     "load_shell",
@@ -52,5 +53,4 @@ __all__ = [
     "reload_weights",
     "resolve_dtype",
     "skips_layers",
-    "stored_as",
 ]

@@ -1,7 +1,7 @@
-"""What a model folder says of its own weights: which files hold them, their fingerprint, how they are quantised.
+"""Inspects a model folder's weights: the files that hold them, their fingerprint and their quantisation.
 
-A quantised checkpoint is read as its config.json says, dequantised, or refused by its quantisation's name; codes are
-never taken for weights.
+A quantised checkpoint is read as its config.json says, dequantised, or refused with the name of its quantisation;
+quantisation codes are never read as weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rankloom.errors import ConfigError, ModelError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
-"""What transformers dequantises while it reads, on any device, by its name in config.json."""
+"""Quantisations that transformers dequantises while it reads, on any device: name in config.json -> name."""
 CODES = {"I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
-"""Safetensors' names of the types that quantised weights are stored in."""
+"""Safetensors' names of the types in which quantised weights are stored."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads: the whole one, those that the index names, else all."""
+    """Return the safetensors files that transformers reads: the whole one, those that the index names, else all."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if (folder / INDEX).is_file():
@@ -39,13 +39,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the stored weights: every tensor's name and shape, and 4 KiB of its values evenly spread.
+    """Return a hash of the stored weights: every tensor's name and size, and 1024 of its values, evenly spread.
 
-    Two models that were trained apart differ in every tensor, so samples tell them apart without reading gigabytes.
+    Two models that were trained apart differ in every tensor, so samples distinguish them without reading gigabytes.
     """
     digest = hashlib.sha256()
-    for name, file in sorted(stored_tensors(folder).items()):
-        with _reading(folder), safe_open(file, framework="pt") as opened:
+    for name, file in sorted(list_tensors(folder).items()):
+        with _translate_errors(folder), safe_open(file, framework="pt") as opened:
             values = opened.get_tensor(name).flatten()
         step = max(1, values.numel() // 1024)
         sample = values[::step][:1024].float().numpy()
@@ -53,31 +53,38 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def stored_tensors(folder: Path) -> dict[str, Path]:
-    """Every stored tensor's name and the file that it is in, from the files' headers.
+def list_tensors(folder: Path) -> dict[str, Path]:
+    """Return every stored tensor's name and its file, from the files' headers.
 
     Raises:
         ModelError: a file is missing or broken, or there is none.
     """
-    with _reading(folder):
-        found = weight_files(folder)
+    with _translate_errors(folder):
+        files = weight_files(folder)
         tensors = {}
-        for file in found:
+        for file in files:
             with safe_open(file, framework="pt") as opened:
                 tensors.update(dict.fromkeys(opened.keys(), file))
-    if not found:
+    if not files:
         raise ModelError(
             f"model.id: {folder} holds no *.safetensors; other weight formats can run code and are not read: load it "
-            f"where you trust it and save it with save_pretrained"
+            f"if you trust it, and save it with save_pretrained"
         )
     return tensors
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
+def _translate_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also of the index
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # or the index
         raise ModelError(
             f"model.id: {folder}: a weight file is missing, corrupt or truncated: {first_line(error)}; fetch the "
             f"model again"
@@ -85,34 +92,35 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def stored_quantization(shape: PretrainedConfig) -> dict[str, Any] | None:
-    """How config.json says that the weights are quantised, if they are; of a multimodal model, its text part's."""
+    """Return the quantisation of the weights in config.json, if any; in a multimodal model, of its text part."""
     for part in (shape, shape.get_text_config(decoder=True)):
-        found = getattr(part, "quantization_config", None)
-        if found is not None:
-            return found if isinstance(found, dict) else found.to_dict()
+        config = getattr(part, "quantization_config", None)
+        if config is not None:
+            return config if isinstance(config, dict) else config.to_dict()
     return None
 
 
-def read_as(
+def choose_quantization(
     shape: PretrainedConfig, wanted: Quantization, compute_dtype: torch.dtype, name: str
 ) -> BitsAndBytesConfig | None:
-    """Make transformers read the weights as they are stored and as the trial wants them.
+    """Return how transformers must read the weights, given how they are stored and what the trial wants.
 
     Args:
-        shape: the checkpoint's config; of a quantised one, its quantisation is set to how it will be read.
-        compute_dtype: of the arithmetic on 4-bit weights.
-        name: the model's, for the errors.
+        shape: the checkpoint's config; a quantisation in it is updated to the way in which it will be read.
+        wanted: the trial's quantisation.
+        compute_dtype: type of the arithmetic on 4-bit weights.
+        name: the model's name, for the errors.
 
     Returns:
         How to quantise while reading; None: not at all.
 
     Raises:
-        ConfigError: the checkpoint is quantised in another way than wanted.
-        ModelError: it is quantised in a way that is not supported.
+        ConfigError: the checkpoint has a quantisation other than wanted.
+        ModelError: the checkpoint's quantisation is not supported.
     """
     stored = stored_quantization(shape)
     if stored is None:
-        return _bitsandbytes(wanted, compute_dtype)
+        return _bitsandbytes_config(wanted, compute_dtype)
     method = str(stored.get("quant_method") or "")
     if _is_bitsandbytes(stored):
         kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
@@ -132,22 +140,22 @@ def read_as(
         if wanted.type != "none":
             raise ConfigError(
                 f"quantization: {name!r} is stored in {DEQUANTISED[method]} and read dequantised; it can't be "
-                f"quantised again on the way (given: {wanted.type}); set quantization: none, or take the unquantised "
-                f"model"
+                f"quantised again while it is read (given: {wanted.type}); set quantization: none, or take the "
+                f"unquantised model"
             )
         stored["dequantize"] = True
     else:
         raise ModelError(
             f"model.id: {name!r} is quantised with {method or 'an unnamed method'} (quantization_config in its "
-            f"config.json), which is not supported; take the unquantised model, with quantization: nf4 or int8 where "
+            f"config.json), which is not supported; take the unquantised model, with quantization: nf4 or int8 if "
             f"it is too large, or a checkpoint in FP8, MXFP4 or by bitsandbytes"
         )
     shape.quantization_config = stored
     return None
 
 
-def quantized_already(shape: PretrainedConfig) -> Quantization:
-    """What bitsandbytes has quantised a checkpoint to, as the setting that reads it."""
+def read_quantization(shape: PretrainedConfig) -> Quantization:
+    """Return the setting that reads a checkpoint as stored, quantised by bitsandbytes or not."""
     stored = stored_quantization(shape)
     if stored is None or not _is_bitsandbytes(stored):
         return NoQuantization()
@@ -155,13 +163,14 @@ def quantized_already(shape: PretrainedConfig) -> Quantization:
 
 
 def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
-    """Refuse codes that config.json does not tell of, or whose scales are missing, and weights that it calls codes.
+    """Check that the weight files, by their headers, agree with the quantisation in config.json.
 
     Raises:
-        ModelError: so it is, by the headers of the weight files.
+        ModelError: there are codes that config.json does not mention or whose scales are missing, or it mentions a
+            quantisation and there are no codes.
     """
-    stored, tensors = stored_quantization(shape), stored_tensors(folder)
-    codes = _codes(tensors)
+    stored, tensors = stored_quantization(shape), list_tensors(folder)
+    codes = _find_codes(tensors)
     if stored is None and codes:
         raise ModelError(
             f"model.id: {name!r}: {len(codes)} weight(s) are stored as codes of a quantisation, such as {codes[0]}, "
@@ -181,25 +190,26 @@ def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
 
 
 def check_layers(folder: Path, model: PreTrainedModel, name: str) -> None:
-    """Refuse a config.json that has fewer layers than the weights: transformers would leave the upper ones out.
+    """Check that config.json has all layers of the weight files: transformers would drop the upper ones.
 
-    A block whose tensors are not those of a layer below is not a layer, but such as one for multi-token prediction.
+    A block whose tensors differ from those of every lower layer is not a layer, but for example one for multi-token
+    prediction.
 
     Raises:
-        ModelError: so it is, by the headers of the weight files.
+        ModelError: the weight files, by their headers, have more layers.
     """
     shape = model.config.get_text_config(decoder=True)
     key = shape.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     depth, prefixes = int(getattr(shape, key, 0)), {"model", model.base_model_prefix}
     stacks = {
-        _bare(path, prefixes)
+        _strip_prefixes(path, prefixes)
         for path, stack in model.named_modules()
         if isinstance(stack, nn.ModuleList) and len(stack) == depth
     }
     blocks: dict[int, set[str]] = {}
-    for tensor in stored_tensors(folder):
-        if (found := _BLOCK.fullmatch(tensor)) and _bare(found[1], prefixes) in stacks:
-            blocks.setdefault(int(found[2]), set()).add(found[3])
+    for tensor in list_tensors(folder):
+        if (match := _BLOCK.fullmatch(tensor)) and _strip_prefixes(match[1], prefixes) in stacks:
+            blocks.setdefault(int(match[2]), set()).add(match[3])
     kinds = [inner for number, inner in blocks.items() if number < depth]
     if surplus := [number for number, inner in blocks.items() if number >= depth and inner in kinds]:
         raise ModelError(
@@ -212,8 +222,8 @@ def check_layers(folder: Path, model: PreTrainedModel, name: str) -> None:
 _BLOCK = re.compile(r"([^0-9]*)\.([0-9]+)\.(.+)")
 
 
-def _bare(path: str, prefixes: set[str]) -> str:
-    """A module's path without what checkpoints of the bare model lack."""
+def _strip_prefixes(path: str, prefixes: set[str]) -> str:
+    """Return a module's path without the prefixes that checkpoints of the bare model lack."""
     return ".".join(part for part in path.split(".") if part not in prefixes)
 
 
@@ -222,7 +232,7 @@ def _is_bitsandbytes(stored: Mapping[str, Any]) -> bool:
     return bool(stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"))
 
 
-def _bitsandbytes(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _bitsandbytes_config(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if isinstance(wanted, Int8):
         return BitsAndBytesConfig(load_in_8bit=True)
     if isinstance(wanted, Nf4):
@@ -236,19 +246,19 @@ def _bitsandbytes(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBy
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a dequantised model a plain one: else PEFT and save_pretrained take its layers for quantised ones."""
+    """Turn a dequantised model into a plain one; otherwise PEFT and save_pretrained treat its layers as quantised."""
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         setattr(model, name, False)
     model.hf_quantizer = None
     for part in (model.config, model.config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    # else save_pretrained would undo how the codes were read; now it writes what it writes of a model made from scratch
+    # otherwise save_pretrained would reverse the conversion of the codes; now it saves as for a model made from scratch
     model._weight_conversions = None
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Bring a model's weights to a type, except what transformers keeps in fp32 (DeepSeek-V3's routing bias)."""
+    """Convert a model's weights to a type, except those that transformers keeps in fp32 (DeepSeek-V3's router bias)."""
     kept = re.compile("|".join(model._keep_in_fp32_modules_strict or ()) or "(?!)")
     for name, weight in model.named_parameters():
         if not kept.search(name):
@@ -256,17 +266,19 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> None:
-    """Refuse a checkpoint whose tensors are not what config.json says.
+    """Check that a checkpoint's tensors match config.json.
 
     Args:
-        loading: what `from_pretrained` tells of names and shapes.
+        loading: the loading info of `from_pretrained`.
 
     Raises:
-        ModelError: tensors are missing or of another shape, or a layer has tensors that the model has no use for.
+        ModelError: tensors are missing or of another shape, or a layer has tensors that the model does not use.
     """
-    # transformers would draw them at random, differently each time, and only log it
-    absent = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]), *_misshapen(model)})
-    surplus = sorted(_surplus(model, loading["unexpected_keys"]))
+    # transformers would initialise missing tensors at random and only log it
+    absent = sorted(
+        {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]), *_find_misshapen(model)}
+    )
+    surplus = sorted(_find_surplus(model, loading["unexpected_keys"]))
     if absent:
         raise ModelError(
             f"model.id: {name!r}: {len(absent)} tensor(s) that its config.json asks for are missing from its "
@@ -280,8 +292,8 @@ def check_loaded(model: PreTrainedModel, loading: dict[str, Any], name: str) -> 
         )
 
 
-def _misshapen(model: PreTrainedModel) -> set[str]:
-    """Quantised weights that transformers took in another shape than their layer's."""
+def _find_misshapen(model: PreTrainedModel) -> set[str]:
+    """Return the names of quantised weights that transformers accepted in another shape than their layer's."""
     if not getattr(model, "is_quantized", False):
         return set()
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and most bases are plain
@@ -296,8 +308,11 @@ def _misshapen(model: PreTrainedModel) -> set[str]:
     return found
 
 
-def _codes(tensors: Mapping[str, Path]) -> list[str]:
-    """Stored matrices in a type of quantised weights; old checkpoints keep attention masks (`attn.bias`) in bytes."""
+def _find_codes(tensors: Mapping[str, Path]) -> list[str]:
+    """Return the stored matrices that have a type of quantised weights, without biases.
+
+    Old checkpoints keep attention masks (`attn.bias`) as bytes.
+    """
     found = []
     for file in sorted(set(tensors.values())):
         with safe_open(file, framework="pt") as opened:
@@ -308,11 +323,11 @@ def _codes(tensors: Mapping[str, Path]) -> list[str]:
     return found
 
 
-def _surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
-    """Tensors left over that belong to a layer of the model, or are weights within one of its blocks.
+def _find_surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
+    """Return the unexpected tensors that belong to a layer of the model, or are weights inside one of its blocks.
 
     Others are parts that a causal language model leaves out: a vision tower, a classifier's head, blocks for
-    multi-token prediction. Old checkpoints also keep masks as buffers in their blocks, which are called biases.
+    multi-token prediction. Old checkpoints also keep masks as buffers in their blocks, under the name bias.
     """
     modules = dict(model.named_modules())
     blocks = {f"{name}.{i}" for name, m in modules.items() if isinstance(m, nn.ModuleList) for i in range(len(m))}
@@ -329,13 +344,13 @@ def _surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """A module with weights of its own and none below: a linear layer, an embedding, a norm."""
+    """Return whether a module has weights and no children: a linear layer, an embedding, a norm."""
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; one that only announces the next is joined with it."""
+    """Return an error's first line, joined with the second if it ends with a colon."""
     if isinstance(error, KeyError):
-        return f"{error} is not known, or not there"
+        return f"{error} is unknown or missing"
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join([first.strip(), *(line.strip() for line in rest[:1] if first.rstrip().endswith(":"))])

@@ -1,4 +1,4 @@
-"""A process's device: which it is, what memory is left there, and whether it is still to be had."""
+"""A process's device: its choice, its free memory, and whether it still works."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from rankloom.errors import ConfigError
 
 
 def local_device(wanted: str) -> torch.device:
-    """This process's torch device."""
+    """Return this process's torch device.
+
+    Raises:
+        ConfigError: `wanted` is cuda, but there is no CUDA device.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("compute.device=cuda: torch finds no CUDA device here; set compute.device=cpu, or auto")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def free_cuda_bytes(device: torch.device) -> float:
-    """What torch can still allocate there, what it holds and does not use included, within this process's part."""
+    """Return the bytes that torch can still allocate, within this process's fraction and with its unused reserve."""
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     mine = torch.cuda.get_per_process_memory_fraction(device.index) * total
@@ -23,10 +27,10 @@ def free_cuda_bytes(device: torch.device) -> float:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error has cost this process its device: only another process can compute on that.
+    """Return whether an error means that this process has lost its device; only a new process can use it again.
 
-    cuBLAS and cuDNN tell of a lost context with plain RuntimeErrors, as they tell of what is wrong with one call alone;
-    but on a lost one, nothing else works either.
+    cuBLAS and cuDNN report a lost context with a plain RuntimeError, like an error of one call; but on a lost context
+    every other call fails too.
     """
     if isinstance(error, torch.AcceleratorError):
         return True

@@ -1,4 +1,4 @@
-"""What adapters can sit on in a base: linear layers, blocks and experts, and which of them text goes through."""
+"""Finds the parts of a base that adapters can adapt: linear layers, blocks and experts that text passes through."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from rankloom.config.method import AdapterConfig, Targets
 from rankloom.errors import ConfigError, ModelError
 
 FUSED_BY_KERNELS = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj",))
-"""Model type -> linear layers that its kernels on a GPU take by themselves, so that PEFT refuses adapters on them."""
+"""Model type -> linear layers whose weights its GPU kernels read directly, so that PEFT refuses adapters on them."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's stack of equal blocks: its longest ModuleList."""
+    """Return the model's stack of equal blocks: its longest ModuleList.
+
+    Raises:
+        ModelError: there is no ModuleList.
+    """
     stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise ModelError(f"{type(model).__name__} has no ModuleList: no stack of layers to work on was found")
+        raise ModelError(f"{type(model).__name__} has no ModuleList, so no stack of layers to work on")
     return max(stacks, key=len)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that adapters can sit on: nn.Linear, bitsandbytes' subclasses of it, GPT-2's Conv1D."""
+    """Return whether adapters can adapt a module: nn.Linear, bitsandbytes' subclasses of it, GPT-2's Conv1D."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def in_out(linear: nn.Module) -> tuple[int, int]:
-    """A linear's widths, whatever it is quantised to."""
+def linear_widths(linear: nn.Module) -> tuple[int, int]:
+    """Return a linear layer's (inputs, outputs), quantised or not."""
     if isinstance(linear, Conv1D):
         num_in, num_out = linear.weight.shape
         return num_in, num_out
@@ -41,37 +45,38 @@ def in_out(linear: nn.Module) -> tuple[int, int]:
 
 
 def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
-    """Full names of the linear layers that `targets` means; the head is never one of them.
+    """Return the full names of the linear layers that `targets` selects, without the head.
 
-    Nor are layers that text does not go through, such as a vision tower's: an adapter on them would stay as it began.
+    Layers that text does not pass through, such as a vision tower's, are excluded: an adapter there would never train.
 
     Args:
         targets: `all-linear`, a list of names (each matched against the end of the full name), or a regular
             expression that a full name matches whole.
 
     Raises:
-        ConfigError: nothing matches, or one of the listed names doesn't. ModelError: there is none to match.
+        ConfigError: nothing matches, or one of the listed names doesn't.
+        ModelError: the model has no linear layers.
     """
     head = model.get_output_embeddings()
-    left_out = bypassed(model)
+    left_out = find_idle_linears(model)
     linears = [name for name, m in model.named_modules() if is_linear(m) and m is not head and name not in left_out]
     if targets == "all-linear":
         return linears
     if not linears:
         raise ModelError(
-            f"method.target_modules: {type(model).__name__} has no linear layers that an adapter could sit on; take "
+            f"method.target_modules: {type(model).__name__} has no linear layers that an adapter could adapt; take "
             f"another model, or a method that trains the weights themselves"
         )
     patterns = [targets] if isinstance(targets, str) else targets
-    meant = _matches if isinstance(targets, str) else _ends_with
+    matches = _matches if isinstance(targets, str) else _ends_with
     for pattern in patterns:
-        if any(meant(name, pattern) for name in linears):
+        if any(matches(name, pattern) for name in linears):
             continue
-        if idle := sorted(name for name in left_out if meant(name, pattern)):
+        if idle := sorted(name for name in left_out if matches(name, pattern)):
             raise ConfigError(
-                f"method.target_modules: {pattern!r} means {idle[0]}, where an adapter does nothing: no text goes "
-                f"through it, or the model reads its weight without calling it; this model can be adapted at "
-                f"{endings(linears)}"
+                f"method.target_modules: {pattern!r} selects {idle[0]}, where an adapter does nothing: no text "
+                f"passes through it, or the model reads its weight without calling it; this model can be adapted at "
+                f"{list_endings(linears)}"
             )
         if isinstance(targets, str):
             raise ConfigError(
@@ -79,29 +84,29 @@ def find_target_linears(model: PreTrainedModel, targets: Targets) -> list[str]:
                 f"match a whole name such as {linears[0]!r}"
             )
         raise ConfigError(
-            f"method.target_modules: {pattern!r} is no linear layer of this model; it has {endings(linears)}"
+            f"method.target_modules: {pattern!r} is not a linear layer of this model; it has {list_endings(linears)}"
         )
-    return [name for name in linears if any(meant(name, pattern) for pattern in patterns)]
+    return [name for name in linears if any(matches(name, pattern) for pattern in patterns)]
 
 
 def _matches(name: str, pattern: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ConfigError(f"method.target_modules: {pattern!r} is no regular expression: {error}") from None
+        raise ConfigError(f"method.target_modules: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def endings(names: Iterable[str]) -> str:
-    """Full names as a reader wants them: each last name once."""
+def list_endings(names: Iterable[str]) -> str:
+    """Return the last parts of full names, each once, for messages."""
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A mixture's experts where they are no layers: by full name the stacks of their matrices, [experts, ., .]."""
+    """Return a mixture's experts that are not layers: full name -> stack of their matrices, [experts, ., .]."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -112,56 +117,56 @@ def find_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def chooses_experts(module: nn.Module) -> bool:
-    """Whether it is a mixture's router, or experts that see tokens in their order, each beside its experts' numbers."""
+    """Return whether a module is a mixture's router, or experts that get the tokens in order with their expert ids."""
     arguments = signature(type(module).forward).parameters.keys()
     return "Router" in type(module).__name__ or not arguments.isdisjoint(("top_k_index", "router_indices"))
 
 
 def check_experts(model: PreTrainedModel, method: AdapterConfig) -> list[str]:
-    """A note where `all-linear` leaves out experts, and nobody said that it should.
+    """Return a note if `all-linear` leaves out experts and `method.experts` does not decide it.
 
     Raises:
-        ConfigError: the model has none, though they are to be adapted.
+        ConfigError: `method.experts` is on, but the model has none.
     """
     experts = find_experts(model)
     if method.experts and not experts:
         raise ConfigError(
             "method.experts: this model has no experts beside its linear layers; leave it out, method.target_modules "
-            "says which of those are adapted"
+            "selects the layers to adapt"
         )
     if not experts or method.experts is not None or method.target_modules != "all-linear":
         return []
     share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
     return [
-        f"the experts ({share:.0%} of the weights) are no linear layers and stay as they are: {endings(experts)}; "
+        f"the experts ({share:.0%} of the weights) are not linear layers and stay unchanged: {list_endings(experts)}; "
         f"method.experts=true adapts them too (lora), false leaves them, without this note"
     ]
 
 
-def bypassed(model: PreTrainedModel) -> frozenset[str]:
-    """Full names of the linear layers on which an adapter does nothing, whatever the input.
+def find_idle_linears(model: PreTrainedModel) -> frozenset[str]:
+    """Return the full names of the linear layers on which an adapter does nothing, whatever the input.
 
-    A few tokens are run through the model once, to see which layers are called: not a vision tower's, nor those whose
-    weight the model takes by itself (Mamba's dt_proj). A layer is left out only if its like in no other block is
-    called either: of experts, each token reaches a few. What Mamba's kernels take by themselves is told by name.
+    A forward with a few tokens shows which layers are called: not a vision tower's, and not those whose weight a model
+    reads directly (Mamba's dt_proj). A layer counts as idle only if no layer of equal name in any block is called,
+    because a token reaches only a few experts. Layers whose weights Mamba's kernels read are known by name.
     """
     calls = linear_calls(model)
-    called = {_alike(name) for name, is_called in calls.items() if is_called}
+    called = {_strip_numbers(name) for name, is_called in calls.items() if is_called}
     fused = FUSED_BY_KERNELS.get(getattr(model.config, "model_type", ""), ())
-    return frozenset(name for name in calls if _alike(name) not in called or name.rsplit(".", 1)[-1] in fused)
+    return frozenset(name for name in calls if _strip_numbers(name) not in called or name.rsplit(".", 1)[-1] in fused)
 
 
 def skips_layers(model: PreTrainedModel) -> bool:
-    """Whether a step can leave layers without a gradient: experts that no token chose, parts that text never enters."""
+    """Return whether a step can leave layers without a gradient: experts that no token chose, parts without text."""
     return not all(linear_calls(model).values())
 
 
 def linear_calls(model: PreTrainedModel) -> dict[str, bool]:
-    """Each linear layer's full name, and whether a few tokens go through it; all do where that can't be tried."""
-    found: dict[str, bool] | None = vars(model).get("_rankloom_linear_calls")
-    if found is None:  # asked for often, later with adapters around the layers
-        found = vars(model)["_rankloom_linear_calls"] = _try_linears(model)
-    return found
+    """Return each linear layer's full name -> whether a few tokens pass through it; all True if that can't be tried."""
+    calls: dict[str, bool] | None = vars(model).get("_rankloom_linear_calls")
+    if calls is None:  # cached: called often, later with adapters around the layers
+        calls = vars(model)["_rankloom_linear_calls"] = _try_linears(model)
+    return calls
 
 
 @torch.no_grad()
@@ -186,6 +191,6 @@ def _try_linears(model: PreTrainedModel) -> dict[str, bool]:
     return {name: name in called or not called for name in linears}
 
 
-def _alike(name: str) -> str:
-    """A layer's name without the numbers of its block and expert."""
+def _strip_numbers(name: str) -> str:
+    """Return a layer's name without the numbers of its block and expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)

@@ -1,7 +1,7 @@
-"""Base models: a hub id, a folder, a GGUF file or `builtin:smollm2` becomes a frozen `Base`.
+"""Loads a hub id, a folder, a GGUF file or `builtin:smollm2` as a frozen `Base`.
 
-Weights are only ever read from safetensors; a GGUF file is converted once into the cache. The fingerprint is read
-off the stored weights, so that it does not depend on the type or the quantisation they are loaded in.
+Weights are read only from safetensors; a GGUF file is converted once into the cache. The fingerprint comes from the
+stored weights, so that it does not depend on the type or the quantisation in which they are loaded.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rankloom.models.checkpoints import (
     check_codes,
     check_layers,
     check_loaded,
+    choose_quantization,
     fingerprint,
     first_line,
     forget_quantization,
-    quantized_already,
-    read_as,
+    read_quantization,
     stored_quantization,
     weight_files,
 )
@@ -44,7 +44,7 @@ from rankloom.models.folder import is_on_hub, local_folder
 from rankloom.models.onednn import use_onednn
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
-"""How architectures are called that have another head than a language model's."""
+"""Ends of the names of architectures with a head other than a language model's."""
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +63,7 @@ class Base:
 
     @property
     def pad_id(self) -> int:
+        """Token id for padding."""
         return int(self.tokenizer.pad_token_id)
 
 
@@ -77,14 +78,15 @@ def load_base(
     """Load a base, frozen and in eval mode.
 
     Args:
-        dtype: of the weights where `config.dtype` is auto; None: `auto_dtype`.
-        compute_dtype: of the arithmetic on NF4 weights where the quantisation's own is auto; None: `auto_dtype`.
+        dtype: type of the weights if `config.dtype` is auto; None: `auto_dtype`.
+        compute_dtype: type of the arithmetic on NF4 weights if the quantisation's own is auto; None: `auto_dtype`.
 
     Raises:
-        ModelError: not found, not readable, or without safetensors.
+        ModelError: the model is missing, unreadable, without safetensors, or not a causal language model.
+        ConfigError: the checkpoint has a quantisation other than wanted.
     """
     folder = local_folder(config)
-    mark = fingerprint(folder)  # first: it says plainly what is wrong with a weight file
+    mark = fingerprint(folder)  # first, because its errors name a broken weight file
     stored = resolve_dtype(config.dtype, dtype or auto_dtype(device))
     compute_dtype = compute_dtype or auto_dtype(device)
     if isinstance(quantization, Nf4):
@@ -94,16 +96,16 @@ def load_base(
     use_onednn(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights for good: coarser
-            # (bf16 constants and arithmetic), and with no gradient to the input, so that training breaks after it
+            # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights permanently: coarser
+            # (bf16 constants and arithmetic), and without a gradient to the input, so that training would break
             module.support_avx512bf16_for_cpu = False
     if isinstance(quantization, Int8):
         _multiply_rows(model)
     if _sees_ahead(model):
-        raise _not_causal(config.id, type(model).__name__)
+        raise _not_causal_error(config.id, type(model).__name__)
     return Base(
         model=model,
-        tokenizer=_tokenizer(folder, config.id),
+        tokenizer=_read_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
         fingerprint=mark,
@@ -113,7 +115,7 @@ def load_base(
 
 
 def _multiply_rows(model: PreTrainedModel) -> None:
-    """Give bitsandbytes' int8 layers rows: they take three dimensions at most, and DeepSeek-V3's latents have four."""
+    """Flatten inputs of bitsandbytes' int8 layers: they take three dimensions, and DeepSeek-V3's latents have four."""
     from bitsandbytes.nn import Linear8bitLt  # slow to import, and most bases are plain
 
     def forward(layer: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
@@ -125,13 +127,13 @@ def _multiply_rows(model: PreTrainedModel) -> None:
             module.forward = MethodType(forward, module)
 
 
-def stored_as(config: ModelConfig) -> Quantization:
-    """The setting that reads a base as it is stored, quantised by bitsandbytes or not."""
-    return quantized_already(_shape(local_folder(config, weights=False), config.id))
+def detect_quantization(config: ModelConfig) -> Quantization:
+    """Return the setting that reads a base as stored, quantised by bitsandbytes or not."""
+    return read_quantization(_read_shape(local_folder(config, weights=False), config.id))
 
 
 def reload_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """An unquantised base's model again, on the CPU, as it was before anything trained."""
+    """Load an unquantised base's model again, on the CPU, with its weights before training."""
     return _read_model(folder, str(folder), NoQuantization(), torch.device("cpu"), dtype, dtype)
 
 
@@ -143,11 +145,11 @@ def _read_model(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> PreTrainedModel:
-    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: 0.1 to 2 s, and most steps have one
+    if device.type == "cuda":  # cuDNN's attention plans each new shape for 0.1 to 2 s; most steps have one
         torch.backends.cuda.enable_cudnn_sdp(False)
-    shape = _shape(folder, name)
+    shape = _read_shape(folder, name)
     plain = stored_quantization(shape) is None
-    reading = read_as(shape, quantization, compute_dtype, name)
+    reading = choose_quantization(shape, quantization, compute_dtype, name)
     check_codes(folder, shape, name)
     _check_kind(shape, name)
     try:
@@ -159,25 +161,25 @@ def _read_model(
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # `check_loaded` refuses them by name
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        raise _unloadable(shape, name, error) from error
+        raise _load_error(shape, name, error) from error
     check_loaded(model, loading, name)
     check_layers(folder, model, name)
     _check_causal(model, name)
     if quantization.type == "none" and not plain:
         forget_quantization(model)
-        cast_weights(model, dtype)  # some are of their scales' type, some of the stored one
+        cast_weights(model, dtype)  # some have their scales' type, some the stored one
     return model
 
 
-def _shape(folder: Path, name: str) -> PretrainedConfig:
-    """A model's config, its dropout off: in a host its noise would be all members', and alone nothing else is meant."""
+def _read_shape(folder: Path, name: str) -> PretrainedConfig:
+    """Return a model's config without dropout: in a host all members would share its noise; alone it must be equal."""
     try:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # what is wrong with a value shows in many ways
+    except Exception as error:  # a wrong value can raise anything
         raise ModelError(f"model.id: {name!r}: its config.json can't be read: {first_line(error)}") from error
     parts = [shape]
     for part in parts:
@@ -189,21 +191,21 @@ def _shape(folder: Path, name: str) -> PretrainedConfig:
 
 
 def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
-    """A base without its weights, for whoever only looks at names, shapes and tokens: its model is on the meta device.
+    """Load a base without its weights, on the meta device, to inspect names, shapes and tokens.
 
     Args:
-        dtype: where `config.dtype` is auto.
+        dtype: type of the weights if `config.dtype` is auto.
 
     Raises:
-        ModelError: not found, not readable, or without safetensors.
+        ModelError: the model is missing, unreadable or without safetensors.
     """
     folder = local_folder(config)
     mark = fingerprint(folder)
-    model = _on_meta(folder, config.id, _shape(folder, config.id), resolve_dtype(config.dtype, dtype))
+    model = _build_on_meta(folder, config.id, _read_shape(folder, config.id), resolve_dtype(config.dtype, dtype))
     check_layers(folder, model, config.id)
     return Base(
         model=model,
-        tokenizer=_tokenizer(folder, config.id),
+        tokenizer=_read_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
         fingerprint=mark,
@@ -213,29 +215,30 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
 
 
 def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedModel:
-    """The model alone, without weights, on the meta device; what `load_base` would refuse by config.json is refused.
+    """Load only the model, without weights, on the meta device, with the checks of `load_base` that read config.json.
 
     Raises:
-        ModelError: not found, not readable, or no causal language model. ConfigError: quantised in another way.
+        ModelError: the model is missing, unreadable or not a causal language model.
+        ConfigError: the checkpoint has a quantisation other than wanted.
     """
     folder = local_folder(config, weights=False)
-    shape = _shape(folder, config.id)
-    read_as(shape, quantization, torch.float32, config.id)
+    shape = _read_shape(folder, config.id)
+    choose_quantization(shape, quantization, torch.float32, config.id)
     if is_on_hub(config):
-        return _on_meta(folder, config.id, shape, torch.float32)
+        return _build_on_meta(folder, config.id, shape, torch.float32)
     check_codes(folder, shape, config.id)
-    found = [file.name for file in weight_files(folder)]
-    if WHOLE not in found and not (folder / INDEX).is_file():
+    names = [file.name for file in weight_files(folder)]
+    if WHOLE not in names and not (folder / INDEX).is_file():
         raise ModelError(
-            f"model.id: {config.id!r} holds {', '.join(found)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
+            f"model.id: {config.id!r} holds {', '.join(names)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
             f"fetch the index, or rename the file if it is the whole model"
         )
-    model = _on_meta(folder, config.id, shape, torch.float32)
+    model = _build_on_meta(folder, config.id, shape, torch.float32)
     check_layers(folder, model, config.id)
     return model
 
 
-def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build_on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     _check_kind(shape, name)
     try:
         with torch.device("meta"):
@@ -243,55 +246,55 @@ def _on_meta(folder: Path, name: str, shape: PretrainedConfig, dtype: torch.dtyp
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unloadable(shape, name, error) from error
+        raise _load_error(shape, name, error) from error
     _check_causal(model, name)
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
 
 
 def _check_kind(shape: PretrainedConfig, name: str) -> None:
-    """Refuse what config.json says to be something else: parts of it could be loaded, but would mean nothing."""
+    """Raise ModelError if config.json describes another kind of model: a part of it would load, but be meaningless."""
     saved_as = next(iter(shape.architectures or ()), shape.model_type)
     if saved_as.endswith(OTHER_TASKS):
         raise ModelError(
-            f"model.id: {name!r} ({saved_as}) is no language model, but was trained for another task; take the model "
-            f"that it was made from"
+            f"model.id: {name!r} ({saved_as}) is not a language model, but was trained for another task; take the "
+            f"model that it was made from"
         )
     if getattr(shape, "is_encoder_decoder", False):
         raise ModelError(
-            f"model.id: {name!r} ({saved_as}) is an encoder and a decoder, of which only decoders alone can be tuned; "
+            f"model.id: {name!r} ({saved_as}) is an encoder and a decoder, and only decoders can be tuned; "
             f"take a causal language model"
         )
     if getattr(shape, "attn_type", None) == "bi" or getattr(shape, "causal", None) is False:  # XLNet; XLM
-        raise _not_causal(name, saved_as)
+        raise _not_causal_error(name, saved_as)
 
 
-def _unloadable(shape: PretrainedConfig, name: str, error: Exception) -> ModelError:
+def _load_error(shape: PretrainedConfig, name: str, error: Exception) -> ModelError:
     if "Unrecognized configuration class" in str(error):
         return ModelError(
-            f"model.id: {name!r} is a model of the type {shape.model_type}, of which transformers knows no causal "
+            f"model.id: {name!r} is of the type {shape.model_type}, for which transformers has no causal "
             f"language model; take a decoder, such as one of Llama's or Qwen's architecture"
         )
     return ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}")
 
 
-def _not_causal(name: str, kind: str) -> ModelError:
+def _not_causal_error(name: str, kind: str) -> ModelError:
     return ModelError(
-        f"model.id: {name!r} ({kind}) is no causal language model: each token sees those after it, so that it can't be "
-        f"tuned to generate; take a decoder, or set is_decoder in its config.json if it was trained as one"
+        f"model.id: {name!r} ({kind}) is not a causal language model: each token sees those after it, so that it can't "
+        f"be tuned to generate; take a decoder, or set is_decoder in its config.json if it was trained as one"
     )
 
 
 def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """Refuse an encoder, which sees the tokens that it is to predict; its config has `is_decoder`, and it is off."""
+    """Raise ModelError for an encoder, which sees the tokens that it must predict: its config has is_decoder=false."""
     said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
     if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
-        raise _not_causal(name, type(model).__name__)
+        raise _not_causal_error(name, type(model).__name__)
 
 
 @torch.no_grad()
 def _sees_ahead(model: PreTrainedModel) -> bool:
-    """Whether what follows the first token depends on the second, whatever the config says."""
+    """Return whether the logits after the first token depend on the second, whatever the config says."""
     device = model.get_input_embeddings().weight.device
     try:
         logits_2TV = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=device), use_cache=False).logits
@@ -303,20 +306,25 @@ def _sees_ahead(model: PreTrainedModel) -> bool:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone; it always has a pad token."""
-    return _tokenizer(local_folder(config, weights=False), config.id)
+    """Load only the model's tokenizer; it always has a pad token.
+
+    Raises:
+        ModelError: the tokenizer is missing, unreadable, or has no end-of-sequence token.
+    """
+    return _read_tokenizer(local_folder(config, weights=False), config.id)
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
-    """What `auto` means for weights and arithmetic, in training, scoring and serving alike."""
+    """Return the type that `auto` means for weights and arithmetic, in training, scoring and serving alike."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def resolve_dtype(wanted: Dtype, auto: torch.dtype) -> torch.dtype:
+    """Return the torch type of a setting; `auto` stands for the given default."""
     return auto if wanted == "auto" else DTYPES[wanted]
 
 
-def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # broken files make the tokenizers library and transformers raise anything
@@ -324,21 +332,21 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         raise ModelError(f"model.id: {name!r} has no usable tokenizer: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
-    rows = getattr(_shape(folder, name).get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)
+    rows = getattr(_read_shape(folder, name).get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)
     if tokenizer.eos_token_id >= rows:
         raise ModelError(
             f"model.id: {name!r}'s end-of-sequence token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, but "
             f"the model embeds only {rows} tokens; take the tokenizer that belongs to it, or resize its embedding "
             f"(resize_token_embeddings) and save it again"
         )
-    # a pad token that was added without an embedding is never looked at, but it is looked up
+    # the model ignores padding, but it looks up its embedding, which an added pad token may lack
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _check_sentencepiece(folder: Path, name: str) -> None:
-    """transformers takes a SentencePiece model for tiktoken's format where it can't read it."""
+    """Raise ModelError if sentencepiece is missing; transformers would misread its model as tiktoken's format."""
     if find_spec("sentencepiece") is None and not (folder / "tokenizer.json").is_file():
         for file in sorted(folder.glob("*.model")):
             raise ModelError(

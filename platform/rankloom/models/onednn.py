@@ -1,9 +1,9 @@
-"""Products with a frozen weight on a CPU, by the faster of the two libraries that torch carries.
+"""Products with a frozen weight on a CPU, by the faster of the two libraries that torch contains.
 
 torch multiplies fp32 matrices with MKL, which on AMD's processors leaves AVX-512 unused. oneDNN, which torch keeps for
-other types, does not: about twice the throughput there, on the weights as they are. `use_onednn` gives a frozen model
-linears that know; they compute as before wherever oneDNN has no advantage or the weight trains. AMD's processors
-without AVX-512 gain on weights that are `packed`, for a few rows: 1.1 to 2.2 times MKL's throughput for 4 to 32.
+other types, uses it: about twice the throughput there, on unchanged weights. `use_onednn` gives a frozen model linears
+that choose; they compute as before if oneDNN has no advantage or the weight trains. AMD's processors without AVX-512
+gain on weights that `pack` has copied, for a few rows: 1.1 to 2.2 times MKL's throughput for 4 to 32.
 
 Shapes: N rows, I in, O out.
 """
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MIN_ELEMENTS = 2**16
-"""Of a weight: below, what a call costs counts for more."""
+"""Smallest weight for oneDNN, in elements; below, the overhead of a call dominates."""
 PACKED_FOR = 16
-"""Rows for which `packed` asks for a layout; with AVX-512 it was measured to be faster for 1 to 128."""
+"""Rows for which `pack` asks for a layout; with AVX-512 it was measured to be faster for 1 to 128."""
 FEWEST = 4
-"""Rows from which on it is faster without AVX-512."""
+"""Fewest rows for which the layout is faster without AVX-512."""
 
 
 class FrozenLinear(nn.Linear):
-    """nn.Linear, whose product is oneDNN's where that is faster."""
+    """nn.Linear that multiplies with oneDNN if that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not suits(input, self.weight) or self.weight.requires_grad:
+        if not prefers_onednn(input, self.weight) or self.weight.requires_grad:
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
             result: Tensor = _Linear.apply(input, self.weight, self.bias)
@@ -40,18 +40,20 @@ class FrozenLinear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Make a model's plain linears `FrozenLinear`, where this machine gains by it."""
+    """Turn a model's plain linears into `FrozenLinear` if this machine gains by it."""
     if has_advantage():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = FrozenLinear
 
 
-def packed(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A frozen linear's forward, without a gradient, on a copy of its weight that is laid out as oneDNN reads it.
+def pack(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return a frozen linear's forward, without a gradient, on a copy of its weight in oneDNN's layout.
 
-    For few rows the layout is a good part of a product's time: without it, it is made anew in each call. None: this
-    linear has no such forward.
+    Without the copy, each call converts the layout, which for few rows is a good part of a product's time.
+
+    Returns:
+        The function; None if oneDNN does not take this linear.
     """
     if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FrozenLinear) or not is_amd():
         return None
@@ -72,19 +74,22 @@ def packed(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 @cache
 def has_advantage() -> bool:
-    """Whether this is an AMD processor with AVX-512. Looked up, not timed: every process of a run must decide alike."""
+    """Return whether this is an AMD processor with AVX-512.
+
+    Looked up instead of timed, because every process of a run must decide alike.
+    """
     return is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @cache
 def is_amd() -> bool:
-    """Whether this is an AMD processor and a torch with oneDNN."""
+    """Return whether this is an AMD processor and torch contains oneDNN."""
     cpuinfo = Path("/proc/cpuinfo")
     return torch.backends.mkldnn.is_available() and cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
 
 
-def suits(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether a product of these is oneDNN's to compute."""
+def prefers_onednn(x: Tensor, weight_OI: Tensor) -> bool:
+    """Return whether oneDNN is faster for a product of these two."""
     return has_advantage() and _fit(x, weight_OI)
 
 
@@ -99,23 +104,23 @@ def _fit(x: Tensor, weight_OI: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """As F.linear; without a gradient."""
-    if not suits(x, weight_OI):
+    """Compute F.linear, without a gradient."""
+    if not prefers_onednn(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
     return result
 
 
-def times(y_NO: Tensor, weight_OI: Tensor) -> Tensor:
-    """[N, I]: y W; without a gradient."""
-    if not suits(y_NO, weight_OI):
+def multiply(y_NO: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return y W, [N, I], without a gradient."""
+    if not prefers_onednn(y_NO, weight_OI):
         return y_NO @ weight_OI
     result: Tensor = torch.ops.mkldnn._linear_pointwise(y_NO, weight_OI.T, None, "none", [], "")
     return result
 
 
 class _Linear(torch.autograd.Function):
-    """With a gradient to the input alone."""
+    """`linear` with a gradient to the input only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -125,4 +130,4 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight_OI,) = ctx.saved_tensors
-        return times(dy.contiguous(), weight_OI), None, None
+        return multiply(dy.contiguous(), weight_OI), None, None

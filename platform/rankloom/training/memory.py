@@ -10,7 +10,7 @@ import torch
 
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
-from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, in_out
+from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, linear_widths
 from rankloom.models.device import free_cuda_bytes
 from rankloom.training.memory_plan import Shape
 
@@ -47,7 +47,7 @@ def free_bytes(device: torch.device) -> float | None:
 def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
     """A loaded base as the planner sees it. `experts`: whether adapters sit on these too."""
     modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
-    linears = {name: in_out(modules[name]) for name in find_target_linears(base.model, "all-linear")}
+    linears = {name: linear_widths(modules[name]) for name in find_target_linears(base.model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
     train = data.report.splits["train"]
     act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)

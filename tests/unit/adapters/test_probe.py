@@ -141,7 +141,7 @@ def test_a_broken_probe_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> 
             {"input_ids": torch.tensor(IDS), "adapter_logits": recorded, "base_logits": recorded + 1, name: tensor},
             file,
         )
-        with pytest.raises(RegistryError, match=rf"{name} is missing or no vector of numbers \(allowed: "):
+        with pytest.raises(RegistryError, match=rf"{name} is missing or not a vector of numbers \(allowed: "):
             verify_probe(tmp_path, record)
     write_probe(tmp_path, IDS, torch.full_like(load_probe_logits(whole, tmp_path), float("nan")), torch.zeros(3))
     with pytest.raises(RegistryError, match="differ by nan"):

@@ -465,7 +465,7 @@ def test_a_folder_with_other_tensors_is_refused(written: tuple[AdapterBank, Path
     for change, message in (
         ({name: tensors[name][..., :-1].contiguous()}, "has shape"),
         ({"extra": torch.zeros(1)}, "extra has no place in this bank"),
-        ({name: tensors[name] * torch.nan}, "no finite numbers"),
+        ({name: tensors[name] * torch.nan}, "not finite numbers"),
     ):
         save_file(tensors | change, file)
         with pytest.raises(RegistryError, match=message):

@@ -16,7 +16,7 @@ from rankloom.cli.progress import PlainProgress, duration, lines, step_line
 from rankloom.cli.tables import next_lines
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, RunResumed, StepFinished
-from rankloom.paths import shipped
+from rankloom.paths import shipped_folder
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
 
@@ -155,7 +155,7 @@ def test_doctor_tells_what_attention_is_computed_with(
 
 def test_configs_are_found_here_before_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    packed = shipped("configs") / "trials" / "lora.yaml"
+    packed = shipped_folder("configs") / "trials" / "lora.yaml"
     assert find_config("shipped:trials/lora.yaml") == packed
     assert find_config("configs/trials/lora.yaml") == packed
     mine = tmp_path / "configs" / "trials" / "lora.yaml"

@@ -28,7 +28,7 @@ from rankloom.cli import main
 from rankloom.config import TrialConfig, load
 from rankloom.events import Evaluated, Event, StepFinished
 from rankloom.launch.trainer import train_trial
-from rankloom.paths import shipped
+from rankloom.paths import shipped_folder
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
 CLI = [sys.executable, "-m", "rankloom.cli"]
@@ -249,11 +249,11 @@ def test_accuracy_of_data_without_labels(
 @pytest.mark.parametrize(
     ("model", "code", "expected"),
     [
-        ("nobody/nothing", 1, "model.id: 'nobody/nothing' is no local folder, and the hub does not give it"),
+        ("nobody/nothing", 1, "model.id: 'nobody/nothing' is not a local folder, and the hub does not give it"),
         ("./nowhere", 1, "model.id: no folder or file './nowhere'"),
         ("two words", 1, "model.id: 'two words' is neither a folder nor a valid hub id"),
         ("builtin:smolm2", 2, "model.id: unknown 'builtin:smolm2'; allowed: builtin:smollm2,"),
-        ("rows.csv", 2, "rows.csv' is a file but no .gguf; give the model's folder"),
+        ("rows.csv", 2, "rows.csv' is a file, but not a .gguf; give the model's folder"),
     ],
 )
 def test_a_model_that_is_not_there(
@@ -271,7 +271,7 @@ def half(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("file", "change", "expected"),
     [
-        ("config.json", lambda _: None, "holds no config.json; it is no transformers model folder"),
+        ("config.json", lambda _: None, "holds no config.json; it is not a transformers model folder"),
         ("config.json", half, "config.json' is not a valid JSON file"),
         ("config.json", lambda _: b"[]", "its config.json can't be read"),
         ("config.json", lambda c: c.replace(b'"llama"', b'"lama"'), "model type `lama`"),
@@ -330,12 +330,12 @@ def test_an_adapter_in_place_of_a_model(trial: Path, cli: Cli) -> None:
 
 def test_olora_on_layers_that_peft_has_none_for(trial: Path, tiny_model: Callable[..., Path], cli: Cli) -> None:
     text = cli.fails(2, "train", trial, f"model.id={tiny_model('gpt2')}", "method.init=olora")
-    assert "method.init=olora: PEFT has none for the Conv1D layers of" in text
+    assert "method.init=olora: PEFT does not support it on the Conv1D layers of" in text
 
 
 def test_layers_that_the_model_does_not_have(trial: Path, cli: Cli) -> None:
     text = cli.fails(2, "train", trial, "method.target_modules=[q_prj]")
-    assert "method.target_modules: 'q_prj' is no linear layer of this model; it has down_proj, gate_proj," in text
+    assert "method.target_modules: 'q_prj' is not a linear layer of this model; it has down_proj, gate_proj," in text
     assert cli.untouched()
 
 
@@ -677,7 +677,7 @@ def test_the_schema_is_one_and_accepts_what_the_config_does(trial: Path, cli: Cl
     assert code == 0
     validator = jsonschema.Draft202012Validator(json.loads(text))
     validator.check_schema(validator.schema)
-    for file in (trial, *sorted(shipped("configs").rglob("trials/*.yaml"))):
+    for file in (trial, *sorted(shipped_folder("configs").rglob("trials/*.yaml"))):
         validator.validate(yaml.safe_load(file.read_text()))
     assert list(validator.iter_errors({"name": "tiny", "sead": 1}))
 

@@ -127,9 +127,9 @@ def test_wrong_choice_says_what_is_allowed(override: str, hint: str) -> None:
         (("method={type: galore}", "quantization=int8"), "method.type=galore changes the base's weights"),
         (("method={type: lisa}", "quantization=nf4"), "use quantization: none, or lora, dora or adalora"),
         (("method={type: adalora}", "optim.loraplus_ratio=16"), "optim.loraplus_ratio=16 needs A and B"),
-        (("method={type: full}", "optim.loraplus_ratio=2"), "full has none: set it to 1"),
+        (("method={type: full}", "optim.loraplus_ratio=2"), "which full lacks; set it to 1"),
         (("method.init=pissa", "quantization=nf4"), "method.init=pissa rewrites the base's weights"),
-        (("method.init=olora", "method.rslora=true"), "rslora's scaling does not survive"),
+        (("method.init=olora", "method.rslora=true"), "which changes rslora's scaling"),
         (("method={type: galore, layerwise: true}",), "before optim.clip_norm could act on it"),
         (
             ("method={type: galore, layerwise: true}", "optim.clip_norm=null", "optim.accumulation=2"),

@@ -27,7 +27,7 @@ from rankloom.errors import ConfigError
         ({"adapters": ["bank@1@2"]}, "adapters"),
         ({"host": "0.0.0.0"}, "rankloom keys create"),
         ({"host": "0.0.0.0", "auth": {"keys": "k", "anonymous": True}}, "exclude each other"),
-        ({"auth": {"share_prefixes": True}}, "share_prefixes is about keys"),
+        ({"auth": {"share_prefixes": True}}, "share_prefixes needs auth.keys"),
         ({"port": 70000}, "port: "),
         ({"replicas": {"min": 3, "max": 2}}, "max=2 is below min=3"),
         ({"routes": {"r": {}}}, "one of to, split and canary, not none"),
@@ -49,7 +49,7 @@ from rankloom.errors import ConfigError
         ),
         ({"engine": {"type": "vllm", "max_lora_rank": 12}}, "engine.max_lora_rank"),
         ({"engine": {"type": "vllm", "max_cpu_loras": 4}}, "max_loras (16) is above max_cpu_loras (4)"),
-        ({"engine": {"type": "vllm", "args": ["--max_loras=3"]}}, "args: --max-loras is rankloom's to set"),
+        ({"engine": {"type": "vllm", "args": ["--max_loras=3"]}}, "args: rankloom sets --max-loras itself"),
         ({"engine": "vllm", "quantization": "nf4"}, "use engine.type=bank"),
     ],
 )

@@ -92,7 +92,7 @@ def test_grid_counts_and_lists_every_combination() -> None:
         ({"scheduler": {"type": "sha"}}, r"scheduler.type: unknown type 'sha'"),
         ({"scheduler": {"type": "pbt"}, "space": [LORA, LORA]}, "one branch"),
         ({"space": [{"method": {"type": "lora", "alpha": 1, "alpha_over_rank": 2}}]}, "exclude each other"),
-        ({"space": [{"method": {"type": "galore", "alpha_over_rank": 2}}]}, "galore has no alpha and rank"),
+        ({"space": [{"method": {"type": "galore", "alpha_over_rank": 2}}]}, "galore does not have both alpha and rank"),
         ({"search": {"objectives": ["memory"]}}, r"search.objectives.*memory_bytes.*given 'memory'"),
         ({"search": {"objectives": ["latency_ms", "latency_ms"]}}, r"search: objectives: each only once"),
         ({"search": {"algorithm": "grid", "priors": ["x"]}}, r"priors: algorithm=grid learns nothing"),

@@ -35,7 +35,7 @@ def pair(*, bias: bool = True) -> tuple[nn.Linear, nn.Module]:
 def test_the_result_and_the_gradient_are_torchs(shape: tuple[int, ...], bias: bool) -> None:
     plain, frozen = pair(bias=bias)
     x = torch.randn(shape)
-    assert onednn.suits(x, plain.weight)
+    assert onednn.prefers_onednn(x, plain.weight)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     found, expected = frozen(mine), plain(theirs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_rows_do_not_mix() -> None:
     broken[2] = float("nan")
     sound = [0, 1, 3, 4, 5]
     assert onednn.linear(x, plain.weight, None)[sound].equal(onednn.linear(broken, plain.weight, None)[sound])
-    assert onednn.times(x[:, :256], plain.weight)[sound].equal(onednn.times(broken[:, :256], plain.weight)[sound])
+    assert onednn.multiply(x[:, :256], plain.weight)[sound].equal(onednn.multiply(broken[:, :256], plain.weight)[sound])
 
 
 def test_a_weight_that_trains_gets_its_gradient() -> None:
@@ -70,8 +70,8 @@ def test_a_weight_that_trains_gets_its_gradient() -> None:
 def test_what_it_does_not_suit_is_computed_as_before() -> None:
     plain, frozen = pair()
     x = torch.randn(3, 320)
-    assert not onednn.suits(x.bfloat16(), plain.weight.bfloat16())
-    assert not onednn.suits(x[:, :8], plain.weight[:8, :8])
+    assert not onednn.prefers_onednn(x.bfloat16(), plain.weight.bfloat16())
+    assert not onednn.prefers_onednn(x[:, :8], plain.weight[:8, :8])
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen(x).dtype == torch.bfloat16
         assert frozen(x).equal(plain(x))
@@ -83,7 +83,7 @@ def test_what_it_does_not_suit_is_computed_as_before() -> None:
 def test_a_packed_weight_gives_the_same(rows: int, bias: bool, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, frozen = pair(bias=bias)
     monkeypatch.setattr(onednn, "has_advantage", lambda: wide)  # without AVX-512 one row is MKL's
-    forward, x = onednn.packed(frozen if wide else plain), torch.randn(1, rows, 320)
+    forward, x = onednn.pack(frozen if wide else plain), torch.randn(1, rows, 320)
     assert forward is not None
     torch.testing.assert_close(forward(x), plain(x), rtol=1e-5, atol=1e-5)
 
@@ -91,5 +91,5 @@ def test_a_packed_weight_gives_the_same(rows: int, bias: bool, wide: bool, monke
 def test_what_is_small_or_no_linear_is_not_packed() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).requires_grad_(False)
     onednn.use_onednn(model)
-    assert onednn.packed(model[0]) is None
-    assert onednn.packed(model[1]) is None
+    assert onednn.pack(model[0]) is None
+    assert onednn.pack(model[1]) is None

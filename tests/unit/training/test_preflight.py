@@ -58,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], type[RankloomError], str]] = {
     "columns": ({"data": {"train": "rows.csv"}}, DataError, "no format fits the columns"),
     "rows": ({"data": {"train": "rows.csv", "columns": {"text": "q", "label": "a"}}}, DataError, "can't be split"),
     "targets": ({"method": {"type": "lora", "target_modules": ["nothing"]}}, ConfigError, "nothing"),
-    "model": ({"model": {"id": "models/none"}}, ModelError, "models/none' is no local folder, and the hub"),
+    "model": ({"model": {"id": "models/none"}}, ModelError, "models/none' is not a local folder, and the hub"),
     "folder": ({"model": {"id": "./none"}}, ModelError, r"no folder or file '.*none'"),
     "layers": ({"method": {"type": "lisa", "num_layers": 9}}, ConfigError, r"num_layers: 9.*2 layers"),
 }
@@ -89,9 +89,9 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
 def test_an_encoder_is_no_causal_language_model(saved: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     folder = saved(kind, intermediate_size=128, num_attention_heads=4, max_position_embeddings=514)
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="is not a causal language model"):
         preflight([parse(TrialConfig, trial_of(folder, tmp_path, name="t"))])
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="is not a causal language model"):
         load_base(ModelConfig(id=str(folder)), NoQuantization(), device=torch.device("cpu"))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"is_decoder": True}))
@@ -101,9 +101,12 @@ def test_an_encoder_is_no_causal_language_model(saved: Callable[..., Path], tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*is no language model"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "LlamaForSequenceClassification.*is not a language model",
+        ),
         ({"is_encoder_decoder": True}, "is an encoder and a decoder"),
-        ({"model_type": "vit"}, "of the type vit, of which transformers knows no causal language model"),
+        ({"model_type": "vit"}, "of the type vit, for which transformers has no causal language model"),
         ({"model_type": "xlnet"}, "each token sees those after it"),
         ({"model_type": "xlm"}, "each token sees those after it"),
     ],
@@ -216,7 +219,7 @@ def test_experts_that_all_linear_leaves_out_are_told_with_the_choice(
     built = build_method(trial, num_steps=10)
     built.attach(base)
     for notes in (built.notes, preflight([trial, trial])):
-        choices = [note for note in notes if "experts" in note and "stay as they are" in note]
+        choices = [note for note in notes if "experts" in note and "stay unchanged" in note]
         assert len(choices) == told
         assert all("gate_up_proj" in note and "method.experts=true" in note for note in choices)
 

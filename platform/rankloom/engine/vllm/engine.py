@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from rankloom.adapters.probe import check_likeliest, probe_tokens
+from rankloom.adapters.probe import check_top_logprobs, probe_tokens
 from rankloom.banks.plain_lora import more_than_lora, write_plain
 from rankloom.banks.served_adapter import Factors, ServedAdapter, fold
 from rankloom.config.engine import VllmConfig
@@ -38,7 +38,7 @@ from rankloom.engine.text import Decoder, Stops
 from rankloom.engine.transcript import Transcript
 from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihoods
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
-from rankloom.models import Base, find_target_linears, in_out
+from rankloom.models import Base, find_target_linears, linear_widths
 from rankloom.registry import Registry
 from rankloom.registry.checks import rename_in_errors
 
@@ -291,7 +291,7 @@ class VllmLoader:
     def send_zero(self) -> None:
         """Load an adapter that changes nothing."""
         name = find_target_linears(self._base.model, "all-linear")[0]
-        num_in, num_out = in_out(self._base.model.get_submodule(name))
+        num_in, num_out = linear_widths(self._base.model.get_submodule(name))
         nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)
         write_plain(ServedAdapter({name: nothing}, {}, {}), self._server.scratch / ZERO)
         self._server.load(ZERO, self._server.scratch / ZERO)
@@ -302,7 +302,7 @@ class VllmLoader:
     def _probe(self, ref: str, folder: Path) -> None:
         tokens = probe_tokens(folder, _vocabulary(self._base))
         found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(self._server.base, tokens)
-        check_likeliest(folder, found, plain, dtype=self._base.model.dtype)
+        check_top_logprobs(folder, found, plain, dtype=self._base.model.dtype)
 
     def _drop(self, ref: str, folder: Path) -> None:
         try:

@@ -100,7 +100,7 @@ def write_plain(model: PreTrainedModel, folder: Path, plain: Path, base_id: str)
     tensors = _read_tensors(files[WEIGHTS], folder / WEIGHTS)
     _check_kind(settings, tensors, folder)
     adapter = _Adapter(model, folder, settings)
-    for name, tensor in adapter.renamed(tensors).items():
+    for name, tensor in adapter.to_current_names(tensors).items():
         adapter.take(name, tensor)
     adapter.write(plain, base_id)
     notes = []
@@ -174,7 +174,7 @@ class _Adapter:
         """Parameter of experts -> prefix of its tensors' names: PEFT wraps one parameter around the other."""
         self._tied = self._find_tied() if settings.ensure_weight_tying else ()
         ends = tuple(settings.modules_to_save)  # as PEFT matches them
-        kept = self._with_tied({name for name in self._modules if name.endswith(ends)})
+        kept = self._add_tied({name for name in self._modules if name.endswith(ends)})
         self._kept = {name: dict[str, Tensor]() for name in sorted(kept)}
         """Modules that replace the base's own -> their tensors."""
 
@@ -185,22 +185,22 @@ class _Adapter:
             return ()
         return [name for name, module in self._modules.items() if module in (embedding, head)]
 
-    def _with_tied(self, layers: set[str]) -> set[str]:
+    def _add_tied(self, layers: set[str]) -> set[str]:
         return layers.union(self._tied) if not layers.isdisjoint(self._tied) else layers
 
-    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors under the names of this version of transformers, if they have those of an earlier one."""
         if self._all_fit(tensors):
             return tensors
         try:
-            renamed = convert_peft_adapter_state_dict_for_transformers(self._model, peft.LoraConfig(), tensors)
+            current = convert_peft_adapter_state_dict_for_transformers(self._model, peft.LoraConfig(), tensors)
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError):
             return tensors
-        return renamed if self._all_fit(renamed) else tensors
+        return current if self._all_fit(current) else tensors
 
     def _all_fit(self, tensors: Iterable[str]) -> bool:
         layers = (match["layer"] for name in tensors if (match := _PARTS.fullmatch(name.removeprefix(PREFIX))))
-        return all(layer in self._modules or _unwrapped(layer) in self._experts for layer in layers)
+        return all(layer in self._modules or _strip_wrappers(layer) in self._experts for layer in layers)
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Assign a tensor to its layer; compare a saved copy of a base's tensor with the base's, and leave it out."""
@@ -237,7 +237,7 @@ class _Adapter:
         return None
 
     def _take_part(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
-        if _unwrapped(layer) in self._experts:
+        if _strip_wrappers(layer) in self._experts:
             return self._take_experts(name, layer, part, tensor)
         module: Any = self._modules.get(layer.removesuffix(".base_layer"))  # PEFT wraps one of two parameters like this
         if module is None:
@@ -262,9 +262,10 @@ class _Adapter:
         return None
 
     def _take_experts(self, name: str, layer: str, part: str, tensor: Tensor) -> None:
-        module, found = _unwrapped(layer), self._settings
+        module, settings = _strip_wrappers(layer), self._settings
         places = [module + ".base_layer" * depth for depth in range(len(self._experts[module]))]
-        if layer not in places or not part.endswith(".weight") or found.use_dora or found.lora_bias or found.moves_base:
+        is_plain = not (settings.use_dora or settings.lora_bias or settings.moves_base)
+        if layer not in places or not part.endswith(".weight") or not is_plain:
             self._refuse(name, f"is none that PEFT would load with this {CONFIG}; restore the one it was saved with")
         for key, place in zip(self._experts[module], reversed(places), strict=True):
             self._places[f"{module}.{key}"] = place
@@ -276,23 +277,24 @@ class _Adapter:
 
     def _is_target(self, layer: str) -> bool:
         """Return whether PEFT would adapt a layer; if the config alone does not say so, its tensors do."""
-        found = self._settings
+        settings = self._settings
         if any(f"{layer}.".startswith(f"{module}.") for module in self._kept):
             return False
-        if found.target_parameters or found.target_modules in (None, "all-linear"):
+        if settings.target_parameters or settings.target_modules in (None, "all-linear"):
             return True
-        if isinstance(found.exclude_modules, str) and self._matches("exclude_modules", found.exclude_modules, layer):
+        excluded = settings.exclude_modules
+        if isinstance(excluded, str) and self._matches("exclude_modules", excluded, layer):
             return False
-        if isinstance(found.target_modules, str):
-            return self._matches("target_modules", found.target_modules, layer)
-        pattern = found.layers_pattern or []
+        if isinstance(settings.target_modules, str):
+            return self._matches("target_modules", settings.target_modules, layer)
+        pattern = settings.layers_pattern or []
         names = SimpleNamespace(
-            target_modules=found.target_modules,
-            exclude_modules=None if isinstance(found.exclude_modules, str) else found.exclude_modules,
-            layers_to_transform=found.layers_to_transform,
+            target_modules=settings.target_modules,
+            exclude_modules=None if isinstance(excluded, str) else excluded,
+            layers_to_transform=settings.layers_to_transform,
             layers_pattern=[re.escape(each) for each in ([pattern] if isinstance(pattern, str) else pattern)],
         )
-        return any(check_target_module_exists(names, each) for each in self._with_tied({layer}))
+        return any(check_target_module_exists(names, each) for each in self._add_tied({layer}))
 
     def _matches(self, key: str, expression: str, layer: str) -> bool:
         try:
@@ -418,5 +420,5 @@ class _Adapter:
         )
 
 
-def _unwrapped(layer: str) -> str:
+def _strip_wrappers(layer: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", layer)

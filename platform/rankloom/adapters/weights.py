@@ -240,17 +240,17 @@ def _check_ranks(config: peft.LoraConfig, shapes: dict[str, tuple[int, ...]], fo
             )
 
 
-def _check_shapes(expected: dict[str, torch.Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check_shapes(expected: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     file = folder / WEIGHTS
     for name, tensor in expected.items():
-        if name not in found:
+        if name not in shapes:
             raise RegistryError(f"{file}: tensor {name} is missing, though {CONFIG} asks for it")
-        if found[name] != tuple(tensor.shape):
+        if shapes[name] != tuple(tensor.shape):
             raise RegistryError(
-                f"{file}: tensor {name} has shape {list(found[name])}, but the base and {CONFIG} ask for "
+                f"{file}: tensor {name} has shape {list(shapes[name])}, but the base and {CONFIG} ask for "
                 f"{list(tensor.shape)}; is it another base's adapter?"
             )
-    if unexpected := sorted(found.keys() - expected.keys()):
+    if unexpected := sorted(shapes.keys() - expected.keys()):
         raise RegistryError(f"{file}: tensor {unexpected[0]} has no place in the base with this {CONFIG}")
 
 

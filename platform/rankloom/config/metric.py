@@ -1,7 +1,7 @@
-"""What a trial is judged by: the validation loss, the accuracy, or a function of the user's own.
+"""The metric of a trial: the validation loss, the accuracy, or the user's own function.
 
-A function is named `module:function`, as in an entry point. One that Python code hands over and that no other process
-can import is named `python:<name>`; the function itself travels beside the config.
+A function is named `module:function`, as in an entry point. A function that Python code passes, and that no other
+process can import, is named `python:<name>`; the function itself travels beside the config.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rankloom.errors import ConfigError
 
 Mode = Literal["max", "min"]
 BUILT_IN: dict[str, Mode] = {"loss": "min", "accuracy": "max"}
-"""rankloom's own metrics, and where each is best."""
+"""rankloom's own metrics -> whether the highest or the lowest value is best."""
 OWN = "metric"
-"""What events and reports call the value of the user's metric."""
+"""Name of the user's metric in events and reports."""
 HANDED_OVER = "python:"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -35,14 +35,14 @@ def best_of(metric: str, mode: Mode | None) -> Mode:
 
 
 def check_mode(metric: str, mode: Mode | None) -> None:
-    """Raise ConfigError where `mode` contradicts a metric of rankloom's."""
+    """Raise ConfigError if `mode` contradicts one of rankloom's metrics."""
     if mode not in (None, best_of(metric, mode)):
         best = best_of(metric, None)
         raise ConfigError(f"mode: {metric} is best at its {best} (given {mode!r}); leave it out")
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return a function's name in configs: `module:function` where it can be imported by that, else `python:<name>`."""
+    """Return a function's name in configs: `module:function` if that can be imported, else `python:<name>`."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", None) or "__main__"
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is function:
@@ -51,14 +51,14 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def without_own(trial: dict[str, Any]) -> dict[str, Any]:
-    """Return a trial's tree that names no code: what others published is no reason to import a module of theirs."""
+    """Return a trial's tree that names no code, so that a published trial can't make us import its module."""
     settings = trial.get("eval", {})
     if not is_own(settings.get("metric", "loss")):
         return trial
     return trial | {"eval": {key: value for key, value in settings.items() if key not in ("metric", "mode")}}
 
 
-def _known(metric: str) -> str:
+def _check_name(metric: str) -> str:
     if is_own(metric) and not _FUNCTION.fullmatch(metric):
         raise ConfigError(
             f"expected {', '.join(BUILT_IN)}, or a function of your own as module:function (given {metric!r})"
@@ -68,6 +68,6 @@ def _known(metric: str) -> str:
 
 Metric = Annotated[
     str,
-    AfterValidator(_known),
+    AfterValidator(_check_name),
     WithJsonSchema({"anyOf": [{"enum": list(BUILT_IN)}, {"type": "string", "pattern": _FUNCTION.pattern}]}),
 ]

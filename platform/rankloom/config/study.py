@@ -220,7 +220,7 @@ class StudyConfig(Frozen):
     def _check_branches(self) -> StudyConfig:
         if "name" in self.trial:
             raise ConfigError("trial.name: a study names its trials itself; remove it")
-        for index in range(max(1, len(self.search.warm_start))):  # without any, `trial` as it stands
+        for index in range(max(1, len(self.search.warm_start))):  # without any, `trial` itself
             self.resolve({"warm_start": index})
         for index in range(len(self.space)):
             self._check_branch(index)

@@ -185,26 +185,26 @@ def _read_elements(lines: io.BufferedReader, file: str, num_rows: int | None) ->
     text = b""
     while num_rows is not None and (chunk := lines.read(max(CHUNK_BYTES, len(text)))):
         text += chunk
-        if len(found := _whole_elements(text, num_rows)) == num_rows:
-            return found
+        if len(elements := _whole_elements(text, num_rows)) == num_rows:
+            return elements
     whole: list[Any] = _parse_json(text + lines.read(), file, "")  # the file is short or malformed; parsing says how
     return whole
 
 
 def _whole_elements(text: bytes, limit: int) -> list[Any]:
     """Return the first elements of a list, up to one that is cut off or malformed."""
-    found: list[Any] = []
+    elements: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):  # cut off
         start = codecs.getincrementaldecoder("utf-8")().decode(text)
         place = start.index("[") + 1
-        while len(found) < limit:
+        while len(elements) < limit:
             element, place = _DECODER.raw_decode(start, _skip_space(start, place))
             place = _skip_space(start, place)
             if start[place : place + 1] != ",":  # the last element, or a number that is cut off
                 break
-            found.append(element)
+            elements.append(element)
             place += 1
-    return found
+    return elements
 
 
 def _skip_space(text: str, place: int) -> int:

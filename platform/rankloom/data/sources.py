@@ -316,8 +316,8 @@ def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if "://" not in path:
         return LocalFileSystem(), str(Path(path).expanduser().absolute())
     try:
-        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
-        return found
+        filesystem: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
+        return filesystem
     except ImportError as error:
         missing = error
     except ValueError as error:

@@ -173,13 +173,13 @@ class ChatTemplate:
 
 def merge_system(messages: Sequence[Message]) -> list[Message]:
     """Put each system text at the start of the user's turn after it, for templates without a system role."""
-    found: list[Message] = []
+    merged: list[Message] = []
     for message in messages:
         texts: list[str] = []
-        while message["role"] == "user" and found and found[-1]["role"] == "system":
-            texts.insert(0, found.pop()["content"])
-        found.append({**message, "content": "\n\n".join([*texts, message["content"]])} if texts else message)
-    return found
+        while message["role"] == "user" and merged and merged[-1]["role"] == "system":
+            texts.insert(0, merged.pop()["content"])
+        merged.append({**message, "content": "\n\n".join([*texts, message["content"]])} if texts else message)
+    return merged
 
 
 def _mark_message(message: Message, mark: str) -> Message:

@@ -1,4 +1,4 @@
-"""Free greedy generation to the end of the turn, and the texts that it is held against."""
+"""Free greedy generation to the end of the turn, and the reference texts to compare it with."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def generate_completions(
     batch_size: int,
     lockstep: bool = False,
 ) -> list[str]:
-    """The text that greedy decoding gives each row's prompt, in the rows' order, without the end of the turn.
+    """Return the greedy continuation of each row's prompt, in the rows' order, without the end of the turn.
 
     Args:
-        lockstep: decode until all workers of a sharded model are done, each with as many batches.
+        lockstep: decode until all workers of a sharded model are done; each must have an equal number of batches.
     """
     bare, device = unwrap(model), device_of(model)
     ends = end_ids(tokenizer, rows)

@@ -1,9 +1,9 @@
 """A metric of the user's own: a function of a model's predictions on all rows.
 
     def f1(rows: Sequence[Prediction]) -> float                   one number for all rows
-    def overlap(rows: Sequence[Prediction]) -> Sequence[float]    a number a row: their mean, with an interval
+    def overlap(rows: Sequence[Prediction]) -> Sequence[float]    one number per row: their mean, with an interval
 
-It is called in the process that trains or scores, on one worker. Nothing here imports torch.
+One worker of the process that trains or scores calls it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FIELD = "eval.metric"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row, and what the model makes of it."""
+    """One row, with the model's answer."""
 
     prompt: str
-    """What the model read, without special tokens."""
+    """Text of the prompt, without special tokens."""
     reference: str
     """The row's completion; in classification its label."""
     prediction: str
-    """The text that greedy decoding gave; in classification the label that was chosen."""
+    """The greedily decoded text; in classification the chosen label."""
 
 
 MetricFunction = Callable[[Sequence[Prediction]], float | Sequence[float]]
@@ -46,10 +46,10 @@ def load_metric(metric: str, given: MetricFunction | None = None) -> MetricFunct
     """Return the function that a config names; None for rankloom's own metrics.
 
     Args:
-        given: the function, where Python code handed it over.
+        given: the function, if Python code passed it.
 
     Raises:
-        ConfigError: it can't be imported, is not callable, or does not take the predictions as its one argument.
+        ConfigError: it can't be imported, is not callable, or does not take the predictions as its only argument.
     """
     if not is_own(metric):
         return None
@@ -58,7 +58,7 @@ def load_metric(metric: str, given: MetricFunction | None = None) -> MetricFunct
             f"{FIELD}: {metric!r} was a function that Python code handed over; hand it over again with metric=..., or "
             f"name an importable one as module:function"
         )
-    function = given if given is not None else _imported(metric)
+    function = given if given is not None else _import(metric)
     if not callable(function):
         raise ConfigError(f"{FIELD}: {metric} is a {type(function).__name__}; expected a function")
     try:
@@ -74,10 +74,10 @@ def compute(function: MetricFunction, config: EvalConfig, predictions: Sequence[
     """Return the metric's value on all rows.
 
     Args:
-        config: names the metric, and says where it is best.
+        config: its name, and whether its best value is the highest or the lowest.
 
     Raises:
-        TrialError: the function fails, or what it returns is neither a finite number nor one for each row.
+        TrialError: the function fails, or returns neither a finite number nor one for each row.
     """
     metric = config.metric
     try:
@@ -99,9 +99,9 @@ def compute(function: MetricFunction, config: EvalConfig, predictions: Sequence[
     return MetricValue(name=metric, best=config.best, value=value, low=low, high=high)
 
 
-def _imported(metric: str) -> Any:
+def _import(metric: str) -> Any:
     module, _, name = metric.partition(":")
-    if os.getcwd() not in sys.path:  # a console script's path lacks it, and a metric often lies beside its config
+    if os.getcwd() not in sys.path:  # a console script's path lacks it, but a metric is often next to its config
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)

@@ -28,7 +28,7 @@ from rankloom.evals.own_metric import MetricFunction, Prediction, compute, load_
 from rankloom.registry.scorecard import Measures, Proportion
 
 CHECKED_ROWS = 32
-"""Rows that the user's own metric is tried on before anything starts."""
+"""Rows on which the user's own metric is tried before anything starts."""
 SEED = 0
 """Seed that chooses the test rows if `eval.max_test_rows` leaves some out; equal for every trial."""
 
@@ -42,10 +42,10 @@ def measure(
 ) -> Measures:
     """Score a model on the test rows.
 
-    Constrained accuracy stands in for exact match in classification; plain text, which has no prompts, has neither.
+    Classification gets constrained accuracy instead of exact match; plain text, which has no prompts, gets neither.
 
     Args:
-        own: the function that `eval.metric` names, where it is the user's.
+        own: the user's function, if `eval.metric` names one.
     """
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
     limit = config.max_test_rows
@@ -83,12 +83,12 @@ def measure(
 def _check_prompts(data: TaskData) -> None:
     if not has_prompts(data):
         raise ConfigError(
-            "eval.metric: a metric of your own needs rows with prompts, which the format text has not; use loss"
+            "eval.metric: a metric of your own needs rows with prompts, which the format text does not have; use loss"
         )
 
 
 def validation_rows(data: TaskData, limit: int | None) -> Rows:
-    """Return the validation rows of every evaluation, or as many of them as `eval.max_rows` says."""
+    """Return the validation rows of every evaluation, at most `limit` (`eval.max_rows`)."""
     return data.validation if limit is None else data.validation.select(limit, seed=SEED)
 
 
@@ -121,10 +121,11 @@ def predict(
 def check_metric(
     config: EvalConfig, tokenizer: PreTrainedTokenizerBase, data: TaskData, own: MetricFunction | None = None
 ) -> None:
-    """Refuse a metric that this data can't have, or the user's own where it fails on right predictions.
+    """Check that this data permits the metric, and that the user's own metric works on correct predictions.
 
     Raises:
-        ConfigError: the data has no prompts. TrialError: as `compute`.
+        ConfigError: the data has no prompts.
+        TrialError: as in `compute`.
     """
     if (function := load_metric(config.metric, own)) is None:
         return
@@ -145,10 +146,10 @@ class Validation:
     loss_sum: float
     weight_sum: float
     correct: int
-    """Rows whose constrained label is right; 0 where `eval.metric` is the loss."""
+    """Rows whose constrained label is right; 0 if `eval.metric` is the loss."""
     num_rows: int
     predictions: list[Prediction]
-    """Of this worker's rows, in their order; empty where `eval.metric` is the loss."""
+    """Predictions of this worker's rows, in their order; empty if `eval.metric` is the loss."""
 
 
 def validate(

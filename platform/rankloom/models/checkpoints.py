@@ -298,14 +298,14 @@ def _find_misshapen(model: PreTrainedModel) -> set[str]:
         return set()
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and most bases are plain
 
-    found = set()
+    misshapen = set()
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             state = getattr(module.weight, "quant_state", None)
             shape = module.weight.shape if state is None else state.shape
             if tuple(shape) != (module.out_features, module.in_features):
-                found.add(f"{name}.weight")
-    return found
+                misshapen.add(f"{name}.weight")
+    return misshapen
 
 
 def _find_codes(tensors: Mapping[str, Path]) -> list[str]:
@@ -313,14 +313,14 @@ def _find_codes(tensors: Mapping[str, Path]) -> list[str]:
 
     Old checkpoints keep attention masks (`attn.bias`) as bytes.
     """
-    found = []
+    codes = []
     for file in sorted(set(tensors.values())):
         with safe_open(file, framework="pt") as opened:
             for name in list(opened.keys()):
                 tensor = opened.get_slice(name)
                 if tensor.get_dtype() in CODES and len(tensor.get_shape()) > 1 and not name.endswith("bias"):
-                    found.append(name)
-    return found
+                    codes.append(name)
+    return codes
 
 
 def _find_surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
@@ -333,14 +333,14 @@ def _find_surplus(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
     blocks = {f"{name}.{i}" for name, m in modules.items() if isinstance(m, nn.ModuleList) for i in range(len(m))}
     layers = {name for name, module in modules.items() if _is_layer(module)}
     prefix = f"{model.base_model_prefix}."
-    found = set()
+    surplus = set()
     for key in unexpected:
         parts = key.split(".")
         owners = {".".join(parts[:i]) for i in range(1, len(parts))}
         owners |= {f"{prefix}{owner}" for owner in owners}  # checkpoints of the bare model lack it
         if owners & layers or (owners & blocks and parts[-1] == "weight"):
-            found.add(key)
-    return found
+            surplus.add(key)
+    return surplus
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -47,10 +47,10 @@ def _rows(record: Record, card: Scorecard) -> tuple[str | None, int]:
 
 
 def _same_metric(cards: Sequence[Scorecard]) -> MetricValue | None:
-    """The user's own metric, where all were scored by the same."""
-    found = [card.result.metric for card in cards]
-    first = found[0]
-    if first is None or any(other is None or (other.name, other.best) != (first.name, first.best) for other in found):
+    """Return the user's own metric if it scored all cards, else None."""
+    metrics = [card.result.metric for card in cards]
+    first = metrics[0]
+    if first is None or any(other is None or (other.name, other.best) != (first.name, first.best) for other in metrics):
         return None
     return first
 

@@ -98,7 +98,7 @@ _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "exact_match": ("exact match [95 %]", _share),
     "metric": ("own metric [95 %]", _metric),
     "retention_loss": ("retention loss", "{:.4f}".format),
-    "latency_ms": ("decode latency, ms a token", "{:.1f}".format),
+    "latency_ms": ("decode latency, ms per token", "{:.1f}".format),
     "generated_tokens_per_s": ("generation, tokens/s", "{:.0f}".format),
 }
 _SERVABLE = {

@@ -137,14 +137,14 @@ def check_files(folder: Path, record: Record) -> None:
     Raises:
         RegistryError: lists every difference.
     """
-    found = {entry.name: entry for entry in folder.iterdir() if entry.name != RECORD}
-    problems = [f"{name} is missing" for name in sorted(set(record.files) - set(found))]
-    problems += [f"{name} is not in the record" for name in sorted(set(found) - set(record.files))]
-    for name in sorted(set(found) & set(record.files)):
-        if reason := _refusal(found[name]):
+    entries = {entry.name: entry for entry in folder.iterdir() if entry.name != RECORD}
+    problems = [f"{name} is missing" for name in sorted(set(record.files) - set(entries))]
+    problems += [f"{name} is not in the record" for name in sorted(set(entries) - set(record.files))]
+    for name in sorted(set(entries) & set(record.files)):
+        if reason := _refusal(entries[name]):
             problems.append(reason)
             continue
-        stored, expected = describe(found[name]), record.files[name]
+        stored, expected = describe(entries[name]), record.files[name]
         if stored.bytes != expected.bytes:
             problems.append(f"{name} has {stored.bytes} bytes; its record says {expected.bytes}")
         elif stored.sha256 != expected.sha256:

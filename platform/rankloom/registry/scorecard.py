@@ -48,7 +48,7 @@ class Measures(_Plain):
     exact_match: Proportion | None = None
     """Proportion of rows whose free greedy generation equals the completion; not measured for plain text."""
     metric: MetricValue | None = None
-    """Of `eval.metric`, where it is a function of the user's own."""
+    """Value of `eval.metric`, if it is the user's own function."""
     retention_loss: float | None = None
     """Loss on the retention data set, in nats per token."""
     latency_ms: float | None = None

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.events import Evaluated, Event, RunResumed, StepFinished, TrialEnded, read_events
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
+from rankloom.search import tune_searcher
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.priors import read_priors
+from rankloom.search.saved_state import alias_moved_module
 from rankloom.search.tune_searcher import StudySearcher
 
 
@@ -69,6 +74,12 @@ def test_a_journal_is_read_and_a_searcher_restored(last_version: Path) -> None:
     searcher.restore_from_dir(str(last_version / "studies" / "stopped" / "tune"))
     assert searcher.suggest("another") == "FINISHED"  # its three trials were proposed
     assert type(searcher._proposer) is type(StudySearcher(config)._proposer)
+
+
+def test_a_populations_points_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rankloom.search.searchers", raising=False)
+    alias_moved_module()
+    assert pickle.loads(b"crankloom.search.searchers\n_Of\n.") is tune_searcher._Of
 
 
 def test_the_trials_of_a_finished_study_are_priors(last_version: Path) -> None:

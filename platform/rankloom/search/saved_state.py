@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ def load_state(file: Path) -> Any:
     """Unpickle a file of a study's own folder, which Ray Tune unpickles files of too."""
     with file.open("rb") as opened:
         return _Unpickler(opened).load()
+
+
+def alias_moved_module() -> None:
+    """Let Ray Tune unpickle a population's points, which it keeps itself, of a class in a module that has moved."""
+    here = importlib.import_module("rankloom.search.tune_searcher")
+    sys.modules.setdefault("rankloom.search.searchers", here)
 
 
 class _Unpickler(pickle.Unpickler):

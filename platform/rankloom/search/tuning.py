@@ -104,6 +104,7 @@ def search(
 def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal) -> None:
     from ray import tune
 
+    from rankloom.search.saved_state import alias_moved_module
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.trainable import StudyTrial
     from rankloom.search.tune_searcher import StudySearcher, population
@@ -119,6 +120,7 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
     )
     is_population = isinstance(study.scheduler, PbtConfig)
     searcher = None if is_population else StudySearcher(study, known)
+    alias_moved_module()
     if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
         try:
             StudySearcher(study, known).restore_from_dir(str(folder / TUNE))

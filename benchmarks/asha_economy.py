@@ -20,7 +20,7 @@ from common import RESULTS, machine, since, tiny_llama, today, write_json
 
 from rankloom.config import StudyConfig, parse
 from rankloom.events import Event, TrialEnded
-from rankloom.search.study import run
+from rankloom.search.study import tune
 
 TOLERANCE = 0.02
 """ASHA's best counts as equally good if its validation loss is at most this share above the other's."""
@@ -70,16 +70,16 @@ def run_search(study: StudyConfig) -> dict[str, Any]:
         if isinstance(event, TrialEnded):
             seconds["search"] = since(started)
 
-    result = run(study, on_event=take)
-    rows = pq.read_table(result["results"]).to_pylist()
+    result = tune(study, on_event=take)
+    rows = pq.read_table(result.results).to_pylist()
     best = min((row for row in rows if row["best_loss"] is not None), key=lambda row: row["best_loss"])
-    [host] = result["hosts"]
+    [host] = result.hosts
     del host["first_steps"]
     return {
         "best_loss": best["best_loss"],
         "best_number": best["number"],
-        "counts": result["counts"],
-        "reported_tokens": result["tokens"],
+        "counts": result.counts,
+        "reported_tokens": result.tokens,
         "trained_tokens": host["tokens"],
         "occupancy": round(host["occupancy"], 3),
         "search_s": seconds["search"],

@@ -110,7 +110,7 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the study; return the seconds to the last trial's end, and each trial's validation loss."""
     import ray
 
-    from rankloom.search.study import run
+    from rankloom.search.study import tune
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     study = parse(StudyConfig, spec["study"])
@@ -126,10 +126,10 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
             if event.error:
                 raise SystemExit(f"{event.name}: {event.error}")
 
-    result = run(study, on_event=take)
-    for host in result["hosts"]:
+    result = tune(study, on_event=take)
+    for host in result.hosts:
         del host["first_steps"]
-    return found | {"hosts": result["hosts"]}
+    return found | {"hosts": list(result.hosts)}
 
 
 def by_ray_tune(spec: dict[str, Any]) -> dict[str, Any]:

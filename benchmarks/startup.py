@@ -49,7 +49,7 @@ def drive(study: dict[str, Any]) -> dict[str, Any]:
     """Run the driver; return the clock time of each event."""
     from rankloom.config import StudyConfig, parse
     from rankloom.events import Event, PhaseStarted, TrialStarted
-    from rankloom.search.study import run
+    from rankloom.search.study import tune
 
     parsed = parse(StudyConfig, study)
     times: dict[str, Any] = {"phases": [], "trials": {}}
@@ -61,7 +61,7 @@ def drive(study: dict[str, Any]) -> dict[str, Any]:
             case TrialStarted(trial=trial):
                 times["trials"][trial] = time.time()
 
-    [host] = run(parsed, on_event=take)["hosts"]
+    [host] = tune(parsed, on_event=take).hosts
     return times | {"first_steps": host["first_steps"], "load_s": host["load_s"], "import_s": host["import_s"]}
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         cells = [name, f"**{each['until_the_step_s']}**", each["to_first_step_s"], each["importing_s"], each["ray_s"]]
         cells += [each["torch_s"], each["loading_s"], each["host_process_and_first_step_s"]]
         until, done = each["later_trials_s"]["until_the_step"], each["later_trials_s"]["step_done"]
-        cells += [f"**{until['median']}**", until["most"], done["median"], done["most"]]
+        cells += [f"**{until['median']}**", until["most"], done.median, done.most]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -7,7 +7,6 @@ RANKLOOM_SERVE=configs/serve/banking77.yaml serve build serve.app:app -o deploy.
 import os
 from typing import Any
 
-from rankloom.cli.configs import find_config
 from rankloom.config import load
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.app import application, build
@@ -19,4 +18,4 @@ def __getattr__(name: str) -> Any:
     """Return `app`, the application of the config that `$RANKLOOM_SERVE` names, made on first use."""
     if name != "app":
         raise AttributeError(name)
-    return application(load(ServeConfig, find_config(os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml"))))
+    return application(load(ServeConfig, os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml")))

@@ -59,7 +59,7 @@ class PhaseStarted(_Printable):
 
     kind: ClassVar[str] = "phase"
     phase: str
-    """launch, data, model, train, export, score, publish or priors."""
+    """launch, data, model, train, export, score, publish, priors or serve."""
     message: str
     """What is done, for a person."""
 

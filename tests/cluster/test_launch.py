@@ -45,20 +45,20 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
     result = train_trial(trial, on_event=watch)
 
     assert killed
-    assert result["status"] == "done"
-    assert result["steps"] == 160
+    assert result.status == "done"
+    assert result.steps == 160
     [resumed] = [event.step for event in events if isinstance(event, RunResumed)]
     assert resumed >= 20
     kinds = {event.kind for event in events}
     assert {"phase", "data", "step", "eval", "done"} <= kinds
     assert {event.step for event in events if isinstance(event, StepFinished)} == set(range(1, 161))
-    run = Path(result["run"])
+    run = Path(result.run)
     assert (run / "events.jsonl").read_text().count('"event": "eval"') == len(
         [e for e in events if isinstance(e, Evaluated)]
     )
     assert list((run / "tensorboard").iterdir())
     assert sum(path.is_dir() and path.name.startswith("checkpoint") for path in run.iterdir()) <= 3
-    record = Registry(result["registry"]).verify("tiny@1")
+    record = Registry(result.registry).verify("tiny@1")
     assert record.scorecard is not None
     assert record.scorecard.steps == 160
 
@@ -74,8 +74,8 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
             stop.set()
 
     stopped = train_trial(trial, on_event=stop_at_30, stop=stop)
-    assert stopped["status"] == "interrupted"
-    assert 30 <= stopped["steps"] < 400
+    assert stopped.status == "interrupted"
+    assert 30 <= stopped.steps < 400
 
     with pytest.raises(ConfigError, match=r"run 'tiny' exists at .*--resume continues it"):
         train_trial(trial)
@@ -86,13 +86,13 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
 
     events: list[Event] = []
     finished = train_trial(
-        parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True, on_event=events.append
+        parse(TrialConfig, settings | {"budget": {"steps": stopped.steps + 5}}), resume=True, on_event=events.append
     )
-    assert finished["status"] == "done"
-    assert [event.step for event in events if isinstance(event, RunResumed)] == [stopped["steps"]]
-    assert min(event.step for event in events if isinstance(event, StepFinished)) == stopped["steps"] + 1
+    assert finished.status == "done"
+    assert [event.step for event in events if isinstance(event, RunResumed)] == [stopped.steps]
+    assert min(event.step for event in events if isinstance(event, StepFinished)) == stopped.steps + 1
 
-    again = train_trial(parse(TrialConfig, settings | {"budget": {"steps": stopped["steps"] + 5}}), resume=True)
+    again = train_trial(parse(TrialConfig, settings | {"budget": {"steps": stopped.steps + 5}}), resume=True)
     assert again == finished
 
 

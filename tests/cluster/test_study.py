@@ -23,7 +23,7 @@ from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
-from rankloom.search.study import run
+from rankloom.search.study import tune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -48,19 +48,19 @@ def reports_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.usefixtures("local_ray")
 def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
     events: list[Event] = []
-    result = run(parse(StudyConfig, tiny_study()), on_event=events.append)
+    result = tune(parse(StudyConfig, tiny_study()), on_event=events.append)
 
     assert {"phase", "trial", "report", "end", "status"} <= {event.kind for event in events}
-    counts = result["counts"]
-    assert result["status"] == "done"
+    counts = result.counts
+    assert result.status == "done"
     assert sum(counts.values()) == 12
     assert counts["stopped"] >= 4
     assert counts["done"] >= 1
     assert counts["failed"] == counts["running"] == 0
-    [host] = result["hosts"]
-    assert result["tokens"] <= host["tokens"] < 1.5 * result["tokens"]  # what was trained ahead in vain is bounded
+    [host] = result.hosts
+    assert result.tokens <= host["tokens"] < 1.5 * result.tokens  # what was trained ahead in vain is bounded
 
-    table = pq.read_table(result["results"]).to_pylist()
+    table = pq.read_table(result.results).to_pylist()
     assert [row["number"] for row in table] == list(range(12))
     for row in table:
         steps = [point["step"] for point in row["curve"]]
@@ -70,28 +70,28 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
         assert row["status"] == ("done" if steps[-1] == 27 else "stopped")
 
     best = min(table, key=lambda row: row["best_loss"])
-    winner = result["winner"]
-    assert (winner["trial"], winner["published"][0]) == (best["trial"], "tiny@1")
-    assert {row["method"] for row in result["finalists"]} == {"lora", "dora"}
-    assert 0 in {row["number"] for row in result["finalists"]}
-    assert result["beats_baseline"] in (True, False) or winner["number"] == 0
-    registry = Registry(result["registry"])
-    for row in result["finalists"]:
-        for ref in row["published"]:
+    winner = result.winner
+    assert (winner.trial, winner.published[0]) == (best["trial"], "tiny@1")
+    assert {row.method for row in result.finalists} == {"lora", "dora"}
+    assert 0 in {row.number for row in result.finalists}
+    assert result.beats_baseline in (True, False) or winner.number == 0
+    registry = Registry(result.registry)
+    for row in result.finalists:
+        for ref in row.published:
             record = registry.verify(ref)
-            assert (record.lineage.study, record.lineage.run) == ("tiny", row["name"])
+            assert (record.lineage.study, record.lineage.run) == ("tiny", row.name)
             assert record.scorecard is not None
     assert set(registry.names()) == {"tiny", "tiny-lora", "tiny-dora"}
-    curves = EventAccumulator(str(Path(result["study"]) / "tensorboard" / winner["name"])).Reload()
+    curves = EventAccumulator(str(Path(result.folder) / "tensorboard" / winner.name)).Reload()
     assert [point.step for point in curves.Scalars("eval/loss")] == [point["step"] for point in best["curve"]]
-    assert curves.Scalars("result/loss")[0].value == pytest.approx(winner["scorecard"]["result"]["loss"])
+    assert curves.Scalars("result/loss")[0].value == pytest.approx(winner.scorecard.result.loss)
 
     config = parse(StudyConfig, tiny_study())
-    assert run(config, resume=True) == result
+    assert tune(config, resume=True) == result
     with pytest.raises(ConfigError, match=r"study 'tiny' exists at .*--resume continues it"):
-        run(config)
+        tune(config)
     with pytest.raises(ConfigError, match=r"search\.num_trials: 12 -> 13"):
-        run(parse(StudyConfig, tiny_study(search={"num_trials": 13})), resume=True)
+        tune(parse(StudyConfig, tiny_study(search={"num_trials": 13})), resume=True)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -110,11 +110,11 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(
                 killed.append(name)
                 os.kill(processes_named(name)[0], signal.SIGKILL)
 
-    result = run(parse(StudyConfig, settings), on_event=watch)
+    result = tune(parse(StudyConfig, settings), on_event=watch)
 
     assert killed == ["ray::HostActor", "ray::Stage"]
-    assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
-    for row in pq.read_table(result["results"]).to_pylist():
+    assert result.counts == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
+    for row in pq.read_table(result.results).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))
 
 
@@ -131,8 +131,8 @@ def test_what_fails_alone_and_what_fails_for_all(tiny_study: Make, tmp_path: Pat
     )  # fmt: skip
     settings["trial"]["method"] = {"type": "lora", "rank": 4}
     settings["trial"]["budget"] = {"steps": 6}
-    result = run(parse(StudyConfig, settings))
-    rows = pq.read_table(result["results"]).to_pylist()
+    result = tune(parse(StudyConfig, settings))
+    rows = pq.read_table(result.results).to_pylist()
     assert rows[0]["status"] == "done"
     wide = [row for row in rows[1:] if json.loads(row["point"])["branch"] == 1]
     assert wide
@@ -142,10 +142,10 @@ def test_what_fails_alone_and_what_fails_for_all(tiny_study: Make, tmp_path: Pat
     settings = tiny_study(name="empty")
     settings["trial"]["data"]["train"] = str(tmp_path / "empty.csv")
     with pytest.raises(RankloomError, match=r"empty\.csv"):
-        run(parse(StudyConfig, settings))
+        tune(parse(StudyConfig, settings))
     settings["trial"]["data"]["train"] = str(tmp_path / "rows.csv")  # mended: nothing was trained, so it may start
     settings["search"]["num_trials"] = 1
-    assert run(parse(StudyConfig, settings))["counts"]["done"] == 1
+    assert tune(parse(StudyConfig, settings)).counts["done"] == 1
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -159,16 +159,16 @@ def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study
         scheduler={"type": "fifo"},
     )
     settings["trial"]["budget"] = {"steps": 6}
-    result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
-    rows = {row["method"]: row for row in pq.read_table(result["results"]).to_pylist()}
+    result = tune(parse(StudyConfig, settings))
+    assert result.counts == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    rows = {row["method"]: row for row in pq.read_table(result.results).to_pylist()}
     assert set(rows) == {"lora", "full", "dora"}
-    bases = {row["costs"]["memory_bytes"] - 4 * row["scorecard"]["trainable_parameters"] for row in result["finalists"]}
+    bases = {row.costs["memory_bytes"] - 4 * row.scorecard.trainable_parameters for row in result.finalists}
     assert len(bases) == 1  # measured in a host or at a run's end, it is the same base under each method's adapter
     for row in rows.values():
         assert row["latency_ms"] > 0
         assert [point["step"] for point in row["curve"]][:2] == [3, 6]
-    registry = Registry(result["registry"])
+    registry = Registry(result.registry)
     assert registry.verify("tiny-full@1").servable == "extracted"
     assert registry.verify("tiny-dora@1").servable == "itself"
 
@@ -182,11 +182,11 @@ def test_a_population_copies_weights_and_rates_from_its_best(tiny_study: Make) -
         hosts={"num_slots": 2, "max_rank": 16},
     )
     events: list[Event] = []
-    result = run(parse(StudyConfig, settings), on_event=events.append)
-    assert result["counts"] == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
+    result = tune(parse(StudyConfig, settings), on_event=events.append)
+    assert result.counts == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
     begun = [event.trial for event in events if isinstance(event, TrialStarted)]
     assert len(begun) > len(set(begun)) == 4  # some trial went on with another's settings
-    for row in pq.read_table(result["results"]).to_pylist():
+    for row in pq.read_table(result.results).to_pylist():
         assert row["curve"][-1]["step"] == 27
 
 
@@ -201,12 +201,12 @@ def test_hyperband_and_median_stopping_end_what_is_behind(tiny_study: Make, sche
     settings["space"] = [
         {"method": {"type": "lora", "rank": 4}, "optim": {"learning_rate": {"choice": [1e-8, 1e-2]}}},
     ]
-    result = run(parse(StudyConfig, settings))
-    counts = result["counts"]
+    result = tune(parse(StudyConfig, settings))
+    counts = result.counts
     assert counts["done"] + counts["stopped"] == 12
     assert counts["done"] >= 3
     assert counts["stopped"] >= 3
-    rows = pq.read_table(result["results"]).to_pylist()
+    rows = pq.read_table(result.results).to_pylist()
     done, stopped = ([row["best_loss"] for row in rows if row["status"] == each] for each in ("done", "stopped"))
     assert min(done) < min(stopped)
 
@@ -221,31 +221,31 @@ def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> 
     search = {"algorithm": "optuna", "num_trials": 8, "objectives": ["memory_bytes", "latency_ms"]}
     settings = tiny_study(space=space, search=search, scheduler={"type": "fifo"}, final={"top_k": 1})
     settings["trial"]["budget"] = {"steps": 6}
-    result = run(parse(StudyConfig, settings))
+    result = tune(parse(StudyConfig, settings))
 
-    rows = {row["trial"]: row for row in pq.read_table(result["results"]).to_pylist()}
-    assert result["counts"]["done"] == 8
+    rows = {row["trial"]: row for row in pq.read_table(result.results).to_pylist()}
+    assert result.counts["done"] == 8
     assert {row["method"] for row in rows.values()} == {"lora", "dora"}
     base = {row["memory_bytes"] - 4 * json.loads(row["config"])["method"]["rank"] * PER_RANK for row in rows.values()}
     assert max(base) - min(base) == 4 * MAGNITUDES
     assert len(base) == 2  # with DoRA's magnitudes, and without
     assert all(row["latency_ms"] > 0 for row in rows.values())
-    front = {row["trial"] for row in result["front"]}
+    front = {row.trial for row in result.front}
     assert front == {trial for trial, row in rows.items() if row["on_front"]}
     best = min(rows.values(), key=lambda row: row["best_loss"])
     assert best["trial"] in front
-    assert result["winner"]["trial"] == best["trial"]
-    registry = Registry(result["registry"])
+    assert result.winner.trial == best["trial"]
+    registry = Registry(result.registry)
     assert len(registry.versions("tiny-front")) == len(front)
     table = result_rows(result)
     assert table[0][5:8] == ("front", "memory", "latency")
     assert sum(row[5] == "yes" for row in table) == len(front)
 
     events: list[Event] = []
-    settings |= {"name": "again", "search": search | {"num_trials": 2, "priors": [result["study"]]}}
-    again = run(parse(StudyConfig, settings), on_event=events.append)
+    settings |= {"name": "again", "search": search | {"num_trials": 2, "priors": [result.folder]}}
+    again = tune(parse(StudyConfig, settings), on_event=events.append)
     # the baseline, LoRA of rank 16, lies in the space as well
-    assert again["priors"] == {"told": 8, "skipped": {}}
+    assert again.priors == {"told": 8, "skipped": {}}
     told = [event.message for event in events if isinstance(event, PhaseStarted) and event.phase == "priors"]
     assert told == ["the searcher knows 8 earlier trials"]
 
@@ -261,10 +261,10 @@ def test_what_can_not_be_is_refused_and_counted_and_the_search_goes_on(tiny_stud
     search = {"algorithm": algorithm, "num_trials": 8, "seed": 1}
     settings = tiny_study(space=[space], search=search, scheduler={"type": "fifo"}, final={"top_k": 1})
     settings["trial"]["budget"] = {"steps": 3}
-    result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
-    assert result["num_refused"] >= 1
-    for row in pq.read_table(result["results"]).to_pylist():
+    result = tune(parse(StudyConfig, settings))
+    assert result.counts == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
+    assert result.num_refused >= 1
+    for row in pq.read_table(result.results).to_pylist():
         optim = json.loads(row["config"])["optim"]
         assert optim["batch_size"] >= optim["accumulation"]
 
@@ -281,9 +281,9 @@ def test_a_stopped_study_goes_on_with_its_own_data(tiny_study: Make, tmp_path: P
             stop.set()
 
     config = parse(StudyConfig, settings)
-    stopped = run(config, on_event=stop_when_some_are_done, stop=stop)
-    assert stopped["status"] == "interrupted"
-    before = reports_of(Path(stopped["study"]))
+    stopped = tune(config, on_event=stop_when_some_are_done, stop=stop)
+    assert stopped.status == "interrupted"
+    before = reports_of(Path(stopped.folder))
     ended = {trial for trial, reports in before.items() if reports[-1]["step"] == 27}
     assert 1 <= len(ended) < 8
 
@@ -292,12 +292,12 @@ def test_a_stopped_study_goes_on_with_its_own_data(tiny_study: Make, tmp_path: P
     swapped = rows.replace("transfer\n", "x\n").replace("card_lost\n", "transfer\n").replace("x\n", "card_lost\n")
     data.write_text(swapped)
     with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
-        run(config, resume=True)
+        tune(config, resume=True)
     data.write_text(rows)
 
-    result = run(config, resume=True)
-    assert result["counts"] == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
-    after = reports_of(Path(stopped["study"]))
+    result = tune(config, resume=True)
+    assert result.counts == {"running": 0, "done": 8, "stopped": 0, "failed": 0}
+    after = reports_of(Path(stopped.folder))
     for trial in ended:
         assert after[trial] == before[trial]
 
@@ -309,16 +309,16 @@ def test_a_study_of_dedicated_runs_goes_on_with_its_own_data(tiny_study: Make, t
     settings = tiny_study(space=[full], search={"algorithm": "grid"}, scheduler={"type": "fifo"}, hosts=hosts)
     settings["trial"] |= {"budget": {"steps": 3}, "method": {"type": "full", "extract_rank": 4}}
     config, stop = parse(StudyConfig, settings), threading.Event()
-    stopped = run(config, on_event=lambda event: stop.set() if isinstance(event, TrialEnded) else None, stop=stop)
-    assert stopped["status"] == "interrupted"
+    stopped = tune(config, on_event=lambda event: stop.set() if isinstance(event, TrialEnded) else None, stop=stop)
+    assert stopped.status == "interrupted"
 
     data = tmp_path / "rows.csv"
     rows = data.read_text()
     data.write_text(rows.replace("transfer\n", "moved\n"))
     with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
-        run(config, resume=True)  # its next trial, which begins only now
+        tune(config, resume=True)  # its next trial, which begins only now
     data.write_text(rows)
-    assert run(config, resume=True)["counts"]["done"] == 3
+    assert tune(config, resume=True).counts["done"] == 3
 
 
 def test_a_killed_driver_costs_no_finished_trial(tiny_study: Make, tmp_path: Path) -> None:

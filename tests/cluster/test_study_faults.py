@@ -20,7 +20,7 @@ import yaml
 
 from rankloom.config import StudyConfig, parse
 from rankloom.registry import Registry
-from rankloom.search.study import run
+from rankloom.search.study import tune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -41,9 +41,9 @@ def test_a_trial_that_diverges_ends_with_its_reason_and_the_others_go_on(tiny_st
         search={"algorithm": "grid"},
         scheduler={"type": "fifo"},
     )
-    result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 1}
-    for row in pq.read_table(result["results"]).to_pylist():
+    result = tune(parse(StudyConfig, settings))
+    assert result.counts == {"running": 0, "done": 3, "stopped": 0, "failed": 1}
+    for row in pq.read_table(result.results).to_pylist():
         if json.loads(row["point"]).get("branch") == 1:
             assert "lower optim.learning_rate (1)" in row["error"]
             assert row["steps"] < 27
@@ -63,10 +63,10 @@ def test_quantised_and_plain_bases_in_one_study(tiny_study: Make) -> None:
         scheduler={"type": "fifo"},
     )
     settings["trial"]["budget"] = {"steps": 6}
-    result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
-    assert len(result["hosts"]) == 2
-    registry = Registry(result["registry"])
+    result = tune(parse(StudyConfig, settings))
+    assert result.counts == {"running": 0, "done": 4, "stopped": 0, "failed": 0}
+    assert len(result.hosts) == 2
+    registry = Registry(result.registry)
     bases = {name: registry.verify(f"tiny-{name}@1").base.quantization for name in ("lora", "qlora", "qdora")}
     assert bases == {"lora": "none", "qlora": "nf4", "qdora": "nf4"}
 
@@ -87,13 +87,13 @@ def test_dedicated_trials_that_were_stopped_early_still_leave_their_best_adapter
     settings["trial"]["budget"] = {"steps": 400}
     settings["trial"]["eval"] |= {"every": 20}
     settings["trial"]["optim"] |= {"learning_rate": 1e-2}
-    result = run(parse(StudyConfig, settings))
-    assert result["counts"] == {"running": 0, "done": 1, "stopped": 4, "failed": 0}
-    by_method = {row["method"]: row for row in result["finalists"]}
+    result = tune(parse(StudyConfig, settings))
+    assert result.counts == {"running": 0, "done": 1, "stopped": 4, "failed": 0}
+    by_method = {row.method: row for row in result.finalists}
     for name in ("full", "galore", "lisa", "adalora"):
         assert by_method[name]["error"] is None
         assert by_method[name]["published"] == [f"tiny-{name}@1"]
-        servable = Registry(result["registry"]).verify(f"tiny-{name}@1").servable
+        servable = Registry(result.registry).verify(f"tiny-{name}@1").servable
         assert servable == ("rank pattern" if name == "adalora" else "extracted")
 
 
@@ -122,8 +122,8 @@ def test_ctrl_c_at_any_time_leaves_a_study_that_goes_on(tiny_study: Make, tmp_pa
         return log.read_text()
 
     assert "connecting" in interrupted("connecting")  # nothing has begun
-    assert "--resume goes on from here" in interrupted(" done")  # trials are under way
-    assert "--resume goes on from here" in interrupted("on the test rows", "--resume")  # the best are being scored
+    assert "--resume continues from here" in interrupted(" done")  # trials are under way
+    assert "--resume continues from here" in interrupted("on the test rows", "--resume")  # the best are being scored
     done = subprocess.run(
         [*command, "--resume", "--json"], env=environment, capture_output=True, text=True, check=False
     )

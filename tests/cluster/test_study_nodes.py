@@ -14,7 +14,7 @@ import pytest
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import TrialError
 from rankloom.events import Event, StudyStatus, TrialEvaluated
-from rankloom.search.study import run
+from rankloom.search.study import tune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -63,12 +63,12 @@ def test_members_are_spread_over_the_nodes_and_a_lost_node_costs_no_trial(tiny_s
         if isinstance(event, TrialEvaluated) and event.n >= 3 and spread and len(nodes) == 2:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
-    result = run(parse(StudyConfig, settings), on_event=watch)
+    result = tune(parse(StudyConfig, settings), on_event=watch)
 
     assert len(nodes) == 1
     assert spread == [[3, 3]]
-    assert result["counts"] == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
-    for row in pq.read_table(result["results"]).to_pylist():
+    assert result.counts == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
+    for row in pq.read_table(result.results).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 46, 3))
 
 
@@ -89,16 +89,16 @@ def test_a_lost_disk_stops_a_study_that_then_goes_on(tiny_study: Make, start: St
                     folder.write_text("no folder any more")
 
     with pytest.raises(TrialError, match=r"a host can't keep its trials: .*; make room there, --resume goes on"):
-        run(config, on_event=lose)
+        tune(config, on_event=lose)
     for file in tmp_path.glob("rankloom-host-*"):
         file.unlink()
-    result = run(config, resume=True)
-    assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
-    for row in pq.read_table(result["results"]).to_pylist():
+    result = tune(config, resume=True)
+    assert result.counts == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
+    for row in pq.read_table(result.results).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 28, 3))
 
 
 def test_a_study_that_fits_nowhere_says_what_to_lower(tiny_study: Make, start: Start) -> None:
     start(1, memory=200 * 2**20)
     with pytest.raises(TrialError, match=r"every trial of study 'tiny' failed: not even one slot .* are free; lower"):
-        run(parse(StudyConfig, tiny_study(search={"num_trials": 2})))
+        tune(parse(StudyConfig, tiny_study(search={"num_trials": 2})))

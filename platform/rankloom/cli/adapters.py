@@ -7,59 +7,23 @@ Each command is a thin shell over `rankloom.registry.Registry`; only `verify`, `
 from __future__ import annotations
 
 import enum
-import json
-import shutil
-from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankloom.cli.options import Json, Ref, Root, complete_ref, print_json
 from rankloom.config.printable import printable
-from rankloom.errors import RankloomError, RegistryError
-from rankloom.paths import registry_root
 
 if TYPE_CHECKING:
-    from rankloom.registry import Draft, Record, Registry
+    from rankloom.registry import Record, Registry
 
 app = typer.Typer(
     name="adapters", no_args_is_help=True, help="List, show, publish, promote, verify and export trained adapters."
 )
 
-_REF = "An adapter: name, name@3, name@latest or name@alias. A name alone is its champion, else its latest version."
-_PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 
-
-def _complete_ref(context: typer.Context, incomplete: str) -> list[str]:
-    """Names; after an @, the versions and aliases of that name. Silent where the registry can't be read."""
-    from rankloom.registry import Registry
-
-    with suppress(RankloomError, ValueError):
-        registry = Registry(context.params.get("registry") or registry_root())
-        name, at, _ = incomplete.partition("@")
-        refs = registry.names()
-        if at:
-            versions = registry.versions(name)
-            selectors = (*registry.aliases(name), *versions, "latest") if versions else ()
-            refs = [f"{name}@{selector}" for selector in selectors]
-        return [ref for ref in refs if ref.startswith(incomplete)]
-    return []
-
-
-Ref = Annotated[str, typer.Argument(help=_REF, metavar="REF", autocompletion=_complete_ref)]
-Root = Annotated[
-    str,
-    typer.Option(
-        "--registry",
-        default_factory=registry_root,
-        envvar="RANKLOOM_REGISTRY",
-        show_default="~/rankloom/registry",
-        help="The registry: a folder, or a URL such as s3://bucket/registry (AWS_ENDPOINT_URL for another server).",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Alias = Annotated[str, typer.Option("--alias", help="The alias that moves.")]
 
 
@@ -71,7 +35,7 @@ class Format(enum.StrEnum):
 @app.command("list")
 def list_adapters(
     root: Root,
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.", autocompletion=_complete_ref)] = None,
+    name: Annotated[str | None, typer.Argument(help="Only this adapter.", autocompletion=complete_ref)] = None,
     as_json: Json = False,
 ) -> None:
     """List every version of every adapter, or of one.
@@ -85,7 +49,7 @@ def list_adapters(
     aliases = {each: registry.aliases(each) for each in {record.name for record in records}}
     pointing = {r.ref: [alias for alias, to in aliases[r.name].items() if to == r.version] for r in records}
     if as_json:
-        _print_json([_plain(record) | {"aliases": pointing[record.ref]} for record in records])
+        print_json([_plain(record) | {"aliases": pointing[record.ref]} for record in records])
     elif not records:
         typer.echo(f"no adapters in {registry.root}")
     else:
@@ -106,7 +70,7 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
     record = registry.get(ref)
     aliases = registry.aliases(record.name)
     if as_json:
-        _print_json(_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
+        print_json(_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
         return
     facts = [
         ("adapter", record.ref),
@@ -146,19 +110,9 @@ def publish(
 
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
-    from rankloom.registry import check_name
-    from rankloom.registry.checks import RECORD, rename_in_errors
+    from rankloom.adapters.publish import publish_folder
 
-    registry = _open(root)
-    check_name(name)
-    has_record = (folder / RECORD).is_file()
-    if has_record and base:
-        raise RegistryError(f"--base {base!r}: {folder / RECORD} names the base already; leave --base out")
-    with TemporaryDirectory(prefix="rankloom-") as scratch:
-        staged = Path(scratch) / "adapter"
-        with rename_in_errors(staged, str(folder)):
-            draft = _recorded(folder, staged) if has_record else _foreign(folder, staged, name, base)
-            record = registry.publish(name, staged, draft)
+    record = publish_folder(folder, _open(root), name, base, on_note=_tell)
     _report(as_json, record, f"published {record.ref}; to make it the champion: rankloom adapters promote {record.ref}")
 
 
@@ -192,7 +146,7 @@ def promote(
 
 @app.command()
 def rollback(
-    name: Annotated[str, typer.Argument(help="The adapter's name.", autocompletion=_complete_ref)],
+    name: Annotated[str, typer.Argument(help="The adapter's name.", autocompletion=complete_ref)],
     root: Root,
     alias: Alias = "champion",
     as_json: Json = False,
@@ -234,7 +188,7 @@ def verify(
             f"; the probe's logits differ by at most {report.max_difference:.2g} from the recorded ones, "
             f"and by {report.distance_from_base:.2g} from the base's"
         )
-    _print_json(shown) if as_json else typer.echo(text)
+    print_json(shown) if as_json else typer.echo(text)
 
 
 @app.command()
@@ -263,7 +217,7 @@ def export(
         with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", record.ref):
             merge_adapter(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
     done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
-    _print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
+    print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
 
 
 @app.command()
@@ -285,76 +239,6 @@ def _open(root: str) -> Registry:
     from rankloom.registry import Registry
 
     return Registry(root)
-
-
-def _recorded(folder: Path, staged: Path) -> Draft:
-    """Copy what a folder's own record lists to `staged`; returns what it says, if they are still the same files."""
-    from pydantic import ValidationError
-
-    from rankloom.registry import Record
-    from rankloom.registry.checks import RECORD, check_files, find_files
-
-    try:
-        record = Record.model_validate_json(find_files(folder, [RECORD])[RECORD].read_bytes())
-        staged.mkdir()
-        there = [name for name in record.files if (folder / name).exists()]  # check_files says what is missing
-        for name, file in find_files(folder, there).items():
-            shutil.copyfile(file, staged / name)
-        check_files(staged, record)
-    except (OSError, ValidationError, RegistryError) as error:
-        raise RegistryError(
-            f"{folder / RECORD} does not describe this folder: {' '.join(str(error).split())}; delete it to "
-            f"publish the folder as one from elsewhere, without its scorecard"
-        ) from None
-    _tell_of_others(folder, [RECORD, *record.files])
-    return record.draft()
-
-
-def _foreign(folder: Path, staged: Path, name: str, base_id: str | None) -> Draft:
-    """Write a PEFT folder that rankloom did not make to `staged`, plainly and with a probe; returns its draft."""
-    from rankloom.registry.checks import CONFIG, WEIGHTS, check_contents, find_files, read_config
-
-    files = find_files(folder, (CONFIG, WEIGHTS))
-    check_contents(folder, files)
-    config = read_config(folder / CONFIG)
-    base_id = base_id or config.get("base_model_name_or_path")
-    if not isinstance(base_id, str) or not base_id:
-        raise RegistryError(f"{folder / CONFIG} names no base_model_name_or_path; give --base")
-
-    import torch
-
-    from rankloom.adapters.foreign import write_plain
-    from rankloom.adapters.probe import check_probe, record_probe
-    from rankloom.adapters.weights import load_adapter
-    from rankloom.config.model import ModelConfig
-    from rankloom.models import detect_quantization, load_base
-    from rankloom.registry import BaseModelRef, Draft, Versions
-
-    quantization = detect_quantization(ModelConfig(id=base_id))
-    base = load_base(ModelConfig(id=base_id), quantization, device=torch.device("cpu"))
-    for note in write_plain(base.model, folder, staged, base_id):
-        _tell(note)
-    _tell_of_others(folder, files)
-    model = load_adapter(base.model, staged)
-    record_probe(model, base.tokenizer(_PROBE_TEXT)["input_ids"], staged)
-    check_probe(model, staged, quantization=base.quantization)  # an adapter that does nothing is refused here
-    return Draft(
-        method="dora" if config.get("use_dora") else "lora",
-        base=BaseModelRef(id=base_id, fingerprint=base.fingerprint, quantization=quantization.type),
-        servable="itself",
-        trial={"name": name, "model": {"id": base_id}, "quantization": base.quantization},
-        data_fingerprint=None,
-        scorecard=None,
-        versions=Versions.here(),
-    )
-
-
-def _tell_of_others(folder: Path, known: Collection[str]) -> None:
-    """A card is written anew, so that nobody misses it."""
-    from rankloom.registry.checks import CARD
-
-    if left := sorted(entry.name for entry in folder.iterdir() if entry.name not in (*known, CARD)):
-        _tell(f"not read, and not published: {', '.join(left[:10])}{', ...' if left[10:] else ''}")
 
 
 def _tell(note: str) -> None:
@@ -379,8 +263,4 @@ def _plain(record: Record) -> dict[str, Any]:
 
 
 def _report(as_json: bool, record: Record, text: str) -> None:
-    _print_json(_plain(record)) if as_json else typer.echo(text)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    print_json(_plain(record)) if as_json else typer.echo(text)

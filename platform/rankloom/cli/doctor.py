@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rankloom.cli.adapters import Root
+from rankloom.cli.options import Root
 from rankloom.errors import RankloomError
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "datasets", "bitsandbytes", "pyarrow")

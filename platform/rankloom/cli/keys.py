@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rankloom.cli.options import Json, print_json
 from rankloom.paths import keys_file
 
 app = typer.Typer(
@@ -21,7 +22,6 @@ File = Annotated[
         help="Where the keys' hashes are.",
     ),
 ]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -62,7 +62,7 @@ def list_keys(file: File, as_json: Json = False) -> None:
 
     keys = [key.model_dump(mode="json", exclude={"sha256"}) for key in KeyFile(file).list()]
     if as_json:
-        typer.echo(json.dumps(keys, indent=2))
+        print_json(keys)
         return
     header = ("id", "name", "role", "requests_per_minute", "tokens_per_minute", "created")
     print_table(header, [[str(key[column] if key[column] is not None else "-") for column in header] for key in keys])

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankloom.cli.progress import duration
 from rankloom.config.printable import printable
@@ -15,6 +15,9 @@ from rankloom.events import Event, HostStatus, OnEvent, PhaseStarted, StudyStatu
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from rankloom.registry.scorecard import Measures, Proportion
+    from rankloom.search.results import ScoredTrial, StudyResult
 
 STATUS_LINE_EVERY_S = 10.0
 """Between two status lines in a pipe."""
@@ -130,58 +133,56 @@ def value(number: float, metric: str) -> str:
     return f"{100 * number:.1f} %" if metric == "accuracy" else f"{number:.4f}"
 
 
-def result_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The finalists, best by validation first, with a header; then the untuned base."""
-    front = bool(result["front"])
+def result_rows(result: StudyResult) -> list[tuple[str, ...]]:
+    """Return the finalists, best by validation first, with a header; then the untuned base."""
+    front = bool(result.front)
     costs = ("front", "memory", "latency") if front else ()
     rows: list[tuple[str, ...]] = [("trial", "method", "validation", "test", "test loss", *costs, "published")]
-    baseline = result["baseline"] and result["baseline"]["trial"]
-    for row in result["finalists"]:
-        validation = row["validation"]
-        metric = next((name for name in ("metric", "accuracy") if validation.get(name) is not None), "loss")
-        test, loss = tested(row["scorecard"]["result"]) if row["scorecard"] else (row["error"] or "", "")
-        name = row["name"] + (" (baseline)" if row["trial"] == baseline else "")
-        shown = value(validation[metric], metric)
+    baseline = result.baseline and result.baseline.trial
+    for row in result.finalists:
+        metric = next((name for name in ("metric", "accuracy") if getattr(row.validation, name) is not None), "loss")
+        test, loss = tested(row.scorecard.result) if row.scorecard else (row.error or "", "")
+        name = row.name + (" (baseline)" if row.trial == baseline else "")
+        validation = getattr(row.validation, metric)
         measured = cost_cells(row) if front else ()
-        rows.append((name, row["method"], shown, test, loss, *measured, ", ".join(row["published"])))
-    base = next((row["scorecard"]["base"] for row in result["finalists"] if row["scorecard"]), None)
+        rows.append((name, row.method, value(validation, metric), test, loss, *measured, ", ".join(row.published)))
+    base = next((row.scorecard.base for row in result.finalists if row.scorecard), None)
     if base is not None:
         rows.append(("base, untuned", "", "", *tested(base), *("" for _ in costs), ""))
     return rows
 
 
-def tested(measures: dict[str, Any]) -> tuple[str, str]:
-    """What the test rows say: the share of right answers, and the loss."""
-    share = measures["accuracy"] or measures["exact_match"]
-    return interval(share) if share else "", f"{measures['loss']:.4f}"
+def tested(measures: Measures) -> tuple[str, str]:
+    """Return what the test rows say: the share of right answers, and the loss."""
+    share = measures.accuracy or measures.exact_match
+    return interval(share) if share else "", f"{measures.loss:.4f}"
 
 
-def cost_cells(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Whether a finalist is on the Pareto front, and what it costs, as far as it was measured."""
-    memory, latency = (row["costs"].get(name) for name in ("memory_bytes", "latency_ms"))
+def cost_cells(row: ScoredTrial) -> tuple[str, str, str]:
+    """Return whether a finalist is on the Pareto front, and what it costs, as far as it was measured."""
+    memory, latency = (row.costs.get(name) for name in ("memory_bytes", "latency_ms"))
     return (
-        "yes" if row["on_front"] else "",
+        "yes" if row.on_front else "",
         f"{memory / 1e6:,.1f} MB" if memory else "",
         f"{latency:g} ms" if latency else "",
     )
 
 
-def interval(share: dict[str, float]) -> str:
-    """A share with its 95 % interval."""
-    return f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+def interval(share: Proportion) -> str:
+    """Return a share with its 95 % interval."""
+    return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def result_lines(result: dict[str, Any], config: str, overrides: Sequence[str] = ()) -> list[str]:
-    """What the study left, and the commands to go on with."""
-    if result["status"] == "interrupted":
-        return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} goes on from here"]
-    winner = result["winner"]
-    found = [f"winner   {winner['name']} ({winner['method']}), chosen on the validation rows"]
-    if result["beats_baseline"] is not None:
-        better = "is better" if result["beats_baseline"] else "is NOT better"
-        found.append(f"         on the test rows it {better} than the baseline, {result['baseline']['name']}")
-    found += [f"study    {result['study']}", f"trials   {result['results']}"]
-    if winner["published"]:
-        ref = winner["published"][0]
-        found.append(f"next     rankloom adapters promote {ref} --registry {shlex.quote(result['registry'])}")
-    return found
+def result_lines(result: StudyResult, config: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return what the study left, and the commands to continue with."""
+    if result.winner is None:
+        return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} continues from here"]
+    winner = result.winner
+    lines = [f"winner   {winner.name} ({winner.method}), chosen on the validation rows"]
+    if result.beats_baseline is not None and result.baseline is not None:
+        better = "is better" if result.beats_baseline else "is NOT better"
+        lines.append(f"         on the test rows it {better} than the baseline, {result.baseline.name}")
+    lines += [f"study    {result.folder}", f"trials   {result.results}"]
+    if winner.adapter and result.registry:
+        lines.append(f"next     rankloom adapters promote {winner.adapter} --registry {shlex.quote(result.registry)}")
+    return lines

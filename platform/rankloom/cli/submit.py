@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankloom.cli.configs import find_config
-from rankloom.cli.evaluate import is_config
-from rankloom.cli.train import Config, Overrides
-from rankloom.cli.tune import Study
+from rankloom.cli.options import Overrides, ResumeRun, ResumeStudy, StudyFile, TrialFile
+from rankloom.config.files import find_config, is_config_file
 from rankloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,10 +34,10 @@ _NOTE = "RAY_AUTH_TOKEN or ~/.ray/auth_token is sent to a cluster with token aut
 
 @app.command("train", epilog=_NOTE)
 def submit_train(
-    config: Config,
+    config: TrialFile,
     address: Address,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
+    resume: ResumeRun = False,
     follow: Follow = False,
     working_dir: WorkingDir = None,
 ) -> None:
@@ -56,10 +54,10 @@ def submit_train(
 
 @app.command("tune", epilog=_NOTE)
 def submit_tune(
-    config: Study,
+    config: StudyFile,
     address: Address,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the study of this name.")] = False,
+    resume: ResumeStudy = False,
     follow: Follow = False,
     working_dir: WorkingDir = None,
 ) -> None:
@@ -106,7 +104,7 @@ def _submit(
     from rankloom.launch.submit import CONFIG_FILE, is_open, submit
 
     shipped = None
-    if verb != "evaluate" or is_config(subject):
+    if verb != "evaluate" or is_config_file(subject):
         path = find_config(subject)
         config: StudyConfig | TrialConfig = (
             load(StudyConfig, path, overrides) if verb == "tune" else load(TrialConfig, path, overrides)

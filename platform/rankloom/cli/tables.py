@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,16 +16,13 @@ from rankloom.registry.scorecard import Measures, Scorecard
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rankloom.launch.results import TrialResult
+
 Rows = Sequence[Sequence[str]]
 
 
-def scorecard_table(scorecard: Scorecard) -> Table:
-    """A trained adapter's measures beside its base's."""
-    return _rich(("", "adapter", "base"), scorecard_rows(scorecard))
-
-
 def print_scorecard(scorecard: Scorecard) -> None:
-    """The same, or aligned plain text where stdout is no terminal."""
+    """Print a trained adapter's measures beside its base's."""
     print_table(("", "adapter", "base"), scorecard_rows(scorecard))
 
 
@@ -37,18 +34,17 @@ def print_measures(result: Measures | None, base: Measures) -> None:
         print_table(("", "adapter", "base"), measure_rows(result, base))
 
 
-def next_lines(result: dict[str, Any]) -> list[str]:
-    """What `fit` left, and the commands to go on with."""
-    if result["status"] == "interrupted":
-        return [f"stopped at step {result['steps']}; the same command with --resume goes on from there"]
-    lines = [f"run      {result['run']}"]
-    if "version" in result:
-        ref = f"{result['name']}@{result['version']}"
-        registry = shlex.quote(result["registry"])
+def next_lines(result: TrialResult) -> list[str]:
+    """Return what `train` left, and the commands to continue with."""
+    if result.status == "interrupted":
+        return [f"stopped at step {result.steps}; the same command with --resume continues from there"]
+    lines = [f"run      {result.run}"]
+    if result.registry is not None:
+        registry = shlex.quote(result.registry)
         lines += [
-            f"adapter  {result['adapter']}",
-            f"next     rankloom adapters promote {ref} --registry {registry}",
-            f"         rankloom evaluate {ref} --registry {registry}",
+            f"adapter  {result.folder}",
+            f"next     rankloom adapters promote {result.adapter} --registry {registry}",
+            f"         rankloom evaluate {result.adapter} --registry {registry}",
         ]
     return lines
 

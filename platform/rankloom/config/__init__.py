@@ -1,11 +1,11 @@
 """Every setting of the product, checked on a laptop: frozen pydantic models, no torch, no ray.
 
-`base.load(TrialConfig, path, overrides)` is the entry point; `compatible.COMPATIBLE` lists the allowed combinations.
+`load(TrialConfig, path, overrides)` is the entry point; `compatible.COMPATIBLE` lists the allowed combinations.
 """
 
-from rankloom.config.base import dump, load, parse
+from rankloom.config.base import coerce, dump, load, parse
 from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.study import StudyConfig
 from rankloom.config.trial import TrialConfig
 
-__all__ = ["COMPATIBLE", "StudyConfig", "TrialConfig", "dump", "load", "parse"]
+__all__ = ["COMPATIBLE", "StudyConfig", "TrialConfig", "coerce", "dump", "load", "parse"]

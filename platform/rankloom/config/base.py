@@ -1,8 +1,8 @@
 """The base of every config class: frozen, strict on keys, loaded from YAML with dotted overrides.
 
-`load` is the only way from a file to a config; it turns each of pydantic's errors into one line that names the key, the
-value, what is allowed and the nearest known key. No module of `rankloom.config` imports torch or ray. Read `trial.py`
-next.
+`load` reads a file, `parse` a mapping, and a class is called as any other: each turns pydantic's errors into lines that
+name the key, the value, what is allowed and the nearest known key. No module of `rankloom.config` imports torch or ray.
+Read `trial.py` next.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from rankloom.config.files import find_config
 from rankloom.errors import ConfigError, IncompatibleError
 
 
@@ -34,6 +35,18 @@ class Frozen(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     """Key of an earlier version -> its present name, which the error for the old key gives."""
 
+    if not TYPE_CHECKING:  # type checkers derive each class's arguments from its fields
+
+        def __init__(self, /, **settings: Any) -> None:
+            """Raises ConfigError where a setting is wrong, as `parse` does."""
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise config_error(type(self), error, type(self).__name__) from None
+
+        # else pydantic would call it for nested mappings too, and lose where in the whole an error is
+        __init__.__pydantic_base_init__ = True
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_bool_as_number(cls, tree: Any) -> Any:
@@ -50,11 +63,15 @@ ConfigT = TypeVar("ConfigT", bound=Frozen)
 def load(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a YAML file, apply `key.path=value` overrides and validate.
 
+    Args:
+        path: a file, or one that comes with rankloom, such as `shipped:trials/lora.yaml`.
+
     Raises:
         ConfigError: the file, a key or a value is wrong.
         IncompatibleError: two settings exclude each other.
     """
-    return parse(cls, apply_overrides(read_yaml(path), overrides), str(path))
+    file = find_config(path)
+    return parse(cls, apply_overrides(read_yaml(file), overrides), str(file))
 
 
 def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -> ConfigT:
@@ -62,11 +79,27 @@ def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        details = error.errors()
-        lines = [_explain(cls, detail) for detail in details]
-        causes = [detail.get("ctx", {}).get("error") for detail in details]
-        kind = IncompatibleError if any(isinstance(c, IncompatibleError) for c in causes) else ConfigError
-        raise kind(f"{origin}: " + "\n".join(dict.fromkeys(lines))) from None
+        raise config_error(cls, error, origin) from None
+
+
+def coerce(cls: type[ConfigT], given: ConfigT | str | Path | Mapping[str, Any]) -> ConfigT:
+    """Return the config that `given` is: itself, a YAML file's, or a mapping's."""
+    if isinstance(given, cls):
+        return given
+    if isinstance(given, (str, Path)):
+        return load(cls, given)
+    if isinstance(given, Mapping):
+        return parse(cls, given, cls.__name__)
+    raise ConfigError(f"expected a {cls.__name__}, the path of a YAML file or a dict (given {given!r})")
+
+
+def config_error(cls: type[BaseModel], error: ValidationError, origin: str) -> ConfigError:
+    """Return one error for all of pydantic's complaints; `origin` begins it."""
+    details = error.errors()
+    lines = [_explain(cls, detail) for detail in details]
+    causes = [detail.get("ctx", {}).get("error") for detail in details]
+    kind = IncompatibleError if any(isinstance(cause, IncompatibleError) for cause in causes) else ConfigError
+    return kind(f"{origin}: " + "\n".join(dict.fromkeys(lines)))
 
 
 def dump(config: Frozen) -> dict[str, Any]:
@@ -119,6 +152,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 SHORTHAND = {
+    "model": "id",
     "quantization": "type",
     "engine": "type",
     "base": "id",

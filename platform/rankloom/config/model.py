@@ -23,6 +23,14 @@ class ModelConfig(Frozen):
     """Type of the weights in memory. auto: fp32 on a CPU or when all weights train, else bf16."""
 
 
+def _by_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+AnyModel = Annotated[ModelConfig, BeforeValidator(_by_id, json_schema_input_type=str | ModelConfig)]
+"""A model's id, or a mapping with it as `id`."""
+
+
 class NoQuantization(Frozen):
     """The weights as they are stored."""
 

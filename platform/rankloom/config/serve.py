@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
 from rankloom.config.engine import AnyEngineConfig, EngineConfig, VllmConfig
-from rankloom.config.model import ModelConfig, Quantization
+from rankloom.config.model import AnyModel, Quantization
 from rankloom.config.paths import IsPath
 from rankloom.config.trial import AdapterName, Name
 from rankloom.errors import ConfigError
@@ -210,7 +210,7 @@ class ServeConfig(Frozen):
     adapters: Annotated[list[Ref] | Literal["all"], BeforeValidator(_split_commas)] = "all"
     """References such as `bank@champion`, separated by commas on a command line; a bare name serves all its versions.
     `all`: every adapter in the registry for this base, including those published later."""
-    base: Annotated[ModelConfig, BeforeValidator(_spell_out)] | None = None
+    base: AnyModel | None = None
     """The base model; null: the base of the first of `adapters`."""
     quantization: Quantization | None = None
     """Quantisation of the base; null: that of the first of `adapters`, else none."""

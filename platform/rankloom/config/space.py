@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from rankloom.config.base import Frozen
+from rankloom.config.base import SHORTHAND, Frozen
 from rankloom.config.method import Method
 from rankloom.errors import ConfigError
 
@@ -162,6 +162,8 @@ def merge(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> Tree:
     result: Tree = dict(base)
     for key, value in fragment.items():
         old = result.get(key)
+        if isinstance(old, str) and key in SHORTHAND:
+            old = {SHORTHAND[key]: old}
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         if both and ("type" not in value or value["type"] == old.get("type", value["type"])):  # type: ignore[union-attr]
             result[key] = merge(old, value)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.data import AnySource, DataConfig
 from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
 from rankloom.config.metric import Metric, Mode, best_of, check_mode, is_own
-from rankloom.config.model import Dtype, ModelConfig, NoQuantization, Quantization
+from rankloom.config.model import AnyModel, Dtype, ModelConfig, NoQuantization, Quantization
 from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError, IncompatibleError
 
@@ -158,7 +158,7 @@ class TrialConfig(Frozen):
 
     name: AdapterName
     """Name of the run and of the adapter: lower-case letters, digits, '.', '_' and '-'."""
-    model: ModelConfig = ModelConfig()
+    model: AnyModel = ModelConfig()
     quantization: Quantization = NoQuantization()
     data: DataConfig = DataConfig()
     method: Method = LoraConfig()

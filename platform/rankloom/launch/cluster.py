@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,12 @@ def announce(tell: OnEvent) -> None:
     tell(PhaseStarted("launch", "connecting to Ray"))
     if told := open_ports():
         tell(WarningRaised(told))
+
+
+def starts_ray() -> bool:
+    """Whether `attached` would start a Ray: none is named, and this process is connected to none."""
+    ray = sys.modules.get("ray")
+    return not os.environ.get("RAY_ADDRESS") and not (ray is not None and ray.is_initialized())
 
 
 @contextmanager

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rankloom.config import TrialConfig
+from pydantic import ValidationError
+
+from rankloom.config import TrialConfig, coerce, dump, load, parse
+from rankloom.config.base import apply_overrides
+from rankloom.config.files import is_config_file
+from rankloom.config.metric import without_own
 from rankloom.config.paths import resolve_path, resolve_paths
-from rankloom.errors import RankloomError, TrialError
+from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import OnEvent
 from rankloom.launch import cluster
@@ -16,9 +23,80 @@ from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of
 from rankloom.launch.handed_over import judged_by
+from rankloom.launch.results import EvaluationResult
+from rankloom.paths import registry_root
+from rankloom.registry import Record, Registry
+from rankloom.registry.checks import RECORD
 
 
 def evaluate(
+    subject: str | Path | TrialConfig | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    metric: MetricFunction | None = None,
+    registry: str | None = None,
+    on_event: OnEvent = lambda _: None,
+) -> EvaluationResult:
+    """Score an adapter beside its base, or a trial's untuned base, on the trial's test rows.
+
+    Args:
+        subject: An adapter of the registry (`tickets`, `tickets@3`, `tickets@champion`) or its folder; or a trial (a
+            `TrialConfig`, a dict, or the path of a YAML file), whose untuned base is scored.
+        overrides: Settings of the trial to change, such as `["data.test=new.csv", "eval.max_test_rows=500"]`.
+        metric: A function of predictions, measured beside the loss (see `rankloom.evals.own_metric`).
+        registry: A folder or URL; None: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`.
+        on_event: Called in this thread with every event.
+
+    Returns:
+        The measures: `result` is the adapter's (None for a base alone) and `base` the base's.
+
+    Raises:
+        ConfigError: A setting is wrong, or the adapter's record does not say which rows to score on.
+        AdapterNotFoundError: The registry has no such adapter.
+
+    Examples:
+        >>> import rankloom as rl
+        >>> score = rl.evaluate("tickets@1", overrides=["eval.max_test_rows=100"])
+        >>> score.result.loss < score.base.loss
+        True
+    """
+    trial, adapter = resolve_subject(subject, registry or registry_root(), overrides)
+    scored = score_adapter(trial, adapter, metric=metric, registry=registry or registry_root(), on_event=on_event)
+    return EvaluationResult.model_validate(scored | {"adapter": adapter})
+
+
+def resolve_subject(
+    subject: str | Path | TrialConfig | Mapping[str, Any], registry: str, overrides: Sequence[str] = ()
+) -> tuple[TrialConfig, str | None]:
+    """Return the trial to score by, and the adapter (None: the trial's base): a ref with its number, or a folder."""
+    if isinstance(subject, (str, Path)) and is_config_file(str(subject)):
+        return load(TrialConfig, subject, overrides), None
+    if not isinstance(subject, (str, Path)):
+        return parse(TrialConfig, apply_overrides(dump(coerce(TrialConfig, subject)), overrides), "trial"), None
+    folder = Path(subject).expanduser()
+    if folder.is_dir():
+        try:
+            record = Record.model_validate_json((folder / RECORD).read_bytes())
+        except (OSError, ValidationError):
+            raise ConfigError(
+                f"{subject}: a folder without a {RECORD} of rankloom's does not tell its base and data; publish it "
+                f"first: rankloom adapters publish {shlex.quote(str(subject))} --name NAME --base BASE"
+            ) from None
+        adapter = str(folder)
+    else:
+        try:
+            record = Registry(registry).get(str(subject))
+        except AdapterNotFoundError as error:
+            raise AdapterNotFoundError(f"{error}; for a config give a .yaml file") from None
+        adapter = record.ref
+    if record.data_fingerprint is None and not any(override.startswith("data.") for override in overrides):
+        raise ConfigError(f"{record.ref} was not trained by rankloom: name the rows, for example data.test=rows.csv")
+    return parse(
+        TrialConfig, apply_overrides(without_own(record.trial), overrides), f"the trial of {record.ref}"
+    ), adapter
+
+
+def score_adapter(
     trial: TrialConfig,
     adapter: str | None,
     *,
@@ -26,16 +104,7 @@ def evaluate(
     on_event: OnEvent = lambda _: None,
     metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
-    """Score an adapter beside its base.
-
-    Args:
-        trial: the data, the base and how to measure.
-        adapter: a ref of the registry or a PEFT folder; None: the base alone.
-        metric: a function in place of `eval.metric` (see `rankloom.evals.own_metric`).
-
-    Returns:
-        name, and `result` (None for the base alone) and `base`, each as `rankloom.registry.scorecard.Measures`.
-    """
+    """Score an adapter (a ref or a PEFT folder; None: the base alone) by a trial, here or in one Ray worker."""
     trial, registry = resolve_paths(judged_by(trial, metric)), resolve_path(registry)
     adapter = None if adapter is None else resolve_path(adapter, or_id=True)
     from rankloom.training.preflight import preflight
@@ -105,7 +174,6 @@ def score(
     metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
     """Score in this process."""
-    from rankloom.registry import Registry
     from rankloom.training.run import evaluate as score_adapter
     from rankloom.training.session import LocalSession
 

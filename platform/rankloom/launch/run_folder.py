@@ -7,7 +7,6 @@ process that runs it holds.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from rankloom.config import TrialConfig, dump, parse
 from rankloom.errors import ConfigError, RankloomError, TrialError
+from rankloom.launch.results import TrialResult
 from rankloom.registry.storage import open_storage
 
 TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
@@ -132,10 +132,10 @@ class RunFolder:
         """Unique to this run; a later one of the same name has another."""
         return self._storage.read(ID).decode()
 
-    def result(self) -> dict[str, Any]:
-        """What `fit` returned when the run was done."""
+    def result(self) -> TrialResult:
+        """Return what `train` returned when the run was done."""
         try:
-            result: dict[str, Any] = json.loads(self._storage.read(RESULT))
+            result = TrialResult.model_validate_json(self._storage.read(RESULT))
         except ValueError:
             raise TrialError(
                 f"{self.path}/{RESULT} is damaged; the adapter is in the registry (rankloom adapters list); "

@@ -1,4 +1,4 @@
-"""`train_trial`: run a trial, in this process or on Ray Train's workers, and bring back its result.
+"""`train`: run a trial, in this process or on Ray Train's workers, and bring back its result.
 
     decide    whether the run starts, goes on or is finished (`run_folder.py`), before Ray does
     launch    `rankloom.training.run.run_trial` with a Session: LocalSession here, `ray_session.py` in a Ray worker
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
-from rankloom.config import TrialConfig
+from rankloom.config import TrialConfig, coerce
 from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError, RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
@@ -26,6 +27,7 @@ from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of, training_failure
 from rankloom.launch.handed_over import judged_by
+from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
 
@@ -38,6 +40,54 @@ class Work(TypedDict):
     metric: MetricFunction | None
 
 
+def train(
+    trial: TrialConfig | str | Path | Mapping[str, Any],
+    *,
+    metric: MetricFunction | None = None,
+    resume: bool = False,
+    on_event: OnEvent = lambda _: None,
+    stop: threading.Event | None = None,
+) -> TrialResult:
+    """Train one trial, score it beside its base on the test rows, and publish the adapter.
+
+    It runs on the Ray cluster that `RAY_ADDRESS` names, else on a Ray of its own on this machine; with
+    `compute.num_workers=0` in this process.
+
+    Args:
+        trial: what to train: a `TrialConfig`, a dict of the same settings, or the path of a YAML file with them
+            (`shipped:trials/lora.yaml` comes with rankloom).
+        metric: A function of predictions in place of `eval.metric` (see `rankloom.evals.own_metric`); a resumed run
+            needs it again.
+        resume: Continue the run of this name. A finished run is not repeated: its result is returned.
+        on_event: Called in this thread with every event: data, steps, evaluations, phases, warnings.
+        stop: Set it, from another thread, to stop after the current step with a checkpoint that `resume` continues.
+
+    Returns:
+        The trial's result: `adapter`, `scorecard`, `run` and more. Its `status` is "interrupted" if it was stopped.
+
+    Raises:
+        ConfigError: A setting is wrong, or a run of this name exists; nothing was started.
+        DataError: The data is missing or malformed.
+        ModelError: The base can't be found or loaded.
+        TrialError: The training failed; `resume` continues from the last checkpoint.
+
+    Examples:
+        >>> import rankloom as rl
+        >>> trial = rl.TrialConfig(
+        ...     name="tickets",
+        ...     model="Qwen/Qwen3-0.6B",
+        ...     data={"train": "tickets.csv"},
+        ...     method=rl.LoraConfig(rank=16),
+        ... )
+        >>> result = rl.train(trial)
+        >>> result.adapter
+        'tickets@1'
+        >>> result.scorecard.result.loss < result.scorecard.base.loss
+        True
+    """
+    return train_trial(coerce(TrialConfig, trial), metric=metric, resume=resume, on_event=on_event, stop=stop)
+
+
 def train_trial(
     trial: TrialConfig,
     *,
@@ -47,22 +97,12 @@ def train_trial(
     stop: threading.Event | None = None,
     study: Path | None = None,
     metric: MetricFunction | None = None,
-) -> dict[str, Any]:
-    """Train, export, score and publish one trial.
+) -> TrialResult:
+    """Train a trial as `train` does, perhaps for a study.
 
     Args:
-        resume: continue the run of this name; a finished one is not run again.
         train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
-        on_event: called in this thread with every event of rank 0.
-        stop: once set, the loop saves a checkpoint and the result's status is "interrupted".
-        study: as in `run_trial`.
-        metric: a function in place of `eval.metric` (see `rankloom.evals.own_metric`); a resumed run needs it again.
-
-    Returns:
-        `run_trial`'s result, with `run` (the run's folder).
-
-    Raises:
-        RankloomError: ConfigError before anything starts; else what failed, for the user to read.
+        study: The folder of the study that it is part of, which is held to its data and base.
     """
     trial = resolve_paths(judged_by(trial, metric))
     if trial.compute.num_workers == 0 and "://" in trial.output.root:
@@ -90,7 +130,7 @@ def _fit(
     stop: threading.Event,
     *,
     resume: bool,
-) -> dict[str, Any]:
+) -> TrialResult:
     if run.decide(trial, resume=resume) == "finished":
         return run.result()
     run.begin(trial)
@@ -103,11 +143,11 @@ def _fit(
 
             launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
             outcome = launch(trial, run, work, tell, stop)
-            outcome["run"] = run.path
-            if outcome["status"] == "done":
-                run.write(RESULT, json.dumps(outcome, indent=2) + "\n")
-            tell(RunFinished(**outcome))
-            return outcome
+            result = TrialResult.model_validate(outcome | {"run": run.path})
+            if result.status == "done":
+                run.write(RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+            tell(RunFinished(**result.to_dict()))
+            return result
     except RankloomError:
         run.abandon()
         raise

@@ -13,7 +13,6 @@ import shutil
 import threading
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.study import SearchConfig
@@ -24,6 +23,7 @@ from rankloom.hosts.reports import TrialReport, costs_of
 from rankloom.launch.background import Background
 from rankloom.launch.failures import failure_of
 from rankloom.launch.handed_over import study_metric
+from rankloom.launch.results import TrialResult
 from rankloom.launch.trainer import train_trial
 
 LEAVE_TIMEOUT_S = 60.0
@@ -151,17 +151,19 @@ class DedicatedBackend:
         except Exception as error:
             raise failure_of(error).error from None
         self._keep(outcome)
-        train_s = float(outcome["scorecard"]["train_s"])
-        measured = {"memory_bytes": outcome["memory_bytes"], "latency_ms": outcome["scorecard"]["result"]["latency_ms"]}
+        scorecard = outcome.scorecard
+        assert scorecard is not None  # nothing stopped it
+        measured = {"memory_bytes": outcome.memory_bytes, "latency_ms": scorecard.result.latency_ms}
         costs = costs_of(measured, self._objectives)
         if self._last is None:
             raise TrialError(f"{self._trial.name}: it ended without an evaluation")
-        ended = replace(self._last, n=n + 1, percent=100.0, train_s=train_s, done=True, finished=True)
+        ended = replace(self._last, n=n + 1, percent=100.0, train_s=scorecard.train_s, done=True, finished=True)
         return ended.with_costs(costs)
 
-    def _keep(self, outcome: dict[str, Any]) -> None:
+    def _keep(self, outcome: TrialResult) -> None:
         staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(outcome["adapter"], staged)
+        assert outcome.folder is not None  # a study's runs are all published, in a registry of the study's own
+        shutil.copytree(outcome.folder, staged)
         shutil.rmtree(self._best_folder, ignore_errors=True)
         staged.rename(self._best_folder)

@@ -1,4 +1,4 @@
-"""`run`: a whole study, from its config to the winner in the registry.
+"""`tune`: a whole study, from its config to the winner in the registry.
 
     decide    whether the study starts, goes on or is finished, before Ray does anything
     search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
@@ -19,12 +19,13 @@ import json
 import shutil
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rankloom.config import StudyConfig, dump, parse
+from rankloom.config import StudyConfig, coerce, dump, parse
 from rankloom.config.base import read_yaml
 from rankloom.config.paths import resolve_paths
 from rankloom.config.study import PbtConfig, is_fusable
@@ -39,6 +40,7 @@ from rankloom.search.curves import tracked
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
+from rankloom.search.results import StudyResult
 from rankloom.search.tuning import JOURNAL, running_hosts, search
 from rankloom.training.resume_check import study_warning
 
@@ -51,29 +53,54 @@ MAY_CHANGE = (
 Decision = Literal["start", "resume", "finished"]
 
 
-def run(
-    study: StudyConfig,
+def tune(
+    study: StudyConfig | str | Path | Mapping[str, Any],
     *,
     resume: bool = False,
     on_event: OnEvent = lambda _: None,
     stop: threading.Event | None = None,
     metric: MetricFunction | None = None,
-) -> dict[str, Any]:
-    """Search, score the best on the test rows, publish.
+) -> StudyResult:
+    """Search for the best trial: many train at once on one shared base; the best are scored and published.
+
+    The best by validation are scored on the test rows. The winner is published under the study's name, each method's
+    best under its own. It runs on the Ray cluster that `RAY_ADDRESS` names, else on a Ray of its own on this machine.
 
     Args:
-        resume: continue the study of this name; a finished one is not run again.
-        on_event: called in this thread with every event of the study.
-        stop: once set, the study stops where it can be resumed; the result's status is "interrupted".
-        metric: a function in place of `search.metric` (see `rankloom.evals.own_metric`); needed again to resume.
+        study: What to search: a `StudyConfig`, a dict of the same settings, or the path of a YAML file with them
+            (`shipped:studies/quickstart.yaml` comes with rankloom).
+        metric: A function of predictions in place of `search.metric` (see `rankloom.evals.own_metric`); a resumed
+            study needs it again.
+        resume: Continue the study of this name. A finished study is not repeated: its result is returned.
+        on_event: Called in this thread with every event: reports and ends of trials, phases, warnings, and the
+            study's status about once a second.
+        stop: Set it, from another thread, to stop the study where `resume` continues it.
 
     Returns:
-        status (done or interrupted), name, study (its folder), winner, finalists, counts, occupancy and the like.
+        The study's result: `winner`, `front` (the Pareto front), `trials` (a DataFrame of all), `adapter` and more.
+        Its `status` is "interrupted" if it was stopped.
 
     Raises:
-        RankloomError: ConfigError before anything starts; else what failed, for the user to read.
+        ConfigError: A setting is wrong, or a study of this name exists; nothing was started.
+        DataError: The data is missing or malformed.
+        ModelError: The base can't be found or loaded.
+        TrialError: Every trial failed, or something that would fail every trial, such as a full disk.
+
+    Examples:
+        >>> import rankloom as rl
+        >>> study = rl.StudyConfig(
+        ...     name="ticket-search",
+        ...     trial={"model": "Qwen/Qwen3-0.6B", "data": {"train": "tickets.csv"}},
+        ...     space=[{"method": {"type": "lora", "rank": {"choice": [4, 8, 16]}}}],
+        ...     search={"num_trials": 3},
+        ... )
+        >>> result = rl.tune(study)
+        >>> result.adapter
+        'ticket-search@1'
+        >>> len(result.trials)
+        3
     """
-    study = resolve_study_paths(searched_by(study, metric))
+    study = resolve_study_paths(searched_by(coerce(StudyConfig, study), metric))
     folder = study_folder(study)
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
@@ -95,11 +122,10 @@ def _run(
     *,
     resume: bool,
     metric: MetricFunction | None,
-) -> dict[str, Any]:
+) -> StudyResult:
     decision = decide(study, folder, resume=resume)
     if decision == "finished":
-        finished: dict[str, Any] = json.loads((folder / RESULT).read_text())
-        return finished
+        return StudyResult.model_validate_json((folder / RESULT).read_text())
     knowledge = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
     _check(study, knowledge)
     if decision == "start":  # what a study left that never trained
@@ -120,11 +146,11 @@ def _run(
             track(event)
             on_event(event)
 
-        outcome = _search(study, knowledge, board, folder, tell, stop)
-        if outcome["status"] == "done":
-            _replace(folder / RESULT, json.dumps(outcome, indent=2) + "\n")
-            tell(StudyFinished(outcome))
-        return outcome
+        result = StudyResult.model_validate(_search(study, knowledge, board, folder, tell, stop))
+        if result.status == "done":
+            _replace(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+            tell(StudyFinished(result.to_dict()))
+        return result
 
 
 def _search(

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from rankloom.cli import main
-from rankloom.cli.configs import find_config
 from rankloom.cli.progress import PlainProgress, duration, lines, step_line
 from rankloom.cli.tables import next_lines
+from rankloom.config.files import find_config
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, RunResumed, StepFinished
+from rankloom.launch.results import TrialResult
 from rankloom.paths import shipped_folder
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
@@ -194,7 +195,9 @@ def test_events_in_words() -> None:
 
 
 def test_what_to_do_next() -> None:
-    assert "--resume" in next_lines({"status": "interrupted", "steps": 3, "name": "x"})[0]
-    done = {"status": "done", "name": "x", "version": 2, "run": "/r", "adapter": "/a", "registry": "/reg"}
+    stopped = TrialResult(status="interrupted", steps=3, name="x", run="/r")
+    assert "--resume" in next_lines(stopped)[0]
+    done = TrialResult(status="done", name="x", steps=3, version=2, run="/r", folder="/a", registry="/reg")
     assert any("adapters promote x@2 --registry /reg" in line for line in next_lines(done))
-    assert any("adapters promote x@2 --registry '/a b'" in line for line in next_lines(done | {"registry": "/a b"}))
+    elsewhere = done.model_copy(update={"registry": "/a b"})
+    assert any("adapters promote x@2 --registry '/a b'" in line for line in next_lines(elsewhere))

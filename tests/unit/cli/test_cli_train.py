@@ -83,7 +83,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_resume_goes_on(trial_file: Path, capsys: 
 
     threading.Thread(target=press_ctrl_c).start()
     assert run("train", str(trial_file), "budget.steps=2000") == 130
-    assert "--resume goes on" in capsys.readouterr().out
+    assert "--resume continues" in capsys.readouterr().out
     stopped = max(int(p.name) for p in (events.parent / "checkpoints").iterdir())
     assert 2 <= stopped < 2000
 

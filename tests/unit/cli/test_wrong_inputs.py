@@ -465,7 +465,7 @@ def test_two_processes_do_not_run_the_same(trial: Path, cli: Cli) -> None:
                 [*CLI, "train", str(trial), "--resume"], env=environment(), capture_output=True, text=True, check=False
             ).stderr)  # fmt: skip
 
-    assert train_trial(config, on_event=resume_meanwhile)["status"] == "done"
+    assert train_trial(config, on_event=resume_meanwhile).status == "done"
     assert refused == [
         f"error: run 'tiny' at {cli.root}/runs/tiny is under way in another process; wait for it, or choose another "
         f"name (name=...)\n"
@@ -487,7 +487,7 @@ def test_a_larger_budget_that_was_interrupted_is_not_finished(trial: Path, cli: 
     stop = threading.Event()
     stop.set()
     larger = load(TrialConfig, trial, ["budget.steps=8"])
-    assert train_trial(larger, resume=True, stop=stop)["status"] == "interrupted"
+    assert train_trial(larger, resume=True, stop=stop).status == "interrupted"
     assert cli.json("train", trial, "--resume", "budget.steps=8")["steps"] == 8
 
 
@@ -545,7 +545,7 @@ def test_ctrl_c_and_kill_lose_nothing(trial: Path, cli: Cli) -> None:
         kept = max(int(p.name) for p in checkpoints.iterdir())
         if by is signal.SIGINT:
             assert code == 130
-            assert "--resume goes on" in out
+            assert "--resume continues" in out
             assert err == (
                 "\nstopping after this step, with a checkpoint; scoring, once begun, is finished; Ctrl-C again aborts "
                 "at once\n"
@@ -568,11 +568,11 @@ def test_a_stop_at_an_evaluated_step_keeps_its_score(trial: Path, cli: Cli) -> N
             stop.set()
 
     config = load(TrialConfig, trial)
-    assert train_trial(config, stop=stop, on_event=stop_after_evaluation)["status"] == "interrupted"
+    assert train_trial(config, stop=stop, on_event=stop_after_evaluation).status == "interrupted"
     metrics = json.loads((cli.root / "runs" / "tiny" / "checkpoints" / "2" / "metrics.json").read_text())
     assert metrics["score"] > -100
     # `stop` is still set: resumed, and stopped again before the next step
-    assert train_trial(config, resume=True, stop=stop)["steps"] == 2
+    assert train_trial(config, resume=True, stop=stop).steps == 2
     assert json.loads((cli.root / "runs" / "tiny" / "checkpoints" / "2" / "metrics.json").read_text()) == metrics
 
 

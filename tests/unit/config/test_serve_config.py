@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from rankloom.cli import main
-from rankloom.cli.serve import told_of_gpus
 from rankloom.config import load, parse
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.serve import ReplicasConfig, ServeConfig
+from rankloom.deploy.run import gpu_notes
 from rankloom.errors import ConfigError
 
 
@@ -98,7 +98,7 @@ def test_replicas_have_idle_gpus_unless_told(replicas: dict[str, Any], idle: int
 def test_what_replicas_have_and_what_stands_idle_is_told(
     replicas: dict[str, Any], idle: int, num_gpus: int, given: bool, lines: list[str]
 ) -> None:
-    assert list(told_of_gpus(ReplicasConfig(**replicas), idle, num_gpus, given=given)) == lines
+    assert list(gpu_notes(ReplicasConfig(**replicas), idle, num_gpus, given=given)) == lines
 
 
 def test_rows_go_by_the_device_unless_told() -> None:

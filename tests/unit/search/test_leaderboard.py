@@ -18,7 +18,8 @@ from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.publish_best import beats, names_of
-from rankloom.search.study import resolve_study_paths, run
+from rankloom.search.results import StudyResult
+from rankloom.search.study import resolve_study_paths, tune
 
 ACCURACY = SearchConfig(metric="accuracy")
 SPACE = [
@@ -182,7 +183,7 @@ def test_a_study_publishes_where_it_is_told(
 def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:
     study = parse(StudyConfig, {"name": "s", "trial": {"output": {"root": "s3://bucket/x/"}}, "space": SPACE})
     with pytest.raises(ConfigError, match=r"no URL; give one, .* trial\.output\.registry=s3://bucket/x/registry$"):
-        run(study)
+        tune(study)
 
 
 HOST = HostStatus(
@@ -223,41 +224,51 @@ def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
 
 def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> None:
     share = {"value": 0.8, "low": 0.7, "high": 0.9}
-    measures = {"accuracy": share, "exact_match": None, "loss": 0.5}
-    scorecard = {"result": measures, "base": measures | {"loss": 9.0}}
+    measures = {"num_rows": 9, "accuracy": share, "loss": 0.5, "perplexity": 1.6}
+    costs = dict.fromkeys(
+        (
+            "trainable_parameters",
+            "adapter_bytes",
+            "peak_memory_bytes",
+            "steps",
+            "train_tokens",
+            "train_s",
+            "tokens_per_s",
+        ),
+        1,
+    )
+    scorecard = {"result": measures, "base": measures | {"loss": 9.0}, "device": "cpu"} | costs
     validation = {"accuracy": 0.75, "loss": 0.6, "step": 3}
     winner = {"trial": "t3", "number": 3, "name": "s-0003", "method": "lora", "validation": validation, "error": None}
-    winner |= {"scorecard": scorecard, "published": ["s@1", "s-lora@1"]}
-    broken = winner | {
-        "trial": "t0",
-        "number": 0,
-        "name": "s-0000",
-        "scorecard": None,
-        "published": [],
-        "error": "gone",
-    }
-    result = {
-        "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
-        "finalists": [winner, broken], "beats_baseline": False, "front": [],
-        "study": "out/studies/s", "results": "r.parquet", "registry": "out/registry",
+    winner |= {"scorecard": scorecard, "published": ["s@1", "s-lora@1"], "point": {}, "costs": {}, "on_front": False}
+    broken = winner | {"trial": "t0", "number": 0, "name": "s-0000"}
+    broken |= {"scorecard": None, "published": [], "error": "gone"}
+    begun = {
+        "name": "s", "study": "out/studies/s", "results": "r.parquet", "counts": {"done": 2}, "num_refused": 0,
+        "priors": {}, "tokens": 1, "hosts": [],
     }  # fmt: skip
+    done = begun | {
+        "status": "done", "winner": winner, "baseline": winner | {"trial": "t0", "name": "s-0000"},
+        "finalists": [winner, broken], "beats_baseline": False, "front": [], "registry": "out/registry",
+    }  # fmt: skip
+    result = StudyResult.model_validate(done)
     assert study_view.result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),
         ("s-0000 (baseline)", "lora", "75.0 %", "gone", "", ""),
         ("base, untuned", "", "", "80.0 % [70.0, 90.0]", "9.0000", ""),
     ]
     measured = {"costs": {"memory_bytes": 2.5e8, "latency_ms": 31.0}, "on_front": True}
-    finalists = [winner | measured, broken | {"costs": {}, "on_front": False}]
-    header, *rows = study_view.result_rows(result | {"finalists": finalists, "front": finalists[:1]})
+    finalists = [winner | measured, broken]
+    with_front = StudyResult.model_validate(done | {"finalists": finalists, "front": finalists[:1]})
+    header, *rows = study_view.result_rows(with_front)
     assert header[5:] == ("front", "memory", "latency", "published")
     assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", ""), ("", "", "")]
     text = "\n".join(study_view.result_lines(result, "study.yaml"))
     assert "on the test rows it is NOT better than the baseline, s-0000" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text
-    (line,) = study_view.result_lines(
-        {"status": "interrupted"}, "my study.yaml", ["name=b", "trial.data.train=a b.csv"]
-    )
-    assert "rankloom tune 'my study.yaml' name=b 'trial.data.train=a b.csv' --resume goes on" in line
+    stopped = StudyResult.model_validate(begun | {"status": "interrupted"})
+    (line,) = study_view.result_lines(stopped, "my study.yaml", ["name=b", "trial.data.train=a b.csv"])
+    assert "rankloom tune 'my study.yaml' name=b 'trial.data.train=a b.csv' --resume continues" in line
 
 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:

@@ -28,7 +28,7 @@ from rankloom.methods.base import peft_targets
 from rankloom.models import find_target_linears, load_base
 from rankloom.models.checkpoints import INDEX, WHOLE
 from rankloom.models.linears import FUSED_BY_KERNELS
-from rankloom.search.study import run
+from rankloom.search.study import tune
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.preflight import preflight
 
@@ -80,9 +80,9 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
         train_trial(parse(TrialConfig, tree | {"name": "t"}))
     study = {"name": "s", "trial": tree, "space": [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]}
     with pytest.raises(kind, match=message):
-        run(parse(StudyConfig, study | {"search": {"num_trials": 2}}))
+        tune(parse(StudyConfig, study | {"search": {"num_trials": 2}}))
     with pytest.raises(kind, match=message):
-        evaluate(parse(TrialConfig, tree | {"name": "t"}), None, registry=str(tmp_path))
+        evaluate(parse(TrialConfig, tree | {"name": "t"}), registry=str(tmp_path))
     assert not list(tmp_path.glob("out/*/*"))
 
 
@@ -233,7 +233,7 @@ def test_a_study_tells_of_experts_before_ray(mixtral: Path, tmp_path: Path, monk
     study = {"name": "s", "trial": trial_of(mixtral, tmp_path / "out"), "space": space}
     events: list[Event] = []
     with pytest.raises(DataError, match="Ray was started"):
-        run(parse(StudyConfig, study), on_event=events.append)
+        tune(parse(StudyConfig, study), on_event=events.append)
     told = [event.message for event in events if isinstance(event, WarningRaised) and "experts" in event.message]
     assert len(told) == 1
     assert "method.experts=true" in told[0]

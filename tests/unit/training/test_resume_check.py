@@ -16,6 +16,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
 from rankloom.errors import DataError, ModelError
 from rankloom.events import Event, WarningRaised
+from rankloom.launch.results import TrialResult
 from rankloom.launch.trainer import train_trial
 from rankloom.models import load_base, load_tokenizer
 from rankloom.training.resume_check import ORIGIN, Origin, hold_study_to, study_warning
@@ -53,7 +54,7 @@ def make(tmp_path: Path, tiny_llama: Path) -> Callable[..., TrialConfig]:
     return made
 
 
-def go_on(make: Callable[..., TrialConfig], steps: int = 4) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def go_on(make: Callable[..., TrialConfig], steps: int = 4) -> tuple[TrialResult, list[Event]]:
     events: list[Event] = []
     return train_trial(make(budget={"steps": steps}), resume=True, on_event=events.append), events
 
@@ -68,7 +69,7 @@ def test_other_labels_under_the_same_texts_are_refused(
     write(tmp_path / f"{name}.csv", "ab")
     write(tmp_path / "test.csv", "ba")  # nothing that was trained or chosen depends on them
     done, events = go_on(make)
-    assert done["steps"] == 4
+    assert done.steps == 4
     assert not [event for event in events if isinstance(event, WarningRaised)]
 
 
@@ -81,7 +82,7 @@ def test_another_base_at_the_same_place_is_refused(make: Callable[..., TrialConf
     with pytest.raises(ModelError, match=r"--resume: the weights of model\.id=.* are not those that this began with"):
         go_on(make)
     file.write_bytes(sound)
-    assert go_on(make)[0]["steps"] == 4
+    assert go_on(make)[0].steps == 4
 
 
 def test_other_settings_of_the_base_are_refused(make: Callable[..., TrialConfig], tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_other_settings_of_the_base_are_refused(make: Callable[..., TrialConfig]
     with pytest.raises(ModelError, match=r"--resume: the settings in config\.json of model\.id=.* are not those that"):
         go_on(make)
     file.write_text(json.dumps(settings | {"transformers_version": "0.0.1"}, indent=1))
-    assert go_on(make)[0]["steps"] == 4
+    assert go_on(make)[0].steps == 4
 
 
 def test_other_versions_are_told(make: Callable[..., TrialConfig], tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_other_versions_are_told(make: Callable[..., TrialConfig], tmp_path: Pat
     assert "peft 0.0.1 -> " in warning
     for place in (tmp_path / "out" / "runs" / "tiny" / "checkpoints").glob(f"*/{ORIGIN}"):
         place.unlink()  # as an earlier rankloom left it
-    assert go_on(make, steps=6)[0]["steps"] == 6
+    assert go_on(make, steps=6)[0].steps == 6
 
 
 def test_a_study_is_held_to_its_data_and_bases(make: Callable[..., TrialConfig], tmp_path: Path) -> None:

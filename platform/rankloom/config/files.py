@@ -1,4 +1,4 @@
-"""A command's CONFIG argument: a path, or a config that comes with rankloom."""
+"""Config files: a path, or one that comes with rankloom."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from rankloom.paths import shipped_folder
 PREFIX = "shipped:"
 
 
-def find_config(name: str) -> Path:
-    """The file that `name` means: as it is, else `shipped:trials/lora.yaml` or `configs/trials/lora.yaml` in rankloom.
+def is_config_file(name: str) -> bool:
+    """Whether a text names a config file, not an adapter."""
+    return name.startswith(PREFIX) or name.endswith((".yaml", ".yml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the file that `name` means: as it is, else `shipped:trials/lora.yaml` or `configs/trials/lora.yaml`.
 
     Raises:
-        ConfigError: no such file here or there.
+        ConfigError: there is no such file, neither here nor among those that come with rankloom.
     """
+    name = str(name)
     path, root = Path(name).expanduser(), shipped_folder("configs")
     if not name.startswith(PREFIX) and path.is_file():
         return path

@@ -64,13 +64,13 @@ def load(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) ->
     """Read a YAML file, apply `key.path=value` overrides and validate.
 
     Args:
-        path: a file, or one that comes with rankloom, such as `shipped:trials/lora.yaml`.
+        path: a file; as a text also one that comes with rankloom, such as `shipped:trials/lora.yaml`.
 
     Raises:
         ConfigError: the file, a key or a value is wrong.
         IncompatibleError: two settings exclude each other.
     """
-    file = find_config(path)
+    file = find_config(path) if isinstance(path, str) else path
     return parse(cls, apply_overrides(read_yaml(file), overrides), str(file))
 
 

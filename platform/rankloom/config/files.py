@@ -16,13 +16,12 @@ def is_config_file(name: str) -> bool:
     return name.startswith(PREFIX) or name.endswith((".yaml", ".yml"))
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str) -> Path:
     """Return the file that `name` means: as it is, else `shipped:trials/lora.yaml` or `configs/trials/lora.yaml`.
 
     Raises:
         ConfigError: there is no such file, neither here nor among those that come with rankloom.
     """
-    name = str(name)
     path, root = Path(name).expanduser(), shipped_folder("configs")
     if not name.startswith(PREFIX) and path.is_file():
         return path

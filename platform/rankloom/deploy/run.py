@@ -60,9 +60,9 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
     from rankloom.deploy.app import PROXY, resolved
 
     settings = _settings(config)
+    settings = resolved(settings, Registry(settings.registry or registry_root()))
     own = starts_ray()
     _check(settings, own=own)
-    settings = resolved(settings, Registry(settings.registry or registry_root()))
     with ExitStack() as stack:
         stack.enter_context(_environment(PROXY))  # where this starts Ray
         nodes = stack.enter_context(attached())

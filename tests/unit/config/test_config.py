@@ -67,7 +67,7 @@ def test_unknown_key_names_the_nearest(override: str, message: str) -> None:
         ("optim.clip_norm=-1", "optim.clip_norm", "-1"),
         ("optim.betas=[0.9, 2]", "optim.betas.1", "2"),
         ("optim=5", "optim", "5"),
-        ("model=gpt2", "model", "'gpt2'"),
+        ("budget=long", "budget", "'long'"),
         ("method=lora", "method", "'lora'"),
         ("method.target_modules=5", "method.target_modules", "5"),
         ("method.target_modules=[q_proj, 1]", "method.target_modules", "['q_proj', 1]"),

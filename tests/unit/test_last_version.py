@@ -15,9 +15,11 @@ from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.events import Evaluated, Event, RunResumed, StepFinished, TrialEnded, read_events
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
+from rankloom.registry.scorecard import Scorecard
 from rankloom.search import tune_searcher
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.priors import read_priors
+from rankloom.search.results import StudyResult
 from rankloom.search.saved_state import alias_moved_module
 from rankloom.search.tune_searcher import StudySearcher
 
@@ -46,14 +48,17 @@ def test_a_finished_run_gives_its_result_and_a_stopped_one_continues(last_versio
         return parse(TrialConfig, yaml.safe_load((last_version / "runs" / name / "trial.yaml").read_text()))
 
     before = json.loads((last_version / "runs" / "finished" / "result.json").read_text())
-    assert train_trial(trial("finished"), resume=True) == before
+    finished = train_trial(trial("finished"), resume=True)
+    assert (finished.name, finished.steps, finished.version) == ("finished", 6, before["version"])
+    assert finished.to_dict()["adapter"] == before["adapter"]
+    assert finished.scorecard == Scorecard.model_validate(before["scorecard"])
 
     events: list[Event] = []
     result = train_trial(trial("stopped"), resume=True, on_event=events.append)
-    assert (result["status"], result["steps"]) == ("done", 6)
+    assert (result.status, result.steps) == ("done", 6)
     assert RunResumed(3) in events
     assert [event.step for event in events if isinstance(event, StepFinished)] == [4, 5, 6]
-    Registry(result["registry"]).verify("stopped@1")
+    Registry(result.registry or "").verify("stopped@1")
     written = list(read_events(last_version / "runs" / "stopped" / "events.jsonl"))
     assert [event.step for event in written if isinstance(event, StepFinished)] == [1, 2, 3, 4, 5, 6]
 
@@ -80,6 +85,14 @@ def test_a_populations_points_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "rankloom.search.searchers", raising=False)
     alias_moved_module()
     assert pickle.loads(b"crankloom.search.searchers\n_Of\n.") is tune_searcher._Of
+
+
+def test_the_result_of_a_study_is_read(last_version: Path) -> None:
+    text = (last_version / "studies" / "finished" / "result.json").read_text()
+    before, result = json.loads(text), StudyResult.model_validate_json(text)
+    assert result.adapter == before["winner"]["published"][0]
+    assert [row.name for row in result.finalists] == [row["name"] for row in before["finalists"]]
+    assert len(result.trials) == 2
 
 
 def test_the_trials_of_a_finished_study_are_priors(last_version: Path) -> None:

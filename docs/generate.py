@@ -55,9 +55,9 @@ def on_files(files: Any, config: Any) -> Any:
 
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
-    for path in sorted((REPO / "benchmarks" / "results").iterdir()):
-        name = str(path.relative_to(REPO))
-        files.append(File.generated(config, name, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV))
+    for figures in sorted((REPO / "benchmarks" / "results").iterdir()):
+        name = str(figures.relative_to(REPO))
+        files.append(File.generated(config, name, abs_src_path=str(figures), inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
@@ -304,9 +304,11 @@ def _below(names: Iterable[str], components: Mapping[str, Any]) -> list[str]:
 
 def metrics_page() -> Iterator[str]:
     """Every series of `/metrics`."""
+    from rankloom.gateway.metrics import MAX_ADAPTERS
+
     yield "# Metrics\n"
-    yield "What `/metrics` has for Prometheus. With `auth.keys` it takes an admin's key. The series of the thousand"
-    yield "adapters that were asked for last are kept.\n"
+    yield "What `/metrics` has for Prometheus. With `auth.keys` it takes an admin's key. The series of the"
+    yield f"{MAX_ADAPTERS} adapters that were asked for last are kept.\n"
     rows = []
     for family in text_string_to_metric_families(_exposition()):
         if family.name.endswith("_created"):
@@ -324,7 +326,7 @@ def _exposition() -> str:
     from rankloom.gateway.metrics import Metrics
 
     metrics = Metrics()
-    metrics.ended("bank", "live", "ok", tokens={"completion": 1}, first_s=0.1, token_s=0.1)
+    metrics.count_request("bank", "live", "ok", tokens={"completion": 1}, first_s=0.1, token_s=0.1)
     metrics.refused.labels("429").inc()
     metrics.replica("r", Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0)), 1)
     return metrics.exposition().decode()

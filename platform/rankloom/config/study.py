@@ -45,10 +45,11 @@ COSTS: tuple[str, ...] = get_args(Objective)
 class SearchConfig(Frozen):
     """The search algorithm, and what it optimises."""
 
-    algorithm: Literal["random", "grid", "optuna", "hyperopt", "nevergrad", "bayesopt"] = "random"
+    algorithm: Literal["random", "grid", "optuna", "hyperopt", "nevergrad", "bayesopt", "own"] = "random"
     """random; grid: every combination, in order; optuna: TPE (needs the extra `search`). Ray Tune's hyperopt, nevergrad
     and bayesopt need the package of that name. They see the knobs of all branches at once, although those of the other
-    branches have no effect on a trial; bayesopt only takes `uniform` knobs of a single branch."""
+    branches have no effect on a trial; bayesopt only takes `uniform` knobs of a single branch. own: the searcher or
+    sampler that Python code hands to `rankloom.tune`."""
     num_trials: Annotated[int, Field(ge=1)] | None = None
     """Number of trials, warm starts included; null: 16, in a grid every combination."""
     metric: Metric = "loss"
@@ -161,7 +162,18 @@ class PbtConfig(Frozen):
     """Probability of resampling a knob instead of perturbing it."""
 
 
-Scheduler = Annotated[FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig, Field(discriminator="type")]
+class OwnSchedulerConfig(Frozen):
+    """The scheduler of Ray Tune's that Python code hands to `rankloom.tune`."""
+
+    type: Literal["own"] = "own"
+    is_population: bool = False
+    """Whether it copies weights and settings between trials, as population based training does."""
+
+
+Scheduler = Annotated[
+    FifoConfig | AshaConfig | HyperBandConfig | MedianConfig | PbtConfig | OwnSchedulerConfig,
+    Field(discriminator="type"),
+]
 
 
 class HostsConfig(Frozen):
@@ -225,7 +237,7 @@ class StudyConfig(Frozen):
         for index in range(len(self.space)):
             self._check_branch(index)
         mixed = len(self.space) > 1 or self.search.warm_start or self.search.algorithm != "random"
-        if isinstance(self.scheduler, PbtConfig) and mixed:
+        if self.is_population and mixed:
             raise ConfigError(
                 "scheduler.type=pbt copies weights between the trials of one population: it needs a space of one "
                 "branch, search.algorithm=random and no search.warm_start"
@@ -236,6 +248,13 @@ class StudyConfig(Frozen):
     def baseline(self) -> TrialConfig:
         """The trial that a user would train without a search: the first warm start, else `trial` itself."""
         return self.resolve({"warm_start": 0})
+
+    @property
+    def is_population(self) -> bool:
+        """Return whether the scheduler copies weights between trials, which therefore are drawn at once."""
+        return isinstance(self.scheduler, PbtConfig) or (
+            isinstance(self.scheduler, OwnSchedulerConfig) and self.scheduler.is_population
+        )
 
     @cached_property
     def num_trials(self) -> int:
@@ -248,7 +267,7 @@ class StudyConfig(Frozen):
     @property
     def num_warm_starts(self) -> int:
         """Number of warm starts, the baseline included; 0 with pbt, whose trials must be able to become one another."""
-        return 0 if isinstance(self.scheduler, PbtConfig) else max(1, len(self.search.warm_start))
+        return 0 if self.is_population else max(1, len(self.search.warm_start))
 
     @cached_property
     def knobs(self) -> list[dict[str, Knob]]:

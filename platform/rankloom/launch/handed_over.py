@@ -1,19 +1,21 @@
-"""A metric that Python code handed over: its name in a config, and where a study's processes find it.
+"""What Python code handed over: data becomes a file that the config names, a metric a name in the config.
 
-That is a pickle in the study's own folder, which its own processes alone read; what a config or a record names is never
-unpickled.
+A study's processes find the metric in a pickle in the study's own folder, which they alone read; what a config or a
+record names is never unpickled.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.metric import HANDED_OVER, name_of
-from rankloom.errors import ConfigError
+from rankloom.config.paths import resolve_path
+from rankloom.errors import ConfigError, DataError
 from rankloom.evals.own_metric import MetricFunction, load_metric
 
-METRIC = "metric.pkl"
+METRIC, DATA = "metric.pkl", "data"
 
 
 def judged_by(trial: TrialConfig, metric: MetricFunction | None) -> TrialConfig:
@@ -32,6 +34,62 @@ def searched_by(study: StudyConfig, metric: MetricFunction | None) -> StudyConfi
     tree = dump(study)
     tree["search"]["metric"] = name_of(metric)
     return parse(StudyConfig, tree)
+
+
+def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:
+    """Return the trial on rows that were handed over; None changes nothing.
+
+    They are written to `<output.root>/data`, under names of their contents: workers and a resumed run find them.
+
+    Args:
+        data: a `datasets.Dataset`, a pandas DataFrame or a list of dicts, or a mapping from train, validation and test
+            to these.
+    """
+    if data is None:
+        return trial
+    tree = dump(trial)
+    tree["data"] |= {role: {"path": path} for role, path in write_rows(data, trial.output.root).items()}
+    return parse(TrialConfig, tree)
+
+
+def searched_on(study: StudyConfig, data: Any) -> StudyConfig:
+    """Return the study on rows that were handed over, as `trained_on`.
+
+    Raises:
+        ConfigError: the space or a warm start names other rows.
+    """
+    if data is None:
+        return study
+    paths = write_rows(data, study.baseline.output.root)
+    named = [*study.space, *study.search.warm_start]
+    if clashing := [role for role in paths for fragment in named if role in (fragment.get("data") or {})]:
+        raise ConfigError(f"data.{clashing[0]}: the study's space names rows too; hand rows over, or name them there")
+    tree = dump(study)
+    given = {role: {"path": path} for role, path in paths.items()}
+    tree["trial"] = tree["trial"] | {"data": (tree["trial"].get("data") or {}) | given}
+    return parse(StudyConfig, tree)
+
+
+def write_rows(data: Any, root: str, role: str = "train") -> dict[str, str]:
+    """Write rows that were handed over below a root, and return each role's path.
+
+    Args:
+        role: what rows without a mapping are.
+    """
+    from rankloom.data.from_python import rows_files
+    from rankloom.registry.storage import open_storage
+
+    files, folder = rows_files(data, role), f"{resolve_path(root).rstrip('/')}/{DATA}"
+    try:
+        if "://" not in folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        storage = open_storage(folder)
+        for file in files.values():
+            if not storage.exist([file.name])[0]:
+                storage.write(file.name, file.content)
+    except OSError as error:
+        raise DataError(f"data: {folder} can't be written: {error}; make room, or set output.root") from None
+    return {key: f"{folder}/{file.name}" for key, file in files.items()}
 
 
 def keep_metric(folder: Path, function: MetricFunction) -> None:

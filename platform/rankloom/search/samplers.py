@@ -79,12 +79,13 @@ class GridSampler:
 
 
 class OptunaSampler:
-    """Optuna's TPE, of one objective or several; a branch's knobs are asked for where that branch was chosen.
+    """Optuna, of one objective or several; a branch's knobs are asked for where that branch was chosen.
 
     Optuna is asked by itself: Ray Tune's OptunaSearch takes no earlier results where a space has conditions.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial], sampler: Any = None) -> None:
+        """`sampler`: one of Optuna's; None: TPE."""
         _check_installed("optuna", "optuna", "rankloom[search]")
         import optuna
 
@@ -92,7 +93,7 @@ class OptunaSampler:
         self._study = study
         self._optuna = optuna.create_study(
             directions=[f"{study.search.best}imize", *("minimize" for _ in study.search.objectives)],
-            sampler=optuna.samplers.TPESampler(seed=study.search.seed),
+            sampler=sampler or optuna.samplers.TPESampler(seed=study.search.seed),
         )
         self._asked: dict[int, Any] = {}
         for each in sorted(known, key=lambda known: known.values is None):
@@ -154,17 +155,15 @@ class TuneSampler:
         name = study.search.algorithm
         row = TUNE_SEARCHERS[name]
         _check_installed(name, row.module, row.package)
-        self._study = study
-        self._num_asked = 0
-        self._asked: dict[int, str] = {}
         # Ray's searchers give the points that they are to begin with in their order
         known = sorted(known, key=lambda known: known.values is None)
         first = [flat_space.params_of(study, each.point, all_branches=True) for each in known]
         try:
-            self._search = create_searcher(
+            searcher = create_searcher(
                 name, metric="value", mode=study.search.best, points_to_evaluate=first or None,
                 **row.settings(study),
             )  # fmt: skip
+            self._begin(study, searcher)
             self._search.set_search_properties("value", study.search.best, flat_space.flat(study))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"search.algorithm={name} can't search this space: {error}; use optuna") from None
@@ -178,12 +177,20 @@ class TuneSampler:
                 self.propose(-1 - number)
                 self.tell(-1 - number, each.values)
 
+    def _begin(self, study: StudyConfig, searcher: Any) -> None:
+        self._study, self._search = study, searcher
+        self._num_asked = 0
+        self._asked: dict[int, str] = {}
+
     def propose(self, number: int) -> Point | Literal["FINISHED"] | None:
+        params = self._suggest(number)
+        return params if params in (None, FINISHED) else flat_space.point_of(self._study, params)
+
+    def _suggest(self, number: int) -> Any:
         self._asked[number] = str(self._num_asked)
         self._num_asked += 1
         with _numpy_seeded(self._study.search.seed + self._num_asked):
-            params = self._search.suggest(self._asked[number])
-        return params if params in (None, FINISHED) else flat_space.point_of(self._study, params)
+            return self._search.suggest(self._asked[number])
 
     def tell(self, number: int, values: Values | None) -> None:
         result = None if values is None else {"value": values[0]}

@@ -21,6 +21,7 @@ from rankloom.config.study import (
 )
 from rankloom.errors import ConfigError
 from rankloom.search.flat_space import mutations
+from rankloom.search.own_search import OwnSearch
 
 PROGRESS = "percent"
 """What reports call the share of a trial's budget that is used up, in percent."""
@@ -77,6 +78,8 @@ SCHEDULERS: dict[type, Callable[[Any, StudyConfig], Any]] = {
 }
 
 
-def build_scheduler(study: StudyConfig) -> Any:
+def build_scheduler(study: StudyConfig, own: OwnSearch | None = None) -> Any:
     """Ray Tune's scheduler for this study; metric and mode come from the TuneConfig."""
+    if own is not None and own.scheduler is not None:
+        return own.build_scheduler(study)
     return SCHEDULERS[type(study.scheduler)](study.scheduler, study)

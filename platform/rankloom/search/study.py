@@ -27,17 +27,19 @@ import yaml
 
 from rankloom.config import StudyConfig, coerce, dump, parse
 from rankloom.config.base import read_yaml
+from rankloom.config.metric import HANDED_OVER
 from rankloom.config.paths import resolve_paths
-from rankloom.config.study import PbtConfig, is_fusable
+from rankloom.config.study import is_fusable
 from rankloom.errors import ConfigError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
-from rankloom.launch.handed_over import keep_metric, searched_by
+from rankloom.launch.handed_over import keep_metric, searched_by, searched_on
 from rankloom.launch.run_folder import ID, changes, hold
 from rankloom.registry import Registry
 from rankloom.search.curves import tracked
 from rankloom.search.leaderboard import Leaderboard, write_results
+from rankloom.search.own_search import OwnSearch
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
 from rankloom.search.results import StudyResult
@@ -60,6 +62,10 @@ def tune(
     on_event: OnEvent = lambda _: None,
     stop: threading.Event | None = None,
     metric: MetricFunction | None = None,
+    data: Any = None,
+    searcher: Any = None,
+    sampler: Any = None,
+    scheduler: Any = None,
 ) -> StudyResult:
     """Search for the best trial: many train at once on one shared base; the best are scored and published.
 
@@ -71,6 +77,12 @@ def tune(
             (`shipped:studies/quickstart.yaml` comes with rankloom).
         metric: A function of predictions in place of `search.metric` (see `rankloom.evals.own_metric`); a resumed
             study needs it again.
+        data: Rows in place of `data.train`: a `datasets.Dataset`, a pandas DataFrame or a list of dicts; or a mapping
+            from train, validation and test to these. They are written to `<output.root>/data`.
+        searcher: A Ray Tune `Searcher` object in place of `search.algorithm`; a resumed study needs it again, as the
+            next two. It sees the knobs of all branches at once.
+        sampler: An Optuna sampler in place of `search.algorithm`.
+        scheduler: A Ray Tune `TrialScheduler` object in place of `scheduler`; reports have `percent`, of the budget.
         resume: Continue the study of this name. A finished study is not repeated: its result is returned.
         on_event: Called in this thread with every event: reports and ends of trials, phases, warnings, and the
             study's status about once a second.
@@ -100,7 +112,9 @@ def tune(
         >>> len(result.trials)
         3
     """
-    study = resolve_study_paths(searched_by(coerce(StudyConfig, study), metric))
+    own = OwnSearch(searcher, sampler, scheduler)
+    study = own.named_in(searched_on(searched_by(coerce(StudyConfig, study), metric), data))
+    study = resolve_study_paths(study)
     folder = study_folder(study)
     if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
@@ -109,7 +123,7 @@ def tune(
             on_event(WarningRaised(note))
     with hold(folder, "study"):
         try:
-            return _run(study, folder, on_event, stop or threading.Event(), resume=resume, metric=metric)
+            return _run(study, folder, on_event, stop or threading.Event(), own, resume=resume, metric=metric)
         except OSError as error:
             raise TrialError(f"output.root: {folder} can't be used: {error}; make room, --resume goes on") from None
 
@@ -119,6 +133,7 @@ def _run(
     folder: Path,
     on_event: OnEvent,
     stop: threading.Event,
+    own: OwnSearch,
     *,
     resume: bool,
     metric: MetricFunction | None,
@@ -127,7 +142,7 @@ def _run(
     if decision == "finished":
         return StudyResult.model_validate_json((folder / RESULT).read_text())
     knowledge = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
-    _check(study, knowledge)
+    _check(study, knowledge, own)
     if decision == "start":  # what a study left that never trained
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +161,7 @@ def _run(
             track(event)
             on_event(event)
 
-        result = StudyResult.model_validate(_search(study, knowledge, board, folder, tell, stop))
+        result = StudyResult.model_validate(_search(study, knowledge, board, folder, tell, stop, own))
         if result.status == "done":
             _replace(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
             tell(StudyFinished(result.to_dict()))
@@ -154,14 +169,20 @@ def _run(
 
 
 def _search(
-    study: StudyConfig, knowledge: Priors, board: Leaderboard, folder: Path, tell: OnEvent, stop: threading.Event
+    study: StudyConfig,
+    knowledge: Priors,
+    board: Leaderboard,
+    folder: Path,
+    tell: OnEvent,
+    stop: threading.Event,
+    own: OwnSearch,
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with (
         cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})),
         running_hosts(study, folder) as hosts,
     ):
-        journal = search(study, knowledge.points, board, folder, hosts, tell, stop)
+        journal = search(study, knowledge.points, board, folder, hosts, tell, stop, own)
         write_results(board, folder / RESULTS)
         outcome = {
             "name": study.name,
@@ -232,9 +253,16 @@ def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
     if differing:
         raise ConfigError(
             f"--resume of {study.name!r}: these settings differ from the study's (saved -> given): "
-            f"{'; '.join(differing.values())}; restore them, or start another study with name=..."
+            f"{'; '.join(differing.values())}; restore them{_given_again(saved)}, or start another study with name=..."
         )
     return "finished" if (folder / RESULT).is_file() else "resume"
+
+
+def _given_again(saved: dict[str, Any]) -> str:
+    """What to say of objects that the study began with."""
+    own = "own" in (saved["search"]["algorithm"], saved["scheduler"]["type"])
+    handed = own or saved["search"]["metric"].startswith(HANDED_OVER)
+    return ", and hand the searcher, sampler, scheduler or metric over again" if handed else ""
 
 
 def resolve_study_paths(study: StudyConfig) -> StudyConfig:
@@ -249,7 +277,7 @@ def _told(knowledge: Priors) -> str:
     return f"the searcher knows {len(knowledge.priors)} earlier trials{skipped}"
 
 
-def _check(study: StudyConfig, knowledge: Priors) -> None:
+def _check(study: StudyConfig, knowledge: Priors, own: OwnSearch) -> None:
     """What needs Ray Tune to be known, and is still known before anything starts."""
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.tune_searcher import StudySearcher
@@ -257,12 +285,12 @@ def _check(study: StudyConfig, knowledge: Priors) -> None:
     for trial in study.members():
         tracking.check(trial)
         Registry(trial.output.registry_root)
-    build_scheduler(study)
-    StudySearcher(study, knowledge.points)
-    if isinstance(study.scheduler, PbtConfig):
+    build_scheduler(study, own)
+    StudySearcher(study, knowledge.points, own)
+    if study.is_population:
         for trial in study.members():
             if not is_fusable(trial):
                 raise ConfigError(
-                    f"scheduler.type=pbt copies weights between members of hosts, which method.type="
+                    f"scheduler.type={study.scheduler.type} copies weights between members of hosts, which method.type="
                     f"{trial.method.type} as it is set here can't be; use lora or dora, or another scheduler"
                 )

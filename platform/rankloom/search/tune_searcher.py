@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 from rankloom.config.space import Point
 from rankloom.config.study import StudyConfig
 from rankloom.errors import IncompatibleError
+from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PROPOSERS, PriorTrial, Values
 from rankloom.search.saved_state import load_state
 
@@ -31,10 +32,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     resolved again where it runs.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial] = ()) -> None:
+    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial] = (), own: OwnSearch | None = None) -> None:
         super().__init__(metric=study.search.key, mode=study.search.best)
         self._study = study
-        self._proposer = PROPOSERS[study.search.algorithm](study, known)
+        build = own.build_sampler if own and study.search.algorithm == "own" else PROPOSERS[study.search.algorithm]
+        self._proposer = build(study, known)
         self._count = 0
         self._numbers: dict[str, int] = {}
         self._worst: Values | None = None

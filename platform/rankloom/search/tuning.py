@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig
-from rankloom.config.study import HyperBandConfig, PbtConfig, is_fusable
+from rankloom.config.study import HyperBandConfig, OwnSchedulerConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.hosts.hosts import Hosts, groups, share_out
@@ -27,6 +27,7 @@ from rankloom.launch.failures import failure_of
 from rankloom.launch.run_folder import ERROR
 from rankloom.search.journal import Journal, full
 from rankloom.search.leaderboard import Leaderboard
+from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PriorTrial
 
 JOURNAL, TUNE = "journal.jsonl", "tune"
@@ -58,11 +59,13 @@ def search(
     hosts: Any,
     tell: OnEvent,
     stop: threading.Event,
+    own: OwnSearch,
 ) -> Journal:
     """Run Ray Tune until the study is searched, stopped or hopeless.
 
     Args:
         board: what the study's journal says already.
+        own: objects that were handed over.
 
     Raises:
         RankloomError: what no trial of the study could be spared.
@@ -81,7 +84,7 @@ def search(
     try:
         # a trial that can't be fused drives a Ray Train run, which wants a process of its own
         with trials_in_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
-            _tune(study, known, folder, hosts, journal)
+            _tune(study, known, folder, hosts, journal, own)
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
         journal.reconcile()
@@ -101,7 +104,9 @@ def search(
     return journal
 
 
-def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal) -> None:
+def _tune(
+    study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal, own: OwnSearch
+) -> None:
     from ray import tune
 
     from rankloom.search.saved_state import alias_moved_module
@@ -118,12 +123,12 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
     trainable = tune.with_parameters(
         StudyTrial, study=study, hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
     )
-    is_population = isinstance(study.scheduler, PbtConfig)
-    searcher = None if is_population else StudySearcher(study, known)
+    is_population = study.is_population
+    searcher = None if is_population else StudySearcher(study, known, own)
     alias_moved_module()
     if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
         try:
-            StudySearcher(study, known).restore_from_dir(str(folder / TUNE))
+            StudySearcher(study, known, own).restore_from_dir(str(folder / TUNE))
         except Exception as error:  # Ray Tune would log it and wait for trials that never come
             state = f"{folder / TUNE}: the searcher's state can't be read: {type(error).__name__}: {error}"
             raise TrialError(
@@ -139,7 +144,7 @@ def _tune(study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: 
         config=population(study, known) if is_population else None,
         search_alg=searcher,
         num_samples=1 if is_population else study.num_trials,
-        scheduler=build_scheduler(study),
+        scheduler=build_scheduler(study, own),
         max_concurrent_trials=concurrent,
         reuse_actors=True,
         trial_name_creator=_id_of,
@@ -160,7 +165,7 @@ def num_live(study: StudyConfig, hosts_per_group: int) -> int:
         waiting = study.hosts.num_waiting
     elif not all(map(is_fusable, study.members())):  # each trial is a process then, or several
         waiting = -(-slots // 2)
-    elif isinstance(study.scheduler, (HyperBandConfig, PbtConfig)):
+    elif isinstance(study.scheduler, (HyperBandConfig, PbtConfig, OwnSchedulerConfig)):
         waiting = study.num_trials
     else:
         waiting = slots if study.search.learns else 2 * slots

@@ -124,6 +124,22 @@ def test_validation_agrees_with_compatible(method: str, quantization: str, ratio
 
 
 @pytest.mark.parametrize("method", TYPES)
+def test_every_method_says_what_it_keeps_in_memory(method: str) -> None:
+    class Shape:
+        linears, targets, num_layers, num_other, num_weights = ((8, 8), (8, 32)), ((8, 8),), 2, 100, 420
+
+        def adapter_numbers(self, rank: int, *, dora: bool) -> int:
+            return sum(rank * (wide + high) + dora * high for wide, high in self.targets)
+
+    kept = parse(TrialConfig, {"name": "t", "method": {"type": method}}).method.trained_numbers(Shape())
+    trains_base = COMPATIBLE[method].servable == "extracted"
+    assert kept.on_frozen == (not trains_base) == (kept.rank > 0)
+    assert (kept.weights == Shape.num_weights) == trains_base
+    assert 0 < kept.gradients <= kept.weights
+    assert kept.moments > 0
+
+
+@pytest.mark.parametrize("method", TYPES)
 def test_capabilities_of_the_class_agree_with_compatible(method: str) -> None:
     from rankloom.methods import METHODS
 

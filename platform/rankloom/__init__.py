@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from rankloom.errors import RankloomError as RankloomError
     from rankloom.errors import RegistryError as RegistryError
     from rankloom.errors import TrialError as TrialError
+    from rankloom.evals.own_metric import Prediction as Prediction
     from rankloom.launch.evaluation import evaluate as evaluate
     from rankloom.launch.results import EvaluationResult as EvaluationResult
     from rankloom.launch.results import TrialResult as TrialResult
@@ -96,6 +97,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "AdapterNotFoundError", "ConfigError", "DataError", "IncompatibleError", "ModelError", "RankloomError",
         "RegistryError", "TrialError",
     ),
+    "evals.own_metric": ("Prediction",),
     "launch.evaluation": ("evaluate",),
     "launch.results": ("EvaluationResult", "TrialResult"),
     "launch.trainer": ("train",),

@@ -6,11 +6,12 @@ Quantisation and LoRA+ are not methods but orthogonal settings: QLoRA is lora on
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
+from rankloom.config.memory import ModelShape, TrainedNumbers, adapter_terms, full_terms
 from rankloom.errors import ConfigError
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -30,6 +31,9 @@ Targets = Annotated[list[str] | str, BeforeValidator(_check_targets)]
 class AdapterConfig(Frozen):
     """Settings that every adapter method has."""
 
+    default_rank: ClassVar[int] = 16
+    """What memory is planned with for a method without a setting `rank`."""
+
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank (by alpha / sqrt(rank) with rsLoRA)."""
     dropout: Fraction = 0.0
@@ -40,6 +44,10 @@ class AdapterConfig(Frozen):
     """Whether to adapt the experts of a mixture-of-experts model too. true: adapt them (lora only, in its own run);
     false: leave them as they are; null: leave them, with a note. It matters where experts are stacked matrices, which
     `target_modules` can't name."""
+
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory; a method that keeps more than AdamW's moments overrides it."""
+        return adapter_terms(shape, int(getattr(self, "rank", self.default_rank)))
 
 
 class LoraConfig(AdapterConfig):
@@ -65,6 +73,10 @@ class DoraConfig(AdapterConfig):
     """Scale by alpha / sqrt(rank)."""
     init: Literal["default", "gaussian"] = "default"
     """Initialisation of A and B."""
+
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory."""
+        return adapter_terms(shape, self.rank, dora=True)
 
 
 class AdaLoraConfig(AdapterConfig):
@@ -92,12 +104,20 @@ class AdaLoraConfig(AdapterConfig):
             raise ConfigError("warmup_fraction + final_fraction must be below 1, or no step is left to adapt in")
         return self
 
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory: beside Adam's moments, PEFT's three averages of each importance."""
+        return adapter_terms(shape, self.initial_rank, moments=5)
+
 
 class FullRankConfig(Frozen):
     """Settings of the methods that train the base's own weights."""
 
     extract_rank: Rank = 64
     """Rank at which the change of the weights is published as an adapter (truncated SVD)."""
+
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory; one that keeps less than AdamW on all weights overrides it."""
+        return full_terms(shape)
 
 
 class FullConfig(FullRankConfig):
@@ -121,6 +141,14 @@ class GaLoreConfig(FullRankConfig):
     layerwise: bool = False
     """Update each weight during the backward pass and free its gradient at once."""
 
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory: moments in the projection, few gradients if layerwise."""
+        projected = sum(2 * min(self.rank, *each) * max(each) for each in shape.linears)
+        projections = sum(min(self.rank, *each) * min(each) for each in shape.linears)
+        moments = (projected + 2 * shape.num_other) / (4 if self.optimizer == "adamw8bit" else 1)
+        largest = max(shape.num_other, *(wide * high for wide, high in shape.linears))
+        return full_terms(shape, gradients=largest if self.layerwise else None, moments=moments + projections)
+
 
 class LisaConfig(FullRankConfig):
     """LISA (arXiv 2403.17919): the embedding, the head and a few random layers train, redrawn during training."""
@@ -130,6 +158,12 @@ class LisaConfig(FullRankConfig):
     """Number of layers that train at a time."""
     interval: Annotated[int, Field(ge=1)] = 20
     """Steps between two draws."""
+
+    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+        """Return what the method keeps in memory: gradients and moments of the layers that train."""
+        linear = shape.num_weights - shape.num_other
+        active = shape.num_other + linear * min(1.0, self.num_layers / shape.num_layers)
+        return full_terms(shape, gradients=active, moments=2 * active)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise ConfigError if the model has too few layers."""

@@ -26,7 +26,7 @@ from rankloom.launch import cluster, tracking
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of, training_failure
-from rankloom.launch.handed_over import judged_by
+from rankloom.launch.handed_over import judged_by, trained_on
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
@@ -44,6 +44,7 @@ def train(
     trial: TrialConfig | str | Path | Mapping[str, Any],
     *,
     metric: MetricFunction | None = None,
+    data: Any = None,
     resume: bool = False,
     on_event: OnEvent = lambda _: None,
     stop: threading.Event | None = None,
@@ -58,6 +59,8 @@ def train(
             (`shipped:trials/lora.yaml` comes with rankloom).
         metric: A function of predictions in place of `eval.metric` (see `rankloom.evals.own_metric`); a resumed run
             needs it again.
+        data: Rows in place of `data.train`: a `datasets.Dataset`, a pandas DataFrame or a list of dicts; or a mapping
+            from train, validation and test to these. They are written to `<output.root>/data`.
         resume: Continue the run of this name. A finished run is not repeated: its result is returned.
         on_event: Called in this thread with every event: data, steps, evaluations, phases, warnings.
         stop: Set it, from another thread, to stop after the current step with a checkpoint that `resume` continues.
@@ -85,7 +88,9 @@ def train(
         >>> result.scorecard.result.loss < result.scorecard.base.loss
         True
     """
-    return train_trial(coerce(TrialConfig, trial), metric=metric, resume=resume, on_event=on_event, stop=stop)
+    return train_trial(
+        trained_on(coerce(TrialConfig, trial), data), metric=metric, resume=resume, on_event=on_event, stop=stop
+    )
 
 
 def train_trial(

@@ -7,12 +7,11 @@ large a host may be. The factors were measured; `tests/parity/test_memory_plan.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rankloom.banks.groups import PADDED
-from rankloom.config.method import AdaLoraConfig, DoraConfig, FullConfig, GaLoreConfig, LisaConfig, LoraConfig
+from rankloom.config.method import AdapterConfig, FullRankConfig
 from rankloom.errors import TrialError
 
 FP32 = 4
@@ -138,18 +137,7 @@ def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: i
     )
 
 
-@dataclass(frozen=True)
-class TrainedNumbers:
-    """How many numbers a method keeps, in fp32."""
-
-    weights: float
-    """Beside the frozen base; of a method that trains the base's own, these are all there are."""
-    gradients: float
-    moments: float
-    on_frozen: bool = True
-
-
-def run_bytes(shape: Shape, method: Any, batch_tokens: int, *, num_shards: int = 1) -> float:
+def run_bytes(shape: Shape, method: AdapterConfig | FullRankConfig, batch_tokens: int, *, num_shards: int = 1) -> float:
     """What a run of its own takes, base included, at the worst moment of a step.
 
     Args:
@@ -157,9 +145,8 @@ def run_bytes(shape: Shape, method: Any, batch_tokens: int, *, num_shards: int =
         batch_tokens: of the largest micro-batch of a worker, padding included.
         num_shards: workers that share the weights out.
     """
-    kept = TRAINED[type(method)](method, shape)
-    rank = int(getattr(method, "rank", getattr(method, "initial_rank", 0))) if kept.on_frozen else 0
-    tokens = batch_tokens * shape.token_bytes(rank, dora=isinstance(method, DoraConfig))
+    kept = method.trained_numbers(shape)
+    tokens = batch_tokens * shape.token_bytes(kept.rank, dora=kept.dora)
     if batch_tokens:  # else it is recomputed layer by layer
         tokens += shape.adapted_bytes
     lasting = (shape.base_bytes if kept.on_frozen else 0) + FP32 * (kept.weights + kept.moments)
@@ -168,44 +155,3 @@ def run_bytes(shape: Shape, method: Any, batch_tokens: int, *, num_shards: int =
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
-
-
-def _lora(method: LoraConfig | DoraConfig, shape: Shape) -> TrainedNumbers:
-    numbers = shape.adapter_numbers(method.rank, dora=isinstance(method, DoraConfig))
-    return TrainedNumbers(numbers, numbers, 2 * numbers)
-
-
-def _adalora(method: AdaLoraConfig, shape: Shape) -> TrainedNumbers:
-    numbers = shape.adapter_numbers(method.initial_rank, dora=False)
-    return TrainedNumbers(
-        numbers, numbers, 5 * numbers
-    )  # beside Adam's, PEFT keeps three averages of each one's importance
-
-
-def _full(method: FullConfig, shape: Shape) -> TrainedNumbers:  # noqa: ARG001
-    return TrainedNumbers(shape.num_weights, shape.num_weights, 2 * shape.num_weights, on_frozen=False)
-
-
-def _galore(method: GaLoreConfig, shape: Shape) -> TrainedNumbers:
-    projected = sum(2 * min(method.rank, *each) * max(each) for each in shape.linears)
-    projections = sum(min(method.rank, *each) * min(each) for each in shape.linears)
-    moments = (projected + 2 * shape.num_other) / (4 if method.optimizer == "adamw8bit" else 1)
-    gradients = max(shape.num_other, *(wide * high for wide, high in shape.linears))
-    whole = shape.num_weights
-    return TrainedNumbers(whole, gradients if method.layerwise else whole, moments + projections, on_frozen=False)
-
-
-def _lisa(method: LisaConfig, shape: Shape) -> TrainedNumbers:
-    linear = shape.num_weights - shape.num_other
-    active = shape.num_other + linear * min(1.0, method.num_layers / shape.num_layers)
-    return TrainedNumbers(shape.num_weights, active, 2 * active, on_frozen=False)
-
-
-TRAINED: dict[type, Callable[[Any, Shape], TrainedNumbers]] = {
-    LoraConfig: _lora,
-    DoraConfig: _lora,
-    AdaLoraConfig: _adalora,
-    FullConfig: _full,
-    GaLoreConfig: _galore,
-    LisaConfig: _lisa,
-}

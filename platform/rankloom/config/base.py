@@ -8,14 +8,15 @@ Read `trial.py` next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
 
 from rankloom.config.files import find_config
 from rankloom.errors import ConfigError, IncompatibleError
@@ -164,6 +165,18 @@ SHORTHAND = {
 """Settings that may be given as one string -> the key that the string sets."""
 
 
+@dataclass(frozen=True)
+class OpenUnion:
+    """Marks a union of config classes, discriminated by `type`, to which other packages may add members."""
+
+    more: Callable[[], tuple[type[BaseModel], ...]]
+    """Called when a config with this union is first validated."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        members = (*get_args(source), *self.more())
+        return handler.generate_schema(Annotated[Union[members], Field(discriminator="type")])  # noqa: UP007
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where PyYAML silently keeps the last."""
 
@@ -242,9 +255,9 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
         known = sorted({name for m in models for name in m.model_fields})
         if part in known or part == str(loc[-1]) or part.isdigit():
             keys.append(part)
-        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
         if fields:
-            models = [m for annotation in fields for m in _models_in(annotation)] or models
+            models = [m for field in fields for m in _models_of(field)] or models
     return keys, models
 
 
@@ -270,6 +283,11 @@ def _is_number(annotation: Any) -> bool:
     """Return whether an annotation is int, float, or one of them with bounds or None."""
     parts = [part for part in get_args(annotation) if part is not type(None) and not isinstance(part, FieldInfo)]
     return annotation in (int, float) or (len(parts) == 1 and _is_number(parts[0]))
+
+
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    more = [model for mark in field.metadata if isinstance(mark, OpenUnion) for model in mark.more()]
+    return [*_models_in(field.annotation), *more]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -14,6 +14,10 @@ class ModelShape(Protocol):
         """(in, out) of each linear layer but the head."""
 
     @property
+    def targets(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of those that adapters sit on."""
+
+    @property
     def num_layers(self) -> int: ...
 
     @property

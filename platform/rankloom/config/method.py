@@ -10,8 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rankloom.config.base import Frozen
+from rankloom.config.base import Frozen, OpenUnion
+from rankloom.config.compatible import COMPATIBLE, Compatibility
 from rankloom.config.memory import ModelShape, TrainedNumbers, adapter_terms, full_terms
+from rankloom.config.plugins import external_methods
 from rankloom.errors import ConfigError
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -28,7 +30,21 @@ Targets = Annotated[list[str] | str, BeforeValidator(_check_targets)]
 """A choice of linear layers, which `rankloom.models.find_target_linears` resolves."""
 
 
-class AdapterConfig(Frozen):
+class MethodConfig(Frozen):
+    """What every method's settings say of the method; those of rankloom's own are in tables."""
+
+    compatible: ClassVar[Compatibility | None] = None
+    """The row of another package's method; None: `COMPATIBLE` has it."""
+    implementation: ClassVar[str] = ""
+    """`module:Class` of another package's method, a `rankloom.methods.Method`; empty: `METHODS` has it."""
+
+    @property
+    def row(self) -> Compatibility:
+        """Return what the method can be combined with."""
+        return self.compatible or COMPATIBLE[type(self).model_fields["type"].default]
+
+
+class AdapterConfig(MethodConfig):
     """Settings that every adapter method has."""
 
     default_rank: ClassVar[int] = 16
@@ -109,7 +125,7 @@ class AdaLoraConfig(AdapterConfig):
         return adapter_terms(shape, self.initial_rank, moments=5)
 
 
-class FullRankConfig(Frozen):
+class FullRankConfig(MethodConfig):
     """Settings of the methods that train the base's own weights."""
 
     extract_rank: Rank = 64
@@ -178,6 +194,6 @@ def _default_to_lora(value: Any) -> Any:
 
 Method = Annotated[
     FullConfig | LoraConfig | DoraConfig | AdaLoraConfig | GaLoreConfig | LisaConfig,
-    Field(discriminator="type"),
+    OpenUnion(external_methods),
     BeforeValidator(_default_to_lora),
 ]

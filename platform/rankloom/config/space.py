@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from rankloom.config.base import SHORTHAND, Frozen
 from rankloom.config.method import Method
+from rankloom.config.plugins import external_methods
 from rankloom.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -191,7 +192,7 @@ def with_alpha(tree: Tree) -> Tree:
 
 def _default_rank(kind: Any) -> int | None:
     """Return the default rank of a method that has alpha and rank, else None."""
-    for cls in get_args(get_args(Method)[0]):
+    for cls in (*get_args(get_args(Method)[0]), *external_methods()):
         if cls.model_fields["type"].default == kind and {"alpha", "rank"} <= cls.model_fields.keys():
             return int(cls.model_fields["rank"].default)
     return None

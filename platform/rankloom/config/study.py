@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from rankloom.config.base import Frozen, dump, is_whole_number, parse
-from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.metric import HANDED_OVER, OWN, Metric, Mode, best_of, check_mode, is_own
 from rankloom.config.paths import IsFragment, IsPath
 from rankloom.config.space import (
@@ -359,7 +358,7 @@ def is_fusable(trial: TrialConfig) -> bool:
     plain = plain and not getattr(method, "experts", None)
     # each member would need its own gradient scaler and its own recomputed activations
     shared = trial.compute.precision != "fp16" and not trial.compute.activation_checkpointing
-    return COMPATIBLE[method.type].fusable and plain and shared and trial.quantization.type != "int8"
+    return method.row.fusable and plain and shared and trial.quantization.type != "int8"
 
 
 def host_key(trial: TrialConfig) -> str:

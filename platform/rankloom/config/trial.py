@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
-from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.data import AnySource, DataConfig
 from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
 from rankloom.config.metric import Metric, Mode, best_of, check_mode, is_own
@@ -153,7 +152,7 @@ class TrackingConfig(Frozen):
     """A Weights & Biases project; the key comes from WANDB_API_KEY."""
 
 
-class TrialConfig(Frozen):
+class TrialConfig(Frozen, defer_build=True):
     """One configuration to train once."""
 
     name: AdapterName
@@ -181,7 +180,7 @@ class TrialConfig(Frozen):
 def conflicts(trial: TrialConfig) -> list[str]:
     """Return the reasons to refuse this combination; empty if it is fine."""
     method, optim, compute = trial.method, trial.optim, trial.compute
-    row = COMPATIBLE[method.type]
+    row = method.row
     reasons = []
     if trial.quantization.type not in row.quantization:
         reasons.append(

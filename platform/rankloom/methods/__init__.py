@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from rankloom.config.method import AdaLoraConfig, DoraConfig, FullConfig, GaLoreConfig, LisaConfig, LoraConfig
+from importlib import import_module
+
+from rankloom.config.method import (
+    AdaLoraConfig,
+    DoraConfig,
+    FullConfig,
+    GaLoreConfig,
+    LisaConfig,
+    LoraConfig,
+    MethodConfig,
+)
 from rankloom.config.trial import TrialConfig
+from rankloom.errors import ConfigError
 from rankloom.methods.adalora import AdaLora
 from rankloom.methods.base import Method
 from rankloom.methods.full import Full
@@ -21,9 +32,27 @@ METHODS: dict[type, type[Method]] = {  # type: ignore[type-arg]
 }
 
 
+def method_class(config: MethodConfig) -> type[Method]:  # type: ignore[type-arg]
+    """Return the method of a config: one of `METHODS`, or another package's.
+
+    Raises:
+        ConfigError: the package's can't be imported.
+    """
+    if type(config) in METHODS:
+        return METHODS[type(config)]
+    module, _, name = config.implementation.partition(":")
+    try:
+        found: type[Method] = getattr(import_module(module), name)  # type: ignore[type-arg]
+    except Exception as error:  # another package's import may raise anything
+        raise ConfigError(
+            f"method.type: {config.implementation} can't be imported: {type(error).__name__}: {error}"
+        ) from None
+    return found
+
+
 def build_method(trial: TrialConfig, num_steps: int) -> Method:  # type: ignore[type-arg]
     """Return the trial's method for a run of `num_steps` optimiser steps."""
-    return METHODS[type(trial.method)](trial.method, seed=trial.seed, num_steps=num_steps)
+    return method_class(trial.method)(trial.method, seed=trial.seed, num_steps=num_steps)
 
 
-__all__ = ["METHODS", "Method", "build_method"]
+__all__ = ["METHODS", "Method", "build_method", "method_class"]

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
@@ -85,9 +84,7 @@ class TrainingLoop:
             data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
         )
         self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
-        self.workers = Workers(
-            session.rank, session.world_size, session.device, COMPATIBLE[trial.method.type].parallel, precision
-        )
+        self.workers = Workers(session.rank, session.world_size, session.device, trial.method.row.parallel, precision)
         torch.manual_seed(trial.seed)
         self.method = build_method(trial, self.num_steps)
         self.module = self.method.attach(base)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankloom.adapters.probe import largest_difference, last_logits, tolerance, write_probe
 from rankloom.adapters.weights import load_adapter
-from rankloom.config import COMPATIBLE, TrialConfig, dump
+from rankloom.config import TrialConfig, dump
 from rankloom.data import TaskData
 from rankloom.errors import TrialError
 from rankloom.evals.costs import weight_bytes
@@ -136,7 +136,7 @@ def publish(
     draft = Draft(
         method=trial.method.type,
         base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),
-        servable=COMPATIBLE[trial.method.type].servable,
+        servable=trial.method.row.servable,
         trial=dump(trial),
         data_fingerprint=data.fingerprint,
         scorecard=scorecard,

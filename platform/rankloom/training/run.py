@@ -20,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from rankloom.adapters.probe import last_logits
 from rankloom.adapters.weights import load_adapter
-from rankloom.config import COMPATIBLE, TrialConfig
+from rankloom.config import TrialConfig
 from rankloom.data import TaskData, load_data
 from rankloom.errors import RegistryError, TrialError
 from rankloom.evals.own_metric import MetricFunction, load_metric
 from rankloom.evals.score import measure
 from rankloom.events import DataLoaded, PhaseStarted
-from rankloom.methods import METHODS
+from rankloom.methods import method_class
 from rankloom.models import Base, load_tokenizer
 from rankloom.registry import Record
 from rankloom.registry.checks import RECORD, check_files
@@ -69,7 +69,7 @@ def run_trial(
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
     session.emit(DataLoaded(data.report.to_dict()))
     _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
-    base = load_trial_base(trial, session.device, in_fp32=METHODS[type(trial.method)].trains_base)
+    base = load_trial_base(trial, session.device, in_fp32=method_class(trial.method).trains_base)
     check_lengths(data, base)
     if study is not None:
         hold_study_to(study, trial, Origin.of(data, base))
@@ -138,7 +138,7 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
     shape = shape_of(base, data, targets, experts=bool(getattr(trial.method, "experts", None)))
     rows = -(-trial.optim.batch_size // (trial.optim.accumulation * session.world_size))
     tokens = 0 if trial.compute.activation_checkpointing else rows * int(data.train.lengths.min())
-    shards = session.world_size if COMPATIBLE[trial.method.type].parallel == "fsdp" else 1
+    shards = session.world_size if trial.method.row.parallel == "fsdp" else 1
     loaded = sum(p.numel() * p.element_size() for p in base.model.parameters())
     needed = run_bytes(shape, trial.method, tokens, num_shards=shards) - loaded / shards
     if needed > free:
@@ -153,7 +153,7 @@ def _finish(
     trial: TrialConfig, session: Session, loop: TrainingLoop, module: nn.Module, base: Base, data: TaskData
 ) -> dict[str, Any]:
     """Export, read back, score and publish; rank 0 alone."""
-    extracted = COMPATIBLE[trial.method.type].servable == "extracted"
+    extracted = trial.method.row.servable == "extracted"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         folder.mkdir()
@@ -216,7 +216,7 @@ def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.M
     with session.best_checkpoint() as folder:
         if session.rank != 0 or folder is None:
             return loop.module
-        model = load_trial_base(trial, session.device, in_fp32=METHODS[type(trial.method)].trains_base).model
+        model = load_trial_base(trial, session.device, in_fp32=method_class(trial.method).trains_base).model
         checkpoint.load_weights(folder, model, loop.method)
         return model
 

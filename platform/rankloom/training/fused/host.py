@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankloom.banks.bank import AdapterBank, SlotSpec
-from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.method import DoraConfig, LoraConfig, Targets
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Row, TaskData
@@ -249,7 +248,7 @@ class TrialHost:
     def _checked(self, name: str, trial: TrialConfig) -> SlotSpec:
         """What the slot will hold; a trial that this host would not train as its dedicated run would is refused."""
         method = trial.method
-        if not isinstance(method, (LoraConfig, DoraConfig)) or not COMPATIBLE[method.type].fusable:
+        if not isinstance(method, (LoraConfig, DoraConfig)) or not method.row.fusable:
             raise IncompatibleError(f"{name}: method.type={method.type} can't be fused; run it dedicated")
         quantization, held = trial.quantization.type, self.base.quantization
         for setting, sound, allowed in (

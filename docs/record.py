@@ -1,15 +1,16 @@
-"""Record a real study as docs/assets/tune.svg, and the console over what it published as docs/assets/console.png.
+"""Record a real study as docs/assets/tune.svg, and the console of an endpoint as docs/assets/console.png.
 
-    python docs/record.py FOLDER
+    python docs/record.py tune FOLDER       # the quickstart at a smaller size; its files go to FOLDER
+    python docs/record.py console URL       # of an endpoint that runs: rankloom serve ... registry=FOLDER/registry
 
-The study is the quickstart at a smaller size; its files go to FOLDER. The SVG plays what `rankloom tune` shows on a
-terminal, about ten times as fast. It needs Chromium and `pip install websockets`.
+The SVG plays what `rankloom tune` shows on a terminal, sped up. The picture needs Chromium and websockets.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from io import StringIO
 from pathlib import Path
 
@@ -94,36 +95,29 @@ def _svg(frame: list[RenderableType], height: int, name: str) -> str:
     return console.export_svg(title="rankloom tune", code_format=FORMAT, unique_id=name)
 
 
-def picture_console(url: str, models: list[str], scratch: Path) -> None:
-    """Ask the models in the console, and take its picture."""
+def picture_console(url: str) -> None:
+    """Ask the console's first two models, the base and an adapter, and take its picture."""
     from browser import browser  # type: ignore[import-not-found]
 
-    with browser(url, scratch) as page:
-        page.until(f"document.querySelectorAll('input[name=model]').length >= {len(models)}")
-        page.value("document.querySelectorAll('input[name=model]:checked').forEach(e => e.click())")
-        for model in models:
-            page.value(f"document.querySelector('input[name=model][value=\"{model}\"]').click()")
-        page.value("document.getElementById('max-tokens').value = 12")
+    with tempfile.TemporaryDirectory() as scratch, browser(url, Path(scratch)) as page:
+        page.until("document.querySelectorAll('input[name=model]:checked').length == 2")
+        page.value("document.getElementById('max-tokens').value = 16")
         page.value("document.getElementById('prompt').focus()")
         page.type(QUESTION)
         page.press("Enter", 13, modifiers=2)
-        page.until(f"document.querySelectorAll('#answers article').length == {len(models)}")
+        page.until("document.querySelectorAll('#answers article').length == 2")
         page.until("[...document.querySelectorAll('#answers p')].every(e => e.textContent.includes('tokens, first'))")
         page.screenshot(ASSETS / "console.png")
 
 
-def main(folder: str) -> None:
+def record_study(folder: str) -> None:
+    """Search, and write down what the terminal shows."""
     root = Path(folder).resolve()
     recording = Recording()
     study = rl.load(rl.StudyConfig, COMMAND[0], [*COMMAND[1:], f"trial.output.root={root}"])
-    result = rl.tune(study, resume=(root / "studies" / study.name).is_dir(), on_event=recording.show)
-    recording.end(result)
-    if len(recording._frames) > 3:  # a study that is finished already shows nothing
-        (ASSETS / "tune.svg").write_text(recording.svg().replace(f"{root}/", "~/rankloom/"), encoding="utf-8")
-    serve = rl.load(rl.ServeConfig, "shipped:serve/quickstart.yaml", [f"registry={root}/registry"])
-    with rl.serve(serve) as endpoint:
-        picture_console(endpoint.url, ["bank-intents", "base"], root / "browser")
+    recording.end(rl.tune(study, on_event=recording.show))
+    (ASSETS / "tune.svg").write_text(recording.svg().replace(f"{root}/", "~/rankloom/"), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"tune": record_study, "console": picture_console}[sys.argv[1]](sys.argv[2])

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from rankloom.search.results import StudyResult as StudyResult
     from rankloom.search.study import tune as tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "config.base": ("dump", "load"),

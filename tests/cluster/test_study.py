@@ -105,14 +105,14 @@ def test_a_killed_host_and_a_killed_trial_cost_no_trial(
     def watch(event: Event) -> None:
         if not isinstance(event, TrialEvaluated):
             return
-        for name, after in (("ray::HostActor", 3), ("ray::Stage", 8)):
+        for name, after in (("ray::HostActor", 3), ("ray::SharedTrialActor", 8)):
             if event.n >= after and name not in killed:
                 killed.append(name)
                 os.kill(processes_named(name)[0], signal.SIGKILL)
 
     result = tune(parse(StudyConfig, settings), on_event=watch)
 
-    assert killed == ["ray::HostActor", "ray::Stage"]
+    assert killed == ["ray::HostActor", "ray::SharedTrialActor"]
     assert result.counts == {"running": 0, "done": 6, "stopped": 0, "failed": 0}
     for row in pq.read_table(result.results).to_pylist():
         assert [point["step"] for point in row["curve"]] == list(range(3, 61, 3))

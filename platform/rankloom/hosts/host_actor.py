@@ -130,7 +130,7 @@ class HostActor:
             self._changed.set()
             async with self._reported:
                 await self._reported.wait_for(
-                    lambda: after + 1 in member.reports or member.seat.leaving or self._failure is not None
+                    lambda: after + 1 in member.reports or member.candidate.leaving or self._failure is not None
                 )
         finally:
             member.num_callers -= 1
@@ -161,18 +161,18 @@ class HostActor:
         member = self._members.get(key)
         if member is None:
             return
-        member.seat.leaving = True
+        member.candidate.leaving = True
         self._changed.set()
         async with self._reported:
             self._reported.notify_all()
-        if not member.seat.seated:
+        if not member.candidate.seated:
             self._forget(member)
 
     async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The search is over: end the training, and call a function in this process, which has torch and a device."""
         await self.close()
-        _let_go()
-        return await self._computed(function, *arguments)
+        _free_memory()
+        return await self._compute(function, *arguments)
 
     async def close(self) -> None:
         """End the training, and leave nothing on the node."""
@@ -187,14 +187,14 @@ class HostActor:
 
     def stats(self) -> dict[str, Any]:
         """What the host did and does."""
-        seats = [member.seat for member in self._members.values()]
+        candidates = [member.candidate for member in self._members.values()]
         run_ahead = self._study.hosts.run_ahead
         return asdict(self._work) | {
             "label": self._label,
-            "members": len(seats),
-            "seated": sum(seat.seated for seat in seats),
-            "training": sum(seat.seated and seat.wants(run_ahead) for seat in seats),
-            "waiting": sum(not seat.seated and seat.wants(run_ahead) for seat in seats),
+            "members": len(candidates),
+            "seated": sum(candidate.seated for candidate in candidates),
+            "training": sum(candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
+            "waiting": sum(not candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
             "num_slots": self._num_slots,
             "occupancy": self._work.filled / max(1, self._work.steps),
         }
@@ -215,30 +215,30 @@ class HostActor:
                     self._failure = TrialError(f"{self._label} broke down {breakdowns + 1} times: {reason}")
                 else:
                     traceback.print_exc()  # into the actor's log; the members go on from their last snapshots
-                    _die_of(error)
+                    _exit_if_device_is_lost(error)
                     self._runner = None
                     for member in self._members.values():
-                        member.seat.seated, member.seat.at_report = False, True
+                        member.candidate.seated, member.candidate.at_report = False, True
                         member.rewind()
             if self._failure is not None:
                 break
-            await self._computed(_let_go)
+            await self._compute(_free_memory)
         async with self._reported:
             self._reported.notify_all()
 
     async def _serve(self) -> None:
         """Load the base and train for ever."""
         started = time.monotonic()
-        runner = HostLoop(await self._computed(self._load), self._study, self._work)
+        runner = HostLoop(await self._compute(self._load), self._study, self._work)
         self._work.load_s = time.monotonic() - started
         async with self._reported:
             self._runner = runner
             self._reported.notify_all()
         while True:
             self._changed.clear()
-            members = await self._reseat(runner)
+            members = await self._assign_slots(runner)
             if members:
-                due = await self._computed(runner.train, members, self._changed.is_set)
+                due = await self._compute(runner.train, members, self._changed.is_set)
                 await self._make_reports(runner, due)
             else:
                 # not wait_for, which swallows a cancellation that comes together with the event
@@ -246,7 +246,7 @@ class HostActor:
                     async with asyncio.timeout(SWEEP_EVERY_S):
                         await self._changed.wait()
 
-    async def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _load(self) -> Any:
@@ -256,18 +256,18 @@ class HostActor:
         self._work.import_s = time.monotonic() - started
         return open_host(self._study, self._example, self._bank, self._device, self._folder)
 
-    async def _reseat(self, runner: HostLoop) -> list[Membership]:
+    async def _assign_slots(self, runner: HostLoop) -> list[Membership]:
         """Let members out and in; who trains next."""
         now, lease_s = time.monotonic(), self._study.hosts.lease_s
         for member in self._members.values():
             if not member.num_callers and now - member.heard_at > lease_s:
-                member.seat.leaving = True  # its trial was killed, or is paused: it has its own checkpoint
-        seating = assign_slots([m.seat for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
-        evict, admit, train = ([self._members[key] for key in keys] for keys in seating)
+                member.candidate.leaving = True  # its trial was killed, or is paused: it has its own checkpoint
+        plan = assign_slots([m.candidate for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
+        evict, admit, train = ([self._members[key] for key in keys] for keys in plan)
         if evict or admit:
-            await self._computed(runner.move, evict, admit)
+            await self._compute(runner.move, evict, admit)
         for member in list(self._members.values()):
-            if member.seat.leaving and not member.seat.seated:
+            if member.candidate.leaving and not member.candidate.seated:
                 self._forget(member)
         await self._make_reports(runner, [member for member in admit if member.failure])
         return [member for member in train if not member.failure]
@@ -275,11 +275,15 @@ class HostActor:
     async def _make_reports(self, runner: HostLoop, members: list[Membership]) -> None:
         if not members:
             return
-        reports = await self._computed(runner.report, members)
+        reports = await self._compute(runner.report, members)
         async with self._reported:
             for member, report in zip(members, reports, strict=True):
                 member.reports[report.n] = report
-                member.seat.made, member.seat.finished, member.seat.at_report = report.n, report.done, True
+                member.candidate.made, member.candidate.finished, member.candidate.at_report = (
+                    report.n,
+                    report.done,
+                    True,
+                )
             self._reported.notify_all()
 
     def _forget(self, member: Membership) -> None:
@@ -287,7 +291,7 @@ class HostActor:
         shutil.rmtree(member.folder, ignore_errors=True)
 
 
-def _die_of(error: Exception) -> None:
+def _exit_if_device_is_lost(error: Exception) -> None:
     """End the process where the error has cost it its device: Ray starts another, and the members return to that."""
     from rankloom.models.device import is_lost
 
@@ -295,7 +299,7 @@ def _die_of(error: Exception) -> None:
         os._exit(1)
 
 
-def _let_go() -> None:
+def _free_memory() -> None:
     """Free what the host before had, before another base is loaded: its bank and its model hold each other."""
     import torch
 

@@ -79,11 +79,11 @@ class HostLoop:
         started = time.monotonic()
         for member in evict:
             self.host.evict(member.key)
-            member.seat.seated = False
+            member.candidate.seated = False
         for member in admit:
             try:
                 self.host.admit(member.key, member.trial, member.start)
-                member.seat.seated = True
+                member.candidate.seated = True
             except RankloomError as error:
                 member.failure = str(error).removeprefix(f"{member.key}: ")
         self._work.move_s += time.monotonic() - started
@@ -100,7 +100,7 @@ class HostLoop:
             self._work.train_s += seconds
             for member in members:
                 member.train_s += seconds / len(members)
-                member.seat.at_report = False
+                member.candidate.at_report = False
             due = []
             for step in steps:
                 member = by_key[step.name]
@@ -141,7 +141,7 @@ class HostLoop:
 
     def _report(self, member: Membership, scores: Any) -> TrialReport:
         if member.failure is not None:
-            member.seat.seated = member.key in self.host.members
+            member.candidate.seated = member.key in self.host.members
             failed = member.report(0, FAILED_LOSS, 0.0, -self._search.sign * FAILED_LOSS)
             return replace(failed, best_value=None, done=True, error=member.failure)
         value, sign = getattr(scores, self._search.key), self._search.sign
@@ -151,7 +151,7 @@ class HostLoop:
         num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
         done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
         try:
-            self._save(member, member.seat.made + 1, export=best and member.best_folder is not None)
+            self._save(member, member.candidate.made + 1, export=best and member.best_folder is not None)
         except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
             raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
         report = member.report(num_steps, scores.loss, scores.accuracy, scores.metric)

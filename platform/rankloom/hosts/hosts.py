@@ -124,9 +124,9 @@ class Hosts:
         num_hosts = min(self._max_hosts, math.ceil(trials / self._study.hosts.num_slots))
         return [self._start(key).handle for key in self._groups for _ in range(num_hosts)]
 
-    async def seat(self, trial_id: str, trial: TrialConfig) -> Any:
+    async def assign(self, trial_id: str, trial: TrialConfig) -> Any:
         """The handle of the host that a trial is to join."""
-        self._unseat(trial_id)
+        self._release(trial_id)
         key = host_key(trial)
         self._groups.setdefault(key, trial)
         host = self._host_of(key)
@@ -144,9 +144,9 @@ class Hosts:
             self._start(host_key(trial), to_train=False)
         return self._open[0].handle
 
-    async def unseat(self, trial_id: str) -> None:
+    async def release(self, trial_id: str) -> None:
         """A trial left its host."""
-        self._unseat(trial_id)
+        self._release(trial_id)
 
     async def gone(self, trial_id: str) -> None:
         """A trial's host is dead and does not return: the cluster may have shrunk. Its trials look for another."""
@@ -202,7 +202,7 @@ class Hosts:
         self._open.append(RunningHost(key, label, handle))
         return self._open[-1]
 
-    def _unseat(self, trial_id: str) -> None:
+    def _release(self, trial_id: str) -> None:
         for host in self._open:
             if trial_id in host.trials:
                 host.trials.discard(trial_id)

@@ -39,7 +39,7 @@ BEGINNING: dict[str, Any] = {
 class Membership:
     """A trial's membership: its seat, its reports that may still be asked for, and how far it is."""
 
-    seat: Candidate
+    candidate: Candidate
     trial: TrialConfig
     folder: Path
     """For its snapshots."""
@@ -61,7 +61,7 @@ class Membership:
 
     @property
     def key(self) -> str:
-        return self.seat.key
+        return self.candidate.key
 
     @property
     def trial_id(self) -> str:
@@ -70,7 +70,7 @@ class Membership:
     @property
     def start(self) -> Path | None:
         """The snapshot to be admitted from: of the last report; None at the very beginning."""
-        made = self.seat.made
+        made = self.candidate.made
         return self.snapshot(made) if made and self.has(made) else None
 
     def snapshot(self, n: int) -> Path:
@@ -94,9 +94,9 @@ class Membership:
 
     def accept(self, n: int) -> None:
         """The driver has report n: the earlier ones are over."""
-        if n <= self.seat.accepted:
+        if n <= self.candidate.accepted:
             return
-        self.seat.accepted = n
+        self.candidate.accepted = n
         for earlier in [each for each in self.reports if each < n]:
             del self.reports[earlier]
             shutil.rmtree(self.snapshot(earlier), ignore_errors=True)
@@ -119,7 +119,7 @@ class Membership:
     def report(self, num_steps: int, loss: float, accuracy: float | None, metric: float | None) -> TrialReport:
         """Return the next report, of a trial that continues; `num_steps` is its budget."""
         report = TrialReport(
-            n=self.seat.made + 1,
+            n=self.candidate.made + 1,
             step=self.step,
             percent=100 * min(1.0, self.step / num_steps) if num_steps else 100.0,
             loss=loss,

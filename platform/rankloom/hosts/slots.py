@@ -51,22 +51,23 @@ class SlotPlan(NamedTuple):
     train: tuple[str, ...]
 
 
-def assign_slots(seats: Sequence[Candidate], num_slots: int, run_ahead: int) -> SlotPlan:
+def assign_slots(candidates: Sequence[Candidate], num_slots: int, run_ahead: int) -> SlotPlan:
     """Fill the slots, those with the fewest reports first."""
-    seated = [seat for seat in seats if seat.seated]
-    evict = [seat for seat in seated if seat.finished or seat.leaving]
-    staying = [seat for seat in seated if seat not in evict]
+    seated = [candidate for candidate in candidates if candidate.seated]
+    evict = [candidate for candidate in seated if candidate.finished or candidate.leaving]
+    staying = [candidate for candidate in seated if candidate not in evict]
     waiting = sorted(
-        (seat for seat in seats if not seat.seated and seat.wants(run_ahead)), key=lambda seat: (seat.made, seat.order)
+        (candidate for candidate in candidates if not candidate.seated and candidate.wants(run_ahead)),
+        key=lambda candidate: (candidate.made, candidate.order),
     )
     free = num_slots - len(staying)
     admit = waiting[:free]
-    pausable = [seat for seat in staying if seat.at_report]
-    pausable.sort(key=lambda seat: (seat.wants(run_ahead), -seat.made))  # who stands idle at the bound goes first
-    for seat, other in zip(pausable, waiting[free:], strict=False):
-        if seat.wants(run_ahead) and seat.made <= FAR * other.made:
+    pausable = [candidate for candidate in staying if candidate.at_report]
+    pausable.sort(key=lambda candidate: (candidate.wants(run_ahead), -candidate.made))
+    for candidate, other in zip(pausable, waiting[free:], strict=False):
+        if candidate.wants(run_ahead) and candidate.made <= FAR * other.made:
             break
-        evict.append(seat)
+        evict.append(candidate)
         admit.append(other)
-    train = [seat for seat in (*staying, *admit) if seat not in evict and seat.wants(run_ahead)]
-    return SlotPlan(*(tuple(seat.key for seat in some) for some in (evict, admit, train)))
+    train = [candidate for candidate in (*staying, *admit) if candidate not in evict and candidate.wants(run_ahead)]
+    return SlotPlan(*(tuple(candidate.key for candidate in some) for some in (evict, admit, train)))

@@ -41,7 +41,7 @@ def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str
         return None
     torch.set_num_threads(cpus)
     try:
-        with RayTrainSession.opened(rank, world_size, channel) as session:
+        with RayTrainSession.connect(rank, world_size, channel) as session:
             outcome = run_trial(trial, session, **work)
         ray.get(channel.leave.remote(rank))
         return outcome
@@ -73,7 +73,7 @@ class RayTrainSession:
 
     @classmethod
     @contextmanager
-    def opened(cls, rank: int, world_size: int, channel: Any) -> Iterator[RayTrainSession]:
+    def connect(cls, rank: int, world_size: int, channel: Any) -> Iterator[RayTrainSession]:
         """A session whose rank 0 talks to the channel from a thread of its own, for training must not wait for it."""
         session, ended = cls(rank, world_size, channel), threading.Event()
 

@@ -56,7 +56,7 @@ class RunFolder:
         return None if "://" in self.path else Path(self.path)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Meanwhile no other process can run it. An object store has no lock.
 
         Raises:
@@ -65,10 +65,10 @@ class RunFolder:
         if self.local is None:
             yield
             return
-        with hold(self.local, "run"):
+        with lock_folder(self.local, "run"):
             yield
 
-    def decide(self, trial: TrialConfig, *, resume: bool) -> Decision:
+    def decide_run(self, trial: TrialConfig, *, resume: bool) -> Decision:
         """Whether to start this trial here, to go on with it, or nothing (it is finished).
 
         Raises:
@@ -202,7 +202,7 @@ class RunFolder:
 
 
 @contextmanager
-def hold(folder: Path, what: str) -> Iterator[None]:
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
     """Have a run's or a study's folder to oneself. The lock lies beside it, and dies with its process.
 
     Raises:

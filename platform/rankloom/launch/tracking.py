@@ -98,7 +98,7 @@ def check(trial: TrialConfig) -> None:
 
 
 @contextmanager
-def tracked(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
+def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
     """Yields the function that writes an event to every tracker of the trial.
 
     Raises:

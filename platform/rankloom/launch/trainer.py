@@ -118,11 +118,11 @@ def train_trial(
     tracking.check(trial)
     Registry(trial.output.registry_root)  # a wrong URL is found before the training
     run = RunFolder(trial)
-    if run.decide(trial, resume=resume) != "finished" and study is None:  # what is refused leaves no trace, nor a lock
+    if run.decide_run(trial, resume=resume) != "finished" and study is None:  # a refusal leaves no trace
         from rankloom.training.preflight import preflight
 
         preflight([trial], metric)
-    with run.held():
+    with run.lock():
         work = Work(train=train, study=study, metric=metric)
         return _fit(trial, run, work, on_event, stop or threading.Event(), resume=resume)
 
@@ -136,11 +136,11 @@ def _fit(
     *,
     resume: bool,
 ) -> TrialResult:
-    if run.decide(trial, resume=resume) == "finished":
+    if run.decide_run(trial, resume=resume) == "finished":
         return run.result()
     run.begin(trial)
     try:
-        with tracking.tracked(trial, run) as track:
+        with tracking.track_run(trial, run) as track:
 
             def tell(event: Event) -> None:
                 track(event)

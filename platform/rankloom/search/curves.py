@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path) -> Iterator[OnEvent]:
+def track_study(study: StudyConfig, study_id: str, leaderboard: Leaderboard, folder: Path) -> Iterator[OnEvent]:
     """Yields the function that takes the study's events, after the board did.
 
     Args:
@@ -46,7 +46,7 @@ def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path)
         ConfigError: a configured tracker does not open.
     """
     own = Subject(study_id, study.name, dump(study), study.baseline.tracking)
-    curves = _Curves(own, board, folder, servers(own, folder))
+    curves = _Curves(own, leaderboard, folder, servers(own, folder))
     try:
         yield curves.take
     finally:
@@ -54,9 +54,9 @@ def tracked(study: StudyConfig, study_id: str, board: Leaderboard, folder: Path)
 
 
 class _Curves:
-    def __init__(self, own: Subject, board: Leaderboard, folder: Path, trackers: list[Tracker]) -> None:
-        self._own, self._board, self._folder = own, board, folder
-        self._told = {trial.id: max(trial.curve, default=0) for trial in board.trials.values()}
+    def __init__(self, own: Subject, leaderboard: Leaderboard, folder: Path, trackers: list[Tracker]) -> None:
+        self._own, self._leaderboard, self._folder = own, leaderboard, folder
+        self._told = {trial.id: max(trial.curve, default=0) for trial in leaderboard.trials.values()}
         self._status = "interrupted"
         self._thread = ThreadPoolExecutor(1)
         self._open: dict[str, Trackers] = {}
@@ -101,13 +101,13 @@ class _Curves:
 
     def _progress(self) -> StudyProgress:
         """The best so far, against the trials that have ended."""
-        search, ranking = self._board.study.search, self._board.ranking()
+        search, ranking = self._leaderboard.study.search, self._leaderboard.ranking()
         best = ranking[0].best(search) if ranking else None
-        ended = sum(trial.status != "running" for trial in self._board.trials.values())
-        return StudyProgress(step=ended, best=best.value(search.key) if best else None, tokens=self._board.tokens)
+        ended = sum(trial.status != "running" for trial in self._leaderboard.trials.values())
+        return StudyProgress(step=ended, best=best.value(search.key) if best else None, tokens=self._leaderboard.tokens)
 
     def _subject(self, trial_id: str) -> Subject:
-        config = self._board.trials[trial_id].config
+        config = self._leaderboard.trials[trial_id].config
         return Subject(f"{self._own.id}-{trial_id}", config.name, dump(config), config.tracking, self._own)
 
     def _later(self, work: Any, *arguments: Any) -> None:

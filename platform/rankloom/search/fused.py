@@ -59,7 +59,7 @@ class FusedBackend:
             return
         # nobody waits for the answers: whoever can't be reached has forgotten this trial already
         self._host.leave.remote(self._key)
-        self._hosts.unseat.remote(self._trial_id)
+        self._hosts.release.remote(self._trial_id)
         self._host = None
 
     def _ask(self, method: str, n: int) -> Any:
@@ -81,7 +81,7 @@ class FusedBackend:
         if not recover:
             # unique to this membership: a cached actor of the same trial's past must not end it
             self._key = f"{self._trial_id}#{uuid.uuid4().hex[:8]}"
-            self._host = ray.get(self._hosts.seat.remote(self._trial_id, self._trial))
+            self._host = ray.get(self._hosts.assign.remote(self._trial_id, self._trial))
         best_folder = str(self._best_folder)
         while True:
             try:

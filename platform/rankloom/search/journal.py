@@ -47,8 +47,8 @@ def full(folder: Path) -> TrialError | None:
 class Journal(tune.Callback):  # type: ignore[misc]
     """Writes the journal, keeps the board, tells the caller."""
 
-    def __init__(self, board: Leaderboard, path: Path, tell: OnEvent, hosts: Any, stop: threading.Event) -> None:
-        self.board = board
+    def __init__(self, leaderboard: Leaderboard, path: Path, tell: OnEvent, hosts: Any, stop: threading.Event) -> None:
+        self.leaderboard = leaderboard
         self.fatal: str | None = None
         """An error of the study's, not of a trial's: the data or the base can't be loaded."""
         self.interrupted = False
@@ -59,7 +59,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._tell, self._hosts, self._stop = tell, hosts, stop
         self._stats: Any = None
         self._told_at = 0.0
-        self._began_at, self._share_before = time.monotonic(), board.share_done
+        self._began_at, self._share_before = time.monotonic(), leaderboard.share_done
         self._points: dict[str, dict[str, Any]] = {}
         self._trials: list[Any] = []
         self._statuses: dict[str, str] = {}
@@ -87,7 +87,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         if problem := full(self._folder):  # no trial's fault: Tune has this one begin again at --resume
             self.fatal = self.fatal or str(problem)
             return
-        if trial.trial_id not in self.board.trials:  # it never started
+        if trial.trial_id not in self.leaderboard.trials:  # it never started
             self._write(TrialStarted(trial=trial.trial_id, point=trial.config))
         error = " ".join(str(trial.get_pickled_error() or "its process died too often").split())[-400:]
         self._write(TrialEnded(trial=trial.trial_id, status="failed", error=error))
@@ -112,10 +112,10 @@ class Journal(tune.Callback):  # type: ignore[misc]
     def reconcile(self) -> None:
         """After a run: forget trials that a killed driver wrote down and Tune does not know, and end what has ended."""
         known = {trial.trial_id: trial for trial in self._trials}
-        for trial_id in [trial_id for trial_id in self.board.trials if trial_id not in known]:
-            del self.board.trials[trial_id]
+        for trial_id in [trial_id for trial_id in self.leaderboard.trials if trial_id not in known]:
+            del self.leaderboard.trials[trial_id]
         for trial_id, trial in known.items():
-            standing = self.board.trials.get(trial_id)
+            standing = self.leaderboard.trials.get(trial_id)
             ended = self._statuses.get(trial_id) == "TERMINATED"
             if ended and standing is not None and standing.status == "running":
                 self.on_trial_complete(0, self._trials, trial)
@@ -131,8 +131,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
 
     def _write(self, event: TrialStarted | TrialEvaluated | TrialEnded) -> None:
         """Keep an event of a trial, which has its name and method of the board, and tell the caller."""
-        self.board.add(event)
-        trial = self.board.trials[event.trial]
+        self.leaderboard.add(event)
+        trial = self.leaderboard.trials[event.trial]
         named = replace(event, name=trial.config.name, method=trial.method)
         self._file.write(to_line(named) + "\n")
         self._file.flush()
@@ -156,8 +156,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
     def tell_status(self) -> None:
         """The board in short, for a display."""
         elapsed = time.monotonic() - self._began_at
-        done = self.board.share_done - self._share_before
-        eta = elapsed / done * (1 - self.board.share_done) if done > 0 else None
+        done = self.leaderboard.share_done - self._share_before
+        eta = elapsed / done * (1 - self.leaderboard.share_done) if done > 0 else None
         names = [each.name for each in fields(HostStatus)]
         hosts = [HostStatus(**{name: stats[name] for name in names}) for stats in self.host_stats.values()]
-        self._tell(replace(self.board.status(), hosts=hosts, elapsed_s=elapsed, eta_s=eta))
+        self._tell(replace(self.leaderboard.status(), hosts=hosts, elapsed_s=elapsed, eta_s=eta))

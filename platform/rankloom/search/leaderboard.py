@@ -1,4 +1,4 @@
-"""Board: what is known of a study's trials, from its journal; pure.
+"""Leaderboard: the state of a study's trials, from its journal; pure.
 
 The journal (`journal.jsonl` in the study's folder) is what the driver writes: a line when a trial starts, one for
 each report, one when it ends. It is read back when a study goes on, so a report may come twice; the later one counts.
@@ -83,10 +83,10 @@ class Leaderboard:
     @classmethod
     def read(cls, study: StudyConfig, journal: Path) -> Leaderboard:
         """From a journal; a half line, which a killed driver leaves, is nothing."""
-        board = cls(study)
+        leaderboard = cls(study)
         for event in read_events(journal) if journal.is_file() else ():
-            board.add(event)
-        return board
+            leaderboard.add(event)
+        return leaderboard
 
     def add(self, event: Event) -> None:
         """Take an event of the journal in."""
@@ -231,11 +231,11 @@ def settings(trial: TrialState) -> str:
     )
 
 
-def rows(board: Leaderboard) -> list[dict[str, Any]]:
+def rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """One row a trial, for results.parquet."""
-    found, front = [], {trial.id for trial in board.front()}
-    for trial in sorted(board.trials.values(), key=lambda t: t.number):
-        best, last = trial.best(board.study.search), trial.last
+    found, front = [], {trial.id for trial in leaderboard.front()}
+    for trial in sorted(leaderboard.trials.values(), key=lambda t: t.number):
+        best, last = trial.best(leaderboard.study.search), trial.last
         found.append(
             {
                 "number": trial.number,
@@ -261,7 +261,7 @@ def rows(board: Leaderboard) -> list[dict[str, Any]]:
     return found
 
 
-def write_results(board: Leaderboard, path: Path) -> None:
+def write_results(leaderboard: Leaderboard, path: Path) -> None:
     """results.parquet: every trial's config and learning curve."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -277,7 +277,7 @@ def write_results(board: Leaderboard, path: Path) -> None:
             ("point", text), ("config", text), ("curve", curve),
         ]
     )  # fmt: skip
-    table = pa.Table.from_pylist(rows(board), schema=schema)
+    table = pa.Table.from_pylist(rows(leaderboard), schema=schema)
     staged = path.with_suffix(".staged")
     parquet.write_table(table, staged)
     staged.replace(path)

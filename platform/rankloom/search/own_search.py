@@ -130,7 +130,7 @@ class OwnSearcher(TuneSampler):
                     f"sampler=..."
                 )
 
-    def propose(self, number: int) -> Point | Literal["FINISHED"] | None:
+    def ask(self, number: int) -> Point | Literal["FINISHED"] | None:
         if self._guesses:
             self._guessed[number] = self._guesses.pop(0)
             return self._guessed[number]

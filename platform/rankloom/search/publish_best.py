@@ -32,8 +32,8 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     """
     import ray
 
-    board = journal.board
-    finalists = board.finalists()
+    leaderboard = journal.leaderboard
+    finalists = leaderboard.finalists()
     for trial in finalists:
         if not is_fusable(trial.config) and trial.status == "stopped":
             tell(PhaseStarted("export", f"{trial.config.name}, which was stopped early"))
@@ -45,7 +45,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         Finalist(
             trial=trial.config,
             folder=str(folder / ADAPTERS / trial.id),
-            names=names_of(trial, board) if study.final.publish else [],
+            names=names_of(trial, leaderboard) if study.final.publish else [],
             steps=best.step,
             tokens=best.tokens,
             train_s=best.train_s,
@@ -64,11 +64,11 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     except Exception as error:
         cause = getattr(error, "cause", error)
         raise failure_of(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_row(board, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+    rows = [_row(leaderboard, trial, result) for trial, result in zip(finalists, scored, strict=True)]
     sound = [row for row in rows if row["error"] is None]
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
-    winner, first = sound[0], board.baseline
+    winner, first = sound[0], leaderboard.baseline
     baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
     return {
         "winner": winner,
@@ -89,14 +89,14 @@ def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[Final
     return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
 
 
-def names_of(trial: TrialState, board: Leaderboard) -> list[str]:
+def names_of(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
     """What a finalist is published as: the winner under the study's name, the best of each method, and the front."""
-    ranking = board.candidates()
-    names = [board.study.name] if trial is ranking[0] else []
+    ranking = leaderboard.candidates()
+    names = [leaderboard.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
-        names.append(f"{board.study.name}-{trial.method}")
-    if trial in board.front():
-        names.append(f"{board.study.name}-front")
+        names.append(f"{leaderboard.study.name}-{trial.method}")
+    if trial in leaderboard.front():
+        names.append(f"{leaderboard.study.name}-front")
     return names
 
 
@@ -113,8 +113,8 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, search: Searc
     return bool(ours["loss"] < theirs["loss"])
 
 
-def _row(board: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
-    best = trial.best(board.study.search)
+def _row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
+    best = trial.best(leaderboard.study.search)
     return {
         "trial": trial.id,
         "number": trial.number,
@@ -123,7 +123,7 @@ def _row(board: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[st
         "point": trial.point,
         "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "metric", "step")},
         "costs": trial.costs,
-        "on_front": trial in board.front(),
+        "on_front": trial in leaderboard.front(),
         "scorecard": score.scorecard and score.scorecard.model_dump(),
         "published": score.published,
         "error": score.error,

@@ -1,6 +1,6 @@
 """Samplers: the search algorithms. `tune_searcher.py` asks for points and tells how the trials at these ended.
 
-A further searcher of Ray Tune's is a row of `TUNE_SEARCHERS`; one of our own is a class here and a row of `PROPOSERS`.
+A further searcher of Ray Tune's is a row of `TUNE_SEARCHERS`; one of our own is a class here and a row of `SAMPLERS`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Values = list[float]
 
 @dataclass(frozen=True)
 class PriorTrial:
-    """A point that is known before the search begins."""
+    """A point to begin the search with."""
 
     point: Point
     values: Values | None
@@ -36,7 +36,7 @@ class PriorTrial:
 class Sampler(Protocol):
     """A search algorithm. It is pickled with the study's state."""
 
-    def propose(self, number: int) -> Point | Literal["FINISHED"] | None:
+    def ask(self, number: int) -> Point | Literal["FINISHED"] | None:
         """The next point, for trial `number`; FINISHED: there is none left; None: not before some trial has ended."""
 
     def tell(self, number: int, values: Values | None) -> None:
@@ -46,12 +46,12 @@ class Sampler(Protocol):
 class RandomSampler:
     """Every branch as likely as another, every knob by its own distribution."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
+    def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         self._study = study
         self._rng = random.Random(study.search.seed)
-        self._first = [each.point for each in known]
+        self._first = [prior.point for prior in priors]
 
-    def propose(self, number: int) -> Point:
+    def ask(self, number: int) -> Point:
         return self._first.pop(0) if self._first else flat_space.sample(self._study, self._rng)
 
     def tell(self, number: int, values: Values | None) -> None:
@@ -61,11 +61,11 @@ class RandomSampler:
 class GridSampler:
     """Every combination, branch by branch; a guess is among them."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
+    def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         self._study = study
         self._next = 0
 
-    def propose(self, number: int) -> Point | Literal["FINISHED"]:
+    def ask(self, number: int) -> Point | Literal["FINISHED"]:
         points = (
             {flat_space.BRANCH: branch, **values}
             for branch, knobs in enumerate(self._study.knobs)
@@ -84,7 +84,7 @@ class OptunaSampler:
     Optuna is asked by itself: Ray Tune's OptunaSearch takes no earlier results where a space has conditions.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial], sampler: Any = None) -> None:
+    def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial], sampler: Any = None) -> None:
         """`sampler`: one of Optuna's; None: TPE."""
         _check_installed("optuna", "optuna", "rankloom[search]")
         import optuna
@@ -96,14 +96,14 @@ class OptunaSampler:
             sampler=sampler or optuna.samplers.TPESampler(seed=study.search.seed),
         )
         self._asked: dict[int, Any] = {}
-        for each in sorted(known, key=lambda known: known.values is None):
-            self._optuna.enqueue_trial(flat_space.params_of(study, each.point))
-            if each.values is not None:
-                self._optuna.tell(self._ask(), each.values)
+        for prior in sorted(priors, key=lambda prior: prior.values is None):
+            self._optuna.enqueue_trial(flat_space.params_of(study, prior.point))
+            if prior.values is not None:
+                self._optuna.tell(self._new_trial(), prior.values)
 
-    def propose(self, number: int) -> Point:
+    def ask(self, number: int) -> Point:
         # the same number is asked for again after a refusal, and must not get the same answer
-        self._asked[number] = self._ask()
+        self._asked[number] = self._new_trial()
         return flat_space.point_of(self._study, self._asked[number].params)
 
     def tell(self, number: int, values: Values | None) -> None:
@@ -112,7 +112,7 @@ class OptunaSampler:
         state = optuna.trial.TrialState.FAIL if values is None else None
         self._optuna.tell(self._asked.pop(number), values, state=state)
 
-    def _ask(self) -> Any:
+    def _new_trial(self) -> Any:
         trial = self._optuna.ask()
         flat_space.suggest(self._study, trial)
         return trial
@@ -149,15 +149,15 @@ TUNE_SEARCHERS = {
 class TuneSampler:
     """Any of Ray Tune's own searchers, by its name in Ray's table, over the flat space of all branches."""
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial]) -> None:
+    def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         from ray.tune.search import create_searcher
 
         name = study.search.algorithm
         row = TUNE_SEARCHERS[name]
         _check_installed(name, row.module, row.package)
         # Ray's searchers give the points that they are to begin with in their order
-        known = sorted(known, key=lambda known: known.values is None)
-        first = [flat_space.params_of(study, each.point, all_branches=True) for each in known]
+        priors = sorted(priors, key=lambda prior: prior.values is None)
+        first = [flat_space.params_of(study, prior.point, all_branches=True) for prior in priors]
         try:
             searcher = create_searcher(
                 name, metric="value", mode=study.search.best, points_to_evaluate=first or None,
@@ -172,17 +172,17 @@ class TuneSampler:
                 f"search.algorithm={name}: Ray Tune can't work with the version that is installed ({error}); "
                 f"pip install '{row.package}'"
             ) from None
-        for number, each in enumerate(known):
-            if each.values is not None:
-                self.propose(-1 - number)
-                self.tell(-1 - number, each.values)
+        for number, prior in enumerate(priors):
+            if prior.values is not None:
+                self.ask(-1 - number)
+                self.tell(-1 - number, prior.values)
 
     def _begin(self, study: StudyConfig, searcher: Any) -> None:
         self._study, self._search = study, searcher
         self._num_asked = 0
         self._asked: dict[int, str] = {}
 
-    def propose(self, number: int) -> Point | Literal["FINISHED"] | None:
+    def ask(self, number: int) -> Point | Literal["FINISHED"] | None:
         params = self._suggest(number)
         return params if params in (None, FINISHED) else flat_space.point_of(self._study, params)
 
@@ -215,7 +215,7 @@ def _check_installed(name: str, module: str, package: str) -> None:
         raise ConfigError(f"search.algorithm={name} needs a package more: pip install '{package}'; or use random")
 
 
-PROPOSERS: dict[str, Callable[[StudyConfig, Sequence[PriorTrial]], Sampler]] = {
+SAMPLERS: dict[str, Callable[[StudyConfig, Sequence[PriorTrial]], Sampler]] = {
     "random": RandomSampler,
     "grid": GridSampler,
     "optuna": OptunaSampler,

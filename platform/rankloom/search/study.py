@@ -35,9 +35,9 @@ from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
 from rankloom.launch.handed_over import keep_metric, searched_by, searched_on
-from rankloom.launch.run_folder import ID, changes, hold
+from rankloom.launch.run_folder import ID, changes, lock_folder
 from rankloom.registry import Registry
-from rankloom.search.curves import tracked
+from rankloom.search.curves import track_study
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.priors import Priors
@@ -116,12 +116,12 @@ def tune(
     study = own.named_in(searched_on(searched_by(coerce(StudyConfig, study), metric), data))
     study = resolve_study_paths(study)
     folder = study_folder(study)
-    if decide(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
+    if decide_study(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
 
         for note in preflight(study.members(), metric):
             on_event(WarningRaised(note))
-    with hold(folder, "study"):
+    with lock_folder(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), own, resume=resume, metric=metric)
         except OSError as error:
@@ -138,30 +138,30 @@ def _run(
     resume: bool,
     metric: MetricFunction | None,
 ) -> StudyResult:
-    decision = decide(study, folder, resume=resume)
+    decision = decide_study(study, folder, resume=resume)
     if decision == "finished":
         return StudyResult.model_validate_json((folder / RESULT).read_text())
-    knowledge = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
-    _check(study, knowledge, own)
+    priors = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
+    _check(study, priors, own)
     if decision == "start":  # what a study left that never trained
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
-    knowledge.write(folder / KNOWN)
+    priors.write(folder / KNOWN)
     if metric is not None and study.search.is_handed_over:
         keep_metric(folder, metric)
     if study.search.priors:
-        on_event(PhaseStarted("priors", _told(knowledge)))
+        on_event(PhaseStarted("priors", _describe_priors(priors)))
     if changed := study_warning(folder):
         on_event(WarningRaised(changed))
-    board = Leaderboard.read(study, folder / JOURNAL)
-    with tracked(study, _id(folder), board, folder) as track:
+    leaderboard = Leaderboard.read(study, folder / JOURNAL)
+    with track_study(study, _id(folder), leaderboard, folder) as track:
 
         def tell(event: Event) -> None:
             track(event)
             on_event(event)
 
-        result = StudyResult.model_validate(_search(study, knowledge, board, folder, tell, stop, own))
+        result = StudyResult.model_validate(_search(study, priors, leaderboard, folder, tell, stop, own))
         if result.status == "done":
             _replace(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
             tell(StudyFinished(result.to_dict()))
@@ -170,8 +170,8 @@ def _run(
 
 def _search(
     study: StudyConfig,
-    knowledge: Priors,
-    board: Leaderboard,
+    priors: Priors,
+    leaderboard: Leaderboard,
     folder: Path,
     tell: OnEvent,
     stop: threading.Event,
@@ -182,22 +182,22 @@ def _search(
         cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})),
         running_hosts(study, folder) as hosts,
     ):
-        journal = search(study, knowledge.points, board, folder, hosts, tell, stop, own)
-        write_results(board, folder / RESULTS)
+        journal = search(study, priors.points, leaderboard, folder, hosts, tell, stop, own)
+        write_results(leaderboard, folder / RESULTS)
         outcome = {
             "name": study.name,
             "study": str(folder),
             "results": str(folder / RESULTS),
-            "counts": board.counts(),
-            "num_refused": board.num_refused,
-            "priors": knowledge.counts,
-            "tokens": board.tokens,
+            "counts": leaderboard.counts(),
+            "num_refused": leaderboard.num_refused,
+            "priors": priors.counts,
+            "tokens": leaderboard.tokens,
             "hosts": list(journal.host_stats.values()),
         }
         if journal.interrupted:
             return {"status": "interrupted"} | outcome
-        if not board.finalists():
-            reasons = sorted({trial.error or "without a report" for trial in board.trials.values()})
+        if not leaderboard.finalists():
+            reasons = sorted({trial.error or "without a report" for trial in leaderboard.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
             return {"status": "done"} | outcome | finish(study, folder, journal, hosts, tell)
@@ -229,7 +229,7 @@ def study_folder(study: StudyConfig) -> Path:
     return Path(root) / "studies" / study.name
 
 
-def decide(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
+def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
     """Whether to start this study here, to go on with it, or nothing (it is finished).
 
     Raises:
@@ -272,12 +272,12 @@ def resolve_study_paths(study: StudyConfig) -> StudyConfig:
     return resolve_paths(study.model_copy(update={"trial": trial}))
 
 
-def _told(knowledge: Priors) -> str:
-    skipped = "".join(f"; {count} left out: {reason}" for reason, count in knowledge.skipped.items())
-    return f"the searcher knows {len(knowledge.priors)} earlier trials{skipped}"
+def _describe_priors(priors: Priors) -> str:
+    skipped = "".join(f"; {count} left out: {reason}" for reason, count in priors.skipped.items())
+    return f"the searcher knows {len(priors.priors)} earlier trials{skipped}"
 
 
-def _check(study: StudyConfig, knowledge: Priors, own: OwnSearch) -> None:
+def _check(study: StudyConfig, priors: Priors, own: OwnSearch) -> None:
     """What needs Ray Tune to be known, and is still known before anything starts."""
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.tune_searcher import StudySearcher
@@ -286,7 +286,7 @@ def _check(study: StudyConfig, knowledge: Priors, own: OwnSearch) -> None:
         tracking.check(trial)
         Registry(trial.output.registry_root)
     build_scheduler(study, own)
-    StudySearcher(study, knowledge.points, own)
+    StudySearcher(study, priors.points, own)
     if study.is_population:
         for trial in study.members():
             if not is_fusable(trial):

@@ -57,34 +57,34 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         try:
-            report = self._way.advance(self._n)
+            report = self._backend.advance(self._n)
         except LostError:
             raise  # Tune starts the trial again from its own checkpoint
         except RankloomError as error:
-            return self._gave_up(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
+            return self._report_failure(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
         self._n = report.n
         due = time.monotonic() - self._saved_at >= self._study.hosts.checkpoint_every_s
         return asdict(report) | {"should_checkpoint": due and not report.done}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir)
-        self._way.save(self._n, folder / "state")
+        self._backend.save(self._n, folder / "state")
         (folder / CHECKPOINT).write_text(json.dumps({"n": self._n}))
         self._saved_at = time.monotonic()
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir)
-        self._way.leave()
+        self._backend.leave()
         self._n = int(json.loads((folder / CHECKPOINT).read_text())["n"])
-        self._way.load(self._n, folder / "state")
+        self._backend.load(self._n, folder / "state")
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._way.leave()
+        self._backend.leave()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
-        self._way.leave()
+        self._backend.leave()
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Be the trial of this point, not yet under way: a checkpoint may be loaded first."""
@@ -93,14 +93,14 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         trial = self._study.resolve(point, number)
         self._n = 0
         self._saved_at = time.monotonic()
-        self._way: TrialBackend
+        self._backend: TrialBackend
         if is_fusable(trial):
             best_folder = self._folder / ADAPTERS / self.trial_id
-            self._way = FusedBackend(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
+            self._backend = FusedBackend(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
         else:
-            self._way = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
+            self._backend = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
-    def _gave_up(self, error: RankloomError) -> dict[str, Any]:
+    def _report_failure(self, error: RankloomError) -> dict[str, Any]:
         """The last report of a trial that a retry would not help.
 
         A trial's own failure ends it. What is wrong with the data, the base or the cluster ends the study, in which

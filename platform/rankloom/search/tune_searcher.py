@@ -18,7 +18,7 @@ from rankloom.config.space import Point
 from rankloom.config.study import StudyConfig
 from rankloom.errors import IncompatibleError
 from rankloom.search.own_search import OwnSearch
-from rankloom.search.samplers import PROPOSERS, PriorTrial, Values
+from rankloom.search.samplers import SAMPLERS, PriorTrial, Values
 from rankloom.search.saved_state import load_state
 
 MAX_REFUSALS_IN_A_ROW = 200
@@ -26,24 +26,24 @@ MAX_REFUSALS_IN_A_ROW = 200
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
-    """Warm starts, then what the proposer says, each held to the trial's own rules.
+    """Warm starts, then what the sampler proposes, each held to the trial's own rules.
 
     What it suggests is a point with the trial's `number` and how many points were `refused` so far; the trial is
     resolved again where it runs.
     """
 
-    def __init__(self, study: StudyConfig, known: Sequence[PriorTrial] = (), own: OwnSearch | None = None) -> None:
+    def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial] = (), own: OwnSearch | None = None) -> None:
         super().__init__(metric=study.search.key, mode=study.search.best)
         self._study = study
-        build = own.build_sampler if own and study.search.algorithm == "own" else PROPOSERS[study.search.algorithm]
-        self._proposer = build(study, known)
+        build = own.build_sampler if own and study.search.algorithm == "own" else SAMPLERS[study.search.algorithm]
+        self._sampler = build(study, priors)
         self._count = 0
         self._numbers: dict[str, int] = {}
         self._worst: Values | None = None
         self.refusals: list[str] = []
         """Why points were refused."""
-        for each in known:
-            self._note(each.values)
+        for prior in priors:
+            self._note(prior.values)
 
     def suggest(self, trial_id: str) -> Any:
         if self._count >= self._study.num_trials:
@@ -64,17 +64,17 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._tell(number, None if error else self._values(result))
 
     def save(self, checkpoint_path: str) -> None:
-        state = (self._proposer, self._count, self._numbers, self._worst, self.refusals)
+        state = (self._sampler, self._count, self._numbers, self._worst, self.refusals)
         Path(checkpoint_path).write_bytes(cloudpickle.dumps(state))  # some searchers hold functions
 
     def restore(self, checkpoint_path: str) -> None:
         state = load_state(Path(checkpoint_path))
-        self._proposer, self._count, self._numbers, self._worst, self.refusals = state
-        if hasattr(self._proposer, "_study"):  # the config that was saved may lack what this version's has
-            self._proposer._study = self._study
+        self._sampler, self._count, self._numbers, self._worst, self.refusals = state
+        if hasattr(self._sampler, "_study"):  # the config that was saved may lack what this version's has
+            self._sampler._study = self._study
 
     def _values(self, result: dict[str, Any] | None) -> Values | None:
-        """What the proposer is told; None where the trial failed, or was stopped before its costs were measured."""
+        """Return what to tell the sampler; None if the trial failed or stopped before its costs were measured."""
         if not result or result.get("error"):
             return None
         # what counts is a trial's best report: its adapter is what would be published
@@ -84,7 +84,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def _tell(self, number: int, values: Values | None) -> None:
         self._note(values)
         # of a mere failure most algorithms learn nothing, and propose the like again
-        self._proposer.tell(number, self._worst if values is None else values)
+        self._sampler.tell(number, self._worst if values is None else values)
 
     def _note(self, values: Values | None) -> None:
         if values is not None:
@@ -96,7 +96,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if number < self._study.num_warm_starts:
             return {"warm_start": number}
         for _ in range(MAX_REFUSALS_IN_A_ROW):
-            point = self._proposer.propose(number)
+            point = self._sampler.ask(number)
             if point is None or isinstance(point, str):
                 return point
             try:
@@ -110,11 +110,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return Searcher.FINISHED
 
 
-def population(study: StudyConfig, known: Sequence[PriorTrial] = ()) -> dict[str, Any]:
+def population(study: StudyConfig, priors: Sequence[PriorTrial] = ()) -> dict[str, Any]:
     """A parameter space that holds exactly the searcher's points: population based training takes no searcher."""
     from ray import tune
 
-    searcher = StudySearcher(study, known)
+    searcher = StudySearcher(study, priors)
     points = [searcher.suggest(str(number)) for number in range(study.num_trials)]
     keys = {key for point in points for key in point} - {"number"}
     drawn = {key: tune.sample_from(_Of([point[key] for point in points])) for key in keys}

@@ -53,8 +53,8 @@ def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
 
 def search(
     study: StudyConfig,
-    known: Sequence[PriorTrial],
-    board: Leaderboard,
+    priors: Sequence[PriorTrial],
+    leaderboard: Leaderboard,
     folder: Path,
     hosts: Any,
     tell: OnEvent,
@@ -79,12 +79,12 @@ def search(
         tell(PhaseStarted("launch", f"{len(opened)} host(s) are loading their base"))
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
-    journal = Journal(board, folder / JOURNAL, tell, hosts, stop)
+    journal = Journal(leaderboard, folder / JOURNAL, tell, hosts, stop)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         # a trial that can't be fused drives a Ray Train run, which wants a process of its own
         with trials_in_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
-            _tune(study, known, folder, hosts, journal, own)
+            _tune(study, priors, folder, hosts, journal, own)
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
         journal.reconcile()
@@ -105,7 +105,7 @@ def search(
 
 
 def _tune(
-    study: StudyConfig, known: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal, own: OwnSearch
+    study: StudyConfig, priors: Sequence[PriorTrial], folder: Path, hosts: Any, journal: Journal, own: OwnSearch
 ) -> None:
     from ray import tune
 
@@ -124,11 +124,11 @@ def _tune(
         StudyTrial, study=study, hosts=hosts, folder=str(folder), dedicated_cpus=plan.dedicated_cpus
     )
     is_population = study.is_population
-    searcher = None if is_population else StudySearcher(study, known, own)
+    searcher = None if is_population else StudySearcher(study, priors, own)
     alias_moved_module()
     if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
         try:
-            StudySearcher(study, known, own).restore_from_dir(str(folder / TUNE))
+            StudySearcher(study, priors, own).restore_from_dir(str(folder / TUNE))
         except Exception as error:  # Ray Tune would log it and wait for trials that never come
             state = f"{folder / TUNE}: the searcher's state can't be read: {type(error).__name__}: {error}"
             raise TrialError(
@@ -141,7 +141,7 @@ def _tune(
         resume="AUTO+ERRORED",
         metric=study.search.key,
         mode=study.search.best,
-        config=population(study, known) if is_population else None,
+        config=population(study, priors) if is_population else None,
         search_alg=searcher,
         num_samples=1 if is_population else study.num_trials,
         scheduler=build_scheduler(study, own),

@@ -245,7 +245,7 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
         await join(actor, "t#a")
         first = await actor.advance("t#a", 0)
         await asyncio.sleep(0.3)
-        assert actor._members["t#a"].seat.made == 2  # one more than was told
+        assert actor._members["t#a"].candidate.made == 2  # one more than was told
         assert (await actor.snapshot("t#a", first.n))["step"] == b"3"
         assert (await actor.advance("t#a", 0)).step == 3  # asked twice, answered twice
         second = await actor.advance("t#a", 1)

@@ -11,7 +11,7 @@ import pytest
 from rankloom.config import TrialConfig, parse
 from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError, TrialError
-from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, hold
+from rankloom.launch.run_folder import ERROR, RESULT, RunFolder, lock_folder
 
 
 def trial_at(root: Path, **settings: Any) -> TrialConfig:
@@ -20,7 +20,7 @@ def trial_at(root: Path, **settings: Any) -> TrialConfig:
 
 def begun(trial: TrialConfig) -> RunFolder:
     run = RunFolder(trial)
-    assert run.decide(trial, resume=False) == "start"
+    assert run.decide_run(trial, resume=False) == "start"
     run.begin(trial)
     return run
 
@@ -29,14 +29,14 @@ def test_an_existing_run_is_not_started_again(tmp_path: Path) -> None:
     trial = trial_at(tmp_path)
     run = begun(trial)
     with pytest.raises(ConfigError, match=rf"run 'run' exists at {run.path}; --resume continues it, or choose another"):
-        run.decide(trial, resume=False)
-    assert run.decide(trial, resume=True) == "resume"
+        run.decide_run(trial, resume=False)
+    assert run.decide_run(trial, resume=True) == "resume"
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
     trial = trial_at(tmp_path)
     with pytest.raises(ConfigError, match="no run 'run' at"):
-        RunFolder(trial).decide(trial, resume=True)
+        RunFolder(trial).decide_run(trial, resume=True)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "run" / "thesis.txt").write_text("mine")
     trial = trial_at(tmp_path)
     with pytest.raises(ConfigError, match="holds no run"):
-        RunFolder(trial).decide(trial, resume=False)
+        RunFolder(trial).decide_run(trial, resume=False)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_resume_refuses_what_would_make_another_run(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     run = begun(trial_at(tmp_path))
     with pytest.raises(ConfigError) as caught:
-        run.decide(trial_at(tmp_path, **settings), resume=True)
+        run.decide_run(trial_at(tmp_path, **settings), resume=True)
     assert named in str(caught.value)
 
 
@@ -71,22 +71,22 @@ def test_resume_takes_what_does_not_touch_the_weights(tmp_path: Path) -> None:
         tmp_path, budget={"steps": 9}, compute={"num_workers": 2}, eval={"every": 7, "latency": False},
         tracking={"mlflow": "http://mlflow"},
     )  # fmt: skip
-    assert run.decide(changed, resume=True) == "resume"
+    assert run.decide_run(changed, resume=True) == "resume"
 
 
 def test_resume_cannot_change_between_ray_and_none(tmp_path: Path) -> None:
     run = begun(trial_at(tmp_path))
     with pytest.raises(ConfigError, match="num_workers=0"):
-        run.decide(trial_at(tmp_path, compute={"num_workers": 0}), resume=True)
+        run.decide_run(trial_at(tmp_path, compute={"num_workers": 0}), resume=True)
 
 
 def test_a_finished_run_is_only_gone_on_with_for_a_larger_budget(tmp_path: Path) -> None:
     trial = trial_at(tmp_path)
     run = begun(trial)
     run.write(RESULT, json.dumps({"status": "done"}))
-    assert run.decide(trial, resume=True) == "finished"
+    assert run.decide_run(trial, resume=True) == "finished"
     assert run.result() == {"status": "done"}
-    assert run.decide(trial_at(tmp_path, budget={"epochs": 9}), resume=True) == "resume"
+    assert run.decide_run(trial_at(tmp_path, budget={"epochs": 9}), resume=True) == "resume"
 
 
 def test_the_id_stays(tmp_path: Path) -> None:
@@ -99,13 +99,13 @@ def test_the_id_stays(tmp_path: Path) -> None:
 
 def test_a_run_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     run = RunFolder(trial_at(tmp_path))
-    with run.held():
+    with run.lock():
         with pytest.raises(ConfigError, match=rf"run 'run' at {run.path} is under way in another process; wait for it"):
-            hold(Path(run.path), "run").__enter__()
+            lock_folder(Path(run.path), "run").__enter__()
         other = RunFolder(resolve_paths(parse(TrialConfig, {"name": "other", "output": {"root": str(tmp_path)}})))
-        with other.held():
+        with other.lock():
             pass
-    with run.held():
+    with run.lock():
         pass
 
 
@@ -118,11 +118,11 @@ def test_a_refused_run_leaves_nothing_but_its_trace(tmp_path: Path) -> None:
     run.write(ERROR, "Traceback")
     run.abandon()
     assert [path.name for path in Path(run.path).iterdir()] == [ERROR]
-    assert run.decide(trial, resume=False) == "start"
+    assert run.decide_run(trial, resume=False) == "start"
     run.begin(trial)
     (Path(run.path) / "checkpoints" / "3").mkdir(parents=True)
     run.abandon()
-    assert run.decide(trial, resume=True) == "resume"
+    assert run.decide_run(trial, resume=True) == "resume"
 
 
 def test_an_unusable_place_is_named(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_unusable_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrialError, match=r"output\.root: .*file/runs/run can't be used"):
         RunFolder(trial).begin(trial)
     with pytest.raises(TrialError, match=r"output\.root: .*file/studies/s can't be used: .*Not a directory"):
-        hold(tmp_path / "file" / "studies" / "s", "study").__enter__()
+        lock_folder(tmp_path / "file" / "studies" / "s", "study").__enter__()
 
 
 def test_local_paths_become_absolute_and_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

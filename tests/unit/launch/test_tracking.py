@@ -14,7 +14,7 @@ from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, PhaseStarted, RunFinished, RunResumed, StepFinished
 from rankloom.launch.run_folder import RunFolder
-from rankloom.launch.tracking import check, scalars, tracked
+from rankloom.launch.tracking import check, scalars, track_run
 
 STEP = StepFinished(
     step=1, total_steps=2, epoch=0.5, loss=2.0, learning_rate=1e-3, grad_norm=None,
@@ -38,10 +38,10 @@ def test_events_are_written_where_tensorboard_reads_them(tmp_path: Path) -> None
     trial = resolve_paths(parse(TrialConfig, {"name": "run", "output": {"root": str(tmp_path)}}))
     run = RunFolder(trial)
     run.begin(trial)
-    with tracked(trial, run) as write:
+    with track_run(trial, run) as write:
         for step in (1, 2):
             write(replace(STEP, step=step, loss=3.0 - step))
-    with tracked(trial, run) as write:  # a resumed run: step 2 is repeated
+    with track_run(trial, run) as write:  # a resumed run: step 2 is repeated
         write(RunResumed(1))
         write(replace(STEP, step=2, loss=0.25))
         write(DONE)

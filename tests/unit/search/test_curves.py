@@ -12,7 +12,7 @@ import pytest
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
 from rankloom.events import Event, StudyFinished, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus
-from rankloom.search.curves import tracked
+from rankloom.search.curves import track_study
 from rankloom.search.leaderboard import Leaderboard
 
 LORA = {"branch": 0, "method.rank": 4}
@@ -49,10 +49,10 @@ FIRST = [
 THEN = [begin(0), report(0, 3, 1.25), report(0, 4, 1.0), end(0, "done"), done(0)]
 
 
-def take(config: StudyConfig, board: Leaderboard, folder: Path, events: Iterable[Event]) -> None:
-    with tracked(config, "id", board, folder) as track:
+def take(config: StudyConfig, leaderboard: Leaderboard, folder: Path, events: Iterable[Event]) -> None:
+    with track_study(config, "id", leaderboard, folder) as track:
         for event in events:
-            board.add(event)
+            leaderboard.add(event)
             track(event)
 
 
@@ -64,10 +64,10 @@ def test_each_trial_has_its_curves_where_tensorboard_reads_them_and_a_resumed_st
         return [(point.step, point.value) for point in read.Scalars(name)]
 
     config = study()
-    board = Leaderboard(config)
-    take(config, board, tmp_path, FIRST)
+    leaderboard = Leaderboard(config)
+    take(config, leaderboard, tmp_path, FIRST)
     time.sleep(1.1)  # TensorBoard reads files in the order of their names, which have the second and then a count
-    take(config, board, tmp_path, THEN)  # report 3 comes again: it had not been saved
+    take(config, leaderboard, tmp_path, THEN)  # report 3 comes again: it had not been saved
     assert curve("s-0000", "eval/loss") == [(10, 3.0), (20, 2.0), (30, 1.25), (40, 1.0)]
     assert curve("s-0000", "train/loss")[0] == (10, 4.0)
     assert curve("s-0000", "result/accuracy") == [(20, 0.75)]
@@ -81,8 +81,8 @@ def test_trials_are_nested_in_the_studys_run_in_mlflow(tmp_path: Path) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = study(mlflow=uri)
-    board = Leaderboard(config)
-    take(config, board, tmp_path, FIRST)
+    leaderboard = Leaderboard(config)
+    take(config, leaderboard, tmp_path, FIRST)
     client = tracking.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("rankloom").experiment_id
 
@@ -92,7 +92,7 @@ def test_trials_are_nested_in_the_studys_run_in_mlflow(tmp_path: Path) -> None:
     assert {name: run.info.status for name, run in runs().items()} == {
         "s": "KILLED", "s-0000": "KILLED", "s-0001": "FINISHED",
     }  # fmt: skip
-    take(config, board, tmp_path, THEN)
+    take(config, leaderboard, tmp_path, THEN)
     found = runs()
     assert {name: run.info.status for name, run in found.items()} == dict.fromkeys(
         ("s", "s-0000", "s-0001"), "FINISHED"
@@ -106,5 +106,5 @@ def test_trials_are_nested_in_the_studys_run_in_mlflow(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_ends_a_study_before_it_starts(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     config = study(mlflow="no-such-store://somewhere")
-    with pytest.raises(ConfigError, match="tracking: "), tracked(config, "id", Leaderboard(config), tmp_path):
+    with pytest.raises(ConfigError, match="tracking: "), track_study(config, "id", Leaderboard(config), tmp_path):
         pass

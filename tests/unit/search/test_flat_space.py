@@ -80,7 +80,7 @@ def test_a_space_of_nothing_but_refusals_ends_the_search() -> None:
     # each end of each knob is possible beside the others' first values, yet hardly anything else is
     impossible = [{"method": {"type": "galore"}, "quantization": "nf4"}]
     searcher = StudySearcher(study(search={"num_trials": 10}).model_copy(update={"space": impossible}))
-    searcher._proposer._first = []  # type: ignore[attr-defined]
+    searcher._sampler._first = []  # type: ignore[attr-defined]
     assert isinstance(searcher.suggest("t0"), dict)  # the warm start
     assert searcher.suggest("t1") == Searcher.FINISHED
     assert len(searcher.refusals) == 200
@@ -135,7 +135,7 @@ def test_a_failed_trial_is_told_as_bad_as_the_worst() -> None:
     for trial, value in (("t2", 0.5), ("t3", 0.7)):
         searcher.on_trial_complete(trial, {"best_value": value})
     searcher.on_trial_complete("t4", error=True)
-    trials = searcher._proposer._optuna.trials  # type: ignore[attr-defined]
+    trials = searcher._sampler._optuna.trials  # type: ignore[attr-defined]
     assert [(trial.state.name, trial.value) for trial in trials] == [
         ("FAIL", None), ("COMPLETE", 0.5), ("COMPLETE", 0.7), ("COMPLETE", 0.7),
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_searcher_without_its_package_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_searcher_that_waits_while_nothing_runs_is_at_its_end() -> None:
     searcher = StudySearcher(study(search={"num_trials": 10}))
-    searcher._proposer.propose = lambda _: None  # type: ignore[method-assign]
+    searcher._sampler.ask = lambda _: None  # type: ignore[method-assign]
     assert "warm_start" in searcher.suggest("t0")
     assert searcher.suggest("t1") is None  # until t0 has ended
     searcher.on_trial_complete("t0", {"best_value": 1.0})
@@ -190,7 +190,7 @@ def test_optuna_searches_for_the_whole_front() -> None:
     points(searcher, 3)
     searcher.on_trial_complete("t1", {"best_value": 0.5, "latency_ms": None})  # stopped before it was measured
     searcher.on_trial_complete("t2", {"best_value": 0.5, "latency_ms": 2.0})
-    trials = searcher._proposer._optuna.trials  # type: ignore[attr-defined]
+    trials = searcher._sampler._optuna.trials  # type: ignore[attr-defined]
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
     assert trials[1].values == [0.5, 2.0]
     assert searcher._worst == [0.5, 2.0]

@@ -118,10 +118,10 @@ def test_a_trial_is_found_in_the_space_by_its_settings() -> None:
 
 def write_study(folder: Path, config: StudyConfig, points: list[dict[str, Any]], **costs: float) -> None:
     """results.parquet of a study whose trials had losses 0.9, 0.8, ...; the last one failed."""
-    board = Leaderboard(config)
+    leaderboard = Leaderboard(config)
     for number, point in enumerate(points):
         trial = f"t{number}"
-        board.add(TrialStarted(trial=trial, point={"number": number, "refused": 0, **point}))
+        leaderboard.add(TrialStarted(trial=trial, point={"number": number, "refused": 0, **point}))
         values: dict[str, Any] = {
             "step": 10,
             "percent": 100.0,
@@ -129,11 +129,11 @@ def write_study(folder: Path, config: StudyConfig, points: list[dict[str, Any]],
             "accuracy": None,
             "train_loss": 1.0,
         }
-        board.add(TrialEvaluated(trial=trial, n=1, **values, tokens=10, train_s=1.0, **costs))
+        leaderboard.add(TrialEvaluated(trial=trial, n=1, **values, tokens=10, train_s=1.0, **costs))
         last = number == len(points) - 1
-        board.add(TrialEnded(trial=trial, status="failed" if last else "stopped"))
+        leaderboard.add(TrialEnded(trial=trial, status="failed" if last else "stopped"))
     folder.mkdir()
-    write_results(board, folder / "results.parquet")
+    write_results(leaderboard, folder / "results.parquet")
 
 
 EARLIER = [
@@ -151,23 +151,23 @@ def test_earlier_trials_of_this_space_are_told_and_others_counted(algorithm: str
     narrow = DORA | {"method": {"type": "dora", "rank": {"randint": [2, 32]}}}
     priors = [str(tmp_path / "earlier"), str(tmp_path / "earlier" / "results.parquet")]
     config = study(narrow, LORA, search={"algorithm": algorithm, "priors": priors, "num_trials": 4})
-    knowledge = Priors.gather(config)
-    assert knowledge.counts == {
+    priors = Priors.gather(config)
+    assert priors.counts == {
         "told": 4, "skipped": {"not a trial of this space": 4, "failed, or measured otherwise": 2},
     }  # fmt: skip
     baseline = {"method.rank": 16, "method.alpha_over_rank": 2, "optim.learning_rate": 3e-4, "optim.loraplus_ratio": 1}
-    assert knowledge.priors[:2] == [
+    assert priors.priors[:2] == [
         PriorTrial({"branch": 1} | baseline, [0.9]),  # a warm start may lie in the space too
         PriorTrial({"branch": 0, "method.rank": 4, "optim.learning_rate": 1e-3}, [0.8]),
     ]
-    knowledge.write(tmp_path / "known.json")
-    assert Priors.read(tmp_path / "known.json") == knowledge
+    priors.write(tmp_path / "known.json")
+    assert Priors.read(tmp_path / "known.json") == priors
     assert Priors.read(tmp_path / "none").points == []
 
-    searcher = StudySearcher(config, knowledge.points)
+    searcher = StudySearcher(config, priors.points)
     assert searcher._worst == [0.9]
     if algorithm == "optuna":
-        told = searcher._proposer._optuna.trials  # type: ignore[attr-defined]
+        told = searcher._sampler._optuna.trials  # type: ignore[attr-defined]
         assert [trial.value for trial in told] == [0.9, 0.8, 0.9, 0.8, None]  # the last is to be tried
     assert searcher.suggest("t0")["warm_start"] == 0
     guess = searcher.suggest("t1")
@@ -189,11 +189,11 @@ def test_priors_with_objectives_need_the_costs(tmp_path: Path) -> None:
     write_study(tmp_path / "bare", study(DORA, FULL), EARLIER)
     write_study(tmp_path / "measured", study(DORA, FULL), EARLIER, memory_bytes=5.0, latency_ms=2.0)
     search = {"algorithm": "optuna", "objectives": ["latency_ms"]}
-    knowledge = Priors.gather(
+    priors = Priors.gather(
         study(DORA, search=search | {"priors": [str(tmp_path / "bare"), str(tmp_path / "measured")]})
     )
-    assert [known.values for known in knowledge.priors] == [[pytest.approx(0.8), 2.0], [pytest.approx(0.7), 2.0]]
-    assert knowledge.skipped["its costs were not measured"] == 4
+    assert [known.values for known in priors.priors] == [[pytest.approx(0.8), 2.0], [pytest.approx(0.7), 2.0]]
+    assert priors.skipped["its costs were not measured"] == 4
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:

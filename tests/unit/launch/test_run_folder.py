@@ -83,9 +83,10 @@ def test_resume_cannot_change_between_ray_and_none(tmp_path: Path) -> None:
 def test_a_finished_run_is_only_gone_on_with_for_a_larger_budget(tmp_path: Path) -> None:
     trial = trial_at(tmp_path)
     run = begun(trial)
-    run.write(RESULT, json.dumps({"status": "done"}))
+    result = {"status": "done", "name": "run", "steps": 3, "run": run.path}
+    run.write(RESULT, json.dumps(result))
     assert run.decide_run(trial, resume=True) == "finished"
-    assert run.result() == {"status": "done"}
+    assert run.result().to_dict() == result
     assert run.decide_run(trial_at(tmp_path, budget={"epochs": 9}), resume=True) == "resume"
 
 

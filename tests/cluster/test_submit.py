@@ -28,6 +28,13 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def submit_with_ray(dashboard: str, *job: str) -> None:
+    """Run a script of the source tree by `ray job submit`."""
+    submit = ["job", "submit", "--address", dashboard, "--working-dir", str(REPO)]
+    done = run("-m", "ray.scripts.scripts", *submit, "--", "python", *job, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_followed_job_ends_as_the_command_would(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
     settings = tiny_trial(compute={"num_workers": 0, "device": "cpu"})
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
@@ -57,10 +64,7 @@ def test_a_followed_job_ends_as_the_command_would(dashboard: str, tiny_trial: Ma
 
 def test_ray_job_submit_from_the_source_tree(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(tiny_trial()))
-    job = ["python", "jobs/train.py", str(tmp_path / "trial.yaml"), "method.rank=4", "--json"]
-    submit = ["job", "submit", "--address", dashboard, "--working-dir", str(REPO)]
-    done = run("-m", "ray.scripts.scripts", *submit, "--", *job, cwd=REPO)
-    assert done.returncode == 0, done.stdout + done.stderr
+    submit_with_ray(dashboard, "jobs/train.py", str(tmp_path / "trial.yaml"), "method.rank=4", "--json")
     result = json.loads((tmp_path / "out" / "runs" / "tiny" / "result.json").read_text())
     assert result["status"] == "done"
     assert Registry(tmp_path / "out" / "registry").verify("tiny@1").trial["method"]["rank"] == 4
@@ -103,10 +107,7 @@ def test_a_study_is_submitted_and_goes_on_as_one(dashboard: str, tiny_trial: Mak
 @pytest.mark.slow
 def test_ray_job_submit_of_a_study_from_the_source_tree(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_of(tiny_trial(), algorithm="grid")))
-    job = ["python", "jobs/tune.py", str(tmp_path / "study.yaml"), "search.num_trials=2", "--json"]
-    submit = ["job", "submit", "--address", dashboard, "--working-dir", str(REPO)]
-    done = run("-m", "ray.scripts.scripts", *submit, "--", *job, cwd=REPO)
-    assert done.returncode == 0, done.stdout + done.stderr
+    submit_with_ray(dashboard, "jobs/tune.py", str(tmp_path / "study.yaml"), "search.num_trials=2", "--json")
     result = json.loads((tmp_path / "out" / "studies" / "tiny" / "result.json").read_text())
     assert result["status"] == "done"
     assert result["counts"]["done"] == 2

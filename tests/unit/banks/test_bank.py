@@ -80,6 +80,21 @@ def parted(tensor: Tensor, rows: list[int], slot: int, *, first: int = 0) -> Ten
     return tensor[start : start + rows[slot]]
 
 
+def stack_of(bank: AdapterBank, name: str) -> Tensor:
+    """The stack that holds a parameter of all slots."""
+    site = bank.sites[name.rsplit(".", 1)[0]]
+    stack = {"a": site.a_KRI, "b": site.b_KOR, "m": site.m_KO}[name[-1]]
+    assert stack is not None
+    return stack
+
+
+def gradient_of(bank: AdapterBank, slot: int, name: str) -> Tensor:
+    """A slot's gradient of a parameter, without what pads its rank."""
+    gradient, rank = stack_of(bank, name).grad, bank.specs[slot].rank
+    assert gradient is not None
+    return {"a": gradient[slot, :rank], "b": gradient[slot, ..., :rank], "m": gradient[slot]}[name[-1]]
+
+
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """In the bank's spelling."""
     found = {}
@@ -144,9 +159,7 @@ def test_mixed_rows_are_what_peft_gives_each(
             torch.testing.assert_close(parted(logits_BTV, rows, slot, first=first), alone_BTV, atol=1e-4, rtol=1e-4)
             alone_BTV.float().log_softmax(-1).select(-1, 3).sum().backward()
         for name, parameter in peft_parameters(model).items():
-            site, part = bank.sites[name.rsplit(".", 1)[0]], name[-1]
-            stack = {"a": site.a_KRI, "b": site.b_KOR, "m": site.m_KO}[part]
-            assert stack is not None
+            stack, part = stack_of(bank, name), name[-1]
             assert stack.grad is not None
             gradient = stack.grad[slot]
             if part != "m":  # what pads the rank
@@ -204,13 +217,8 @@ def test_dropout_is_that_of_peft(architecture: str, quantization: str, open_base
         torch.testing.assert_close(parted(logits_BTV, rows, slot), alone_BTV, atol=1e-4, rtol=1e-4)
         alone_BTV.float().log_softmax(-1).select(-1, 3).sum().backward()
         for name, parameter in peft_parameters(model).items():
-            site = bank.sites[name.rsplit(".", 1)[0]]
-            stack = {"a": site.a_KRI, "b": site.b_KOR, "m": site.m_KO}[name[-1]]
-            assert stack is not None
-            assert stack.grad is not None
             assert parameter.grad is not None
-            gradient = stack.grad[slot]
-            gradient = {"a": gradient[: spec.rank], "b": gradient[..., : spec.rank], "m": gradient}[name[-1]]
+            gradient = gradient_of(bank, slot, name)
             assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
         model.unload()
 
@@ -258,16 +266,9 @@ def test_bf16(stored: torch.dtype, autocast: bool, open_base: Opener, tmp_path: 
         assert difference.norm() <= 0.03 * expected_BTV.norm()
         expected_BTV.log_softmax(-1).select(-1, 3).sum().backward()
         for name, parameter in peft_parameters(model).items():
-            site = bank.sites[name.rsplit(".", 1)[0]]
-            stack = {"a": site.a_KRI, "b": site.b_KOR, "m": site.m_KO}[name[-1]]
-            assert stack is not None
-            assert stack.grad is not None
             assert parameter.grad is not None
-            assert stack.dtype == stack.grad.dtype == torch.float32
-            rank = bank.specs[slot].rank
-            gradient = {"a": stack.grad[slot, :rank], "b": stack.grad[slot, ..., :rank], "m": stack.grad[slot]}[
-                name[-1]
-            ]
+            gradient = gradient_of(bank, slot, name)
+            assert stack_of(bank, name).dtype == gradient.dtype == torch.float32
             assert (gradient - parameter.grad).norm() <= 0.15 * parameter.grad.norm(), name
         model.unload()
 

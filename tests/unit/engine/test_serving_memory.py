@@ -163,19 +163,27 @@ def test_a_step_that_is_too_large_is_computed_in_parts(
     serving(engine, work)
 
 
-def engine_and_adapter(base: Path, registry: Path, work: Path) -> tuple[ServingEngine, str]:
-    write_adapter(base, work / "lora", "lora")
-    ref = publish(registry, base, "lora", work / "lora")
-    return engine_on(base, registry), ref
+@pytest.fixture
+def engine_and_adapter(tiny_llama: Path, nothing: Path, tmp_path: Path) -> tuple[ServingEngine, str]:
+    write_adapter(tiny_llama, tmp_path / "lora", "lora")
+    ref = publish(nothing, tiny_llama, "lora", tmp_path / "lora")
+    return engine_on(tiny_llama, nothing), ref
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function that fails with the error."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_an_adapter_that_there_is_no_memory_for_can_be_asked_for_again(
-    tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_and_adapter: tuple[ServingEngine, str], tiny_llama: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, ref = engine_and_adapter(tiny_llama, nothing, tmp_path)
-
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    engine, ref = engine_and_adapter
+    full = raising(torch.OutOfMemoryError("CUDA out of memory"))
 
     async def work() -> None:
         with monkeypatch.context() as patched:
@@ -233,9 +241,6 @@ def test_a_lost_device_ends_the_engine(
 ) -> None:
     engine = engine_on(tiny_llama, nothing)
 
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
     def synchronize(*_: Any) -> None:
         if context_is_lost:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -244,7 +249,7 @@ def test_a_lost_device_ends_the_engine(
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_initialized", lambda: True)
             patched.setattr(torch.cuda, "synchronize", synchronize)
-            patched.setattr(ModelRunner, "forward", fail)
+            patched.setattr(ModelRunner, "forward", raising(error))
             patched.setattr(threading, "excepthook", lambda _: None)
             with pytest.raises(OverloadedError if ends else ModelError):
                 await completed(engine, [5, 6])
@@ -257,12 +262,10 @@ def test_a_lost_device_ends_the_engine(
 
 
 def test_a_device_that_is_lost_while_an_adapter_is_loaded_ends_the_engine(
-    tiny_llama: Path, nothing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_and_adapter: tuple[ServingEngine, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, ref = engine_and_adapter(tiny_llama, nothing, tmp_path)
-
-    def lost(*_: Any) -> Any:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    engine, ref = engine_and_adapter
+    lost = raising(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
 
     async def work() -> None:
         monkeypatch.setattr("rankloom.engine.adapter_cache.loading.fold", lost)

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from rankloom.launch.results import EvaluationResult, TrialResult, html_table
+from scorecards import COSTS
 
 MEASURES: dict[str, Any] = {
     "num_rows": 8,
@@ -18,14 +19,7 @@ MEASURES: dict[str, Any] = {
 SCORECARD: dict[str, Any] = {
     "result": MEASURES,
     "base": MEASURES | {"loss": 2.0, "accuracy": {"value": 0.25, "low": 0.0, "high": 0.5}},
-    "trainable_parameters": 10,
-    "adapter_bytes": 40,
-    "peak_memory_bytes": 100,
-    "steps": 6,
-    "train_tokens": 600,
-    "train_s": 1.5,
-    "tokens_per_s": 400.0,
-    "device": "cpu x 2",
+    **COSTS,
 }
 DONE: dict[str, Any] = {
     "status": "done",

@@ -10,19 +10,13 @@ import pytest
 from pyarrow import parquet
 
 from rankloom.search.results import StudyResult
+from scorecards import COSTS
 
 MEASURES: dict[str, Any] = {"num_rows": 8, "loss": 0.25, "perplexity": 1.28}
 SCORECARD: dict[str, Any] = {
     "result": MEASURES,
     "base": MEASURES | {"loss": 2.0},
-    "trainable_parameters": 10,
-    "adapter_bytes": 40,
-    "peak_memory_bytes": 100,
-    "steps": 6,
-    "train_tokens": 600,
-    "train_s": 1.5,
-    "tokens_per_s": 400.0,
-    "device": "cpu",
+    **COSTS,
 }
 
 

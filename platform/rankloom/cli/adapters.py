@@ -7,6 +7,8 @@ Each command is a thin shell over `rankloom.registry.Registry`; only `verify`, `
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,10 +178,9 @@ def verify(
     text = f"{record.ref}: {len(record.files)} files, all as recorded"
     if probe:
         from rankloom.adapters.probe import verify_probe
-        from rankloom.registry.checks import rename_in_errors
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", record.ref):
-            report = verify_probe(registry.fetch(record.ref, Path(scratch) / "adapter"), record)
+        with _fetch(registry, record) as folder:
+            report = verify_probe(folder, record)
         shown["probe"] = {
             "max_difference": report.max_difference,
             "distance_from_base": report.distance_from_base,
@@ -212,10 +213,9 @@ def export(
         registry.fetch(record.ref, output)
     else:
         from rankloom.adapters.export import merge_adapter
-        from rankloom.registry.checks import rename_in_errors
 
-        with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", record.ref):
-            merge_adapter(registry.fetch(record.ref, Path(scratch) / "adapter"), record, output)
+        with _fetch(registry, record) as folder:
+            merge_adapter(folder, record, output)
     done = {"ref": record.ref, "format": form.value, "folder": str(output.absolute())}
     print_json(done) if as_json else typer.echo(f"{record.ref} is in {output} ({form.value})")
 
@@ -239,6 +239,17 @@ def _open(root: str) -> Registry:
     from rankloom.registry import Registry
 
     return Registry(root)
+
+
+@contextmanager
+def _fetch(registry: Registry, record: Record) -> Iterator[Path]:
+    """Yield a temporary copy of a version's folder; errors name the version instead of the copy."""
+    from rankloom.registry.checks import rename_in_errors
+
+    with TemporaryDirectory(prefix="rankloom-") as scratch:
+        folder = Path(scratch) / "adapter"
+        with rename_in_errors(folder, record.ref):
+            yield registry.fetch(record.ref, folder)
 
 
 def _tell(note: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rankloom.cli.progress import duration
+from rankloom.cli.progress import lines as run_lines
 from rankloom.config.printable import printable
 from rankloom.events import Event, HostStatus, OnEvent, PhaseStarted, StudyStatus, TrialEnded, WarningRaised
 
@@ -63,19 +64,13 @@ class PlainStudyView:
 
 
 def lines(event: Event) -> list[str]:
-    """An event in words; the status has `status_line` and `table`."""
-    return [printable(line, keep="\n\t") for line in _lines(event)]
-
-
-def _lines(event: Event) -> list[str]:
+    """Return an event in words; the status has `status_line` and `table`."""
     match event:
-        case PhaseStarted(phase, message):
-            return [f"{phase:<8} {message}"]
-        case WarningRaised(message):
-            return [f"warning: {message}"]
+        case PhaseStarted() | WarningRaised():
+            return run_lines(event)
         case TrialEnded():
             reason = f": {event.error}" if event.error else ""
-            return [f"{event.name}  {event.method:<8} {event.status}{reason}"]
+            return [printable(f"{event.name}  {event.method:<8} {event.status}{reason}", keep="\n\t")]
     return []
 
 

@@ -7,7 +7,7 @@ record names is never unpickled.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.metric import HANDED_OVER, name_of
@@ -16,24 +16,25 @@ from rankloom.errors import ConfigError, DataError
 from rankloom.evals.own_metric import MetricFunction, load_metric
 
 METRIC, DATA = "metric.pkl", "data"
+Config = TypeVar("Config", TrialConfig, StudyConfig)
 
 
 def judged_by(trial: TrialConfig, metric: MetricFunction | None) -> TrialConfig:
     """Return the trial with `eval.metric` naming a function that was handed over; None changes nothing."""
-    if metric is None:
-        return trial
-    tree = dump(trial)
-    tree["eval"]["metric"] = name_of(metric)
-    return parse(TrialConfig, tree)
+    return _name_metric(trial, "eval", metric)
 
 
 def searched_by(study: StudyConfig, metric: MetricFunction | None) -> StudyConfig:
     """Return the study with `search.metric` naming a function that was handed over; None changes nothing."""
+    return _name_metric(study, "search", metric)
+
+
+def _name_metric(config: Config, section: str, metric: MetricFunction | None) -> Config:
     if metric is None:
-        return study
-    tree = dump(study)
-    tree["search"]["metric"] = name_of(metric)
-    return parse(StudyConfig, tree)
+        return config
+    tree = dump(config)
+    tree[section]["metric"] = name_of(metric)
+    return parse(type(config), tree)
 
 
 def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:

@@ -116,7 +116,9 @@ def record_study(folder: str) -> None:
     recording = Recording()
     study = rl.load(rl.StudyConfig, COMMAND[0], [*COMMAND[1:], f"trial.output.root={root}"])
     recording.end(rl.tune(study, on_event=recording.show))
-    (ASSETS / "tune.svg").write_text(recording.svg().replace(f"{root}/", "~/rankloom/"), encoding="utf-8")
+    svg = recording.svg().replace(f"{root}/", "~/rankloom/")
+    svg = re.sub(r' textLength="[\d.]+"(?=[^>]*>[^<]*~/rankloom)', "", svg)  # those lines are shorter now
+    (ASSETS / "tune.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -103,13 +103,19 @@ def load_base(
         _multiply_rows(model)
     if _sees_ahead(model):
         raise _not_causal_error(config.id, type(model).__name__)
+    return _make_base(config, folder, mark, model, quantization.type, device)
+
+
+def _make_base(
+    config: ModelConfig, folder: Path, mark: str, model: PreTrainedModel, quantization: str, device: torch.device
+) -> Base:
     return Base(
         model=model,
         tokenizer=_read_tokenizer(folder, config.id),
         id=config.id,
         folder=folder,
         fingerprint=mark,
-        quantization=quantization.type,
+        quantization=quantization,
         device=device,
     )
 
@@ -203,15 +209,7 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     mark = fingerprint(folder)
     model = _build_on_meta(folder, config.id, _read_shape(folder, config.id), resolve_dtype(config.dtype, dtype))
     check_layers(folder, model, config.id)
-    return Base(
-        model=model,
-        tokenizer=_read_tokenizer(folder, config.id),
-        id=config.id,
-        folder=folder,
-        fingerprint=mark,
-        quantization="none",
-        device=torch.device("meta"),
-    )
+    return _make_base(config, folder, mark, model, "none", torch.device("meta"))
 
 
 def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedModel:

@@ -69,7 +69,7 @@ class AdapterBank:
         }
         self.specs: dict[int, SlotSpec] = {}
         self._route: Callable[[int], TokenRouting] | None = None
-        """Of a forward of so many tokens."""
+        """Of a forward of this many tokens."""
         self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
         for site in self.sites.values():
             site.module.forward = self._forward_at(site)

@@ -177,7 +177,7 @@ class HostActor:
     async def close(self) -> None:
         """End the training, and leave nothing on the node."""
         if self._serving is not None:
-            self._changed.set()  # a training under way ends with its step
+            self._changed.set()  # a running training ends with its step
             self._serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._serving

@@ -1,7 +1,7 @@
 """Hosts of a study: one group for each base and data, one host a device, made when they are needed.
 
 `Hosts` is an actor that trials ask for a seat. It spreads them by load, opens another host of a group where the open
-ones are full and a device is left, and gives a host back that nobody has sat in for a while.
+ones are full and a device is left, and gives a host back that has been empty for a while.
 """
 
 from __future__ import annotations

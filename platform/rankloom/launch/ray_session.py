@@ -111,7 +111,7 @@ class RayTrainSession:
     def best_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
-        reported = ray.train.get_all_reported_checkpoints()  # waits for those under way
+        reported = ray.train.get_all_reported_checkpoints()  # waits for those still being written
         best = max(reported, key=lambda r: float(r.metrics["score"]), default=None)
         with _opened(best and best.checkpoint) as folder:
             yield folder
@@ -138,7 +138,7 @@ class RayTrainSession:
         with contextlib.suppress(queue.Empty):
             while True:
                 events.append(self._outbox.get_nowait())
-        with contextlib.suppress(ray.exceptions.RayError):  # nobody listens any more: no reason to end the training
+        with contextlib.suppress(ray.exceptions.RayError):  # its listener is gone: no reason to end the training
             self._stop = ray.get(self._channel.push.remote(events))
 
 

@@ -28,7 +28,7 @@ from rankloom.launch.cluster import CONNECT_TIMEOUT_S, check_answers
 POLL_EVERY_S = 1.0
 CONFIG_FILE = "config.yaml"
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT")
-"""What the job is told of this environment: names of services. Keys and tokens are the cluster's own."""
+"""What the job receives of this environment: names of services. Keys and tokens are the cluster's own."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def hints(self) -> str:
-        """The commands that a user goes on with."""
+        """The commands that a user continues with."""
         return (
             f"  follow it: ray job logs {self.id} --address {self.address} --follow\n"
             f"  stop it:   ray job stop {self.id} --address {self.address}"

@@ -1,6 +1,6 @@
 """Where a run's events go, in the driver: events.jsonl and TensorBoard always, MLflow and W&B where configured.
 
-A tracker that fails while the run is under way is dropped with a warning; a missing package is found before the
+A tracker that fails during the run is dropped with a warning; a missing package is found before the
 start. A step that was repeated after a worker died is written twice; the later one counts. A study's runs are opened
 by `search/curves.py`.
 """
@@ -258,7 +258,7 @@ class WandB:
             id=subject.id,
             group=subject.study.name if subject.study else None,
             resume="allow",
-            reinit="create_new",  # a study has several under way
+            reinit="create_new",  # a study has several at once
             config=subject.settings,
             dir=folder,
             settings=wandb.Settings(silent=True),

@@ -1,6 +1,6 @@
 """`train`: run a trial, in this process or on Ray Train's workers, and bring back its result.
 
-    decide    whether the run starts, goes on or is finished (`run_folder.py`), before Ray does
+    decide    whether the run starts, resumes or is finished (`run_folder.py`), before Ray does
     launch    `rankloom.training.run.run_trial` with a Session: LocalSession here, `ray_session.py` in a Ray worker
     watch     the driver takes events off the `Channel` and hands them to the trackers and the caller
     unwrap    whatever failed reaches the caller as one RankloomError (`failures.py`)

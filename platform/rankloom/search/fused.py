@@ -57,7 +57,7 @@ class FusedBackend:
     def leave(self) -> None:
         if self._host is None:
             return
-        # nobody waits for the answers: whoever can't be reached has forgotten this trial already
+        # the answers are not awaited: whoever can't be reached has forgotten this trial already
         self._host.leave.remote(self._key)
         self._hosts.release.remote(self._trial_id)
         self._host = None

@@ -1,7 +1,7 @@
 """Leaderboard: the state of a study's trials, from its journal; pure.
 
 The journal (`journal.jsonl` in the study's folder) is what the driver writes: a line when a trial starts, one for
-each report, one when it ends. It is read back when a study goes on, so a report may come twice; the later one counts.
+each report, one when it ends. It is read back when a study resumes, so a report may come twice; the later one counts.
 """
 
 from __future__ import annotations

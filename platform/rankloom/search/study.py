@@ -1,7 +1,7 @@
 """`tune`: a whole study, from its config to the winner in the registry.
 
-    decide    whether the study starts, goes on or is finished, before Ray does anything
-    search    Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts
+    decide    whether the study starts, resumes or is finished, before Ray does anything
+    search    Ray Tune asks the searcher for points and the scheduler which continue; trials are members of hosts
               (`tuning.py`)
     journal   the driver writes down each report, keeps the leaderboard and tells the caller (`journal.py`,
               `leaderboard.py`)
@@ -50,7 +50,7 @@ STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "resu
 MAY_CHANGE = (
     "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.",
 )  # fmt: skip
-"""Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune goes on with."""
+"""Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune resumes with."""
 
 Decision = Literal["start", "resume", "finished"]
 

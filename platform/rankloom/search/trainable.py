@@ -87,7 +87,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         self._backend.leave()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        """Be the trial of this point, not yet under way: a checkpoint may be loaded first."""
+        """Be the trial of this point, not yet started: a checkpoint may be loaded first."""
         point = dict(config)
         number = int(point.pop("number"))
         trial = self._study.resolve(point, number)
@@ -104,7 +104,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         """The last report of a trial that a retry would not help.
 
         A trial's own failure ends it. What is wrong with the data, the base or the cluster ends the study, in which
-        this trial is still under way.
+        this trial still runs.
         """
         fatal = not isinstance(error, TrialError)
         report = TrialReport(

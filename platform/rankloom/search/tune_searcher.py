@@ -22,7 +22,7 @@ from rankloom.search.samplers import SAMPLERS, PriorTrial, Values
 from rankloom.search.saved_state import load_state
 
 MAX_REFUSALS_IN_A_ROW = 200
-"""After so many the space is taken to hold nothing more."""
+"""After this many the space is taken to hold nothing more."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The search itself: Ray Tune asks the searcher for points and the scheduler who goes on; trials are members of hosts.
+"""The search itself: Ray Tune asks the searcher for points, the scheduler which continue; trials are members of hosts.
 
 `tune.run` and not `tune.Tuner`: a restored Tuner keeps the callbacks that were pickled with it, which knew the last
 driver's terminal and files, and has no public way to be given others. `tune.run` takes them each time, and goes on
@@ -159,7 +159,7 @@ def _tune(
 
 
 def num_live(study: StudyConfig, hosts_per_group: int) -> int:
-    """Trials that Ray Tune has under way at once: those that have a slot, and those that wait for one."""
+    """Trials that Ray Tune runs at once: those that have a slot, and those that wait for one."""
     slots = max(1, hosts_per_group * len(groups(study)) * study.hosts.num_slots)
     if study.hosts.num_waiting is not None:
         waiting = study.hosts.num_waiting

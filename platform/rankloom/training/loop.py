@@ -109,7 +109,7 @@ class TrainingLoop:
             TrialError: the loss or the gradient is no longer finite; earlier checkpoints are intact.
         """
         if self.progress.step == 0:
-            self.evaluate()  # where the untrained model stands; it is nobody's best checkpoint
+            self.evaluate()  # where the untrained model stands; it is never the best checkpoint
         while self.progress.step < self.num_steps and not self._out_of_patience():
             if self.workers.sum(self.session.should_stop())[0]:
                 if self.progress.step != self.saved_step:  # else its score, and perhaps its being the best, is lost

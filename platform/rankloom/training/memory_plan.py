@@ -20,7 +20,7 @@ BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 LOGITS = 3.5
 """fp32 copies of the logits while the loss and its gradient are computed."""
 LASTING, PASSING = 4, 2
-"""fp32 copies of what trains in a bank. Lasting: itself, two moments, and the gradient of a step under way. Passing:
+"""fp32 copies of what trains in a bank. Lasting: itself, two moments, and the gradient of an unfinished step. Passing:
 the gradient as it is found and as it is stacked, when the activations are gone."""
 
 

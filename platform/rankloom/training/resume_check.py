@@ -1,6 +1,6 @@
 """Origin: what trained weights come from beside their trial's settings: rows, a base's weights, libraries.
 
-It lies in every checkpoint, and in a study's folder for each base and data, so that `--resume` goes on with nothing
+It lies in every checkpoint, and in a study's folder for each base and data, so that `--resume` continues with nothing
 else.
 """
 

@@ -159,7 +159,7 @@ class TrialHost:
                 raise
 
     def evict(self, name: str) -> None:
-        """Free a member's slot; a step under way is lost."""
+        """Free a member's slot; an unfinished step is lost."""
         member = self._member(name)
         del self.members[name], self._by_slot[member.slot]
         self._clear_gradient([member.slot])
@@ -219,7 +219,7 @@ class TrialHost:
     def save(self, name: str, folder: Path) -> None:
         """Write all that the member depends on into a folder that is there.
 
-        It then goes on bit for bit; on a GPU, to rounding.
+        It then continues bit for bit; on a GPU, to rounding.
 
         Amid a step of several micro-batches, what is written is the state before that step.
         """
@@ -274,7 +274,7 @@ class TrialHost:
         return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
 
     def _compute(self, plan: StepPlan) -> list[StepReport]:
-        """Add the plan's gradients to those of the steps under way, in halves where memory runs out.
+        """Add the plan's gradients to those of the current steps, in halves where memory runs out.
 
         Returns:
             A report for each member of which a single row does not fit.

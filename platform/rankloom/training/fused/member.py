@@ -43,13 +43,13 @@ class Member:
         """Real tokens read in whole steps."""
         self.last_served = -1
         self._micro_batches: list[list[int]] = []
-        """What is left of the step under way."""
+        """What is left of the current step."""
         self._num_computed = 0
         self._begun_at = self.cursor.state_dict()
         self.weight = 0.0
-        """Of all trained tokens of the step under way."""
+        """Of all trained tokens of the current step."""
         self.loss_sum = 0.0
-        """Of the rows of the step under way that were computed so far."""
+        """Of the current step's rows, those computed so far."""
         self._step_tokens = 0
 
     @property
@@ -58,21 +58,21 @@ class Member:
 
     @property
     def amid_step(self) -> bool:
-        """Whether rows of the step under way are still to be computed."""
+        """Whether rows of the current step are still to be computed."""
         return bool(self._micro_batches)
 
     @property
     def accumulating(self) -> bool:
-        """Whether the step under way has a part of its gradient."""
+        """Whether the current step has a part of its gradient."""
         return self.amid_step and self._num_computed > 0
 
     @property
     def factor(self) -> float:
-        """The schedule's factor on the learning rate in the step under way."""
+        """The schedule's factor on the learning rate in the current step."""
         return schedule(self.trial.optim, self.step, self.num_steps)
 
     def work(self, example_of: Callable[[int], Example]) -> PendingBatch:
-        """The next micro-batch; the next step's rows are drawn where no step is under way."""
+        """The next micro-batch; the next step's rows are drawn where no step is in progress."""
         if not self._micro_batches:
             self._begun_at = self.cursor.state_dict()
             rows, cuts = self.cursor.next(), self.trial.optim.accumulation

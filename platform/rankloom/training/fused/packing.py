@@ -234,7 +234,7 @@ def can_pack(model: PreTrainedModel, pad_id: int) -> bool:
 
 
 class _Unpack(torch.autograd.Function):
-    """x_N -> x_P. Nobody reads what attention makes of padding, so its gradient is zero and is not added up."""
+    """x_N -> x_P. Nothing reads what attention makes of padding, so its gradient is zero and is not added up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:

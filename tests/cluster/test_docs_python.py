@@ -47,6 +47,7 @@ def test_python_of_a_document_runs(page: Path, tiny_llama: Path, tmp_path: Path)
             for shown, here in (
                 ("Qwen/Qwen3-0.6B", str(tiny_llama)),
                 ("http://127.0.0.1:8000", made.url),
+                ('"steps": 60', '"steps": 6'),
                 ('model="tickets@champion", messages', 'model="bank@1", messages'),
             ):
                 code = code.replace(shown, here)

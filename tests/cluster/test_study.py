@@ -291,7 +291,7 @@ def test_a_stopped_study_goes_on_with_its_own_data(tiny_study: Make, tmp_path: P
     rows = data.read_text()
     swapped = rows.replace("transfer\n", "x\n").replace("card_lost\n", "transfer\n").replace("x\n", "card_lost\n")
     data.write_text(swapped)
-    with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
+    with pytest.raises(RankloomError, match=r"--resume: the rows .* have changed since the start"):
         tune(config, resume=True)
     data.write_text(rows)
 
@@ -315,7 +315,7 @@ def test_a_study_of_dedicated_runs_goes_on_with_its_own_data(tiny_study: Make, t
     data = tmp_path / "rows.csv"
     rows = data.read_text()
     data.write_text(rows.replace("transfer\n", "moved\n"))
-    with pytest.raises(RankloomError, match=r"--resume: the rows .* are not those that this began with"):
+    with pytest.raises(RankloomError, match=r"--resume: the rows .* have changed since the start"):
         tune(config, resume=True)  # its next trial, which begins only now
     data.write_text(rows)
     assert tune(config, resume=True).counts["done"] == 3

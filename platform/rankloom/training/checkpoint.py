@@ -1,10 +1,10 @@
-"""A checkpoint: all that a run needs to go on bit for bit (on a GPU, to rounding), in one folder.
+"""A checkpoint: all that a run needs to continue bit for bit (on a GPU, to rounding), in one folder.
 
-    weights.safetensors   what trains, by parameter name
+    weights.safetensors   the trainable parameters, by name
     state.pt              optimiser, method, random state, data cursor and progress; read with weights_only=True
-    origin.json           the data and the base that it was trained with (`origin.py`)
+    origin.json           the data and the base of the training (`resume_check.py`)
 
-The adapter that is published is not this: `Method.export` writes it.
+The published adapter is separate: `Method.export` writes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ if TYPE_CHECKING:  # the methods' libraries take seconds to import, and a host n
 def save(
     folder: Path, model: nn.Module, method: Method[Any], optimizer: Optimizer, progress: dict[str, Any], *, write: bool
 ) -> None:
-    """Write a checkpoint. Every worker calls, since sharded tensors are gathered; only the one with `write` writes."""
+    """Write a checkpoint; every worker calls, because sharded tensors are gathered.
+
+    Args:
+        folder: an existing folder.
+        write: whether this worker writes the files.
+
+    Raises:
+        TrialError: the folder can't be written.
+    """
     weights = {name: whole(p.detach()).contiguous() for name, p in method.trained(model).items()}
     state = {
         "optimizer": gathered(method.optimizer_state(optimizer)),
@@ -46,7 +54,11 @@ def save(
 
 
 def load_weights(folder: Path, model: nn.Module, method: Method[Any]) -> None:
-    """Put a checkpoint's weights, and the method's own state, into the model."""
+    """Load a checkpoint's weights and the method's own state into the model.
+
+    Raises:
+        TrialError: the checkpoint is damaged.
+    """
     weights = _read_weights(folder)
     with torch.no_grad():
         for name, parameter in method.trained(model).items():
@@ -55,7 +67,11 @@ def load_weights(folder: Path, model: nn.Module, method: Method[Any]) -> None:
 
 
 def load_optimizer(folder: Path, method: Method[Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Restore optimiser and random state; the progress that was saved with them."""
+    """Restore optimiser and random state; return the progress that was saved with them.
+
+    Raises:
+        TrialError: the checkpoint is damaged.
+    """
     state = read_state(folder)
     method.load_optimizer_state(optimizer, state["optimizer"])
     for parameter, values in optimizer.state.items():
@@ -68,6 +84,11 @@ def load_optimizer(folder: Path, method: Method[Any], optimizer: Optimizer) -> d
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's state.pt onto the CPU.
+
+    Raises:
+        TrialError: the checkpoint is damaged.
+    """
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file can make torch's readers raise anything
@@ -86,7 +107,7 @@ def _damaged(folder: Path, error: Exception) -> TrialError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return TrialError(
         f"the checkpoint {folder} is damaged: {reason}; start another run with name=..., or, in a run without Ray, "
-        f"remove that folder: --resume then goes on from an earlier one, or from the start"
+        f"remove that folder: --resume then continues from an earlier one, or from the start"
     )
 
 

@@ -1,11 +1,11 @@
 """The training loop: READ THIS FIRST.
 
-    method.attach(base)                    the method says what trains
-    loop.step(), again and again:
-        plan     the step's rows: the same whatever the number of workers or micro-batches
+    method.attach(base)                    the method chooses what trains
+    loop.step(), repeatedly:
+        plan     the step's rows, which depend on neither the number of workers nor of micro-batches
         compute  forward and backward of the mean loss over all trained tokens of the step
-        apply    clip, step the optimiser, let the method act
-    every so often: evaluate, write a checkpoint, stop early
+        apply    clip, step the optimiser, call the method's hook
+    every `eval.every` steps: evaluate, write a checkpoint, perhaps stop early
 
 The loop knows no method, no launcher and no file format: see `methods/`, `session.py` and `checkpoint.py`.
 """
@@ -34,20 +34,20 @@ from rankloom.training.memory import peak_memory_bytes
 from rankloom.training.parallel import Workers, clip, reshard
 from rankloom.training.precision import autocast
 from rankloom.training.resume_check import Origin
-from rankloom.training.schedule import num_steps, schedule
+from rankloom.training.schedule import DIVERGED, num_steps, schedule
 from rankloom.training.session import Session
 
 UNSCORED = -1e9
-"""The score of a checkpoint written between two evaluations: any scored one is better."""
+"""The score of a checkpoint written between two evaluations; every evaluated checkpoint beats it."""
 
 
 @dataclass
 class LoopProgress:
-    """How far a run has come; it travels in every checkpoint."""
+    """How far a run has come; every checkpoint contains it."""
 
     step: int = 0
     tokens: int = 0
-    """Real tokens read so far, prompts included, padding not."""
+    """Tokens read so far, with prompts and without padding."""
     train_s: float = 0.0
     """Seconds spent in steps."""
     best_score: float = UNSCORED
@@ -57,8 +57,8 @@ class LoopProgress:
 class TrainingLoop:
     """One trial's training on this worker.
 
-    Invariant: the weights after step n depend on the trial's config alone, not on the number of workers, of
-    micro-batches, nor on how often the run was stopped and resumed (to rounding; exactly, on one worker on a CPU).
+    Invariant: the weights after step n depend on the trial's config alone, to rounding (exactly, for one worker on a
+    CPU). They depend neither on the number of workers or micro-batches nor on how often the run was resumed.
     """
 
     def __init__(
@@ -73,8 +73,13 @@ class TrainingLoop:
         """Attach the method and restore the latest checkpoint, if there is one.
 
         Args:
-            precision: of the arithmetic; below fp32 it runs under autocast.
-            metric: the function that `eval.metric` names, where it is the user's own.
+            precision: dtype of the arithmetic; below fp32 it runs under autocast.
+            metric: the function of `eval.metric`, where that is the user's own.
+
+        Raises:
+            IncompatibleError: the method does not fit the base.
+            TrialError: the latest checkpoint is damaged.
+            DataError, ModelError: the checkpoint was made with other data or another base.
         """
         self.metric = metric
         self.trial, self.base, self.data, self.session, self.precision = trial, base, data, session, precision
@@ -91,7 +96,7 @@ class TrainingLoop:
         self.trainable_parameters = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         if trial.compute.activation_checkpointing:
             base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = self.workers.wrap(self.module)  # what forward is called on: `module`, perhaps wrapped
+        self.model = self.workers.wrap(self.module)  # `module`, wrapped for several workers; call forward on this
         self.optimizer = self.method.build_optimizer(self.module, optim)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
@@ -101,18 +106,20 @@ class TrainingLoop:
         self._restore()
 
     def run(self) -> bool:
-        """Train to the end of the budget or an early stop; False if the session asked to stop before.
+        """Train to the end of the budget, to an early stop, or until the session asks to stop.
 
-        Afterwards the module holds the best checkpoint's weights (where it was not stopped).
+        Returns:
+            True: training is complete and the module holds the best checkpoint's weights. False: the session asked to
+            stop; a checkpoint of the current step is written.
 
         Raises:
-            TrialError: the loss or the gradient is no longer finite; earlier checkpoints are intact.
+            TrialError: the loss or the gradient is not finite; earlier checkpoints are intact.
         """
         if self.progress.step == 0:
-            self.evaluate()  # where the untrained model stands; it is never the best checkpoint
+            self.evaluate()  # score before training; never counts as the best checkpoint
         while self.progress.step < self.num_steps and not self._out_of_patience():
             if self.workers.sum(self.session.should_stop())[0]:
-                if self.progress.step != self.saved_step:  # else its score, and perhaps its being the best, is lost
+                if self.progress.step != self.saved_step:  # an overwrite would lose the score of this step's checkpoint
                     self.save(UNSCORED)
                 return False
             self.step()
@@ -122,18 +129,18 @@ class TrainingLoop:
         return True
 
     def load_best(self) -> None:
-        """Go back to the weights of the best checkpoint."""
+        """Load the best checkpoint's weights."""
         with self.session.best_checkpoint() as folder:
             if folder is not None:
                 checkpoint.load_weights(folder, self.module, self.method)
 
     def release(self) -> None:
-        """Let go of model and optimiser, to make room for what comes after training."""
+        """Free model and optimiser, so that export and scoring have their memory."""
         self.peak_memory_bytes = peak_memory_bytes(self.session.device)
         del self.model, self.module, self.optimizer, self.base, self.method
 
     def step(self) -> None:
-        """One optimiser step: plan, compute, apply."""
+        """Take one optimiser step: plan, compute, apply."""
         started, step = time.monotonic(), self.progress.step
         if self.method.before_step(self.module, self.optimizer, step):
             self.model = self.workers.wrap(self.module)
@@ -160,7 +167,10 @@ class TrainingLoop:
         )
 
     def evaluate(self) -> float:
-        """Score the validation rows, and tell the user; higher is better.
+        """Score the validation rows and emit `Evaluated`; every worker calls.
+
+        Returns:
+            The score; higher is better.
 
         Raises:
             TrialError: the loss or the metric is not a finite number.
@@ -175,7 +185,7 @@ class TrainingLoop:
         )
         loss = loss_sum / weight
         if not math.isfinite(loss):
-            broken = f"is {self.base.id} damaged, or compute.precision too narrow for it?"
+            broken = f"check the weights of {self.base.id}, or set compute.precision=fp32"
             why = "lower optim.learning_rate" if self.progress.step else f"before any training: {broken}"
             raise TrialError(f"the validation loss is {loss} at step {self.progress.step}; {why}")
         labelled = config.metric != "loss" and self.data.labels is not None
@@ -190,14 +200,18 @@ class TrainingLoop:
         return score
 
     def _own_value(self, part: Validation) -> float | None:
-        """The user's own metric, which is called once, whatever the number of workers."""
+        """Return the user's own metric, computed on rank 0 alone; None where there is none."""
         if self.metric is None:
             return None
         function, predictions = self.metric, self.workers.gather(part.predictions)
         return self.workers.from_first(lambda: compute(function, self.trial.eval, predictions).value)
 
     def save(self, score: float) -> None:
-        """Write a checkpoint and hand it to the session; every worker calls."""
+        """Write a checkpoint and hand it to the session; every worker calls.
+
+        Raises:
+            TrialError: the checkpoint can't be written.
+        """
         progress = {**asdict(self.progress), "cursor": self.cursor.state_dict(), "scaler": self.scaler.state_dict()}
         first = self.session.rank == 0
         with tempfile.TemporaryDirectory() as scratch:
@@ -209,9 +223,9 @@ class TrainingLoop:
         self.saved_step = self.progress.step
 
     def _plan(self) -> tuple[list[Batch], int]:
-        """This worker's micro-batches of the next step, and the tokens of all workers'.
+        """Return this worker's micro-batches of the next step, and the number of tokens over all workers.
 
-        A worker left without a row takes one whose loss counts nothing, so that all exchange as many gradients.
+        A worker without a row gets one with zero loss weights, so that all workers exchange the same gradients.
         """
         everyone = self.cursor.next()
         mine = everyone[self.workers.rank :: self.workers.world_size]
@@ -225,7 +239,7 @@ class TrainingLoop:
         return batches, int(self.data.train.lengths[everyone].sum())
 
     def _compute(self, batches: list[Batch]) -> float:
-        """Leave the step's gradient in the parameters; its mean loss a trained token, over all workers."""
+        """Compute the step's gradient in the parameters; return the mean loss per trained token, over all workers."""
         (weight,) = self.workers.sum(sum(float(batch.loss_weights_BT.sum()) for batch in batches))
         factor = schedule(self.trial.optim, self.progress.step, self.num_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
@@ -246,15 +260,14 @@ class TrainingLoop:
         return self.workers.sum(loss_sum)[0] / weight
 
     def _apply(self, loss: float) -> float | None:
-        """Clip, step, and let the method act; the gradient's norm before clipping."""
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        """Clip, step and call the method's hook; return the gradient's norm before clipping."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         norm = clip(self.method.trained(self.module).values(), self.trial.optim.clip_norm)
-        # with fp16 an overflowing gradient is the scaler's to skip
+        # GradScaler skips steps whose fp16 gradient overflows
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled()):
-            raise TrialError(
-                f"training diverged at step {self.progress.step + 1}: loss {loss}, gradient norm {norm}; lower "
-                f"optim.learning_rate ({self.trial.optim.learning_rate:g}) or raise optim.warmup_fraction"
-            )
+            step, rate = self.progress.step + 1, self.trial.optim.learning_rate
+            raise TrialError(DIVERGED.format(step=step, loss=loss, norm=norm, rate=rate))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(self.module, self.progress.step)
@@ -273,7 +286,7 @@ class TrainingLoop:
                 self.progress = LoopProgress(**saved)
                 self.saved_step = self.progress.step
                 self.session.emit(RunResumed(self.progress.step))
-        if self.session.rank:  # dropout differs between workers; the checkpoint's random state is rank 0's
+        if self.session.rank:  # the checkpoint holds rank 0's random state, but each worker draws its own dropout
             torch.manual_seed(self.trial.seed + 1_000_003 * self.session.rank + self.progress.step)
 
     def _out_of_patience(self) -> bool:

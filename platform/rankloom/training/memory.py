@@ -1,4 +1,4 @@
-"""Memory of a process on its device: its peak, what is left, and what a model asks of it (see `memory_plan.py`)."""
+"""Memory of a process on its device: its peak, what is free, and the `Shape` of a loaded model for `memory_plan.py`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rankloom.models.device import free_cuda_bytes
 from rankloom.training.memory_plan import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
-"""Activation functions that transformers computes in several steps, each of which is kept for the backward pass."""
+"""Activation functions that transformers computes in several steps; the backward pass keeps each step's result."""
 ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT = 1.2, 2.0
 """Measured; see `memory_plan.Shape.activations`."""
 MEMORY_INFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA: the most that torch has allocated. CPU: the process's largest resident set, libraries included."""
+    """Return the peak: on CUDA of torch's allocations, on a CPU of the process's resident set, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -30,7 +30,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """What can still be allocated; None where a CPU's system does not say."""
+    """Return the bytes that can still be allocated; None where the CPU's system does not report them."""
     if device.type == "cuda":
         return free_cuda_bytes(device)
     if not MEMORY_INFO.is_file():
@@ -38,14 +38,19 @@ def free_bytes(device: torch.device) -> float | None:
     fields = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
     free = 1024.0 * int(fields["MemAvailable"].split()[0])
     limit = GROUP / "memory.max"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container's
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # the limit of a container
         used = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
         free = min(free, float(most) - float(used["anon"]) - float(used["shmem"]))  # the rest is cache
     return free
 
 
 def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
-    """A loaded base as the planner sees it. `experts`: whether adapters sit on these too."""
+    """Return the shape of a loaded base for `memory_plan.py`.
+
+    Args:
+        targets: the linear layers that adapters are on.
+        experts: whether adapters are on experts too.
+    """
     modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
     linears = {name: linear_widths(modules[name]) for name in find_target_linears(base.model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}

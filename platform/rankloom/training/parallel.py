@@ -1,7 +1,7 @@
-"""How N workers train one model: DDP for adapters, FSDP2 where all weights train. One worker is the plain model.
+"""N workers train one model: DDP for adapters, FSDP2 where all weights train, the plain model for a single worker.
 
-The process group is the launcher's to set up (Ray Train does). A step's loss is the mean over the tokens of *all*
-workers, so N workers give the gradient that one would.
+The launcher sets up the process group (Ray Train does). A step's loss is the mean over the tokens of *all* workers, so
+N workers compute the gradient that one worker would.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Strategy = Literal["ddp", "fsdp"]
 
 
 class Workers:
-    """This worker's place among the others, and what they do together."""
+    """This worker's rank, and the collective operations of all workers."""
 
     def __init__(
         self, rank: int, world_size: int, device: torch.device, strategy: Strategy, precision: torch.dtype
     ) -> None:
         """
         Args:
-            precision: of the arithmetic; weights that are sharded are in fp32.
+            precision: dtype of the arithmetic; sharded weights are fp32.
         """
         self.rank = rank
         self.world_size = world_size
@@ -43,21 +43,21 @@ class Workers:
         self.precision = precision
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call forward and backward on; called again when the set of trainable parameters changed."""
+        """Return the module to call forward and backward on; call again when trainable parameters change."""
         if self.world_size == 1:
             return model
         if self.strategy == "fsdp":
-            # by itself, FSDP takes GPUs where there are any
+            # without a mesh, FSDP would use GPUs wherever there are any
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             low = None if self.precision == torch.float32 else self.precision
-            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # gathered as they are used
+            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # gathers in `low`
             for layer in decoder_layers(model):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
-        # every worker loaded the same base and drew the same adapter: nothing to broadcast
+        # no initial broadcast: every worker loaded the same base and drew the same adapter
         return DistributedDataParallel(
             model,
             device_ids=devices,
@@ -67,7 +67,7 @@ class Workers:
         )
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the workers."""
+        """Return each value summed over the workers."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -75,7 +75,11 @@ class Workers:
         return [float(v) for v in tensor]
 
     def gather(self, dealt: Sequence[T]) -> list[T]:
-        """Put a list together again, on every worker, of which each has every world_size-th from its rank on."""
+        """Return the whole list on every worker.
+
+        Args:
+            dealt: this worker's items: every world_size-th item of the list, beginning at index `rank`.
+        """
         if self.world_size == 1:
             return list(dealt)
         parts: list[list[T]] = [[] for _ in range(self.world_size)]
@@ -83,7 +87,7 @@ class Workers:
         return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """Call on rank 0 alone; every worker has its result, or its TrialError."""
+        """Call on rank 0 alone; every worker returns its result, or raises its TrialError."""
         if self.world_size == 1:
             return call()
         outcome: list[Any] = [None]
@@ -99,7 +103,7 @@ class Workers:
 
     @contextmanager
     def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients are exchanged in the last micro-batch of a step only."""
+        """Exchange gradients in the last micro-batch of a step only."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         if isinstance(model, DistributedDataParallel) and not last:
@@ -110,13 +114,17 @@ class Workers:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward without a backward pass: FSDP2 leaves the root's weights gathered, in the type of their use."""
+    """Shard the weights again after a forward without backward, where FSDP2 leaves the root's weights gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float | None:
-    """Scale the gradients to `max_norm` at most; their norm before, None where no gradient is left to measure."""
+    """Scale the gradients to a norm of at most `max_norm`.
+
+    Returns:
+        The norm before; None where no parameter has a gradient, as when a method steps within the backward pass.
+    """
     with_gradient = [p for p in parameters if p.grad is not None]
     if not with_gradient:
         return None
@@ -125,12 +133,12 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float | 
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered on every worker (all must call); any other as it is."""
+    """Return a sharded tensor gathered on every worker (all must call), and any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tree: Any) -> Any:
-    """`whole` on every tensor of nested dicts and lists."""
+    """Apply `whole` to every tensor in nested dicts and lists."""
     if isinstance(tree, torch.Tensor):
         return whole(tree)
     if isinstance(tree, dict):
@@ -141,7 +149,7 @@ def gathered(tree: Any) -> Any:
 
 
 def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`value` sharded as `parameter` is."""
+    """Return `value`, sharded like `parameter`."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

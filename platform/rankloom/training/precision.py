@@ -1,4 +1,4 @@
-"""A trial's base: the precision of its arithmetic, its weights, and positions for the trial's rows."""
+"""Load a trial's base in the right precision, and check that the trial's rows fit it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,36 @@ from rankloom.models import Base, auto_dtype, load_base, resolve_dtype
 
 
 def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
-    """What the arithmetic runs in; also that of scoring, and of serving where it is auto."""
+    """Return the dtype of training and scoring, and of serving where that is auto."""
     return resolve_dtype(trial.compute.precision, auto_dtype(device))
 
 
 def load_trial_base(trial: TrialConfig, device: torch.device, *, in_fp32: bool = False) -> Base:
-    """Load the trial's base in the run's precision, or in fp32 for arithmetic in that precision."""
+    """Load the trial's base.
+
+    Args:
+        in_fp32: keep the weights in fp32 and run only the arithmetic in the run's precision; False: load the weights
+            in the run's precision.
+
+    Raises:
+        ModelError: the base can't be loaded.
+    """
     precision = precision_of(trial, device)
     dtype = torch.float32 if in_fp32 else precision
     return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A run's arithmetic, on weights that may be of another type."""
+    """Return the context for a run's arithmetic; it is off for fp32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def check_lengths(data: TaskData, base: Base) -> None:
-    """A row beyond the model's positions or tokens would end the run with an index error, or an aborted device."""
+    """Refuse rows that the model has no positions or embeddings for; they would abort the device in mid-run.
+
+    Raises:
+        ConfigError: a row is longer than the model's positions. DataError: a token is not in the embedding.
+    """
     limit = getattr(base.model.config, "max_position_embeddings", None)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation, data.test))
     if limit is not None and longest > limit:
@@ -42,6 +54,6 @@ def check_lengths(data: TaskData, base: Base) -> None:
         token = base.tokenizer.convert_ids_to_tokens(largest)
         raise DataError(
             f"data: the rows hold {token!r}, which the tokenizer of {base.id!r} knows as token {largest}, but the "
-            f"model embeds only {known} tokens; take it out of the rows or the chat template, or resize the model's "
-            f"embedding (resize_token_embeddings) and save it again"
+            f"model embeds only {known} tokens; remove it from the rows or the chat template, or resize the model's "
+            f"embedding (resize_token_embeddings) and save the model again"
         )

@@ -1,7 +1,7 @@
-"""What a trial would be refused for later, told before anything starts: before Ray, and before the first step.
+"""Check trials before anything starts: before Ray, and before the first step.
 
-Looked at are the data, the model's outline, which has no weights, and its tokenizer. Large data, and data sets on the
-hub, are read and rendered as far as their first rows; all rows, and weights, are left to the workers.
+The checks read the data, the model's outline without weights, and its tokenizer. Of large data, and of data sets on the
+hub, they read and render only the first rows; the workers check all rows and the weights.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from rankloom.evals.score import check_metric
 from rankloom.models import check_experts, decoder_layers, find_target_linears, load_shell, load_tokenizer
 
 READ_BYTES = 50_000_000
-"""Size up to which data is read before anything starts; it takes seconds."""
+"""Data up to this size is read completely, which takes seconds."""
 HEAD_ROWS = 100
-"""First rows of each source that are looked at where the data is larger, or of unknown size."""
+"""Rows of each source that are checked where the data is larger, or of unknown size."""
 
 
 def preflight(trials: Iterable[TrialConfig], metric: MetricFunction | None = None) -> list[str]:
-    """Refuse what is known to fail; of trials that are alike in what is looked at, the first is looked at.
+    """Refuse trials that are certain to fail. Trials with the same data or the same model are checked once.
 
     Args:
-        metric: one of the user's own that Python code handed over.
+        metric: the user's own metric as a function; None: `eval.metric` names it.
 
     Returns:
-        What is left out of the training and the user should know of.
+        Notes for the user about what the training leaves out.
 
     Raises:
-        RankloomError: as the run itself would.
+        RankloomError: the error that the run itself would raise.
     """
     by_data: dict[str, TrialConfig] = {}
     by_model: dict[str, TrialConfig] = {}
@@ -49,7 +49,7 @@ def preflight(trials: Iterable[TrialConfig], metric: MetricFunction | None = Non
         is_small = size is not None and size <= READ_BYTES
         retention = trial.eval.retention
         if is_small or not check_heads(trial.data, tokenizer, retention=retention, num_rows=HEAD_ROWS):
-            data = load_data(trial.data, tokenizer, retention=retention)  # workers on this machine find it read
+            data = load_data(trial.data, tokenizer, retention=retention)  # cached for this machine's workers
             check_metric(trial.eval, tokenizer, data, metric)
     return list(dict.fromkeys(notes))
 

@@ -1,6 +1,6 @@
-"""Score an adapter's folder and publish it: the end of a trial, and of a study's finalists.
+"""Score an adapter's folder and publish it: the last step of a trial, and of a study's finalists.
 
-What is scored is what will be served: the exported folder, read onto a base that the training did not touch.
+The scorecard measures what will be served: the exported folder, read onto a base that the training did not touch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What the training of an adapter took."""
+    """The costs of an adapter's training."""
 
     trainable_parameters: int
     peak_memory_bytes: int
@@ -42,7 +42,7 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Score:
-    """An adapter's scorecard, and the bytes of the base's weights with the adapter on it."""
+    """An adapter's scorecard, and the bytes of the base's weights together with the adapter's."""
 
     scorecard: Scorecard
     memory_bytes: int
@@ -65,17 +65,18 @@ def score(
     trained_logits: Tensor | None = None,
     metric: MetricFunction | None = None,
 ) -> Score:
-    """Measure an adapter on the test rows, and write its probe into its folder; the base is bare again afterwards.
+    """Measure an adapter on the test rows, and write its probe into its folder; the base is unchanged afterwards.
 
     Args:
         folder: a PEFT folder.
-        base_measures: the base's own; None where `eval.base` is off.
-        extraction: of an adapter that was cut from the difference of weights.
-        trained_logits: [V], the trained model's after `probe_ids`, which the export has to reproduce.
-        metric: the function that `eval.metric` names, where it is the user's own.
+        base_measures: the base's measures; None where `eval.base` is off.
+        extraction: how the adapter was extracted from the weights' difference; None: it was trained as an adapter.
+        trained_logits: [V], the trained model's logits after `probe_ids`, which the export must reproduce; None: skip
+            that check.
+        metric: the function of `eval.metric`, where that is the user's own.
 
     Raises:
-        TrialError: the adapter changes nothing, or is not what was trained.
+        TrialError: the adapter changes nothing, or differs from the trained model.
     """
     ids = probe_ids(data)
     base_logits = last_logits(base.model, ids)
@@ -110,15 +111,19 @@ def score(
 def check_export(adapter_logits: Tensor, trained_logits: Tensor, quantization: str) -> None:
     """Refuse an export whose logits differ from the trained model's by more than rounding.
 
+    Args:
+        adapter_logits: [V], of the export.
+        trained_logits: [V], of the trained model.
+        quantization: the base's.
+
     Raises:
-        TrialError: they do.
+        TrialError: the logits differ by more than the tolerance.
     """
     difference = largest_difference(adapter_logits, trained_logits)
     allowed = tolerance(trained_logits, adapter_logits.dtype, quantization=quantization)
     if not difference <= allowed:
         raise TrialError(
-            f"the exported adapter's logits differ by {difference:.3g} from the trained model's (allowed: "
-            f"{allowed:.3g})"
+            f"the exported adapter's logits differ by {difference:.3g} from the trained model's; allowed: {allowed:.3g}"
         )
 
 
@@ -132,7 +137,14 @@ def publish(
     *,
     study: str | None = None,
 ) -> list[Record]:
-    """Publish a scored folder under each name; one that was published before is not published again."""
+    """Publish a scored folder under each name, unless this run did so before.
+
+    Returns:
+        The record under each name, new or earlier.
+
+    Raises:
+        RegistryError: the registry can't be written.
+    """
     draft = Draft(
         method=trial.method.type,
         base=BaseModelRef(id=base.id, fingerprint=base.fingerprint, quantization=trial.quantization.type),

@@ -1,7 +1,7 @@
-"""Origin: what trained weights come from beside their trial's settings: rows, a base's weights, libraries.
+"""Origin: the rows, the base's weights and the libraries that trained weights come from, beside the trial's settings.
 
-It lies in every checkpoint, and in a study's folder for each base and data, so that `--resume` continues with nothing
-else.
+Every checkpoint has one, and a study's folder has one for each base and data, so that `--resume` refuses to continue
+with other rows or another base.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ if TYPE_CHECKING:  # a study's driver has no torch
 
 ORIGIN = "origin.json"
 NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Keys of a config.json that say nothing of what the model computes here."""
+"""Keys of a config.json that do not change what the model computes here."""
 ORIGINS = "origins"
-"""In a study's folder, a folder for each base and data."""
+"""Subfolder of a study's folder, with a folder for each base and data."""
 
 
 class Origin(BaseModel):
-    """One of them."""
+    """The data, base and libraries of a training."""
 
     model_config = ConfigDict(frozen=True)
 
     data: str
-    """Of the tokens, their weights and the labels that are trained on and validated with."""
+    """Digest of the training and validation rows (tokens and loss weights) and of the labels."""
     base: str
     """The base's fingerprint."""
     config: str | None = None
-    """Of the base's config.json, which says how its weights are used; None: from a rankloom that did not keep it."""
+    """Digest of the base's config.json, which defines how its weights are used; None: an older rankloom wrote none."""
     versions: Versions
+    """The libraries' versions."""
 
     @classmethod
     def of(cls, data: TaskData, base: Base) -> Origin:
+        """Return the origin of a training on `data` and `base`, with the installed libraries."""
         rows = json.dumps([data.train.digest(), data.validation.digest(), data.labels], sort_keys=True)
         digest = hashlib.sha256(rows.encode()).hexdigest()
         config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
@@ -58,38 +60,42 @@ class Origin(BaseModel):
         )
 
     def write(self, folder: Path) -> None:
-        """Raises RankloomError where the folder can't be written."""
+        """Write origin.json into a folder, which is created where it is missing.
+
+        Raises:
+            RankloomError: the folder can't be written.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            staged = folder / f".{ORIGIN}.{uuid.uuid4().hex}"  # hosts of a study may write the same at once
+            staged = folder / f".{ORIGIN}.{uuid.uuid4().hex}"  # a study's hosts may write it concurrently
             staged.write_text(self.model_dump_json())
             staged.replace(folder / ORIGIN)
         except OSError as error:
             raise RankloomError(f"could not write {folder / ORIGIN}: {error}") from None
 
     def check(self, folder: Path, trial: TrialConfig) -> str | None:
-        """Compare with what was written there, if anything was.
+        """Compare with the folder's origin.json, where it has one.
 
         Returns:
-            What to tell of libraries that are others now.
+            A warning for the user where libraries have changed, else None.
 
         Raises:
-            DataError, ModelError: the data or the base is not the same.
+            DataError, ModelError: the data or the base has changed. RankloomError: the file is damaged.
         """
         try:
             then = Origin.model_validate_json((folder / ORIGIN).read_bytes())
-        except FileNotFoundError:  # of a rankloom that wrote none
+        except FileNotFoundError:  # an older rankloom wrote none
             return None
         except (OSError, ValidationError) as error:
             raise RankloomError(
-                f"{folder / ORIGIN} is damaged: {str(error).splitlines()[0]}; start anew, name=..."
+                f"{folder / ORIGIN} is damaged: {str(error).splitlines()[0]}; start again with name=..."
             ) from None
         changed = ", ".join(self.versions.changes(then.versions))
         for kind, what, before, now in (
             (
                 DataError,
-                f"the rows of data.train={trial.data.train.path} and its validation (as tokens, of the model's "
-                f"tokenizer and template)",
+                f"the rows of data.train={trial.data.train.path} and its validation (as tokens, rendered by the "
+                f"model's tokenizer and template)",
                 then.data,
                 self.data,
             ),
@@ -99,20 +105,20 @@ class Origin(BaseModel):
             if before is not None and now is not None and before != now:
                 libraries = f", with {changed}" if changed else ""
                 raise kind(
-                    f"--resume: {what} are not those that this began with ({before[:19]}... then, {now[:19]}... "
-                    f"now{libraries}); restore them, or start anew with name=..."
+                    f"--resume: {what} have changed since the start ({before[:19]}... then, {now[:19]}... "
+                    f"now{libraries}); restore them, or start again with name=..."
                 )
         return _warning(changed)
 
 
 def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
-    """Keep where a study's trials with this base and data come from, or compare it with what was kept.
+    """Write a study's origin for the trial's base and data, or compare `origin` with the one that is there.
 
     Args:
         study: the study's folder.
 
     Raises:
-        DataError, ModelError: as `Origin.check`. RankloomError: the folder can't be written.
+        DataError, ModelError: the data or the base has changed. RankloomError: the folder can't be written.
     """
     key = json.dumps([trial.model.model_dump(), trial.data.model_dump()], sort_keys=True)
     place = study / ORIGINS / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -123,7 +129,7 @@ def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
 
 
 def study_warning(study: Path) -> str | None:
-    """What to tell of libraries that are not what they were when the study began."""
+    """Return a warning for the user where libraries have changed since the study began, else None."""
     for file in (study / ORIGINS).glob(f"*/{ORIGIN}"):
         then = Origin.model_validate_json(file.read_bytes()).versions
         return _warning(", ".join(Versions.here().changes(then)))
@@ -131,4 +137,4 @@ def study_warning(study: Path) -> str | None:
 
 
 def _warning(changed: str) -> str | None:
-    return f"it began with other versions, and may go on otherwise: {changed}" if changed else None
+    return f"libraries have changed since the start, and so may the results: {changed}" if changed else None

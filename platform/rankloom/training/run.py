@@ -1,6 +1,6 @@
-"""The way of a trial in one worker: data, base, training, export, scorecard, registry.
+"""A trial in one worker, from config to registry: data, base, training, export, scorecard, publishing.
 
-Whoever launches it (`rankloom.launch`, or a test) brings a `Session`. What is scored is what will be served: the
+The launcher (`rankloom.launch`, or a test) supplies a `Session`. The scorecard measures what will be served: the
 exported adapter, read back from its folder onto a fresh base.
 """
 
@@ -49,12 +49,12 @@ def run_trial(
     study: Path | None = None,
     metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
-    """Train, export, score and publish; every worker calls it, rank 0 returns the result as plain data.
+    """Train, export, score and publish a trial; every worker calls, rank 0 returns the result as plain data.
 
     Args:
-        train: False: a run that was stopped ends here, with the best checkpoint that it has.
-        study: the folder of the study that it is part of, which is held to its data and base.
-        metric: a metric of the user's own that Python code handed over; None: `eval.metric` says where it is.
+        train: False: skip training and finish an interrupted run with its best checkpoint.
+        study: the folder of the trial's study, whose data and base must not change; None: no study.
+        metric: the user's own metric as a function; None: `eval.metric` names it.
 
     Returns:
         status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
@@ -92,10 +92,17 @@ def run_trial(
 def evaluate(
     trial: TrialConfig, adapter: Path | None, session: Session, metric: MetricFunction | None = None
 ) -> dict[str, Any]:
-    """Score a PEFT folder (None: the base alone) on the trial's test rows, beside the base.
+    """Score a PEFT folder and its base on the trial's test rows.
 
     Args:
-        metric: as in `run_trial`.
+        adapter: the PEFT folder; None: score the base alone.
+        metric: the user's own metric as a function; None: `eval.metric` names it.
+
+    Returns:
+        status, name, result (the adapter's measures, None without one) and base (the base's measures).
+
+    Raises:
+        DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
     """
     _quieten()
     metric = load_metric(trial.eval.metric, metric)
@@ -114,13 +121,15 @@ def evaluate(
 
 
 def _check_record(adapter: Path, base: Base) -> None:
-    """Where the folder has a record of rankloom's: the files must be the recorded ones, and so must the base."""
+    """Refuse a published folder whose files or base differ from its record; a folder without a record passes."""
     if not (adapter / RECORD).is_file():
         return
     try:
         record = Record.model_validate_json((adapter / RECORD).read_bytes())
     except ValidationError:
-        raise RegistryError(f"{adapter / RECORD} is not a record of this rankloom; publish the folder again") from None
+        raise RegistryError(
+            f"{adapter / RECORD} is not a record that this version of rankloom can read; publish the folder again"
+        ) from None
     check_files(adapter, record)
     if record.base.fingerprint != base.fingerprint:
         raise RegistryError(
@@ -130,7 +139,7 @@ def _check_record(adapter: Path, base: Base) -> None:
 
 
 def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Session) -> None:
-    """Refuse what can't but run out of memory: on a CPU the system would kill the process, without a word."""
+    """Refuse a run that is certain to exceed memory: on a CPU the system would kill the process without an error."""
     free = free_bytes(session.device)
     if free is None:
         return
@@ -145,14 +154,14 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
         raise TrialError(
             f"method.type={trial.method.type} takes {gigabytes(needed)} beside the base, and {gigabytes(free)} are "
             f"free on {session.device}; lower optim.batch_size or the method's rank, raise optim.accumulation, set "
-            f"compute.activation_checkpointing, or take lora with quantization: nf4"
+            f"compute.activation_checkpointing, or use lora with quantization: nf4"
         )
 
 
 def _finish(
     trial: TrialConfig, session: Session, loop: TrainingLoop, module: nn.Module, base: Base, data: TaskData
 ) -> dict[str, Any]:
-    """Export, read back, score and publish; rank 0 alone."""
+    """Export, read back, score and publish; only rank 0 calls."""
     extracted = trial.method.row.servable == "extracted"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
@@ -163,10 +172,12 @@ def _finish(
             _phase(session, "score", "the trained weights, before extraction")
             with autocast(session.device, precision_of(trial, session.device)):
                 trained = measure(module, base.tokenizer, data, trial.eval, loop.metric)
-            _keep_model(trial, module, base)  # whatever comes of the export
+            _keep_model(trial, module, base)  # before the export, which may fail
         method = loop.method
-        loop.release()  # the optimiser's memory is the export's
-        _phase(session, "export", "writing the adapter" + (" cut from the weights' difference" if extracted else ""))
+        loop.release()  # the export needs the optimiser's memory
+        _phase(
+            session, "export", "writing the adapter" + (", extracted from the weights' difference" if extracted else "")
+        )
         energy = method.export(module, base, folder)
         extraction = None
         if trained is not None and energy is not None:
@@ -210,7 +221,7 @@ def _finish(
 
 
 def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
-    """The trained module on one device; sharded weights come back whole from the best checkpoint."""
+    """Return the trained module on one device; rank 0 reads sharded weights back from the best checkpoint."""
     if not isinstance(loop.module, FSDPModule):
         return loop.module
     with session.best_checkpoint() as folder:
@@ -222,7 +233,7 @@ def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.M
 
 
 def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
-    """Save the tuned model as a base of its own, where the config asks for it."""
+    """Save the whole tuned model where `output.keep_model` is set."""
     if trial.output.keep_model:
         folder = Path(trial.output.root).expanduser() / "runs" / trial.name / "model"
         module.save_pretrained(folder)  # type: ignore[operator]
@@ -234,7 +245,7 @@ def _phase(session: Session, phase: str, message: str) -> None:
 
 
 def _quieten() -> None:
-    """Libraries' progress bars and advice would tear the run's own display."""
+    """Silence libraries' progress bars and warnings, which would break the run's own display."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""How long a trial trains, and its learning rate along the way: the same in a loop and in a host."""
+"""A trial's number of steps and its learning-rate schedule, shared by `loop.py` and `fused/host.py`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import math
 from rankloom.config.trial import OptimConfig, TrialConfig
 
 DEFAULT_EPOCHS = 3.0
+DIVERGED = (
+    "training diverged at step {step}: loss {loss}, gradient norm {norm}; lower optim.learning_rate ({rate:g}) "
+    "or raise optim.warmup_fraction"
+)
+"""The error of a trial whose loss or gradient is not finite."""
 
 
 def num_steps(trial: TrialConfig, batches_per_epoch: int) -> int:
-    """Optimiser steps of a trial's budget."""
+    """Return the number of optimiser steps in a trial's budget."""
     return trial.budget.steps or math.ceil((trial.budget.epochs or DEFAULT_EPOCHS) * batches_per_epoch)
 
 
 def schedule(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """The factor on the peak learning rate at step `step` (from 0): a linear warm-up, then the chosen shape."""
+    """Return the factor on the peak learning rate at `step` (from 0): a linear warm-up, then the chosen shape."""
     warmup = int(optim.warmup_fraction * num_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

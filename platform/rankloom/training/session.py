@@ -1,7 +1,7 @@
-"""Session: how a running trial talks to whoever launched it.
+"""Session: the interface between a running trial and its launcher.
 
-The loop knows this protocol alone. `LocalSession` keeps checkpoints in a folder of this process;
-`rankloom.launch.ray_session` has the Ray Train one.
+The loop knows this protocol alone. `LocalSession` implements it for a run in this process, and
+`rankloom.launch.ray_session` for Ray Train.
 """
 
 from __future__ import annotations
@@ -22,30 +22,38 @@ from rankloom.events import Event, OnEvent
 
 
 class Session(Protocol):
-    """One worker's view of its run. Methods that say so are called by every worker at the same step."""
+    """One worker's view of its run."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def emit(self, event: Event) -> None:
-        """Tell the user; only rank 0's events are shown."""
+        """Report an event to the user; only rank 0's events are shown."""
 
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The newest checkpoint's folder, None at a fresh start."""
+        """Yield the folder of the newest checkpoint, or None before the first."""
 
     def best_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder of the checkpoint with the highest score."""
+        """Yield the folder of the checkpoint with the highest score, or None before the first."""
 
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
-        """Keep `folder` (None but on rank 0) if it is the latest or the best by metrics["score"]; all workers call."""
+        """Keep a checkpoint while it is the latest or the best one; every worker calls at the same step.
+
+        Args:
+            folder: the checkpoint's files on rank 0; None on the other ranks.
+            metrics: "step", and "score", where higher is better.
+
+        Raises:
+            TrialError: the checkpoint can't be written.
+        """
 
     def should_stop(self) -> bool:
-        """Whether the user asked for a stop: the loop then saves a checkpoint and returns."""
+        """Return whether the user asked for a stop; the loop then saves a checkpoint and returns."""
 
 
 class LocalSession:
-    """A run in this process: checkpoints under `<run>/checkpoints/<step>`, the latest and the best are kept."""
+    """A run in this process; it keeps the latest and the best checkpoint under `<run>/checkpoints/<step>`."""
 
     rank = 0
     world_size = 1
@@ -79,21 +87,21 @@ class LocalSession:
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
         assert folder is not None
         target = self._folder / str(int(metrics["step"]))
-        for leftover in self._folder.glob(".staged-*"):  # of a run that was killed
+        for leftover in self._folder.glob(".staged-*"):  # a killed run left it
             shutil.rmtree(leftover, ignore_errors=True)
         staged = self._folder / f".staged-{target.name}"
         try:
             shutil.copytree(folder, staged)
             (staged / "metrics.json").write_text(json.dumps(metrics))
-            if target.exists():  # the same step again after a resume
+            if target.exists():  # a resumed run reached the step again
                 shutil.rmtree(target)
             os.rename(staged, target)
         except OSError as error:
             shutil.rmtree(staged, ignore_errors=True)
-            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of its files
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the reason of the first file
             raise TrialError(
                 f"could not write the checkpoint {target}: {reason}; earlier checkpoints are intact: make room, and "
-                f"--resume goes on from the latest"
+                f"--resume continues from the latest"
             ) from None
         with self.latest_checkpoint() as latest, self.best_checkpoint() as best:
             for old in self._scores():
@@ -111,5 +119,5 @@ class LocalSession:
         except (ValueError, KeyError, TypeError) as error:
             raise TrialError(
                 f"the checkpoint {file.parent} is damaged: {file.name}: {error}; remove that folder, and --resume "
-                f"goes on from an earlier one, or from the start"
+                f"continues from an earlier one, or from the start"
             ) from None

@@ -413,7 +413,7 @@ def test_a_full_and_a_read_only_disk(trial: Path, tmp_path: Path) -> None:
     first = parts["full at the first checkpoint"]
     assert "could not write the checkpoint" in first
     assert "No space left on device" in first
-    assert "make room, and --resume goes on" in first
+    assert "make room, and --resume continues" in first
     assert "checkpoints/" not in first.split("\nleft ")[1]
     second = parts["full at the second"]
     assert "No space left on device" in second

@@ -1,17 +1,17 @@
 """TrialHost: one frozen base, and as many trials training on it as its bank has slots.
 
-    host.admit(name, trial)               the member's adapter is put into a free slot
-    host.step(), again and again:
-        plan     the next micro-batch of every member that has work, within the token budget (plan.py)
+    host.admit(name, trial)               put the member's adapter into a free slot
+    host.step(), repeatedly:
+        plan     the next micro-batch of every member with work, within the token budget (plan.py)
         compute  one forward and backward of the sum of the members' own mean losses
         apply    per-member clipping, AdamW and schedule, for all members whose step is complete (optim.py)
-    host.evaluate, save, export, evict    between steps, member by member or all at once
+    host.evaluate, save, export, evict    between steps, for one member or for all
 
-Members share no trainable parameter and rows do not mix, so each member's gradient is what it would be alone, and its
-weights those of its dedicated run (`loop.py`) to rounding. No Ray and no scheduling here: who is admitted and evicted
-when is `launch`'s to say.
+Members share no trainable parameter and rows do not mix. So each member's gradient equals the one it would have alone,
+and its weights equal those of its dedicated run (`loop.py`), to rounding. This module knows neither Ray nor
+scheduling: `rankloom.hosts` decides when members are admitted and evicted.
 
-The base's own dropout (GPT-2 has some) is off, as in a dedicated run: its noise would be shared by all members.
+The base's own dropout (GPT-2 has some) is off, as in a dedicated run: all members would share its noise.
 
 Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
 """
@@ -47,18 +47,20 @@ from rankloom.training.fused.packing import Example, Packed, can_pack, logits, p
 from rankloom.training.fused.plan import StepPlan, plan_step
 from rankloom.training.fused.validation import Evaluation, EvaluationSums, Question, count
 from rankloom.training.precision import autocast
+from rankloom.training.schedule import DIVERGED
 
 EVALUATED_ON_CPU = 1024
-"""Tokens of one forward of an evaluation on a CPU: more at once are no faster there, and take memory."""
+"""Tokens per forward of an evaluation on a CPU: more tokens take memory and gain no speed."""
 TRIED_AGAIN_AFTER = 500
-"""Plans that memory sufficed for, after which twice as many tokens are tried: what lacked may be there again."""
+"""Plans that fit into memory before the token budget is doubled again: the memory may be free by then."""
 KEPT_EXAMPLES = 65_536
-"""Training rows kept as arrays: every member reads them, each in its own order."""
+"""Training rows kept as arrays; every member reads the same rows, each in its own order."""
+ROW_TOO_LONG = "a row of {} tokens alone does not fit into memory; lower data.max_length"
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step of one member, or its end."""
+    """One optimiser step of one member, or its failure."""
 
     name: str
     step: int
@@ -68,16 +70,16 @@ class StepReport:
     tokens: int
     """Real tokens read so far."""
     done: bool
-    """Its budget is used up; it stays, without work, until it is evicted."""
+    """Whether its budget is used up; it then stays, without work, until it is evicted."""
     error: str | None = None
-    """Why it was evicted."""
+    """Why the host evicted it; None: it did not."""
 
 
 class TrialHost:
     """A frozen base with members.
 
-    Invariant: a member's weights depend on its own trial alone, to rounding: not on who else is there, on the token
-    budget, nor on how often it was saved and admitted again.
+    Invariant: a member's weights depend on its own trial alone, to rounding. They depend neither on the other members,
+    nor on the token budget, nor on how often the member was saved and admitted again.
     """
 
     def __init__(
@@ -96,56 +98,54 @@ class TrialHost:
         """Put an empty bank on the base.
 
         Args:
-            token_budget: most positions of one forward and backward; fewer for a while where memory runs out.
+            token_budget: most positions per forward and backward; lowered temporarily when memory runs out.
             with_magnitudes: whether members may be DoRA.
-            targets: every linear layer that some member may adapt.
-            precision: of the arithmetic; bf16 runs under autocast.
-            metric: the function that the members' `eval.metric` names, where it is the user's own.
+            targets: every linear layer that a member may adapt.
+            precision: dtype of the arithmetic; bf16 runs under autocast, fp16 raises IncompatibleError.
+            metric: the function of the members' `eval.metric`, where that is the user's own.
         """
         if precision == torch.float16:
             raise IncompatibleError(
-                "compute.precision=fp16 needs a gradient scale of each member's own, which a host does not keep; use "
-                "bf16 or fp32"
+                "compute.precision=fp16 needs a gradient scale per member, which a host does not keep; use bf16 or fp32"
             )
         self.base, self.data, self.precision, self.metric = base, data, precision, metric
         self.token_budget = self._most_tokens = token_budget
         self._num_sufficient = 0
-        """Plans since memory ran out or more tokens were tried."""
+        """Plans computed since memory ran out or the token budget was doubled."""
         self.max_rank, self.with_magnitudes = max_rank, with_magnitudes
         base.model.eval()
         self.padded = not can_pack(base.model, base.pad_id)
-        """Whether the model's attention can't be packed, so that rows are padded."""
+        """Whether rows are padded, because the model's attention can't take packed rows."""
         names = find_target_linears(base.model, targets)
         self.bank = AdapterBank(base.model, names, num_slots, max_rank, with_magnitudes=with_magnitudes)
         self.optimizer = SlotAdamW(parameters_of(self.bank), num_slots)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
         self.last_plan: StepPlan | None = None
-        """What the last step computed."""
+        """The plan of the last step."""
         self._by_slot: dict[int, Member] = {}
         self._num_plans = 0
         self._gradients: list[Tensor] | None = None
-        """Of steps that are not complete."""
+        """Accumulated gradients of incomplete steps, one [G, K, ...] stack per group of the optimiser."""
         self._trie = LabelTrie(data.labels) if data.labels is not None else None
         self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.of(data.train[index]))
         self._validation: dict[int | None, list[Question]] = {}
 
-    @property
-    def free_slots(self) -> int:
-        return self.num_slots - len(self.members)
-
     def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
-        """Give a trial a slot: with a fresh adapter, or where `save` left one, its own or another member's.
+        """Give a trial a slot, with a fresh adapter or from a checkpoint.
+
+        Args:
+            checkpoint: a folder that `save` wrote for this member or another one; None: a fresh adapter.
 
         Raises:
             TrialError: no slot is free, or the checkpoint is damaged. IncompatibleError: the trial can't be fused here.
         """
         if name in self.members:
-            raise TrialError(f"{name} is a member already")
-        spec = self._checked(name, trial)
+            raise TrialError(f"{name} is already a member")
+        spec = self._check_trial(name, trial)
         slot = next((k for k in range(self.num_slots) if k not in self._by_slot), None)
         if slot is None:
-            raise TrialError(f"no free slot for {name}: all {self.num_slots} are taken")
+            raise TrialError(f"no free slot for {name}: all {self.num_slots} are taken; evict a member first")
         member = Member(name, trial, slot, self.data.train.lengths)
         member.last_served = self._num_plans - 1
         self.bank.attach(slot, spec)
@@ -159,7 +159,7 @@ class TrialHost:
                 raise
 
     def evict(self, name: str) -> None:
-        """Free a member's slot; an unfinished step is lost."""
+        """Free a member's slot; an incomplete step is lost."""
         member = self._member(name)
         del self.members[name], self._by_slot[member.slot]
         self._clear_gradient([member.slot])
@@ -167,10 +167,13 @@ class TrialHost:
         self.bank.detach(member.slot)
 
     def step(self, names: Collection[str] | None = None) -> list[StepReport]:
-        """Compute one plan; a report of each member whose optimiser step it completed, or that had to go.
+        """Compute one plan.
 
         Args:
-            names: who trains (None: all); the others stay as they are.
+            names: the members to train (None: all); the others keep their state.
+
+        Returns:
+            A report for each member whose optimiser step is complete or that failed, sorted by name.
         """
         plan = self._plan(self.members if names is None else names)
         if plan is None:
@@ -184,15 +187,18 @@ class TrialHost:
         names: Iterable[str] | None = None,
         rows: Sequence[Row] | None = None,
     ) -> dict[str, Evaluation]:
-        """Score members, on the validation rows that their trials ask for or on `rows`.
+        """Score members, by name, on `rows`, or (None) on the validation rows that their trials ask for.
 
-        For a metric of the user's own each member decodes by itself.
+        With the user's own metric, the members decode one after another.
+
+        Raises:
+            TrialError: a single row, or a batch to decode, does not fit into memory, or the user's metric failed.
         """
         members = [self._member(name) for name in (self.members if names is None else names)]
         found: dict[str, Evaluation] = {}
         for limit in {member.trial.eval.max_rows for member in members}:
             group = sorted((m for m in members if m.trial.eval.max_rows == limit), key=lambda m: m.slot)
-            questions = self._questions(limit) if rows is None else self._asked(rows)
+            questions = self._questions(limit) if rows is None else self._make_questions(rows)
             tallies = [EvaluationSums() for _ in group]
             with torch.no_grad():
                 self._evaluate([m.slot for m in group], tallies, questions)
@@ -211,17 +217,19 @@ class TrialHost:
                 found = predict(self.base.model, self.base.tokenizer, asked, self.data, batch_size=config.batch_size)
         except torch.OutOfMemoryError:
             raise TrialError(
-                f"eval.metric: {config.metric}: out of memory: {config.batch_size} rows are decoded at once; lower "
+                f"eval.metric: {config.metric}: decoding {config.batch_size} rows at once runs out of memory; lower "
                 f"eval.batch_size"
             ) from None
         return compute(metric, config, found).value
 
     def save(self, name: str, folder: Path) -> None:
-        """Write all that the member depends on into a folder that is there.
+        """Write the member's complete state into an existing folder.
 
-        It then continues bit for bit; on a GPU, to rounding.
+        A member that is admitted from it continues bit for bit; on a GPU, to rounding. Amid a step of several
+        micro-batches, the written state is the one before that step.
 
-        Amid a step of several micro-batches, what is written is the state before that step.
+        Raises:
+            TrialError: the folder can't be written.
         """
         member = self._member(name)
         state = {"member": member.state(), "moments": self.optimizer.state(member.slot, member.method.rank)}
@@ -234,7 +242,7 @@ class TrialHost:
             raise TrialError(f"could not write a checkpoint of {name} to {folder}: {error}") from None
 
     def copy(self, source: str, target: str) -> None:
-        """Make a member go on from another's weights, moments and progress, with its own hyperparameters."""
+        """Continue a member from another's weights, moments and progress, with its own hyperparameters."""
         theirs, mine = self._member(source), self._member(target)
         mine.load_state(theirs.state())
         self.bank.copy(theirs.slot, mine.slot)
@@ -242,11 +250,11 @@ class TrialHost:
         self._clear_gradient([mine.slot])
 
     def export(self, name: str, folder: Path) -> None:
-        """Write the member's adapter as a PEFT folder."""
+        """Write the member's adapter as a PEFT folder; raises RegistryError where it can't be written."""
         self.bank.write(self._member(name).slot, folder, self.base.id)
 
-    def _checked(self, name: str, trial: TrialConfig) -> SlotSpec:
-        """What the slot will hold; a trial that this host would not train as its dedicated run would is refused."""
+    def _check_trial(self, name: str, trial: TrialConfig) -> SlotSpec:
+        """Return the slot's contents; refuse a trial that this host would train unlike its dedicated run."""
         method = trial.method
         if not isinstance(method, (LoraConfig, DoraConfig)) or not method.row.fusable:
             raise IncompatibleError(f"{name}: method.type={method.type} can't be fused; run it dedicated")
@@ -264,7 +272,7 @@ class TrialHost:
         spec = SlotSpec.of(method, self.base.model, trial.seed)
         if outside := [target for target in spec.targets if target not in self.bank.sites]:
             raise IncompatibleError(
-                f"{name}: method.target_modules: the host's bank has no place for {outside[0]} and {len(outside) - 1} "
+                f"{name}: method.target_modules: the host's bank does not adapt {outside[0]} and {len(outside) - 1} "
                 f"others; open a host whose targets cover them"
             )
         return spec
@@ -274,11 +282,7 @@ class TrialHost:
         return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
 
     def _compute(self, plan: StepPlan) -> list[StepReport]:
-        """Add the plan's gradients to those of the current steps, in halves where memory runs out.
-
-        Returns:
-            A report for each member of which a single row does not fit.
-        """
+        """Accumulate the plan's gradients, in halves where memory runs out; return reports of members that failed."""
         todo, lost = [plan], []
         self._try_more()
         while todo:
@@ -287,16 +291,17 @@ class TrialHost:
                 self._forward_backward(part)
                 continue
             except torch.OutOfMemoryError:
-                pass  # what it holds on to is freed once this block is left
-            torch.cuda.empty_cache() if self.base.device.type == "cuda" else None
+                pass  # the error's traceback holds tensors, which are freed after this block
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
             halves = part.halves(padded=self.padded)
             if halves is not None:
                 self._ran_out(part.num_tokens)
                 todo += reversed(halves)
                 continue
             member = self._by_slot[part.shares[0].slot]
-            lost.append(self._fail(member, f"a row of {part.num_tokens} tokens alone does not fit into memory"))
-            todo = [half for half in todo if half.shares[0].slot != member.slot]  # its other rows
+            lost.append(self._fail(member, ROW_TOO_LONG.format(part.num_tokens)))
+            todo = [half for half in todo if half.shares[0].slot != member.slot]  # drop the member's other rows
         for share in plan.shares:
             if share.slot in self._by_slot:
                 member = self._by_slot[share.slot]
@@ -306,7 +311,7 @@ class TrialHost:
         return lost
 
     def _ran_out(self, num_tokens: int) -> None:
-        """So many positions at once were too many."""
+        """Lower the token budget after a forward of `num_tokens` positions ran out of memory."""
         self.token_budget = max(1, min(self.token_budget, num_tokens // 2))
         self._num_sufficient = 0
 
@@ -324,7 +329,7 @@ class TrialHost:
             slots += [share.slot] * len(rows)
         seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
         with self._routed(examples, slots, seeds) as packed:
-            # before the forward, which is queued: a copy to the device amid it would wait for all of that
+            # copy before the forward is queued: a later copy to the device would wait for the whole forward
             slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted))
             shares_K = torch.zeros(self.num_slots)
             for share in plan.shares:
@@ -334,7 +339,7 @@ class TrialHost:
             losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
             sums_K = losses_M.new_zeros(self.num_slots).index_add(0, slots_M, losses_M)
             loss = (sums_K * shares_K).sum()
-            # not .backward(): where memory runs out half-way, nothing has been added to anything
+            # not .backward(): if memory runs out half-way, no gradient has been accumulated yet
             found: list[Tensor | None] = [
                 *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
             ]
@@ -349,7 +354,7 @@ class TrialHost:
                 self._by_slot[slot].loss_sum += loss_sum
 
     def _apply(self, plan: StepPlan) -> list[StepReport]:
-        """Step the members whose steps are complete; those that diverged go, before they touch anything."""
+        """Step the members whose steps are complete; evict those that diverged before their weights change."""
         if self._gradients is None:
             return []
         served = [self._by_slot[share.slot] for share in plan.shares if share.slot in self._by_slot]
@@ -358,7 +363,10 @@ class TrialHost:
         for member in served:
             loss, norm = member.loss_sum / member.weight, norms[member.slot]
             if not math.isfinite(loss) or not math.isfinite(norm):
-                reports.append(self._fail(member, _diverged(member, loss, norm), loss))
+                reason = DIVERGED.format(
+                    step=member.step + 1, loss=loss, norm=norm, rate=member.trial.optim.learning_rate
+                )
+                reports.append(self._fail(member, reason, loss))
             elif not member.amid_step:
                 stepping.append(member)
         self.optimizer.step(self._gradients, norms, {m.slot: m.factor for m in stepping})
@@ -384,7 +392,7 @@ class TrialHost:
     def _routed(
         self, examples: Sequence[Example], slots: Sequence[int], dropout_seeds: dict[int, int] | None = None
     ) -> Iterator[Packed]:
-        """Rows ready for the base, whose forward (and backward) adds each slot's product while this lasts."""
+        """Yield the packed rows; inside the context, the base's forward and backward include each slot's adapter."""
         packed = pack(examples, padded_with=self.base.pad_id if self.padded else None, device=self.base.device)
         slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(packed.sizes))
         counts_K = [0] * self.num_slots
@@ -398,7 +406,7 @@ class TrialHost:
             yield packed
 
     def _evaluate(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
-        """Every question for every slot, in as many forwards as the token budget asks for."""
+        """Add every question's result for every slot to `tallies`, in forwards within the token budget."""
         while questions:
             on_cpu = self.base.device.type == "cpu"
             budget = min(self.token_budget, EVALUATED_ON_CPU) if on_cpu else self.token_budget
@@ -418,18 +426,18 @@ class TrialHost:
             return
         except torch.OutOfMemoryError:
             if len(slots) * len(questions) == 1:
-                raise TrialError(f"a row of {len(examples[0].ids_T)} tokens alone does not fit into memory") from None
+                raise TrialError(ROW_TOO_LONG.format(len(examples[0].ids_T))) from None
         self._ran_out(len(slots) * sum(len(question.example.ids_T) for question in questions))
         self._evaluate(slots, tallies, questions)
 
     def _questions(self, limit: int | None) -> list[Question]:
-        """The validation rows of a limit, read once."""
+        """Return the first `limit` validation rows as questions; each limit is prepared once."""
         if limit not in self._validation:
-            self._validation[limit] = self._asked(validation_rows(self.data, limit))
+            self._validation[limit] = self._make_questions(validation_rows(self.data, limit))
         return self._validation[limit]
 
-    def _asked(self, rows: Sequence[Row]) -> list[Question]:
-        """Longest first: the batch that needs the most memory fails at once or not at all."""
+    def _make_questions(self, rows: Sequence[Row]) -> list[Question]:
+        """Return rows as questions, the longest first: the batch that needs the most memory then fails first."""
         questions = [Question.of(row, self._trie, self.data.labels or {}) for row in rows]
         return sorted(questions, key=lambda question: -len(question.example.ids_T))
 
@@ -445,12 +453,5 @@ class TrialHost:
 
     def _member(self, name: str) -> Member:
         if name not in self.members:
-            raise TrialError(f"{name} is no member of this host; it has {', '.join(sorted(self.members)) or 'none'}")
+            raise TrialError(f"{name} is not a member of this host; it has {', '.join(sorted(self.members)) or 'none'}")
         return self.members[name]
-
-
-def _diverged(member: Member, loss: float, norm: float) -> str:
-    return (
-        f"training diverged at step {member.step + 1}: loss {loss}, gradient norm {norm}; lower "
-        f"optim.learning_rate ({member.trial.optim.learning_rate:g}) or raise optim.warmup_fraction"
-    )

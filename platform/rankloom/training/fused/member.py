@@ -1,5 +1,4 @@
-"""Member: a trial that trains in a host, as far as it knows of itself: its rows, its progress, its checkpoint's plain
-part.
+"""Member: the rows and the progress of a trial that trains in a host, without tensors.
 
 Its weights are in the host's bank and its moments in the host's optimiser, both under its slot. See `host.py`.
 """
@@ -21,10 +20,10 @@ from rankloom.training.schedule import num_steps, schedule
 
 
 class Member:
-    """One trial's place in its training.
+    """One trial's progress in its training.
 
-    Invariant: between two of its optimiser steps, `state`, its adapter and its moments are all that it depends on.
-    Amid a step (a step's micro-batches may take several of the host's) `state` is that of the step's beginning.
+    Invariant: between two of its optimiser steps, its training depends only on `state`, its adapter and its moments.
+    Amid a step (its micro-batches may take several of the host's steps), `state` is the one at the step's start.
     """
 
     def __init__(self, name: str, trial: TrialConfig, slot: int, lengths: np.ndarray) -> None:
@@ -40,16 +39,16 @@ class Member:
         self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
         self.step = 0
         self.tokens = 0
-        """Real tokens read in whole steps."""
+        """Real tokens read in complete steps."""
         self.last_served = -1
         self._micro_batches: list[list[int]] = []
-        """What is left of the current step."""
+        """Rows of the current step that are not computed yet, by micro-batch."""
         self._num_computed = 0
         self._begun_at = self.cursor.state_dict()
         self.weight = 0.0
-        """Of all trained tokens of the current step."""
+        """Sum of the loss weights of all tokens in the current step."""
         self.loss_sum = 0.0
-        """Of the current step's rows, those computed so far."""
+        """Sum of the losses of the current step's rows computed so far."""
         self._step_tokens = 0
 
     @property
@@ -58,7 +57,7 @@ class Member:
 
     @property
     def amid_step(self) -> bool:
-        """Whether rows of the current step are still to be computed."""
+        """Whether the current step has rows that are not computed yet."""
         return bool(self._micro_batches)
 
     @property
@@ -72,7 +71,7 @@ class Member:
         return schedule(self.trial.optim, self.step, self.num_steps)
 
     def work(self, example_of: Callable[[int], Example]) -> PendingBatch:
-        """The next micro-batch; the next step's rows are drawn where no step is in progress."""
+        """Return the next micro-batch, drawing the next step's rows where the current step is complete."""
         if not self._micro_batches:
             self._begun_at = self.cursor.state_dict()
             rows, cuts = self.cursor.next(), self.trial.optim.accumulation
@@ -85,28 +84,28 @@ class Member:
         return PendingBatch(self.slot, self.last_served, lengths)
 
     def rows(self, start: int, stop: int) -> list[int]:
-        """Rows of the micro-batch whose turn it is."""
+        """Return the indices of rows `start` to `stop` of the next micro-batch."""
         return self._micro_batches[0][start:stop]
 
     def dropout_seed(self, start: int) -> int:
-        """For the pass that begins at row `start` of the micro-batch whose turn it is: the same when it is repeated."""
+        """Return a seed for the forward that begins at row `start` of the next micro-batch; a repeat gets the same."""
         key = (self.trial.seed, self.step, self._num_computed + start)
         return int(np.random.SeedSequence(key).generate_state(1)[0])
 
     def computed(self, num_rows: int) -> None:
-        """Take the first rows off the micro-batch whose turn it is."""
+        """Record that the first `num_rows` rows of the next micro-batch are computed."""
         self._num_computed += num_rows
         self._micro_batches[0] = self._micro_batches[0][num_rows:]
         if not self._micro_batches[0]:
             self._micro_batches.pop(0)
 
     def stepped(self) -> None:
-        """An optimiser step was applied."""
+        """Record that an optimiser step was applied."""
         self.step += 1
         self.tokens += self._step_tokens
 
     def state(self) -> dict[str, Any]:
-        """Progress, data cursor, and what the adapter is, as plain data."""
+        """Return progress, data cursor and the adapter's shape as plain data."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -115,16 +114,16 @@ class Member:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go where another member was, or this one in another host; hyperparameters may differ, not the adapter.
+        """Continue from the `state` of any member; hyperparameters may differ, the adapter's shape may not.
 
         Raises:
-            IncompatibleError: the adapter is of another shape. TrialError: it was trained on other rows.
+            IncompatibleError: the adapter has another shape. TrialError: it was trained on other rows.
         """
         for key, value in self._adapter().items():
             if state["adapter"][key] != value:
                 raise IncompatibleError(
                     f"{self.name}: the checkpoint's adapter has method.{key}={state['adapter'][key]}, the trial "
-                    f"{value}; a member can only go on with the same"
+                    f"{value}; a member can only continue with the same value"
                 )
         mine, theirs = self.cursor.state_dict(), state["cursor"]
         for key in ("num_rows", "num_tokens"):
@@ -136,7 +135,7 @@ class Member:
         if (mine["batch_size"], mine["seed"], mine["group_by_length"]) != (
             theirs["batch_size"], theirs["seed"], theirs["group_by_length"],
         ):  # fmt: skip
-            # another trial's, whose batches are others: go on at about the same place of the epoch
+            # another trial's batches differ: continue at about the same place of the epoch
             per_epoch = -(-theirs["num_rows"] // theirs["batch_size"])
             batch = theirs["batch"] * self.cursor.batches_per_epoch // per_epoch
             theirs = {**mine, "epoch": theirs["epoch"], "batch": batch}

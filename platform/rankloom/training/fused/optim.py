@@ -1,11 +1,11 @@
-"""AdamW over slots: every member's own settings, one set of tensor operations for all of them.
+"""AdamW over slots: settings per member, one set of tensor operations for all members.
 
-A setting becomes a vector with one value a slot, broadcast over the stacked parameters. Parameters of one shape are
+A setting becomes a vector with one value per slot, broadcast over the stacked parameters. Parameters of one shape are
 stacked once more, so that the number of operations depends neither on the members nor on the layers. A slot that does
-not step has rates of zero, which leave its weights and moments bit for bit as they are; so does a zero gradient on
-zero weights, which is what a rank below the bank's rests on.
+not step has rates of zero, which keep its weights and moments bit for bit. A zero gradient on zero weights keeps them
+too, so a rank below the bank's stays padded with zeros.
 
-Per slot it is torch.optim.AdamW with PEFT's LoRA+ groups, as `methods/lora.py` builds them for a trial of its own.
+Per slot it equals torch.optim.AdamW with PEFT's LoRA+ groups, as `methods/lora.py` builds them for a dedicated run.
 
 Shapes: K slots, G parameters of one shape.
 """
@@ -27,9 +27,9 @@ from rankloom.config.trial import OptimConfig
 Role = Literal["a", "b", "m"]
 """A, B and DoRA's magnitude. LoRA+ gives the last two the higher rate."""
 CHUNK = 2**20
-"""Elements that are stacked together on a CPU: larger stacks would leave its cache between two operations."""
+"""Most elements of a stack on a CPU: larger stacks would leave the CPU's cache between two operations."""
 CLIP_EPSILON = 1e-6
-"""As in torch.nn.utils.clip_grad_norm_."""
+"""Equal to the one in torch.nn.utils.clip_grad_norm_."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SlotParameter:
     parameter: nn.Parameter
 
     def trim(self, of_slot: Tensor, rank: int) -> Tensor:
-        """A slot's part without what pads its rank."""
+        """Return a slot's values without the padding of its rank."""
         if self.role == "m":
             return of_slot
         return of_slot[:rank] if self.role == "a" else of_slot[:, :rank]
@@ -49,18 +49,19 @@ class SlotParameter:
 
 @dataclass
 class _Group:
-    """Parameters of one role and shape, as one tensor; the parameters are views into it."""
+    """Parameters of one role and shape, stacked into one tensor; the parameters are views into it."""
 
     members: list[int]
+    """Indices of the parameters."""
     role: Role
     data: Tensor
-    """[G, K, ...]."""
+    """[G, K, ...], as are the moments `first` and `second`."""
     first: Tensor
     second: Tensor
 
 
 def parameters_of(bank: AdapterBank) -> list[SlotParameter]:
-    """Return what trains in a bank, site by site."""
+    """Return a bank's trainable parameters, site by site."""
     found = []
     for name, site in bank.sites.items():
         found += [SlotParameter(f"{name}.a", "a", site.a_KRI), SlotParameter(f"{name}.b", "b", site.b_KOR)]
@@ -70,10 +71,10 @@ def parameters_of(bank: AdapterBank) -> list[SlotParameter]:
 
 
 class SlotAdamW:
-    """AdamW whose settings, moments and step counts are a slot's own.
+    """AdamW with settings, moments and step counts per slot.
 
     Args:
-        parameters: what trains; their storage is moved into stacks, so nothing else may hold on to it.
+        parameters: the trainable parameters; their storage moves into stacks, so keep no other reference to it.
     """
 
     def __init__(self, parameters: Sequence[SlotParameter], num_slots: int) -> None:
@@ -86,7 +87,7 @@ class SlotAdamW:
         self._at = {i: (group, g) for group in self._groups for g, i in enumerate(group.members)}
 
     def assign(self, slot: int, optim: OptimConfig) -> None:
-        """Start afresh in a slot."""
+        """Start a slot with new settings, zero moments and step count 0."""
         self.clear(slot)
         self.settings[slot] = optim
 
@@ -99,9 +100,9 @@ class SlotAdamW:
             group.second[:, slot].zero_()
 
     def gather(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        """The gradients in the order of `parameters`, as [G, K, ...] stacks.
+        """Stack gradients that are in the order of `parameters`, into [G, K, ...] per group.
 
-        They are taken out of the list on the way: a second copy of all of them would be the step's peak of memory.
+        The list's items become None meanwhile: a second copy of all gradients would be the step's peak of memory.
         """
         stacks = []
         for group in self._groups:
@@ -113,7 +114,7 @@ class SlotAdamW:
         return stacks
 
     def norms(self, stacks: Sequence[Tensor]) -> Tensor:
-        """[K]: the norm of each slot's whole gradient."""
+        """Return [K], the norm of each slot's whole gradient."""
         squares = [torch.linalg.vector_norm(stack.flatten(2), dim=2).square().sum(0) for stack in stacks]
         return torch.stack(squares).sum(0).sqrt()
 
@@ -121,15 +122,15 @@ class SlotAdamW:
         """Clip and step some slots.
 
         Args:
-            stacks: from `gather`, kept. Slots that do not step must be finite there, whatever they hold.
-            norms: each slot's, from `norms`.
-            factors: slot -> its schedule's factor on the learning rate; the other slots are left as they are.
+            stacks: from `gather`; not changed. They must be finite, in slots that do not step too.
+            norms: each slot's norm, from `norms`.
+            factors: slot -> its schedule's factor on the learning rate; the other slots keep their state.
         """
         if not factors:
             return
         for slot in factors:
             self.counts[slot] += 1
-        used = max(factors) + 1  # slots are taken from the first on: what lies behind is idle
+        used = max(factors) + 1  # the lowest slots are taken first, so those behind are idle
         vectors = {role: self._vectors(role, used, norms, factors) for role in ("a", "b", "m")}
         for group, gradient in zip(self._groups, stacks, strict=True):
             shape = (used, *[1] * (group.data.dim() - 2))
@@ -143,7 +144,7 @@ class SlotAdamW:
             data.mul_(keep).sub_(update.mul_(size))
 
     def state(self, slot: int, rank: int) -> dict[str, Tensor]:
-        """A slot's moments and step count, without what pads its rank."""
+        """Return a slot's moments and step count on the CPU, without the padding of its rank."""
         found = {"count": torch.tensor(self.counts[slot])}
         for i, item in enumerate(self.parameters):
             group, g = self._at[i]
@@ -152,7 +153,7 @@ class SlotAdamW:
         return found
 
     def load_state(self, slot: int, rank: int, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Set a slot's moments and step count from what `state` returned."""
         self.counts[slot] = int(state["count"])
         for i, item in enumerate(self.parameters):
             group, g = self._at[i]
@@ -161,14 +162,14 @@ class SlotAdamW:
                 item.trim(moment[g, slot], rank).copy_(state[f"{kind}.{item.name}"])
 
     def copy(self, source: int, target: int) -> None:
-        """Give a slot another's moments and step count; its settings stay its own."""
+        """Copy moments and step count from one slot to another, which keeps its settings."""
         self.counts[target] = self.counts[source]
         for group in self._groups:
             group.first[:, target] = group.first[:, source]
             group.second[:, target] = group.second[:, source]
 
     def _vectors(self, role: Role, used: int, norms: Sequence[float], factors: Mapping[int, float]) -> Tensor:
-        """[7, used]: gradient's factor, the moments' leanings, second moment's correction, eps, step size, decay."""
+        """Return [7, used]: clip factor, 1 - beta_1, 1 - beta_2, second moment's correction, eps, step size, decay."""
         idle = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0)
         columns = [idle] * used
         for slot, factor in factors.items():
@@ -189,7 +190,7 @@ class SlotAdamW:
         return torch.tensor(columns, dtype=torch.float32).T.contiguous().to(self.device, non_blocking=True)
 
     def _alike(self) -> list[list[int]]:
-        """Indices of parameters of one role and shape."""
+        """Return the indices of parameters that are stacked together: of one role and shape."""
         found: dict[tuple[Role, torch.Size], list[int]] = defaultdict(list)
         for i, item in enumerate(self.parameters):
             found[item.role, item.parameter.shape].append(i)

@@ -1,9 +1,9 @@
 """Packed rows: all rows of a step one after the other in a single sequence, without padding.
 
-Linear layers, norms and the loss work token by token and see [1, N, D]. Attention alone needs to know where rows end:
-`packed_attention`, registered with transformers, lays rows of like lengths beside each other, runs causal SDPA on
-them and puts the tokens back. A model whose attention can't be exchanged so gets rows padded on the right; what is
-computed is the same, and `can_pack` finds out by trying.
+Linear layers, norms and the loss work token by token and see [1, N, D]. Only attention needs to know where rows end:
+`packed_attention`, registered with transformers, puts rows of similar lengths into a batch, runs causal SDPA on it and
+puts the tokens back. A model whose attention can't be replaced this way gets rows padded on the right, with the same
+results; `can_pack` tries it.
 
 Shapes: N tokens of all rows, B rows (of a bucket), T positions, P positions of all buckets, M predicted tokens,
 V vocabulary, H heads, E width of a head.
@@ -28,11 +28,11 @@ from rankloom.errors import ModelError
 
 ATTENTION = "rankloom_packed"
 SHORT = 64
-"""Rows up to this length share a bucket: their attention is too small for its padding to matter."""
+"""Rows up to this length share a bucket: their attention is so small that padding costs little."""
 PROBE_TOLERANCE = 1e-3
-"""Largest difference of packed from padded logits in `can_pack`, relative to the largest logit."""
+"""Largest difference between packed and padded logits in `can_pack`, relative to the largest logit."""
 ROW_TYPES = {"full_attention", "sliding_attention"}
-"""Layer types in which a token sees others through attention alone."""
+"""Layer types in which tokens interact through attention alone."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Example:
     predicting_M: np.ndarray
     """Positions whose next token carries loss."""
     weights_M: np.ndarray
-    """Weight of that token."""
+    """The loss weight of that next token."""
 
     @classmethod
     def of(cls, row: Row) -> Example:
+        """Convert a row."""
         weights = np.asarray(row.loss_weights, dtype=np.float32)
         predicting = np.flatnonzero(weights[1:] > 0)
         return cls(np.asarray(row.input_ids, dtype=np.int64), predicting, weights[predicting + 1])
@@ -58,15 +59,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows end, for attention: rows of like lengths are padded into buckets, each after the other in P."""
+    """The buckets for attention: each holds rows of similar lengths with padding, and all of them together are P."""
 
     buckets: tuple[tuple[int, int], ...]
-    """(B, T) of each."""
+    """(B, T) of each bucket."""
     tokens_P: Tensor | None
-    """The token at each position; on padding the row's own last one, so that rows stay apart whatever their values.
-    None: P is N, rows in their order."""
+    """Index of the token at each position. Padding repeats the row's own last token, so that one row's NaN can't reach
+    another row. None: all rows have one length, and P equals N."""
     positions_N: Tensor | None
-    """Each token's position in P."""
+    """Each token's position in P; None: P equals N."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,26 @@ class Packed:
     """Rows ready for `logits`."""
 
     input_ids: Tensor
-    """[1, N]; padded: [B, T]."""
+    """[1, N]; for padded rows [B, T]."""
     position_ids: Tensor
+    """Positions within each row; shape as `input_ids`."""
     layout: Layout | None
-    """None: padded rows."""
+    """None: rows are padded."""
     sizes: list[int]
-    """Positions that each row takes, padding included."""
+    """Number of positions of each row, padding included."""
     predicting_M: Tensor
-    """Among the flattened positions."""
+    """Indices of the predicting positions among all flattened positions."""
     targets_M: Tensor
     weights_M: Tensor
     num_predicted: list[int]
-    """Of each row."""
+    """Number of predicted tokens of each row."""
 
 
 def pack(examples: Sequence[Example], *, padded_with: int | None, device: torch.device) -> Packed:
-    """Put rows into one sequence, in their order.
+    """Pack rows into one sequence, in their order.
 
     Args:
-        padded_with: pad rows on the right to the longest, with this token; None: no padding.
+        padded_with: the token to pad rows with, on the right to the longest row; None: no padding.
     """
     lengths = np.array([len(e.ids_T) for e in examples])
     if padded_with is None:
@@ -122,7 +124,7 @@ def pack(examples: Sequence[Example], *, padded_with: int | None, device: torch.
 
 
 def lay_out(lengths: np.ndarray, device: torch.device) -> Layout:
-    """Buckets of rows whose lengths are within a factor of two (the short ones together)."""
+    """Assign rows to buckets whose lengths are within a factor of two; all short rows share one."""
     if (lengths == lengths[0]).all():
         return Layout(((len(lengths), int(lengths[0])),), None, None)
     starts = np.cumsum(lengths) - lengths
@@ -142,7 +144,7 @@ def lay_out(lengths: np.ndarray, device: torch.device) -> Layout:
 
 @contextmanager
 def packed_attention_on(model: PreTrainedModel, packed: Packed) -> Iterator[None]:
-    """While it lasts, the model's attention is the one that `packed` needs; the backward pass belongs inside."""
+    """Use the attention that `packed` needs inside the context; run the backward pass inside too."""
     before = model.config._attn_implementation
     if packed.layout is not None:
         model.config._attn_implementation = ATTENTION
@@ -154,7 +156,11 @@ def packed_attention_on(model: PreTrainedModel, packed: Packed) -> Iterator[None
 
 
 def logits(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """[M, V]: the logits of the predicted tokens, and of these alone; under `packed_attention_on`."""
+    """Return [M, V], the logits of the predicted tokens alone; call it inside `packed_attention_on`.
+
+    Raises:
+        ModelError: the model has no output embedding, or its attention can't take packed rows.
+    """
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
@@ -184,9 +190,13 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row; what transformers calls instead of its own under `packed_attention_on`."""
+    """Compute causal attention within each row; transformers calls it inside `packed_attention_on`.
+
+    Raises:
+        ModelError: the layer needs a mask, dropout, a soft cap or sinks.
+    """
     if attention_mask is not None or dropout or any(kwargs.get(key) is not None for key in ("softcap", "s_aux")):
-        raise ModelError(f"{type(module).__name__} asks for an attention that packed rows don't have")
+        raise ModelError(f"{type(module).__name__} needs an attention that does not support packed rows")
     inputs_PHE = [_unpack(x[0].transpose(0, 1), row_layout) for x in (query_1HNE, key_1HNE, value_1HNE)]
     results, offset = [], 0
     for num_rows, width in row_layout.buckets:
@@ -204,7 +214,7 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
 
 
 def can_pack(model: PreTrainedModel, pad_id: int) -> bool:
-    """Whether packed rows give this model's own logits: looked up where it says so itself, then tried."""
+    """Return whether packed rows reproduce this model's own logits: checked by its config, then by a forward."""
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if model.config._attn_implementation != "sdpa" or not types <= ROW_TYPES:
@@ -224,7 +234,7 @@ def can_pack(model: PreTrainedModel, pad_id: int) -> bool:
             with packed_attention_on(model, packed):
                 found_MV = logits(model, packed)
     except (ModelError, TypeError, ValueError, RuntimeError):
-        return False  # the architecture takes no such arguments, or does something else with them
+        return False  # the architecture does not take these arguments, or uses them differently
     finally:
         for module in training:
             module.training = True
@@ -234,7 +244,7 @@ def can_pack(model: PreTrainedModel, pad_id: int) -> bool:
 
 
 class _Unpack(torch.autograd.Function):
-    """x_N -> x_P. Nothing reads what attention makes of padding, so its gradient is zero and is not added up."""
+    """x_N -> x_P. Attention's results on padding are not read, so their gradients are zero and not summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
@@ -271,7 +281,7 @@ def _repack(x_P: Tensor, layout: Layout) -> Tensor:
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:
-    """[1, 1, T, T]: each position sees itself and the `window - 1` before it."""
+    """Return [1, 1, T, T], a mask in which each position sees itself and the `window - 1` positions before it."""
     t = torch.arange(width, device=device)
     distance = t[:, None] - t[None]
     return ((distance >= 0) & (distance < window))[None, None]

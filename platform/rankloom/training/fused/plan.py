@@ -1,6 +1,6 @@
-"""Plan: which members' rows go through the base together in the host's next step. Pure; no torch.
+"""Choose which members' rows the host's next step computes together. Pure; no torch.
 
-The host asks once a step, carries the plan out, and asks for its halves where the device ran out of memory.
+The host makes a plan per step, computes it, and halves it where the device runs out of memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class PendingBatch:
 
     slot: int
     last_served: int
-    """The host's step in which the member last had rows; the smallest comes first."""
+    """The host's step in which the member last had rows; the smallest goes first."""
     lengths: tuple[int, ...]
-    """Tokens of each row, in the order in which the rows are to be taken."""
+    """Tokens of each row, in the order of training."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class BatchSlice:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one forward and backward computes: a share of each member in it, by slot."""
+    """The rows of one forward and backward: at most one share per member."""
 
     shares: tuple[BatchSlice, ...]
+    """Sorted by slot."""
     num_tokens: int
-    """Positions computed, padding included where rows are padded."""
+    """Number of positions, padding included where rows are padded."""
 
     def halves(self, *, padded: bool = False) -> tuple[StepPlan, StepPlan] | None:
-        """Two plans that do the same together; None where one row is left."""
+        """Return two plans with the same rows in total; None where the plan has only one row."""
         if len(self.shares) > 1:
             cut = len(self.shares) // 2
             return _plan(self.shares[:cut], padded), _plan(self.shares[cut:], padded)
@@ -52,13 +53,17 @@ class StepPlan:
 
 
 def plan_step(work: Sequence[PendingBatch], token_budget: int, *, padded: bool = False) -> StepPlan | None:
-    """Fill the budget with whole micro-batches, who waited longest first; None where there is no work.
+    """Fill the budget with whole micro-batches, those that waited longest first.
 
-    A micro-batch that is larger than the whole budget is cut: its rows' gradients add up over several steps. A row
-    that is larger goes alone.
+    A micro-batch larger than the whole budget is cut, and its rows' gradients accumulate over several steps. A row
+    larger than the budget goes alone.
 
     Args:
-        padded: rows are padded to the longest of all, and the padding counts.
+        token_budget: most positions of a plan.
+        padded: whether rows are padded to the longest of the plan; the padding counts.
+
+    Returns:
+        The plan; None where there is no work.
     """
     shares: list[BatchSlice] = []
     for item in sorted(work, key=lambda w: (w.last_served, w.slot)):
@@ -71,12 +76,13 @@ def plan_step(work: Sequence[PendingBatch], token_budget: int, *, padded: bool =
 
 
 def num_positions(shares: Sequence[BatchSlice], padded: bool) -> int:
+    """Return the number of positions that the shares take in one forward."""
     lengths = [length for share in shares for length in share.lengths]
     return len(lengths) * max(lengths) if padded else sum(lengths)
 
 
 def _num_fitting(lengths: tuple[int, ...], token_budget: int, padded: bool) -> int:
-    """How many rows from the first on fit; at least one."""
+    """Return how many of the first rows fit; at least one."""
     fitting = 1
     while (
         fitting < len(lengths) and num_positions([BatchSlice(0, 0, 0, lengths[: fitting + 1])], padded) <= token_budget

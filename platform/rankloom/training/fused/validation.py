@@ -1,8 +1,8 @@
-"""Fused evaluation: the same rows through every member's adapter, in one forward a batch.
+"""Fused evaluation: the same rows through every member's adapter, in one forward per batch.
 
-The loss is `evals.loss`'s. Accuracy is that of `evals.labels`, greedy decoding over the labels' trie, read off the
-same forward: decoding gives the true label if and only if the true token is the likeliest choice at each of the
-decisions on the true label's way, and all of these see the row's own tokens before them. So nothing is generated.
+The loss equals that of `evals.loss`. The accuracy equals that of `evals.labels`, greedy decoding over the labels' trie,
+but needs no generation: decoding yields the true label if and only if the true token is the likeliest choice at each
+decision along the true label, and at each decision the model sees the row's own tokens, as in the loss's forward.
 
 Shapes: M predicted tokens, V vocabulary, D decisions, C choices.
 """
@@ -24,28 +24,29 @@ from rankloom.training.fused.packing import Example, Packed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How one member does on some rows."""
+    """One member's scores on a set of rows."""
 
     loss: float
-    """Mean cross-entropy a trained token, in nats."""
+    """Mean cross-entropy per trained token, in nats."""
     accuracy: float | None
-    """Share of rows whose constrained label is right; None where the data has no labels."""
+    """Share of rows with the right label under constrained decoding; None where the data has no labels."""
     num_rows: int
     metric: float | None = None
-    """The user's own metric, where there is one."""
+    """The user's own metric; None where there is none."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row to evaluate on: its tokens, and the decisions on the way to its label."""
+    """A row to evaluate: its tokens, and the decisions along its label in the trie."""
 
     example: Example
     decisions: tuple[tuple[int, tuple[int, ...], int], ...] | None
-    """(which of the predicted tokens, the tokens to choose from, which of these is right); None: the label is unknown,
-    and so is never predicted."""
+    """(index among the predicted tokens, the tokens to choose from, the right one's index among these) of each
+    decision; None: the label is unknown, so the row counts as wrong."""
 
     @classmethod
     def of(cls, row: Row, trie: LabelTrie | None, labels: dict[str, list[int]]) -> Question:
+        """Prepare a row; `labels` has each label's tokens, and a `trie` of None is for data without labels."""
         example = Example.of(row)
         if trie is None:
             return cls(example, ())
@@ -63,7 +64,7 @@ class Question:
 
 @dataclass
 class EvaluationSums:
-    """One member's sums."""
+    """One member's sums over the rows so far."""
 
     loss_sum: float = 0.0
     weight: float = 0.0
@@ -77,7 +78,12 @@ class EvaluationSums:
 
 
 def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], packed: Packed, logits_MV: Tensor) -> None:
-    """Add a forward to the tallies: every question once for each of them, in the order of the tallies."""
+    """Add a forward's results to the tallies.
+
+    Args:
+        packed: every question once per tally, tally by tally.
+        logits_MV: the forward's logits of `packed`.
+    """
     losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
     loss_sums = losses_M.view(len(tallies), -1).double().sum(1).tolist()
     weight = sum(question.example.weight for question in questions)
@@ -90,7 +96,7 @@ def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], pack
 
 
 def _right(num_tallies: int, questions: Sequence[Question], logits_MV: Tensor) -> np.ndarray:
-    """[tallies, questions]: whether the label is predicted."""
+    """Return [tallies, questions]: whether the label is predicted."""
     right = np.ones((num_tallies, len(questions)), dtype=bool)
     right[:, [q for q, question in enumerate(questions) if question.decisions is None]] = False
     ends = np.cumsum([len(question.example.predicting_M) for question in questions])

@@ -88,7 +88,9 @@ def test_a_lost_disk_stops_a_study_that_then_goes_on(tiny_study: Make, start: St
                     shutil.rmtree(folder)
                     folder.write_text("no folder any more")
 
-    with pytest.raises(TrialError, match=r"a host can't keep its trials: .*; make room there, --resume goes on"):
+    with pytest.raises(
+        TrialError, match=r"a host can't write its trials' snapshots: .*; make room there, and --resume continues"
+    ):
         tune(config, on_event=lose)
     for file in tmp_path.glob("rankloom-host-*"):
         file.unlink()

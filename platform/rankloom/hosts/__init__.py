@@ -1,6 +1,6 @@
 """The actors in which a study's trials train together.
 
-`hosts.py` divides the cluster into hosts and puts trials into them. `host_actor.py` is one host: `slots.py` decides
-which members train, `host_loop.py` trains them, `membership.py` keeps their snapshots. How members train together is
-in `training/fused/`.
+`hosts.py` divides the cluster into hosts and assigns trials to them. `host_actor.py` is one host: `slots.py` decides
+which members train, `host_loop.py` trains them, `membership.py` stores their snapshots. `training/fused/` computes
+their steps.
 """

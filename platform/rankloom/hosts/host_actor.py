@@ -1,11 +1,12 @@
-"""The host actor: a `train.host.TrialHost` that trials of a study join and leave while it trains.
+"""The host actor: a `training.fused.host.TrialHost` that trials of a study join and leave while it trains.
 
-One loop owns the host (`_serve`): it seats members (`slots.py`), and has them trained and reported on (`host_loop.py`).
-The methods that trials call only leave wishes and wait. A trial asks for its reports by number, so that asking twice
-does no harm, and whatever the scheduler does at report n, stop, pause or copy, starts from the snapshot of report n.
+One loop owns the host (`_serve`): it gives members slots (`slots.py`), then trains them and makes reports
+(`host_loop.py`). The methods that trials call only record a request and wait. A trial asks for its reports by number,
+so that a repeated call is harmless. Whatever the scheduler does at report n (stop, pause, copy) starts from the
+snapshot of report n.
 
-Snapshots (`membership.py`) lie in a folder of the node that outlives this process, so that a host that Ray restarts
-goes on with its members where their drivers are. The folders of a Ray that was killed are removed by the next host.
+Snapshots (`membership.py`) are in a folder of the node that outlives this process, so that a host that Ray restarts
+continues its members from the reports that their drivers have. If Ray was killed, the next host removes its folders.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from rankloom.hosts.slots import Candidate, assign_slots
 
 SWEEP_EVERY_S = 1.0
 SCRATCH = "rankloom-host-"
-"""How the folders of snapshots begin; the raylet's process id and the actor's id follow."""
+"""Prefix of the snapshots' folders, before the raylet's process id and the actor's id."""
 MAX_BREAKDOWNS = 2
-"""Errors of a host's own, not of one member, after which it loads its base again."""
+"""How often a host loads its base again after an error of its own, before it gives up."""
 
 
 class HostActor:
@@ -56,7 +57,7 @@ class HostActor:
         Args:
             example: a trial with the base and the data that all members share.
             scratch: the folder for snapshots; None: this actor's own.
-            folder: the study's, for what its trials come from.
+            folder: the study's folder, for the trials' origin; None: no origin is written or checked.
         """
         self._study, self._example = study, example
         self._bank, self._device, self._label, self._folder = bank, device, label, folder
@@ -69,11 +70,11 @@ class HostActor:
         self._order = 0
         self._scratch = scratch or _scratch()
         self._work = HostStats()
-        # for whatever computes: handles, workspaces and plans of a device's libraries are a thread's own
+        # one thread for all computing: a device library's handles, workspaces and plans belong to a thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
 
     async def ready(self) -> str:
-        """Wait until the base is loaded.
+        """Wait until the base is loaded; return the host's label.
 
         Raises:
             RankloomError: the data or the model can't be loaded.
@@ -89,16 +90,20 @@ class HostActor:
     async def join(
         self, key: str, trial: TrialConfig, *, files: Files | None, n: int, recover: bool, best_folder: str | None
     ) -> bool:
-        """Become a member; it is seated when its turn comes.
+        """Add a member; it trains when it gets a slot.
 
         Args:
-            key: `<trial>#<nonce>`: another membership of the same trial is over with this.
-            files: the snapshot to begin from; None: from the start.
-            n: the number of the report that the snapshot was taken at.
-            recover: take the snapshot of report n that this membership left here before the host died.
+            key: `<trial>#<nonce>`; this ends any other membership of the trial.
+            files: the snapshot to start from; None: a fresh adapter.
+            n: the number of the snapshot's report.
+            recover: start from the snapshot of report n that this membership left here before the host died.
+            best_folder: where its best adapter goes; None: the adapter is not kept.
 
         Returns:
-            False where there was nothing to recover.
+            False where there is no snapshot to recover.
+
+        Raises:
+            RankloomError: the data or the model can't be loaded.
         """
         await self.ready()
         member = Membership(
@@ -117,11 +122,11 @@ class HostActor:
         return True
 
     async def advance(self, key: str, after: int) -> TrialReport:
-        """The report after the `after`-th, as soon as it is made.
+        """Wait for the report after the `after`-th and return it.
 
         Raises:
-            KeyError: no such member: its lease ran out, or the host died and was restarted.
-            TrialError: the host broke down.
+            KeyError: there is no such member: its lease ended, or the host died and was restarted.
+            RankloomError: the host failed.
         """
         member = self._members[key]
         member.num_callers += 1
@@ -145,10 +150,10 @@ class HostActor:
         return report
 
     async def snapshot(self, key: str, n: int) -> Files:
-        """All that a membership needs to go on from report n; empty before the first.
+        """Return the files that a member needs to continue from report n; empty for n = 0.
 
         Raises:
-            KeyError: no such member, or its snapshot is gone.
+            KeyError: there is no such member, or no such snapshot.
         """
         member = self._members[key]
         if n and not member.has(n):
@@ -157,7 +162,7 @@ class HostActor:
         return await asyncio.to_thread(read_files, member.snapshot(n)) if n else {}
 
     async def leave(self, key: str) -> None:
-        """End a membership; who is no member has left."""
+        """End a membership; an unknown key does nothing."""
         member = self._members.get(key)
         if member is None:
             return
@@ -169,15 +174,15 @@ class HostActor:
             self._forget(member)
 
     async def work(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The search is over: end the training, and call a function in this process, which has torch and a device."""
+        """End the training, and call a function in this process, which has torch and a device."""
         await self.close()
         _free_memory()
         return await self._compute(function, *arguments)
 
     async def close(self) -> None:
-        """End the training, and leave nothing on the node."""
+        """End the training, and remove the host's files from the node."""
         if self._serving is not None:
-            self._changed.set()  # a running training ends with its step
+            self._changed.set()  # the training returns after its current step
             self._serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._serving
@@ -186,7 +191,7 @@ class HostActor:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def stats(self) -> dict[str, Any]:
-        """What the host did and does."""
+        """Return the host's counters and its members' current states."""
         candidates = [member.candidate for member in self._members.values()]
         run_ahead = self._study.hosts.run_ahead
         return asdict(self._work) | {
@@ -214,7 +219,7 @@ class HostActor:
                     reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
                     self._failure = TrialError(f"{self._label} broke down {breakdowns + 1} times: {reason}")
                 else:
-                    traceback.print_exc()  # into the actor's log; the members go on from their last snapshots
+                    traceback.print_exc()  # into the actor's log; the members continue from their last snapshots
                     _exit_if_device_is_lost(error)
                     self._runner = None
                     for member in self._members.values():
@@ -227,7 +232,7 @@ class HostActor:
             self._reported.notify_all()
 
     async def _serve(self) -> None:
-        """Load the base and train for ever."""
+        """Load the base, then train members until cancelled."""
         started = time.monotonic()
         runner = HostLoop(await self._compute(self._load), self._study, self._work)
         self._work.load_s = time.monotonic() - started
@@ -241,7 +246,7 @@ class HostActor:
                 due = await self._compute(runner.train, members, self._changed.is_set)
                 await self._make_reports(runner, due)
             else:
-                # not wait_for, which swallows a cancellation that comes together with the event
+                # not wait_for, which swallows a cancellation that arrives together with the event
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(SWEEP_EVERY_S):
                         await self._changed.wait()
@@ -251,17 +256,17 @@ class HostActor:
 
     def _load(self) -> Any:
         started = time.monotonic()
-        import rankloom.training.fused.host  # noqa: F401  # torch comes with it
+        import rankloom.training.fused.host  # noqa: F401  # time the import of torch apart
 
         self._work.import_s = time.monotonic() - started
         return open_host(self._study, self._example, self._bank, self._device, self._folder)
 
     async def _assign_slots(self, runner: HostLoop) -> list[Membership]:
-        """Let members out and in; who trains next."""
+        """Evict and admit members; return the members to train next."""
         now, lease_s = time.monotonic(), self._study.hosts.lease_s
         for member in self._members.values():
             if not member.num_callers and now - member.heard_at > lease_s:
-                member.candidate.leaving = True  # its trial was killed, or is paused: it has its own checkpoint
+                member.candidate.leaving = True  # its trial was killed, or paused with its own checkpoint
         plan = assign_slots([m.candidate for m in self._members.values()], self._num_slots, self._study.hosts.run_ahead)
         evict, admit, train = ([self._members[key] for key in keys] for keys in plan)
         if evict or admit:
@@ -292,7 +297,7 @@ class HostActor:
 
 
 def _exit_if_device_is_lost(error: Exception) -> None:
-    """End the process where the error has cost it its device: Ray starts another, and the members return to that."""
+    """End the process if the error made its device unusable; Ray restarts it, and the members rejoin."""
     from rankloom.models.device import is_lost
 
     if is_lost(error):
@@ -300,7 +305,7 @@ def _exit_if_device_is_lost(error: Exception) -> None:
 
 
 def _free_memory() -> None:
-    """Free what the host before had, before another base is loaded: its bank and its model hold each other."""
+    """Free a closed host's memory before another base is loaded: its bank and model are a reference cycle."""
     import torch
 
     gc.collect()
@@ -309,7 +314,7 @@ def _free_memory() -> None:
 
 
 def _scratch() -> Path:
-    """This actor's folder on its node: the same again after Ray restarted it there."""
+    """Return this actor's folder on its node, which stays the same when Ray restarts the actor there."""
     import ray
 
     root, raylet = Path(tempfile.gettempdir()), os.getppid()
@@ -320,7 +325,7 @@ def _scratch() -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Remove the folders of this user's hosts whose raylet is gone, and with it whoever might come back to them."""
+    """Remove the folders of this user's hosts whose raylet has ended, since those hosts can't return."""
     for folder in root.glob(f"{SCRATCH}*-*"):
         raylet = folder.name.removeprefix(SCRATCH).partition("-")[0]
         with contextlib.suppress(OSError):  # another host was faster

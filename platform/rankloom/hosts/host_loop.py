@@ -1,7 +1,7 @@
-"""Runner: what a host actor does with its `TrialHost` between two decisions; blocking, so in a thread.
+"""HostLoop: the blocking work of a host actor on its `TrialHost`, which the actor runs in a thread.
 
-`open_host` makes the host. A runner moves members in and out, trains until a report is due, and makes the reports:
-validation, a snapshot, and the adapter where it is the best so far. One call at a time.
+`open_host` makes the host. A `HostLoop` moves members in and out, trains until a report is due, and makes the reports:
+validation, a snapshot, and the adapter where it is the best so far. It takes one call at a time.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ from rankloom.hosts.reports import FAILED_LOSS, TrialReport, costs_of
 from rankloom.training.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
-"""Validation rows among which the prompt for a latency is found."""
+"""Validation rows to choose the prompt for a latency from."""
 SAFE = 0.9
-"""Of the memory that is free: what a host plans with. The rest is for what allocators lose."""
+"""Share of the free memory that a host plans with; the rest covers the allocator's fragmentation."""
 
 
 @dataclass(frozen=True)
 class HostDevice:
-    """What each host gets."""
+    """The resources of each host."""
 
     cpus: float
     gpus: float
     threads: int
     memory_bytes: float
-    """Its part of a node's memory, as Ray counts it."""
+    """Its share of a node's memory as Ray reports it."""
 
 
 @dataclass(frozen=True)
 class BankShape:
-    """What a host's slots must hold: any trial of the study, if the memory lasts."""
+    """The shape of a host's slots, so that any trial of the study fits, memory permitting."""
 
     ranks: tuple[int, ...]
-    """That slots may have, ascending."""
+    """The ranks that slots may have, ascending."""
     with_magnitudes: bool
+    """Whether slots may be DoRA."""
 
 
 @dataclass
 class HostStats:
-    """What a host did since its process began."""
+    """Counters of a host since its process started."""
 
     steps: int = 0
     filled: float = 0.0
@@ -59,23 +60,27 @@ class HostStats:
     move_s: float = 0.0
     load_s: float = 0.0
     import_s: float = 0.0
-    """Of `load_s`."""
+    """The part of `load_s` for imports."""
     first_steps: dict[str, list[float]] = field(default_factory=dict)
-    """Trial -> the clock times at which its first step here began and was done."""
+    """Trial -> start and end of its first step here, in seconds since 1970."""
     memory_bytes: int = 0
-    """At its peak."""
+    """The peak."""
 
 
 class HostLoop:
-    """A host in use."""
+    """Moves, trains and reports on the members of an open host."""
 
     def __init__(self, host: Any, study: StudyConfig, work: HostStats) -> None:
-        """`host`: a `train.fused.host.TrialHost`."""
+        """
+        Args:
+            host: a `training.fused.host.TrialHost`.
+            work: the counters to add to.
+        """
         self.host = host
         self._search, self._work = study.search, work
 
     def move(self, evict: Iterable[Membership], admit: Iterable[Membership]) -> None:
-        """Let members out and in. One that can't be admitted has a `failure`; the others go on."""
+        """Evict and admit members. A member that can't be admitted gets a `failure`; the others continue."""
         started = time.monotonic()
         for member in evict:
             self.host.evict(member.key)
@@ -89,7 +94,7 @@ class HostLoop:
         self._work.move_s += time.monotonic() - started
 
     def train(self, members: Sequence[Membership], interrupted: Callable[[], bool]) -> list[Membership]:
-        """Train these until a report is due or `interrupted`; whose report is due."""
+        """Train these members until a report is due or `interrupted`; return the members whose report is due."""
         by_key = {member.key: member for member in members}
         while True:
             started, clock = time.monotonic(), time.time()
@@ -114,7 +119,11 @@ class HostLoop:
                 return due
 
     def report(self, members: Sequence[Membership]) -> list[TrialReport]:
-        """Validate, and keep what it takes to go on from here."""
+        """Validate members, write their snapshots, and return their reports, in order.
+
+        Raises:
+            RankloomError: the snapshots can't be written.
+        """
         from rankloom.training.memory import peak_memory_bytes
 
         started = time.monotonic()
@@ -123,9 +132,7 @@ class HostLoop:
         scores: dict[str, Any] = {}
         try:
             scores = self.host.evaluate([member.key for member in sound])
-        except (
-            TrialError
-        ) as error:  # a row that is too long for the memory, or the user's metric, is so for all of them
+        except TrialError as error:  # a row too long for the memory, or the user's metric, fails all of them
             for member in sound:
                 member.failure = str(error)
         for member in sound:
@@ -152,8 +159,10 @@ class HostLoop:
         done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
         try:
             self._save(member, member.candidate.made + 1, export=best and member.best_folder is not None)
-        except (OSError, TrialError, RegistryError) as error:  # no trial's fault, and none would be spared
-            raise RankloomError(f"a host can't keep its trials: {error}; make room there, --resume goes on") from None
+        except (OSError, TrialError, RegistryError) as error:  # would fail every trial
+            raise RankloomError(
+                f"a host can't write its trials' snapshots: {error}; make room there, and --resume continues"
+            ) from None
         report = member.report(num_steps, scores.loss, scores.accuracy, scores.metric)
         return replace(report, best=best, done=done, finished=done)
 
@@ -168,7 +177,7 @@ class HostLoop:
         member.save(n)
 
     def _costs(self, adapter: Path) -> dict[str, float]:
-        """What serving an adapter takes, as far as the study asks; its prompts are validation rows."""
+        """Measure the serving costs that are objectives of the study, on prompts from the validation rows."""
         base, names = self.host.base, self._search.objectives
         if not names:
             return {}
@@ -182,14 +191,14 @@ class HostLoop:
 def open_host(
     study: StudyConfig, trial: TrialConfig, bank: BankShape, device: HostDevice, folder: Path | None = None
 ) -> Any:
-    """Read the data, load the base and make a `TrialHost`, as large as is wanted and as there is memory for.
+    """Read the data, load the base and make a `TrialHost`, as large as the study wants and memory allows.
 
     Args:
-        trial: one with the base and the data that all members share.
-        folder: the study's; a host on other data than it began with is refused.
+        trial: a trial with the base and the data that all members share.
+        folder: the study's folder, whose data and base must not change; None: no check.
 
     Raises:
-        RankloomError: the data or the base can't be loaded, or are others. TrialError: there is no room for any member.
+        RankloomError: the data or the base can't be loaded, or has changed. TrialError: there is no room for a slot.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Hosts of a study: one group for each base and data, one host a device, made when they are needed.
+"""Hosts of a study: a group per base and data set, with one host per device, started on demand.
 
-`Hosts` is an actor that trials ask for a seat. It spreads them by load, opens another host of a group where the open
-ones are full and a device is left, and gives a host back that has been empty for a while.
+Trials ask the actor `Hosts` for a host. It spreads them by load, starts another host of a group when the running ones
+are full and a device is left, and ends a host that has had no trial for a while.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.launch import cluster
 
 IDLE_S = 30.0
-"""A host without members is given back after so long."""
+"""Seconds without a trial after which a host ends."""
 SWEEP_EVERY_S = 5.0
 OF_THE_CORES = 0.9
-"""What hosts reserve of the cores: the rest is for the trials, which only wait."""
+"""Share of the cores that hosts reserve; the rest is for the trials' own processes, which only wait."""
 POLL_TIMEOUT_S = 0.5
 CLOSE_TIMEOUT_S = 3.0
 
 
 def groups(study: StudyConfig) -> dict[str, TrialConfig]:
-    """`host_key` -> a trial with it: each is a base and a data set that trials can share."""
+    """Return `host_key` -> a trial with that key. Trials with one key can share a base and data set."""
     found: dict[str, TrialConfig] = {}
     for trial in study.members():
         if is_fusable(trial):
@@ -40,7 +40,7 @@ def groups(study: StudyConfig) -> dict[str, TrialConfig]:
 
 
 def bank_of(study: StudyConfig) -> BankShape:
-    """The ranks in the space (of a range, its ends), and whether there is DoRA in it."""
+    """Return the ranks in the search space (a range counts by its ends), and whether the space has DoRA."""
     fusable = [trial for trial in study.members() if is_fusable(trial)]
     ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
     if study.hosts.max_rank:
@@ -50,24 +50,25 @@ def bank_of(study: StudyConfig) -> BankShape:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """How a study shares out a cluster."""
+    """A study's division of a cluster."""
 
     hosts_per_group: int
+    """At most."""
     device: HostDevice
     dedicated_cpus: int
-    """Cores of a worker of a trial that can't share a base."""
+    """Cores per worker of a trial that can't share a base."""
 
 
 def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan:
-    """Divide the cluster: the groups share every device, and on CPUs dedicated runs have a part as large as a group's.
+    """Divide the cluster: all groups share each device; on CPUs, dedicated runs together count as one more group.
 
-    On CPUs a node is a device. On GPUs a dedicated run waits until a device is given back.
+    On CPUs a node is a device. On GPUs a dedicated run waits until a host ends and frees its device.
 
     Args:
         nodes: each node's resources.
 
     Raises:
-        ConfigError: CUDA is asked for where there is no GPU.
+        ConfigError: compute.device is cuda, but the cluster has no GPU.
     """
     compute = study.baseline.compute
     num_groups = len(groups(study))
@@ -77,7 +78,7 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
         raise ConfigError("compute.device=cuda: this cluster has no GPU; set trial.compute.device=cpu, or auto")
     on_gpu = gpus > 0 and compute.device != "cpu"
     sizes = [node.get("CPU", 0.0) for node in nodes]
-    # as many cores as can be had on as many nodes as possible; smaller nodes have no host
+    # the core count that uses the most cores over all nodes with at least as many; smaller nodes get no host
     cores = max(1.0, max(sizes, key=lambda size: (size * sum(other >= size for other in sizes), size)))
     large = [node for node in nodes if node.get("CPU", 0.0) >= cores] or list(nodes)
     num_devices = gpus if on_gpu else len(large)
@@ -93,21 +94,25 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
 
 @dataclass
 class RunningHost:
-    """A host that runs."""
+    """A host with its actor and its trials."""
 
     key: str
     label: str
     handle: Any
     trials: set[str] = field(default_factory=set)
     empty_since: float = math.inf
-    """Nobody sits in it since then; one in which nobody ever sat is loading, or waits for the first trials."""
+    """Monotonic time since when it has no trial; infinite before its first trial."""
 
 
 class Hosts:
-    """The actor; all its methods are short."""
+    """The actor that assigns trials to hosts; all its methods return quickly."""
 
     def __init__(self, study: StudyConfig, nodes: Sequence[dict[str, float]], folder: Path | None = None) -> None:
-        """`folder`: the study's, where it is kept what its trials come from; None: it is not."""
+        """
+        Args:
+            nodes: each node's resources.
+            folder: the study's folder, where hosts write the trials' origin; None: they do not.
+        """
         self._study, self._folder = study, folder
         self._groups = groups(study)
         self._bank = bank_of(study)
@@ -118,14 +123,14 @@ class Hosts:
         self._sweeper: asyncio.Task[None] | None = None
 
     async def prepare(self) -> list[Any]:
-        """Open hosts of each group, so that their bases load while the first trials start; their handles."""
+        """Start hosts of each group, so that their bases load while the first trials start; return their handles."""
         self._sweeper = self._sweeper or asyncio.create_task(self._sweep())
         trials = self._study.num_trials / max(1, len(self._groups))
         num_hosts = min(self._max_hosts, math.ceil(trials / self._study.hosts.num_slots))
         return [self._start(key).handle for key in self._groups for _ in range(num_hosts)]
 
     async def assign(self, trial_id: str, trial: TrialConfig) -> Any:
-        """The handle of the host that a trial is to join."""
+        """Assign a trial to a host and return the host's handle."""
         self._release(trial_id)
         key = host_key(trial)
         self._groups.setdefault(key, trial)
@@ -134,9 +139,9 @@ class Hosts:
         return host.handle
 
     async def any(self, trial: TrialConfig) -> Any:
-        """The handle of some open host, to `work` in; of a new one, for this trial's group, where none is open.
+        """Return the handle of a running host, to call `work` on; where none runs, start one of this trial's group.
 
-        The search is over then, and no host is given back any more: the one that works has no members.
+        Call it after the search: hosts no longer end for lack of trials, since the one that works has none.
         """
         self._stop_sweeping()
         if not self._open:
@@ -145,11 +150,14 @@ class Hosts:
         return self._open[0].handle
 
     async def release(self, trial_id: str) -> None:
-        """A trial left its host."""
+        """Record that a trial left its host."""
         self._release(trial_id)
 
     async def gone(self, trial_id: str) -> None:
-        """A trial's host is dead and does not return: the cluster may have shrunk. Its trials look for another."""
+        """Drop a trial's host, which died for good, and divide the cluster again, which may have shrunk.
+
+        The host's trials ask for another host.
+        """
         import ray
 
         for host in [host for host in self._open if trial_id in host.trials]:
@@ -158,12 +166,12 @@ class Hosts:
             self._max_hosts = share_out(self._study, cluster.alive()).hosts_per_group
 
     async def close(self) -> None:
-        """The study is over: end the hosts."""
+        """End all hosts."""
         self._stop_sweeping()
         await asyncio.gather(*map(self._end, self._open))
 
     async def stats(self) -> list[dict[str, Any]]:
-        """What the hosts say of themselves; one that is loading or down says nothing."""
+        """Return the `stats` of each host that answers; a host that loads or is down does not."""
         asked = [asyncio.wrap_future(host.handle.stats.remote().future()) for host in self._open]
         if not asked:
             return []
@@ -171,7 +179,7 @@ class Hosts:
         return [future.result() for future in asked if future in done and future.exception() is None]
 
     def _host_of(self, key: str) -> RunningHost:
-        """The emptiest of the group's hosts; a new one where they are full and may be more."""
+        """Return the group's host with the fewest trials; start one where all are full and a device is left."""
         mine = [host for host in self._open if host.key == key]
         emptiest = min(mine, key=lambda host: len(host.trials), default=None)
         full = emptiest is None or len(emptiest.trials) >= self._study.hosts.num_slots
@@ -198,7 +206,7 @@ class Hosts:
             .remote(self._study, self._groups[key], self._bank, device, label, folder=self._folder)
         )
         if to_train:
-            handle.ready.remote()  # it loads from now on, not from the first trial that joins
+            handle.ready.remote()  # load now, before the first trial joins
         self._open.append(RunningHost(key, label, handle))
         return self._open[-1]
 
@@ -220,7 +228,7 @@ class Hosts:
                 await self._end(host)
 
     async def _end(self, host: RunningHost) -> None:
-        """Give a host back. One that does not answer leaves its snapshots behind."""
+        """End a host. One that does not answer leaves its snapshots behind."""
         import ray
 
         closing = asyncio.wrap_future(host.handle.close.remote().future())

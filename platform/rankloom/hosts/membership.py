@@ -1,10 +1,10 @@
-"""Membership: what a host's process knows of a trial in it, and the snapshots that it can return to.
+"""Membership: a trial's state in a host's process, and the snapshots that it can continue from.
 
-    <scratch>/<key>/<n>/    all that the member was at its n-th report; member.json, which comes last, is the part
-                            that is not the host's own
+    <scratch>/<key>/<n>/    the member's complete state at its n-th report; member.json, written last, has the part
+                            that `TrialHost.save` does not write
     <scratch>/<key>/<n>/best/    its adapter, where report n was the best so far
 
-Files only; who sits when is `slots.py`, what is done with the host `host_loop.py`.
+This module handles only files; `slots.py` decides who trains, and `host_loop.py` works on the host.
 """
 
 from __future__ import annotations
@@ -32,32 +32,36 @@ BEGINNING: dict[str, Any] = {
     "train_loss": 0.0,
     "costs": {},
 }
-"""What of a member is not the host's to save, as it is at the start."""
+"""Initial values of the fields in member.json."""
 
 
 @dataclass
 class Membership:
-    """A trial's membership: its seat, its reports that may still be asked for, and how far it is."""
+    """A trial's membership: its slot state, the reports that its trial may still ask for, and its progress."""
 
     candidate: Candidate
     trial: TrialConfig
     folder: Path
-    """For its snapshots."""
+    """The folder of its snapshots."""
     best_folder: Path | None
-    """Where its best adapter goes."""
+    """The folder for its best adapter; None: the adapter is not kept."""
     reports: dict[int, TrialReport] = field(default_factory=dict)
+    """By number."""
     heard_at: float = 0.0
+    """Monotonic time of its trial's last call."""
     num_callers: int = 0
+    """Calls of its trial that wait for a report."""
     best_value: float | None = None
     evals_since_best: int = 0
     step: int = 0
     tokens: int = 0
     train_s: float = 0.0
-    """Its share of the time that the host trained."""
+    """Its share of the host's training time."""
     train_loss: float = 0.0
     costs: dict[str, float] = field(default_factory=dict)
-    """Those of `search.objectives`, once its first adapter was measured."""
+    """The costs in `search.objectives`, after its first adapter is measured."""
     failure: str | None = None
+    """Why it failed; None: it did not."""
 
     @property
     def key(self) -> str:
@@ -69,7 +73,7 @@ class Membership:
 
     @property
     def start(self) -> Path | None:
-        """The snapshot to be admitted from: of the last report; None at the very beginning."""
+        """The snapshot of the last report, to admit it from; None before the first report."""
         made = self.candidate.made
         return self.snapshot(made) if made and self.has(made) else None
 
@@ -77,23 +81,23 @@ class Membership:
         return self.folder / str(n)
 
     def has(self, n: int) -> bool:
-        """Whether the snapshot of report n is there, and whole."""
+        """Return whether the snapshot of report n exists and is complete."""
         return (self.snapshot(n) / META).is_file()
 
     def take(self, n: int, files: Files | None) -> None:
-        """Have the given snapshot alone; None: nothing."""
+        """Replace all snapshots by the given one of report n; None: by none."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if files:
             write_files(self.snapshot(n), files)
 
     def keep(self, n: int) -> None:
-        """Forget all but one snapshot: what a dead host made ahead of the driver, perhaps half-written."""
+        """Remove all snapshots but one: a dead host made the others ahead of the driver, perhaps partially."""
         for other in self.folder.iterdir() if self.folder.is_dir() else ():
             if other != self.snapshot(n):
                 shutil.rmtree(other)
 
     def accept(self, n: int) -> None:
-        """The driver has report n: the earlier ones are over."""
+        """Record that the driver has report n, and remove earlier reports and snapshots."""
         if n <= self.candidate.accepted:
             return
         self.candidate.accepted = n
@@ -104,20 +108,23 @@ class Membership:
     def save(self, n: int) -> None:
         """Complete the snapshot of report n."""
         meta = {name: getattr(self, name) for name in BEGINNING} | {"trial": self.trial_id}
-        (self.snapshot(n) / META).write_text(json.dumps(meta))  # last: a snapshot without it is half-written
+        (self.snapshot(n) / META).write_text(json.dumps(meta))  # last: a snapshot without it is incomplete
 
     def rewind(self) -> None:
-        """Be where the last snapshot is."""
+        """Reset the progress to the last snapshot's."""
         meta = dict(BEGINNING)
         if self.start is not None:
             meta = json.loads((self.start / META).read_text())
             if meta.pop("trial") != self.trial_id:
-                meta |= {"best_value": None, "evals_since_best": 0}  # another's weights: no adapter of them is kept yet
+                meta |= {
+                    "best_value": None,
+                    "evals_since_best": 0,
+                }  # another trial's weights: their best adapter is not here
         for name, value in meta.items():
             setattr(self, name, value)
 
     def report(self, num_steps: int, loss: float, accuracy: float | None, metric: float | None) -> TrialReport:
-        """Return the next report, of a trial that continues; `num_steps` is its budget."""
+        """Return the next report of a trial that continues; `num_steps` is its budget."""
         report = TrialReport(
             n=self.candidate.made + 1,
             step=self.step,
@@ -133,9 +140,9 @@ class Membership:
         return report.with_costs(self.costs)
 
     def publish_best(self, n: int) -> None:
-        """Put the adapter of report n in the place of an earlier one; asked for twice, it is there already.
+        """Replace the adapter in `best_folder` by that of report n. A second call for the same report does nothing.
 
-        A reader may find none for a moment, never a half.
+        A reader may find no adapter for a moment, but never a partial one.
         """
         source, target = self.snapshot(n) / BEST, self.best_folder
         if target is None or not source.is_dir():
@@ -150,7 +157,7 @@ class Membership:
 
 
 def read_files(folder: Path) -> Files:
-    """A snapshot as bytes, without the adapter that goes its own way."""
+    """Return a snapshot's files, without the best adapter, which `publish_best` copies."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Reports: what a trial tells Ray Tune after each of its evaluations, in a host or in a run of its own."""
+"""Reports: a trial's results for Ray Tune after each of its evaluations, from a host or a dedicated run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rankloom.events import CurvePoint
 
 FAILED_LOSS = 1e9
-"""The loss that a failed trial reports: worse than any, yet a number that every scheduler can compare."""
+"""The loss that a failed trial reports: worse than any real loss, but finite, so that schedulers can compare it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,21 +19,21 @@ class TrialReport(CurvePoint):
     best_value: float | None = None
     """The best value of `search.metric` so far; None where the trial failed."""
     done: bool = False
-    """No report follows. Ray Tune sets this key of a result itself when it stops a trial."""
+    """Whether this is the last report. Ray Tune sets this key of a result itself when it stops a trial."""
     finished: bool = False
-    """The trial came to its end by itself, and without an error."""
+    """Whether the trial reached its end by itself and without an error."""
     error: str | None = None
-    """Why it failed."""
+    """Why it failed; None: it did not."""
     fatal: bool = False
-    """The error is of the data, the base or the cluster, and would fail every trial of the study."""
+    """Whether the error comes from the data, the base or the cluster, and would fail every trial of the study."""
 
     def with_costs(self, costs: Mapping[str, float]) -> TrialReport:
-        """Return the report with what serving the adapter costs, as far as it was measured."""
+        """Return the report with the adapter's serving costs, where they were measured."""
         memory_bytes, latency_ms = (costs.get(name) for name in ("memory_bytes", "latency_ms"))
         return replace(self, memory_bytes=memory_bytes, latency_ms=latency_ms)
 
 
 def costs_of(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """The costs as trials are compared by: a latency to two digits, for it differs by more from timing to timing."""
+    """Return the costs for comparing trials: a latency has two digits, because repeated timings differ by more."""
     costs = {name: float(measured[name]) for name in names if measured[name] is not None}
     return {name: float(f"{value:.2g}") if name == "latency_ms" else value for name, value in costs.items()}

@@ -1,13 +1,12 @@
-"""Seats: who trains in a host now. Pure; `host_actor.py` carries it out.
+"""Decide which members of a host are seated, that is hold a slot, and train. Pure; `host_actor.py` executes it.
 
-Reports of a member are numbered from 1. Its trial asks for the report after the n-th, which says that the n-th was
-accepted; the member may be at most `run_ahead` reports further than what is asked for. There are more members than
-slots: one that has run to its bound gives its slot to one that waits, and returns from the snapshot of its last
-report. So slots stay full while the scheduler thinks, and what the scheduler refuses is never more than that bound.
+A member's reports are numbered from 1. When its trial asks for the report after the n-th, it accepts the n-th. The
+member may be at most `run_ahead` reports ahead of the one that its trial asks for. A host has more members than slots:
+a member at that bound gives its slot to a waiting one, and later continues from the snapshot of its last report. So
+slots stay full while the scheduler decides, and the scheduler discards at most `run_ahead` reports per trial.
 
-Those with the fewest reports come first, and one that is far ahead of who waits gives way too. So the trials that a
-scheduler spares pile up and end together: were they trained at once, the last of them would end a study alone in its
-host.
+Members with the fewest reports come first, and a member far ahead of a waiting one is preempted too. So the trials that
+survive the scheduler finish together. If each trained to its end at once, the last one would be alone in its host.
 """
 
 from __future__ import annotations
@@ -17,34 +16,34 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FAR = 1.5
-"""Who has made more than so many times the reports of one that waits gives way: a few moves in a trial's life."""
+"""A seated member is preempted once it has FAR times the reports of a waiting one: a few moves per trial."""
 
 
 @dataclass
 class Candidate:
-    """A member, as far as the decision needs to know it."""
+    """The facts about a member that the decision needs."""
 
     key: str
     order: int
-    """Who came first."""
+    """Order of joining; the earlier member wins a tie."""
     accepted: int = 0
-    """The last report that the trial's driver has seen and answered by asking on."""
+    """The last report that the trial accepted by asking for the next one."""
     made: int = 0
     """Reports made so far."""
     at_report: bool = True
-    """It has not trained since its last report: nothing is lost if it leaves."""
+    """Whether it has not trained since its last report, so that it can leave without loss."""
     finished: bool = False
-    """Trained to its end, or failed: nothing is left to do."""
+    """Whether it trained to its end or failed."""
     leaving: bool = False
     seated: bool = False
 
     def wants(self, run_ahead: int) -> bool:
-        """Whether it has work to do."""
+        """Return whether it has work to do."""
         return not self.finished and not self.leaving and self.made <= self.accepted + run_ahead
 
 
 class SlotPlan(NamedTuple):
-    """Who leaves the host, who enters, and who trains then."""
+    """The keys of the members to evict, then to admit, and then to train."""
 
     evict: tuple[str, ...]
     admit: tuple[str, ...]
@@ -52,7 +51,7 @@ class SlotPlan(NamedTuple):
 
 
 def assign_slots(candidates: Sequence[Candidate], num_slots: int, run_ahead: int) -> SlotPlan:
-    """Fill the slots, those with the fewest reports first."""
+    """Assign slots to members, those with the fewest reports first."""
     seated = [candidate for candidate in candidates if candidate.seated]
     evict = [candidate for candidate in seated if candidate.finished or candidate.leaving]
     staying = [candidate for candidate in seated if candidate not in evict]

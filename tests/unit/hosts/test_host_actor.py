@@ -404,7 +404,9 @@ def test_a_full_disk_is_no_trials_failure(make: Callable[..., HostActor], tmp_pa
         await actor.advance("t#a", 0)
         shutil.rmtree(tmp_path / "scratch")
         (tmp_path / "scratch").write_text("the disk is gone")
-        with pytest.raises(RankloomError, match=r"a host can't keep its trials: .*Not a directory.*; make") as caught:
+        with pytest.raises(
+            RankloomError, match=r"a host can't write its trials' snapshots: .*Not a directory.*; make"
+        ) as caught:
             await whole(actor, "t#a")
         assert not isinstance(caught.value, TrialError)  # which would end the trials one after another
 

@@ -1,8 +1,8 @@
-"""Site: one linear of the frozen base with the adapters of all slots, and what it computes with them.
+"""AdaptedLinear: one linear of the frozen base with the adapters of all slots, and its forward.
 
 `bank.py` has the sites of a whole model; read it first. `grouped.py` has the products.
 
-Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I in, O out.
+Shapes: N tokens of all rows sorted by slot, K slots, C active slots, R rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rankloom.models.onednn import FrozenLinear
 
 @dataclass(frozen=True)
 class SlotSpec:
-    """What a slot holds."""
+    """The adapter in a slot: its shape, settings and initial values."""
 
     rank: int
     alpha: float
@@ -36,18 +36,22 @@ class SlotSpec:
     dora: bool = False
     init: Literal["default", "gaussian"] = "default"
     dropout: float = 0.0
-    """On the adapter's input, where `routed` is given a seed."""
+    """Probability, on the adapter's input; it acts where `routed` has a seed for the slot."""
     targets: tuple[str, ...] = ()
     """Full names of the linears that it adapts."""
     seed: int = 0
-    """Seed of the initial A, which equals the one that PEFT draws after `torch.manual_seed(seed)`."""
+    """Seed of the initial A, which equals PEFT's after `torch.manual_seed(seed)`."""
 
     @classmethod
     def of(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
-        """What a method's settings ask for on a model."""
+        """Resolve a method's settings on a model.
+
+        Raises:
+            IncompatibleError: `method.init` would change the shared base.
+        """
         if method.init not in ("default", "gaussian"):
             raise IncompatibleError(
-                f"method.init: {method.init} can't be used in a bank (it starts from the base's weights, or changes "
+                f"method.init: {method.init} can't be used in a bank (it starts from the base's weights or changes "
                 f"them, and the base is shared); allowed: default, gaussian"
             )
         return cls(
@@ -72,10 +76,10 @@ class AdaptedLinear:
     def __init__(self, name: str, module: nn.Module, num_slots: int, max_rank: int, *, with_magnitudes: bool) -> None:
         self.name, self.module = name, module
         self.base: Callable[[Tensor], Tensor] = module.forward
-        """The linear as it was before the bank."""
+        """The linear's own forward."""
         self.num_in, self.num_out = linear_widths(module)
         self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
-        """Whether W is a plain tensor: neither quantised nor used by a special kernel."""
+        """Whether W is a plain tensor, neither quantised nor in a special kernel's layout."""
         device = module.get_parameter("weight").device
         self.a_KRI = nn.Parameter(torch.zeros(num_slots, max_rank, self.num_in, device=device))
         self.b_KOR = nn.Parameter(torch.zeros(num_slots, self.num_out, max_rank, device=device))
@@ -83,13 +87,13 @@ class AdaptedLinear:
         self.ranks = [0] * num_slots
         """The rank of each slot's adapter; 0 where the slot has none on this layer."""
         self.dora_ranks = [0] * num_slots
-        """The rank of each slot's adapter, and 0 where it is not DoRA."""
+        """The rank of each slot's adapter; 0 where it is not DoRA."""
         self.scales = [0.0] * num_slots
         self._squares_O: Tensor | None = None
 
     @property
     def weight_OI(self) -> Tensor:
-        """W as it is stored."""
+        """W in its stored dtype."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(self.module, Conv1D) else weight
@@ -105,7 +109,7 @@ class AdaptedLinear:
         return bias
 
     def parts(self, slot: int) -> dict[str, Tensor]:
-        """Views of a slot's values, without padding."""
+        """Return views of a slot's values, without padding."""
         rank = self.ranks[slot]
         found = {"a": self.a_KRI.data[slot, :rank], "b": self.b_KOR.data[slot, :, :rank]}
         if self.dora_ranks[slot] and self.m_KO is not None:
@@ -124,7 +128,7 @@ class AdaptedLinear:
 
     @torch.no_grad()
     def row_norms(self, groups: Groups) -> Tensor:
-        """[K, O]: the norms by which the magnitudes of the slots at work are divided; 1 for the others."""
+        """Return [K, O]: the norms that divide the active slots' magnitudes; 1 for the other slots."""
         assert self.m_KO is not None
         slots = groups.index(self.m_KO.device)
         norm_KO = torch.ones_like(self.m_KO)
@@ -133,13 +137,14 @@ class AdaptedLinear:
 
     @torch.no_grad()
     def norms(self, slots: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
-        """[C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
+        """Return [C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
 
         |w + s d|^2 = |w|^2 + 2 s <w, d> + s^2 |d|^2 with d a row of B A, so that <w, d> is the row product of B and
-        W A^T, and |d|^2 that of B and B (A A^T). A row that is zero has norm 1: its magnitude has nothing to scale.
+        W A^T, and |d|^2 that of B and B (A A^T). The norm of a zero row is set to 1, to avoid a division by zero.
 
         Args:
-            rank: the largest of these slots'.
+            rank: the largest rank among these slots.
+            scale_C1: s of each slot.
         """
         dense_OI = self._dense_OI().float()
         if self._squares_O is None:
@@ -162,17 +167,19 @@ class AdaptedLinear:
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """What one forward knows of its rows."""
+    """The assignment of one forward's tokens to slots."""
 
     counts_K: tuple[int, ...]
+    """Number of tokens of each slot."""
     start: int
-    """Tokens of no slot, which come first."""
+    """Number of tokens without a slot, which come first."""
     dropout: dict[int, tuple[float, torch.Generator]]
-    """Probability and source of chance, for the slots whose dropout is on."""
+    """Slot -> probability and random generator, for the slots with dropout in this forward."""
     groups: dict[tuple[int, ...], Groups]
-    """By the slots' ranks on a layer; most layers share one."""
+    """Cache by the slots' ranks on a layer; most layers share one entry."""
 
     def among(self, ranks: Sequence[int]) -> Groups:
+        """Return the groups of tokens for a layer, given the slots' ranks there."""
         key = tuple(ranks)
         if key not in self.groups:
             self.groups[key] = Groups(self.counts_K, key, start=self.start)
@@ -180,7 +187,7 @@ class TokenRouting:
 
 
 def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
-    """What a linear gives with every row's adapter."""
+    """Compute a linear with each token's adapter."""
     groups = route.among(site.ranks)
     if not groups.slots:
         return site.base(x)
@@ -191,7 +198,7 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
     magnified = route.among(site.dora_ranks)
     dropped = [slot for slot in groups.slots if slot in route.dropout]
-    # DoRA's factors are too near 1 for what is rounded before: W x + B A x stays in fp32 up to them, as in PEFT
+    # DoRA's factors are close to 1, so rounding before them would hide their effect: keep W x + B A x in fp32, as PEFT
     precise = bool(magnified.slots) and dtype != torch.float32
     restore_NO = None
     if not dropped and not precise and site.is_plain and (autocast or x.dtype == site.weight_OI.dtype == dtype):
@@ -203,13 +210,13 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
         onto, x_dropped = base, x
         if dropped:
             x_dropped = x * _dropout_mask(x, dropped, groups, route)
-            if redone := [slot for slot in dropped if slot in magnified.slots]:
-                onto, restore_NO = _redone(site, base, x_dropped, redone, groups)
+            if recomputed := [slot for slot in dropped if slot in magnified.slots]:
+                onto, restore_NO = _recompute_base(site, base, x_dropped, recomputed, groups)
         y = grouped_lora(onto, x_dropped.to(dtype), a_KRI, b_KOR, site.scales, groups)
     if magnified.slots:
         assert site.m_KO is not None
         with torch.autocast(kind, enabled=False):
-            factor_KO = site.m_KO / site.row_norms(magnified)  # constants to the gradient: DoRA, section 4.3
+            factor_KO = site.m_KO / site.row_norms(magnified)  # norms get no gradient: DoRA, section 4.3
         y = scale_rows(y, factor_KO, site.bias_O, magnified, dtype=dtype if precise else None)
     return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
 
@@ -223,13 +230,14 @@ def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: Toke
     return mask
 
 
-def _redone(
+def _recompute_base(
     site: AdaptedLinear, base: Tensor, x_dropped: Tensor, slots: Sequence[int], groups: Groups
 ) -> tuple[Tensor, Tensor]:
-    """As in PEFT, DoRA scales what W makes of the dropped input, and leaves W x beside it as it is.
+    """Compute W x from the dropped input for DoRA slots: like PEFT, DoRA scales that one, and W x stays unscaled.
 
     Returns:
-        The base's result with W of the dropped input for these slots, and [N, O] what is to be added at the end.
+        The base's result, with W times the dropped input for these slots; and [N, O], the difference to W x, to add
+        after scaling.
     """
     spans = [groups.spans[slot] for slot in slots]
     tokens_M = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(base.device)
@@ -241,7 +249,7 @@ def _redone(
 
 
 def drawn_as_by_peft(spec: SlotSpec, num_in: int, num_out: int, generator: torch.Generator) -> Tensor:
-    """[R, I]: PEFT builds two linear layers, each of which draws its weights, and then draws A again."""
+    """Return [R, I], the initial A as PEFT draws it: two linear layers draw their weights, then A is drawn again."""
     a_RI = torch.empty(spec.rank, num_in)
     nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
     nn.init.kaiming_uniform_(torch.empty(num_out, spec.rank), a=math.sqrt(5), generator=generator)

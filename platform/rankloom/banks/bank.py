@@ -1,13 +1,13 @@
-"""AdapterBank: K adapters on one frozen base, stacked, so that one forward serves the rows of all of them.
+"""AdapterBank: K adapters on one frozen base, stacked, so that one forward computes the rows of all of them.
 
-At each target linear an `AdaptedLinear` holds A, B and DoRA magnitudes of every slot in one tensor each. A slot of a
-lower rank than the bank's, or one that leaves a site out, is padded with zeros, whose gradients are exactly zero. The
-bank takes the place of its linears' `forward`; outside `routed` the base computes as if the bank were not there. Who
-is in which slot, how it is trained and who is served is not the bank's to know.
+At each target linear an `AdaptedLinear` holds A, B and the DoRA magnitudes of all slots, in one tensor each. A slot
+with a lower rank than the bank's, or with fewer target linears, is padded with zeros, whose gradients are exactly
+zero. The bank replaces its linears' `forward`; outside `routed` and `alone` the base computes as without a bank. The
+bank knows neither the trials in its slots nor how they are trained.
 
-What a slot computes depends on its own values alone, so neighbours may come, go and diverge.
+A slot's results depend on its own values alone, so that neighbours may be attached, detached and diverge.
 
-Shapes: N tokens of all rows sorted by slot, K slots, C slots at work, R rank, I in, O out.
+Shapes: N tokens of all rows sorted by slot, K slots, C active slots, R rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 __all__ = ["AdaptedLinear", "AdapterBank", "SlotSpec"]
 
 SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
-"""How a PEFT folder's tensors end."""
+"""Suffixes of the tensors' names in a PEFT folder."""
 
 
 class AdapterBank:
     """Slots for adapters on a frozen base.
 
-    Invariant: a slot's values are zero wherever its adapter has none: beyond its rank, at sites that it leaves out,
-    and everywhere while nothing is attached. After construction nothing is allocated for whoever comes and goes.
+    Invariant: a slot's values are zero wherever its adapter has none: beyond its rank, at sites that it does not
+    adapt, and everywhere while nothing is attached. The constructor allocates all slots; `attach` allocates nothing.
     """
 
     def __init__(
@@ -52,8 +52,11 @@ class AdapterBank:
         """Put an empty bank on a model's linears.
 
         Args:
-            targets: full names of all linears that some slot may adapt.
+            targets: full names of all linears that a slot may adapt.
             with_magnitudes: whether slots may be DoRA.
+
+        Raises:
+            IncompatibleError: a target is not a linear layer of the model.
         """
         self.model, self.num_slots, self.max_rank = model, num_slots, max_rank
         self.with_magnitudes = with_magnitudes
@@ -64,18 +67,18 @@ class AdapterBank:
         wanted = set(targets)
         self.sites: dict[str, AdaptedLinear] = {
             name: AdaptedLinear(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
-            for name, module in modules.items()  # the model's order is that in which PEFT draws
+            for name, module in modules.items()  # in the model's order, in which PEFT draws initial values
             if name in wanted
         }
         self.specs: dict[int, SlotSpec] = {}
         self._route: Callable[[int], TokenRouting] | None = None
-        """Of a forward of this many tokens."""
+        """Return the routing of a forward, given its number of tokens; None outside `routed` and `alone`."""
         self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
         for site in self.sites.values():
             site.module.forward = self._forward_at(site)
 
     def remove(self) -> None:
-        """Leave the model as it was before the bank."""
+        """Restore the model's own forwards."""
         for name, before in self._forwards.items():
             module = self.sites[name].module
             if before is None:
@@ -85,10 +88,10 @@ class AdapterBank:
         self._forwards.clear()
 
     def attach(self, slot: int, spec: SlotSpec) -> None:
-        """Put a fresh adapter into a slot, in place of what is there.
+        """Put a fresh adapter into a slot, replacing the one in it.
 
         Raises:
-            IncompatibleError: it does not fit into this bank; the slot is as before.
+            IncompatibleError: the adapter does not fit this bank; the slot is unchanged.
         """
         self._check(spec)
         self.detach(slot)
@@ -112,12 +115,12 @@ class AdapterBank:
     def routed(
         self, slots_N: Tensor, counts_K: Sequence[int], *, dropout_seeds: Mapping[int, int] | None = None
     ) -> Iterator[None]:
-        """While it lasts, the model's forwards add to each token what its slot has for it.
+        """Apply each token's adapter in the model's forwards inside the context.
 
         Args:
-            slots_N: each token's slot, ascending; -1: none, the token sees the base alone.
-            counts_K: tokens of each slot.
-            dropout_seeds: a seed of this one forward for each slot whose dropout is to act.
+            slots_N: each token's slot, ascending; -1: no adapter, the base alone.
+            counts_K: number of tokens of each slot.
+            dropout_seeds: slot -> seed of its dropout in this forward; slots without a seed have no dropout.
         """
         counts_K = tuple(map(int, counts_K))
         dropout = {
@@ -131,7 +134,7 @@ class AdapterBank:
 
     @contextmanager
     def alone(self, slot: int) -> Iterator[None]:
-        """While it lasts, the model computes as if it had this slot's adapter alone, whatever it is given."""
+        """Apply one slot's adapter to all tokens of any forward inside the context."""
 
         @lru_cache(1)
         def route(num_tokens: int) -> TokenRouting:
@@ -149,7 +152,7 @@ class AdapterBank:
             self._route = None
 
     def state(self, slot: int) -> dict[str, Tensor]:
-        """A slot's values without padding, on the CPU: `<site>.a`, `.b` and, of a DoRA, `.m`."""
+        """Return a slot's values without padding, on the CPU: `<site>.a`, `<site>.b` and, for DoRA, `<site>.m`."""
         return {
             f"{site.name}.{part}": values.to("cpu", copy=True)
             for site in self._sites_of(self.specs[slot])
@@ -157,13 +160,17 @@ class AdapterBank:
         }
 
     def load_state(self, slot: int, state: Mapping[str, Tensor]) -> None:
-        """Set an attached slot's values: the inverse of `state`."""
+        """Set an attached slot's values from what `state` returned."""
         for site in self._sites_of(self.specs[slot]):
             for part, values in site.parts(slot).items():
                 values.copy_(state[f"{site.name}.{part}"])
 
     def copy(self, source: int, target: int) -> None:
-        """Give an attached slot the values of another of the same shape; its scaling and dropout stay its own."""
+        """Copy values between attached slots of one shape; the target keeps its scaling and dropout.
+
+        Raises:
+            IncompatibleError: the slots' ranks, targets or kinds (LoRA, DoRA) differ.
+        """
         mine, theirs = self.specs[target], self.specs[source]
         shapes = [(set(spec.targets), spec.rank, spec.dora) for spec in (mine, theirs)]
         if shapes[0] != shapes[1]:
@@ -173,14 +180,14 @@ class AdapterBank:
                 site.parts(target)[part].copy_(values)
 
     def write(self, slot: int, folder: Path, base_id: str) -> None:
-        """Write a slot's adapter as a PEFT folder of its true rank.
+        """Write a slot's adapter as a PEFT folder, without padding.
 
         Raises:
             RegistryError: the folder can't be written.
         """
         spec, sites = self.specs[slot], self._sites_of(self.specs[slot])
         others = [site for site in sites if site.ranks[slot] != spec.rank or site.scales[slot] != spec.scaling]
-        config = {  # as PEFT writes it, what is at its defaults left out; PEFT itself takes seconds to import
+        config = {  # PEFT's own format without defaults; importing PEFT for it would take seconds
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_id,
@@ -209,22 +216,22 @@ class AdapterBank:
             raise RegistryError(f"{folder}: can't be written: {error}") from None
 
     def read(self, slot: int, folder: Path) -> None:
-        """Put the adapter of a PEFT folder into a slot, in place of what is there.
+        """Load the adapter of a PEFT folder into a slot, replacing the one in it.
 
         Raises:
-            RegistryError: the folder is refused, by itself or by this bank; the slot is as before.
+            RegistryError: the folder is not a valid adapter, or does not fit this bank; the slot is unchanged.
         """
-        from rankloom.adapters.weights import read_adapter  # with PEFT, which training never needs
+        from rankloom.adapters.weights import read_adapter  # imports PEFT, which training never needs
 
         config, tensors = read_adapter(self.model, folder)
         if config.lora_bias or config.modules_to_save or config.target_parameters:
             raise RegistryError(
-                f"{folder}: has biases or whole modules beside its adapters, or experts, which no bank has a place for"
+                f"{folder}: a bank holds adapters of linear layers alone, without biases, whole modules or experts"
             )
         ends = tuple(f".{target}" for target in config.target_modules)
         names = [name for name, _ in self.model.named_modules() if f".{name}".endswith(ends)]
         if outside := [name for name in names if name not in self.sites]:
-            raise RegistryError(f"{folder}: adapts {outside[0]}, for which this bank has no site")
+            raise RegistryError(f"{folder}: adapts {outside[0]}, which is not a site of this bank")
         spec = SlotSpec(
             rank=config.r,
             alpha=config.lora_alpha,
@@ -256,7 +263,7 @@ class AdapterBank:
         if spec.rank > self.max_rank:
             raise IncompatibleError(f"rank {spec.rank} is above the bank's {self.max_rank}; open one of a higher rank")
         if outside := [name for name in spec.targets if name not in self.sites]:
-            raise IncompatibleError(f"{outside[0]} is not a site of this bank; open one whose targets cover it")
+            raise IncompatibleError(f"{outside[0]} is not a site of this bank; open one with targets that cover it")
         if spec.dora and not self.with_magnitudes:
             raise IncompatibleError("this bank has no magnitudes, which DoRA trains; open one with them")
         if spec.dora and any(site.is_int8_on_cpu for site in self._sites_of(spec)):
@@ -287,7 +294,7 @@ class AdapterBank:
             raise RegistryError(f"{folder / WEIGHTS}: tensor {unexpected[0]} has no place in this bank")
 
     def _short(self, targets: Sequence[str]) -> list[str]:
-        """Last names (`q_proj`) where these mean the same, else full names."""
+        """Return short names (`q_proj`) where they select exactly the targets, else full names."""
         short = {name.rsplit(".", 1)[-1] for name in targets}
         matched = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short}
         return sorted(short) if matched == set(targets) else sorted(targets)

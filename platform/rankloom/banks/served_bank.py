@@ -1,10 +1,10 @@
-"""FoldedBank: many folded adapters on one base, each token of a forward on its own.
+"""ServedBank: many served adapters on one base, with an adapter per token of a forward.
 
-There are three ways to the same result. *Loose*: adapter by adapter, on views of its tokens; this is the plain one.
-*Compiled*: all of a linear's adapters in one call (`compiled.py`); measured to be the fastest in fp32 on a CPU.
-*Stacked*, elsewhere: the adapters with few tokens lie in slots of stacked tensors, and the products of all of them are
-one batched call (`grouped.py`, as in training); loose is as good for those with many. Slots at work are always the
-first ones, so that stacks are read as views: a gather would copy the weights.
+Three ways give the same result. *Loose*, the reference: adapter by adapter, on views of its tokens. *Compiled*: all of
+a linear's adapters in one call (`compiled.py`), the fastest measured way for fp32 on a CPU. *Stacked*, elsewhere:
+adapters with few tokens are in slots of stacked tensors, and one batched call computes all of their products
+(`grouped.py`, as in training); adapters with many tokens stay loose, which is as fast for them. Active slots are always
+the first ones, so that stacks are read as views: a gather would copy the weights.
 
 Shapes: N tokens sorted by adapter, K slots, I in, O out, R rank.
 """
@@ -31,56 +31,57 @@ from rankloom.models import chooses_experts, is_linear, linear_widths
 from rankloom.models.onednn import pack
 
 FEW = 8
-"""Tokens up to which an adapter's share of a forward is stacked."""
+"""Adapters with at most this many tokens in a forward are stacked."""
 SMALLEST = 8
-"""Ranks are rounded up to a power of two, at least this; adapters of like ranks share stacks."""
+"""Smallest rank class. Ranks are rounded up to a power of two, and adapters of one class share stacks."""
 
 
 @dataclass(frozen=True)
 class AdapterShare:
-    """What one forward has for one adapter; None: the base."""
+    """One adapter's tokens in a forward."""
 
     adapter: ServedAdapter | None
+    """None: the base."""
     num_tokens: int
     num_predicting: int
-    """How many of these tokens the output head sees."""
+    """Number of these tokens that the output head sees."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which tokens are whose, for the modules that see the same ones."""
+    """The assignment of tokens to adapters, for all modules that see the same tokens."""
 
     loose: tuple[tuple[ServedAdapter, slice], ...]
     stacked: tuple[tuple[int, Groups], ...]
-    """Rank class, and its slots' tokens."""
+    """Each rank class with its slots' tokens."""
     whole: tuple[tuple[ServedAdapter, slice], ...]
     """Tokens of the adapters that also have embeddings, experts or whole modules."""
     compiled: KernelInput | None = None
-    """In place of the loose ones, where these are computed in one call a linear."""
+    """Replaces `loose` where one call per linear computes all of its adapters."""
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Which tokens of a forward are on which adapter."""
+    """The order of a forward's tokens, and their adapters."""
 
     order: tuple[int, ...]
-    """Indices of the shares, in the order in which the forward's tokens have to be."""
+    """Indices of the shares, in the order that the forward's tokens must have."""
     body: _Layout
     head: _Layout
-    """For the output head, which sees the predicting tokens alone."""
+    """For the output head, which sees only the predicting tokens."""
 
 
 class ServedBank:
-    """Takes the place of the `forward` of a base's linears; outside `routed` they compute as before.
+    """Replaces the `forward` of a base's linears; outside `routed` they compute as without a bank.
 
     Invariant: a stack's slot is zero wherever its adapter has nothing. One thread arranges slots and runs forwards with
-    stacked adapters; others may run forwards with loose ones meanwhile.
+    stacked adapters; other threads may run forwards with loose adapters at the same time.
     """
 
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """
         Args:
-            pack: compute with copies of the base's weights in the fastest layout (`onednn.packed`).
+            pack: compute with copies of the base's weights in the fastest layout (`onednn.pack`).
         """
         self._pack = pack
         self._model, self._head = model, model.get_output_embeddings()
@@ -99,7 +100,7 @@ class ServedBank:
             self._patch(name, module, self._linear_at(name, module))
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
+        """Restore the model's own forwards."""
         for module, before in self._patched.values():
             if before is None:
                 vars(module).pop("forward", None)
@@ -108,7 +109,7 @@ class ServedBank:
         self._patched.clear()
 
     def admit(self, adapter: ServedAdapter) -> None:
-        """To be called once for every adapter, from any thread, before it is routed."""
+        """Prepare an adapter for `route`; call once per adapter, from any thread."""
         with self._lock:
             if self.compiles:
                 self._addresses[adapter] = addresses(adapter, list(self._sites))
@@ -119,18 +120,18 @@ class ServedBank:
                     self._patch(name, module, other(name, module))
 
     def route(self, shares: Sequence[AdapterShare], *, stack: bool = True) -> TokenOrder:
-        """Lay a forward's tokens out, and bring its adapters into slots.
+        """Order a forward's tokens, and put its adapters into slots.
 
         Args:
-            shares: at most one for each adapter, and one for the base.
-            stack: False: no stacks, which leaves the slots as they are.
+            shares: at most one per adapter, and one for the base.
+            stack: whether to stack adapters; False leaves the slots unchanged.
         """
         stack = stack and not self.compiles
         by_class: dict[int, list[int]] = {}
         for i, share in enumerate(shares):
             if stack and share.adapter is not None and share.adapter.rank and share.num_tokens <= FEW:
                 by_class.setdefault(_rank_class(share.adapter.rank), []).append(i)
-        # one alone gains nothing from a stack
+        # a single adapter gains nothing from a stack
         slotted = {rank: members for rank, members in by_class.items() if len(members) > 1}
         order, stacks = [i for i, share in enumerate(shares) if share.adapter is None], []
         for rank, members in sorted(slotted.items()):
@@ -142,14 +143,14 @@ class ServedBank:
         order += sorted({*range(len(shares))}.difference(order))
         body = _lay_out([(shares[i].adapter, shares[i].num_tokens, i) for i in order], stacks)
         body = self._compiled(body) if self.compiles else body
-        if all(share.num_predicting == share.num_tokens for share in shares):  # as where all rows decode
+        if all(share.num_predicting == share.num_tokens for share in shares):  # true when all rows decode
             return TokenOrder(tuple(order), body, body)
         head = _lay_out([(shares[i].adapter, shares[i].num_predicting, i) for i in order], stacks)
         return TokenOrder(tuple(order), body, self._compiled(head) if self.compiles else head)
 
     @contextmanager
     def routed(self, route: TokenOrder) -> Iterator[None]:
-        """While it lasts, this thread's forwards are routed so."""
+        """Apply a route to this thread's forwards inside the context."""
         self._local.route = route
         try:
             yield
@@ -163,7 +164,7 @@ class ServedBank:
         return route.head if module is self._head else route.body
 
     def _compiled(self, layout: _Layout) -> _Layout:
-        """The same, its loose adapters in one call a linear."""
+        """Return the layout with its loose adapters as compiled ones."""
         if not layout.loose:
             return layout
         adapters, spans = zip(*layout.loose, strict=True)
@@ -172,7 +173,7 @@ class ServedBank:
         return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK5, spans_K2, self._sizes_S2))
 
     def _class(self, rank: int, num_slots: int, at_work: Collection[int]) -> _Class:
-        """The stacks of a rank class, with room; where there is none, classes that are not at work make it."""
+        """Return a rank class with enough slots; making it larger drops the classes that are not in `at_work`."""
         if rank not in self._classes or self._classes[rank].num_slots < num_slots:
             kept = set(at_work) - {rank}
             self._classes = {other: stacks for other, stacks in self._classes.items() if other in kept}
@@ -200,7 +201,7 @@ class ServedBank:
             x_NI, y_NO = x.flatten(0, -2), y.view(-1, y.shape[-1])
             for rank, groups in layout.stacked:
                 if stack := self._classes[rank].stacks.get(name):
-                    onto_NO = y_NO.float() if stack.scaled else y_NO  # rounded after the factors alone
+                    onto_NO = y_NO.float() if stack.scaled else y_NO  # round only after the factors
                     stack.add_to(onto_NO, x_NI, groups)
                     if stack.scaled:
                         scale_spans(onto_NO, stack.factor_KO, groups, by_slot=on_cpu)
@@ -234,7 +235,7 @@ class ServedBank:
         return forward
 
     def _mixture_at(self, name: str, module: nn.Module) -> Callable[..., Any]:
-        """Of a router or of experts: all that goes in and comes out is [N, .], or [1, N, .]."""
+        """Return the forward of a router or of experts; all inputs and outputs are [N, .] or [1, N, .]."""
         base = module.forward
 
         def forward(*given: Tensor) -> Any:
@@ -266,7 +267,12 @@ def _rank_class(rank: int) -> int:
 def _lay_out(
     counted: Sequence[tuple[ServedAdapter | None, int, int]], stacks: Sequence[tuple[int, Sequence[int]]]
 ) -> _Layout:
-    """From adapters with their tokens, in order: base, stacks, loose."""
+    """Return the layout of adapters with their tokens, which are in the order base, stacks, loose.
+
+    Args:
+        counted: (adapter, number of tokens, index of the share) of each share.
+        stacks: each rank class with the indices of its shares, by slot.
+    """
     spans, start = {}, 0
     for adapter, count, index in counted:
         spans[index] = (adapter, slice(start, start + count))
@@ -288,19 +294,19 @@ class _Stack:
 
     def __init__(self, module: nn.Module, rank: int, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
         num_in, num_out = linear_widths(module)
-        # a view of [K, I, R], which was measured to be read faster
+        # a view of [K, I, R], which reads faster in measurements
         self.a_KRI = torch.zeros(num_slots, num_in, rank, device=device, dtype=dtype).mT
         self.b_KOR = torch.zeros(num_slots, num_out, rank, device=device, dtype=dtype)
-        self.factor_KO = torch.ones(num_slots, num_out, device=device)  # in fp32, as `Factors` has them
+        self.factor_KO = torch.ones(num_slots, num_out, device=device)  # fp32, as in `Factors`
         self.shift_KO = torch.zeros(num_slots, num_out, device=device)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        """Of the first so many slots."""
+        """Number of slots -> A and B of the first ones."""
         self.scaled: set[int] = set()
         """Slots with a factor."""
         self.shifted: set[int] = set()
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> None:
-        """`Stacked.add`; where nothing is padded, in as few calls as can be, for decoding is many small products."""
+        """Add the products as `Stacked.add` does, in fewer calls where nothing is padded, as in decoding."""
         if not groups.is_even or groups.slots[-1] != len(groups.slots) - 1:
             Stacked().add(y_NO, x_NI, Stacks(self.a_KRI, self.b_KOR, None, groups))
             return
@@ -316,13 +322,13 @@ class _Stack:
             y_CTO.add_(torch.bmm(h_CTR, b_CRO))
 
     def put(self, slot: int, factors: Factors | None) -> None:
-        """Set a slot; None: it has nothing here."""
+        """Set a slot; None: its adapter has no factors here."""
         a_RI, b_OR, rank = self.a_KRI[slot], self.b_KOR[slot], 0
         if factors is not None:
             rank = factors.rank
             a_RI[:rank] = factors.a_RI
             b_OR[:, :rank] = factors.b_RO.mT
-        a_RI[rank:] = 0  # what remains of an adapter before, or zero already
+        a_RI[rank:] = 0  # an earlier adapter may have had a higher rank
         b_OR[:, rank:] = 0
         _mark(slot, self.factor_KO, self.scaled, factors.factor_O if factors else None, neutral=1)
         _mark(slot, self.shift_KO, self.shifted, factors.shift_O if factors else None, neutral=0)
@@ -338,7 +344,7 @@ def _mark(slot: int, values_KO: Tensor, marked: set[int], given_O: Tensor | None
 
 
 class _Class:
-    """The slots of adapters of like ranks."""
+    """The slots of one rank class."""
 
     def __init__(
         self, sites: Mapping[str, nn.Module], rank: int, num_slots: int, device: torch.device, dtype: torch.dtype
@@ -347,11 +353,11 @@ class _Class:
         self._make = lambda module: _Stack(module, rank, num_slots, device, dtype)
         self._sites = sites
         self.stacks: dict[str, _Stack] = {}
-        """Of the linears that some adapter was on."""
+        """By linear; only linears that an adapter was on have one."""
         self._held: list[ServedAdapter | None] = [None] * num_slots
 
     def arrange(self, wanted: Sequence[ServedAdapter]) -> list[ServedAdapter]:
-        """Bring adapters into the first slots, with as few copies as can be; returns them by slot."""
+        """Put adapters into the first slots, with as few copies as possible; return them by slot."""
         places = placed(self._held[: len(wanted)], wanted)
         for slot, adapter in enumerate(places):
             if self._held[slot] is not adapter:
@@ -359,7 +365,7 @@ class _Class:
         return places
 
     def _put(self, slot: int, adapter: ServedAdapter) -> None:
-        self._held[slot] = None  # where memory runs out half-way
+        self._held[slot] = None  # stays None if memory runs out half-way
         for name in adapter.linears.keys() - self.stacks.keys():
             self.stacks[name] = self._make(self._sites[name])
         for name, stack in self.stacks.items():
@@ -368,9 +374,9 @@ class _Class:
 
 
 def placed(held: Sequence[ServedAdapter | None], wanted: Sequence[ServedAdapter]) -> list[ServedAdapter]:
-    """Who is to be in which of as many slots as there are wanted; who is in one already stays there.
+    """Assign wanted adapters to as many slots; an adapter that is already in one of them stays there.
 
-    One that moved forward is still held where it was: of several places the first counts.
+    An adapter that moved forward is still in its old slot too; then its first slot counts.
     """
     stays = {adapter: slot for slot, adapter in reversed(list(enumerate(held))) if adapter and adapter in wanted}
     missing = iter([adapter for adapter in wanted if adapter not in stays])

@@ -434,10 +434,10 @@ def written(open_base: Opener, tmp_path: Path) -> tuple[AdapterBank, Path]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_bias": True, "use_dora": False}, "biases or whole modules"),
+        ({"lora_bias": True, "use_dora": False}, "without biases, whole modules or experts"),
         ({"lora_bias": True}, "lora_bias=True is not supported for DoRA"),
-        ({"modules_to_save": ["norm"]}, "biases or whole modules"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head, for which this bank has no site"),
+        ({"modules_to_save": ["norm"]}, "without biases, whole modules or experts"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head, which is not a site of this bank"),
         ({"target_modules": ["q_proj"]}, "has no place in this bank"),
         ({"target_modules": ["q_proj", "norm"]}, "norm"),
         ({"r": 4, "rank_pattern": {}}, r"has shape \[8, 64\], but .* ask for \[4, 64\]"),

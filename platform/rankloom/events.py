@@ -1,15 +1,15 @@
-"""Events: what a run or a study tells its caller, one frozen dataclass a kind.
+"""Events: what a run or a study reports to its caller, one frozen dataclass per kind.
 
     for event in read_events(run / "events.jsonl"):
         match event:
             case StepFinished(step=step, loss=loss):
                 print(step, loss)
 
-`rankloom.train(..., on_event=...)` and `rankloom.tune(..., on_event=...)` hand these objects over as they happen. A run
-writes its own to events.jsonl, a study `TrialStarted`, `TrialEvaluated` and `TrialEnded` to journal.jsonl: an object a
-line, with `v` (the schema's version), `time` (seconds since 1970) and `event` (the kind) before the event's own fields.
-Version 1 names a field as the dataclass does. A reader takes lines without `v`, which the release before events had
-classes wrote with the same fields, and ignores fields that it does not know.
+`rankloom.train(..., on_event=...)` and `rankloom.tune(..., on_event=...)` call back with these objects. A run writes
+its own to events.jsonl, a study `TrialStarted`, `TrialEvaluated` and `TrialEnded` to journal.jsonl: one object a line,
+with `v` (the schema's version), `time` (seconds since 1970) and `event` (the kind) before the event's own fields.
+Version 1 names a field as the dataclass does. A reader accepts lines without `v`, which older releases wrote with the
+same fields, and ignores unknown fields.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 VERSION = 1
-"""Of the schema of events.jsonl and journal.jsonl."""
+"""Version of the schema of events.jsonl and journal.jsonl."""
 TrialStatus = Literal["running", "done", "stopped", "failed"]
 """done: a trial ran to its end; stopped: the scheduler ended it early; failed: it ended with an error."""
 
 
 class _Printable:
-    """Prints as its kind and the fields that say something; `repr` has all of them."""
+    """Prints as its kind and the fields that are not None; `repr` shows all of them."""
 
     __slots__ = ()
     kind: ClassVar[str]
@@ -61,7 +61,7 @@ class PhaseStarted(_Printable):
     phase: str
     """launch, data, model, train, export, score, publish, priors or serve."""
     message: str
-    """What is done, for a person."""
+    """What begins, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class WarningRaised(_Printable):
 
     kind: ClassVar[str] = "warning"
     message: str
-    """What, for a person."""
+    """The warning, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +85,11 @@ class DataLoaded(_Printable):
 
 @dataclass(frozen=True, slots=True)
 class RunResumed(_Printable):
-    """A run continues from a checkpoint; steps after it are made again."""
+    """A run resumes from a checkpoint; steps after it are repeated."""
 
     kind: ClassVar[str] = "resumed"
     step: int
-    """Optimiser steps that the checkpoint has behind it."""
+    """Optimiser steps made before the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +106,13 @@ class StepFinished(_Printable):
     loss: float
     """Mean cross-entropy per trained token of the step's rows, in nats."""
     learning_rate: float
-    """Of the first parameter group."""
+    """Learning rate of the first parameter group."""
     grad_norm: float | None = None
     """L2 norm of the gradient before clipping; None where the method steps within the backward pass."""
     tokens: int
-    """Tokens read so far, prompts included, padding not."""
+    """Tokens read so far, with prompts, without padding."""
     tokens_per_s: float
-    """In this step."""
+    """Speed of this step."""
     memory_bytes: int
     """Peak so far: allocated by torch on CUDA, the process's resident set on a CPU."""
     eta_s: float
@@ -125,26 +125,26 @@ class Evaluated(_Printable):
 
     kind: ClassVar[str] = "eval"
     step: int
-    """After this step; 0: the untrained model."""
+    """Optimiser steps made; 0: the untrained model."""
     loss: float
     """Mean cross-entropy per trained token, in nats."""
     accuracy: float | None = None
     """Share of rows with the right label, 0 to 1; None where `eval.metric` is loss."""
     metric: float | None = None
-    """Value of `eval.metric`, where it is a function of the user's own."""
+    """Value of `eval.metric`, where that is the user's own function."""
     best: bool
     """Whether it is the best so far; the untrained model never is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished(_Printable):
-    """A run ended, or stopped where it can be resumed. The fields from `scorecard` on need the status done."""
+    """A run ended, or stopped where it can be resumed. The fields from `scorecard` on are set when it is done."""
 
     kind: ClassVar[str] = "done"
     status: Literal["done", "interrupted"]
     """interrupted: `--resume` continues it."""
     name: str = ""
-    """The trial's."""
+    """The trial's name."""
     steps: int
     """Optimiser steps made."""
     run: str | None = None
@@ -152,53 +152,53 @@ class RunFinished(_Printable):
     scorecard: dict[str, Any] | None = None
     """`rankloom.registry.scorecard.Scorecard` as plain data."""
     memory_bytes: int | None = None
-    """What the adapter's weights take."""
+    """Bytes of the base's weights with the adapter."""
     version: int | None = None
-    """In the registry; None: not published."""
+    """Version in the registry; None: not published."""
     registry: str | None = None
-    """Root of the registry that it is published in."""
+    """Root of the registry with the published version."""
     adapter: str | None = None
     """Folder or URL of the published version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """A point of a trial's learning curve: where the trial stands at one of its evaluations."""
+    """A point of a trial's learning curve: the trial's state at one of its evaluations."""
 
     n: int
     """Number of the evaluation in its trial, from 1."""
     step: int
     """Optimiser steps made."""
     percent: float
-    """Of the trial's budget, 0 to 100."""
+    """Share of the trial's budget, 0 to 100."""
     loss: float
     """Mean cross-entropy per trained token of the validation rows, in nats."""
     accuracy: float | None = None
     """Share of validation rows with the right label, 0 to 1; None where `search.metric` is loss."""
     metric: float | None = None
-    """Value of `search.metric`, where it is a function of the user's own."""
+    """Value of `search.metric`, where that is the user's own function."""
     train_loss: float
     """Loss of the last optimiser step, in nats per trained token."""
     tokens: int
-    """Tokens trained on so far, prompts included, padding not."""
+    """Tokens trained on so far, with prompts, without padding."""
     train_s: float
     """Seconds of training so far: on a shared host, the trial's part."""
     best: bool = False
     """Whether it is the trial's best so far."""
     memory_bytes: float | None = None
-    """What serving the adapter takes; None: not measured."""
+    """Bytes that serving the adapter needs; None: not measured."""
     latency_ms: float | None = None
     """Milliseconds per generated token with the adapter; None: not measured."""
 
     def value(self, key: str) -> float:
-        """Return what trials are compared by: the field that `search.key` names, else the loss."""
+        """Return the value that trials are compared by: the field `key` (`search.key`), else the loss."""
         value: float | None = getattr(self, key)
         return self.loss if value is None else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialStarted(_Printable):
-    """A trial of a study starts, or takes another point of the space over (population based training)."""
+    """A trial of a study starts, or continues at another point of the space (population based training)."""
 
     kind: ClassVar[str] = "trial"
     trial: str
@@ -246,17 +246,17 @@ class LeaderboardRow:
     """A trial among a study's best so far."""
 
     name: str
-    """Its config's."""
+    """Its config's name."""
     method: str
-    """With its base's quantisation."""
+    """Its method with its base's quantisation."""
     settings: str
     """Its values of the knobs, in short."""
     status: TrialStatus
-    """Whether it runs still, and how it ended."""
+    """Whether it still runs, or how it ended."""
     value: float
     """Its best value of `search.metric`: nats, or a share of 0 to 1."""
     percent: float
-    """Of its budget, 0 to 100."""
+    """Share of its budget, 0 to 100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +272,7 @@ class HostStatus:
     training: int
     """Trials that it trains now."""
     waiting: int
-    """Trials that wait for a slot of it."""
+    """Trials that wait for one of its slots."""
     occupancy: float
     """Mean share of its slots that trained, 0 to 1."""
     tokens: int
@@ -283,7 +283,7 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyStatus(_Printable):
-    """Where a study stands, about once a second."""
+    """A study's state, about once a second."""
 
     kind: ClassVar[str] = "status"
     metric: str
@@ -293,7 +293,7 @@ class StudyStatus(_Printable):
     counts: dict[TrialStatus, int]
     """Status -> trials."""
     refused: int
-    """Points that the searcher proposed and that no trial can have."""
+    """Points of the searcher that no valid trial can have."""
     rungs: list[tuple[float, int]]
     """Successive halving: each rung in percent of a trial's budget, and how many trials reached it."""
     best: list[LeaderboardRow]
@@ -301,13 +301,13 @@ class StudyStatus(_Printable):
     tokens: int
     """Tokens that the trials were trained on."""
     share: float
-    """About how much of the study is done, 0 to 1."""
+    """Estimated share of the study that is done, 0 to 1."""
     hosts: list[HostStatus] = field(default_factory=list)
     """The hosts that the study runs on."""
     elapsed_s: float = 0.0
     """Seconds since this start of the study."""
     eta_s: float | None = None
-    """Seconds to its end, about; None before there is anything to go by."""
+    """Estimated seconds to its end; None while there is no estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,7 +325,7 @@ class StudyProgress(_Printable):
 
 @dataclass(frozen=True, slots=True)
 class StudyFinished(_Printable):
-    """A study is searched, and its best are scored and published."""
+    """A study's search is done, and its best trials are scored and published."""
 
     kind: ClassVar[str] = "study_done"
     result: dict[str, Any]
@@ -348,7 +348,7 @@ Event: TypeAlias = (
     | StudyFinished
 )
 OnEvent: TypeAlias = Callable[[Event], None]
-"""What takes events as they happen."""
+"""Callback that takes events as they happen."""
 KINDS: dict[str, type[Event]] = {each.kind: each for each in get_args(Event)}
 """The value of `event` in a line -> its class."""
 
@@ -385,7 +385,7 @@ def to_line(event: Event) -> str:
 
 
 def read_events(file: Path) -> Iterator[Event]:
-    """Read events.jsonl or journal.jsonl; a half line, which a killed process leaves, is skipped.
+    """Read events.jsonl or journal.jsonl; skip a half line that a killed process left.
 
     Raises:
         RankloomError: a line is not an event of this schema.
@@ -403,6 +403,6 @@ def read_events(file: Path) -> Iterator[Event]:
 
 @cache
 def _adapter(kind: str) -> TypeAdapter[Event]:
-    from pydantic import TypeAdapter  # with the first line that is read: emitting an event needs none
+    from pydantic import TypeAdapter  # imported late: only reading needs it
 
     return TypeAdapter(KINDS[kind])

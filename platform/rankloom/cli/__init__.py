@@ -1,4 +1,4 @@
-"""The command line: one module a verb, thin over `rankloom.launch` and `rankloom.registry`.
+"""The command line: one module per command, thin over `rankloom.launch` and `rankloom.registry`.
 
 Nothing here imports torch, ray or transformers before a command needs them. `main` turns a RankloomError into one
 line and an exit code: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.
@@ -28,7 +28,7 @@ from rankloom.errors import RankloomError
 
 app = typer.Typer(
     name="rankloom",
-    help="Fine-tune, search, evaluate and keep low-rank adapters of language models, on a laptop or a Ray cluster.",
+    help="Train, search, evaluate and serve low-rank adapters of language models, on a laptop or a Ray cluster.",
     epilog="Start with: rankloom doctor, then rankloom train shipped:trials/lora.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -67,9 +67,9 @@ class _Printable(logging.Formatter):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    if logging.lastResort is not None:  # it shows warnings, which may quote a record
+    if logging.lastResort is not None:  # warnings may quote a record
         logging.lastResort.setFormatter(_Printable())
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # importing it tells of kernels that one could install
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")
     except RankloomError as error:

@@ -1,4 +1,4 @@
-"""`rankloom adapters`: what the registry holds, and what is done with it.
+"""`rankloom adapters`: list, publish, promote, verify and export the registry's adapters.
 
 Each command is a thin shell over `rankloom.registry.Registry`; only `verify`, `export --format merged` and the
 `publish` of a foreign folder load a model, and import torch when they do.
@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 
-Alias = Annotated[str, typer.Option("--alias", help="The alias that moves.")]
+Alias = Annotated[str, typer.Option("--alias", help="The alias to move.")]
 
 
 class Format(enum.StrEnum):
@@ -61,7 +61,7 @@ def list_adapters(
 
 @app.command()
 def show(ref: Ref, root: Root, as_json: Json = False) -> None:
-    """Show what is known of one version: its origin, its measures, its files.
+    """Show one version: its origin, measures and files.
 
     Example: rankloom adapters show bank-intents@champion
     """
@@ -95,11 +95,13 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="A folder with adapter_config.json and adapter_model.safetensors.")],
-    name: Annotated[str, typer.Option("--name", help="Publish it as the next version of this adapter.")],
+    name: Annotated[str, typer.Option("--name", help="The adapter's name; the folder becomes its next version.")],
     root: Root,
     base: Annotated[
         str | None,
-        typer.Option(help="The base of a folder without record.json, where adapter_config.json names another or none."),
+        typer.Option(
+            help="The base, where the folder has no record.json and adapter_config.json names none or another."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -107,8 +109,8 @@ def publish(
 
     A folder that `rankloom adapters export` wrote keeps its record.
 
-    Another LoRA or DoRA folder of PEFT's is first loaded on its base, as that is stored, to record a probe. Of such
-    a folder only adapter_config.json and adapter_model.safetensors are read and published.
+    Any other LoRA or DoRA folder from PEFT is first loaded on its base, in the base's stored precision, to record a
+    probe. Only its adapter_config.json and adapter_model.safetensors are read and published.
 
     Example: rankloom adapters publish ./my-adapter --name bank-intents
     """
@@ -124,11 +126,11 @@ def promote(
     root: Root,
     alias: Alias = "champion",
     best: Annotated[
-        bool, typer.Option("--best", help="Of a name's versions the one of the best accuracy, else loss, on the test.")
+        bool, typer.Option("--best", help="Choose the name's version with the best test accuracy, else test loss.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Let an alias point to a version (a name alone is its latest version here, with --best its best).
+    """Point an alias to a version; a name alone means its latest version, or with --best its best.
 
     Example: rankloom adapters promote bank-intents@3 --alias canary
 
@@ -153,7 +155,7 @@ def rollback(
     alias: Alias = "champion",
     as_json: Json = False,
 ) -> None:
-    """Let an alias point where it pointed before its last promotion; again goes back one more.
+    """Point an alias back to its version before the last promotion; repeat to go back further.
 
     Example: rankloom adapters rollback bank-intents
     """
@@ -168,7 +170,7 @@ def verify(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Load the base and run the recorded probe.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Check a version: its files, their checksums, and that on its base it gives the logits it was published with.
+    """Check a version's files and checksums, and that it gives its published logits on its base.
 
     Example: rankloom adapters verify bank-intents --no-probe
     """
@@ -224,10 +226,10 @@ def export(
 def rm(
     ref: Ref,
     root: Root,
-    force: Annotated[bool, typer.Option("--force", help="Even where an alias points to it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove it even if an alias points to it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove one version for good; its number is not given again.
+    """Remove one version permanently; its number is never reused.
 
     Example: rankloom adapters rm bank-intents@2
     """

@@ -1,4 +1,4 @@
-"""`rankloom doctor`: what this machine has and lacks, by trying it."""
+"""`rankloom doctor`: report what this machine has and lacks, by trying it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rankloom.errors import RankloomError
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "datasets", "bitsandbytes", "pyarrow")
 FREE_GB = 5.0
-"""Less free disk than this is warned of."""
+"""Warn when less disk than this is free."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `missing` breaks rankloom, `warning` takes something away."""
+    """One finding. `missing` breaks rankloom, `warning` takes a feature away."""
 
     name: str
     status: Literal["ok", "warning", "missing"]
@@ -38,7 +38,7 @@ class Check:
 def doctor(
     root: Root, as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
 ) -> None:
-    """Tell what this machine has and lacks; exit 1 if something required is missing.
+    """Report what this machine has and lacks; exit 1 if something required is missing.
 
     Example: rankloom doctor --json
     """
@@ -63,7 +63,7 @@ def _packages() -> Iterator[Check]:
         try:
             yield Check(name, "ok", version(name))
         except PackageNotFoundError:
-            yield Check(name, "missing", "not installed; pip install rankloom brings it")
+            yield Check(name, "missing", "not installed; run: pip install rankloom")
 
 
 def _machine() -> Iterator[Check]:
@@ -90,12 +90,12 @@ def _machine() -> Iterator[Check]:
 
 
 def _attention() -> Iterator[Check]:
-    """Which of torch's kernels compute attention here: each is tried."""
+    """Try each of torch's attention kernels."""
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:
-        return  # told above
+        return  # reported above
     on_gpu = torch.cuda.is_available()
     query = torch.zeros(1, 2, 16, 64, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
     found = []
@@ -106,22 +106,22 @@ def _attention() -> Iterator[Check]:
         "cuDNN": SDPBackend.CUDNN_ATTENTION,
     }.items():
         with contextlib.suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
-            warnings.simplefilter("ignore")  # of why a kernel does not suit
+            warnings.simplefilter("ignore")  # torch warns why a kernel does not fit
             torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
             found.append(name)
-    unused = "; runs leave cuDNN's out, which takes up to seconds for each new shape" if "cuDNN" in found else ""
+    unused = "; runs avoid cuDNN's, which takes up to seconds for each new shape" if "cuDNN" in found else ""
     fast = {"flash", "memory-efficient"} & {*found}
     yield Check("attention", "ok" if fast else "warning", f"torch has {', '.join(found) or 'no kernel'}{unused}")
     try:
         yield Check("triton", "ok", version("triton"))
     except PackageNotFoundError:
-        missing = "not installed; torch for this GPU brings it: install torch again"
-        yield Check("triton", "warning" if on_gpu else "ok", missing if on_gpu else "not installed; a CPU needs none")
+        missing = "not installed; it comes with torch for this GPU: reinstall torch"
+        yield Check("triton", "warning" if on_gpu else "ok", missing if on_gpu else "not installed; CPUs do not use it")
 
 
 def _bitsandbytes() -> Iterator[Check]:
-    """A library that imports may still lack the kernel of this device: quantise something."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says what faster kernels could be installed
+    """Quantise something: a library that imports may still lack this device's kernel."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install
     try:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -131,7 +131,7 @@ def _bitsandbytes() -> Iterator[Check]:
         error = float((dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).abs().mean())
         works = error < 0.2
         yield Check("nf4", "ok" if works else "warning", f"4-bit quantisation on {device.type}, mean error {error:.3f}")
-    except Exception as error:  # whatever a native library does where it doesn't fit
+    except Exception as error:  # a native library may raise anything
         yield Check("nf4", "warning", f"4-bit quantisation fails, so no QLoRA: {type(error).__name__}: {error}")
 
 
@@ -168,7 +168,7 @@ def _demo_model() -> Iterator[Check]:
 
 
 def _vllm() -> Iterator[Check]:
-    """Nothing, where no environment is named: the bank serves without it."""
+    """Check vLLM where an environment is named; the bank serves without it."""
     from rankloom.engine.vllm.server import PYTHON, find_vllm
 
     if os.environ.get(PYTHON):

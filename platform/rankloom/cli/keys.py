@@ -1,4 +1,4 @@
-"""`rankloom keys`: who may use an endpoint."""
+"""`rankloom keys`: create, list and revoke an endpoint's API keys."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from rankloom.cli.options import Json, print_json
 from rankloom.paths import keys_file
 
 app = typer.Typer(
-    name="keys", no_args_is_help=True, help="Make, list and revoke an endpoint's API keys (auth.keys in its config)."
+    name="keys", no_args_is_help=True, help="Create, list and revoke an endpoint's API keys (auth.keys in its config)."
 )
 
 File = Annotated[
     Path,
     typer.Option(
         "--file", default_factory=keys_file, envvar="RANKLOOM_KEYS", show_default="~/rankloom/keys.json",
-        help="Where the keys' hashes are.",
+        help="The file with the keys' hashes.",
     ),
 ]  # fmt: skip
 
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    name: Annotated[str, typer.Argument(help="The key's owner.")],
     file: File,
     admin: Annotated[
-        bool, typer.Option("--admin", help="It may also load and unload adapters, and see /metrics.")
+        bool, typer.Option("--admin", help="Let the key also load and unload adapters, and read /metrics.")
     ] = False,
-    requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens-per-minute", min=1)] = None,
+    requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Unlimited by default.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens-per-minute", min=1, help="Unlimited by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it, this once; only its hash is kept. A running endpoint knows it at once.
+    """Create a key and print it once; only its hash is stored. A running endpoint accepts it immediately.
 
     Example: rankloom keys create ann --requests-per-minute 60
     """
@@ -53,7 +53,7 @@ def create(
 
 @app.command("list")
 def list_keys(file: File, as_json: Json = False) -> None:
-    """List the keys: whose they are and what they may use, not the keys themselves.
+    """List the keys' ids, owners, roles and limits; the keys themselves are not stored.
 
     Example: rankloom keys list
     """
@@ -69,8 +69,8 @@ def list_keys(file: File, as_json: Json = False) -> None:
 
 
 @app.command()
-def revoke(key_id: Annotated[str, typer.Argument(help="As `keys list` tells it.", metavar="ID")], file: File) -> None:
-    """Take a key away. A running endpoint refuses it from then on.
+def revoke(key_id: Annotated[str, typer.Argument(help="An id from `keys list`.", metavar="ID")], file: File) -> None:
+    """Revoke a key. A running endpoint refuses it from then on.
 
     Example: rankloom keys revoke 0123456789ab
     """

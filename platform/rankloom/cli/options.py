@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 def complete_ref(context: typer.Context, incomplete: str) -> list[str]:
-    """Return names; after an @, the versions and aliases of that name. Silent where the registry can't be read."""
+    """Return adapter names; after an @, that name's versions and aliases; nothing where the registry can't be read."""
     from rankloom.registry import Registry
 
     with suppress(RankloomError, ValueError):
@@ -36,7 +36,7 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-_REF = "An adapter: name, name@3, name@latest or name@alias. A name alone is its champion, else its latest version."
+_REF = "An adapter: name, name@3, name@latest or name@alias. A name alone means its champion, else its latest version."
 
 TrialFile = Annotated[str, typer.Argument(help="A YAML file, or shipped:trials/lora.yaml.", metavar="TRIAL.yaml")]
 StudyFile = Annotated[
@@ -54,9 +54,9 @@ Root = Annotated[
         default_factory=registry_root,
         envvar="RANKLOOM_REGISTRY",
         show_default="~/rankloom/registry",
-        help="The registry: a folder, or a URL such as s3://bucket/registry (AWS_ENDPOINT_URL for another server).",
+        help="The registry: a folder, or a URL such as s3://bucket/registry (AWS_ENDPOINT_URL names another server).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
-ResumeRun = Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")]
-ResumeStudy = Annotated[bool, typer.Option("--resume", help="Continue the study of this name.")]
+ResumeRun = Annotated[bool, typer.Option("--resume", help="Resume the run of this name.")]
+ResumeStudy = Annotated[bool, typer.Option("--resume", help="Resume the study of this name.")]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 STEP_LINE_EVERY_S = 5.0
-"""Between two lines about steps in a pipe."""
+"""Seconds between two step lines in a pipe."""
 
 
 @contextmanager
 def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
-    """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
+    """Yield the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
 
     console = Console(stderr=on_stderr, highlight=False)
@@ -38,16 +38,16 @@ def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, the second raises KeyboardInterrupt."""
+    """Yield an event that the first Ctrl-C sets; the second raises KeyboardInterrupt."""
     stop = threading.Event()
 
     def interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        # not through the console: the signal may have come while it held its lock
-        os.write(2, b"\nstopping after this step, with a checkpoint; scoring, once begun, is finished; "
-                 b"Ctrl-C again aborts at once\n")  # fmt: skip
+        # the console may hold its lock when the signal comes, so bypass it
+        os.write(2, b"\nstopping after this step, with a checkpoint (or after the scoring, once begun); "
+                 b"press Ctrl-C again to abort now\n")  # fmt: skip
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -58,7 +58,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 def lines(event: Event) -> list[str]:
-    """An event in words; steps have `step_line`."""
+    """Return an event as lines of text; `step_line` formats steps."""
     return [printable(line, keep="\n\t") for line in _lines(event)]
 
 
@@ -81,7 +81,7 @@ def _lines(event: Event) -> list[str]:
 
 
 def step_line(event: StepFinished) -> str:
-    """One line on one step."""
+    """Return a step as one line."""
     return f"step {event.step}/{event.total_steps}  {_numbers(event)}  eta {duration(event.eta_s)}"
 
 
@@ -106,7 +106,7 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 59s, 2m05s or 1h02m."""
+    """Return seconds as 59s, 2m05s or 1h02m."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 class PlainProgress:
-    """One line an event; steps only now and then, and the last."""
+    """Writes one line per event; steps only every few seconds, and the last."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -131,7 +131,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """Lines, and below them a bar while steps are made."""
+    """Prints lines, and a bar below them while steps run."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console, self._progress = console, progress

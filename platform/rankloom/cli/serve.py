@@ -1,4 +1,4 @@
-"""`rankloom serve`: adapters behind one endpoint."""
+"""`rankloom serve`: serve adapters behind one endpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def serve(
     config: ServeFile,
     overrides: Overrides = None,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Leave it running on the cluster that RAY_ADDRESS names, and return.")
+        bool, typer.Option("--detach", help="Return, and leave it running on the cluster that RAY_ADDRESS names.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve adapters over one base, on OpenAI's wire, until Ctrl-C.
+    """Serve adapters over one base, with OpenAI's API, until Ctrl-C.
 
-    Requests in flight when it ends are finished first.
+    Ctrl-C lets the requests in flight finish first.
 
     Examples:
 
@@ -49,7 +49,7 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
-        typer.echo("stopping: requests in flight are finished first", err=True)
+        typer.echo("stopping after the requests in flight", err=True)
 
 
 def _show(event: Event) -> None:

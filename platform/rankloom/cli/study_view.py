@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from rankloom.search.results import ScoredTrial, StudyResult
 
 STATUS_LINE_EVERY_S = 10.0
-"""Between two status lines in a pipe."""
+"""Seconds between two status lines in a pipe."""
 
 
 @contextmanager
 def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
-    """Yields the function that shows an event; `on_stderr` leaves stdout to the result."""
+    """Yield the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -48,7 +48,7 @@ def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
 
 
 class PlainStudyView:
-    """A line for each trial that ends, and one on the whole now and then."""
+    """Writes a line for each trial that ends, and a status line every few seconds."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -64,7 +64,7 @@ class PlainStudyView:
 
 
 def lines(event: Event) -> list[str]:
-    """Return an event in words; the status has `status_line` and `table`."""
+    """Return an event as lines of text; `status_line` and `table` format the status."""
     match event:
         case PhaseStarted() | WarningRaised():
             return run_lines(event)
@@ -75,7 +75,7 @@ def lines(event: Event) -> list[str]:
 
 
 def status_line(status: StudyStatus) -> str:
-    """Everything in one line."""
+    """Return a study's status as one line."""
     counts, best = status.counts, status.best
     parts = [
         f"{counts['done'] + counts['stopped'] + counts['failed']}/{status.total} trials "
@@ -89,13 +89,13 @@ def status_line(status: StudyStatus) -> str:
 
 
 def host_line(host: HostStatus) -> str:
-    """A host's slots and speed."""
+    """Return a host's slots and speed."""
     speed = host.tokens / host.train_s if host.train_s else 0.0
     return f"{host.label} {host.training}/{host.num_slots} slots, {speed:,.0f} tokens/s"
 
 
 def table(status: StudyStatus) -> RenderableType:
-    """The live table."""
+    """Return the live table."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -124,7 +124,7 @@ def table(status: StudyStatus) -> RenderableType:
 
 
 def value(number: float, metric: str) -> str:
-    """A metric's value for a person."""
+    """Return a metric's value as text; an accuracy in percent."""
     return f"{100 * number:.1f} %" if metric == "accuracy" else f"{number:.4f}"
 
 
@@ -148,13 +148,13 @@ def result_rows(result: StudyResult) -> list[tuple[str, ...]]:
 
 
 def tested(measures: Measures) -> tuple[str, str]:
-    """Return what the test rows say: the share of right answers, and the loss."""
+    """Return the accuracy or exact match on the test rows, and the loss."""
     share = measures.accuracy or measures.exact_match
     return interval(share) if share else "", f"{measures.loss:.4f}"
 
 
 def cost_cells(row: ScoredTrial) -> tuple[str, str, str]:
-    """Return whether a finalist is on the Pareto front, and what it costs, as far as it was measured."""
+    """Return whether a finalist is on the Pareto front, and its memory and latency where measured."""
     memory, latency = (row.costs.get(name) for name in ("memory_bytes", "latency_ms"))
     return (
         "yes" if row.on_front else "",
@@ -169,7 +169,7 @@ def interval(share: Proportion) -> str:
 
 
 def result_lines(result: StudyResult, config: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Return what the study left, and the commands to continue with."""
+    """Return where the study's results are, and the commands to run next."""
     if result.winner is None:
         return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} continues from here"]
     winner = result.winner

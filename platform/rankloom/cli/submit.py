@@ -1,4 +1,4 @@
-"""`rankloom submit`: the same verbs on a cluster, as Ray jobs."""
+"""`rankloom submit`: run train, tune or evaluate on a cluster, as a Ray job."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WorkingDir = Annotated[
     Path | None,
     typer.Option(
         "--working-dir", exists=True, file_okay=False, metavar="DIR",
-        help="Ship this folder (100 MB at most), and run in it; the config must lie in it.",
+        help="Upload this folder (100 MB at most) and run in it; it must hold the config.",
     ),
 ]  # fmt: skip
-_NOTE = "RAY_AUTH_TOKEN or ~/.ray/auth_token is sent to a cluster with token authentication."
+_NOTE = "For a cluster with token authentication, set RAY_AUTH_TOKEN or write ~/.ray/auth_token."
 
 
 @app.command("train", epilog=_NOTE)
@@ -63,7 +63,7 @@ def submit_tune(
 ) -> None:
     """Search for the best trial on a cluster; trial.output.root must be a folder that all its nodes share.
 
-    It publishes there too, or where trial.output.registry says, which may be a URL.
+    It publishes there too, unless trial.output.registry names another folder or a URL.
 
     Example: rankloom submit tune study.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
     """
@@ -112,7 +112,7 @@ def _submit(
         if working_dir is None:
             for setting, place in local_inputs(config):
                 typer.secho(
-                    f"warning: {setting}={place} lies on this machine; the cluster looks for it on its own: give a "
+                    f"warning: {setting}={place} is on this machine, and the cluster looks for it on its own; give a "
                     f"URL, or --working-dir", fg=typer.colors.YELLOW, err=True,
                 )  # fmt: skip
             shipped, arguments = config, [CONFIG_FILE]
@@ -124,29 +124,29 @@ def _submit(
     typer.echo(f"submitted {job.id} to {address}", err=True)
     if is_open(address):
         typer.secho(
-            f"warning: {address} runs what whoever reaches it sends: start that cluster with RAY_AUTH_MODE=token, or "
-            f"keep its network private", fg=typer.colors.YELLOW, err=True,
+            f"warning: {address} runs the code of anyone who can reach it; start the cluster with RAY_AUTH_MODE=token, "
+            f"or keep its network private", fg=typer.colors.YELLOW, err=True,
         )  # fmt: skip
     if not follow:
         typer.echo(job.hints, err=True)
         typer.echo(job.id)
         return
-    raise typer.Exit(_followed(job))
+    raise typer.Exit(_follow_to_end(job))
 
 
 def _inside(path: Path, working_dir: Path, subject: str) -> str:
-    """The config's path as the job sees it."""
+    """Return the config's path as the job sees it."""
     try:
         return str(path.resolve().relative_to(working_dir.resolve()))
     except ValueError:
-        raise ConfigError(f"{subject} does not lie in --working-dir {working_dir}; move it there") from None
+        raise ConfigError(f"{subject} is not in --working-dir {working_dir}; move it there") from None
 
 
-def _followed(job: Job) -> int:
+def _follow_to_end(job: Job) -> int:
     from rankloom.launch.submit import follow
 
     try:
         return follow(job, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
-        typer.echo(f"\ndetached; {job.id} goes on\n{job.hints}", err=True)
+        typer.echo(f"\ndetached; {job.id} continues\n{job.hints}", err=True)
         return 130

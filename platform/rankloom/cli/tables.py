@@ -1,4 +1,4 @@
-"""Tables of measures and what to do next, for `train` and `evaluate`; pure but for `print_table`."""
+"""Tables of measures and the commands to run next, for `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def print_scorecard(scorecard: Scorecard) -> None:
 
 
 def print_measures(result: Measures | None, base: Measures) -> None:
-    """An adapter's measures beside its base's, or the base's alone."""
+    """Print an adapter's measures beside its base's, or the base's alone."""
     if result is None:
         print_table(("", "base"), [row[:2] for row in measure_rows(base, None)])
     else:
@@ -35,7 +35,7 @@ def print_measures(result: Measures | None, base: Measures) -> None:
 
 
 def next_lines(result: TrialResult) -> list[str]:
-    """Return what `train` left, and the commands to continue with."""
+    """Return where the run's results are, and the commands to run next."""
     if result.status == "interrupted":
         return [f"stopped at step {result.steps}; the same command with --resume continues from there"]
     lines = [f"run      {result.run}"]
@@ -50,7 +50,7 @@ def next_lines(result: TrialResult) -> list[str]:
 
 
 def print_table(header: Sequence[str], rows: Rows) -> None:
-    """A rich table on a terminal, aligned plain text in a pipe; a header of empty texts is left out."""
+    """Print a rich table on a terminal, aligned plain text in a pipe; leave out a header of empty texts."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -69,5 +69,5 @@ def _rich(header: Sequence[str], rows: Rows) -> Table:
 
     table = Table(*header, box=None, show_header=any(header), header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: no [brackets] are taken for markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text, so that [brackets] are not read as markup
     return table

@@ -1,4 +1,4 @@
-"""`rankloom train`: one trial, from its config to a version in the registry."""
+"""`rankloom train`: train one trial, from its config to a version in the registry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankloom.cli.options import INTERRUPTED, Json, Overrides, ResumeRun, TrialF
 def train(config: TrialFile, overrides: Overrides = None, resume: ResumeRun = False, as_json: Json = False) -> None:
     """Train one trial, score it beside its base, and publish the adapter.
 
-    The first Ctrl-C stops after the current step with a checkpoint, the second at once; --resume goes on.
+    The first Ctrl-C stops after the current step with a checkpoint, the second stops at once; --resume continues.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`rankloom tune`: a study, from its config to the winner in the registry."""
+"""`rankloom tune`: run a study, from its config to the winner in the registry."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rankloom.cli.options import INTERRUPTED, Json, Overrides, ResumeStudy, Stud
 def tune(config: StudyFile, overrides: Overrides = None, resume: ResumeStudy = False, as_json: Json = False) -> None:
     """Search for the best trial: many train at once on one shared base.
 
-    The best by validation are scored on the test rows and published: the winner under the study's name, each method's
-    best under its own. Ctrl-C leaves a study that --resume continues.
+    The best trials by validation are scored on the test rows and published: the winner under the study's name,
+    each method's best under NAME-METHOD. After Ctrl-C, --resume continues the study.
 
     Examples:
 
@@ -29,7 +29,7 @@ def tune(config: StudyFile, overrides: Overrides = None, resume: ResumeStudy = F
     try:
         with shown(on_stderr=as_json) as show:
             result = rl.tune(study, resume=resume, on_event=show)  # Ray Tune catches the first Ctrl-C itself
-    except KeyboardInterrupt:  # before it searched, or the second one
+    except KeyboardInterrupt:  # before the search began, or the second Ctrl-C
         typer.echo("aborted; --resume continues from what was saved", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:

@@ -12,7 +12,7 @@ TAKE_EVERY_S = 0.2
 
 
 class Background:
-    """A call in a thread that does not keep the process alive; in the main thread Ray Train would take SIGINT over."""
+    """A call in a daemon thread, because Ray Train would replace SIGINT's handler in the main thread."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._value: Any = None
@@ -21,14 +21,14 @@ class Background:
         def run() -> None:
             try:
                 self._value = call()
-            except BaseException as error:  # handed to `result`'s caller
+            except BaseException as error:  # raised to `result`'s caller
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="rankloom-fit", daemon=True)
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait a while; True once it has ended."""
+        """Wait up to `timeout_s`; return True once the call has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -39,7 +39,7 @@ class Background:
 
 
 def watch(call: Background, channel: Any, tell: OnEvent, stop: threading.Event | None = None) -> None:
-    """Hand on the channel's events until the call has ended."""
+    """Pass the channel's events to `tell` until the call has ended."""
     import ray
 
     ended = False

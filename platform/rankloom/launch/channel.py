@@ -1,7 +1,7 @@
 """Channel: the small actor between a trial's workers and its driver.
 
-Events flow to the driver, the wish to stop flows to the workers, and an error that no restart would cure is kept
-here, so that a restarted group of workers learns of it and does nothing.
+Events flow to the driver and the request to stop flows to the workers. An error that a restart would repeat is kept
+here, so that a restarted group of workers finds it and does nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rankloom.launch.failures import Failure
 
 
 class Channel:
-    """One trial's. Every method is short, so a plain (not asyncio) actor will do."""
+    """The channel of one trial. Every method is short, so a plain (not asyncio) actor is enough."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -22,18 +22,18 @@ class Channel:
         self._left: set[int] = set()
 
     def push(self, events: list[Event]) -> bool:
-        """A worker's events; returns whether the driver asked to stop."""
+        """Take a worker's events; return whether the driver asked to stop."""
         self._events += events
         return self._stop
 
     def take(self, stop: bool) -> list[Event]:
-        """The events since the last call; `stop` asks the workers to."""
+        """Return the events since the last call; `stop` asks the workers to stop."""
         self._stop = self._stop or stop
         events, self._events = self._events, []
         return events
 
     def join(self, rank: int) -> bool:
-        """A worker starts; False if the trial has failed already, and it need not."""
+        """Register a worker that starts; return False if the trial has already failed and the worker must not run."""
         if self._failure is None:
             self._left.discard(rank)
         else:
@@ -41,11 +41,11 @@ class Channel:
         return self._failure is None
 
     def leave(self, rank: int) -> None:
-        """A worker is done."""
+        """Register that a worker is done."""
         self._left.add(rank)
 
     def fail(self, rank: int, failure: Failure) -> None:
-        """A worker failed in a way that a restart would repeat; the first one's reason is kept."""
+        """Register a worker's failure that a restart would repeat; the first failure is kept."""
         self._failure = self._failure or failure
         self._left.add(rank)
 

@@ -1,4 +1,4 @@
-"""The Ray cluster that a command uses: which one, what its workers inherit, and what each may take of it.
+"""The Ray cluster that a command uses: its address, its workers' environment and their resources.
 
 `RAY_ADDRESS` names a running cluster (`auto`: the one on this machine); without it a local Ray is started, and
 stopped when the command ends. Inside a Ray job `RAY_ADDRESS` is set.
@@ -24,41 +24,41 @@ from rankloom.events import OnEvent, PhaseStarted, WarningRaised
 
 CONNECT_TIMEOUT_S = 5.0
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Where Ray tells a job's driver the runtime environment that the job was submitted with."""
+"""Environment variable in which Ray passes a job's runtime environment to its driver."""
 
 _INHERITED = (
     "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
     "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "RANKLOOM_CACHE",
 )  # fmt: skip
-"""What workers of a cluster that we did not start are told of the driver's environment; nothing secret."""
+"""The driver's environment variables that workers of a running cluster get too; no secrets."""
 
 
 def worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
-    """The environment of a worker process that computes on `cpus` cores.
+    """Return the environment of a worker process that computes on `cpus` cores.
 
     Args:
-        gpu: whether it has one, or a part of one, reserved; if not, it finds none.
+        gpu: whether a GPU, or a part of one, is reserved for it; if not, every GPU is hidden from it.
     """
     told = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     if not gpu:
-        told["CUDA_VISIBLE_DEVICES"] = ""  # Ray itself leaves it all of its machine's
+        told["CUDA_VISIBLE_DEVICES"] = ""  # Ray itself would leave it all GPUs of its machine
     return told | {
         "OMP_NUM_THREADS": str(cpus),
-        # idle OpenMP threads would spin on the cores that Ray's own processes and the other workers need; a fraction
-        # of a millisecond they may: put to sleep between two operations, they cost a small model a quarter of its speed
+        # idle OpenMP threads would spin on cores that Ray's processes and other workers need, so they sleep; but only
+        # after a fraction of a millisecond: sleeping between two operations costs a small model a quarter of its speed
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "10000",
-        # glibc gives each thread an arena, which keeps what it freed
+        # glibc gives each thread an arena, which does not return freed memory
         "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # as `models.load_base`, for whatever a library runs before or beside it
+        # as `models.load_base` sets it, for what a library runs before or beside that
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     }
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What every worker gets."""
+    """The resources of every worker."""
 
     num_workers: int
     cpus: int
@@ -74,7 +74,7 @@ def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], 
 
     Args:
         nodes: each node's resources.
-        growing: whether nodes may still join; then what doesn't fit yet is waited for.
+        growing: whether nodes may still join; then workers that do not fit yet wait for them.
 
     Raises:
         ConfigError: the workers don't fit, or CUDA is asked for where no node has a GPU.
@@ -97,7 +97,7 @@ def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], 
 
 
 def _even(cores: Sequence[int], num_workers: int) -> int:
-    """The most cores that each of `num_workers` can have at once; at least 1."""
+    """Return the most cores that each of `num_workers` can have at once; at least 1."""
     for cpus in range(max(cores, default=1), 1, -1):
         if sum(c // cpus for c in cores) >= num_workers:
             return cpus
@@ -106,41 +106,41 @@ def _even(cores: Sequence[int], num_workers: int) -> int:
 
 @contextmanager
 def connected(compute: ComputeConfig) -> Iterator[WorkerResources]:
-    """Be connected to Ray inside; yields what each worker gets. A connection that was there before stays.
+    """Connect to Ray for the `with` block and yield each worker's resources; an earlier connection stays open.
 
     Raises:
-        RankloomError: the cluster can't be reached. ConfigError: see `share`.
+        RankloomError: the cluster can't be reached. ConfigError: see `worker_resources`.
     """
     with attached() as nodes:
         yield worker_resources(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
 
 
 def open_ports() -> str | None:
-    """What is to be told of a Ray that runs what anybody sends to it; None: it asks for a token."""
+    """Return a warning if Ray accepts code from anyone who reaches its ports; None if it asks for a token."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
         return None
     return (
-        "RAY_AUTH_MODE=disabled: Ray's ports listen beyond this machine, and run what whoever reaches them sends; "
+        "RAY_AUTH_MODE=disabled: Ray's ports listen beyond this machine and run the code of anyone who reaches them; "
         "unset it, or set it to token"
     )
 
 
 def announce(tell: OnEvent) -> None:
-    """Tell that a command connects to Ray now, and of `open_ports`."""
+    """Report that a command connects to Ray now, with the warning of `open_ports`."""
     tell(PhaseStarted("launch", "connecting to Ray"))
     if told := open_ports():
         tell(WarningRaised(told))
 
 
 def starts_ray() -> bool:
-    """Whether `attached` would start a Ray: none is named, and this process is connected to none."""
+    """Return whether `attached` would start a Ray: no address is set and this process is not connected."""
     ray = sys.modules.get("ray")
     return not os.environ.get("RAY_ADDRESS") and not (ray is not None and ray.is_initialized())
 
 
 @contextmanager
 def attached() -> Iterator[list[dict[str, float]]]:
-    """The same without sharing it out; yields each node's resources."""
+    """Connect to Ray as `connected` does, and yield each node's resources."""
     import ray
 
     ours = not ray.is_initialized()
@@ -154,14 +154,14 @@ def attached() -> Iterator[list[dict[str, float]]]:
 
 
 def alive() -> list[dict[str, float]]:
-    """The resources of each node."""
+    """Return the resources of each node that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def beside_me() -> dict[str, Any]:
-    """Options of a small actor that must not be lost with a node other than this process's own."""
+    """Return the options of a small actor that must live on this process's own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -170,7 +170,7 @@ def beside_me() -> dict[str, Any]:
 
 
 def check_answers(host: str, port: int, address: str) -> None:
-    """Raises RankloomError where nothing listens; Ray itself would wait for minutes."""
+    """Raise RankloomError if nothing listens at an address; Ray itself would wait for minutes."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def _connect(ray: Any, address: str | None) -> None:
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit():
         check_answers(host, int(port), f"RAY_ADDRESS={address}")
-    # of a local Ray: its processes find no GPU that is not reserved for them
+    # for a local Ray: its processes see only the GPUs reserved for them
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "rankloom"}
     if address:
@@ -208,6 +208,6 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Ship this package to the cluster's workers, unless the job that we run in brought it."""
+    """Ship this package to the cluster's workers, unless the surrounding job brought it."""
     brought = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     return {} if "py_modules" in brought else {"py_modules": [str(Path(rankloom.__file__).parent)]}

@@ -68,7 +68,7 @@ def evaluate(
 def resolve_subject(
     subject: str | Path | TrialConfig | Mapping[str, Any], registry: str, overrides: Sequence[str] = ()
 ) -> tuple[TrialConfig, str | None]:
-    """Return the trial to score by, and the adapter (None: the trial's base): a ref with its number, or a folder."""
+    """Return the trial to score by and the adapter: a ref with its number, a folder, or None for the trial's base."""
     if isinstance(subject, (str, Path)) and is_config_file(str(subject)):
         return load(TrialConfig, subject, overrides), None
     if not isinstance(subject, (str, Path)):
@@ -79,7 +79,7 @@ def resolve_subject(
             record = Record.model_validate_json((folder / RECORD).read_bytes())
         except (OSError, ValidationError):
             raise ConfigError(
-                f"{subject}: a folder without a {RECORD} of rankloom's does not tell its base and data; publish it "
+                f"{subject}: a folder without rankloom's {RECORD} does not name its base and data; publish it "
                 f"first: rankloom adapters publish {shlex.quote(str(subject))} --name NAME --base BASE"
             ) from None
         adapter = str(folder)
@@ -150,7 +150,7 @@ def score_remotely(
     cpus: int,
     metric: MetricFunction | None = None,
 ) -> Any:
-    """What the Ray worker runs; None after an error that the channel holds."""
+    """Score in a Ray worker; return None after an error, which the channel holds."""
     import ray
     import torch
 
@@ -187,5 +187,5 @@ def score(
 
 
 def _one_line(failure: Failure) -> RankloomError:
-    """Nothing is kept on disk for an evaluation, so the trace is part of the message."""
+    """Return one error with its trace in the message, since an evaluation keeps no files."""
     return TrialError(f"{failure.error}\n{failure.trace}") if failure.trace else failure.error

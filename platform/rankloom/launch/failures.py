@@ -1,4 +1,4 @@
-"""Failures: whatever ended a trial, as one RankloomError that its user can read."""
+"""Failures: turn whatever ended a trial into one readable RankloomError."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Failure(NamedTuple):
 
     error: RankloomError
     trace: str | None
-    """The stack trace, where the error is not one that the user can read without."""
+    """The stack trace; None where the error's message is enough."""
 
 
 def failure_of(error: Exception) -> Failure:
-    """An exception as something that survives pickling and that a user can read."""
+    """Return an exception as a readable failure that survives pickling."""
     if isinstance(error, RankloomError):
         return Failure(error, None)
     if type(error).__name__ == "OutOfMemoryError":  # torch's and Ray's; neither need be imported here
@@ -28,7 +28,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def training_failure(error: Any, trial: TrialConfig) -> Failure:
-    """Ray Train's error: the first worker's reason, unless that is only that a neighbour went away."""
+    """Return Ray Train's error as a failure: the first worker's own error, not the loss of another worker."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     causes = [getattr(failures[rank], "_base_exc", failures[rank]) for rank in sorted(failures)]
     died = [cause for cause in causes if type(cause).__module__.startswith("ray.")]
@@ -39,12 +39,12 @@ def training_failure(error: Any, trial: TrialConfig) -> Failure:
     text = f"failed: {type(cause).__name__}: {_line(cause)}"
     if died:
         text = f"a worker died, and compute.max_failures={trial.compute.max_failures} restart(s) are used up: {text}"
-    return Failure(TrialError(f"{text}; --resume goes on from the last checkpoint"), str(error))
+    return Failure(TrialError(f"{text}; --resume continues from the last checkpoint"), str(error))
 
 
 def _line(error: BaseException) -> str:
     text = str(error)
-    if "Traceback (most recent call last)" in text:  # Ray Tune's errors hold that of their cause: its last line says it
+    if "Traceback (most recent call last)" in text:  # Ray Tune's errors hold a trace that ends with the reason
         text = text.strip().splitlines()[-1]
     text = " ".join(text.split())
     return text if len(text) <= 400 else f"{text[:400]} ..."

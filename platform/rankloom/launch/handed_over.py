@@ -1,7 +1,7 @@
-"""What Python code handed over: data becomes a file that the config names, a metric a name in the config.
+"""Objects from Python code: data becomes a file that the config names, a metric becomes a name in the config.
 
-A study's processes find the metric in a pickle in the study's own folder, which they alone read; what a config or a
-record names is never unpickled.
+A study's processes unpickle the metric from the study's own folder, which only they read. A path in a config or a
+record is never unpickled.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _name_metric(config: Config, section: str, metric: MetricFunction | None) ->
 def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:
     """Return the trial on rows that were handed over; None changes nothing.
 
-    They are written to `<output.root>/data`, under names of their contents: workers and a resumed run find them.
+    The rows are written to `<output.root>/data` under names made from their contents, where workers and a resumed run
+    find them.
 
     Args:
         data: a `datasets.Dataset`, a pandas DataFrame or a list of dicts, or a mapping from train, validation and test
@@ -54,7 +55,7 @@ def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:
 
 
 def searched_on(study: StudyConfig, data: Any) -> StudyConfig:
-    """Return the study on rows that were handed over, as `trained_on`.
+    """Return the study on rows that were handed over; see `trained_on`.
 
     Raises:
         ConfigError: the space or a warm start names other rows.
@@ -64,7 +65,7 @@ def searched_on(study: StudyConfig, data: Any) -> StudyConfig:
     paths = write_rows(data, study.baseline.output.root)
     named = [*study.space, *study.search.warm_start]
     if clashing := [role for role in paths for fragment in named if role in (fragment.get("data") or {})]:
-        raise ConfigError(f"data.{clashing[0]}: the study's space names rows too; hand rows over, or name them there")
+        raise ConfigError(f"data.{clashing[0]}: the study's space names rows too; give rows in only one place")
     tree = dump(study)
     given = {role: {"path": path} for role, path in paths.items()}
     tree["trial"] = tree["trial"] | {"data": (tree["trial"].get("data") or {}) | given}
@@ -75,7 +76,7 @@ def write_rows(data: Any, root: str, role: str = "train") -> dict[str, str]:
     """Write rows that were handed over below a root, and return each role's path.
 
     Args:
-        role: what rows without a mapping are.
+        role: the role of rows without a mapping.
     """
     from rankloom.data.from_python import rows_files
     from rankloom.registry.storage import open_storage
@@ -103,7 +104,7 @@ def keep_metric(folder: Path, function: MetricFunction) -> None:
 
     try:
         content = cloudpickle.dumps(function)
-    except Exception as error:  # whatever the function refers to may refuse
+    except Exception as error:  # whatever the function refers to may fail to pickle
         raise ConfigError(f"metric: {function!r} can't be sent to other processes: {error}") from None
     staged = folder / f".{METRIC}.staged"
     staged.write_bytes(content)

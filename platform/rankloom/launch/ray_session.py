@@ -1,4 +1,4 @@
-"""A trial in a Ray Train worker: `run_on_worker` is what each runs, `RayTrainSession` what its loop talks to."""
+"""A trial in a Ray Train worker: each worker runs `run_on_worker`, and its loop uses `RayTrainSession`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rankloom.launch.failures import failure_of
 PUSH_EVERY_S = 0.2
 ASK_EVERY_S = 0.2
 LEAVE_TOGETHER_S = 10.0
-"""How long a worker that failed waits for the others to end too, before it makes Ray end them."""
+"""Seconds that a failed worker waits for the others to end, before it makes Ray end them."""
 CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
 def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Run a trial on a Ray Train worker; rank 0 returns the result, None after an error that the channel holds.
+    """Run a trial on a Ray Train worker; rank 0 returns the result, or None after an error, which the channel holds.
 
     Args:
         work: `run_trial`'s further arguments.
@@ -48,7 +48,7 @@ def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str
     except Exception as error:
         failure = failure_of(error)
         if failure.trace is not None and world_size > 1:
-            raise  # perhaps only since another worker died: let Ray restart them all
+            raise  # another worker's death may be the cause: let Ray restart them all
         ray.get(channel.fail.remote(rank, failure))
         others, deadline = set(range(world_size)) - {rank}, time.monotonic() + LEAVE_TOGETHER_S
         while not ray.get(channel.all_left.remote(others)):
@@ -74,7 +74,7 @@ class RayTrainSession:
     @classmethod
     @contextmanager
     def connect(cls, rank: int, world_size: int, channel: Any) -> Iterator[RayTrainSession]:
-        """A session whose rank 0 talks to the channel from a thread of its own, for training must not wait for it."""
+        """Yield a session; rank 0 talks to the channel in its own thread, so that training does not wait for it."""
         session, ended = cls(rank, world_size, channel), threading.Event()
 
         def talk() -> None:
@@ -97,7 +97,7 @@ class RayTrainSession:
             self._outbox.put(event)
 
     def should_stop(self) -> bool:
-        """Rank 0's answer is everyone's: the loop adds the workers' up."""
+        """Return whether to stop. Only rank 0 knows; the loop sums the workers' answers."""
         return self._stop
 
     @contextmanager
@@ -111,7 +111,7 @@ class RayTrainSession:
     def best_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
-        reported = ray.train.get_all_reported_checkpoints()  # waits for those still being written
+        reported = ray.train.get_all_reported_checkpoints()  # waits for reports in progress
         best = max(reported, key=lambda r: float(r.metrics["score"]), default=None)
         with _opened(best and best.checkpoint) as folder:
             yield folder
@@ -119,12 +119,12 @@ class RayTrainSession:
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
         import ray.train
 
-        # of equal scores the earlier is better, as in LocalSession; Ray would take the later
+        # the earlier of equal scores is better, as in LocalSession; Ray would take the later
         ranked = metrics | {"score": metrics["score"] - 1e-12 * metrics["step"]}
         if folder is None:
             ray.train.report(ranked)
             return
-        # a step that is repeated after a restart must not be written over the folder that Ray's snapshot names
+        # a step repeated after a restart must not overwrite the folder that Ray's snapshot names
         name = CHECKPOINT.format(step=int(metrics["step"]), nonce=time.time_ns())
         try:
             ray.train.report(ranked, checkpoint=ray.train.Checkpoint(folder), checkpoint_dir_name=name)
@@ -138,7 +138,7 @@ class RayTrainSession:
         with contextlib.suppress(queue.Empty):
             while True:
                 events.append(self._outbox.get_nowait())
-        with contextlib.suppress(ray.exceptions.RayError):  # its listener is gone: no reason to end the training
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver's channel is gone; training continues
             self._stop = ray.get(self._channel.push.remote(events))
 
 

@@ -1,4 +1,4 @@
-"""What a training or an evaluation leaves, for Python and for a notebook; `to_dict` is what `--json` prints.
+"""Results of a training or an evaluation, for Python and notebooks; `--json` prints `to_dict`.
 
 A study's result is `rankloom.search.results`.
 """
@@ -21,7 +21,7 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, as `--json` prints it: without what did not come about."""
+        """Return the result as plain data, as `--json` prints it, without fields that were not set."""
         return self.model_dump(mode="json", by_alias=True, include=self.model_fields_set)
 
     def __str__(self) -> str:
@@ -36,15 +36,15 @@ class TrialResult(Result):
     name: str
     """The trial's name."""
     steps: int
-    """Optimiser steps that were made."""
+    """Optimiser steps made."""
     scorecard: Scorecard | None = None
-    """What was measured on the test rows, beside the untuned base."""
+    """The measures on the test rows, beside the untuned base's."""
     memory_bytes: int | None = None
-    """Memory of the weights: the base as it is held, and the adapter on it."""
+    """Bytes of the base's weights, quantised as configured, with the adapter."""
     version: int | None = None
     """The adapter's version in the registry."""
     registry: str | None = None
-    """The registry's place."""
+    """The registry's folder or URL."""
     folder: str | None = Field(default=None, alias="adapter")
     """The adapter's folder in the registry; in JSON it is called `adapter`."""
     run: str
@@ -92,7 +92,7 @@ class EvaluationResult(Result):
 
 
 def in_short(result: Measures, base: Measures | None) -> str:
-    """Return a result's loss and its share of right answers, beside the base's."""
+    """Return a result's loss and accuracy as short text, beside the base's."""
     words = []
     if result.metric is not None:
         beside = f" (base {base.metric.value:.4g})" if base is not None and base.metric is not None else ""

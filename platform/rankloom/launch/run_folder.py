@@ -1,8 +1,8 @@
-"""A run's folder, `<output.root>/runs/<name>`, and whether a run may start, go on, or is finished.
+"""A run's folder, `<output.root>/runs/<name>`, and whether a run may start, may resume or is finished.
 
 It holds trial.yaml (the resolved config), id, the checkpoints (the launcher's), events.jsonl and tensorboard/
-(`tracking.py`), result.json once the run is done, and error.log after a crash. Beside it lies a lock file, which the
-process that runs it holds.
+(`tracking.py`), result.json once the run is done, and error.log after a crash. The process that runs
+it holds a lock file beside it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from rankloom.registry.storage import open_storage
 TRIAL, RESULT, ID, ERROR = "trial.yaml", "result.json", "id", "error.log"
 EVENTS, CURVES = "events.jsonl", "tensorboard"
 RAYS = ".validate_storage_marker"
-"""What Ray Train leaves in every run's folder."""
+"""The file that Ray Train leaves in every run's folder."""
 CHECKPOINTS = "checkpoints"
-"""Where a run without Ray keeps its checkpoints; Ray Train's are `checkpoint-*` folders beside it."""
+"""Folder of a run's checkpoints without Ray; Ray Train's are `checkpoint-*` folders beside it."""
 
 MAY_CHANGE = (
     "budget.", "compute.", "output.", "tracking.",
     "eval.every", "eval.patience", "eval.batch_size",
     "eval.max_test_rows", "eval.retention", "eval.base", "eval.latency",
 )  # fmt: skip
-"""Settings (by prefix) that `--resume` takes from the new config: neither the weights so far nor the scores that
-chose the best checkpoint depend on them."""
+"""Settings (by prefix) that `--resume` takes from the new config: the weights so far and the scores that
+chose the best checkpoint do not depend on them."""
 
 Decision = Literal["start", "resume", "finished"]
 
@@ -57,10 +57,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Meanwhile no other process can run it. An object store has no lock.
+        """Keep other processes from running it during the `with` block. An object store has no lock.
 
         Raises:
-            ConfigError: another process does.
+            ConfigError: another process runs it.
         """
         if self.local is None:
             yield
@@ -69,17 +69,17 @@ class RunFolder:
             yield
 
     def decide_run(self, trial: TrialConfig, *, resume: bool) -> Decision:
-        """Whether to start this trial here, to go on with it, or nothing (it is finished).
+        """Return whether to start this trial here, to resume it, or that it is finished.
 
         Raises:
-            ConfigError: the folder holds another run, or none where one was to be resumed.
+            ConfigError: the folder holds another run, or there is no run to resume.
         """
         saved = self._read_trial()
         if saved is None:
             if resume:
-                raise ConfigError(f"--resume: no run {trial.name!r} at {self.path}; leave --resume out to start it")
+                raise ConfigError(f"--resume: no run {trial.name!r} at {self.path}; omit --resume to start it")
             if self._is_foreign():
-                raise ConfigError(f"{self.path} exists and holds no run of rankloom's; choose another name")
+                raise ConfigError(f"{self.path} exists and does not hold a rankloom run; choose another name")
             return "start"
         if not resume:
             raise ConfigError(
@@ -100,21 +100,21 @@ class RunFolder:
         return "finished" if self._storage.exist([RESULT])[0] and not longer else "resume"
 
     def begin(self, trial: TrialConfig) -> None:
-        """Write the trial, and at the first time the run's id; an earlier result no longer holds.
+        """Write the trial and, the first time, the run's id; delete an earlier result.
 
         Raises:
-            TrialError: the place can't be written.
+            TrialError: the folder can't be written.
         """
         with self._writing():
             if self.local:
                 self.local.mkdir(parents=True, exist_ok=True)
             if not self._storage.exist([ID])[0]:
                 self.write(ID, uuid.uuid4().hex)
-            self._storage.delete(RESULT)  # of a smaller budget: until the larger is used up, the run is not finished
+            self._storage.delete(RESULT)  # it is of a smaller budget; with the larger one the run is not finished
             self.write(TRIAL, yaml.safe_dump(dump(trial), sort_keys=False))
 
     def abandon(self) -> None:
-        """After an error: a run that has trained nothing leaves nothing but the error's trace."""
+        """Clean up after an error: a run without a checkpoint leaves only the error's trace."""
         with self._writing():
             folders = self._storage.folders("")
             if any(name.startswith("checkpoint-") for name in folders) or self._storage.folders(CHECKPOINTS):
@@ -129,7 +129,7 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """Unique to this run; a later one of the same name has another."""
+        """The run's unique id; a later run of the same name has another."""
         return self._storage.read(ID).decode()
 
     def result(self) -> TrialResult:
@@ -144,14 +144,14 @@ class RunFolder:
         return result
 
     def write(self, name: str, text: str) -> str:
-        """Write a small file at once; returns its whole path."""
+        """Write a small file atomically and return its full path."""
         with self._writing():
             self._storage.write(name, text.encode())
         return f"{self.path}/{name}"
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A local folder for files that grow; on an object store they are copied to the run at the end."""
+        """Yield a local folder for files that grow; for an object store they are copied to the run at the end."""
         if self.local:
             yield self.local
             return
@@ -167,14 +167,14 @@ class RunFolder:
         target, path = fs.FileSystem.from_uri(self.path)
         with self._writing():
             for file in (f for f in folder.rglob("*") if f.is_file()):
-                # one segment a session: a resumed run does not overwrite what was written before
+                # one file per session: a resumed run does not overwrite earlier files
                 place = f"{path}/{file.relative_to(folder)}"
                 if target.get_file_info(place).type != fs.FileType.NotFound:
                     place += f".{uuid.uuid4().hex[:8]}"
                 fs.copy_files(str(file), place, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
 
     def _is_foreign(self) -> bool:
-        """Whether the folder holds something, and none of it is ours."""
+        """Return whether the folder holds files, none of them rankloom's."""
         if self._storage.exist([ID])[0] or (self.local and not self.local.is_dir()):
             return False
         return bool(self._storage.folders("") or set(self._storage.files("")) - {ERROR})
@@ -187,7 +187,7 @@ class RunFolder:
                 return dump(parse(TrialConfig, yaml.safe_load(self._storage.read(TRIAL)), TRIAL))
             except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
                 raise TrialError(
-                    f"{self.path}/{TRIAL}, which says what was run here, is damaged or another rankloom's: "
+                    f"{self.path}/{TRIAL}, the run's config, is damaged or from another version of rankloom: "
                     f"{' '.join(str(error).split())}; restore it, or choose another name (name=...)"
                 ) from None
 
@@ -203,10 +203,10 @@ class RunFolder:
 
 @contextmanager
 def lock_folder(folder: Path, what: str) -> Iterator[None]:
-    """Have a run's or a study's folder to oneself. The lock lies beside it, and dies with its process.
+    """Lock a run's or a study's folder. The lock file is beside it; the lock ends with its process.
 
     Raises:
-        ConfigError: another process has it. TrialError: the place can't be written.
+        ConfigError: another process holds it. TrialError: the folder can't be written.
     """
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
@@ -214,7 +214,7 @@ def lock_folder(folder: Path, what: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"{what} {folder.name!r} at {folder} is under way in another process; wait for it, or choose another name "
+            f"{what} {folder.name!r} at {folder} is running in another process; wait for it, or choose another name "
             f"(name=...)"
         ) from None
     except OSError as error:
@@ -226,7 +226,7 @@ def lock_folder(folder: Path, what: str) -> Iterator[None]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Setting -> `setting: old -> new`, for each that differs."""
+    """Return setting -> `setting: old -> new` for each setting that differs."""
     before, after = flat(old), flat(new)
     keys = [*before, *(key for key in after if key not in before)]
     return {
@@ -235,7 +235,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Return nested mappings as one, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

@@ -1,7 +1,7 @@
-"""Sending a command to a cluster as a Ray job, over the cluster's HTTP API, and following it.
+"""Submit a command to a cluster as a Ray job over the cluster's HTTP API, and follow its log.
 
 The job brings this package (`py_modules`) and the resolved config; the cluster needs rankloom's dependencies, not
-rankloom. What its workers read and write must be reachable from there.
+rankloom. Files that its workers read and write must be reachable from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rankloom.launch.cluster import CONNECT_TIMEOUT_S, check_answers
 POLL_EVERY_S = 1.0
 CONFIG_FILE = "config.yaml"
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT")
-"""What the job receives of this environment: names of services. Keys and tokens are the cluster's own."""
+"""Environment variables that the job inherits: names of services. The cluster has its own keys and tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def hints(self) -> str:
-        """The commands that a user continues with."""
+        """The commands that follow and stop the job."""
         return (
             f"  follow it: ray job logs {self.id} --address {self.address} --follow\n"
             f"  stop it:   ray job stop {self.id} --address {self.address}"
@@ -59,7 +59,7 @@ def submit(
 
     Args:
         config: written as `config.yaml` into the job's working folder.
-        working_dir: shipped instead; it can't be had together with `config`.
+        working_dir: uploaded in place of `config`; give one of the two.
 
     Raises:
         RankloomError: the cluster can't be reached or refuses the job.
@@ -85,16 +85,16 @@ def submit(
 
 
 def is_open(address: str) -> bool:
-    """Whether a cluster takes jobs, and so code, without a token."""
+    """Return whether a cluster accepts jobs, and so code, without a token."""
     try:
         with urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=CONNECT_TIMEOUT_S) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):  # of these, urllib's for 401 and 403
+    except (OSError, ValueError):  # includes urllib's errors for 401 and 403
         return False
 
 
 def follow(job: Job, write: Callable[[str], None]) -> int:
-    """Print the job's log until it ends; returns its exit code."""
+    """Print the job's log until it ends; return its exit code."""
 
     async def tail() -> None:
         async for lines in job.client.tail_job_logs(job.id):
@@ -124,7 +124,7 @@ def _client(address: str) -> Any:
     check_answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), address)
     token = Path("~/.ray/auth_token").expanduser()
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.is_file()):
-        os.environ["RAY_AUTH_MODE"] = "token"  # sent along; a cluster without authentication takes no notice
+        os.environ["RAY_AUTH_MODE"] = "token"  # a cluster without authentication ignores it
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -137,6 +137,6 @@ def _client(address: str) -> Any:
 
 
 def _last_line(error: BaseException) -> str:
-    """Of a server's whole traceback, the reason."""
+    """Return the last line of a server's traceback, which is the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__

@@ -1,8 +1,7 @@
-"""Where a run's events go, in the driver: events.jsonl and TensorBoard always, MLflow and W&B where configured.
+"""Trackers write a run's events in the driver: events.jsonl and TensorBoard always, MLflow and W&B where configured.
 
-A tracker that fails during the run is dropped with a warning; a missing package is found before the
-start. A step that was repeated after a worker died is written twice; the later one counts. A study's runs are opened
-by `search/curves.py`.
+A tracker that fails during the run is dropped with a warning; a missing package is found before the start. A step
+that is repeated after a worker died is written twice; the later one counts. `search/curves.py` opens a study's runs.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 MLFLOW_EXPERIMENT = "rankloom"
 MLFLOW_PARAMS, MLFLOW_VALUE = 100, 6000
-"""What it takes at once, and of a value."""
+"""MLflow's limits: parameters per call, characters per value."""
 _MEASURES = ("loss", "perplexity", "macro_f1", "retention_loss", "latency_ms", "generated_tokens_per_s")
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes", "epoch")
 
 
 class Tracker(Protocol):
-    """One place that events are written to."""
+    """A destination of events."""
 
     def write(self, event: Event) -> None: ...
 
@@ -55,13 +54,13 @@ class Subject:
     """What is tracked: a run, a study, or a study's trial."""
 
     id: str
-    """Unique; what is resumed is found by it."""
+    """Unique id, by which a resumed subject is found."""
     name: str
     settings: dict[str, Any]
-    """Its config's tree."""
+    """Its config as a dict."""
     tracking: TrackingConfig
     study: Subject | None = None
-    """Whose trial it is."""
+    """The study of a trial."""
 
 
 class Trackers:
@@ -74,7 +73,7 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 tracker.write(event)
-            except Exception as error:  # a full disk or a server that went away must not end the training
+            except Exception as error:  # a full disk or a lost server must not end the training
                 self._trackers.remove(tracker)
                 logger.warning("%s stopped recording: %s", type(tracker).__name__, error)
 
@@ -87,7 +86,7 @@ class Trackers:
 
 
 def check(trial: TrialConfig) -> None:
-    """Raises ConfigError where a configured tracker's package is not installed."""
+    """Raise ConfigError if a configured tracker's package is not installed."""
     wanted = {"mlflow": trial.tracking.mlflow, "wandb": trial.tracking.wandb_project}
     for package, value in wanted.items():
         if value is not None and find_spec(package) is None:
@@ -99,7 +98,7 @@ def check(trial: TrialConfig) -> None:
 
 @contextmanager
 def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
-    """Yields the function that writes an event to every tracker of the trial.
+    """Yield the function that writes an event to every tracker of the trial.
 
     Raises:
         TrialError: the run's folder can't be written. ConfigError: a configured tracker does not open.
@@ -125,7 +124,7 @@ def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
 
 
 def servers(subject: Subject, folder: Path) -> list[Tracker]:
-    """The trackers that are configured; `folder` is for what they keep locally.
+    """Return the configured trackers; `folder` is for their local files.
 
     Raises:
         ConfigError: one of them does not open.
@@ -133,12 +132,12 @@ def servers(subject: Subject, folder: Path) -> list[Tracker]:
     try:
         found: list[Tracker] = [Mlflow(subject)] if subject.tracking.mlflow is not None else []
         return found + ([WandB(subject, folder)] if subject.tracking.wandb_project is not None else [])
-    except Exception as error:  # their clients raise of everything
+    except Exception as error:  # their clients may raise anything
         raise ConfigError(f"tracking: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event that are worth a curve, by name."""
+    """Return the numbers of an event to plot, by name."""
     found: dict[str, float | None] = {}
     match event:
         case StepFinished():
@@ -160,7 +159,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def _step(event: Event) -> int:
-    """The step that an event's `scalars` belong to."""
+    """Return the step that an event's `scalars` belong to."""
     match event:
         case RunFinished(steps=step):
             return step
@@ -170,7 +169,7 @@ def _step(event: Event) -> int:
 
 
 class Jsonl:
-    """Every event, a line each, with its time."""
+    """Writes every event as a line with its time."""
 
     def __init__(self, file: Path) -> None:
         self._opened = file.open("a", encoding="utf-8", buffering=1)
@@ -183,7 +182,7 @@ class Jsonl:
 
 
 class TensorBoard:
-    """Curves, through tensorboard's own writer, which needs no torch."""
+    """Writes curves through tensorboard's own writer, which does not need torch."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -207,9 +206,9 @@ class TensorBoard:
 
 
 class Mlflow:
-    """An MLflow run, found again when it is resumed; a study's is the parent of its trials'.
+    """An MLflow run, found by its id when it is resumed; a study's run is the parent of its trials'.
 
-    Through the client: no module state.
+    It uses the client, which has no module state.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -247,7 +246,7 @@ class Mlflow:
 
 
 class WandB:
-    """A Weights & Biases run, continued by its id when it is resumed; a study's trials are a group."""
+    """A Weights & Biases run, found by its id when it is resumed; a study's trials are a group."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         import wandb

@@ -2,11 +2,11 @@
 
     decide    whether the run starts, resumes or is finished (`run_folder.py`), before Ray does
     launch    `rankloom.training.run.run_trial` with a Session: LocalSession here, `ray_session.py` in a Ray worker
-    watch     the driver takes events off the `Channel` and hands them to the trackers and the caller
-    unwrap    whatever failed reaches the caller as one RankloomError (`failures.py`)
+    watch     the driver takes events from the `Channel` and passes them to the trackers and the caller
+    unwrap    every failure reaches the caller as one RankloomError (`failures.py`)
 
-Ray restarts the workers when one dies. An error that a restart would repeat is returned by the workers as data,
-so that it is not retried.
+Ray restarts the workers when one dies. Workers return an error that a restart would repeat as data, so that Ray does
+not retry it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rankloom.registry import Registry
 
 
 class Work(TypedDict):
-    """What `run_trial` is called with beside the trial."""
+    """The arguments of `run_trial` beside the trial."""
 
     train: bool
     study: Path | None
@@ -51,8 +51,8 @@ def train(
 ) -> TrialResult:
     """Train one trial, score it beside its base on the test rows, and publish the adapter.
 
-    It runs on the Ray cluster that `RAY_ADDRESS` names, else on a Ray of its own on this machine; with
-    `compute.num_workers=0` in this process.
+    It runs on the Ray cluster that `RAY_ADDRESS` names, else on a local Ray that it starts; with
+    `compute.num_workers=0` it runs in this process.
 
     Args:
         trial: what to train: a `TrialConfig`, a dict of the same settings, or the path of a YAML file with them
@@ -61,7 +61,7 @@ def train(
             needs it again.
         data: Rows in place of `data.train`: a `datasets.Dataset`, a pandas DataFrame or a list of dicts; or a mapping
             from train, validation and test to these. They are written to `<output.root>/data`.
-        resume: Continue the run of this name. A finished run is not repeated: its result is returned.
+        resume: Resume the run of this name. A finished run is not repeated: its result is returned.
         on_event: Called in this thread with every event: data, steps, evaluations, phases, warnings.
         stop: Set it, from another thread, to stop after the current step with a checkpoint that `resume` continues.
 
@@ -103,11 +103,11 @@ def train_trial(
     study: Path | None = None,
     metric: MetricFunction | None = None,
 ) -> TrialResult:
-    """Train a trial as `train` does, perhaps for a study.
+    """Train a trial as `train` does, alone or for a study.
 
     Args:
-        train: False, with `resume`: a run that was stopped ends here, with the best checkpoint that it has.
-        study: The folder of the study that it is part of, which is held to its data and base.
+        train: False, with `resume`, ends a stopped run with its best checkpoint, without more training.
+        study: The folder of the run's study; the run's data and base must match it.
     """
     trial = resolve_paths(judged_by(trial, metric))
     if trial.compute.num_workers == 0 and "://" in trial.output.root:
@@ -116,7 +116,7 @@ def train_trial(
             f"or set compute.num_workers=1"
         )
     tracking.check(trial)
-    Registry(trial.output.registry_root)  # a wrong URL is found before the training
+    Registry(trial.output.registry_root)  # find a wrong URL before the training
     run = RunFolder(trial)
     if run.decide_run(trial, resume=resume) != "finished" and study is None:  # a refusal leaves no trace
         from rankloom.training.preflight import preflight
@@ -221,7 +221,7 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.
             name=trial.name,
             storage_path=run.parent,
             failure_config=FailureConfig(max_failures=trial.compute.max_failures),
-            # Ray keeps the latest besides the one with the highest score
+            # Ray keeps the latest beside the one with the highest score
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
             worker_runtime_env={"env_vars": cluster.worker_environment(cpus, gpu=share.gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -230,8 +230,8 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.
 
 
 def _raise(failure: Failure, run: RunFolder) -> NoReturn:
-    """Raise the failure; its trace, if it has one, goes to the run's log."""
+    """Raise the failure; write its trace, if it has one, to the run's error.log."""
     if failure.trace is None:
         raise failure.error from None
     where = run.write(ERROR, failure.trace)
-    raise TrialError(f"{failure.error}; the whole trace is in {where}") from None
+    raise TrialError(f"{failure.error}; the full trace is in {where}") from None

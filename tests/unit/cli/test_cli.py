@@ -145,7 +145,7 @@ def test_doctor_tells_what_attention_is_computed_with(
         assert first["attention"] == ("ok", "torch has flash, math")
     assert first["triton"][0] == "ok"
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)  # has them all
-    assert told()["attention"][1].startswith("torch has flash, memory-efficient, math, cuDNN; runs leave cuDNN's out")
+    assert told()["attention"][1].startswith("torch has flash, memory-efficient, math, cuDNN; runs avoid cuDNN's")
 
     def has_none(*_: object, **__: object) -> None:
         raise RuntimeError("No available kernel")

@@ -113,5 +113,5 @@ def test_errors_of_the_data_and_of_the_code(
     assert run("train", str(trial_file), "name=b") == 1
     text = capsys.readouterr().err
     log = trial_file.parent / "out" / "runs" / "b" / "error.log"
-    assert text == f"error: failed: KeyError: 'a bug of ours'; the whole trace is in {log}\n"
+    assert text == f"error: failed: KeyError: 'a bug of ours'; the full trace is in {log}\n"
     assert "Traceback" in log.read_text()

@@ -86,7 +86,7 @@ class Cli:
         assert found == code, text
         assert text.startswith("error: ")
         assert len(text.splitlines()) == 1
-        assert "the whole trace is in" not in text  # that would be for our own mistakes
+        assert "the full trace is in" not in text  # that would be for our own mistakes
         return text
 
     def json(self, *arguments: object) -> Any:
@@ -467,7 +467,7 @@ def test_two_processes_do_not_run_the_same(trial: Path, cli: Cli) -> None:
 
     assert train_trial(config, on_event=resume_meanwhile).status == "done"
     assert refused == [
-        f"error: run 'tiny' at {cli.root}/runs/tiny is under way in another process; wait for it, or choose another "
+        f"error: run 'tiny' at {cli.root}/runs/tiny is running in another process; wait for it, or choose another "
         f"name (name=...)\n"
     ]
 
@@ -478,7 +478,7 @@ def test_a_damaged_run(content: bytes, trial: Path, cli: Cli) -> None:
     folder.mkdir(parents=True)
     (folder / "trial.yaml").write_bytes(content)
     text = cli.fails(1, "train", trial, "--resume")
-    assert f"{folder}/trial.yaml, which says what was run here, is damaged or another rankloom's: " in text
+    assert f"{folder}/trial.yaml, the run's config, is damaged or from another version of rankloom: " in text
     assert "restore it, or choose another name" in text
 
 
@@ -547,8 +547,8 @@ def test_ctrl_c_and_kill_lose_nothing(trial: Path, cli: Cli) -> None:
             assert code == 130
             assert "--resume continues" in out
             assert err == (
-                "\nstopping after this step, with a checkpoint; scoring, once begun, is finished; Ctrl-C again aborts "
-                "at once\n"
+                "\nstopping after this step, with a checkpoint (or after the scoring, once begun); press "
+                "Ctrl-C again to abort now\n"
             )
             assert 25 <= kept < 120
         else:

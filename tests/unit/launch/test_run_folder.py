@@ -43,7 +43,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "thesis.txt").write_text("mine")
     trial = trial_at(tmp_path)
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="does not hold a rankloom run"):
         RunFolder(trial).decide_run(trial, resume=False)
 
 
@@ -101,7 +101,7 @@ def test_the_id_stays(tmp_path: Path) -> None:
 def test_a_run_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     run = RunFolder(trial_at(tmp_path))
     with run.lock():
-        with pytest.raises(ConfigError, match=rf"run 'run' at {run.path} is under way in another process; wait for it"):
+        with pytest.raises(ConfigError, match=rf"run 'run' at {run.path} is running in another process; wait for it"):
             lock_folder(Path(run.path), "run").__enter__()
         other = RunFolder(resolve_paths(parse(TrialConfig, {"name": "other", "output": {"root": str(tmp_path)}})))
         with other.lock():

@@ -170,7 +170,7 @@ def test_a_full_disk_interrupts_a_study_and_ends_no_trial(tiny_study: Make, tmp_
     )  # fmt: skip
     first, _, second = done.stderr.partition("[exit 1]")
     assert "error: output.root: " in first
-    assert "No space left on device; make room, --resume goes on" in first
+    assert "No space left on device; make room; --resume continues" in first
     for text in (done.stdout, done.stderr):
         assert "Traceback" not in text
         assert "died too often" not in text

@@ -1,5 +1,5 @@
-"""Searching over trials with Ray Tune: `study.py` is the whole way of a study; read `trainable.py` next.
+"""Searching over trials with Ray Tune: `study.py` is a study from start to end; read `trainable.py` next.
 
-The driver and the trials here import no torch: what computes are the hosts (`hosts/host_actor.py`), which trials join,
-and the dedicated runs of methods that can't share a base.
+The driver and the trials here do not import torch. The hosts (`hosts/host_actor.py`), which trials join, compute, and
+so do the dedicated runs of methods that can't share a base.
 """

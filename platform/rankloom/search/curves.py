@@ -1,8 +1,8 @@
-"""Curves: what trackers get to see of a study. A run for each trial, and one of the study that they belong to.
+"""Curves: write a study to its trackers, as a run for each trial and a parent run for the study.
 
-TensorBoard's files are in `<study>/tensorboard`, a folder a trial; MLflow's trials are nested in the study's run, those
-of W&B are a group. All come from the driver's events, so that it does not matter where a trial runs. They are written
-in a thread of their own: a slow server must not keep the scheduler waiting.
+TensorBoard's files are in `<study>/tensorboard`, one folder per trial; MLflow's trials are nested in the study's run;
+W&B's are a group. All come from the driver's events, wherever a trial runs, and are written in a separate thread: a
+slow server must not delay the scheduler.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def track_study(study: StudyConfig, study_id: str, leaderboard: Leaderboard, folder: Path) -> Iterator[OnEvent]:
-    """Yields the function that takes the study's events, after the board did.
+    """Yield the function that takes the study's events, after the leaderboard has taken them.
 
     Args:
-        study_id: unique to this study, and the same when it is resumed.
-        folder: the study's.
+        study_id: the study's unique id, which stays when it is resumed.
+        folder: the study's folder.
 
     Raises:
         ConfigError: a configured tracker does not open.
@@ -63,7 +63,7 @@ class _Curves:
         self._later(self._begin, own, trackers)
 
     def take(self, event: Event) -> None:
-        """Pass on what is worth a curve, without waiting for anybody."""
+        """Queue the events to plot; do not wait for a tracker."""
         match event:
             case StudyFinished(result):
                 self._take_result(result)
@@ -88,7 +88,7 @@ class _Curves:
             trackers.close(self._status)
 
     def _take_result(self, result: dict[str, Any]) -> None:
-        """The scorecards of the finalists; the winner's is the study's too."""
+        """Write the finalists' scorecards; the winner's is the study's too."""
         for row in result["finalists"]:
             subject = self._subject(row["trial"])
             event = RunFinished(status="done", steps=row["validation"]["step"], scorecard=row["scorecard"])
@@ -100,7 +100,7 @@ class _Curves:
         self._status = "done"
 
     def _progress(self) -> StudyProgress:
-        """The best so far, against the trials that have ended."""
+        """Return the best so far, against the trials that have ended."""
         search, ranking = self._leaderboard.study.search, self._leaderboard.ranking()
         best = ranking[0].best(search) if ranking else None
         ended = sum(trial.status != "running" for trial in self._leaderboard.trials.values())

@@ -1,8 +1,8 @@
 """A trial that can't share a base (full, GaLore, LISA, AdaLoRA, ...): a Ray Train run of its own.
 
-It is the run that `rankloom train` would make, in a folder of the study's, watched through its events: each evaluation
-is a report. It does not wait for Tune between two of them; a stop reaches it at its next step. A run that came to its
-end has an adapter; one that was stopped gets it when the study ends, if it is among the best (`finish`).
+It is the run that `rankloom train` would make, in the study's folder, watched through its events: each evaluation is a
+report. It does not wait for Tune between two reports; a stop reaches it at its next step. A finished run has an
+adapter; a stopped one gets it when the study ends, if it is among the best (`finish`).
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from rankloom.launch.trainer import train_trial
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
 ADAPTERS = "adapters"
-"""In the study's folder: each trial's best adapter."""
+"""Folder in the study's folder with each trial's best adapter."""
 POLL_S = 0.2
 
 
 def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> DedicatedBackend:
-    """The run of a study's trial, begun or not; `folder` is the study's."""
+    """Return the run of a study's trial, begun or not; `folder` is the study's."""
     root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
     return DedicatedBackend(trial, study.search, root, best_folder, cpus)
 
 
 class DedicatedBackend:
-    """One run; see `trainable.Way`."""
+    """One run; see `trainable.TrialBackend`."""
 
     def __init__(self, trial: TrialConfig, search: SearchConfig, root: Path, best_folder: Path, cpus: int) -> None:
         """
         Args:
-            search: what the study looks for.
+            search: the study's search settings.
             root: the run's output root.
-            best_folder: where its adapter goes.
+            best_folder: the folder for its adapter.
             cpus: cores of a worker.
         """
         tree = dump(trial)
-        # what the finalists are measured by is measured when the study ends; its registry is the run's own
+        # finalists are fully measured when the study ends; each run publishes to its own registry
         tree["output"] |= {"root": str(root), "registry": None, "publish": True}
-        tree["tracking"] |= {"mlflow": None, "wandb_project": None}  # the study tracks all its trials alike
+        tree["tracking"] |= {"mlflow": None, "wandb_project": None}  # the study itself tracks its trials
         self._objectives = search.objectives
         tree["eval"] |= {"base": False, "latency": "latency_ms" in self._objectives, "retention": None}
         tree["compute"] |= {
@@ -88,14 +88,14 @@ class DedicatedBackend:
                         return self._last
 
     def save(self, n: int, folder: Path) -> None:
-        """The run keeps its own checkpoints; this is which of its evaluations were told."""
+        """Write the last report; the run keeps its own checkpoints."""
         folder.mkdir(parents=True)
         (folder / PROGRESS).write_text(json.dumps(self._last and asdict(self._last)))
 
     def load(self, n: int, folder: Path) -> None:
         saved = json.loads((folder / PROGRESS).read_text())
         known = {each.name for each in fields(TrialReport)}
-        # one from before there was a TrialReport has no `n`, and where nothing was reported, no more than two keys
+        # older releases wrote no `n`, and only two keys where nothing was reported
         reported = saved is not None and "percent" in saved
         self._last = TrialReport(**{k: v for k, v in saved.items() if k in known} | {"n": n}) if reported else None
 
@@ -106,13 +106,13 @@ class DedicatedBackend:
             self._running = None
 
     def finish(self) -> None:
-        """End a run that was stopped: its best checkpoint's adapter goes where those of finished runs are."""
+        """Finish a stopped run: put its best checkpoint's adapter where finished runs have theirs."""
         if not self._best_folder.is_dir():
             self._keep(train_trial(self._trial, resume=True, train=False, study=self._study, metric=self._metric))
 
     @property
     def _metric(self) -> MetricFunction | None:
-        """Of the study's own, where Python code handed it over; else `eval.metric` says it."""
+        """The metric that Python code handed over; None where `eval.metric` names it."""
         return study_metric(self._search.metric, self._study) if self._search.is_handed_over else None
 
     def _start(self) -> Background:
@@ -143,7 +143,7 @@ class DedicatedBackend:
         )
 
     def _end(self, n: int, running: Background) -> TrialReport:
-        """The run came to its end, perhaps earlier than its budget: its last evaluation, now with an adapter."""
+        """Return the last report of a run that ended, perhaps before its budget, and keep its adapter."""
         try:
             outcome = running.result()
         except RankloomError:
@@ -152,7 +152,7 @@ class DedicatedBackend:
             raise failure_of(error).error from None
         self._keep(outcome)
         scorecard = outcome.scorecard
-        assert scorecard is not None  # nothing stopped it
+        assert scorecard is not None  # it was not stopped
         measured = {"memory_bytes": outcome.memory_bytes, "latency_ms": scorecard.result.latency_ms}
         costs = costs_of(measured, self._objectives)
         if self._last is None:
@@ -163,7 +163,7 @@ class DedicatedBackend:
     def _keep(self, outcome: TrialResult) -> None:
         staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")
         shutil.rmtree(staged, ignore_errors=True)
-        assert outcome.folder is not None  # a study's runs are all published, in a registry of the study's own
+        assert outcome.folder is not None  # a study's runs all publish, to registries in its folder
         shutil.copytree(outcome.folder, staged)
         shutil.rmtree(self._best_folder, ignore_errors=True)
         staged.rename(self._best_folder)

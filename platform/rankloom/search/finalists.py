@@ -1,4 +1,4 @@
-"""Finalists: what the driver hands to a host to be scored on the test rows, and what comes back; no torch."""
+"""Finalists: the driver sends them to a host to be scored on the test rows, and gets scores back; no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rankloom.registry.scorecard import Scorecard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """A trial that is among the best, with its adapter."""
+    """A trial among the best, with its adapter."""
 
     trial: TrialConfig
     folder: str
-    """Its adapter."""
+    """Its adapter's folder."""
     names: list[str]
-    """To publish it under."""
+    """Names to publish it under."""
     steps: int
     tokens: int
     train_s: float
@@ -26,9 +26,9 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinalistScore:
-    """How a finalist did: a scorecard, or an error."""
+    """A finalist's scorecard, or its error."""
 
     scorecard: Scorecard | None = None
     published: list[str] = field(default_factory=list)
-    """Refs of the registry."""
+    """The published versions, such as `tickets@1`."""
     error: str | None = None

@@ -1,7 +1,7 @@
-"""A study's space in the searchers' own terms; pure.
+"""Translate a study's space into the searchers' terms and back; pure.
 
 A searcher sees flat names, `0:optim.learning_rate` for the knob of branch 0, so that knobs of two branches stay apart.
-A choice of values that are no plain scalars is searched by index.
+A choice whose values are not plain scalars is searched by index.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ BRANCH = "branch"
 
 
 def sample(study: StudyConfig, rng: random.Random) -> Point:
-    """A point at random: every branch as likely as another."""
+    """Return a random point; all branches are equally likely."""
     branch = rng.randrange(len(study.space))
     return {BRANCH: branch} | {name: draw(knob, rng) for name, knob in study.knobs[branch].items()}
 
 
 def draw(knob: Knob, rng: random.Random) -> Any:
-    """A value of one knob."""
+    """Return a random value of one knob."""
     if isinstance(knob, Choice):
         return rng.choice(knob.choice)
     if isinstance(knob, RandInt):
@@ -37,7 +37,7 @@ def draw(knob: Knob, rng: random.Random) -> Any:
 
 
 def suggest(study: StudyConfig, trial: Any) -> None:
-    """Optuna's define-by-run: the branch first, then that branch's knobs alone."""
+    """Ask an Optuna trial (define-by-run) for the branch, then for that branch's knobs only."""
     branches = len(study.space)
     branch = trial.suggest_categorical(BRANCH, list(range(branches))) if branches > 1 else 0
     for name, knob in study.knobs[branch].items():
@@ -51,7 +51,7 @@ def suggest(study: StudyConfig, trial: Any) -> None:
 
 
 def flat(study: StudyConfig) -> dict[str, Any]:
-    """Ray Tune's domains of all branches' knobs, side by side: for searchers that know no conditions."""
+    """Return Ray Tune's domains of all branches' knobs side by side, for searchers without conditions."""
     branches = len(study.space)
     domains: dict[str, Any] = {BRANCH: tune.choice(list(range(branches)))} if branches > 1 else {}
     for branch, knobs in enumerate(study.knobs):
@@ -69,7 +69,7 @@ def flat(study: StudyConfig) -> dict[str, Any]:
 
 
 def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
-    """The point that a searcher's flat parameters mean."""
+    """Return the point of a searcher's flat parameters."""
     branch = int(params.get(BRANCH, 0))
     point: Point = {BRANCH: branch}
     for name, knob in study.knobs[branch].items():
@@ -78,17 +78,17 @@ def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
             point[name] = value if _options(knob) is knob.choice else knob.choice[int(value)]
         elif isinstance(knob, RandInt):
             point[name] = int(value)
-        else:  # some searchers give numpy's numbers, or pass a bound by a rounding
+        else:  # some searchers give numpy's numbers, or exceed a bound by rounding
             low, high = knob.bounds
             point[name] = min(max(float(value), low), high)
     return point
 
 
 def params_of(study: StudyConfig, point: Point, *, all_branches: bool = False) -> dict[str, Any]:
-    """The flat parameters of a point: the inverse of `point_of`.
+    """Return the flat parameters of a point: the inverse of `point_of`.
 
     Args:
-        all_branches: give the knobs of the branches that are not chosen some value too.
+        all_branches: include the knobs of the other branches, each at some value.
     """
     params: dict[str, Any] = {BRANCH: point[BRANCH]} if len(study.space) > 1 else {}
     for branch, knobs in enumerate(study.knobs):
@@ -101,9 +101,9 @@ def params_of(study: StudyConfig, point: Point, *, all_branches: bool = False) -
 
 
 def mutations(study: StudyConfig) -> dict[str, Any]:
-    """What population based training may change while a trial runs, as functions that draw a new value.
+    """Return the knobs that population based training may change in a running trial, as functions that draw a value.
 
-    Rank, method and data make another trial; the optimiser's rates and dropout do not.
+    A new rank, method or data set would make another trial; the optimiser's rates and dropout do not.
     """
     mutable = ("optim.learning_rate", "optim.loraplus_ratio", "optim.weight_decay", "method.dropout")
     knobs = study.knobs[0]
@@ -121,6 +121,6 @@ class _Draw:
 
 
 def _options(knob: Choice) -> list[Any]:
-    """The choice itself where a searcher can take its values as they are, else their indices."""
+    """Return the choice itself if its values are all plain scalars, else their indices."""
     scalars = all(value is None or isinstance(value, (bool, int, float, str)) for value in knob.choice)
     return knob.choice if scalars else list(range(len(knob.choice)))

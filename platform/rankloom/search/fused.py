@@ -1,6 +1,6 @@
-"""A trial as a member of a host: asks for a seat, then for one report after another.
+"""A trial as a member of a host: it joins, then asks for one report after another.
 
-The host trains ahead of that within a bound, so that it does not wait for Tune's way there and back.
+The host trains ahead of the reports within a bound, so that it does not wait for Tune's round trip.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from rankloom.hosts.membership import Files, read_files, write_files
 from rankloom.hosts.reports import TrialReport
 
 RETURN_TIMEOUT_S = 30.0
-"""How long a trial waits for its host to be restarted, before another is looked for."""
+"""Seconds that a trial waits for its host to restart, before it looks for another."""
 
 
 class LostError(TrialError):
-    """The trial has to begin again from its own checkpoint."""
+    """The trial must restart from its own checkpoint."""
 
 
 class FusedBackend:
-    """A membership; see `trainable.Way`."""
+    """A membership in a host; see `trainable.TrialBackend`."""
 
     def __init__(self, trial: TrialConfig, trial_id: str, hosts: Any, best_folder: Path, max_failures: int) -> None:
         """
         Args:
-            hosts: the `launch.hosts.Hosts` actor.
-            best_folder: where the host puts the trial's best adapter.
-            max_failures: deaths of the host that are lived through within one report.
+            hosts: the `hosts.hosts.Hosts` actor.
+            best_folder: the folder in which the host keeps the trial's best adapter.
+            max_failures: host deaths tolerated per report.
         """
         self._trial, self._trial_id, self._hosts = trial, trial_id, hosts
         self._best_folder, self._max_failures = best_folder, max_failures
@@ -57,29 +57,29 @@ class FusedBackend:
     def leave(self) -> None:
         if self._host is None:
             return
-        # the answers are not awaited: whoever can't be reached has forgotten this trial already
+        # do not wait for the answers: an actor that can't be reached has forgotten this trial
         self._host.leave.remote(self._key)
         self._hosts.release.remote(self._trial_id)
         self._host = None
 
     def _ask(self, method: str, n: int) -> Any:
-        """Call one of the host's methods that are about report n, on and on while it dies and comes back."""
+        """Call a method of the host about report n; rejoin and repeat where the host died."""
         for _ in range(1 + self._max_failures):
             try:
                 return ray.get(getattr(self._host, method).remote(self._key, n))
-            except (RayActorError, KeyError):  # it died; or it died and was restarted, or the lease ran out
+            except (RayActorError, KeyError):  # the host died, or restarted, or the lease ran out
                 self._join(n, recover=True)
-        raise LostError(f"{self._trial.name}: its host died again and again")
+        raise LostError(f"{self._trial.name}: its host died too often")
 
     def _join(self, n: int, *, recover: bool) -> None:
-        """Take a seat, from the checkpoint that was loaded, or where a host that died left this membership.
+        """Join a host from the loaded checkpoint, or rejoin a restarted host with `recover`.
 
         Raises:
-            LostError: the host did not return, or has nothing of this membership.
+            LostError: the host did not return, or has lost this membership.
         """
         deadline = time.monotonic() + RETURN_TIMEOUT_S
         if not recover:
-            # unique to this membership: a cached actor of the same trial's past must not end it
+            # unique to this membership: an earlier actor of the trial must not end it
             self._key = f"{self._trial_id}#{uuid.uuid4().hex[:8]}"
             self._host = ray.get(self._hosts.assign.remote(self._trial_id, self._trial))
         best_folder = str(self._best_folder)
@@ -96,4 +96,4 @@ class FusedBackend:
                     time.sleep(0.5)
                     continue
                 ray.get(self._hosts.gone.remote(self._trial_id))
-            raise LostError(f"{self._trial.name}: the host is gone, and what it kept of this trial with it")
+            raise LostError(f"{self._trial.name}: the host is gone, with its state of this trial")

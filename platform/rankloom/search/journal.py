@@ -1,6 +1,6 @@
-"""Journal: what the driver writes down and shows while Ray Tune runs, as a callback of Tune's.
+"""Journal: a callback of Ray Tune that writes the study's events to disk and reports them to the caller.
 
-It is also where the user's wish to stop reaches Tune, and where an error that no trial could be spared ends the study.
+It also passes the user's request to stop to Tune, and ends the study on an error that would fail every trial.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from rankloom.search.leaderboard import Leaderboard
 
 STATUS_EVERY_S = 1.0
 ENOUGH = 2**20
-"""Bytes that a folder must take not to be called full."""
+"""Bytes that a folder must accept; with less it is full."""
 
 
 def full(folder: Path) -> TrialError | None:
-    """What to tell where a study's folder takes nothing more; None: it does."""
+    """Return the error if a study's folder can't be written any more, else None."""
     try:
         with tempfile.TemporaryFile(dir=folder) as opened:
             opened.write(bytes(ENOUGH))
     except OSError as error:
-        return TrialError(f"output.root: {folder} can't be written: {error.strerror}; make room, --resume goes on")
+        return TrialError(f"output.root: {folder} can't be written: {error.strerror}; make room; --resume continues")
     return None
 
 
 class Journal(tune.Callback):  # type: ignore[misc]
-    """Writes the journal, keeps the board, tells the caller."""
+    """Writes the journal, updates the leaderboard, reports to the caller."""
 
     def __init__(self, leaderboard: Leaderboard, path: Path, tell: OnEvent, hosts: Any, stop: threading.Event) -> None:
         self.leaderboard = leaderboard
         self.fatal: str | None = None
-        """An error of the study's, not of a trial's: the data or the base can't be loaded."""
+        """An error of the study, not of a trial: the data or the base can't be loaded."""
         self.interrupted = False
         self._stopped = False
         self.host_stats: dict[str, dict[str, Any]] = {}
@@ -65,7 +65,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._statuses: dict[str, str] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._points.get(trial.trial_id) != trial.config:  # not after a pause, unless an exploit changed it
+        if self._points.get(trial.trial_id) != trial.config:  # skip after a pause, unless an exploit changed the point
             self._points[trial.trial_id] = dict(trial.config)
             self._write(TrialStarted(trial=trial.trial_id, point=trial.config))
 
@@ -84,7 +84,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._write(TrialEnded(trial=trial.trial_id, status=status, error=last.get("error")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if problem := full(self._folder):  # no trial's fault: Tune has this one begin again at --resume
+        if problem := full(self._folder):  # not the trial's fault: Tune restarts it at --resume
             self.fatal = self.fatal or str(problem)
             return
         if trial.trial_id not in self.leaderboard.trials:  # it never started
@@ -94,7 +94,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._trials = trials
-        # at the end of a run that was stopped, Tune calls every trial terminated, though it saved them as running
+        # at the end of a stopped run Tune marks every trial terminated, though it saved them as running
         self._statuses = {trial.trial_id: trial.status for trial in trials}
         self._poll()
         in_main = threading.current_thread() is threading.main_thread()
@@ -106,11 +106,11 @@ class Journal(tune.Callback):  # type: ignore[misc]
             signal.raise_signal(signal.SIGINT)  # Tune's own handler saves its state and ends the run
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        if not self._trials:  # all had ended in an earlier run, so that there was no step
+        if not self._trials:  # all ended in an earlier run, so there was no step
             self._trials, self._statuses = trials, {trial.trial_id: trial.status for trial in trials}
 
     def reconcile(self) -> None:
-        """After a run: forget trials that a killed driver wrote down and Tune does not know, and end what has ended."""
+        """Forget trials that a killed driver wrote but Tune does not know, and end those that ended."""
         known = {trial.trial_id: trial for trial in self._trials}
         for trial_id in [trial_id for trial_id in self.leaderboard.trials if trial_id not in known]:
             del self.leaderboard.trials[trial_id]
@@ -120,17 +120,17 @@ class Journal(tune.Callback):  # type: ignore[misc]
             if ended and standing is not None and standing.status == "running":
                 self.on_trial_complete(0, self._trials, trial)
         unfinished = any(status not in ("TERMINATED", "ERROR") for status in self._statuses.values())
-        self.interrupted = unfinished or self._stopped  # between two trials all may have ended, and more be to come
+        self.interrupted = unfinished or self._stopped  # all may have ended before the next trial starts
 
     def take_stats(self, stats: list[dict[str, Any]]) -> None:
-        """What the hosts say of themselves; one that was given back keeps its last words."""
+        """Take the hosts' counters; a host that was given back keeps its last ones."""
         self.host_stats |= {each["label"]: each for each in stats}
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, event: TrialStarted | TrialEvaluated | TrialEnded) -> None:
-        """Keep an event of a trial, which has its name and method of the board, and tell the caller."""
+        """Write a trial's event with the trial's name and method, and report it to the caller."""
         self.leaderboard.add(event)
         trial = self.leaderboard.trials[event.trial]
         named = replace(event, name=trial.config.name, method=trial.method)
@@ -139,7 +139,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._tell(named)
 
     def _poll(self) -> None:
-        """Ask the hosts how they do, now and then, without waiting for them."""
+        """Ask the hosts for their counters every second, without waiting for the answer."""
         import ray
 
         if self._stats is not None and ray.wait([self._stats], timeout=0)[0]:
@@ -154,7 +154,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self.tell_status()
 
     def tell_status(self) -> None:
-        """The board in short, for a display."""
+        """Report the study's status, for a display."""
         elapsed = time.monotonic() - self._began_at
         done = self.leaderboard.share_done - self._share_before
         eta = elapsed / done * (1 - self.leaderboard.share_done) if done > 0 else None

@@ -1,7 +1,7 @@
 """Leaderboard: the state of a study's trials, from its journal; pure.
 
 The journal (`journal.jsonl` in the study's folder) is what the driver writes: a line when a trial starts, one for
-each report, one when it ends. It is read back when a study resumes, so a report may come twice; the later one counts.
+each report, one when it ends. It is read when a study resumes, so a report may come twice; the later one counts.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class TrialState:
     point: Point
     config: TrialConfig
     status: TrialStatus = "running"
-    """done: ran to its end; stopped: by the scheduler; failed: with `error`."""
+    """done: it ran to its end; stopped: the scheduler ended it; failed: see `error`."""
     error: str | None = None
     curve: dict[int, CurvePoint] = field(default_factory=dict)
     """Number of the report -> the report."""
     costs: dict[str, float] = field(default_factory=dict)
-    """Those of `search.objectives` that were measured."""
+    """The measured `search.objectives`, by name."""
 
     @property
     def method(self) -> str:
@@ -62,34 +62,34 @@ class TrialState:
         return self.curve[max(self.curve)] if self.curve else None
 
     def best(self, search: SearchConfig) -> CurvePoint | None:
-        """Its best report; of equal ones the one of lower loss, then the earlier."""
+        """Return its best report; of equal ones the one with the lower loss, then the earlier."""
         return min(self.reports, key=lambda point: (*rank(point, search), point.step), default=None)
 
 
 def rank(point: CurvePoint, search: SearchConfig) -> tuple[float, float]:
-    """Sorts reports, the best first."""
+    """Return a sort key that puts the best report first."""
     return (-search.sign * point.value(search.key), point.loss)
 
 
 class Leaderboard:
-    """The study's trials."""
+    """The study's trials and their ranking, kept up to date by `add`."""
 
     def __init__(self, study: StudyConfig) -> None:
         self.study = study
         self.trials: dict[str, TrialState] = {}
         self.num_refused = 0
-        """Points that the searcher proposed and no trial can have."""
+        """Points of the searcher that no valid trial can have."""
 
     @classmethod
     def read(cls, study: StudyConfig, journal: Path) -> Leaderboard:
-        """From a journal; a half line, which a killed driver leaves, is nothing."""
+        """Read a journal; skip a half line that a killed driver left."""
         leaderboard = cls(study)
         for event in read_events(journal) if journal.is_file() else ():
             leaderboard.add(event)
         return leaderboard
 
     def add(self, event: Event) -> None:
-        """Take an event of the journal in."""
+        """Add an event of the journal."""
         match event:
             case TrialStarted():
                 self._start(event)
@@ -112,13 +112,13 @@ class Leaderboard:
         self.trials[event.trial] = TrialState(event.trial, number, point, config, curve=curve, costs=costs)
 
     def ranking(self) -> list[TrialState]:
-        """The trials with a report, the best by validation first; a failed one's best report counts as any other."""
+        """Return the trials with a report, the best by validation first; a failed trial's best report counts too."""
         search = self.study.search
         scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(search)) is not None]
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], search), pair[0].number))]
 
     def candidates(self) -> list[TrialState]:
-        """Those of the ranking that have an adapter, or can be given one: no dedicated run that failed."""
+        """Return the ranking without failed dedicated runs: trials that have an adapter or can get one."""
         return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status in ("done", "stopped")]
 
     @property
@@ -126,9 +126,9 @@ class Leaderboard:
         return next((trial for trial in self.trials.values() if trial.point.get("warm_start") == 0), None)
 
     def front(self) -> list[TrialState]:
-        """The Pareto front, best by the metric first; empty where the study has no `search.objectives`.
+        """Return the Pareto front, best by the metric first; empty where the study has no `search.objectives`.
 
-        Of the candidates whose costs are known, those than which no other is as good in all and better in something.
+        It holds each candidate with known costs that no other candidate matches in all values and beats in one.
         """
         search = self.study.search
         if not search.objectives:
@@ -149,7 +149,7 @@ class Leaderboard:
         return [trial for trial, mine in zip(measured, values, strict=True) if not beaten(mine)]
 
     def finalists(self) -> list[TrialState]:
-        """The top k, each method's best, the front and the baseline: what is scored on the test rows."""
+        """Return the trials to score on the test rows: the top k, each method's best, the front and the baseline."""
         ranking, found = self.candidates(), {}
         for trial in [*ranking[: self.study.final.top_k], *self.front()]:
             found[trial.id] = trial
@@ -163,14 +163,14 @@ class Leaderboard:
         return [trial for trial in ranking if trial.id in found]
 
     def counts(self) -> dict[TrialStatus, int]:
-        """Status -> trials."""
+        """Return the number of trials of each status."""
         counts: dict[TrialStatus, int] = dict.fromkeys(get_args(TrialStatus), 0)
         for trial in self.trials.values():
             counts[trial.status] += 1
         return counts
 
     def rungs(self) -> list[tuple[float, int]]:
-        """For successive halving: each rung, in percent of a trial's budget, and how many trials came to it."""
+        """Return each rung of successive halving in percent of a trial's budget, and how many trials reached it."""
         scheduler, found = self.study.scheduler, []
         if isinstance(scheduler, AshaConfig):
             rung = max(1.0, round(100 * scheduler.grace))
@@ -181,7 +181,7 @@ class Leaderboard:
         return found
 
     def status(self) -> StudyStatus:
-        """What a display shows, without the hosts and the time."""
+        """Return the study's status, without the hosts and the time."""
         search = self.study.search
         top = [
             LeaderboardRow(
@@ -213,7 +213,7 @@ class Leaderboard:
 
     @property
     def share_done(self) -> float:
-        """About how much of the study is behind us, 0 to 1: a trial that was stopped is as done as one that ended."""
+        """Estimated share of the study that is done, 0 to 1; a stopped trial counts as done."""
         done = sum(
             1.0 if trial.status != "running" else trial.last.percent / 100 if trial.last else 0.0
             for trial in self.trials.values()
@@ -222,7 +222,7 @@ class Leaderboard:
 
 
 def settings(trial: TrialState) -> str:
-    """What a trial was given by the space, short: `rank 8, learning_rate 0.0012`."""
+    """Return a trial's values of the knobs as short text: `rank 8, learning_rate 0.0012`."""
     if "warm_start" in trial.point:
         return "baseline" if trial.point["warm_start"] == 0 else "warm start"
     knobs = {name.rpartition(".")[2]: value for name, value in trial.point.items() if name != "branch"}
@@ -232,7 +232,7 @@ def settings(trial: TrialState) -> str:
 
 
 def rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
-    """One row a trial, for results.parquet."""
+    """Return one row per trial, for results.parquet."""
     found, front = [], {trial.id for trial in leaderboard.front()}
     for trial in sorted(leaderboard.trials.values(), key=lambda t: t.number):
         best, last = trial.best(leaderboard.study.search), trial.last
@@ -262,7 +262,7 @@ def rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
 
 
 def write_results(leaderboard: Leaderboard, path: Path) -> None:
-    """results.parquet: every trial's config and learning curve."""
+    """Write results.parquet: every trial's config and learning curve."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,7 +1,7 @@
-"""Objects of Ray Tune's or Optuna's that Python code hands over in place of `search.algorithm` and `scheduler`.
+"""Ray Tune's or Optuna's objects that Python code hands over in place of `search.algorithm` and `scheduler`.
 
-A study's own state, and what is resumed, lies in the study's folder; the objects are given again to resume. Each study
-works on copies, so that an object may be used for several.
+A study resumes from the state in its folder, and needs the objects again. Each study works on copies, so that several
+may use one object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankloom.search.samplers import FINISHED, OptunaSampler, PriorTrial, Sample
 
 @dataclass(frozen=True)
 class OwnSearch:
-    """What was handed over; None: the config says it."""
+    """The objects that were handed over; None: the config decides."""
 
     searcher: Any = None
     """A `ray.tune.search.Searcher`."""
@@ -62,9 +62,9 @@ class OwnSearch:
         return OwnSearcher(study, known, _copy(self.searcher, "searcher"))
 
     def build_scheduler(self, study: StudyConfig) -> Any:
-        """Return a copy of the scheduler, after a look at whether the study can set its metric."""
+        """Return a copy of the scheduler, after a check that the study can set its metric."""
         if not _copy(self.scheduler, "scheduler").set_search_properties(study.search.key, study.search.best):
-            raise ConfigError("scheduler: it has a metric or mode of its own; leave them out, the study sets both")
+            raise ConfigError("scheduler: it has a metric or mode of its own; omit both, which the study sets")
         return _copy(self.scheduler, "scheduler")
 
     def _check_algorithm(self) -> None:
@@ -84,7 +84,7 @@ class OwnSearch:
                 )
 
     def _is_population(self) -> bool:
-        """Whether the scheduler copies weights between trials, which then are drawn at once."""
+        """Return whether the scheduler copies weights between trials, whose points are then all drawn first."""
         from ray.tune import schedulers
 
         if not isinstance(self.scheduler, schedulers.TrialScheduler):
@@ -102,10 +102,10 @@ class OwnSearch:
 
 
 class OwnSearcher(TuneSampler):
-    """A searcher of Ray Tune's that was made elsewhere.
+    """A searcher of Ray Tune that Python code handed over.
 
-    It sees the flat space, `0:optim.learning_rate` for a knob of branch 0. One that knows its space by itself may leave
-    the branch out where the study has one.
+    It sees the flat space, `0:optim.learning_rate` for a knob of branch 0. A searcher with a space of its own may omit
+    `0:` where the study has one branch.
     """
 
     def __init__(self, study: StudyConfig, known: Sequence[PriorTrial], searcher: Any) -> None:
@@ -120,9 +120,7 @@ class OwnSearcher(TuneSampler):
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"searcher: {type(searcher).__name__} can't search this space: {error}") from None
         if not accepted and not by_itself:
-            raise ConfigError(
-                "searcher: it has a space of its own; leave space, metric and mode out, the study sets them"
-            )
+            raise ConfigError("searcher: it has a space of its own; omit space, metric and mode, which the study sets")
         for each in known:
             if each.values is not None and not self._add(each.point, each.values):
                 raise ConfigError(
@@ -143,7 +141,7 @@ class OwnSearcher(TuneSampler):
             return flat_space.point_of(self._study, params)
         except (KeyError, IndexError) as error:
             raise ConfigError(
-                f"searcher: {type(self._search).__name__} gave no {error} among {sorted(params)}; it has to give one "
+                f"searcher: {type(self._search).__name__} gave no {error} among {sorted(params)}; it must give one "
                 f"for each of {sorted(flat_space.flat(self._study))}"
             ) from None
 
@@ -166,5 +164,5 @@ def _copy(given: Any, field: str) -> Any:
 
     try:
         return cloudpickle.loads(cloudpickle.dumps(given))
-    except Exception as error:  # whatever it refers to may refuse
+    except Exception as error:  # whatever it refers to may fail to pickle
         raise ConfigError(f"{field}: {type(given).__name__} can't be saved with the study: {error}") from None

@@ -1,7 +1,7 @@
-"""What is known before a search begins: a good first guess, and the trials of earlier studies.
+"""Priors of a search: a good first guess, and the trials of earlier studies.
 
-An earlier trial counts where it is one of this space: some point makes the same trial, with the same model, data,
-budget and measure. Its result is then told to the searcher as if it had been tried here.
+An earlier trial counts if a point of this space makes the same trial, with the same model, data, budget and measure.
+The searcher then gets its result as if the trial had run here.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from rankloom.search.samplers import PriorTrial
 
 ALPHA, RATE = 32.0, 5e-4
 """LoRA Without Regret (Thinking Machines, 2025): on all linear layers, with alpha 32 and 1/r scaling, the best rate is
-about ten times full fine-tuning's, whatever the rank. A usual rate of full fine-tuning, 5e-5, makes it 5e-4."""
+about ten times full fine-tuning's, whatever the rank. Full fine-tuning's usual rate is 5e-5, hence 5e-4."""
 GUESS = {
     "method.alpha": ALPHA, "method.target_modules": "all-linear", "method.rslora": False, "method.init": "default",
     "optim.learning_rate": RATE, "optim.loraplus_ratio": 1.0,
 }  # fmt: skip
 RATIO = f"method.{ALPHA_OVER_RANK}"
 NOTHING = object()
-"""Where a tree has no such setting."""
+"""The value of a setting that a tree does not have."""
 
 
 @dataclass(frozen=True)
 class Priors:
-    """All that the searcher begins with."""
+    """The points that the searcher begins with."""
 
     guess: Point | None
     priors: list[PriorTrial]
     skipped: dict[str, int]
-    """Why earlier trials were left out -> how many."""
+    """Reason -> number of earlier trials left out for it."""
 
     @property
     def points(self) -> list[PriorTrial]:
@@ -57,13 +57,13 @@ class Priors:
     def gather(cls, study: StudyConfig) -> Priors:
         """
         Raises:
-            ConfigError: one of `search.priors` is no study.
+            ConfigError: one of `search.priors` is not a study.
         """
         return cls(first_guess(study), *read_priors(study))
 
     @classmethod
     def read(cls, file: Path) -> Priors:
-        """What a study began with; earlier studies may be gone since."""
+        """Read the priors that a study began with; the earlier studies may be gone."""
         tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else asdict(cls(None, [], {}))
         return cls(tree["guess"], [PriorTrial(**each) for each in tree["priors"]], tree["skipped"])
 
@@ -72,9 +72,9 @@ class Priors:
 
 
 def first_guess(study: StudyConfig) -> Point | None:
-    """A point of the first branch that permits the guidance, its other knobs near the baseline's values.
+    """Return a point of the first branch that permits the guidance, with its other knobs near the baseline's values.
 
-    None where no branch does, where the baseline is this very trial, or where the study has warm starts of its own.
+    None if no branch permits it, if the baseline is this very trial, or if the study has its own warm starts.
     """
     if study.search.warm_start:
         return None
@@ -108,7 +108,7 @@ def _is_guided(trial: TrialConfig) -> bool:
 
 
 def _by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
-    """A knob's values, the nearest first: of a range the nearest alone, of a choice all."""
+    """Return a knob's values, the nearest first: all of a choice, only the nearest of a range."""
     number = isinstance(near, (int, float)) and not isinstance(near, bool)
     if isinstance(knob, Choice):
         if number and all(isinstance(value, (int, float)) for value in knob.choice):
@@ -119,10 +119,10 @@ def _by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
 
 
 def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
-    """The earlier studies' trials that lie in this space, and for each reason how many were left out.
+    """Return the earlier trials that lie in this space, and the number left out for each reason.
 
     Raises:
-        ConfigError: one of `search.priors` is no study.
+        ConfigError: one of `search.priors` is not a study.
     """
     found, skipped = [], Counter[str]()
     metric = f"best_{study.search.key}"
@@ -141,14 +141,14 @@ def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
 
 
 def locate(study: StudyConfig, tree: Tree) -> Point | None:
-    """The point of the space that makes this trial, if there is one."""
+    """Return the point of the space that makes this trial; None if there is none."""
     try:
         sought = _essence(dump(parse(TrialConfig, tree)))
-    except (ConfigError, IncompatibleError):  # of another version of rankloom
+    except (ConfigError, IncompatibleError):  # from another version of rankloom
         return None
     for branch, knobs in enumerate(study.knobs):
         axes = [list(_made_by(knob, name, sought)) for name, knob in knobs.items()]
-        for values in itertools.product(*axes):  # more than one only where choices hold whole sections
+        for values in itertools.product(*axes):  # several only where choices hold whole sections
             point = {BRANCH: branch, **dict(zip(knobs, values, strict=True))}
             try:
                 if _alike(_essence(dump(study.resolve(point))), sought):
@@ -159,7 +159,7 @@ def locate(study: StudyConfig, tree: Tree) -> Point | None:
 
 
 def _made_by(knob: Knob, name: str, tree: Tree) -> Iterator[Any]:
-    """The knob's values that may have made this trial."""
+    """Yield the knob's values that may have made this trial."""
     value = _at(tree, name)
     if name == RATIO and _at(tree, "method.alpha") is not NOTHING and _at(tree, "method.rank") is not NOTHING:
         value = _at(tree, "method.alpha") / _at(tree, "method.rank")
@@ -170,19 +170,19 @@ def _made_by(knob: Knob, name: str, tree: Tree) -> Iterator[Any]:
 
 
 def _fits(option: Any, value: Any) -> bool:
-    """Whether a setting as it is written may have become this value: short, or a section with defaults left out."""
+    """Return whether a written setting (perhaps short, or without defaults) may have become this value."""
     if isinstance(value, Mapping):
         if isinstance(option, Mapping):
             return all(key in value and _fits(part, value[key]) for key, part in option.items())
         return option in (value.get("type", NOTHING), value.get("path", NOTHING))
-    if isinstance(option, str) and isinstance(value, (int, float)):  # "8", which a trial takes for the number
+    if isinstance(option, str) and isinstance(value, (int, float)):  # "8", which a trial reads as the number
         with suppress(ValueError):
             option = float(option)
     return _alike(option, value)
 
 
 def _essence(tree: Tree) -> Tree:
-    """What of a trial decides its result: not its name, nor where it ran."""
+    """Return the settings that decide a trial's result: not its name or where it ran."""
     measured = {name: tree["eval"][name] for name in ("metric", "max_rows")}
     return {key: tree[key] for key in ("model", "quantization", "data", "method", "optim", "budget", "seed")} | {
         "eval": measured
@@ -190,7 +190,7 @@ def _essence(tree: Tree) -> Tree:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Equal, floats to rounding."""
+    """Return whether two values are equal, floats up to rounding."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
     if isinstance(one, float) and isinstance(other, (int, float)):
@@ -215,7 +215,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise ConfigError(f"search.priors: {path} is no study with its results.parquet: {error}") from None
+        raise ConfigError(f"search.priors: {path} is not a study with a results.parquet: {error}") from None
     if rows and not {"status", "config", "best_loss", "best_accuracy"} <= rows[0].keys():
-        raise ConfigError(f"search.priors: {file} is no results.parquet of a study")
+        raise ConfigError(f"search.priors: {file} is not a study's results.parquet")
     return rows

@@ -1,4 +1,4 @@
-"""The end of a study, the driver's half: who is scored and published, and what the study says of them.
+"""The end of a study, in the driver: choose the finalists, have them scored and published, and collect the result.
 
 `score_finalists.py` is the other half, in a host's process.
 """
@@ -38,7 +38,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         if not is_fusable(trial.config) and trial.status == "stopped":
             tell(PhaseStarted("export", f"{trial.config.name}, which was stopped early"))
             cpus = share_out(study, cluster.alive()).dedicated_cpus
-            with suppress(RankloomError):  # without an adapter, the scoring says why
+            with suppress(RankloomError):  # without an adapter, the scoring reports why
                 dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
     memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
     work = [
@@ -81,7 +81,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
 
 
 def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[FinalistScore]:
-    """What a host's process runs: the driver has no torch."""
+    """Score in a host's process, since the driver has no torch."""
     import ray
 
     from rankloom.search.score_finalists import score_finalists
@@ -90,7 +90,7 @@ def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[Final
 
 
 def names_of(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
-    """What a finalist is published as: the winner under the study's name, the best of each method, and the front."""
+    """Return the names to publish a finalist under: the study's for the winner, and its method's or the front's."""
     ranking = leaderboard.candidates()
     names = [leaderboard.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
@@ -101,9 +101,9 @@ def names_of(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
 
 
 def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, search: SearchConfig) -> bool | None:
-    """Whether the winner is better on the test rows than what a user would have trained without a search.
+    """Return whether the winner is better on the test rows than the baseline, a trial without a search.
 
-    None where they are the same trial, or the baseline failed.
+    None if they are the same trial, or if the baseline failed.
     """
     if baseline is None or baseline["trial"] == winner["trial"]:
         return None

@@ -1,4 +1,4 @@
-"""What a study leaves, for Python and for a notebook; `to_dict` is what `--json` prints and result.json holds."""
+"""Results of a study, for Python and notebooks; `--json` prints `to_dict`, and result.json holds it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ValidationScore(Result):
     loss: float | None
     accuracy: float | None
     metric: float | None = None
-    """Of `search.metric`, where it is a function of the user's own."""
+    """Value of `search.metric`, where that is the user's own function."""
     step: int | None
 
 
@@ -29,26 +29,26 @@ class ScoredTrial(Result):
     trial: str
     """The trial's id in the study: its folder in `adapters/`, its row in results.parquet."""
     number: int
-    """Its place in the order in which trials began."""
+    """Its place in the order of the trials' starts."""
     name: str
     method: str
     point: dict[str, Any]
     """The branch and the value of each knob."""
     validation: ValidationScore
-    """What it was chosen by."""
+    """The measures that it was chosen by."""
     costs: dict[str, float | None]
-    """The study's objectives beside its metric, as far as they were measured."""
+    """The study's measured objectives beside its metric."""
     on_front: bool
-    """Whether no other trial is better in the metric and in every objective."""
+    """Whether it is on the Pareto front of the metric and the objectives."""
     scorecard: Scorecard | None
-    """What was measured on the test rows; None where `error` says why not."""
+    """The measures on the test rows; None where `error` gives the reason."""
     published: tuple[str, ...]
     """The versions that it was published as, such as `tickets@1`."""
     error: str | None
 
     @property
     def adapter(self) -> str | None:
-        """The first version that it was published as."""
+        """The first of its published versions."""
         return self.published[0] if self.published else None
 
     def __repr__(self) -> str:
@@ -70,23 +70,23 @@ class StudyResult(Result):
     counts: dict[str, int]
     """Trials that are running, done, stopped early and failed."""
     num_refused: int
-    """Points whose settings exclude each other, so that they made no trial."""
+    """Points refused because their settings exclude each other."""
     priors: dict[str, Any]
-    """Trials of earlier studies that the searcher knew."""
+    """Number of earlier trials that the searcher got, and of those left out by reason."""
     tokens: int
     """Tokens that all trials trained on."""
     hosts: tuple[dict[str, Any], ...]
-    """What each host did."""
+    """Each host's counters."""
     winner: ScoredTrial | None = None
     """The best trial on the validation rows."""
     front: tuple[ScoredTrial, ...] = ()
     """The scored trials on the Pareto front of the metric and the objectives."""
     baseline: ScoredTrial | None = None
-    """What a user would have trained without a search."""
+    """The trial without a search: the first warm start, or `trial` itself."""
     finalists: tuple[ScoredTrial, ...] = ()
     """All scored trials, the best on the validation rows first."""
     registry: str | None = None
-    """Where they were published."""
+    """The registry with the published adapters."""
     beats_baseline: bool | None = None
     """Whether the winner is better than the baseline on the test rows; None where they are the same trial."""
 
@@ -97,7 +97,7 @@ class StudyResult(Result):
 
     @property
     def trials(self) -> pandas.DataFrame:
-        """Every trial, one a row, read from results.parquet at each access."""
+        """All trials, one per row, read from results.parquet at each access."""
         import pandas
 
         return pandas.read_parquet(self.results)

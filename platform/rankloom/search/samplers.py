@@ -1,6 +1,6 @@
-"""Samplers: the search algorithms. `tune_searcher.py` asks for points and tells how the trials at these ended.
+"""Samplers: the search algorithms. `tune_searcher.py` asks them for points and tells them the trials' results.
 
-A further searcher of Ray Tune's is a row of `TUNE_SEARCHERS`; one of our own is a class here and a row of `SAMPLERS`.
+Another of Ray Tune's searchers is a row of `TUNE_SEARCHERS`; one of our own is a class and a row of `SAMPLERS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankloom.errors import ConfigError
 from rankloom.search import flat_space
 
 FINISHED: Literal["FINISHED"] = "FINISHED"
-"""As Ray Tune's searchers say it."""
+"""Ray Tune's word for a searcher without further points."""
 Values = list[float]
 """A trial's `search.metric`, then its `search.objectives`."""
 
@@ -30,21 +30,21 @@ class PriorTrial:
 
     point: Point
     values: Values | None
-    """An earlier trial's result there; None: it is a good guess, to be tried first."""
+    """An earlier trial's result there; None: the point is a good guess, to be tried first."""
 
 
 class Sampler(Protocol):
     """A search algorithm. It is pickled with the study's state."""
 
     def ask(self, number: int) -> Point | Literal["FINISHED"] | None:
-        """The next point, for trial `number`; FINISHED: there is none left; None: not before some trial has ended."""
+        """Return the next point, for trial `number`; FINISHED if none is left; None to wait until a trial ends."""
 
     def tell(self, number: int, values: Values | None) -> None:
-        """How trial `number` ended; a failure is as bad as the worst so far, None where there is none."""
+        """Take the result of trial `number`. A failure has the worst values so far, or None before any."""
 
 
 class RandomSampler:
-    """Every branch as likely as another, every knob by its own distribution."""
+    """Draws all branches with equal probability, and each knob from its own distribution."""
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         self._study = study
@@ -59,29 +59,34 @@ class RandomSampler:
 
 
 class GridSampler:
-    """Every combination, branch by branch; a guess is among them."""
+    """Walks through every combination, branch by branch; a guess is among them."""
+
+    _points: Iterator[Point] | None = None
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         self._study = study
         self._next = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_points": None}  # a generator can't be pickled; `_next` says where to continue
+
     def ask(self, number: int) -> Point | Literal["FINISHED"]:
-        points = (
-            {flat_space.BRANCH: branch, **values}
-            for branch, knobs in enumerate(self._study.knobs)
-            for values in grid(knobs)
-        )
+        self._points = self._points or itertools.islice(self._walk(), self._next, None)
         self._next += 1
-        return next(itertools.islice(points, self._next - 1, None), FINISHED)
+        return next(self._points, FINISHED)
+
+    def _walk(self) -> Iterator[Point]:
+        for branch, knobs in enumerate(self._study.knobs):
+            yield from ({flat_space.BRANCH: branch, **values} for values in grid(knobs))
 
     def tell(self, number: int, values: Values | None) -> None:
         """A grid learns nothing."""
 
 
 class OptunaSampler:
-    """Optuna, of one objective or several; a branch's knobs are asked for where that branch was chosen.
+    """Optuna with one or several objectives; only the chosen branch's knobs are sampled.
 
-    Optuna is asked by itself: Ray Tune's OptunaSearch takes no earlier results where a space has conditions.
+    It calls Optuna directly: Ray Tune's OptunaSearch does not take earlier results where a space has conditions.
     """
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial], sampler: Any = None) -> None:
@@ -102,7 +107,7 @@ class OptunaSampler:
                 self._optuna.tell(self._new_trial(), prior.values)
 
     def ask(self, number: int) -> Point:
-        # the same number is asked for again after a refusal, and must not get the same answer
+        # a number is asked again after a refusal, and must get another answer
         self._asked[number] = self._new_trial()
         return flat_space.point_of(self._study, self._asked[number].params)
 
@@ -120,14 +125,14 @@ class OptunaSampler:
 
 @dataclass(frozen=True)
 class TuneSearcherSpec:
-    """What Ray Tune's searchers do not say alike."""
+    """What differs between Ray Tune's searchers."""
 
     module: str
-    """The Python module that it needs."""
+    """The Python module it needs."""
     package: str
-    """What pip installs it by."""
+    """The package to install with pip."""
     settings: Callable[[StudyConfig], dict[str, Any]]
-    """Its own arguments."""
+    """Returns the searcher's own arguments."""
 
 
 def _nevergrad(study: StudyConfig) -> dict[str, Any]:
@@ -147,7 +152,7 @@ TUNE_SEARCHERS = {
 
 
 class TuneSampler:
-    """Any of Ray Tune's own searchers, by its name in Ray's table, over the flat space of all branches."""
+    """One of Ray Tune's searchers, by its name in Ray's table, over the flat space of all branches."""
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial]) -> None:
         from ray.tune.search import create_searcher
@@ -155,7 +160,7 @@ class TuneSampler:
         name = study.search.algorithm
         row = TUNE_SEARCHERS[name]
         _check_installed(name, row.module, row.package)
-        # Ray's searchers give the points that they are to begin with in their order
+        # Ray's searchers suggest their initial points in order
         priors = sorted(priors, key=lambda prior: prior.values is None)
         first = [flat_space.params_of(study, prior.point, all_branches=True) for prior in priors]
         try:
@@ -169,7 +174,7 @@ class TuneSampler:
             raise ConfigError(f"search.algorithm={name} can't search this space: {error}; use optuna") from None
         except AttributeError as error:
             raise ConfigError(
-                f"search.algorithm={name}: Ray Tune can't work with the version that is installed ({error}); "
+                f"search.algorithm={name}: Ray Tune does not work with the installed version ({error}); "
                 f"pip install '{row.package}'"
             ) from None
         for number, prior in enumerate(priors):
@@ -199,7 +204,7 @@ class TuneSampler:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Some searchers take no seed, and draw by numpy's global state."""
+    """Seed numpy's global state for the block: some searchers draw from it and take no seed."""
     import numpy
 
     before = numpy.random.get_state()
@@ -212,7 +217,7 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 def _check_installed(name: str, module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"search.algorithm={name} needs a package more: pip install '{package}'; or use random")
+        raise ConfigError(f"search.algorithm={name} needs another package: pip install '{package}'; or use random")
 
 
 SAMPLERS: dict[str, Callable[[StudyConfig, Sequence[PriorTrial]], Sampler]] = {

@@ -1,4 +1,4 @@
-"""Read a searcher's state from a study's folder, also as the last version wrote it, with its names of classes."""
+"""Read a searcher's state from a study's folder, also with the class names of the previous version."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ RENAMED = {
     "TuneSearcher": "TuneSearcherSpec",
     **{f"{kind}Proposer": f"{kind}Sampler" for kind in ("Random", "Grid", "Optuna", "Tune")},
 }
-"""Names of classes in the modules of `MOVED`."""
+"""Old -> new names of classes in the modules of `MOVED`."""
 
 
 def load_state(file: Path) -> Any:
-    """Unpickle a file of a study's own folder, which Ray Tune unpickles files of too."""
+    """Unpickle a file from a study's own folder, which Ray Tune also unpickles files from."""
     with file.open("rb") as opened:
         return _Unpickler(opened).load()
 
 
 def alias_moved_module() -> None:
-    """Let Ray Tune unpickle a population's points, which it keeps itself, of a class in a module that has moved."""
+    """Let Ray Tune unpickle a population's points, whose class is in a module that has moved."""
     here = importlib.import_module("rankloom.search.tune_searcher")
     sys.modules.setdefault("rankloom.search.searchers", here)
 

@@ -1,7 +1,6 @@
-"""Schedulers: which trials go on. Ray Tune's own, reading a trial's progress as a percentage of its own budget.
+"""Schedulers decide which trials continue: Ray Tune's, with progress as a percentage of each trial's own budget.
 
-Budgets may differ between branches, and where they are given in epochs so may the steps; a percentage is the same
-for all.
+Budgets may differ between branches, and so may the steps of budgets in epochs; percentages are comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rankloom.search.flat_space import mutations
 from rankloom.search.own_search import OwnSearch
 
 PROGRESS = "percent"
-"""What reports call the share of a trial's budget that is used up, in percent."""
+"""The key in reports for the used share of a trial's budget, in percent."""
 ALL = 100
 
 
@@ -57,7 +56,7 @@ def _pbt(config: PbtConfig, study: StudyConfig) -> Any:
     if not changed:
         raise ConfigError(
             "scheduler.type=pbt changes optim.learning_rate, optim.loraplus_ratio, optim.weight_decay or "
-            "method.dropout while trials run; let the space have one of them"
+            "method.dropout while trials run; give the space one of them"
         )
     return tune.PopulationBasedTraining(
         time_attr=PROGRESS,
@@ -79,7 +78,7 @@ SCHEDULERS: dict[type, Callable[[Any, StudyConfig], Any]] = {
 
 
 def build_scheduler(study: StudyConfig, own: OwnSearch | None = None) -> Any:
-    """Ray Tune's scheduler for this study; metric and mode come from the TuneConfig."""
+    """Return Ray Tune's scheduler for this study; `tune.run` sets its metric and mode."""
     if own is not None and own.scheduler is not None:
         return own.build_scheduler(study)
     return SCHEDULERS[type(study.scheduler)](study.scheduler, study)

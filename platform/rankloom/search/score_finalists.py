@@ -1,7 +1,7 @@
-"""The end of a study: its best adapters on the test rows, and into the registry. It runs in a host's process.
+"""The end of a study: score its best adapters on the test rows and publish them, in a host's process.
 
-The test rows are read here for the first time: the search saw the validation rows alone, and the winner is the trial
-that was best there. The test rows only say how good it is.
+The test rows are read here for the first time: the search saw only the validation rows, and the winner is the best
+trial on those. The test rows only measure it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from rankloom.training.resume_check import Origin, hold_study_to
 
 
 def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) -> list[FinalistScore]:
-    """Score and publish.
+    """Score the finalists and publish them.
 
     Args:
-        study: its name, for the lineage.
+        study: the study's name, for the lineage.
     """
     results: dict[int, FinalistScore] = {}
     keys = [host_key(finalist.trial) for finalist in finalists]

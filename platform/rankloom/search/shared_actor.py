@@ -1,11 +1,11 @@
-"""Stage: one process in which all fused trials of a study live.
+"""One shared actor, the stage, that holds all fused trials of a study.
 
-Ray Tune gives each trial an actor, and so a process: a second of a core and 120 MB for something that only waits for
-its host. Here Tune is handed, in place of each such actor, a handle of the same shape onto one actor that all share; a
-trial is an object in it, with a thread of its own, so that its calls come one after the other as an actor's do.
+Ray Tune gives each trial an actor, and so a process: a second of a core and 120 MB for a trial that only waits for its
+host. Here Tune gets, in place of each such actor, a handle with its methods onto one shared actor. A trial is an object
+in that, with a thread of its own, so that its calls run one after another as an actor's do.
 
-Tune has no setting for this. `on_stage` exchanges, while a study runs, what Tune makes its actors with. What is relied
-on of Ray's inner workings is in this file alone, and Ray's version is pinned.
+Tune has no setting for this. `trials_in_one_actor` replaces Tune's actor classes while a study runs. Only this file
+relies on Ray's internals, and Ray's version is pinned.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ray.actor import ActorClass, ActorHandle
 from ray.tune.execution import tune_controller
 
 READY, TERMINATE = "__ray_ready__", "__ray_terminate__"
-"""What every actor of Ray's answers to."""
+"""Methods that every Ray actor has."""
 ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}
-"""A process has one working directory, its trials many."""
+"""Trials share the process's one working directory."""
 
 
 class SharedTrialActor:
-    """The actor. Where it dies all its trials do, and Tune starts each again from its checkpoint."""
+    """The shared actor. All its trials die with it, and Tune restarts each from its checkpoint."""
 
     def __init__(self) -> None:
         self._trials: dict[str, Any] = {}
@@ -36,12 +36,12 @@ class SharedTrialActor:
 
     @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]
     async def start(self, key: str, kind: type, arguments: dict[str, Any]) -> None:
-        """Make a trial; tried again where the process dies meanwhile."""
+        """Create a trial; Ray retries this where the process dies."""
         self._threads[key] = ThreadPoolExecutor(1, thread_name_prefix=key)
         await self._run(key, lambda: self._trials.update({key: kind(**arguments)}))
 
     async def call(self, key: str, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call a method of a trial, after those that were called before."""
+        """Call a method of a trial, after its earlier calls."""
         if method != TERMINATE:
             result = await self._run(key, lambda: getattr(self._trials[key], method)(*arguments, **named))
         if method in (TERMINATE, "stop"):
@@ -56,7 +56,7 @@ class SharedTrialActor:
 
 @contextmanager
 def trials_in_one_actor() -> Iterator[None]:
-    """While it lasts, Ray Tune's trials live on a stage."""
+    """Run Ray Tune's trials in one shared actor during the `with` block."""
     stage = (
         ray.remote(SharedTrialActor)
         .options(num_cpus=0, max_restarts=-1, max_concurrency=10_000, runtime_env={"env_vars": ENVIRONMENT})
@@ -72,7 +72,7 @@ def trials_in_one_actor() -> Iterator[None]:
 
 
 class _Kinds:
-    """In place of Tune's cache of actor classes."""
+    """Replaces Tune's cache of actor classes."""
 
     def __init__(self, stage: Any) -> None:
         self._stage = stage
@@ -85,7 +85,7 @@ class _Kinds:
 
 
 class _Kind(ActorClass):  # type: ignore[misc]
-    """In place of an actor class: `remote` makes a trial on the stage. Ray's own checks by class, hence the base."""
+    """Replaces an actor class: `remote` creates a trial on the stage. Ray checks the type, hence the base class."""
 
     def __init__(self, stage: Any, kind: Any) -> None:
         self._stage, self._kind = stage, kind
@@ -99,10 +99,10 @@ class _Kind(ActorClass):  # type: ignore[misc]
 
 
 class _OnStage(ActorHandle):  # type: ignore[misc]
-    """In place of an actor's handle: each of a trial's methods has a `remote`. Killing it kills the stage."""
+    """Replaces an actor's handle: each of a trial's methods has a `remote`. Killing it kills the stage."""
 
     def __init__(self, stage: Any, key: str, started: Any) -> None:
-        """`started`: the reference to the end of its start, which is also the answer to whether it is ready."""
+        """`started`: the reference to its start, which also answers whether it is ready."""
         self._stage, self._key, self._started = stage, key, started
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +115,7 @@ class _OnStage(ActorHandle):  # type: ignore[misc]
         return self._stage._ray_actor_id
 
     def __del__(self) -> None:
-        """Ray would count its actor's handles here."""
+        """Skip Ray's count of an actor's handles."""
 
     def __repr__(self) -> str:
         return f"trial {self._key} on stage"

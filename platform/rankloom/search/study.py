@@ -1,13 +1,13 @@
-"""`tune`: a whole study, from its config to the winner in the registry.
+"""`tune`: run a study, from its config to the winner in the registry.
 
     decide    whether the study starts, resumes or is finished, before Ray does anything
-    search    Ray Tune asks the searcher for points and the scheduler which continue; trials are members of hosts
+    search    Ray Tune gets points from the searcher and the scheduler's decisions; trials are members of hosts
               (`tuning.py`)
-    journal   the driver writes down each report, keeps the leaderboard and tells the caller (`journal.py`,
+    journal   the driver writes each report, updates the leaderboard and calls the caller (`journal.py`,
               `leaderboard.py`)
     publish   the best by validation are scored on the test rows and published (`publish_best.py`); results.parquet
 
-The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (what the searcher began with),
+The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (the searcher's priors),
 journal.jsonl, tensorboard/, origins/ (fingerprints of its data and bases), adapters/<trial> (each trial's best),
 dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet and
 result.json.
@@ -50,7 +50,7 @@ STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "resu
 MAY_CHANGE = (
     "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.",
 )  # fmt: skip
-"""Settings (by prefix) that `--resume` takes from the new config; all else is part of what Ray Tune resumes with."""
+"""Settings (by prefix) that `--resume` takes from the new config; Ray Tune's saved state depends on the rest."""
 
 Decision = Literal["start", "resume", "finished"]
 
@@ -70,7 +70,7 @@ def tune(
     """Search for the best trial: many train at once on one shared base; the best are scored and published.
 
     The best by validation are scored on the test rows. The winner is published under the study's name, each method's
-    best under its own. It runs on the Ray cluster that `RAY_ADDRESS` names, else on a Ray of its own on this machine.
+    best under its own. It runs on the Ray cluster that `RAY_ADDRESS` names, else on a local Ray that it starts.
 
     Args:
         study: What to search: a `StudyConfig`, a dict of the same settings, or the path of a YAML file with them
@@ -79,11 +79,11 @@ def tune(
             study needs it again.
         data: Rows in place of `data.train`: a `datasets.Dataset`, a pandas DataFrame or a list of dicts; or a mapping
             from train, validation and test to these. They are written to `<output.root>/data`.
-        searcher: A Ray Tune `Searcher` object in place of `search.algorithm`; a resumed study needs it again, as the
-            next two. It sees the knobs of all branches at once.
+        searcher: A Ray Tune `Searcher` object in place of `search.algorithm`. It sees all branches' knobs at once. A
+            resumed study needs it again, and so the next two.
         sampler: An Optuna sampler in place of `search.algorithm`.
-        scheduler: A Ray Tune `TrialScheduler` object in place of `scheduler`; reports have `percent`, of the budget.
-        resume: Continue the study of this name. A finished study is not repeated: its result is returned.
+        scheduler: A Ray Tune `TrialScheduler` object in place of `scheduler`; reports have the budget's `percent`.
+        resume: Resume the study of this name. A finished study is not repeated: its result is returned.
         on_event: Called in this thread with every event: reports and ends of trials, phases, warnings, and the
             study's status about once a second.
         stop: Set it, from another thread, to stop the study where `resume` continues it.
@@ -96,7 +96,7 @@ def tune(
         ConfigError: A setting is wrong, or a study of this name exists; nothing was started.
         DataError: The data is missing or malformed.
         ModelError: The base can't be found or loaded.
-        TrialError: Every trial failed, or something that would fail every trial, such as a full disk.
+        TrialError: Every trial failed, or would fail, as on a full disk.
 
     Examples:
         >>> import rankloom as rl
@@ -116,7 +116,7 @@ def tune(
     study = own.named_in(searched_on(searched_by(coerce(StudyConfig, study), metric), data))
     study = resolve_study_paths(study)
     folder = study_folder(study)
-    if decide_study(study, folder, resume=resume) != "finished":  # what is refused leaves no trace, not even a lock
+    if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
 
         for note in preflight(study.members(), metric):
@@ -125,7 +125,7 @@ def tune(
         try:
             return _run(study, folder, on_event, stop or threading.Event(), own, resume=resume, metric=metric)
         except OSError as error:
-            raise TrialError(f"output.root: {folder} can't be used: {error}; make room, --resume goes on") from None
+            raise TrialError(f"output.root: {folder} can't be used: {error}; make room; --resume continues") from None
 
 
 def _run(
@@ -143,7 +143,7 @@ def _run(
         return StudyResult.model_validate_json((folder / RESULT).read_text())
     priors = Priors.read(folder / KNOWN) if decision == "resume" else Priors.gather(study)
     _check(study, priors, own)
-    if decision == "start":  # what a study left that never trained
+    if decision == "start":  # files of a study that never trained
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / STUDY, yaml.safe_dump(dump(study), sort_keys=False))
@@ -201,12 +201,12 @@ def _search(
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
             return {"status": "done"} | outcome | finish(study, folder, journal, hosts, tell)
-        except KeyboardInterrupt:  # Ray Tune, which takes Ctrl-C for as long as it runs, is done
+        except KeyboardInterrupt:  # Ray Tune, which handles Ctrl-C while it runs, is done
             return {"status": "interrupted"} | outcome
 
 
 def _id(folder: Path) -> str:
-    """Unique to this study; a later one of the same name has another."""
+    """Return the study's unique id; a later study of the same name has another."""
     path = folder / ID
     if not path.is_file():
         _replace(path, uuid.uuid4().hex)
@@ -223,30 +223,30 @@ def study_folder(study: StudyConfig) -> Path:
     root = study.baseline.output.root
     if "://" in root:
         raise ConfigError(
-            f"trial.output.root={root}: a study needs a folder that all its nodes share, no URL; give one, and publish "
-            f"to the URL with trial.output.registry={root.rstrip('/')}/registry"
+            f"trial.output.root={root}: a study needs a folder that all its nodes share, not a URL; give one, and "
+            f"publish to the URL with trial.output.registry={root.rstrip('/')}/registry"
         )
     return Path(root) / "studies" / study.name
 
 
 def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
-    """Whether to start this study here, to go on with it, or nothing (it is finished).
+    """Return whether to start this study here, to resume it, or that it is finished.
 
     Raises:
-        ConfigError: the folder holds another study, or none where one was to be resumed.
+        ConfigError: the folder holds another study, or there is no study to resume.
     """
     if not (folder / STUDY).is_file():
         if resume:
-            raise ConfigError(f"--resume: no study {study.name!r} at {folder}; leave --resume out to start it")
+            raise ConfigError(f"--resume: no study {study.name!r} at {folder}; omit --resume to start it")
         if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} exists and holds no study of rankloom's; choose another name")
+            raise ConfigError(f"{folder} exists and does not hold a rankloom study; choose another name")
         return "start"
     begun = (folder / JOURNAL).is_file() and '"event": "report"' in (folder / JOURNAL).read_text(encoding="utf-8")
     if not resume and begun:
         raise ConfigError(
             f"study {study.name!r} exists at {folder}; --resume continues it, or choose another name (name=...)"
         )
-    if not begun:  # nothing was trained: the data or the base could not be loaded
+    if not begun:  # nothing trained: the data or the base could not be loaded
         return "start"
     saved = dump(parse(StudyConfig, read_yaml(folder / STUDY), str(folder / STUDY)))
     differing = {key: line for key, line in changes(saved, dump(study)).items() if not key.startswith(MAY_CHANGE)}
@@ -259,14 +259,14 @@ def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
 
 
 def _given_again(saved: dict[str, Any]) -> str:
-    """What to say of objects that the study began with."""
+    """Return a hint about the objects that the study began with."""
     own = "own" in (saved["search"]["algorithm"], saved["scheduler"]["type"])
     handed = own or saved["search"]["metric"].startswith(HANDED_OVER)
     return ", and hand the searcher, sampler, scheduler or metric over again" if handed else ""
 
 
 def resolve_study_paths(study: StudyConfig) -> StudyConfig:
-    """Return the study with its local paths absolute, also where results go if `trial.output.root` is not set."""
+    """Return the study with absolute local paths, including the default of `trial.output.root`."""
     root = {"root": study.baseline.output.root}
     trial = study.trial | {"output": root | study.trial.get("output", {})}
     return resolve_paths(study.model_copy(update={"trial": trial}))
@@ -278,7 +278,7 @@ def _describe_priors(priors: Priors) -> str:
 
 
 def _check(study: StudyConfig, priors: Priors, own: OwnSearch) -> None:
-    """What needs Ray Tune to be known, and is still known before anything starts."""
+    """Check what only Ray Tune can tell, before anything starts."""
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.tune_searcher import StudySearcher
 

@@ -1,6 +1,6 @@
-"""A trial as Ray Tune sees it: a thin class that imports no torch. `fused.py` and `dedicated.py` do what it asks for.
+"""A trial as Ray Tune sees it: a thin class that imports no torch. `fused.py` and `dedicated.py` do its work.
 
-Reports are numbered, and a checkpoint is the state at the last report that Tune was told.
+Reports are numbered, and a checkpoint is the state at the last report that Tune got.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ CHECKPOINT = "trial.json"
 
 
 class TrialBackend(Protocol):
-    """How a trial is run."""
+    """Runs a trial: as a member of a host, or on its own."""
 
     def advance(self, n: int) -> TrialReport:
-        """The report after the n-th."""
+        """Return report n + 1."""
 
     def save(self, n: int, folder: Path) -> None:
-        """Write what it takes to go on from report n."""
+        """Write the state to continue from report n."""
 
     def load(self, n: int, folder: Path) -> None:
-        """Go on from there; before the first `advance`."""
+        """Continue from a saved state; call it before the first `advance`."""
 
     def leave(self) -> None:
-        """End, wherever the trial is; twice is once."""
+        """End the trial; a second call does nothing."""
 
 
 class StudyTrial(tune.Trainable):  # type: ignore[misc]
-    """Actors of this class are reused: one trial after another, in the same process."""
+    """The trial's Ray Tune class. An actor of it is reused for one trial after another."""
 
     def setup(self, config: dict[str, Any], study: StudyConfig, hosts: Any, folder: str, dedicated_cpus: int) -> None:
         """
         Args:
             config: a point of the study's space, with the trial's number.
-            hosts: the `launch.hosts.Hosts` actor.
-            folder: the study's.
+            hosts: the `hosts.hosts.Hosts` actor.
+            folder: the study's folder.
             dedicated_cpus: cores for a worker of a trial that can't share a base.
         """
         self._study, self._hosts, self._folder, self._dedicated_cpus = study, hosts, Path(folder), dedicated_cpus
@@ -59,7 +59,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         try:
             report = self._backend.advance(self._n)
         except LostError:
-            raise  # Tune starts the trial again from its own checkpoint
+            raise  # Tune restarts the trial from its own checkpoint
         except RankloomError as error:
             return self._report_failure(getattr(error, "cause", error))  # Ray's own text holds a remote stack trace
         self._n = report.n
@@ -87,7 +87,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
         self._backend.leave()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        """Be the trial of this point, not yet started: a checkpoint may be loaded first."""
+        """Take a point's trial without starting it: a checkpoint may be loaded first."""
         point = dict(config)
         number = int(point.pop("number"))
         trial = self._study.resolve(point, number)
@@ -101,10 +101,10 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             self._backend = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
     def _report_failure(self, error: RankloomError) -> dict[str, Any]:
-        """The last report of a trial that a retry would not help.
+        """Return the last report of a trial that a retry would not help.
 
-        A trial's own failure ends it. What is wrong with the data, the base or the cluster ends the study, in which
-        this trial still runs.
+        A trial's own failure ends the trial. An error of the data, the base or the cluster ends the study and leaves
+        the trial unfinished.
         """
         fatal = not isinstance(error, TrialError)
         report = TrialReport(

@@ -1,7 +1,7 @@
-"""StudySearcher: what Ray Tune sees, whatever the search algorithm.
+"""StudySearcher: the one searcher that Ray Tune sees, for every search algorithm.
 
-It gives the warm starts first, then asks a *sampler* (`samplers.py`); each point is resolved to a trial, and one that
-can't be is refused, counted, and asked for again.
+It gives the warm starts first, then asks a *sampler* (`samplers.py`). Each point is resolved to a trial; a point that
+can't be is refused and counted, and the sampler is asked again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rankloom.search.samplers import SAMPLERS, PriorTrial, Values
 from rankloom.search.saved_state import load_state
 
 MAX_REFUSALS_IN_A_ROW = 200
-"""After this many the space is taken to hold nothing more."""
+"""After this many the search ends: the space seems to hold no further trial."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
-    """Warm starts, then what the sampler proposes, each held to the trial's own rules.
+    """Suggests the warm starts, then the sampler's points that make valid trials.
 
-    What it suggests is a point with the trial's `number` and how many points were `refused` so far; the trial is
-    resolved again where it runs.
+    A suggestion is a point with the trial's `number` and the count of points `refused` so far; the trial is resolved
+    again where it runs.
     """
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial] = (), own: OwnSearch | None = None) -> None:
@@ -52,7 +52,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         point = self._next(number)
         if point is None and self._numbers:
             return None
-        if point is None or isinstance(point, str):  # who waits for a trial while none is under way waits for ever
+        if point is None or isinstance(point, str):  # no trial runs, so waiting for one would never end
             return Searcher.FINISHED
         self._count += 1
         self._numbers[trial_id] = number
@@ -70,20 +70,20 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         state = load_state(Path(checkpoint_path))
         self._sampler, self._count, self._numbers, self._worst, self.refusals = state
-        if hasattr(self._sampler, "_study"):  # the config that was saved may lack what this version's has
+        if hasattr(self._sampler, "_study"):  # the saved config may lack this version's fields
             self._sampler._study = self._study
 
     def _values(self, result: dict[str, Any] | None) -> Values | None:
         """Return what to tell the sampler; None if the trial failed or stopped before its costs were measured."""
         if not result or result.get("error"):
             return None
-        # what counts is a trial's best report: its adapter is what would be published
+        # a trial's best report counts, since its adapter would be published
         values = [result["best_value"], *(result[name] for name in self._study.search.objectives)]
         return None if None in values else [float(value) for value in values]
 
     def _tell(self, number: int, values: Values | None) -> None:
         self._note(values)
-        # of a mere failure most algorithms learn nothing, and propose the like again
+        # most algorithms learn nothing from a failure, and would propose similar points again
         self._sampler.tell(number, self._worst if values is None else values)
 
     def _note(self, values: Values | None) -> None:
@@ -111,7 +111,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
 
 def population(study: StudyConfig, priors: Sequence[PriorTrial] = ()) -> dict[str, Any]:
-    """A parameter space that holds exactly the searcher's points: population based training takes no searcher."""
+    """Return a parameter space of exactly the searcher's points, since population based training takes no searcher."""
     from ray import tune
 
     searcher = StudySearcher(study, priors)

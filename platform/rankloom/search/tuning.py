@@ -1,8 +1,8 @@
-"""The search itself: Ray Tune asks the searcher for points, the scheduler which continue; trials are members of hosts.
+"""Run Ray Tune: the searcher gives points, the scheduler decides which trials continue, hosts train them.
 
-`tune.run` and not `tune.Tuner`: a restored Tuner keeps the callbacks that were pickled with it, which knew the last
-driver's terminal and files, and has no public way to be given others. `tune.run` takes them each time, and goes on
-from the state in the study's folder where there is one.
+It uses `tune.run`, not `tune.Tuner`: a restored Tuner keeps its pickled callbacks, which hold the last driver's
+terminal and files, and has no public way to replace them. `tune.run` takes new ones each time, and continues from the
+state in the study's folder.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from rankloom.search.samplers import PriorTrial
 
 JOURNAL, TUNE = "journal.jsonl", "tune"
 TRIAL_CPUS = 0.001
-"""A trial only waits for its host."""
+"""Cores reserved for a trial, which only waits for its host."""
 SAVE_EVERY_S = "3"
-"""Between two savings of Ray Tune's state: what a killed driver forgets."""
+"""Seconds between two saves of Ray Tune's state; a killed driver loses at most this much."""
 
 
 @contextmanager
 def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
-    """The actor that opens and shares out the study's hosts, which end with it; `folder` is the study's."""
+    """Yield the actor that starts and assigns the study's hosts, which end with it; `folder` is the study's."""
     import ray
 
     options = {"max_concurrency": 1000} | cluster.beside_me()
@@ -61,28 +61,28 @@ def search(
     stop: threading.Event,
     own: OwnSearch,
 ) -> Journal:
-    """Run Ray Tune until the study is searched, stopped or hopeless.
+    """Run Ray Tune until the search is done or stopped.
 
     Args:
-        board: what the study's journal says already.
+        leaderboard: the trials in the study's journal so far.
         own: objects that were handed over.
 
     Raises:
-        RankloomError: what no trial of the study could be spared.
+        RankloomError: an error that would fail every trial.
     """
     import ray
 
     opening = hosts.prepare.remote()
-    from rankloom.search.shared_actor import trials_in_one_actor  # with Ray Tune, while the hosts' processes start
+    from rankloom.search.shared_actor import trials_in_one_actor  # imports Ray Tune while the hosts start
 
     if opened := ray.get(opening):
         tell(PhaseStarted("launch", f"{len(opened)} host(s) are loading their base"))
     for noisy in ("ray.tune", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their advice would tear the study's own display
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # their output would break the study's display
     journal = Journal(leaderboard, folder / JOURNAL, tell, hosts, stop)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        # a trial that can't be fused drives a Ray Train run, which wants a process of its own
+        # a trial that can't be fused drives a Ray Train run, which needs its own process
         with trials_in_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
             _tune(study, priors, folder, hosts, journal, own)
         if journal.fatal is not None:
@@ -96,9 +96,9 @@ def search(
         if (problem := full(folder)) is not None:
             raise problem from None
         (folder / ERROR).write_text(f"{error}\n{traceback.format_exc()}", encoding="utf-8")
-        raise TrialError(f"{failure_of(error).error}; the whole trace is in {folder / ERROR}") from None
+        raise TrialError(f"{failure_of(error).error}; the full trace is in {folder / ERROR}") from None
     finally:
-        with suppress(ValueError):  # not in the main thread, where Ray Tune leaves its own handler
+        with suppress(ValueError):  # outside the main thread, which keeps its handler
             signal.signal(signal.SIGINT, on_interrupt)
         journal.close()
     return journal
@@ -116,7 +116,7 @@ def _tune(
 
     plan = share_out(study, cluster.alive())
     concurrent = num_live(study, plan.hosts_per_group)
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal is what is read
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal replaces them
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -129,10 +129,10 @@ def _tune(
     if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
         try:
             StudySearcher(study, priors, own).restore_from_dir(str(folder / TUNE))
-        except Exception as error:  # Ray Tune would log it and wait for trials that never come
+        except Exception as error:  # Ray Tune would log it and wait for ever
             state = f"{folder / TUNE}: the searcher's state can't be read: {type(error).__name__}: {error}"
             raise TrialError(
-                f"{state}; install the version of rankloom that wrote it, or start anew with name=..."
+                f"{state}; install the version of rankloom that wrote it, or start a new study with name=..."
             ) from error
     tune.run(
         tune.with_resources(trainable, {"cpu": TRIAL_CPUS}),
@@ -152,18 +152,18 @@ def _tune(
         callbacks=[journal],
         max_failures=study.hosts.max_failures,
         raise_on_failed_trial=False,
-        # an exploit may come late to the checkpoint that it copies
+        # an exploit may copy a checkpoint late
         checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if is_population else 2, checkpoint_at_end=False),
         verbose=0,
     )
 
 
 def num_live(study: StudyConfig, hosts_per_group: int) -> int:
-    """Trials that Ray Tune runs at once: those that have a slot, and those that wait for one."""
+    """Return the number of trials that Ray Tune runs at once: those with a slot, and those that wait for one."""
     slots = max(1, hosts_per_group * len(groups(study)) * study.hosts.num_slots)
     if study.hosts.num_waiting is not None:
         waiting = study.hosts.num_waiting
-    elif not all(map(is_fusable, study.members())):  # each trial is a process then, or several
+    elif not all(map(is_fusable, study.members())):  # each trial is then one process or more
         waiting = -(-slots // 2)
     elif isinstance(study.scheduler, (HyperBandConfig, PbtConfig, OwnSchedulerConfig)):
         waiting = study.num_trials

@@ -182,7 +182,7 @@ def test_a_study_publishes_where_it_is_told(
 
 def test_a_study_on_an_object_store_is_told_what_to_do_instead() -> None:
     study = parse(StudyConfig, {"name": "s", "trial": {"output": {"root": "s3://bucket/x/"}}, "space": SPACE})
-    with pytest.raises(ConfigError, match=r"no URL; give one, .* trial\.output\.registry=s3://bucket/x/registry$"):
+    with pytest.raises(ConfigError, match=r"not a URL; give one, .* trial\.output\.registry=s3://bucket/x/registry$"):
         tune(study)
 
 

@@ -198,10 +198,10 @@ def test_priors_with_objectives_need_the_costs(tmp_path: Path) -> None:
 
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     search = {"algorithm": "optuna", "priors": [str(tmp_path / "nothing")]}
-    with pytest.raises(ConfigError, match=r"search\.priors: .*nothing is no study"):
+    with pytest.raises(ConfigError, match=r"search\.priors: .*nothing is not a study"):
         Priors.gather(study(DORA, search=search))
     (tmp_path / "results.parquet").write_text("no parquet")
-    with pytest.raises(ConfigError, match=r"search\.priors: .* is no study"):
+    with pytest.raises(ConfigError, match=r"search\.priors: .* is not a study"):
         Priors.gather(study(DORA, search=search | {"priors": [str(tmp_path)]}))
     with pytest.raises(ConfigError, match=r"priors: algorithm=random learns nothing"):
         study(DORA, search={"priors": ["x"]})

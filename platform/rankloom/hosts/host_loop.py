@@ -203,7 +203,7 @@ def open_host(
     import torch
 
     from rankloom.data import load_data
-    from rankloom.launch.handed_over import study_metric
+    from rankloom.launch.handed_over import load_study_metric
     from rankloom.models import load_tokenizer
     from rankloom.models.device import local_device
     from rankloom.training.fused.host import TrialHost
@@ -228,5 +228,5 @@ def open_host(
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit_host(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
-    metric = study_metric(study.search.metric, folder)
+    metric = load_study_metric(study.search.metric, folder)
     return TrialHost(base, data, precision=precision_of(trial, place), metric=metric, **asdict(size))

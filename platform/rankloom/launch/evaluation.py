@@ -22,7 +22,7 @@ from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of
-from rankloom.launch.handed_over import judged_by
+from rankloom.launch.handed_over import use_trial_metric
 from rankloom.launch.results import EvaluationResult
 from rankloom.paths import registry_root
 from rankloom.registry import Record, Registry
@@ -105,7 +105,7 @@ def score_adapter(
     metric: MetricFunction | None = None,
 ) -> dict[str, Any]:
     """Score an adapter (a ref or a PEFT folder; None: the base alone) by a trial, here or in one Ray worker."""
-    trial, registry = resolve_paths(judged_by(trial, metric)), resolve_path(registry)
+    trial, registry = resolve_paths(use_trial_metric(trial, metric)), resolve_path(registry)
     adapter = None if adapter is None else resolve_path(adapter, or_id=True)
     from rankloom.training.preflight import preflight
 

@@ -19,12 +19,12 @@ METRIC, DATA = "metric.pkl", "data"
 Config = TypeVar("Config", TrialConfig, StudyConfig)
 
 
-def judged_by(trial: TrialConfig, metric: MetricFunction | None) -> TrialConfig:
+def use_trial_metric(trial: TrialConfig, metric: MetricFunction | None) -> TrialConfig:
     """Return the trial with `eval.metric` naming a function that was handed over; None changes nothing."""
     return _name_metric(trial, "eval", metric)
 
 
-def searched_by(study: StudyConfig, metric: MetricFunction | None) -> StudyConfig:
+def use_study_metric(study: StudyConfig, metric: MetricFunction | None) -> StudyConfig:
     """Return the study with `search.metric` naming a function that was handed over; None changes nothing."""
     return _name_metric(study, "search", metric)
 
@@ -37,7 +37,7 @@ def _name_metric(config: Config, section: str, metric: MetricFunction | None) ->
     return parse(type(config), tree)
 
 
-def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:
+def use_trial_rows(trial: TrialConfig, data: Any) -> TrialConfig:
     """Return the trial on rows that were handed over; None changes nothing.
 
     The rows are written to `<output.root>/data` under names made from their contents, where workers and a resumed run
@@ -54,7 +54,7 @@ def trained_on(trial: TrialConfig, data: Any) -> TrialConfig:
     return parse(TrialConfig, tree)
 
 
-def searched_on(study: StudyConfig, data: Any) -> StudyConfig:
+def use_study_rows(study: StudyConfig, data: Any) -> StudyConfig:
     """Return the study on rows that were handed over; see `trained_on`.
 
     Raises:
@@ -111,7 +111,7 @@ def keep_metric(folder: Path, function: MetricFunction) -> None:
     staged.replace(folder / METRIC)
 
 
-def study_metric(metric: str, folder: Path | None) -> MetricFunction | None:
+def load_study_metric(metric: str, folder: Path | None) -> MetricFunction | None:
     """Return a study's own metric; None where its metric is one of rankloom's.
 
     Raises:

@@ -26,7 +26,7 @@ from rankloom.launch import cluster, tracking
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of, training_failure
-from rankloom.launch.handed_over import judged_by, trained_on
+from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
@@ -89,7 +89,7 @@ def train(
         True
     """
     return train_trial(
-        trained_on(coerce(TrialConfig, trial), data), metric=metric, resume=resume, on_event=on_event, stop=stop
+        use_trial_rows(coerce(TrialConfig, trial), data), metric=metric, resume=resume, on_event=on_event, stop=stop
     )
 
 
@@ -109,7 +109,7 @@ def train_trial(
         train: False, with `resume`, ends a stopped run with its best checkpoint, without more training.
         study: The folder of the run's study; the run's data and base must match it.
     """
-    trial = resolve_paths(judged_by(trial, metric))
+    trial = resolve_paths(use_trial_metric(trial, metric))
     if trial.compute.num_workers == 0 and "://" in trial.output.root:
         raise ConfigError(
             f"output.root={trial.output.root}: compute.num_workers=0 keeps checkpoints on a local disk; give a folder, "

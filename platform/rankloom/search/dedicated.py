@@ -22,7 +22,7 @@ from rankloom.events import Evaluated, Event, StepFinished
 from rankloom.hosts.reports import TrialReport, costs_of
 from rankloom.launch.background import Background
 from rankloom.launch.failures import failure_of
-from rankloom.launch.handed_over import study_metric
+from rankloom.launch.handed_over import load_study_metric
 from rankloom.launch.results import TrialResult
 from rankloom.launch.trainer import train_trial
 
@@ -113,7 +113,7 @@ class DedicatedBackend:
     @property
     def _metric(self) -> MetricFunction | None:
         """The metric that Python code handed over; None where `eval.metric` names it."""
-        return study_metric(self._search.metric, self._study) if self._search.is_handed_over else None
+        return load_study_metric(self._search.metric, self._study) if self._search.is_handed_over else None
 
     def _start(self) -> Background:
         begun = (Path(self._trial.output.root) / "runs" / self._trial.name / "trial.yaml").is_file()

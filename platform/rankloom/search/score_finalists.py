@@ -17,7 +17,7 @@ from rankloom.errors import TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.evals.score import measure
 from rankloom.events import OnEvent, PhaseStarted
-from rankloom.launch.handed_over import study_metric
+from rankloom.launch.handed_over import load_study_metric
 from rankloom.models import Base, load_tokenizer
 from rankloom.models.device import local_device
 from rankloom.registry.checks import WEIGHTS
@@ -43,7 +43,7 @@ def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) ->
         data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
         hold_study_to(Path(finalists[mine[0]].folder).parents[1], trial, Origin.of(data, base))
         on_event(PhaseStarted("score", "the base"))
-        metric = study_metric(trial.eval.metric, Path(finalists[mine[0]].folder).parents[1])
+        metric = load_study_metric(trial.eval.metric, Path(finalists[mine[0]].folder).parents[1])
         base_measures = measure(base.model, base.tokenizer, data, trial.eval, metric) if trial.eval.base else None
         for i in mine:
             name = finalists[i].trial.name

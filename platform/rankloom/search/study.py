@@ -34,7 +34,7 @@ from rankloom.errors import ConfigError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
-from rankloom.launch.handed_over import keep_metric, searched_by, searched_on
+from rankloom.launch.handed_over import keep_metric, use_study_metric, use_study_rows
 from rankloom.launch.run_folder import ID, changes, lock_folder
 from rankloom.registry import Registry
 from rankloom.search.curves import track_study
@@ -113,7 +113,7 @@ def tune(
         3
     """
     own = OwnSearch(searcher, sampler, scheduler)
-    study = own.named_in(searched_on(searched_by(coerce(StudyConfig, study), metric), data))
+    study = own.named_in(use_study_rows(use_study_metric(coerce(StudyConfig, study), metric), data))
     study = resolve_study_paths(study)
     folder = study_folder(study)
     if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock

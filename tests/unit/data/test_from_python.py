@@ -16,7 +16,7 @@ from rankloom.config.model import ModelConfig
 from rankloom.data import load_data
 from rankloom.data.from_python import rows_files
 from rankloom.errors import ConfigError, DataError
-from rankloom.launch.handed_over import searched_on, trained_on, write_rows
+from rankloom.launch.handed_over import use_study_rows, use_trial_rows, write_rows
 from rankloom.models import load_tokenizer
 
 ROWS = [{"text": f"card {n}", "label": ["lost", "found"][n % 2]} for n in range(40)]
@@ -72,13 +72,13 @@ def test_what_is_no_table_is_refused(given: Any, error: type[Exception], message
 def test_a_config_names_the_files(tmp_path: Path) -> None:
     output = {"root": str(tmp_path)}
     trial = parse(TrialConfig, {"name": "t", "output": output, "data": {"columns": {"label": "category"}}})
-    told = trained_on(trial, {"train": ROWS, "validation": ROWS[:10]})
+    told = use_trial_rows(trial, {"train": ROWS, "validation": ROWS[:10]})
     assert Path(told.data.train.path).parent == tmp_path / "data"
     assert told.data.validation is not None
     assert told.data.columns == {"label": "category"}
-    assert trained_on(trial, None) is trial
+    assert use_trial_rows(trial, None) is trial
     study = parse(StudyConfig, {"name": "s", "trial": {"output": output}, "space": [{"optim": {"batch_size": 4}}]})
-    assert searched_on(study, ROWS).baseline.data.train == trained_on(trial, ROWS).data.train
+    assert use_study_rows(study, ROWS).baseline.data.train == use_trial_rows(trial, ROWS).data.train
     elsewhere = study.model_copy(update={"space": [{"data": {"train": "x.csv"}}]})
     with pytest.raises(ConfigError, match=r"data\.train: the study's space names rows too"):
-        searched_on(elsewhere, ROWS)
+        use_study_rows(elsewhere, ROWS)

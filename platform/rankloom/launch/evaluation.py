@@ -22,7 +22,7 @@ from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, failure_of
-from rankloom.launch.handed_over import use_trial_metric
+from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
 from rankloom.launch.results import EvaluationResult
 from rankloom.paths import registry_root
 from rankloom.registry import Record, Registry
@@ -33,6 +33,7 @@ def evaluate(
     subject: str | Path | TrialConfig | Mapping[str, Any],
     *,
     overrides: Sequence[str] = (),
+    data: Any = None,
     metric: MetricFunction | None = None,
     registry: str | None = None,
     on_event: OnEvent = lambda _: None,
@@ -43,6 +44,7 @@ def evaluate(
         subject: An adapter of the registry (`tickets`, `tickets@3`, `tickets@champion`) or its folder; or a trial (a
             `TrialConfig`, a dict, or the path of a YAML file), whose untuned base is scored.
         overrides: Settings of the trial to change, such as `["data.test=new.csv", "eval.max_test_rows=500"]`.
+        data: Rows to score on, in place of the trial's: a `datasets.Dataset`, a pandas DataFrame or a list of dicts.
         metric: A function of predictions, measured beside the loss (see `rankloom.evals.own_metric`).
         registry: A folder or URL; None: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`.
         on_event: Called in this thread with every event.
@@ -60,15 +62,24 @@ def evaluate(
         >>> score.result.loss < score.base.loss
         True
     """
-    trial, adapter = resolve_subject(subject, registry or registry_root(), overrides)
+    trial, adapter = resolve_subject(subject, registry or registry_root(), overrides, has_rows=data is not None)
+    trial = use_trial_rows(trial, data, "test")
     scored = score_adapter(trial, adapter, metric=metric, registry=registry or registry_root(), on_event=on_event)
     return EvaluationResult.model_validate(scored | {"adapter": adapter})
 
 
 def resolve_subject(
-    subject: str | Path | TrialConfig | Mapping[str, Any], registry: str, overrides: Sequence[str] = ()
+    subject: str | Path | TrialConfig | Mapping[str, Any],
+    registry: str,
+    overrides: Sequence[str] = (),
+    *,
+    has_rows: bool = False,
 ) -> tuple[TrialConfig, str | None]:
-    """Return the trial to score by and the adapter: a ref with its number, a folder, or None for the trial's base."""
+    """Return the trial to score by and the adapter: a ref with its number, a folder, or None for the trial's base.
+
+    Args:
+        has_rows: whether rows come from elsewhere, so that the adapter's record need not name any.
+    """
     if isinstance(subject, (str, Path)) and is_config_file(str(subject)):
         return load(TrialConfig, subject, overrides), None
     if not isinstance(subject, (str, Path)):
@@ -89,7 +100,11 @@ def resolve_subject(
         except AdapterNotFoundError as error:
             raise AdapterNotFoundError(f"{error}; for a config give a .yaml file") from None
         adapter = record.ref
-    if record.data_fingerprint is None and not any(override.startswith("data.") for override in overrides):
+    if (
+        record.data_fingerprint is None
+        and not has_rows
+        and not any(override.startswith("data.") for override in overrides)
+    ):
         raise ConfigError(f"{record.ref} was not trained by rankloom: name the rows, for example data.test=rows.csv")
     return parse(
         TrialConfig, apply_overrides(without_own(record.trial), overrides), f"the trial of {record.ref}"

@@ -37,7 +37,7 @@ def _name_metric(config: Config, section: str, metric: MetricFunction | None) ->
     return parse(type(config), tree)
 
 
-def use_trial_rows(trial: TrialConfig, data: Any) -> TrialConfig:
+def use_trial_rows(trial: TrialConfig, data: Any, role: str = "train") -> TrialConfig:
     """Return the trial on rows that were handed over; None changes nothing.
 
     The rows are written to `<output.root>/data` under names made from their contents, where workers and a resumed run
@@ -46,16 +46,17 @@ def use_trial_rows(trial: TrialConfig, data: Any) -> TrialConfig:
     Args:
         data: a `datasets.Dataset`, a pandas DataFrame or a list of dicts, or a mapping from train, validation and test
             to these.
+        role: what rows without a mapping are.
     """
     if data is None:
         return trial
     tree = dump(trial)
-    tree["data"] |= {role: {"path": path} for role, path in write_rows(data, trial.output.root).items()}
+    tree["data"] |= {role: {"path": path} for role, path in write_rows(data, trial.output.root, role).items()}
     return parse(TrialConfig, tree)
 
 
 def use_study_rows(study: StudyConfig, data: Any) -> StudyConfig:
-    """Return the study on rows that were handed over; see `trained_on`.
+    """Return the study on rows that were handed over; see `use_trial_rows`.
 
     Raises:
         ConfigError: the space or a warm start names other rows.

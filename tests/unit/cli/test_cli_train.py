@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rankloom as rl
 from rankloom.cli import main
 
 
@@ -64,6 +65,11 @@ def test_train_then_evaluate(trial_file: Path, capsys: pytest.CaptureFixture[str
     assert scored["result"]["loss"] == pytest.approx(result["scorecard"]["result"]["loss"], rel=1e-4)
     assert scored["base"]["loss"] == pytest.approx(result["scorecard"]["base"]["loss"], rel=1e-4)
 
+    rows = [{"text": "my card was lost", "label": "card_lost"}] * 3
+    handed_over = rl.evaluate("tiny", data=rows, registry=result["registry"])
+    assert handed_over.result is not None
+    assert handed_over.result.accuracy is not None
+    assert handed_over.result.accuracy.value in (0, 1)  # equal rows
     assert run("evaluate", str(trial_file), "eval.max_test_rows=4") == 0
     text = capsys.readouterr().out
     assert "perplexity" in text

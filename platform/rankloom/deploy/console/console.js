@@ -59,7 +59,7 @@ function measure(state) {
     element("rate").textContent = rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString();
   }
   seen = { tokens: state.completion_tokens, at: now };
-  element("under-way").textContent = state.in_flight;
+  element("running").textContent = state.in_flight;
   element("answered").textContent = state.requests.toLocaleString();
 }
 

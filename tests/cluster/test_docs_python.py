@@ -47,7 +47,10 @@ def test_python_of_a_document_runs(page: Path, tiny_llama: Path, tmp_path: Path)
             for shown, here in (
                 ("Qwen/Qwen3-0.6B", str(tiny_llama)),
                 ("http://127.0.0.1:8000", made.url),
+                ('budget={"steps": 60}', 'budget={"steps": 6}, compute={"num_workers": 0}'),
+                ('budget={"steps": 10}', 'budget={"steps": 6}, compute={"num_workers": 0}'),
                 ('"steps": 60', '"steps": 6'),
+                ('"num_trials": 4', '"num_trials": 2'),
                 ('model="tickets@champion", messages', 'model="bank@1", messages'),
             ):
                 code = code.replace(shown, here)

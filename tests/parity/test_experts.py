@@ -214,8 +214,8 @@ def test_a_folder_is_held_to_its_experts(trial_of: Callable[..., TrialConfig], t
     method = build_method(trial, num_steps=1)
     method.export(method.attach(base), base, tmp_path / "a")
     for wrong, reason in (
-        ({"target_parameters": ["embed_tokens.weight"]}, "embed_tokens.weight' means no experts"),
-        ({"target_parameters": ["experts.down"]}, "experts.down' means no experts"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "embed_tokens.weight' matches no experts"),
+        ({"target_parameters": ["experts.down"]}, "experts.down' matches no experts"),
         ({"target_parameters": ["experts.down_proj"]}, "has shape|has no place|is missing"),
         ({"target_parameters": None}, "has no place"),
         ({"use_dora": True}, "use_dora: can't be combined"),

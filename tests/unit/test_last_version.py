@@ -78,7 +78,7 @@ def test_a_journal_is_read_and_a_searcher_restored(last_version: Path) -> None:
     searcher = StudySearcher(config)
     searcher.restore_from_dir(str(last_version / "studies" / "stopped" / "tune"))
     assert searcher.suggest("another") == "FINISHED"  # its three trials were proposed
-    assert type(searcher._proposer) is type(StudySearcher(config)._proposer)
+    assert type(searcher._sampler) is type(StudySearcher(config)._sampler)
 
 
 def test_a_populations_points_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

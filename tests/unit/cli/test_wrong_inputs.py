@@ -281,7 +281,7 @@ def half(content: bytes) -> bytes:
         (WEIGHTS, lambda c: c[:-4], "a weight file is missing, corrupt or truncated"),
         (WEIGHTS, lambda _: b"", "a weight file is missing, corrupt or truncated"),
         (WEIGHTS, lambda _: b"<html>not found</html>", "a weight file is missing, corrupt or truncated"),
-        (WEIGHTS, lambda c: c[:-4000] + b"\xff" * 4000, "before any training: is"),
+        (WEIGHTS, lambda c: c[:-4000] + b"\xff" * 4000, "before any training: check the weights"),
     ],
 )
 def test_a_damaged_model_folder(

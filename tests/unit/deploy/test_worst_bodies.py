@@ -44,7 +44,8 @@ with endpoint.endpoint(Path(sys.argv[1]), refresh_s=600) as made:
     names = ["bank", *(f"adapter-{number}" for number in range(MANY))]
     tokens = {"prompt": 1, "cached": 1, "completion": 1}
     for number, traffic, outcome in itertools.product(range(MAX_ADAPTERS), get_args(Traffic), get_args(Outcome)):
-        made.gateway.metrics.ended(f"adapter-{number}@1", traffic, outcome, tokens=tokens, first_s=0.1, token_s=0.1)
+        name = f"adapter-{number}@1"
+        made.gateway.metrics.count_request(name, traffic, outcome, tokens=tokens, first_s=0.1, token_s=0.1)
     threading.Thread(target=sys.stdin.read, daemon=True, name="told to end").start()
     print(made.url, flush=True)
     while any(thread.name == "told to end" for thread in threading.enumerate()):

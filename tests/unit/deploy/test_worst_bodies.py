@@ -15,6 +15,7 @@ import pytest
 
 from worst_bodies import CHAT, worst_bodies
 
+pytestmark = pytest.mark.alone
 MOST_S = 0.1
 """The longest that others may wait, beyond what they wait on this machine while nothing happens."""
 TRIES = 10

@@ -20,11 +20,10 @@ INTENTS = Path(__file__).parents[1] / "platform/rankloom/data/builtin/bank-inten
 SAMPLE_EVERY_S = 0.5
 
 
-def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
-    """Save a random Llama, too small for its arithmetic to matter, with a tokenizer for the built-in data's words."""
-    import torch
+def make_tokenizer() -> Any:
+    """Train a tokenizer for the built-in data's words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +33,15 @@ def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
     )
     with INTENTS.open(encoding="utf-8") as file:
         raw.train_from_iterator([" ".join(row) for row in csv.reader(file)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
+
+
+def tiny_llama(folder: Path, *, num_layers: int = 2, hidden: int = 64) -> str:
+    """Save a random Llama, too small for its arithmetic to matter, with a tokenizer for the built-in data's words."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1,

@@ -1,0 +1,60 @@
+"""The benchmarks that need no minutes: operations are counted, and the GPU's runs at toy sizes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rankloom import kernels
+from rankloom.kernels import norms
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent / "platform")}
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import launches
+
+    return launches
+
+
+def test_what_launches_nothing_is_not_counted(launches: Any) -> None:
+    x, many, linear = torch.ones(4, 4), [torch.ones(1) for _ in range(100)], torch.nn.Linear(4, 4)
+    with launches.LaunchCount() as count:
+        made = torch.empty(4, 4).copy_(x)
+        made.view(2, 8)[:, :4].T.add_(1).reshape(-1)  # the reshape copies
+        linear(x)
+        torch._foreach_mul_(many, 2)
+        with torch.inference_mode():
+            linear(x).flatten()
+    assert count.launches == {"copy_": 1, "add_": 1, "clone": 1, "addmm": 1, "linear": 1, "_foreach_mul_": 3}
+
+
+def test_an_operation_of_several_launches_counts_as_often(launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.LAUNCHES, "rms_norm_forward", 3)
+    x, weight = torch.ones(4, 4), torch.ones(4)
+    with launches.LaunchCount() as count:
+        norms.rms_norm_forward(x, weight, 1e-5)
+    assert count.launches == {"rms_norm_forward": 3}  # and nothing of its reference
+
+
+def test_launches_are_counted_a_layer() -> None:
+    found = json.loads(run("launches.py", "--layers", "2", "--json").splitlines()[-1])
+    assert set(found) == {"train_lora", "train_dora", "decode_16_adapters"}
+    assert 0 < found["decode_16_adapters"] < found["train_lora"] < found["train_dora"]

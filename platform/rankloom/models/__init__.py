@@ -1,7 +1,7 @@
 """Base models: `load.py` loads a model id as a frozen `Base`, `linears.py` finds the parts that adapters can adapt.
 
-`folder.py` finds or converts the files, `checkpoints.py` inspects them, `onednn.py` speeds up some CPUs, `device.py`
-reports on a device and its memory.
+`folder.py` finds or converts the files, `checkpoints.py` inspects them, `onednn.py` speeds up some CPUs and `fused.py`
+CUDA, `device.py` reports on a device and its memory.
 """
 
 from rankloom.models.checkpoints import fingerprint

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rankloom import kernels
 from rankloom.config.model import Dtype, Int8, ModelConfig, Nf4, NoQuantization, Quantization
 from rankloom.errors import ModelError
 from rankloom.models.checkpoints import (
@@ -41,6 +42,7 @@ from rankloom.models.checkpoints import (
     weight_files,
 )
 from rankloom.models.folder import is_on_hub, local_folder
+from rankloom.models.fused import fuse
 from rankloom.models.onednn import use_onednn
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
@@ -94,6 +96,8 @@ def load_base(
     model = _read_model(folder, config.id, quantization, device, stored, compute_dtype)
     model.requires_grad_(False).eval()
     use_onednn(model)
+    if kernels.use_on(device):
+        fuse(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # on a CPU with AVX512-BF16 the first forward in eval mode would repack NF4 weights permanently: coarser

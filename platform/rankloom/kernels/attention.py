@@ -1,0 +1,107 @@
+"""Attention over keys and values that lie in pages, for serving: of sequences' next tokens, and of prompts' chunks.
+
+A sequence's tokens lie in the pages that its row of a table names, in order. Lengths and tables are tensors on the
+device, so that a CUDA graph holds for all lengths. Query heads that are neighbours share a key head.
+
+Shapes: N tokens, R sequences, H query heads, h key heads, E width of a head, P pages of a row, S pages in all, T tokens
+of a page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankloom.kernels import op
+
+
+@op(mutates=("keys_SThE", "values_SThE"), launches=2)
+def decode_attention(
+    query_RHE: Tensor,
+    key_RhE: Tensor,
+    value_RhE: Tensor,
+    keys_SThE: Tensor,
+    values_SThE: Tensor,
+    table_RP: Tensor,
+    length_R: Tensor,
+    scale: float,
+) -> Tensor:
+    """Write one token of each sequence into its pages, and return its attention to the whole sequence [R, H, E].
+
+    Args:
+        length_R: tokens of each sequence, the new one included, which is the last; at least 1.
+    """
+    num_rows, num_heads, width = query_RHE.shape
+    page_size, last_R = keys_SThE.shape[1], length_R - 1
+    page_R = table_RP.gather(1, (last_R // page_size)[:, None])[:, 0]
+    keys_SThE.index_put_((page_R, last_R % page_size), key_RhE)
+    values_SThE.index_put_((page_R, last_R % page_size), value_RhE)
+    keys_RhLE, values_RhLE, seen_RL = _read_pages(keys_SThE, values_SThE, table_RP, length_R)
+    query_RhGE = query_RHE.float().reshape(num_rows, keys_SThE.shape[2], -1, width)
+    found = F.scaled_dot_product_attention(
+        query_RhGE, keys_RhLE, values_RhLE, attn_mask=seen_RL[:, None, None], scale=scale
+    )
+    return found.reshape(num_rows, num_heads, width).to(query_RHE.dtype)
+
+
+@op(launches=6)
+def chunk_attention(
+    query_NHE: Tensor,
+    keys_SThE: Tensor,
+    values_SThE: Tensor,
+    table_RP: Tensor,
+    length_R: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+) -> Tensor:
+    """Return the attention [N, H, E] of each sequence's last tokens, which are in its pages, to it up to themselves.
+
+    Args:
+        starts: int32 [R + 1]; the queries of sequence r are from `starts[r]` up to `starts[r + 1]`.
+        longest: the most queries of a sequence.
+    """
+    return mask_chunks(query_NHE, keys_SThE, values_SThE, table_RP, length_R, starts, longest, scale)
+
+
+def mask_chunks(
+    query_NHE: Tensor,
+    keys_SThE: Tensor,
+    values_SThE: Tensor,
+    table_RP: Tensor,
+    length_R: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+) -> Tensor:
+    """Compute `chunk_attention` with masks, on any device and for any type and width."""
+    keys_RhLE, values_RhLE, seen_RL = _read_pages(keys_SThE, values_SThE, table_RP, length_R)
+    device, starts_R, count_R = query_NHE.device, starts[:-1].long(), starts.diff().long()
+    offset_Q = torch.arange(longest, device=device)
+    token_RQ = (starts_R[:, None] + offset_Q).clamp_max(len(query_NHE) - 1)
+    position_RQ = (length_R - count_R)[:, None] + offset_Q
+    past_RQL = torch.arange(seen_RL.shape[1], device=device) <= position_RQ[..., None]
+    found_RHQE = F.scaled_dot_product_attention(
+        query_NHE[token_RQ].float().transpose(1, 2),
+        keys_RhLE,
+        values_RhLE,
+        attn_mask=(past_RQL & seen_RL[:, None])[:, None],
+        scale=scale,
+        enable_gqa=True,
+    )
+    token_N = torch.arange(len(query_NHE), device=device)
+    row_N = torch.searchsorted(starts[1:].long(), token_N, right=True).clamp_max(len(starts_R) - 1)
+    place_N = (token_N - starts_R[row_N]).clamp_max(longest - 1)
+    return found_RHQE.transpose(1, 2)[row_N, place_N].to(query_NHE.dtype)
+
+
+def _read_pages(
+    keys_SThE: Tensor, values_SThE: Tensor, table_RP: Tensor, length_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each sequence's keys and values [R, h, P·T, E] in fp32, and which of them are its tokens [R, P·T]."""
+    pages = (blocks[table_RP].float() for blocks in (keys_SThE, values_SThE))
+    keys_RhLE, values_RhLE = (each.flatten(1, 2).transpose(1, 2) for each in pages)
+    seen_RL = torch.arange(keys_RhLE.shape[2], device=table_RP.device) < length_R[:, None]
+    # what is masked is still multiplied, and must be finite
+    return keys_RhLE, values_RhLE.masked_fill(~seen_RL[:, None, :, None], 0), seen_RL

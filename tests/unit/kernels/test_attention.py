@@ -1,0 +1,84 @@
+"""Attention over pages, in triton's interpreter and by its reference, against attention to each sequence alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rankloom.kernels import attention
+from rankloom.kernels.triton import attention as attention_triton
+
+PAGE, PAGES = 64, 9
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["fp32", "fp16"])  # its products of bf16 are wrong
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
+
+
+def alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of a sequence's last tokens [t, H, E] to all of it [L, h, E], in fp32."""
+    q, k, v = (x.float().transpose(0, 1) for x in (query, keys, values))
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(0, 1)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("decode", [attention.decode_attention, attention_triton.decode_attention])
+@pytest.mark.parametrize(("group", "width"), [(3, 16), (1, 20)])
+def test_decoding_writes_a_token_and_attends_to_all(
+    decode: Callable[..., torch.Tensor], group: int, width: int, dtype: torch.dtype
+) -> None:
+    lengths, tables, heads = [1, 65, 64, 190], [[5, 0, 0], [1, 2, 0], [7, 0, 0], [8, 3, 4]], 2
+    keys, values = (drawn(PAGES, PAGE, heads, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    keys[6], values[6] = torch.nan, torch.nan  # nobody's
+    # queries as models give them: heads before tokens
+    query = drawn(group * heads, 4, width, dtype=dtype, seed=2).transpose(0, 1)
+    key, value = (drawn(heads, 4, width, dtype=dtype, seed=seed).transpose(0, 1) for seed in (3, 4))
+    table, length = torch.tensor(tables), torch.tensor(lengths)
+    untouched = keys.clone()
+    found = decode(query, key, value, keys, values, table, length, 0.3)
+    assert (found.shape, found.dtype) == (query.shape, dtype)
+    for row, (pages, n) in enumerate(zip(tables, lengths, strict=True)):
+        own_keys, own_values = (x[pages].flatten(0, 1)[:n] for x in (keys, values))
+        assert torch.equal(own_keys[-1], key[row])
+        assert torch.equal(own_values[-1], value[row])
+        expected = alone(query[row : row + 1], own_keys, own_values, 0.3)[0]
+        torch.testing.assert_close(found[row].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    changed = (keys != untouched).flatten(1).any(1)
+    changed[6] = False
+    assert changed.nonzero().flatten().tolist() == [2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("rows", [1, 700])
+def test_few_sequences_are_split_and_many_are_not(rows: int) -> None:
+    assert attention_triton._num_splits(rows) == (16 if rows == 1 else 1)
+    pages = drawn(2, PAGE, 1, 16, dtype=torch.float32, seed=0)
+    args = [drawn(rows, 1, 16, dtype=torch.float32, seed=seed) for seed in range(3)]
+    table, length = torch.ones(rows, 1, dtype=torch.long), torch.full((rows,), 40)
+    expected = attention.decode_attention(*args, pages.clone(), pages.clone(), table, length, 1.0)
+    if rows == 1:  # the interpreter takes a second for a hundred programs
+        found = attention_triton.decode_attention(*args, pages, pages.clone(), table, length, 1.0)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("chunk", [attention.chunk_attention, attention_triton.chunk_attention])
+def test_chunks_attend_to_themselves_and_what_came_before(chunk: Callable[..., torch.Tensor]) -> None:
+    lengths, counts, tables = [70, 30, 65], [10, 30, 1], [[1, 2], [3, 0], [4, 5]]
+    keys, values = (drawn(PAGES, PAGE, 2, 16, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    query = drawn(44, 4, 16, dtype=torch.float32, seed=2)  # three tokens more than the sequences have
+    starts = torch.tensor([0, 10, 40, 41], dtype=torch.int32)
+    found = chunk(query, keys, values, torch.tensor(tables), torch.tensor(lengths), starts, 30, 0.3)
+    assert found.shape == query.shape
+    for row, (pages, n, count) in enumerate(zip(tables, lengths, counts, strict=True)):
+        own = slice(int(starts[row]), int(starts[row]) + count)
+        expected = alone(query[own], keys[pages].flatten(0, 1)[:n], values[pages].flatten(0, 1)[:n], 0.3)
+        torch.testing.assert_close(found[own], expected)

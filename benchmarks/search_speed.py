@@ -85,7 +85,7 @@ def prepare(study: StudyConfig, folder: Path) -> None:
     import torch
 
     from rankloom.data import Cursor, collate, load_data
-    from rankloom.models import load_tokenizer, local_folder
+    from rankloom.models import load_tokenizer, locate_folder
 
     trial = study.baseline
     tokenizer = load_tokenizer(trial.model)
@@ -103,7 +103,7 @@ def prepare(study: StudyConfig, folder: Path) -> None:
     validation = [item(list(data.validation.select(EVAL_ROWS, seed=0)))]
     torch.save({"train": train, "validation": validation}, folder / "batches.pt")
     trials = [dump(study.resolve({"warm_start": i}, i)) for i in range(study.num_trials)]
-    write_json(folder / "trials.json", {"model": str(local_folder(trial.model)), "trials": trials})
+    write_json(folder / "trials.json", {"model": str(locate_folder(trial.model)), "trials": trials})
 
 
 def by_study(spec: dict[str, Any]) -> dict[str, Any]:

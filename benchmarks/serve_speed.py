@@ -33,7 +33,7 @@ from rankloom.config.engine import EngineConfig
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.protocol import Request, Sampling
-from rankloom.models import Base, auto_dtype, load_base
+from rankloom.models import Base, choose_auto_dtype, load_base
 from rankloom.registry import BaseModelRef, Draft, Registry, Versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +115,7 @@ class Peft:
 
     def __init__(self, folder: Path, folders: Sequence[Path]) -> None:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=auto_dtype(DEVICE)).to(DEVICE)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=choose_auto_dtype(DEVICE)).to(DEVICE)
         self.model = peft.PeftModel.from_pretrained(plain, folders[0], adapter_name="0")
         for i, folder in enumerate(folders[1:], start=1):
             self.model.load_adapter(folder, adapter_name=str(i))

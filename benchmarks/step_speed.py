@@ -25,14 +25,14 @@ from common import RESULTS, machine, tiny_llama, today, write_json
 
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, TaskData, collate, load_data
-from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
+from rankloom.models import Base, choose_auto_dtype, load_base, load_tokenizer
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.precision import autocast
 from rankloom.training.session import LocalSession
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PRECISION = auto_dtype(DEVICE)
+PRECISION = choose_auto_dtype(DEVICE)
 NUM_MEMBERS = 8
 Run = Callable[[], int]
 """Trains eight steps; returns the number of tokens."""
@@ -116,9 +116,9 @@ def load_plain(trial: TrialConfig) -> Any:
     """Load the base as transformers does."""
     from transformers import AutoModelForCausalLM
 
-    from rankloom.models import local_folder
+    from rankloom.models import locate_folder
 
-    model = AutoModelForCausalLM.from_pretrained(local_folder(trial.model), dtype=PRECISION)
+    model = AutoModelForCausalLM.from_pretrained(locate_folder(trial.model), dtype=PRECISION)
     return model.to(DEVICE)
 
 

@@ -25,7 +25,7 @@ import transformers
 
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Batch, Cursor, collate, load_data
-from rankloom.models import auto_dtype, load_base, load_tokenizer
+from rankloom.models import choose_auto_dtype, load_base, load_tokenizer
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.session import LocalSession
 
@@ -49,7 +49,7 @@ class OurLoop:
 
     def __init__(self, trial: TrialConfig, data: Any, scratch: Path) -> None:
         base = load_base(trial.model, trial.quantization, device=DEVICE)
-        self.loop = TrainingLoop(trial, base, data, LocalSession(scratch, device=DEVICE), auto_dtype(DEVICE))
+        self.loop = TrainingLoop(trial, base, data, LocalSession(scratch, device=DEVICE), choose_auto_dtype(DEVICE))
         self.losses: list[float] = []
         self.loop.session.emit = lambda event: self.losses.append(event.loss)  # type: ignore[method-assign]
 

@@ -329,7 +329,7 @@ def _exposition() -> str:
     metrics.count_request("bank", "live", "ok", tokens={"completion": 1}, first_s=0.1, token_s=0.1)
     metrics.refused.labels("429").inc()
     metrics.replica("r", Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0)), 1)
-    return metrics.exposition().decode()
+    return metrics.expose().decode()
 
 
 # files

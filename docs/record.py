@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rankloom as rl
-from rankloom.cli.study_view import lines, result_lines, result_rows, table
+from rankloom.cli.study_view import build_result_rows, build_status_table, format_result, format_study_event
 from rankloom.events import Event, StudyStatus
 
 REPO = Path(__file__).resolve().parents[1]
@@ -46,18 +46,18 @@ class Recording:
 
     def show(self, event: Event) -> None:
         """Take an event in, as `rankloom tune` does."""
-        self._lines += [Text(line) for line in lines(event)]
-        live = [table(event)] if isinstance(event, StudyStatus) else []
-        if live or lines(event):
+        self._lines += [Text(line) for line in format_study_event(event)]
+        live = [build_status_table(event)] if isinstance(event, StudyStatus) else []
+        if live or format_study_event(event):
             self._frames.append([*self._lines, *live])
 
     def end(self, result: rl.StudyResult) -> None:
         """Show the last table and the lines after it."""
-        header, *rows = result_rows(result)
+        header, *rows = build_result_rows(result)
         shown = Table(*header, box=None, header_style="bold", pad_edge=False)
         for row in rows:
             shown.add_row(*map(Text, row))
-        ending = [Text(line) for line in result_lines(result, COMMAND[0], COMMAND[1:])]
+        ending = [Text(line) for line in format_result(result, COMMAND[0], COMMAND[1:])]
         self._frames.append([*self._lines, Text(), shown, Text(), *ending])
 
     def svg(self) -> str:

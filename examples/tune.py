@@ -6,13 +6,13 @@ python examples/tune.py [STUDY.yaml]
 import sys
 
 import rankloom as rl
-from rankloom.events import Event, TrialEnded
+from rankloom.events import Event
 
 
 def show(event: Event) -> None:
     """Print each trial as it ends."""
     match event:
-        case TrialEnded(name=name, method=method, status=status):
+        case rl.TrialEnded(name=name, method=method, status=status):
             print(f"{name}  {method}  {status}")
 
 

@@ -23,7 +23,7 @@ from rankloom.cli import app
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.config.base import Frozen, apply_overrides, read_yaml
 from rankloom.config.serve import ServeConfig
-from rankloom.paths import shipped_folder
+from rankloom.paths import find_shipped_folder
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "platform" / "rankloom"
@@ -117,7 +117,11 @@ def test_command_exists_with_its_options_and_settings(line: str) -> None:
     kind = CONFIGS.get(command.name)
     if kind is not None and overrides:
         known = str(context.params["config"]).startswith("shipped:")
-        tree = read_yaml(shipped_folder("configs") / context.params["config"].removeprefix("shipped:")) if known else {}
+        tree = (
+            read_yaml(find_shipped_folder("configs") / context.params["config"].removeprefix("shipped:"))
+            if known
+            else {}
+        )
         parse(kind, apply_overrides(NEEDED[kind] | tree, overrides), line)
 
 

@@ -19,7 +19,7 @@ from rankloom.config.method import Method
 from rankloom.config.model import Quantization
 from rankloom.config.serve import ServeConfig
 from rankloom.errors import IncompatibleError
-from rankloom.paths import shipped_folder
+from rankloom.paths import find_shipped_folder
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "platform" / "rankloom"
@@ -166,8 +166,8 @@ def test_every_method_and_knob_has_a_shipped_config() -> None:
 
 @pytest.mark.parametrize("kind", ["configs", "jobs", "serve"])
 def test_shipped_falls_back_to_the_source_tree(kind: str) -> None:
-    assert shipped_folder(kind) == REPO / kind  # type: ignore[arg-type]
-    assert any(shipped_folder(kind).rglob("*.*"))  # type: ignore[arg-type]
+    assert find_shipped_folder(kind) == REPO / kind  # type: ignore[arg-type]
+    assert any(find_shipped_folder(kind).rglob("*.*"))  # type: ignore[arg-type]
 
 
 def test_import_contracts_hold() -> None:

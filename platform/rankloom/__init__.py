@@ -64,6 +64,20 @@ if TYPE_CHECKING:
     from rankloom.errors import RegistryError as RegistryError
     from rankloom.errors import TrialError as TrialError
     from rankloom.evals.own_metric import Prediction as Prediction
+    from rankloom.events import DataLoaded as DataLoaded
+    from rankloom.events import Evaluated as Evaluated
+    from rankloom.events import PhaseStarted as PhaseStarted
+    from rankloom.events import RunFinished as RunFinished
+    from rankloom.events import RunResumed as RunResumed
+    from rankloom.events import StepFinished as StepFinished
+    from rankloom.events import StudyFinished as StudyFinished
+    from rankloom.events import StudyProgress as StudyProgress
+    from rankloom.events import StudyStatus as StudyStatus
+    from rankloom.events import TrialEnded as TrialEnded
+    from rankloom.events import TrialEvaluated as TrialEvaluated
+    from rankloom.events import TrialStarted as TrialStarted
+    from rankloom.events import WarningRaised as WarningRaised
+    from rankloom.events import read_events as read_events
     from rankloom.launch.evaluation import evaluate as evaluate
     from rankloom.launch.results import EvaluationResult as EvaluationResult
     from rankloom.launch.results import TrialResult as TrialResult
@@ -98,6 +112,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "RegistryError", "TrialError",
     ),
     "evals.own_metric": ("Prediction",),
+    "events": (
+        "DataLoaded", "Evaluated", "PhaseStarted", "RunFinished", "RunResumed", "StepFinished", "StudyFinished",
+        "StudyProgress", "StudyStatus", "TrialEnded", "TrialEvaluated", "TrialStarted", "WarningRaised", "read_events",
+    ),
     "launch.evaluation": ("evaluate",),
     "launch.results": ("EvaluationResult", "TrialResult"),
     "launch.trainer": ("train",),

@@ -42,11 +42,11 @@ class _Printable:
     def __str__(self) -> str:
         shown = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return "  ".join(
-            [self.kind, *(f"{name}={_short(value)}" for name, value in shown.items() if value is not None)]
+            [self.kind, *(f"{name}={_shorten(value)}" for name, value in shown.items() if value is not None)]
         )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
@@ -372,7 +372,7 @@ def from_dict(tree: dict[str, Any]) -> Event:
     if kind not in KINDS:
         raise RankloomError(f"event={kind!r}: unknown kind of event; known are {', '.join(KINDS)}")
     try:
-        return _adapter(kind).validate_python(tree)
+        return _build_adapter(kind).validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -402,7 +402,7 @@ def read_events(file: Path) -> Iterator[Event]:
 
 
 @cache
-def _adapter(kind: str) -> TypeAdapter[Event]:
+def _build_adapter(kind: str) -> TypeAdapter[Event]:
     from pydantic import TypeAdapter  # imported late: only reading needs it
 
     return TypeAdapter(KINDS[kind])

@@ -12,8 +12,8 @@ import pytest
 import ray
 from ray import serve
 
-from rankloom.deploy.app import idle_gpus
-from rankloom.launch.cluster import worker_environment
+from rankloom.deploy.app import count_idle_gpus
+from rankloom.launch.cluster import make_worker_environment
 
 pytestmark = pytest.mark.cluster
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
@@ -36,7 +36,7 @@ def test_a_worker_sees_the_gpus_that_it_has_reserved() -> None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     for gpus, expected in ((0, ""), (0.5, "0"), (1, "0")):
-        environment = {"env_vars": worker_environment(1, gpu=gpus > 0)}
+        environment = {"env_vars": make_worker_environment(1, gpu=gpus > 0)}
         task = ray.remote(seen).options(num_gpus=gpus, num_cpus=0, runtime_env=environment)
         assert ray.get(task.remote()) == expected
 
@@ -59,7 +59,7 @@ def test_replicas_take_idle_gpus_and_keep_them_and_the_command_says_so(
             done = subprocess.run([*command, *change], env=environment, capture_output=True, text=True, timeout=180)
             assert done.returncode == 0, done.stderr
             assert told in done.stderr.splitlines()[:3]
-            assert idle_gpus() == idle
+            assert count_idle_gpus() == idle
         pid = processes_named("ServeReplica:rankloom:Replica")[0]
         assert environment_of(pid)["CUDA_VISIBLE_DEVICES"] == ""
     finally:

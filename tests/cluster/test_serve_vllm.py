@@ -14,7 +14,7 @@ from test_serve_app import free_port, served
 from rankloom.config.model import ModelConfig
 from rankloom.engine.vllm import die_with_parent
 from rankloom.engine.vllm.server import PYTHON
-from rankloom.models import local_folder
+from rankloom.models import locate_folder
 from served import load, publish, write_adapter
 
 pytestmark = [
@@ -39,7 +39,7 @@ def vllm_servers() -> list[int]:
 
 
 def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path) -> None:
-    base, root = local_folder(ModelConfig()), tmp_path / "registry"
+    base, root = locate_folder(ModelConfig()), tmp_path / "registry"
     for kind in ("lora", "dora"):
         write_adapter(base, tmp_path / kind, kind)
         publish(root, load(base), kind, tmp_path / kind)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rankloom.cli.study_view import result_rows
+from rankloom.cli.study_view import build_result_rows
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, TrialStarted
@@ -237,7 +237,7 @@ def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> 
     assert result.winner.trial == best["trial"]
     registry = Registry(result.registry)
     assert len(registry.versions("tiny-front")) == len(front)
-    table = result_rows(result)
+    table = build_result_rows(result)
     assert table[0][5:8] == ("front", "memory", "latency")
     assert sum(row[5] == "yes" for row in table) == len(front)
 

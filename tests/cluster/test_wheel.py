@@ -74,9 +74,10 @@ def test_editable_install_puts_nothing_beside_the_source(wheels: dict[str, Path]
 
 def test_cli_runs_a_shipped_config_by_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
     find = (
-        "import rankloom\nfrom rankloom.paths import shipped_folder\nfrom rankloom.config import TrialConfig, load\n"
-        "print(rankloom.__file__, shipped_folder('configs'))\n"
-        "print(load(TrialConfig, shipped_folder('configs') / 'trials' / 'lora.yaml').name)"
+        "import rankloom\nfrom rankloom.paths import find_shipped_folder\n"
+        "from rankloom.config import TrialConfig, load\n"
+        "print(rankloom.__file__, find_shipped_folder('configs'))\n"
+        "print(load(TrialConfig, find_shipped_folder('configs') / 'trials' / 'lora.yaml').name)"
     )
     where, name = run(installed, tmp_path, "-c", find).splitlines()
     assert all(Path(path).is_relative_to(installed) for path in where.split())

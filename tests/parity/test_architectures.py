@@ -20,7 +20,7 @@ import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rankloom.adapters.export import merge_adapter
-from rankloom.adapters.probe import last_logits
+from rankloom.adapters.probe import compute_last_logits
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import Int8
@@ -222,14 +222,14 @@ def test_trained_is_published_read_back_and_merged(
     folder = tmp_path / "registry" / "tiny" / "1"
     base, data = opened(trial)
     ids = data.test[0].input_ids
-    before = last_logits(base.model, ids)
-    adapted = last_logits(load_adapter(base.model, folder), ids)
+    before = compute_last_logits(base.model, ids)
+    adapted = compute_last_logits(load_adapter(base.model, folder), ids)
     merge_adapter(folder, record, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    torch.testing.assert_close(last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compute_last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
     if trial.output.keep_model:
         kept = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "model").eval()
-        assert (last_logits(kept, ids) - adapted).norm() < (last_logits(kept, ids) - before).norm()
+        assert (compute_last_logits(kept, ids) - adapted).norm() < (compute_last_logits(kept, ids) - before).norm()
 
 
 def test_an_int8_layer_takes_latents_of_four_dimensions(
@@ -238,8 +238,8 @@ def test_an_int8_layer_takes_latents_of_four_dimensions(
     plain = trial_of(tiny("deepseek_v3"), rows, tmp_path, "lora")
     trial = plain.model_copy(update={"quantization": Int8()})
     run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
-    expected = last_logits(opened(plain)[0].model, list(range(5, 25)))
-    found = last_logits(opened(trial)[0].model, list(range(5, 25)))
+    expected = compute_last_logits(opened(plain)[0].model, list(range(5, 25)))
+    found = compute_last_logits(opened(trial)[0].model, list(range(5, 25)))
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
@@ -268,9 +268,9 @@ def test_members_of_a_host_are_their_dedicated_runs(
         assert losses[name] == pytest.approx(expected, rel=1e-3), name
         host.export(name, tmp_path / f"{name}-member")
         ids = data.test[0].input_ids
-        own = last_logits(loop.module.eval(), ids)
+        own = compute_last_logits(loop.module.eval(), ids)
         fresh, _ = opened(trial)
-        member = last_logits(load_adapter(fresh.model, tmp_path / f"{name}-member"), ids)
+        member = compute_last_logits(load_adapter(fresh.model, tmp_path / f"{name}-member"), ids)
         torch.testing.assert_close(member, own, atol=2e-2, rtol=2e-2)
 
 

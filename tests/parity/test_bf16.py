@@ -22,9 +22,9 @@ from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
-from rankloom.evals.loss import token_loss
+from rankloom.evals.loss import compute_token_loss
 from rankloom.events import Event
-from rankloom.models import Base, auto_dtype, load_base, load_tokenizer
+from rankloom.models import Base, choose_auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
 from rankloom.training.fused.host import TrialHost
@@ -131,7 +131,7 @@ def test_a_host_in_bf16_trains_and_exports_what_dedicated_runs_do(tiny_llama: Pa
     host.bank.remove()
     for kind, loss in losses.items():
         adapted = load_adapter(bases[0].model, tmp_path / kind / "adapter")
-        read_back = token_loss(adapted, list(data.validation), pad_id=bases[0].pad_id, batch_size=4).mean
+        read_back = compute_token_loss(adapted, list(data.validation), pad_id=bases[0].pad_id, batch_size=4).mean
         adapted.unload()
         assert loss == pytest.approx(read_back, rel=2e-2)
 
@@ -237,6 +237,6 @@ def test_the_engine_sees_magnitudes_below_a_step_of_bf16(
 
 
 def test_auto_is_bf16_on_a_gpu_alone(tiny_llama: Path) -> None:
-    assert auto_dtype(torch.device("cuda", 1)) == torch.bfloat16
-    assert auto_dtype(CPU) == torch.float32
+    assert choose_auto_dtype(torch.device("cuda", 1)) == torch.bfloat16
+    assert choose_auto_dtype(CPU) == torch.float32
     assert load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=CPU).model.dtype == torch.float32

@@ -19,7 +19,7 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.data import Row, collate, load_data
-from rankloom.evals.loss import labelled_loss
+from rankloom.evals.loss import compute_labelled_loss
 from rankloom.events import Event, StepFinished
 from rankloom.models import load_base
 from rankloom.registry import Registry
@@ -138,7 +138,7 @@ def test_a_loss_finds_its_tokens_on_the_cpu(gpu: torch.device, tiny_llama: Path)
     base = load_base(ModelConfig(id=str(tiny_llama)), NoQuantization(), device=gpu, dtype=torch.float32)
     batch = collate([Row([7, 50, 101, 9], [0.0, 0.0, 1.0, 0.5], 2, ""), Row([7, 9], [0.0, 1.0], 1, "")], 0)
     with Searches() as searches, torch.no_grad():
-        loss, weight = labelled_loss(base.model, batch)
+        loss, weight = compute_labelled_loss(base.model, batch)
         assert searches.num == 0
         torch.ones(3, device=gpu).nonzero()
         assert searches.num == 1

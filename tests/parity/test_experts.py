@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from codes import write_fp8, write_mxfp4
 from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import extract_adapter
-from rankloom.adapters.probe import last_logits, verify_probe
+from rankloom.adapters.probe import compute_last_logits, verify_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.banks.plain_lora import more_than_lora
 from rankloom.banks.served_adapter import fold
@@ -116,19 +116,19 @@ def test_adapted_experts_are_published_read_back_and_merged(
     ids = list(range(5, 25))
     base = load_base(trial.model, trial.quantization, device=CPU).model
     stacks = {name: parameter.clone() for name, parameter in find_experts(base).items()}
-    plain = last_logits(base, ids)
+    plain = compute_last_logits(base, ids)
     assert more_than_lora(base, folder) == ["a LoRA on experts"]
-    adapted = last_logits(load_adapter(base, folder), ids)
+    adapted = compute_last_logits(load_adapter(base, folder), ids)
     assert (adapted - plain).abs().max() > 1e-2
 
     if kind not in RENAMED:
         others = AutoModelForCausalLM.from_pretrained(trial.model.id, dtype=torch.float32).eval()
         theirs = peft.PeftModel.from_pretrained(others, folder)
-        torch.testing.assert_close(last_logits(theirs, ids), adapted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(compute_last_logits(theirs, ids), adapted, atol=1e-4, rtol=1e-4)
 
     merge_adapter(folder, record, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    torch.testing.assert_close(last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compute_last_logits(merged, ids), adapted, atol=1e-3, rtol=1e-3)
     assert all(not torch.equal(each, stacks[name]) for name, each in find_experts(merged).items())
 
 
@@ -157,12 +157,12 @@ def test_experts_that_are_stored_as_codes_are_merged_into_plain_weights(
     assert in_fp32 == {name for name in types if name.endswith("e_score_correction_bias")}
     ids = list(range(5, 25))
     base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.float32).model
-    plain, adapted = last_logits(base, ids), last_logits(load_adapter(base, folder), ids)
+    plain, adapted = compute_last_logits(base, ids), compute_last_logits(load_adapter(base, folder), ids)
     merged, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
     assert not any(loading.values())
-    torch.testing.assert_close(last_logits(merged.eval(), ids), adapted, atol=3e-2, rtol=0)  # bf16's rounding
+    torch.testing.assert_close(compute_last_logits(merged.eval(), ids), adapted, atol=3e-2, rtol=0)  # bf16's rounding
     assert (adapted - plain).abs().max() > 0.3
 
 
@@ -179,10 +179,10 @@ def test_what_full_fine_tuning_makes_of_codes_is_kept_as_plain_weights(
     assert {*stored_types(kept).values()} == {torch.float32}
     ids = list(range(5, 25))
     base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.float32).model
-    plain = last_logits(base, ids)
-    adapted = last_logits(load_adapter(base, tmp_path / "registry" / "tiny" / "1"), ids)
+    plain = compute_last_logits(base, ids)
+    adapted = compute_last_logits(load_adapter(base, tmp_path / "registry" / "tiny" / "1"), ids)
     tuned = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
-    torch.testing.assert_close(last_logits(tuned, ids), adapted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compute_last_logits(tuned, ids), adapted, atol=1e-3, rtol=1e-3)
     assert (adapted - plain).abs().max() > 0.3
 
 

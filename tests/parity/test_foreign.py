@@ -32,7 +32,7 @@ from rankloom.adapters.patterns import resolve_patterns
 from rankloom.adapters.weights import load_adapter
 from rankloom.cli.adapters import app
 from rankloom.errors import RegistryError
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 from served import completed, engine_on, plain, serving, with_peft
 
 PROMPT = (7, 50, 101, 9)
@@ -144,7 +144,7 @@ def test_the_tokens_are_pefts(kind: str, tiny_model: Callable[..., Path], tmp_pa
     torch.testing.assert_close(exported, expected, atol=5e-4, rtol=1e-4)
     assert (expected - plain(base)(ids).logits).abs().max() > 0.01
 
-    engine = engine_on(base, Path(registry_root()))
+    engine = engine_on(base, Path(get_registry_root()))
     _, tokens, _ = serving(engine, lambda: completed(engine, PROMPT, "a@1"))
     assert tokens == with_peft(base, folder, PROMPT, len(tokens))
 
@@ -313,7 +313,7 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def published(version: int = 1) -> Path:
-    return Path(registry_root()) / "a" / str(version)
+    return Path(get_registry_root()) / "a" / str(version)
 
 
 def test_out_of_a_hub_cache(folder: Path, tmp_path: Path) -> None:

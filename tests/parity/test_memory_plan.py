@@ -21,7 +21,7 @@ from rankloom.models import load_base, load_tokenizer
 from rankloom.training import memory
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
-from rankloom.training.memory import shape_of
+from rankloom.training.memory import read_shape
 from rankloom.training.memory_plan import FP32, LASTING, HostSize, Shape, fit_host, run_bytes
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
@@ -90,8 +90,8 @@ def test_a_hosts_forecast_is_its_peak(
     peak = peak_bytes(open_host)
     plan = host[0].last_plan
     assert plan is not None
-    forecast = replace(size, token_budget=plan.num_tokens).bytes(shape_of(base, data))
-    accumulated = FP32 * 4 * shape_of(base, data).adapter_numbers(rank, dora=kind == "dora")
+    forecast = replace(size, token_budget=plan.num_tokens).bytes(read_shape(base, data))
+    accumulated = FP32 * 4 * read_shape(base, data).adapter_numbers(rank, dora=kind == "dora")
     assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)  # no step was under way
 
 
@@ -108,7 +108,7 @@ def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path
             loops[0].step()
 
     peak = peak_bytes(begin)
-    shape = shape_of(load_base(trial.model, trial.quantization, device=CPU), data)
+    shape = read_shape(load_base(trial.model, trial.quantization, device=CPU), data)
     cursor = Cursor(data.train.lengths, 16, seed=trial.seed, group_by_length=True)
     tokens = max(16 * int(data.train.lengths[cursor.next()].max()) for _ in range(3))
     assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
@@ -126,7 +126,7 @@ def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Cal
         trial = trial_of(tmp_path, method={"experts": experts, "rank": 8}, optim={"batch_size": 1})
         data = load_data(trial.data, load_tokenizer(trial.model))
         base = load_base(trial.model, trial.quantization, device=CPU)
-        shape = shape_of(base, data, experts=experts)
+        shape = read_shape(base, data, experts=experts)
         forecasts.append(run_bytes(shape, trial.method, 32))
 
         def begin(trial: TrialConfig = trial, data: Any = data, base: Any = base) -> None:
@@ -141,14 +141,14 @@ def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Cal
 def test_what_is_free_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "GROUP", tmp_path)
-    assert memory.free_bytes(CPU) is None
+    assert memory.read_free_bytes(CPU) is None
     (tmp_path / "meminfo").write_text("MemTotal:  9000000 kB\nMemAvailable:  8000000 kB\n")
-    assert memory.free_bytes(CPU) == 8.192e9
+    assert memory.read_free_bytes(CPU) == 8.192e9
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(CPU) == 8.192e9
+    assert memory.read_free_bytes(CPU) == 8.192e9
     (tmp_path / "memory.max").write_text("4000000000\n")
     (tmp_path / "memory.stat").write_text("anon 1000000000\nfile 9\nshmem 500000000\n")
-    assert memory.free_bytes(CPU) == 2.5e9
+    assert memory.read_free_bytes(CPU) == 2.5e9
 
 
 def test_a_run_that_can_not_fit_is_refused_before_it_trains(

@@ -24,7 +24,7 @@ from rankloom.engine.protocol import Delta, Engine, Request
 from rankloom.engine.vllm.engine import VllmEngine
 from rankloom.engine.vllm.server import PYTHON
 from rankloom.errors import IncompatibleError, RegistryError
-from rankloom.models import load_outline, local_folder
+from rankloom.models import load_outline, locate_folder
 from rankloom.registry import Registry
 from served import GREEDY, load, publish, with_peft, write_adapter
 
@@ -62,7 +62,7 @@ class Sides:
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
     root, folders, refs = tmp_path_factory.mktemp("registry"), {}, {}
-    base = local_folder(MODEL)
+    base = locate_folder(MODEL)
     loaded = load(base)
     for kind in (*SERVED, *REFUSED):
         folders[kind] = tmp_path_factory.mktemp("adapters") / kind

@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankloom.adapters.extract import adalora_to_lora, extract_adapter
+from rankloom.adapters.extract import convert_adalora, extract_adapter
 from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.engine import EngineConfig
@@ -75,7 +75,7 @@ def write_adapter(base: Path, folder: Path, kind: str, *, architecture: str = "l
         elif "lora_" in name and kind != "silent":
             parameter.data.normal_(std=0.15, generator=generator)
     if kind == "adalora":
-        adalora_to_lora(model, folder)
+        convert_adalora(model, folder)
     else:
         model.save_pretrained(folder, save_embedding_layers=False)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 from torch import nn
 
-from rankloom.methods.base import Method, has_conv1d, peft_targets
+from rankloom.methods.base import Method, has_conv1d, list_peft_targets
 from rankloom.models import Base
 
 from .config import LoraFaConfig
@@ -20,7 +20,7 @@ class LoraFa(Method[LoraFaConfig]):
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,
-            target_modules=peft_targets(base, self.config),
+            target_modules=list_peft_targets(base, self.config),
             fan_in_fan_out=has_conv1d(base),
         )
         model = peft.get_peft_model(base.model, lora)

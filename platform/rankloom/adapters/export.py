@@ -75,7 +75,7 @@ def _dequantise(base: Base) -> PreTrainedModel:
 
 def _merge(adapter: PeftModel, folder: Path) -> PreTrainedModel:
     base = adapter.get_base_model()
-    embedding, head = _innermost(base.get_input_embeddings()), _innermost(base.get_output_embeddings())
+    embedding, head = _unwrap(base.get_input_embeddings()), _unwrap(base.get_output_embeddings())
     tied = head is not None and head.weight is embedding.weight
     if tied:  # untie, otherwise the update of one would be added to both, twice
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -96,11 +96,11 @@ def _merge(adapter: PeftModel, folder: Path) -> PreTrainedModel:
     return merged
 
 
-def _innermost(module: Any) -> Any:
+def _unwrap(module: Any) -> Any:
     """Return the base's own module inside PEFT's wrappers."""
     for wrapped in ("base_layer", "original_module"):
         if hasattr(module, wrapped):
-            return _innermost(getattr(module, wrapped))
+            return _unwrap(getattr(module, wrapped))
     return module
 
 

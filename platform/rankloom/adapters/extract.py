@@ -39,7 +39,7 @@ class _Parts:
     """Modules kept with all their weights."""
 
 
-def adalora_to_lora(model: peft.PeftModel, folder: Path) -> None:
+def convert_adalora(model: peft.PeftModel, folder: Path) -> None:
     """Write an AdaLoRA model as plain LoRA, exact: P·E·Q becomes B·A with E folded into B, without the zero E.
 
     Raises:
@@ -141,7 +141,7 @@ def extract_adapter(model: PreTrainedModel, base_folder: Path, rank: int, folder
         )
     for name, bias in parts.biases.items():
         if name not in parts.factors:  # its weight is unchanged: a zero product carries the bias
-            width, height = _in_out(modules[name])
+            width, height = _read_widths(modules[name])
             parts.factors[name] = (bias.new_zeros(1, width), bias.new_zeros(height, 1))
     if not parts.factors:
         raise TrialError(
@@ -155,7 +155,7 @@ def _takes_factors(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, nn.Embedding)
 
 
-def _in_out(linear: nn.Module) -> tuple[int, int]:
+def _read_widths(linear: nn.Module) -> tuple[int, int]:
     first, second = linear.weight.shape  # type: ignore[misc]
     return (int(first), int(second)) if isinstance(linear, Conv1D) else (int(second), int(first))
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import ByModule, fullmatch, lora_scaling, resolve_patterns
+from rankloom.adapters.patterns import ByModule, lora_scaling, match_whole, resolve_patterns
 from rankloom.adapters.weights import find_adapted_experts
 from rankloom.errors import RegistryError
 from rankloom.models import is_linear, linear_widths
@@ -298,7 +298,7 @@ class _Adapter:
 
     def _matches(self, key: str, expression: str, layer: str) -> bool:
         try:
-            return fullmatch(expression, layer)
+            return match_whole(expression, layer)
         except ValueError as error:
             raise RegistryError(f"{self._folder / CONFIG}: {key}: {error}") from None
 
@@ -309,7 +309,7 @@ class _Adapter:
         """Check that all tensors are there, and write the plain folder."""
         if not self._layers:
             raise RegistryError(f"{self._file}: holds no LoRA; publish the folder that PEFT's save_pretrained wrote")
-        ranks, alphas = self._by_layer("rank_pattern"), self._by_layer("alpha_pattern")
+        ranks, alphas = self._resolve_by_layer("rank_pattern"), self._resolve_by_layer("alpha_pattern")
         tensors: dict[str, Tensor] = {}
         for layer, parts in sorted(self._layers.items()):
             rank = ranks.get(layer, self._settings.r)
@@ -327,7 +327,7 @@ class _Adapter:
                 if key not in kept:
                     self._refuse(f"{PREFIX}{module}.{key}", "is missing, though modules_to_save asks for it")
             tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in kept.items()}
-        config = self._config(ranks, alphas, base_id)
+        config = self._build_config(ranks, alphas, base_id)
         try:
             plain.mkdir(parents=True)
             contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -336,7 +336,7 @@ class _Adapter:
         except (OSError, SafetensorError) as error:
             raise RegistryError(f"{plain}: can't be written: {error}") from None
 
-    def _by_layer(self, key: str) -> ByModule[Any]:
+    def _resolve_by_layer(self, key: str) -> ByModule[Any]:
         try:
             return resolve_patterns(getattr(self._settings, key), self._layers)
         except ValueError as error:
@@ -398,7 +398,7 @@ class _Adapter:
         }
         return parts | moved, 2 * rank, 2 * rank * scaling
 
-    def _config(self, ranks: Mapping[str, int], alphas: Mapping[str, float], base_id: str) -> peft.LoraConfig:
+    def _build_config(self, ranks: Mapping[str, int], alphas: Mapping[str, float], base_id: str) -> peft.LoraConfig:
         first = max(ranks, key=lambda layer: ranks[layer])
         # PEFT takes the first key that ends a layer's name: the longer of two is the layer's own
         layers = sorted(ranks, key=len, reverse=True)

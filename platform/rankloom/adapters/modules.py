@@ -18,7 +18,7 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def exact_module_names() -> Iterator[None]:
+def use_exact_module_names() -> Iterator[None]:
     """Make PEFT put adapters where a config says, on mixture-of-experts models too, inside the context."""
     with _LOCK:
         before = transformers_weight_conversion.convert_peft_config_for_transformers

@@ -54,7 +54,7 @@ def resolve_patterns(patterns: Mapping[str, T], names: Iterable[str]) -> ByModul
     return resolved
 
 
-def fullmatch(expression: str, name: str) -> bool:
+def match_whole(expression: str, name: str) -> bool:
     """Return whether an expression matches a whole name, as `re.fullmatch`, with a time limit.
 
     Raises:

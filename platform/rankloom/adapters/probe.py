@@ -56,7 +56,7 @@ def record_probe(model: peft.PeftModel, input_ids: list[int], folder: Path) -> N
 
     A model fresh from training must not be probed: the published adapter may be reduced to a rank.
     """
-    adapter, base = _both_logits(model, input_ids)
+    adapter, base = _compute_both_logits(model, input_ids)
     write_probe(folder, input_ids, adapter, base)
 
 
@@ -93,7 +93,7 @@ def check_probe(model: peft.PeftModel, folder: Path, *, quantization: str) -> Pr
         RegistryError: the logits differ from the recorded ones, or equal the base's.
     """
     input_ids = probe_tokens(folder, model.get_base_model().get_input_embeddings().weight.shape[0])
-    adapter, base = _both_logits(model, input_ids)
+    adapter, base = _compute_both_logits(model, input_ids)
     return check_logits(folder, adapter, base, quantization=quantization)
 
 
@@ -120,12 +120,12 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
         raise RegistryError(
             f"{folder / PROBE}: {list(recorded.shape)} logits, but the base gives {list(adapter.shape)}"
         )
-    report = ProbeReport(largest_difference(adapter, recorded), largest_difference(adapter, base))
-    _judge(folder, report, recorded, tolerance(recorded, adapter.dtype, quantization=quantization))
+    report = ProbeReport(find_largest_difference(adapter, recorded), find_largest_difference(adapter, base))
+    _judge(folder, report, recorded, compute_tolerance(recorded, adapter.dtype, quantization=quantization))
     return report
 
 
-def tolerance(expected: Tensor, dtype: torch.dtype, *, quantization: str) -> float:
+def compute_tolerance(expected: Tensor, dtype: torch.dtype, *, quantization: str) -> float:
     """Return the largest allowed difference from expected logits.
 
     Args:
@@ -157,7 +157,7 @@ def check_top_logprobs(
         max(abs(expected[token] - logprob) for token, logprob in adapter.items()),
         max((abs(base[token] - logprob) for token, logprob in adapter.items() if token in base), default=largest),
     )
-    _judge(folder, report, recorded, tolerance(recorded, dtype, quantization="none"))
+    _judge(folder, report, recorded, compute_tolerance(recorded, dtype, quantization="none"))
     return report
 
 
@@ -201,22 +201,22 @@ def load_recorded_base(record: Record, dtype: torch.dtype) -> Base:
     return base
 
 
-def _both_logits(model: peft.PeftModel, input_ids: list[int]) -> tuple[Tensor, Tensor]:
-    adapter = last_logits(model.get_base_model(), input_ids)
+def _compute_both_logits(model: peft.PeftModel, input_ids: list[int]) -> tuple[Tensor, Tensor]:
+    adapter = compute_last_logits(model.get_base_model(), input_ids)
     with model.disable_adapter():
-        base = last_logits(model.get_base_model(), input_ids)
+        base = compute_last_logits(model.get_base_model(), input_ids)
     return adapter, base
 
 
 @torch.no_grad()
-def last_logits(model: nn.Module, input_ids: list[int]) -> Tensor:
+def compute_last_logits(model: nn.Module, input_ids: list[int]) -> Tensor:
     """Return the logits [V] after the last of `input_ids`, on the CPU."""
     ids_BT = torch.tensor([input_ids], device=next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1]
     return logits.cpu()
 
 
-def largest_difference(a: Tensor, b: Tensor) -> float:
+def find_largest_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest difference between two vectors' values, wherever they are."""
     return float((a.cpu().float() - b.cpu().float()).abs().max())
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.modules import exact_module_names
+from rankloom.adapters.modules import use_exact_module_names
 from rankloom.adapters.patterns import resolve_patterns
 from rankloom.errors import RegistryError
 from rankloom.models import find_experts, is_linear
@@ -90,7 +90,7 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
         try:
-            with exact_module_names():
+            with use_exact_module_names():
                 model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
         except (ValueError, TypeError) as error:  # PEFT's refusals for this kind of base
             raise RegistryError(f"{folder}: PEFT can't put it onto the base: {error}") from None
@@ -179,7 +179,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _check_modules(base_model: PreTrainedModel, config: peft.LoraConfig, folder: Path) -> None:
     """Raise the errors that PEFT would find only after it has wrapped a part of the base."""
     modules = dict(base_model.named_modules())
-    ends = _by_ending(modules)
+    ends = _group_by_ending(modules)
     for target in config.target_modules:
         if target not in ends:
             raise RegistryError(f"{folder / CONFIG}: target_modules: the base has no module {target!r}")
@@ -199,7 +199,7 @@ def _check_parameters(base_model: PreTrainedModel, config: peft.LoraConfig, fold
     """Raise the errors of target_parameters, which may name only experts."""
     if not config.target_parameters:
         return
-    experts, ends = find_experts(base_model), _by_ending(name for name, _ in base_model.named_parameters())
+    experts, ends = find_experts(base_model), _group_by_ending(name for name, _ in base_model.named_parameters())
     for target in config.target_parameters:
         if not ends.get(target) or not all(name in experts for name in ends[target]):
             raise RegistryError(f"{folder / CONFIG}: target_parameters: {target!r} matches no experts of the base")
@@ -219,7 +219,7 @@ def find_adapted_experts(base_model: PreTrainedModel, target_parameters: Iterabl
     return experts
 
 
-def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+def _group_by_ending(names: Iterable[str]) -> dict[str, list[str]]:
     """Return each ending of dotted names -> the full names that have it."""
     ends: dict[str, list[str]] = {}
     for name in names:

@@ -23,7 +23,7 @@ from rankloom.cli.serve import serve as serve_command
 from rankloom.cli.submit import app as submit_app
 from rankloom.cli.train import train as train_command
 from rankloom.cli.tune import tune as tune_command
-from rankloom.config.printable import printable
+from rankloom.config.printable import escape_unprintable
 from rankloom.errors import RankloomError
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def _options(
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+        return escape_unprintable(super().format(record), keep="\n\t")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,6 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")
     except RankloomError as error:
-        text = printable(str(error), keep="\n")
+        text = escape_unprintable(str(error), keep="\n")
         typer.secho(f"error: {text}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankloom.cli.options import Json, Ref, Root, complete_ref, print_json
-from rankloom.config.printable import printable
+from rankloom.config.printable import escape_unprintable
 
 if TYPE_CHECKING:
     from rankloom.registry import Record, Registry
@@ -51,12 +51,12 @@ def list_adapters(
     aliases = {each: registry.aliases(each) for each in {record.name for record in records}}
     pointing = {r.ref: [alias for alias, to in aliases[r.name].items() if to == r.version] for r in records}
     if as_json:
-        print_json([_plain(record) | {"aliases": pointing[record.ref]} for record in records])
+        print_json([_to_plain(record) | {"aliases": pointing[record.ref]} for record in records])
     elif not records:
         typer.echo(f"no adapters in {registry.root}")
     else:
         header = ("adapter", "aliases", "method", "base", "accuracy", "loss", "size", "created")
-        print_table(header, [(r.ref, " ".join(pointing[r.ref]) or "-", *_row(r)) for r in records])
+        print_table(header, [(r.ref, " ".join(pointing[r.ref]) or "-", *_format_row(r)) for r in records])
 
 
 @app.command()
@@ -66,13 +66,13 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
     Example: rankloom adapters show bank-intents@champion
     """
     from rankloom.cli.tables import print_table
-    from rankloom.registry.card import scorecard_rows
+    from rankloom.registry.card import list_scorecard_rows
 
     registry = _open(root)
     record = registry.get(ref)
     aliases = registry.aliases(record.name)
     if as_json:
-        print_json(_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
+        print_json(_to_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
         return
     facts = [
         ("adapter", record.ref),
@@ -89,7 +89,7 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
     print_table(("", ""), facts)
     if record.scorecard:
         typer.echo()
-        print_table(("measure", "adapter", "base"), scorecard_rows(record.scorecard))
+        print_table(("measure", "adapter", "base"), list_scorecard_rows(record.scorecard))
 
 
 @app.command()
@@ -255,10 +255,10 @@ def _fetch(registry: Registry, record: Record) -> Iterator[Path]:
 
 
 def _tell(note: str) -> None:
-    typer.echo(printable(note), err=True)
+    typer.echo(escape_unprintable(note), err=True)
 
 
-def _row(record: Record) -> tuple[str, ...]:
+def _format_row(record: Record) -> tuple[str, ...]:
     result = record.scorecard.result if record.scorecard else None
     quantization = "" if record.base.quantization == "none" else f" {record.base.quantization}"
     return (
@@ -271,9 +271,9 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def _plain(record: Record) -> dict[str, Any]:
+def _to_plain(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
 
 
 def _report(as_json: bool, record: Record, text: str) -> None:
-    print_json(_plain(record)) if as_json else typer.echo(text)
+    print_json(_to_plain(record)) if as_json else typer.echo(text)

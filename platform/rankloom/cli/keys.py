@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rankloom.cli.options import Json, print_json
-from rankloom.paths import keys_file
+from rankloom.paths import get_keys_file
 
 app = typer.Typer(
     name="keys", no_args_is_help=True, help="Create, list and revoke an endpoint's API keys (auth.keys in its config)."
@@ -18,7 +18,7 @@ app = typer.Typer(
 File = Annotated[
     Path,
     typer.Option(
-        "--file", default_factory=keys_file, envvar="RANKLOOM_KEYS", show_default="~/rankloom/keys.json",
+        "--file", default_factory=get_keys_file, envvar="RANKLOOM_KEYS", show_default="~/rankloom/keys.json",
         help="The file with the keys' hashes.",
     ),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankloom.errors import RankloomError
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -20,7 +20,7 @@ def complete_ref(context: typer.Context, incomplete: str) -> list[str]:
     from rankloom.registry import Registry
 
     with suppress(RankloomError, ValueError):
-        registry = Registry(context.params.get("registry") or registry_root())
+        registry = Registry(context.params.get("registry") or get_registry_root())
         name, at, _ = incomplete.partition("@")
         refs = registry.names()
         if at:
@@ -51,7 +51,7 @@ Root = Annotated[
     str,
     typer.Option(
         "--registry",
-        default_factory=registry_root,
+        default_factory=get_registry_root,
         envvar="RANKLOOM_REGISTRY",
         show_default="~/rankloom/registry",
         help="The registry: a folder, or a URL such as s3://bucket/registry (AWS_ENDPOINT_URL names another server).",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rankloom.config.printable import printable
+from rankloom.config.printable import escape_unprintable
 from rankloom.events import DataLoaded, Evaluated, Event, OnEvent, PhaseStarted, RunResumed, StepFinished, WarningRaised
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ STEP_LINE_EVERY_S = 5.0
 
 
 @contextmanager
-def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
+def show_run(*, on_stderr: bool) -> Iterator[OnEvent]:
     """Yield the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
 
     console = Console(stderr=on_stderr, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        with _bar(console) as progress:
+        with _build_bar(console) as progress:
             yield LiveProgress(console, progress).show
     else:
         stream = sys.stderr if on_stderr else sys.stdout
@@ -57,12 +57,12 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def lines(event: Event) -> list[str]:
-    """Return an event as lines of text; `step_line` formats steps."""
-    return [printable(line, keep="\n\t") for line in _lines(event)]
+def format_event(event: Event) -> list[str]:
+    """Return an event as lines of text; `format_step` formats steps."""
+    return [escape_unprintable(line, keep="\n\t") for line in _format_lines(event)]
 
 
-def _lines(event: Event) -> list[str]:
+def _format_lines(event: Event) -> list[str]:
     match event:
         case PhaseStarted(phase, message):
             return [f"{phase:<8} {message}"]
@@ -80,12 +80,12 @@ def _lines(event: Event) -> list[str]:
     return []
 
 
-def step_line(event: StepFinished) -> str:
+def format_step(event: StepFinished) -> str:
     """Return a step as one line."""
-    return f"step {event.step}/{event.total_steps}  {_numbers(event)}  eta {duration(event.eta_s)}"
+    return f"step {event.step}/{event.total_steps}  {_format_numbers(event)}  eta {format_duration(event.eta_s)}"
 
 
-def _numbers(event: StepFinished) -> str:
+def _format_numbers(event: StepFinished) -> str:
     return (
         f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_s:,.0f} tokens/s  "
         f"{event.memory_bytes / 1e9:.1f} GB"
@@ -105,7 +105,7 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     return found + [f"warning: {warning}" for warning in report["warnings"]]
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as 59s, 2m05s or 1h02m."""
     whole = int(seconds)
     if whole < 60:
@@ -125,8 +125,8 @@ class PlainProgress:
             now = time.monotonic()
             if now >= self._next_step_line or event.step == event.total_steps:
                 self._next_step_line = now + STEP_LINE_EVERY_S
-                self._write(step_line(event))
-        for line in lines(event):
+                self._write(format_step(event))
+        for line in format_event(event):
             self._write(line)
 
 
@@ -143,17 +143,17 @@ class LiveProgress:
         if isinstance(event, StepFinished):
             if self._task is None:
                 self._task = self._progress.add_task("train", total=event.total_steps, numbers="", eta="")
-            eta = f"eta {duration(event.eta_s)}"
-            self._progress.update(self._task, completed=event.step, numbers=_numbers(event), eta=eta)
+            eta = f"eta {format_duration(event.eta_s)}"
+            self._progress.update(self._task, completed=event.step, numbers=_format_numbers(event), eta=eta)
         elif isinstance(event, PhaseStarted) and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        for line in lines(event):
+        for line in format_event(event):
             style = "yellow" if line.startswith("warning") else "dim" if isinstance(event, PhaseStarted) else ""
             self._console.print(Text(line, style=style))
 
 
-def _bar(console: Console) -> Progress:
+def _build_bar(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rankloom.cli.progress import duration
-from rankloom.cli.progress import lines as run_lines
-from rankloom.config.printable import printable
+from rankloom.cli.progress import format_duration
+from rankloom.cli.progress import format_event as run_lines
+from rankloom.config.printable import escape_unprintable
 from rankloom.events import Event, HostStatus, OnEvent, PhaseStarted, StudyStatus, TrialEnded, WarningRaised
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ STATUS_LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
+def show_study(*, on_stderr: bool) -> Iterator[OnEvent]:
     """Yield the function that shows an event; `on_stderr` leaves stdout to the result."""
     from rich.console import Console
     from rich.live import Live
@@ -40,8 +40,8 @@ def shown(*, on_stderr: bool) -> Iterator[OnEvent]:
 
         def show(event: Event) -> None:
             if isinstance(event, StudyStatus):
-                live.update(table(event))
-            for line in lines(event):
+                live.update(build_status_table(event))
+            for line in format_study_event(event):
                 live.console.print(Text(line, style="dim" if isinstance(event, PhaseStarted) else ""))
 
         yield show
@@ -58,23 +58,23 @@ class PlainStudyView:
         now = time.monotonic()
         if isinstance(event, StudyStatus) and now >= self._next_status:
             self._next_status = now + STATUS_LINE_EVERY_S
-            self._write(status_line(event))
-        for line in lines(event):
+            self._write(format_status(event))
+        for line in format_study_event(event):
             self._write(line)
 
 
-def lines(event: Event) -> list[str]:
-    """Return an event as lines of text; `status_line` and `table` format the status."""
+def format_study_event(event: Event) -> list[str]:
+    """Return an event as lines of text; `format_status` and `build_status_table` format the status."""
     match event:
         case PhaseStarted() | WarningRaised():
             return run_lines(event)
         case TrialEnded():
             reason = f": {event.error}" if event.error else ""
-            return [printable(f"{event.name}  {event.method:<8} {event.status}{reason}", keep="\n\t")]
+            return [escape_unprintable(f"{event.name}  {event.method:<8} {event.status}{reason}", keep="\n\t")]
     return []
 
 
-def status_line(status: StudyStatus) -> str:
+def format_status(status: StudyStatus) -> str:
     """Return a study's status as one line."""
     counts, best = status.counts, status.best
     parts = [
@@ -82,19 +82,21 @@ def status_line(status: StudyStatus) -> str:
         f"({counts['running']} running, {counts['stopped']} stopped early, {counts['failed']} failed)"
     ]
     if best:
-        parts.append(f"best {value(best[0].value, status.metric)} by {best[0].name} ({best[0].method})")
-    parts += [host_line(host) for host in status.hosts]
-    parts.append(f"{duration(status.elapsed_s)}" + (f", eta {duration(status.eta_s)}" if status.eta_s else ""))
+        parts.append(f"best {format_value(best[0].value, status.metric)} by {best[0].name} ({best[0].method})")
+    parts += [format_host(host) for host in status.hosts]
+    parts.append(
+        f"{format_duration(status.elapsed_s)}" + (f", eta {format_duration(status.eta_s)}" if status.eta_s else "")
+    )
     return "; ".join(parts)
 
 
-def host_line(host: HostStatus) -> str:
+def format_host(host: HostStatus) -> str:
     """Return a host's slots and speed."""
     speed = host.tokens / host.train_s if host.train_s else 0.0
     return f"{host.label} {host.training}/{host.num_slots} slots, {speed:,.0f} tokens/s"
 
 
-def table(status: StudyStatus) -> RenderableType:
+def build_status_table(status: StudyStatus) -> RenderableType:
     """Return the live table."""
     from rich.console import Group
     from rich.table import Table
@@ -102,11 +104,11 @@ def table(status: StudyStatus) -> RenderableType:
 
     counts = status.counts
     ended = counts["done"] + counts["stopped"] + counts["failed"]
-    eta = f"   eta {duration(status.eta_s)}" if status.eta_s else ""
+    eta = f"   eta {format_duration(status.eta_s)}" if status.eta_s else ""
     head = (
         f"{ended}/{status.total} trials   {counts['running']} running   {counts['done']} done   "
         f"{counts['stopped']} stopped early   {counts['failed']} failed   {status.refused} refused   "
-        f"{duration(status.elapsed_s)}{eta}"
+        f"{format_duration(status.elapsed_s)}{eta}"
     )
     body = Table("best", "method", "settings", "at", status.metric, box=None, header_style="bold", pad_edge=False)
     for row in status.best:
@@ -115,20 +117,20 @@ def table(status: StudyStatus) -> RenderableType:
             Text(row.method),
             Text(row.settings, overflow="ellipsis", no_wrap=True),
             Text(f"{row.percent:.0f} % {'' if row.status == 'running' else row.status}"),
-            Text(value(row.value, status.metric)),
+            Text(format_value(row.value, status.metric)),
         )
-    feet = [f"{host_line(host)}, {host.waiting} waiting, {100 * host.occupancy:.0f} % full" for host in status.hosts]
+    feet = [f"{format_host(host)}, {host.waiting} waiting, {100 * host.occupancy:.0f} % full" for host in status.hosts]
     if status.rungs:
         feet.append("rungs   " + "   ".join(f"{rung:.0f} %: {reached}" for rung, reached in status.rungs))
     return Group(Text(head), body, *map(Text, feet))
 
 
-def value(number: float, metric: str) -> str:
+def format_value(number: float, metric: str) -> str:
     """Return a metric's value as text; an accuracy in percent."""
     return f"{100 * number:.1f} %" if metric == "accuracy" else f"{number:.4f}"
 
 
-def result_rows(result: StudyResult) -> list[tuple[str, ...]]:
+def build_result_rows(result: StudyResult) -> list[tuple[str, ...]]:
     """Return the finalists, best by validation first, with a header; then the untuned base."""
     front = bool(result.front)
     costs = ("front", "memory", "latency") if front else ()
@@ -139,8 +141,10 @@ def result_rows(result: StudyResult) -> list[tuple[str, ...]]:
         test, loss = tested(row.scorecard.result) if row.scorecard else (row.error or "", "")
         name = row.name + (" (baseline)" if row.trial == baseline else "")
         validation = getattr(row.validation, metric)
-        measured = cost_cells(row) if front else ()
-        rows.append((name, row.method, value(validation, metric), test, loss, *measured, ", ".join(row.published)))
+        measured = format_costs(row) if front else ()
+        rows.append(
+            (name, row.method, format_value(validation, metric), test, loss, *measured, ", ".join(row.published))
+        )
     base = next((row.scorecard.base for row in result.finalists if row.scorecard), None)
     if base is not None:
         rows.append(("base, untuned", "", "", *tested(base), *("" for _ in costs), ""))
@@ -150,10 +154,10 @@ def result_rows(result: StudyResult) -> list[tuple[str, ...]]:
 def tested(measures: Measures) -> tuple[str, str]:
     """Return the accuracy or exact match on the test rows, and the loss."""
     share = measures.accuracy or measures.exact_match
-    return interval(share) if share else "", f"{measures.loss:.4f}"
+    return format_interval(share) if share else "", f"{measures.loss:.4f}"
 
 
-def cost_cells(row: ScoredTrial) -> tuple[str, str, str]:
+def format_costs(row: ScoredTrial) -> tuple[str, str, str]:
     """Return whether a finalist is on the Pareto front, and its memory and latency where measured."""
     memory, latency = (row.costs.get(name) for name in ("memory_bytes", "latency_ms"))
     return (
@@ -163,12 +167,12 @@ def cost_cells(row: ScoredTrial) -> tuple[str, str, str]:
     )
 
 
-def interval(share: Proportion) -> str:
+def format_interval(share: Proportion) -> str:
     """Return a share with its 95 % interval."""
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def result_lines(result: StudyResult, config: str, overrides: Sequence[str] = ()) -> list[str]:
+def format_result(result: StudyResult, config: str, overrides: Sequence[str] = ()) -> list[str]:
     """Return where the study's results are, and the commands to run next."""
     if result.winner is None:
         return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} continues from here"]

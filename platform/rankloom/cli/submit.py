@@ -100,7 +100,7 @@ def _submit(
     working_dir: Path | None,
 ) -> None:
     from rankloom.config import StudyConfig, TrialConfig, load
-    from rankloom.config.paths import local_inputs
+    from rankloom.config.paths import list_local_inputs
     from rankloom.launch.submit import CONFIG_FILE, is_open, submit
 
     shipped = None
@@ -110,14 +110,14 @@ def _submit(
             load(StudyConfig, path, overrides) if verb == "tune" else load(TrialConfig, path, overrides)
         )
         if working_dir is None:
-            for setting, place in local_inputs(config):
+            for setting, place in list_local_inputs(config):
                 typer.secho(
                     f"warning: {setting}={place} is on this machine, and the cluster looks for it on its own; give a "
                     f"URL, or --working-dir", fg=typer.colors.YELLOW, err=True,
                 )  # fmt: skip
             shipped, arguments = config, [CONFIG_FILE]
         else:
-            arguments = [_inside(path, working_dir, subject), *overrides]
+            arguments = [_locate_inside(path, working_dir, subject), *overrides]
     else:
         arguments = [subject, *overrides]
     job = submit([verb, *arguments, *options], address=address, config=shipped, working_dir=working_dir)
@@ -134,7 +134,7 @@ def _submit(
     raise typer.Exit(_follow_to_end(job))
 
 
-def _inside(path: Path, working_dir: Path, subject: str) -> str:
+def _locate_inside(path: Path, working_dir: Path, subject: str) -> str:
     """Return the config's path as the job sees it."""
     try:
         return str(path.resolve().relative_to(working_dir.resolve()))

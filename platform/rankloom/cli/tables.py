@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rankloom.config.printable import printable
-from rankloom.registry.card import measure_rows, scorecard_rows
+from rankloom.config.printable import escape_unprintable
+from rankloom.registry.card import list_scorecard_rows, measure_rows
 from rankloom.registry.scorecard import Measures, Scorecard
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[str]]
 
 def print_scorecard(scorecard: Scorecard) -> None:
     """Print a trained adapter's measures beside its base's."""
-    print_table(("", "adapter", "base"), scorecard_rows(scorecard))
+    print_table(("", "adapter", "base"), list_scorecard_rows(scorecard))
 
 
 def print_measures(result: Measures | None, base: Measures) -> None:
@@ -34,7 +34,7 @@ def print_measures(result: Measures | None, base: Measures) -> None:
         print_table(("", "adapter", "base"), measure_rows(result, base))
 
 
-def next_lines(result: TrialResult) -> list[str]:
+def list_next_steps(result: TrialResult) -> list[str]:
     """Return where the run's results are, and the commands to run next."""
     if result.status == "interrupted":
         return [f"stopped at step {result.steps}; the same command with --resume continues from there"]
@@ -54,20 +54,22 @@ def print_table(header: Sequence[str], rows: Rows) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(_rich(header, rows))
+        Console().print(_build_table(header, rows))
         return
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[escape_unprintable(cell) for cell in row] for row in rows]
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _rich(header: Sequence[str], rows: Rows) -> Table:
+def _build_table(header: Sequence[str], rows: Rows) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*header, box=None, show_header=any(header), header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # Text, so that [brackets] are not read as markup
+        table.add_row(
+            *(Text(escape_unprintable(cell)) for cell in row)
+        )  # Text, so that [brackets] are not read as markup
     return table

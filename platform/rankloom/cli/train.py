@@ -21,11 +21,11 @@ def train(config: TrialFile, overrides: Overrides = None, resume: ResumeRun = Fa
     rankloom train trial.yaml --resume
     """
     import rankloom as rl
-    from rankloom.cli.progress import shown, stop_on_interrupt
-    from rankloom.cli.tables import next_lines, print_scorecard
+    from rankloom.cli.progress import show_run, stop_on_interrupt
+    from rankloom.cli.tables import list_next_steps, print_scorecard
 
     trial = rl.load(rl.TrialConfig, config, overrides or [])
-    with shown(on_stderr=as_json) as show, stop_on_interrupt() as stop:
+    with show_run(on_stderr=as_json) as show, stop_on_interrupt() as stop:
         result = rl.train(trial, resume=resume, on_event=show, stop=stop)
     if as_json:
         print_json(result.to_dict())
@@ -34,7 +34,7 @@ def train(config: TrialFile, overrides: Overrides = None, resume: ResumeRun = Fa
             typer.echo()
             print_scorecard(result.scorecard)
             typer.echo()
-        for line in next_lines(result):
+        for line in list_next_steps(result):
             typer.echo(line)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)

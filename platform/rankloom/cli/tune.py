@@ -22,12 +22,12 @@ def tune(config: StudyFile, overrides: Overrides = None, resume: ResumeStudy = F
     rankloom tune study.yaml --resume
     """
     import rankloom as rl
-    from rankloom.cli.study_view import result_lines, result_rows, shown
+    from rankloom.cli.study_view import build_result_rows, format_result, show_study
     from rankloom.cli.tables import print_table
 
     study = rl.load(rl.StudyConfig, config, overrides or [])
     try:
-        with shown(on_stderr=as_json) as show:
+        with show_study(on_stderr=as_json) as show:
             result = rl.tune(study, resume=resume, on_event=show)  # Ray Tune catches the first Ctrl-C itself
     except KeyboardInterrupt:  # before the search began, or the second Ctrl-C
         typer.echo("aborted; --resume continues from what was saved", err=True)
@@ -37,10 +37,10 @@ def tune(config: StudyFile, overrides: Overrides = None, resume: ResumeStudy = F
     else:
         typer.echo()
         if result.status == "done":
-            header, *rows = result_rows(result)
+            header, *rows = build_result_rows(result)
             print_table(header, rows)
             typer.echo()
-        for line in result_lines(result, config, overrides or []):
+        for line in format_result(result, config, overrides or []):
             typer.echo(line)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED)

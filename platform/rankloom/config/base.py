@@ -43,7 +43,7 @@ class Frozen(BaseModel):
             try:
                 super().__init__(**settings)
             except ValidationError as error:
-                raise config_error(type(self), error, type(self).__name__) from None
+                raise to_config_error(type(self), error, type(self).__name__) from None
 
         # else pydantic would call it for nested mappings too, and lose where in the whole an error is
         __init__.__pydantic_base_init__ = True
@@ -80,7 +80,7 @@ def parse(cls: type[ConfigT], tree: Mapping[str, Any], origin: str = "config") -
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise config_error(cls, error, origin) from None
+        raise to_config_error(cls, error, origin) from None
 
 
 def coerce(cls: type[ConfigT], given: ConfigT | str | Path | Mapping[str, Any]) -> ConfigT:
@@ -94,7 +94,7 @@ def coerce(cls: type[ConfigT], given: ConfigT | str | Path | Mapping[str, Any]) 
     raise ConfigError(f"expected a {cls.__name__}, the path of a YAML file or a dict (given {given!r})")
 
 
-def config_error(cls: type[BaseModel], error: ValidationError, origin: str) -> ConfigError:
+def to_config_error(cls: type[BaseModel], error: ValidationError, origin: str) -> ConfigError:
     """Return one error for all of pydantic's complaints; `origin` begins it."""
     details = error.errors()
     lines = [_explain(cls, detail) for detail in details]
@@ -116,7 +116,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, _siblings(file), n=1)
+        near = difflib.get_close_matches(file.name, _list_siblings(file), n=1)
         raise ConfigError(f"{path}: no such file" + (f"; did you mean {file.with_name(near[0])}?" if near else ""))
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
@@ -190,7 +190,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _siblings(file: Path) -> list[str]:
+def _list_siblings(file: Path) -> list[str]:
     return [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
 
 
@@ -220,7 +220,7 @@ def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
         expected = detail["ctx"].get("expected_tags", "")
         given = detail["ctx"].get("tag")
         if given is None:
-            return f"{path}.type: required, but not given; allowed: {', '.join(_tags(cls, detail['loc']))}"
+            return f"{path}.type: required, but not given; allowed: {', '.join(_list_tags(cls, detail['loc']))}"
         return f"{path}.type: unknown type {given!r}; {_TYPE_HINTS.get(str(given), f'allowed: {expected}')}"
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{path}: expected a mapping of settings{shown}"
@@ -238,9 +238,9 @@ _TYPE_HINTS = {
 }
 
 
-def _tags(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _list_tags(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Return the `type`s of the tagged union at `loc`."""
-    return [repr(tag) for model in _walk(cls, loc)[1] if (tag := _tag(model))]
+    return [repr(tag) for model in _walk(cls, loc)[1] if (tag := _read_tag(model))]
 
 
 def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
@@ -248,7 +248,7 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
     keys: list[str] = []
     models: list[type[BaseModel]] = [cls]
     for part in map(str, loc):
-        tagged = [m for m in models if _tag(m) == part or m.__name__ == part]
+        tagged = [m for m in models if _read_tag(m) == part or m.__name__ == part]
         if tagged and not any(part in m.model_fields for m in models):
             models = tagged
             continue
@@ -257,7 +257,7 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
             keys.append(part)
         fields = [m.model_fields[part] for m in models if part in m.model_fields]
         if fields:
-            models = [m for field in fields for m in _models_of(field)] or models
+            models = [m for field in fields for m in _list_models(field)] or models
     return keys, models
 
 
@@ -265,16 +265,16 @@ def is_whole_number(cls: type[BaseModel], name: str) -> bool:
     """Return whether the setting with this dotted name takes only whole numbers."""
     *path, last = name.split(".")
     fields = [m.model_fields[last].annotation for m in _walk(cls, tuple(path))[1] if last in m.model_fields]
-    kinds = {kind for annotation in fields for kind in _kinds(annotation)}
+    kinds = {kind for annotation in fields for kind in _list_kinds(annotation)}
     return int in kinds and float not in kinds
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def _list_kinds(annotation: Any) -> list[Any]:
     """Return the types inside an annotation's unions and bounds."""
-    return [kind for part in get_args(annotation) for kind in _kinds(part)] or [annotation]
+    return [kind for part in get_args(annotation) for kind in _list_kinds(part)] or [annotation]
 
 
-def _tag(model: type[BaseModel]) -> str | None:
+def _read_tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("type")
     return str(get_args(field.annotation)[0]) if field and get_args(field.annotation) else None
 
@@ -285,12 +285,12 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or (len(parts) == 1 and _is_number(parts[0]))
 
 
-def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+def _list_models(field: FieldInfo) -> list[type[BaseModel]]:
     more = [model for mark in field.metadata if isinstance(mark, OpenUnion) for model in mark.more()]
-    return [*_models_in(field.annotation), *more]
+    return [*_find_models(field.annotation), *more]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _find_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return [model for arg in get_args(annotation) for model in _find_models(arg)]

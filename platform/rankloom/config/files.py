@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from rankloom.errors import ConfigError
-from rankloom.paths import shipped_folder
+from rankloom.paths import find_shipped_folder
 
 PREFIX = "shipped:"
 
@@ -22,7 +22,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: there is no such file, neither here nor among those that come with rankloom.
     """
-    path, root = Path(name).expanduser(), shipped_folder("configs")
+    path, root = Path(name).expanduser(), find_shipped_folder("configs")
     if not name.startswith(PREFIX) and path.is_file():
         return path
     packed = root / name.removeprefix(PREFIX).removeprefix("configs/")

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rankloom.config.base import Frozen, OpenUnion
 from rankloom.config.compatible import COMPATIBLE, Compatibility
 from rankloom.config.memory import ModelShape, TrainedNumbers, adapter_terms, full_terms
-from rankloom.config.plugins import external_methods
+from rankloom.config.plugins import load_external_methods
 from rankloom.errors import ConfigError
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
@@ -194,6 +194,6 @@ def _default_to_lora(value: Any) -> Any:
 
 Method = Annotated[
     FullConfig | LoraConfig | DoraConfig | AdaLoraConfig | GaLoreConfig | LisaConfig,
-    OpenUnion(external_methods),
+    OpenUnion(load_external_methods),
     BeforeValidator(_default_to_lora),
 ]

@@ -29,19 +29,19 @@ def is_own(metric: str) -> bool:
     return metric not in BUILT_IN
 
 
-def best_of(metric: str, mode: Mode | None) -> Mode:
+def choose_mode(metric: str, mode: Mode | None) -> Mode:
     """Return whether a metric is best at its maximum or its minimum; `mode` is for the user's own."""
     return BUILT_IN.get(metric) or mode or "max"
 
 
 def check_mode(metric: str, mode: Mode | None) -> None:
     """Raise ConfigError if `mode` contradicts one of rankloom's metrics."""
-    if mode not in (None, best_of(metric, mode)):
-        best = best_of(metric, None)
+    if mode not in (None, choose_mode(metric, mode)):
+        best = choose_mode(metric, None)
         raise ConfigError(f"mode: {metric} is best at its {best} (given {mode!r}); leave it out")
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_function(function: Callable[..., Any]) -> str:
     """Return a function's name in configs: `module:function` if that can be imported, else `python:<name>`."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", None) or "__main__"
@@ -50,7 +50,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return HANDED_OVER + re.sub(r"\W+", "_", name).strip("_")
 
 
-def without_own(trial: dict[str, Any]) -> dict[str, Any]:
+def drop_own(trial: dict[str, Any]) -> dict[str, Any]:
     """Return a trial's tree that names no code, so that a published trial can't make us import its module."""
     settings = trial.get("eval", {})
     if not is_own(settings.get("metric", "loss")):

@@ -23,11 +23,11 @@ class ModelConfig(Frozen):
     """Type of the weights in memory. auto: fp32 on a CPU or when all weights train, else bf16."""
 
 
-def _by_id(value: Any) -> Any:
+def _expand_id(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
-AnyModel = Annotated[ModelConfig, BeforeValidator(_by_id, json_schema_input_type=str | ModelConfig)]
+AnyModel = Annotated[ModelConfig, BeforeValidator(_expand_id, json_schema_input_type=str | ModelConfig)]
 """A model's id, or a mapping with it as `id`."""
 
 

@@ -1,7 +1,7 @@
 """Settings that hold paths: marked on their fields, and found by one walk over a config's tree.
 
 Workers run in folders of their own, perhaps on other machines: `resolve_paths` makes local paths absolute, and
-`local_inputs` lists those that another machine would not find.
+`list_local_inputs` lists those that another machine would not find.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def resolve_path(path: str, *, or_id: bool = False) -> str:
     return path if is_url or (or_id and not local.exists()) else str(local.absolute())
 
 
-def local_inputs(config: BaseModel) -> Iterator[tuple[str, str]]:
+def list_local_inputs(config: BaseModel) -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the value of each setting that names a file or folder of this machine to read."""
     found: dict[tuple[str, str], None] = {}
 
@@ -77,7 +77,7 @@ def map_paths(cls: type[BaseModel], tree: Mapping[str, Any], change: Change, pre
 
 
 def _map_value(annotation: Any, value: Any, key: str, change: Change) -> Any:
-    parts = list(_parts(annotation))
+    parts = list(_walk_parts(annotation))
     models = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
     if isinstance(value, list):
         return [_map_value(annotation, item, key, change) for item in value]
@@ -102,9 +102,9 @@ def _map_value(annotation: Any, value: Any, key: str, change: Change) -> Any:
     return value
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
+def _walk_parts(annotation: Any) -> Iterator[Any]:
     """Yield the types and marks in an annotation: members of unions, items of lists; mappings as they are."""
     yield annotation
     if get_origin(annotation) is not dict:
         for part in get_args(annotation):
-            yield from _parts(part)
+            yield from _walk_parts(part)

@@ -18,31 +18,31 @@ GROUP = "rankloom.methods"
 
 
 @cache
-def external_methods() -> tuple[type[Any], ...]:
+def load_external_methods() -> tuple[type[Any], ...]:
     """Return the config classes of methods that other packages bring; a package that is broken is warned of.
 
     Raises:
         ConfigError: two methods have one name.
     """
     found: dict[str, type[Any]] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (_package(point), point.name)):
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (_read_package(point), point.name)):
         try:
-            cls = _checked(point.load())
+            cls = _check(point.load())
         except Exception as error:  # of another package's import, which may raise anything
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{_package(point)}: its method {point.name!r} is left out: {reason}", stacklevel=2)
+            warnings.warn(f"{_read_package(point)}: its method {point.name!r} is left out: {reason}", stacklevel=2)
             continue
         name = cls.model_fields["type"].default
         if name in COMPATIBLE or name in found:
             other = "rankloom" if name in COMPATIBLE else found[name].__module__
             raise ConfigError(
-                f"{_package(point)}: its method's type {name!r} is {other}'s already; rename or uninstall it"
+                f"{_read_package(point)}: its method's type {name!r} is {other}'s already; rename or uninstall it"
             )
         found[name] = cls
     return tuple(found.values())
 
 
-def _checked(cls: Any) -> type[Any]:
+def _check(cls: Any) -> type[Any]:
     from rankloom.config.method import AdapterConfig, FullRankConfig
 
     if not isinstance(cls, type) or not issubclass(cls, (AdapterConfig, FullRankConfig)):
@@ -59,5 +59,5 @@ def _checked(cls: Any) -> type[Any]:
     return cls
 
 
-def _package(point: EntryPoint) -> str:
+def _read_package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value

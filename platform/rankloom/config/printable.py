@@ -8,7 +8,7 @@ _OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 """Control characters, which a terminal obeys, and characters that begin a line or change its direction."""
 
 
-def printable(text: str, keep: str = "") -> str:
+def escape_unprintable(text: str, keep: str = "") -> str:
     """Return the text with every character that a terminal would obey escaped, as `\\x1b`.
 
     Args:

@@ -162,7 +162,7 @@ class ReplicasConfig(Frozen):
     """GPUs per replica; null: one idle GPU each, or an equal share if fewer than `max` are idle at deployment; without
     an idle GPU, the CPU."""
 
-    def gpus_of(self, idle: int, engine: EngineConfig | VllmConfig) -> float:
+    def count_gpus(self, idle: int, engine: EngineConfig | VllmConfig) -> float:
         """Return `gpus`, or the default that null stands for.
 
         Args:

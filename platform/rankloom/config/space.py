@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from rankloom.config.base import SHORTHAND, Frozen
 from rankloom.config.method import Method
-from rankloom.config.plugins import external_methods
+from rankloom.config.plugins import load_external_methods
 from rankloom.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -33,12 +33,12 @@ ALPHA_OVER_RANK = "alpha_over_rank"
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
-def _number(value: Any) -> Any:
+def _parse_numbers(value: Any) -> Any:
     """Return a value with its texts that are numbers as numbers: PyYAML reads `1e-4`, a number in YAML 1.2, as text."""
     if isinstance(value, Mapping):
-        return {key: _number(part) for key, part in value.items()}
+        return {key: _parse_numbers(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_number(part) for part in value]
+        return [_parse_numbers(part) for part in value]
     is_number = isinstance(value, str) and _EXPONENT.fullmatch(value) and math.isfinite(float(value))
     return float(value) if is_number else value
 
@@ -46,7 +46,7 @@ def _number(value: Any) -> Any:
 class Choice(Frozen):
     """One of these values; each may be a whole section of settings."""
 
-    choice: Annotated[list[Annotated[Any, BeforeValidator(_number)]], Field(min_length=1)]
+    choice: Annotated[list[Annotated[Any, BeforeValidator(_parse_numbers)]], Field(min_length=1)]
 
     def ends(self) -> list[Any]:
         """Return the values that decide whether the knob's whole range is allowed."""
@@ -107,7 +107,7 @@ _KNOBS: dict[str, TypeAdapter[Any]] = {
 }  # fmt: skip
 
 
-def knobs_of(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
+def find_knobs(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
     """Return dotted name -> knob, in the order of the YAML.
 
     Raises:
@@ -120,14 +120,14 @@ def knobs_of(branch: Mapping[str, Any], path: str = "") -> dict[str, Knob]:
             continue
         if kinds := [kind for kind in value if kind in _KNOBS]:
             knobs[name] = _parse_knob(name, kinds[0], value)
-        elif (kind := _nearest_knob(value)) is not None:
+        elif (kind := _guess_knob(value)) is not None:
             raise ConfigError(f"{name}: unknown {next(iter(value))!r}; did you mean {kind!r}?")
         else:
-            knobs |= knobs_of(value, f"{name}.")
+            knobs |= find_knobs(value, f"{name}.")
     return knobs
 
 
-def _nearest_knob(value: Mapping[str, Any]) -> str | None:
+def _guess_knob(value: Mapping[str, Any]) -> str | None:
     """Return the knob that a mapping looks like: one key with a list, and nearly the name of a knob."""
     if len(value) != 1 or not isinstance(next(iter(value.values())), list):
         return None
@@ -173,14 +173,14 @@ def merge(base: Mapping[str, Any], fragment: Mapping[str, Any]) -> Tree:
     return result
 
 
-def with_alpha(tree: Tree) -> Tree:
+def resolve_alpha(tree: Tree) -> Tree:
     """Return the tree with `method.alpha_over_rank` replaced by alpha."""
     method = tree.get("method")
     if not isinstance(method, Mapping) or ALPHA_OVER_RANK not in method:
         return tree
     settings = dict(method)
     ratio = settings.pop(ALPHA_OVER_RANK)
-    rank = settings.get("rank", _default_rank(settings.get("type")))
+    rank = settings.get("rank", _read_default_rank(settings.get("type")))
     if rank is None:
         raise ConfigError(
             f"method.{ALPHA_OVER_RANK}: {settings.get('type')} does not have both alpha and rank; remove it"
@@ -190,9 +190,9 @@ def with_alpha(tree: Tree) -> Tree:
     return tree | {"method": settings | {"alpha": float(ratio) * rank}}
 
 
-def _default_rank(kind: Any) -> int | None:
+def _read_default_rank(kind: Any) -> int | None:
     """Return the default rank of a method that has alpha and rank, else None."""
-    for cls in (*get_args(get_args(Method)[0]), *external_methods()):
+    for cls in (*get_args(get_args(Method)[0]), *load_external_methods()):
         if cls.model_fields["type"].default == kind and {"alpha", "rank"} <= cls.model_fields.keys():
             return int(cls.model_fields["rank"].default)
     return None
@@ -202,7 +202,7 @@ CROSSED = ("model", "quantization", "data", "compute")
 """Sections that change the base or the data; a study must know all their combinations."""
 
 
-def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
+def probe_knobs(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
     """Yield points with one knob at each of its ends and the others at their first, to find every typo before a run.
 
     Knobs of `CROSSED` sections take every combination of their ends.
@@ -216,7 +216,7 @@ def probes(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
             yield first | {name: value}
 
 
-def grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
+def walk_grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
     """Yield every combination of the knobs' values.
 
     Raises:
@@ -231,7 +231,7 @@ def grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
         yield dict(zip(knobs, values, strict=True))
 
 
-def grid_size(knobs: Mapping[str, Knob]) -> int:
-    """Return the number of combinations that `grid` yields."""
+def count_grid(knobs: Mapping[str, Knob]) -> int:
+    """Return the number of combinations that `walk_grid` yields."""
     sizes = [len(k.choice) if isinstance(k, Choice) else k.bounds[1] - k.bounds[0] + 1 for k in knobs.values()]
     return math.prod(int(size) for size in sizes)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from rankloom.config.base import Frozen, dump, is_whole_number, parse
-from rankloom.config.metric import HANDED_OVER, OWN, Metric, Mode, best_of, check_mode, is_own
+from rankloom.config.metric import HANDED_OVER, OWN, Metric, Mode, check_mode, choose_mode, is_own
 from rankloom.config.paths import IsFragment, IsPath
 from rankloom.config.space import (
     Knob,
@@ -22,13 +22,13 @@ from rankloom.config.space import (
     Point,
     Tree,
     Uniform,
-    grid,
-    grid_size,
-    knobs_of,
+    count_grid,
+    find_knobs,
     merge,
     place,
-    probes,
-    with_alpha,
+    probe_knobs,
+    resolve_alpha,
+    walk_grid,
 )
 from rankloom.config.trial import AdapterName, TrialConfig
 from rankloom.errors import ConfigError, IncompatibleError
@@ -86,7 +86,7 @@ class SearchConfig(Frozen):
     @property
     def best(self) -> Mode:
         """Return whether the metric is best at its maximum or its minimum."""
-        return best_of(self.metric, self.mode)
+        return choose_mode(self.metric, self.mode)
 
     @property
     def sign(self) -> int:
@@ -261,7 +261,7 @@ class StudyConfig(Frozen):
             return self.search.num_trials
         if self.search.algorithm != "grid":
             return 16
-        return self.num_warm_starts + sum(map(grid_size, self.knobs))
+        return self.num_warm_starts + sum(map(count_grid, self.knobs))
 
     @property
     def num_warm_starts(self) -> int:
@@ -271,7 +271,7 @@ class StudyConfig(Frozen):
     @cached_property
     def knobs(self) -> list[dict[str, Knob]]:
         """Each branch's knobs, by dotted name."""
-        return [knobs_of(branch) for branch in self.space]
+        return [find_knobs(branch) for branch in self.space]
 
     def __copy__(self) -> StudyConfig:
         """Copy the settings alone: what was computed from them may not hold for the copy's."""
@@ -301,14 +301,14 @@ class StudyConfig(Frozen):
             raise ConfigError(f"{origin}: eval.metric={metric} is not search.metric={self.search.metric}; remove it")
         own = {"mode": self.search.best} if is_own(metric) else {}
         tree = merge(tree, {"eval": {"metric": metric, **own}})
-        return parse(TrialConfig, with_alpha(tree) | {"name": f"{self.name}-{number:04}"}, origin)
+        return parse(TrialConfig, resolve_alpha(tree) | {"name": f"{self.name}-{number:04}"}, origin)
 
     def members(self) -> Iterator[TrialConfig]:
         """Yield trials with each end of each knob; they decide the size and the number of hosts."""
         for index in range(self.num_warm_starts):
             yield self.resolve({"warm_start": index})
         for index, knobs in enumerate(self.knobs):
-            for values in probes(knobs):
+            for values in probe_knobs(knobs):
                 try:
                     yield self.resolve({"branch": index, **values})
                 except IncompatibleError:
@@ -318,19 +318,19 @@ class StudyConfig(Frozen):
         """Raise ConfigError if a branch has a wrong setting, or none of its trials is possible."""
         origin = f"space[{index}]"
         try:
-            knobs = knobs_of(self.space[index])
+            knobs = find_knobs(self.space[index])
             for name, knob in knobs.items():
                 if isinstance(knob, (Uniform, LogUniform)) and is_whole_number(TrialConfig, name):
-                    raise ConfigError(_no_fractions(name, knob))
+                    raise ConfigError(_explain_no_fractions(name, knob))
             if self.search.algorithm == "grid":
-                next(grid(knobs))
+                next(walk_grid(knobs))
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
         method = self.space[index].get("method", {})
         if isinstance(method, dict) and "alpha" in method and "alpha_over_rank" in method:
             raise ConfigError(f"{origin}: method.alpha and method.alpha_over_rank exclude each other; remove one")
         refusals, allowed = [], 0
-        for values in probes(knobs):
+        for values in probe_knobs(knobs):
             try:
                 self.resolve({"branch": index, **values})
                 allowed += 1
@@ -340,7 +340,7 @@ class StudyConfig(Frozen):
             raise IncompatibleError(f"{origin}: none of its trials is possible: {refusals[0]}")
 
 
-def _no_fractions(name: str, knob: Uniform | LogUniform) -> str:
+def _explain_no_fractions(name: str, knob: Uniform | LogUniform) -> str:
     (kind,) = type(knob).model_fields
     low, high = (f"{bound:.0f}" for bound in knob.bounds)
     return (
@@ -361,7 +361,7 @@ def is_fusable(trial: TrialConfig) -> bool:
     return method.row.fusable and plain and shared and trial.quantization.type != "int8"
 
 
-def host_key(trial: TrialConfig) -> str:
+def make_host_key(trial: TrialConfig) -> str:
     """Return a key; trials with equal keys can share a host: one base, one data set, one evaluation."""
     tree = dump(trial)
     measured = {name: tree["eval"][name] for name in ("metric", "max_rows", "batch_size")}

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from rankloom.config.base import Frozen
 from rankloom.config.data import AnySource, DataConfig
 from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
-from rankloom.config.metric import Metric, Mode, best_of, check_mode, is_own
+from rankloom.config.metric import Metric, Mode, check_mode, choose_mode, is_own
 from rankloom.config.model import AnyModel, Dtype, ModelConfig, NoQuantization, Quantization
 from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError, IncompatibleError
@@ -105,7 +105,7 @@ class EvalConfig(Frozen):
     @property
     def best(self) -> Mode:
         """Return whether the metric is best at its maximum or its minimum."""
-        return best_of(self.metric, self.mode)
+        return choose_mode(self.metric, self.mode)
 
 
 class ComputeConfig(Frozen):
@@ -172,12 +172,12 @@ class TrialConfig(Frozen, defer_build=True):
 
     @model_validator(mode="after")
     def _check_combination(self) -> TrialConfig:
-        for reason in conflicts(self):
+        for reason in find_conflicts(self):
             raise IncompatibleError(reason)
         return self
 
 
-def conflicts(trial: TrialConfig) -> list[str]:
+def find_conflicts(trial: TrialConfig) -> list[str]:
     """Return the reasons to refuse this combination; empty if it is fine."""
     method, optim, compute = trial.method, trial.optim, trial.compute
     row = method.row

@@ -73,12 +73,12 @@ class Cursor:
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.group_by_length = batch_size, seed, group_by_length
         self._epoch, self._batch = 0, 0  # the batch that `next` returns
-        self._batches = self._order(0)
+        self._batches = self._shuffle(0)
 
     def next(self) -> list[int]:
         if self._batch == len(self._batches):
             self._epoch, self._batch = self._epoch + 1, 0
-            self._batches = self._order(self._epoch)
+            self._batches = self._shuffle(self._epoch)
         self._batch += 1
         indices: list[int] = self._batches[self._batch - 1].tolist()
         return indices
@@ -93,7 +93,7 @@ class Cursor:
         return self._epoch + self._batch / self.batches_per_epoch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
+        return {"epoch": self._epoch, "batch": self._batch, **self._describe_source()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Move to the position that another cursor's `state_dict` recorded.
@@ -101,16 +101,16 @@ class Cursor:
         Raises:
             DataError: the other cursor has different rows, or a different order.
         """
-        for name, value in self._identity().items():
+        for name, value in self._describe_source().items():
             if state[name] != value:
                 raise DataError(
                     f"the checkpoint's data cursor has {name}={state[name]}, this run has {value}; resume with the "
                     f"configuration and the data that the checkpoint was written with"
                 )
         self._epoch, self._batch = state["epoch"], state["batch"]
-        self._batches = self._order(self._epoch)
+        self._batches = self._shuffle(self._epoch)
 
-    def _identity(self) -> dict[str, int]:
+    def _describe_source(self) -> dict[str, int]:
         return {
             "num_rows": len(self.lengths),
             "num_tokens": int(self.lengths.sum()),
@@ -119,7 +119,7 @@ class Cursor:
             "group_by_length": int(self.group_by_length),
         }
 
-    def _order(self, epoch: int) -> list[np.ndarray]:
+    def _shuffle(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.lengths))
         if not self.group_by_length:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rankloom.config.data import DataConfig
 from rankloom.data.render import EMPTY, OVER_LONG, TRUNCATED
-from rankloom.data.rows import lists_lengths
+from rankloom.data.rows import measure_lists
 from rankloom.errors import DataError
 
 NUM_EXAMPLES = 3
@@ -171,7 +171,7 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
 
 
 def _split_report(part: Part, labelled: bool) -> SplitReport:
-    lengths = lists_lengths(part.rendered, "input_ids")[part.kept]
+    lengths = measure_lists(part.rendered, "input_ids")[part.kept]
     chunk, whole_rows = part.column("chunk").to_numpy(), part.column("row_digest").to_pylist()
     prompts = part.column("prompt_digest").to_pylist()
     continued = np.append(chunk[1:] > 0, False)  # a chunk is followed by the rest of its text

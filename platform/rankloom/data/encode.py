@@ -32,7 +32,7 @@ class Encoder:
         words = {token.content for i, token in added.items() if i in self.special and not token.single_word}
         self._words = sorted(word for word in words if word.strip())
         self._number = {word: i for i, word in enumerate(self._words)}
-        self._pattern = re.compile(_any_of(self._words)) if split_special_tokens and self._words else None
+        self._pattern = re.compile(_build_alternation(self._words)) if split_special_tokens and self._words else None
         # random, so that no text can hold one on purpose
         self._mark, self._alias = (f"\ue000{secrets.token_hex(8)}" for _ in range(2))
         self._marks = re.compile(f"{self._mark}([0-9]+)\ue001")
@@ -99,7 +99,7 @@ class Encoder:
         if not self._tokenizer.is_fast:
             return self._encode_apart(text)
         blind, ids_of, renamed = self._blind
-        named = self._pattern.sub(lambda found: self._alias_of(found[0]), text)
+        named = self._pattern.sub(lambda found: self._assign_alias(found[0]), text)
         (encoding,) = blind.encode_batch_fast([self.unmark(named)], add_special_tokens=False)
         there = encoding.ids
         if taken := {ids_of.get(token, token) for token in {*there} - renamed} & self.special:
@@ -118,7 +118,7 @@ class Encoder:
                 ids += (self.encode_rest if ids else self.encode)([part])[0]
         return ids
 
-    def _alias_of(self, word: str) -> str:
+    def _assign_alias(self, word: str) -> str:
         return f"{self._alias}{self._number[word]}\ue001"
 
     @cached_property
@@ -133,14 +133,14 @@ class Encoder:
         here = {token["content"]: int(token["id"]) for token in state["added_tokens"]}
         for token in state["added_tokens"]:
             if token["content"] in self._number:
-                token["content"] = self._alias_of(token["content"])
+                token["content"] = self._assign_alias(token["content"])
         blind = Tokenizer.from_str(json.dumps(state))
-        names = {word: self._alias_of(word) if word in self._number else word for word in here}
+        names = {word: self._assign_alias(word) if word in self._number else word for word in here}
         there = {word: int(blind.token_to_id(name) or 0) for word, name in names.items()}
         return blind, {there[word]: here[word] for word in here}, frozenset(there[word] for word in self._words)
 
 
-def _any_of(words: Iterable[str]) -> str:
+def _build_alternation(words: Iterable[str]) -> str:
     """Return a regular expression that matches the longest of these words and reads each letter only once."""
     words = set(words)
     tails: dict[str, set[str]] = {}
@@ -148,5 +148,5 @@ def _any_of(words: Iterable[str]) -> str:
         tails.setdefault(word[0], set()).add(word[1:])
     if not tails:
         return ""
-    branches = "|".join(re.escape(head) + _any_of(tail) for head, tail in sorted(tails.items()))
+    branches = "|".join(re.escape(head) + _build_alternation(tail) for head, tail in sorted(tails.items()))
     return f"(?:{branches})?" if "" in words else f"(?:{branches})"

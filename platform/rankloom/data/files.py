@@ -52,10 +52,10 @@ def read_files(files: list[str], kind: str, scratch: Path) -> datasets.Dataset:
     if kind == "json":
         return _read_json(files, scratch)
     if kind == "parquet":
-        given, files = files, [file for file in files if _is_gzip(file) or _num_rows(file)]
+        given, files = files, [file for file in files if _is_gzip(file) or _count_rows(file)]
         if not files:
-            raise _no_rows(given)
-    options = _csv_options(files, kind) if kind != "parquet" else {}
+            raise _make_no_rows_error(given)
+    options = _choose_csv_options(files, kind) if kind != "parquet" else {}
     return datasets.load_dataset(
         "csv" if kind == "tsv" else kind,
         data_files=[glob.escape(file) for file in files],
@@ -74,25 +74,25 @@ def read_head(files: Sequence[OpenFile], kind: str, num_rows: int) -> datasets.D
     """
     for file in files:
         with file as raw:
-            table = _head(raw, file.path, kind, num_rows)
+            table = _read_head(raw, file.path, kind, num_rows)
         if table.num_rows:
             return datasets.Dataset(InMemoryTable(table))
-    raise _no_rows([file.path for file in files])
+    raise _make_no_rows_error([file.path for file in files])
 
 
-def _head(raw: IO[bytes], file: str, kind: str, num_rows: int) -> pa.Table:
+def _read_head(raw: IO[bytes], file: str, kind: str, num_rows: int) -> pa.Table:
     lines = _unpack(raw, file)
     if kind == "json":
-        return _json_table(list(islice(_iter_rows(lines, file, num_rows), num_rows)))
+        return _build_json_table(list(islice(_iter_rows(lines, file, num_rows), num_rows)))
     if kind == "parquet":
         parquet = pq.ParquetFile(lines, buffer_size=CHUNK_BYTES, pre_buffer=False)
         _check_columns(parquet.schema_arrow, file)
         return pa.Table.from_batches(islice(parquet.iter_batches(num_rows), 1), parquet.schema_arrow)
-    frame = _csv_frame(lines, file, kind, num_rows)
+    frame = _read_csv_frame(lines, file, kind, num_rows)
     return pa.Table.from_pandas(frame, pa.schema([(str(name), pa.string()) for name in frame]), preserve_index=False)
 
 
-def _num_rows(file: str) -> int:
+def _count_rows(file: str) -> int:
     metadata = pq.read_metadata(file)
     _check_columns(metadata.schema.to_arrow_schema(), file)
     return int(metadata.num_rows)
@@ -123,9 +123,9 @@ def _read_json(files: list[str], scratch: Path) -> datasets.Dataset:
         with _open(file) as lines:
             rows = _iter_rows(lines, file)
             while batch := list(islice(rows, BATCH)):
-                tables.append(_json_table(batch))
+                tables.append(_build_json_table(batch))
     if not tables:
-        raise _no_rows(files)
+        raise _make_no_rows_error(files)
     table = pa.concat_tables(tables, promote_options="default")
     path = str(scratch / "rows.arrow")
     with datasets.arrow_writer.ArrowWriter(
@@ -136,9 +136,9 @@ def _read_json(files: list[str], scratch: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(path)
 
 
-def _json_table(rows: list[dict[str, Any]]) -> pa.Table:
+def _build_json_table(rows: list[dict[str, Any]]) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([_cell(row.get(name)) for row in rows], pa.string()) for name in names})
+    return pa.table({name: pa.array([_format_cell(row.get(name)) for row in rows], pa.string()) for name in names})
 
 
 class _Float(float):
@@ -152,7 +152,7 @@ class _Float(float):
     text: str
 
 
-def _cell(value: Any) -> str | None:
+def _format_cell(value: Any) -> str | None:
     """Return a value as a column holds it: text as in the file, or JSON."""
     if value is None or (isinstance(value, str) and not value.startswith(NESTED)):
         return value
@@ -185,13 +185,13 @@ def _read_elements(lines: io.BufferedReader, file: str, num_rows: int | None) ->
     text = b""
     while num_rows is not None and (chunk := lines.read(max(CHUNK_BYTES, len(text)))):
         text += chunk
-        if len(elements := _whole_elements(text, num_rows)) == num_rows:
+        if len(elements := _read_whole_elements(text, num_rows)) == num_rows:
             return elements
     whole: list[Any] = _parse_json(text + lines.read(), file, "")  # the file is short or malformed; parsing says how
     return whole
 
 
-def _whole_elements(text: bytes, limit: int) -> list[Any]:
+def _read_whole_elements(text: bytes, limit: int) -> list[Any]:
     """Return the first elements of a list, up to one that is cut off or malformed."""
     elements: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):  # cut off
@@ -223,7 +223,7 @@ def _parse_json(text: bytes, file: str, place: str) -> Any:
         ) from None
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         raise ValueError(f"the key {_find_duplicate([key for key, _ in pairs])!r} occurs more than once")
@@ -239,7 +239,7 @@ def _parse_constant(name: str) -> str | None:
     return None if name == "NaN" else name
 
 
-_HOOKS: dict[str, Any] = {"parse_float": _Float, "parse_constant": _parse_constant, "object_pairs_hook": _mapping}
+_HOOKS: dict[str, Any] = {"parse_float": _Float, "parse_constant": _parse_constant, "object_pairs_hook": _build_mapping}
 _DECODER = json.JSONDecoder(**_HOOKS)
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
@@ -282,33 +282,33 @@ def _is_gzip(file: str) -> bool:
     return file.lower().endswith(".gz")
 
 
-def _no_rows(files: Sequence[str]) -> DataError:
+def _make_no_rows_error(files: Sequence[str]) -> DataError:
     return DataError(f"{', '.join(files)} has no rows")
 
 
-def _csv_options(files: list[str], kind: str) -> dict[str, Any]:
+def _choose_csv_options(files: list[str], kind: str) -> dict[str, Any]:
     """Return options that keep every value as written: '007', '1.50' and 'None' stay text."""
     names: list[str] = []
     for file in files:
         with _open(file) as lines:
-            columns = list(map(str, _csv_frame(lines, file, kind, 1).columns))
+            columns = list(map(str, _read_csv_frame(lines, file, kind, 1).columns))
         if names and set(columns) != set(names):
             raise DataError(f"{file} has the columns {', '.join(columns)}; the files before it {', '.join(names)}")
         names = names or columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "sep": _separator(kind)}
+    return {"features": features, "keep_default_na": False, "sep": _choose_separator(kind)}
 
 
-def _separator(kind: str) -> str:
+def _choose_separator(kind: str) -> str:
     return "\t" if kind == "tsv" else ","
 
 
-def _csv_frame(lines: IO[bytes], file: str, kind: str, num_rows: int) -> pd.DataFrame:
-    separator = _separator(kind)
+def _read_csv_frame(lines: IO[bytes], file: str, kind: str, num_rows: int) -> pd.DataFrame:
+    separator = _choose_separator(kind)
     try:
         head = pd.read_csv(lines, nrows=num_rows, dtype=object, keep_default_na=False, sep=separator)
     except pd.errors.EmptyDataError:
-        raise _no_rows([file]) from None
+        raise _make_no_rows_error([file]) from None
     columns = list(map(str, head.columns))
     other = next((each for each in SEPARATORS if each != separator and each in columns[0]), None)
     if len(columns) == 1 and other:

@@ -31,7 +31,7 @@ class RowsFile:
     content: bytes
 
 
-def rows_files(given: Any, role: str = "train") -> dict[str, RowsFile]:
+def write_rows_files(given: Any, role: str = "train") -> dict[str, RowsFile]:
     """Return the file of each role: train, validation or test.
 
     Args:
@@ -53,16 +53,16 @@ def rows_files(given: Any, role: str = "train") -> dict[str, RowsFile]:
     else:
         parts = {role: given}
     named = isinstance(given, Mapping)
-    return {key: _file_of(rows, f"data[{key!r}]" if named else "data") for key, rows in parts.items()}
+    return {key: _write_file(rows, f"data[{key!r}]" if named else "data") for key, rows in parts.items()}
 
 
-def _file_of(rows: Any, field: str) -> RowsFile:
+def _write_file(rows: Any, field: str) -> RowsFile:
     if isinstance(rows, datasets.Dataset):
-        content, suffix = _parquet_of(rows), "parquet"
+        content, suffix = _encode_parquet(rows), "parquet"
     elif isinstance(rows, pandas.DataFrame):
-        content, suffix = _frame_parquet(rows, field), "parquet"
+        content, suffix = _encode_frame(rows, field), "parquet"
     elif isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows):
-        content, suffix = "".join(_line(row, f"{field}[{n}]") for n, row in enumerate(rows)).encode(), "jsonl"
+        content, suffix = "".join(_encode_line(row, f"{field}[{n}]") for n, row in enumerate(rows)).encode(), "jsonl"
     else:
         raise ConfigError(
             f"{field}: expected a datasets.Dataset, a pandas DataFrame or a list of dicts (given {type(rows).__name__})"
@@ -72,20 +72,20 @@ def _file_of(rows: Any, field: str) -> RowsFile:
     return RowsFile(f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}", content)
 
 
-def _line(row: Mapping[str, Any], field: str) -> str:
+def _encode_line(row: Mapping[str, Any], field: str) -> str:
     try:
         return json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise DataError(f"{field}: can't be written as JSON: {error}; give text, numbers, lists and dicts") from None
 
 
-def _parquet_of(rows: datasets.Dataset) -> bytes:
+def _encode_parquet(rows: datasets.Dataset) -> bytes:
     sink = io.BytesIO()
     rows.with_format(None).to_parquet(sink)  # with the features, which name the labels of a ClassLabel
     return sink.getvalue()
 
 
-def _frame_parquet(frame: pandas.DataFrame, field: str) -> bytes:
+def _encode_frame(frame: pandas.DataFrame, field: str) -> bytes:
     sink = io.BytesIO()
     try:
         parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False), sink)

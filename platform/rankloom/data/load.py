@@ -32,14 +32,14 @@ from rankloom.data.sources import (
     Located,
     Role,
     explain,
+    find_unread_columns,
     locate,
     pick_columns,
-    sources_of,
-    unread_columns,
+    resolve_sources,
 )
 from rankloom.data.split import split_off
 from rankloom.errors import ConfigError, DataError
-from rankloom.paths import cache_dir
+from rankloom.paths import get_cache_dir
 
 FORMAT_VERSION = 3
 """Increase it with every change of the output for equal input, so that older cache entries are not used."""
@@ -86,10 +86,10 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, retenti
         DataError: a source is missing, malformed or would train nothing.
         ConfigError: the settings contradict each other.
     """
-    with _quiet():
-        located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
-        key = _key(config, tokenizer, located)
-        folder = cache_dir() / "tokens" / key
+    with _silence():
+        located = {role: locate(source, role) for role, source in resolve_sources(config, retention).items()}
+        key = _make_key(config, tokenizer, located)
+        folder = get_cache_dir() / "tokens" / key
         if cached := _open(folder):
             return cached
         try:
@@ -113,8 +113,8 @@ def check_heads(
     Raises:
         DataError, ConfigError: as in `load_data`, for problems that no later row can cure.
     """
-    with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        located = {role: locate(source, role) for role, source in sources_of(config, retention).items()}
+    with _silence(), tempfile.TemporaryDirectory() as scratch:
+        located = {role: locate(source, role) for role, source in resolve_sources(config, retention).items()}
         heads: dict[Role, datasets.Dataset] = {}
         for role, source in located.items():
             head = source.head(num_rows)
@@ -208,14 +208,14 @@ def _render_all(
         rows = source.read(place) if heads is None else heads[role]
         columns, own_format = pick_columns(rows, source, wanted, own.columns)
         renderer = Renderer(
-            tokenizer, own, own_format, source.field, _label_names(columns), known if heads is None else None
+            tokenizer, own, own_format, source.field, _read_label_names(columns), known if heads is None else None
         )
         if role == "train":
             format = own_format
             if format == "classification":
-                labels = renderer.labels = renderer.label_table(_distinct_values(columns, "label"))
+                labels = renderer.labels = renderer.build_label_table(_collect_values(columns, "label"))
         parts[role] = gather(
-            _render(columns, renderer, place), source.field, unread_columns(rows, columns, own.columns)
+            _render(columns, renderer, place), source.field, find_unread_columns(rows, columns, own.columns)
         )
         if heads is None:
             check_usable(parts[role], own)
@@ -287,29 +287,29 @@ def _render(columns: datasets.Dataset, renderer: Renderer, place: Path) -> datas
     )
 
 
-def _label_names(columns: datasets.Dataset) -> list[str] | None:
+def _read_label_names(columns: datasets.Dataset) -> list[str] | None:
     feature = columns.features.get("label")
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _distinct_values(columns: datasets.Dataset, name: str) -> list[Any]:
+def _collect_values(columns: datasets.Dataset, name: str) -> list[Any]:
     if isinstance(columns.features[name], (datasets.Value, datasets.ClassLabel)):
         return list(columns.unique(name))
     return list(columns[name])  # values of several types
 
 
-def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]) -> str:
+def _make_key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, located: Mapping[Role, Located]) -> str:
     settings = {name: value for name, value in dump(config).items() if name not in FIELDS}  # `located` has them
     parts = [
         FORMAT_VERSION,
         settings,
         {role: source.key for role, source in located.items()},
-        _tokenizer_key(tokenizer),
+        _hash_tokenizer(tokenizer),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         state = json.loads(backend.to_str())
@@ -323,7 +323,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Silence the progress bars and log lines of `datasets`, which would garble the run's own display."""
     shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

@@ -32,7 +32,7 @@ def decode_cell(cell: Any) -> Any:
     """Return a cell's value, without the null keys of mappings, which Arrow adds."""
     if isinstance(cell, str) and cell.startswith(NESTED):
         return json.loads(cell[len(NESTED) :])
-    return _without_nulls(cell)
+    return _drop_nulls(cell)
 
 
 def to_text(value: Any, name: str, column: str) -> str:
@@ -72,7 +72,7 @@ def read_messages(given: Any, name: str, column: str = "messages") -> list[Messa
             f"{name}: {column} must be a list of {{role: ..., content: ...}} (or ShareGPT's {{from: ..., "
             f"value: ...}}), found {str(given)[:80]!r}"
         )
-    messages = [_message(m if "role" in m else _from_sharegpt(m), name, column) for m in given]
+    messages = [_read_message(m if "role" in m else _from_sharegpt(m), name, column) for m in given]
     roles = list(dict.fromkeys(m["role"] for m in messages))
     if messages and "assistant" not in roles and not set(roles) <= set(ROLES):
         raise DataError(
@@ -91,14 +91,14 @@ def read_tools(given: Any, name: str) -> list[Any] | None:
     return [tool if "function" in tool or "name" not in tool else _as_function(tool) for tool in given]
 
 
-def _message(given: Mapping[str, Any], name: str, column: str) -> Message:
+def _read_message(given: Mapping[str, Any], name: str, column: str) -> Message:
     message = {key: value for key, value in given.items() if value is not None and value != []}
     role = str(message["role"])
     message["role"] = SAME_ROLES.get(role, role)
     content = given.get("content")
     if role == "tool" and _is_result(content):
         content = json.dumps(content, ensure_ascii=False)
-    message["content"] = _content(content, name, f"{column}.content")
+    message["content"] = _read_content(content, name, f"{column}.content")
     if call := message.pop("function_call", None):  # the older format
         message["tool_calls"] = [_as_function(_parse_json(call))]
     if "tool_calls" in message:
@@ -121,7 +121,7 @@ def _from_sharegpt(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
 
 
-def _content(value: Any, name: str, column: str) -> str:
+def _read_content(value: Any, name: str, column: str) -> str:
     if not isinstance(value, list):
         return to_text(value, name, column)
     kinds = [str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in value]
@@ -171,7 +171,7 @@ def _parse_json(value: Any) -> Any:
         return value
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(each) for key, each in value.items() if each is not None}
+    return [_drop_nulls(each) for each in value] if isinstance(value, list) else value

@@ -82,7 +82,7 @@ class Renderer:
     Args:
         format: one of `COLUMNS`, not auto.
         label_names: the names of integer labels, if the source has them.
-        labels: the known labels of classification; `label_table` makes them.
+        labels: the known labels of classification; `build_label_table` makes them.
     """
 
     def __init__(
@@ -127,18 +127,22 @@ class Renderer:
                 _append(result, source_row=index, status=EMPTY)
                 continue
             tokens = [next(starts), *(next(rest) for _ in conversation.pieces[1:])]
-            for row in self._rows(conversation, tokens, name):
+            for row in self._build_rows(conversation, tokens, name):
                 _append(result, source_row=index, **row)
         return result
 
-    def label_table(self, values: Sequence[Any]) -> dict[str, list[int]]:
+    def build_label_table(self, values: Sequence[Any]) -> dict[str, list[int]]:
         """Return each label's completion as token ids with the end of the turn, sorted by label.
 
         Raises:
             DataError: two labels are the same tokens, or one begins another, so that scoring can't distinguish them.
         """
-        labels = sorted({label for value in values if (label := self._label(decode_cell(value), self.field)).strip()})
-        conversations = [self._render([_message("user", "a"), _message("assistant", label)], label) for label in labels]
+        labels = sorted(
+            {label for value in values if (label := self._format_label(decode_cell(value), self.field)).strip()}
+        )
+        conversations = [
+            self._render([_make_message("user", "a"), _make_message("assistant", label)], label) for label in labels
+        ]
         table: dict[str, list[int]] = {}
         for conversation, ids in zip(
             conversations, self.encoder.encode_rest([c.pieces[-1].text for c in conversations]), strict=True
@@ -157,7 +161,7 @@ class Renderer:
             before = (
                 read_messages(prompt, name, asked)
                 if _is_talk(prompt)
-                else [_message("user", to_text(prompt, name, asked))]
+                else [_make_message("user", to_text(prompt, name, asked))]
             )
             if self.config.train_on == "completion":
                 before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in before]
@@ -168,17 +172,17 @@ class Renderer:
         if not prompt.strip() or not completion.strip():
             return None
         prompt = "\n\n".join([prompt, *extra])
-        return self._from_messages([_message("user", prompt), _message("assistant", completion)], row, name)
+        return self._from_messages([_make_message("user", prompt), _make_message("assistant", completion)], row, name)
 
     def _from_labelled(self, row: dict[str, Any], name: str) -> Conversation | None:
-        asked, label = to_text(row["text"], name, "text"), self._label(row["label"], name)
-        return self._from_messages([_message("user", asked), _message("assistant", label)], row, name)
+        asked, label = to_text(row["text"], name, "text"), self._format_label(row["label"], name)
+        return self._from_messages([_make_message("user", asked), _make_message("assistant", label)], row, name)
 
     def _from_text(self, row: dict[str, Any], name: str) -> Conversation | None:
         given = to_text(row["text"], name, "text")
         if not given.strip():
             return None
-        return Conversation([Piece(given, trained=True, ended=True)], given, _preview(given))
+        return Conversation([Piece(given, trained=True, ended=True)], given, _shorten(given))
 
     def _from_chat(self, row: dict[str, Any], name: str) -> Conversation | None:
         given = row["messages"]
@@ -203,7 +207,7 @@ class Renderer:
             rendered, notes=(*rendered.notes, "have a turn of the assistant without text, which carries no loss")
         )
 
-    def _label(self, value: Any, name: str) -> str:
+    def _format_label(self, value: Any, name: str) -> str:
         if isinstance(value, int) and self.label_names is not None:
             return self.label_names[value] if 0 <= value < len(self.label_names) else ""  # -1: no label
         return to_text(value, name, "label")
@@ -239,8 +243,8 @@ class Renderer:
             else:
                 prompt += f"{content}\n"
         unread = sorted({key for m in messages for key in m} - LINKS - {"weight"})
-        notes = self._notes(*(piece.text for piece in pieces), unread=unread + ["tools"] * bool(tools))
-        return Conversation(pieces, messages[-1]["content"], _preview(messages[-2]["content"]), 0, notes)
+        notes = self._collect_notes(*(piece.text for piece in pieces), unread=unread + ["tools"] * bool(tools))
+        return Conversation(pieces, messages[-1]["content"], _shorten(messages[-2]["content"]), 0, notes)
 
     def _render_chat(
         self, given: list[Message], name: str, tools: list[Any] | None, template: ChatTemplate
@@ -286,15 +290,15 @@ class Renderer:
                 f"data.train_on=completion"
             )
         pieces += [Piece(prompt[done:], trained=False), Piece(completion, trained=True, ended=True)]
-        unread = self._unread(messages, tools, form, whole)
+        unread = self._find_unread(messages, tools, form, whole)
         for key in THOUGHTS:
             if str(answer.get(key) or "").strip() not in completion and f"messages.{key}" not in unread:
                 unread.append(f"messages.{key}")  # the prompt has closed the thinking already
-        notes = self._notes(whole, unread=unread)
+        notes = self._collect_notes(whole, unread=unread)
         said = self._strip_end(completion) if answer.get("tool_calls") else given[-1]["content"]
-        return Conversation(pieces, said, _preview(given[-2]["content"]), skipped, notes)
+        return Conversation(pieces, said, _shorten(given[-2]["content"]), skipped, notes)
 
-    def _unread(self, messages: list[Message], tools: list[Any] | None, form: Form, whole: str) -> list[str]:
+    def _find_unread(self, messages: list[Message], tools: list[Any] | None, form: Form, whole: str) -> list[str]:
         """Return the keys of the messages, and `tools`, that the template does not show."""
         assert self.template is not None
         without: dict[str, Any] = {
@@ -313,7 +317,7 @@ class Renderer:
                 (self._shown.add if shows else unread.append)(what)
         return unread
 
-    def _notes(self, *texts: str, unread: Sequence[str] = ()) -> tuple[str, ...]:
+    def _collect_notes(self, *texts: str, unread: Sequence[str] = ()) -> tuple[str, ...]:
         notes = [f"have {key}, which is not rendered" for key in unread]
         if any(map(self.encoder.is_marked, texts)):
             notes.append("hold special tokens, which are kept as text (data.split_special_tokens)")
@@ -325,7 +329,7 @@ class Renderer:
         end = next((str(token) for token in ends if completion.endswith(str(token))), "")
         return self.encoder.unmark(completion.removesuffix(end))
 
-    def _rows(self, conversation: Conversation, tokens: list[list[int]], name: str) -> list[dict[str, Any]]:
+    def _build_rows(self, conversation: Conversation, tokens: list[list[int]], name: str) -> list[dict[str, Any]]:
         """Return a conversation's row, or rows.
 
         Args:
@@ -348,8 +352,8 @@ class Renderer:
         prompt = self.encoder.unmark(conversation.prompt)
         common = {
             "completion": "" if self.format == "text" else conversation.completion,
-            "prompt_digest": digest(conversation.completion if self.format == "text" else prompt),
-            "row_digest": digest(f"{prompt}\0{conversation.completion}"),
+            "prompt_digest": hash_text(conversation.completion if self.format == "text" else prompt),
+            "row_digest": hash_text(f"{prompt}\0{conversation.completion}"),
             "preview": conversation.preview,
             "skipped_turns": conversation.skipped_turns,
             "notes": "\n".join(conversation.notes),
@@ -357,7 +361,7 @@ class Renderer:
         if self.format == "classification":
             self._check_label(conversation.completion, tokens[-1], name)
         if self.format == "text":
-            return [{**common, **chunk} for chunk in self._chunks(ids, weights, len(ids) - len(tokens[-1]))]
+            return [{**common, **chunk} for chunk in self._cut_chunks(ids, weights, len(ids) - len(tokens[-1]))]
         return [{**common, **self._fit(ids, weights, len(tokens[-1]), name)}]
 
     def _end(self, piece: Piece, ids: list[int]) -> list[int]:
@@ -398,7 +402,7 @@ class Renderer:
         weights[0] = 0
         return {"status": TRUNCATED, "input_ids": head + ids[-keep:], "loss_weights": weights, "prompt_length": room}
 
-    def _chunks(self, ids: list[int], weights: list[int], prompt_length: int) -> list[dict[str, Any]]:
+    def _cut_chunks(self, ids: list[int], weights: list[int], prompt_length: int) -> list[dict[str, Any]]:
         """Cut a text into rows; each begins with the last token of the row before, so that every token is predicted."""
         limit = self.config.max_length
         chunks = []
@@ -453,7 +457,7 @@ def uses_chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, f
     return has_template and config.template != "plain"
 
 
-def digest(text: str) -> str:
+def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -472,16 +476,16 @@ def _strip_arguments(message: Message) -> Message:
     return message | {"tool_calls": calls} if calls else message
 
 
-def _message(role: str, content: str) -> Message:
+def _make_message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
 def _add_instruction(messages: list[Message], instruction: str) -> list[Message]:
     if messages[0]["role"] == "system":
-        return [_message("system", f"{instruction}\n\n{messages[0]['content']}"), *messages[1:]]
-    return [_message("system", instruction), *messages]
+        return [_make_message("system", f"{instruction}\n\n{messages[0]['content']}"), *messages[1:]]
+    return [_make_message("system", instruction), *messages]
 
 
-def _preview(text: str) -> str:
+def _shorten(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= PREVIEW_LENGTH else f"{line[: PREVIEW_LENGTH - 1]}…"

@@ -38,7 +38,7 @@ class Rows(Sequence[Row]):
     def open(cls, folder: Path) -> Rows:
         """Map the rows that `store` wrote."""
         dataset = datasets.load_from_disk(str(folder))
-        return cls(dataset, lists_lengths(dataset, "input_ids"))
+        return cls(dataset, measure_lists(dataset, "input_ids"))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -104,7 +104,7 @@ def store(rendered: datasets.Dataset, indices: np.ndarray, folder: Path) -> Rows
     return Rows.open(folder)
 
 
-def lists_lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
+def measure_lists(dataset: datasets.Dataset, column: str) -> np.ndarray:
     """Return the length of each list in a column, int64 [rows]."""
     lengths: np.ndarray = pc.list_value_length(dataset.data.column(column)).to_numpy().astype(np.int64)
     return lengths

@@ -87,13 +87,13 @@ def locate(source: Source, role: Role) -> Located:
     """
     field = FIELDS[role]
     if source.path.startswith("builtin:"):
-        return _builtin(source, role)
+        return _locate_builtin(source, role)
     if _is_file(source.path):
         for name in ("split", "subset", "revision"):
             if value := getattr(source, name):
                 raise ConfigError(f"{field}.{name}: {value!r} does not apply to the file {source.path!r}; remove it")
-        return _files(source.path, field)
-    return _hub(source, role)
+        return _locate_files(source.path, field)
+    return _locate_hub(source, role)
 
 
 def check_sources(config: DataConfig, retention: Source | None) -> int | None:
@@ -105,11 +105,11 @@ def check_sources(config: DataConfig, retention: Source | None) -> int | None:
     Raises:
         ConfigError, DataError: as in `locate`.
     """
-    sizes = [locate(source, role).size for role, source in sources_of(config, retention).items()]
+    sizes = [locate(source, role).size for role, source in resolve_sources(config, retention).items()]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def sources_of(config: DataConfig, retention: Source | None) -> dict[Role, Source]:
+def resolve_sources(config: DataConfig, retention: Source | None) -> dict[Role, Source]:
     """Return the given sources; a built-in data set whose train split is trained on adds its own test rows."""
     test = config.test
     if test is None and config.train.path.startswith("builtin:") and config.train.split in (None, "train"):
@@ -144,7 +144,7 @@ def pick_columns(
     there = f"{located.path} has {', '.join(map(repr, names)) or 'none'}"
     for role, name in columns.items():
         if name not in names:
-            raise DataError(f"data.columns: {role}: no column {name!r}{_hint(name, names)}; {there}")
+            raise DataError(f"data.columns: {role}: no column {name!r}{_make_hint(name, names)}; {there}")
 
     def column_of(role: str) -> str:
         others = (name for name in ALIASES.get(role, ()) if name in names and role not in names)
@@ -172,7 +172,7 @@ def pick_columns(
     roles = (*roles, *(role for role in optional if column_of(role) in names))
     wanted = {column_of(role): role for role in roles}
     if missing := [name for name in wanted if name not in names]:
-        near = _hint(missing[0], names)
+        near = _make_hint(missing[0], names)
         spare = next((name for name in names if name not in wanted), None)
         how = f"; rename with data.columns, e.g. {{{wanted[missing[0]]}: {spare}}}" if spare else ""
         raise DataError(f"{located.field}: the format {format} needs the column {missing[0]!r}{near}; {there}{how}")
@@ -202,7 +202,7 @@ def _check_spelling(names: list[str], columns: Mapping[str, str], column_of: Cal
         return
 
 
-def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns: Mapping[str, str]) -> list[str]:
+def find_unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns: Mapping[str, str]) -> list[str]:
     """Return the columns of a source that `pick_columns` left out."""
     read = {columns.get(role, role) for role in picked.column_names}
     read |= {
@@ -211,13 +211,13 @@ def unread_columns(dataset: datasets.Dataset, picked: datasets.Dataset, columns:
     return [name for name in dataset.column_names if name not in read]
 
 
-def _builtin(source: Source, role: Role) -> Located:
+def _locate_builtin(source: Source, role: Role) -> Located:
     field, name = FIELDS[role], source.path.removeprefix("builtin:")
     root = resources.files("rankloom.data") / "builtin"
     known = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
     if name not in known:
         allowed = ", ".join(f"builtin:{n}" for n in known)
-        raise ConfigError(f"{field}: unknown {source.path!r}{_hint(name, known)}; allowed: {allowed}")
+        raise ConfigError(f"{field}: unknown {source.path!r}{_make_hint(name, known)}; allowed: {allowed}")
     for key in ("subset", "revision"):
         if value := getattr(source, key):
             raise ConfigError(f"{field}.{key}: {value!r} does not apply to {source.path!r}; remove it")
@@ -225,11 +225,11 @@ def _builtin(source: Source, role: Role) -> Located:
     splits = sorted(f.name.removesuffix(".csv") for f in (root / name).iterdir() if f.name.endswith(".csv"))
     if split not in splits:
         raise ConfigError(f"{field}: {source.path} has no split {split!r}; it has {', '.join(splits)}")
-    located = _files(str(root / name / f"{split}.csv"), field)
+    located = _locate_files(str(root / name / f"{split}.csv"), field)
     return replace(located, path=f"{source.path} ({split})")
 
 
-def _hub(source: Source, role: Role) -> Located:
+def _locate_hub(source: Source, role: Role) -> Located:
     field, split = FIELDS[role], source.split or DEFAULT_SPLITS[role]
     if not HUB_ID.fullmatch(source.path):
         raise ConfigError(
@@ -265,18 +265,18 @@ def _is_file(path: str) -> bool:
         "://" in path
         or path.startswith((".", "/", "~"))
         or glob.has_magic(path)
-        or _extension(path) in BUILDERS
+        or _read_extension(path) in BUILDERS
         or local.exists()
     )
 
 
-def _files(path: str, field: str) -> Located:
-    filesystem, pattern = _filesystem(path, field)
+def _locate_files(path: str, field: str) -> Located:
+    filesystem, pattern = _open_filesystem(path, field)
     try:
-        paths = _matching(filesystem, pattern)
+        paths = _find_matching(filesystem, pattern)
         if not paths:
-            raise DataError(f"{field}: {_not_found(filesystem, path, pattern)}")
-        kinds = {_extension(p) for p in paths}
+            raise DataError(f"{field}: {_explain_not_found(filesystem, path, pattern)}")
+        kinds = {_read_extension(p) for p in paths}
         if unknown := sorted(kinds - set(BUILDERS)):
             raise ConfigError(
                 f"{field}: {path!r}: {unknown[0] or 'a file without an extension'} is not read; allowed: "
@@ -296,7 +296,7 @@ def _files(path: str, field: str) -> Located:
 
     def make_key() -> str:
         try:
-            marks = [_content_key(filesystem, p) for p in paths]
+            marks = [_make_content_key(filesystem, p) for p in paths]
         except Exception as error:  # as above
             raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
         return hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
@@ -312,7 +312,7 @@ def _files(path: str, field: str) -> Located:
     return Located(field, path, make_key, read, head, None if None in sizes else sum(sizes))
 
 
-def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _open_filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if "://" not in path:
         return LocalFileSystem(), str(Path(path).expanduser().absolute())
     try:
@@ -333,7 +333,7 @@ def _filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return ArrowFSWrapper(arrow), inner
 
 
-def _matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+def _find_matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
     if filesystem.isfile(pattern):
         return [pattern]
     if not glob.has_magic(pattern):
@@ -344,7 +344,7 @@ def _matching(filesystem: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
     return sorted(p for p in filesystem.glob(pattern) if filesystem.isfile(p))
 
 
-def _not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -> str:
+def _explain_not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -> str:
     if filesystem.isdir(pattern):
         return f"{path!r} is a folder; give a file, or a pattern such as {path.rstrip('/')}/*.jsonl"
     if glob.has_magic(pattern):
@@ -356,10 +356,10 @@ def _not_found(filesystem: fsspec.AbstractFileSystem, path: str, pattern: str) -
         return f"no file {path!r}, nor its folder"
     if name in siblings:
         return f"{path!r} is not a regular file, nor a link to one"
-    return f"no file {path!r}{_hint(name, siblings)}"
+    return f"no file {path!r}{_make_hint(name, siblings)}"
 
 
-def _content_key(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+def _make_content_key(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
     """Return a local file's hash, or a remote file's version mark if its filesystem keeps one."""
     if not isinstance(filesystem, LocalFileSystem):
         info = filesystem.info(path)
@@ -392,7 +392,7 @@ def _read(
     except DataError as error:
         raise DataError(f"{field}: {error}") from None
     except Exception as error:  # pyarrow, pandas, gzip and the builder each raise their own kinds
-        cause = _root_cause(error)
+        cause = _find_root_cause(error)
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             raise cause from None
         if "corresponds to no data" in str(cause):  # the message of `datasets` for a header without rows
@@ -403,22 +403,22 @@ def _read(
         raise DataError(f"{field}: {', '.join(paths)} can't be read as {builder}: {reason}") from None
 
 
-def _extension(path: str) -> str:
+def _read_extension(path: str) -> str:
     return PurePosixPath(path.lower().removesuffix(".gz")).suffix
 
 
-def _hint(name: str, known: list[str]) -> str:
+def _make_hint(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def explain(error: BaseException) -> str:
     """Return the kind and the first line of the root cause."""
-    error = _root_cause(error)
+    error = _find_root_cause(error)
     return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def _find_root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error

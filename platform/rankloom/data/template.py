@@ -45,9 +45,9 @@ class Form:
     def convert(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages in this form."""
         given = merge_system(messages) if self.merged else list(messages)
-        return [self._one(message) for message in given]
+        return [self._render_one(message) for message in given]
 
-    def _one(self, message: Message) -> Message:
+    def _render_one(self, message: Message) -> Message:
         message = dict(message)
         if calls := message.get("tool_calls"):
             message["tool_calls"] = [self._call(call) for call in calls]
@@ -77,7 +77,7 @@ class ChatTemplate:
         self._parts: tuple[Literal["none", "all", "turns"], ...] = ("all", "turns") if wants_parts else ("none",)
         talk = [{"role": "system", "content": mark}, {"role": "user", "content": "a"}]
         self._takes_system = any(self._probe(talk, Form(parts), mark) for parts in self._parts)
-        self._calls = self._form_of_calls(Form(self._parts[0]))
+        self._calls = self._find_form_of_calls(Form(self._parts[0]))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the prompt for the assistant's next turn.
@@ -87,7 +87,7 @@ class ChatTemplate:
         """
         text = self.render(messages, self.form(messages, tools), tools=tools, ask=True)
         if (lost := _find_lost(messages, text)) is not None:
-            raise _left_out_error(messages, lost)
+            raise _make_left_out_error(messages, lost)
         return text
 
     def form(self, messages: Sequence[Message], tools: Any = None) -> Form:
@@ -119,14 +119,14 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program and can fail in any way
             roles = ", ".join(str(m["role"]) for m in messages[:20]) + (", ..." if len(messages) > 20 else "")
-            raise TemplateError(f"the chat template refuses the roles {roles}: {_reason(error)}") from None
+            raise TemplateError(f"the chat template refuses the roles {roles}: {_find_reason(error)}") from None
         return str(text)
 
     def _find(self, messages: Sequence[Message], tools: Any) -> Form | TemplateError:
         # a text or a call's name can be in the prompt by chance, as part of another; these marks can't
         marked = [_mark_message(message, f"message-{i}-") for i, message in enumerate(messages)]
         reason: TemplateError | None = None
-        for form in self._candidates(messages):
+        for form in self._list_candidates(messages):
             try:
                 text = self.render(marked, form, tools=tools, ask=True)
             except TemplateError as error:
@@ -135,18 +135,18 @@ class ChatTemplate:
             lost = _find_lost(marked, text)
             if lost is None:
                 return form
-            reason = reason or _left_out_error(messages, lost)
+            reason = reason or _make_left_out_error(messages, lost)
         assert reason is not None
         return reason
 
-    def _candidates(self, messages: Sequence[Message]) -> list[Form]:
+    def _list_candidates(self, messages: Sequence[Message]) -> list[Form]:
         """Return the forms to try, the likeliest first."""
         has_system = any(m["role"] == "system" for m in messages)
         parts = self._parts if has_system else self._parts[:1]
         merged = ([False, True] if self._takes_system else [True, False]) if has_system else [False]
         return [replace(self._calls, merged=m, parts=p) for m, p in product(merged, parts)]
 
-    def _form_of_calls(self, plain: Form) -> Form:
+    def _find_form_of_calls(self, plain: Form) -> Form:
         """Find the form for calls; most templates take the arguments as a mapping and write the JSON themselves."""
         function = {"name": "f", "arguments": {"of": "a"}}
         call = {"type": "function", "id": "123456789", "function": function}
@@ -193,7 +193,7 @@ def _mark_message(message: Message, mark: str) -> Message:
     return marked
 
 
-def required_text(message: Message) -> str:
+def collect_required_text(message: Message) -> str:
     """Return the text that a template must show of a message in the history; templates drop its thinking by design."""
     content = str(message["content"] or "")
     if message["role"] == "assistant":
@@ -214,7 +214,7 @@ def _find_lost(messages: Sequence[Message], text: str) -> int | None:
     at = 0
     for i, message in enumerate(messages):
         names = [str(call["function"]["name"]) for call in message.get("tool_calls") or ()]
-        for part in filter(None, [required_text(message), *names]):
+        for part in filter(None, [collect_required_text(message), *names]):
             found = _find(text, part, at)
             if found < 0 and (found := _find(text, part, 0)) < 0:
                 return i
@@ -233,12 +233,12 @@ def _find(text: str, part: str, start: int) -> int:
     return found
 
 
-def _left_out_error(messages: Sequence[Message], index: int) -> TemplateError:
+def _make_left_out_error(messages: Sequence[Message], index: int) -> TemplateError:
     message = messages[index]
     what = "a call" if message.get("tool_calls") and not message["content"] else "the text"
     return TemplateError(f"the chat template leaves out {what} of message {index + 1} (role {message['role']!r})")
 
 
-def _reason(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no details"
     return text if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {text}"

@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rankloom.config import dump, parse
+from rankloom.config.paths import resolve_paths
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
 from rankloom.deploy.logs import log_with_serve
@@ -28,14 +29,14 @@ from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.engine.protocol import Stats
 from rankloom.errors import ConfigError, OverloadedError
 from rankloom.gateway.gateway import Gateway, Served
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 from rankloom.registry import Record, Registry
 
 FOR_REPLICAS = ("base", "quantization", "registry", "engine", "pinned", "refresh_s")
 """The settings whose change makes new replicas."""
 GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 """For callers of a deployment: over a connection of their own in place of Ray tasks, which take longer."""
-PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rankloom.deploy.proxy.middlewares"} | GRPC
+PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rankloom.deploy.proxy.build_middlewares"} | GRPC
 """For Serve's HTTP proxy."""
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"} | GRPC
 """For our deployments: they never block, so they share Serve's event loop, which saves a change of thread per token."""
@@ -107,16 +108,16 @@ class Ingress:
         """Serve calls it at the start, and when `user_config` has changed."""
         parsed = parse(ServeConfig, config, "serve")
         if self._gateway is None:
-            gateway = Gateway(parsed, Registry(parsed.registry or registry_root()), self._replicas)
+            gateway = Gateway(parsed, Registry(parsed.registry or get_registry_root()), self._replicas)
             await gateway.start()
             self._gateway = gateway
         else:
             await self._gateway.reconfigure(parsed)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self._ready)
+        return build_api(self._wait_ready)
 
-    def _ready(self) -> Gateway:
+    def _wait_ready(self) -> Gateway:
         assert self._gateway is not None  # Serve sends no request before `reconfigure` has returned
         return self._gateway
 
@@ -137,7 +138,8 @@ def application(config: ServeConfig) -> serve.Application:
     Raises:
         ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
     """
-    config = on_idle_gpus(resolved(config, Registry(config.registry or registry_root())))
+    config = resolve_paths(config)  # Serve's processes have a folder of their own
+    config = on_idle_gpus(resolve_base(config, Registry(config.registry or get_registry_root())))
     replicas, tree = config.replicas, dump(config)
     rows = config.engine.num_seqs(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
@@ -170,12 +172,12 @@ def application(config: ServeConfig) -> serve.Application:
     ).bind(held)
 
 
-def resolved(config: ServeConfig, registry: Registry) -> ServeConfig:
+def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:
     """The config with its base, which the adapters' records name where it does not."""
     records = {ref: registry.get(ref) for ref in config.adapters} if config.adapters != "all" else {}
     first_ref, first = next(iter(records.items()), (None, None))
     for ref, record in records.items():
-        if first and _base(record) != _base(first):
+        if first and _read_base(record) != _read_base(first):
             raise ConfigError(
                 f"adapters: {ref} was tuned on {record.base.id} ({record.base.quantization}), but {first_ref} on "
                 f"{first.base.id} ({first.base.quantization}); deploy them apart"
@@ -196,18 +198,18 @@ def on_idle_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
     """
     if config.replicas.gpus is not None:
         return config
-    gpus = _gpus_now(config.name)
+    gpus = _read_gpus(config.name)
     if gpus is None:
-        gpus = config.replicas.gpus_of(idle_gpus() if idle is None else idle, config.engine)
+        gpus = config.replicas.count_gpus(count_idle_gpus() if idle is None else idle, config.engine)
     return config.model_copy(update={"replicas": config.replicas.model_copy(update={"gpus": gpus})})
 
 
-def idle_gpus() -> int:
+def count_idle_gpus() -> int:
     """Return the cluster's unreserved GPUs; 0 where this process is not connected to one."""
     return int(ray.available_resources().get("GPU", 0)) if ray.is_initialized() else 0
 
 
-def _gpus_now(name: str) -> float | None:
+def _read_gpus(name: str) -> float | None:
     """Return the GPUs of each replica of the application deployed under this name; None: there is none."""
     if not ray.is_initialized() or name not in serve.status().applications:
         return None
@@ -218,5 +220,5 @@ def _gpus_now(name: str) -> float | None:
     return gpus
 
 
-def _base(record: Record) -> tuple[str, str]:
+def _read_base(record: Record) -> tuple[str, str]:
     return record.base.fingerprint, record.base.quantization

@@ -55,18 +55,18 @@ class AuthMiddleware:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
         try:
-            scope.setdefault("state", {})["caller"] = self._caller(scope, headers, config)
+            scope.setdefault("state", {})["caller"] = self._authenticate(scope, headers, config)
             most = config.limits.body_bytes
             length = headers.get("content-length", "0")
             if not length.isdigit() or int(length[:20]) > most:
-                raise _too_large(most)
+                raise _make_too_large_error(most)
         except WireError as error:
             self._on_refusal(error.status)
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
             return
         await self._app(scope, _LimitedBody(receive, most), send)
 
-    def _caller(self, scope: Scope, headers: Headers, config: ServeConfig) -> Caller:
+    def _authenticate(self, scope: Scope, headers: Headers, config: ServeConfig) -> Caller:
         if config.auth.keys is None:
             local = _is_local(scope, headers)
             if not (local or config.auth.anonymous):
@@ -79,9 +79,9 @@ class AuthMiddleware:
             return Caller(None, admin=local)
         if scope["path"] in OPEN:
             return Caller(None, admin=False)
-        given = _key(headers)
+        given = _read_key(headers)
         try:
-            key = self._file(config.auth.keys).find(given)
+            key = self._open_file(config.auth.keys).find(given)
         except ConfigError:
             raise WireError(503, "The file of keys can't be read.", code="keys_unreadable") from None
         if key is None:
@@ -93,7 +93,7 @@ class AuthMiddleware:
             raise WireError(401, hint, code="invalid_api_key")
         return Caller(key, admin=key.role == "admin")
 
-    def _file(self, path: str) -> KeyFile:
+    def _open_file(self, path: str) -> KeyFile:
         return self._files.setdefault(path, KeyFile(path))
 
 
@@ -109,16 +109,16 @@ class _LimitedBody:
         message: MutableMapping[str, Any] = await self._receive()
         self._seen += len(message.get("body", b""))
         if self._seen > self._most:
-            error = _too_large(self._most)
+            error = _make_too_large_error(self._most)
             raise HTTPException(error.status, error.message)
         return message
 
 
-def _too_large(most: int) -> WireError:
+def _make_too_large_error(most: int) -> WireError:
     return WireError(413, f"The request's body is above {most} bytes.", code="body_too_large")
 
 
-def _key(headers: Headers) -> str | None:
+def _read_key(headers: Headers) -> str | None:
     """Return the key that a request carries: as OpenAI's clients send it, as Azure's, or as a password."""
     kind, _, given = headers.get("authorization", "").partition(" ")
     match kind.lower():

@@ -33,11 +33,11 @@ from rankloom.errors import RankloomError
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.openai.bodies import SMALL, read
-from rankloom.gateway.openai.errors import ErrorReply, WireError, wire_error
+from rankloom.gateway.openai.errors import ErrorReply, WireError, to_wire_error
 from rankloom.gateway.openai.requests import AdapterRequest, ChatRequest, CompletionRequest
-from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, event, response_id
+from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, format_event, make_response_id
 from rankloom.gateway.policy import RoutingRequest, Target
-from rankloom.registry.card import scorecard_rows
+from rankloom.registry.card import list_scorecard_rows
 
 CONSOLE = Path(__file__).parent / "console"
 LARGE = 2**20
@@ -64,11 +64,11 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
         config=lambda: get_gateway().config,
         on_refusal=lambda status: get_gateway().metrics.refused.labels(str(status)).inc(),
     )
-    api.add_exception_handler(RequestValidationError, _invalid_path)
-    api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(Exception, _failure)
-    api.add_exception_handler(WireError, _failure)
-    api.add_exception_handler(RankloomError, _failure)
+    api.add_exception_handler(RequestValidationError, _handle_invalid_path)
+    api.add_exception_handler(HTTPException, _handle_http_error)
+    api.add_exception_handler(Exception, _handle_failure)
+    api.add_exception_handler(WireError, _handle_failure)
+    api.add_exception_handler(RankloomError, _handle_failure)
     _CompletionRoutes(get_gateway).add_to(api)
     _ModelRoutes(get_gateway).add_to(api)
     _StatusRoutes(get_gateway).add_to(api)
@@ -92,15 +92,15 @@ class _CompletionRoutes:
         return await self._complete(request, "text", body)
 
     async def _complete(self, request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
-        gateway, key = self._get_gateway(), _caller(request).key
+        gateway, key = self._get_gateway(), _get_caller(request).key
         try:
-            job = _job(gateway, request, body)
+            job = _make_job(gateway, request, body)
             gateway.admit(key)
-            routing = _routing(request, job.id, body)
+            routing = _make_routing_request(request, job.id, body)
             new_response = partial(
                 ResponseBuilder,
                 kind,
-                response_id(kind, job.id),
+                make_response_id(kind, job.id),
                 body.model,
                 int(time.time()),
                 len(job.prompts) * job.n,
@@ -110,11 +110,11 @@ class _CompletionRoutes:
             if body.stream:
                 in_flight = await gateway.begin(routing, job, key)
                 usage = bool(body.stream_options and body.stream_options.include_usage)
-                return _EventStream(in_flight, _events(in_flight, new_response(), request, usage))
+                return _EventStream(in_flight, _stream_events(in_flight, new_response(), request, usage))
             response, target = await gateway.complete(routing, job, key, new_response)
-            return _whole(response, _headers(target))
+            return _respond_whole(response, _make_headers(target))
         except Exception as error:
-            return _failed(request, error, gateway)
+            return _respond_failure(request, error, gateway)
 
 
 class _ModelRoutes:
@@ -122,7 +122,7 @@ class _ModelRoutes:
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
-        self._list_models = _once_each_catalogue(_model)
+        self._list_models = _cache_by_catalogue(_describe_model)
 
     def add_to(self, api: FastAPI) -> None:
         api.get("/v1/models")(self.models)
@@ -131,23 +131,23 @@ class _ModelRoutes:
         api.post("/v1/unload_lora_adapter")(self.unload_adapter)
 
     async def models(self) -> Response:
-        return _json(b'{"object": "list", "data": [' + await self._list_models(self._get_gateway()) + b"]}")
+        return _respond_json(b'{"object": "list", "data": [' + await self._list_models(self._get_gateway()) + b"]}")
 
     async def model(self, name: str) -> Response:
         gateway = self._get_gateway()
         if gateway.catalogue.resolve(name) is None and name not in gateway.catalogue.routes:
-            return _error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
-        return JSONResponse(_model(gateway, name))
+            return _respond_error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
+        return JSONResponse(_describe_model(gateway, name))
 
     async def load_adapter(self, request: Request, body: AdapterRequest) -> Response:
         _check_admin(request)
         target = await self._get_gateway().load(body.lora_name, body.lora_path or body.lora_name)
-        return JSONResponse({"loaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+        return JSONResponse({"loaded": body.lora_name, "adapter": target.ref}, headers=_make_headers(target))
 
     async def unload_adapter(self, request: Request, body: AdapterRequest) -> Response:
         _check_admin(request)
         target = await self._get_gateway().unload(body.lora_name)
-        return JSONResponse({"unloaded": body.lora_name, "adapter": target.ref}, headers=_headers(target))
+        return JSONResponse({"unloaded": body.lora_name, "adapter": target.ref}, headers=_make_headers(target))
 
 
 class _StatusRoutes:
@@ -155,7 +155,7 @@ class _StatusRoutes:
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
-        self._list_cards = _once_each_catalogue(_card)
+        self._list_cards = _cache_by_catalogue(_describe_card)
 
     def add_to(self, api: FastAPI) -> None:
         api.get("/healthz")(self.healthz)
@@ -177,49 +177,49 @@ class _StatusRoutes:
     async def metrics(self, request: Request) -> Response:
         """Metrics for Prometheus. They cover all traffic, so where there are keys this needs an admin's."""
         if not _may_see_all(request):
-            return _error(WireError(403, "This needs an admin's key.", code="admin_required"))
-        return Response(await asyncio.to_thread(self._get_gateway().metrics.exposition), media_type=EXPOSITION)
+            return _respond_error(WireError(403, "This needs an admin's key.", code="admin_required"))
+        return Response(await asyncio.to_thread(self._get_gateway().metrics.expose), media_type=EXPOSITION)
 
     async def console(self) -> Response:
-        return _page("index.html", "text/html")
+        return _read_page("index.html", "text/html")
 
     async def console_part(self, kind: Literal["js", "css"]) -> Response:
-        return _page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
+        return _read_page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
 
     async def console_state(self, request: Request) -> Response:
         gateway = self._get_gateway()
-        totals = gateway.metrics.totals() if _may_see_all(request) else {}
+        totals = gateway.metrics.sum_totals() if _may_see_all(request) else {}
         head = {"base": gateway.catalogue.public_base, "context": gateway.served.context} | totals
         cards = await self._list_cards(gateway)
-        return _json(json.dumps(head)[:-1].encode() + b', "models": [' + cards + b"]}")
+        return _respond_json(json.dumps(head)[:-1].encode() + b', "models": [' + cards + b"]}")
 
 
-def _job(gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest) -> CompletionJob:
+def _make_job(gateway: Gateway, request: Request, body: ChatRequest | CompletionRequest) -> CompletionJob:
     """Make a job of a body. Raises WireError where the body asks for more than the limits."""
-    key = _caller(request).key
+    key = _get_caller(request).key
     tenant = None if key is None or gateway.config.auth.share_prefixes else key.id
     return body.job(uuid.uuid4().hex, gateway.config.limits, tenant)
 
 
-def _routing(request: Request, id: str, body: ChatRequest | CompletionRequest) -> RoutingRequest:
+def _make_routing_request(request: Request, id: str, body: ChatRequest | CompletionRequest) -> RoutingRequest:
     headers = dict(request.headers.items())
     trace = headers.get("x-request-id", "")[:128] or None
     return RoutingRequest(model=body.model, id=id, user=body.user, headers=headers, trace=trace)
 
 
-async def _invalid_path(_: Request, error: Exception) -> JSONResponse:
+async def _handle_invalid_path(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     detail = error.errors()[0]
-    return _error(WireError(400, f"{'.'.join(map(str, detail['loc'][1:]))}: {detail['msg']}"))
+    return _respond_error(WireError(400, f"{'.'.join(map(str, detail['loc'][1:]))}: {detail['msg']}"))
 
 
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse(WireError(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
 
 
-async def _failure(request: Request, error: Exception) -> JSONResponse:
-    return _failed(request, error)
+async def _handle_failure(request: Request, error: Exception) -> JSONResponse:
+    return _respond_failure(request, error)
 
 
 class _ParsedRequest(Request):
@@ -265,7 +265,7 @@ class _Route(APIRoute):
         return read_and_handle
 
 
-def _once_each_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
+def _cache_by_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
     """Describe all models as the items of a JSON list: in a thread, as there may be thousands, and once a catalogue."""
     latest: tuple[Any, asyncio.Future[bytes]] | None = None
 
@@ -282,42 +282,42 @@ def _once_each_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> 
     return get
 
 
-def _page(name: str, kind: str) -> Response:
+def _read_page(name: str, kind: str) -> Response:
     policy = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
     return Response((CONSOLE / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
 
 
-def _card(gateway: Gateway, name: str) -> dict[str, Any]:
+def _describe_card(gateway: Gateway, name: str) -> dict[str, Any]:
     """What the console shows of a model: its exact version and its scorecard."""
-    model = _model(gateway, name)
+    model = _describe_model(gateway, name)
     target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
     record = gateway.registry_view.record(target.ref) if target and target.ref else None
     if record is None:
         return model | {"ref": None}
-    rows = scorecard_rows(record.scorecard) if record.scorecard else []
+    rows = list_scorecard_rows(record.scorecard) if record.scorecard else []
     return model | {"ref": record.ref, "method": record.method, "created": f"{record.created:%Y-%m-%d}", "rows": rows}
 
 
-def _caller(request: Request) -> Caller:
+def _get_caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
 
 def _may_see_all(request: Request) -> bool:
     """Whether the caller may see all traffic, not only that of its own key."""
-    caller = _caller(request)
+    caller = _get_caller(request)
     return caller.key is None or caller.admin
 
 
 def _check_admin(request: Request) -> None:
-    caller = _caller(request)
+    caller = _get_caller(request)
     if not caller.admin:
         whose = "needs an admin's key" if caller.key else "is for the endpoint's own machine"
         raise WireError(403, f"This {whose}.", code="admin_required")
 
 
-def _model(gateway: Gateway, name: str) -> dict[str, Any]:
+def _describe_model(gateway: Gateway, name: str) -> dict[str, Any]:
     target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
     entry: dict[str, Any] = {"id": name, "object": "model", "created": gateway.created, "owned_by": "rankloom"}
     if target and target.ref:
@@ -329,27 +329,27 @@ def _model(gateway: Gateway, name: str) -> dict[str, Any]:
     }
 
 
-def _headers(target: Target) -> dict[str, str]:
+def _make_headers(target: Target) -> dict[str, str]:
     """The headers that name the version which wrote a response."""
     version = {} if target.version is None else {"x-rankloom-version": str(target.version)}
     return {"x-rankloom-adapter": target.adapter or "base"} | version
 
 
-def _json(body: bytes) -> Response:
+def _respond_json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-def _error(error: WireError) -> JSONResponse:
+def _respond_error(error: WireError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers())
 
 
-def _failed(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
-    mapped = wire_error(error)
+def _respond_failure(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
+    mapped = to_wire_error(error)
     if gateway is not None:
         gateway.metrics.refused.labels(str(mapped.status)).inc()
     if mapped.status == 500:
         _log_failure(request, error)
-    return _error(mapped)
+    return _respond_error(mapped)
 
 
 def _log_failure(request: Request, error: Exception) -> None:
@@ -359,7 +359,7 @@ def _log_failure(request: Request, error: Exception) -> None:
     logger.error(json.dumps(facts | {"error": type(error).__name__, "where": where}))
 
 
-def _whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
+def _respond_whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
     """A response that is not streamed; a large one is sent in parts, so that other requests continue in between."""
     if response.length < LARGE:
         return Response("".join(response.body()), headers=headers, media_type="application/json")
@@ -371,28 +371,28 @@ def _whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
     return StreamingResponse(parts(), headers=headers, media_type="application/json")
 
 
-async def _events(
+async def _stream_events(
     in_flight: InFlightRequest, response: ResponseBuilder, request: Request, usage: bool
 ) -> AsyncIterator[bytes]:
     """The events of a stream. A late error is an event too, because the status was sent long before."""
     try:
         async for progress in in_flight:
-            chunks = [event(chunk) for chunk in response.chunks(progress)]
+            chunks = [format_event(chunk) for chunk in response.chunks(progress)]
             if chunks:
                 yield b"".join(chunks)
-        yield (event(response.usage_chunk()) if usage else b"") + DONE
+        yield (format_event(response.make_usage_chunk()) if usage else b"") + DONE
     except Exception as error:
-        mapped = wire_error(error)
+        mapped = to_wire_error(error)
         if mapped.status == 500:
             _log_failure(request, error)
-        yield event(mapped.body())
+        yield format_event(mapped.body())
 
 
 class _EventStream(StreamingResponse):
     """Server-sent events. The request ends with the connection, even when nothing was read yet."""
 
     def __init__(self, in_flight: InFlightRequest, events: AsyncIterator[bytes]) -> None:
-        headers = _headers(in_flight.target) | {"cache-control": "no-cache"}
+        headers = _make_headers(in_flight.target) | {"cache-control": "no-cache"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._in_flight = in_flight
 

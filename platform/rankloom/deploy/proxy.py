@@ -20,16 +20,17 @@ class PlainRequestIds:
             scope = {
                 **scope,
                 "headers": [
-                    (name, _plain(value)) if name == b"x-request-id" else (name, value) for name, value in headers
+                    (name, _encode_plain(value)) if name == b"x-request-id" else (name, value)
+                    for name, value in headers
                 ],
             }
         await self._app(scope, receive, send)
 
 
-def _plain(value: bytes) -> bytes:
+def _encode_plain(value: bytes) -> bytes:
     return quote_from_bytes(value).encode()
 
 
-def middlewares() -> list[Middleware]:
+def build_middlewares() -> list[Middleware]:
     """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
     return [Middleware(PlainRequestIds)]

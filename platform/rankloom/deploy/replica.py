@@ -18,7 +18,7 @@ from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob, JobProgress, run
 from rankloom.errors import RankloomError
 from rankloom.gateway.gateway import Served
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 from rankloom.registry import Registry
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
 
     from rankloom.engine.engine import ServingEngine
     from rankloom.engine.vllm.engine import VllmEngine
-    from rankloom.models import auto_dtype, load_base, load_outline
+    from rankloom.models import choose_auto_dtype, load_base, load_outline
 
     assert config.base is not None  # `app.resolved` saw to it
     torch.set_num_threads(threads)
@@ -49,7 +49,7 @@ def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     if gpus and device.type == "cpu":
         logger.warning("%g GPU(s) are reserved for this replica, but torch finds none; it computes on the CPU", gpus)
     if isinstance(config.engine, VllmConfig):
-        outline = load_outline(config.base, dtype=auto_dtype(device))
+        outline = load_outline(config.base, dtype=choose_auto_dtype(device))
         return outline, VllmEngine(outline, registry, config.engine, threads=threads, gpus=gpus)
     if device.type == "cuda" and gpus < 1:
         torch.cuda.set_per_process_memory_fraction(gpus)
@@ -57,7 +57,7 @@ def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     return base, ServingEngine(base, registry, config.engine)
 
 
-def _reserved(kind: str, default: float) -> float:
+def _read_reserved(kind: str, default: float) -> float:
     """Return how much of a resource is reserved for this process."""
     return float(ray.get_runtime_context().get_assigned_resources().get(kind, default))
 
@@ -71,8 +71,8 @@ class Replica:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._config = parse(ServeConfig, config, "serve")
-        self._registry = Registry(self._config.registry or registry_root())
-        threads, gpus = max(1, int(_reserved("CPU", 1))), _reserved("GPU", 0)
+        self._registry = Registry(self._config.registry or get_registry_root())
+        threads, gpus = max(1, int(_read_reserved("CPU", 1))), _read_reserved("GPU", 0)
         self._base, self._engine = await asyncio.to_thread(_build, self._config, self._registry, threads, gpus)
         gc.collect()  # the engine's start keeps the collector from what loading left
         await self._engine.start()
@@ -94,7 +94,7 @@ class Replica:
 
     async def gpus(self) -> float:
         """Return the GPUs that are reserved for this process."""
-        return _reserved("GPU", 0)
+        return _read_reserved("GPU", 0)
 
     async def load(self, ref: str) -> None:
         """Load and verify an adapter, which stays until it is evicted."""

@@ -31,9 +31,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
         replicas = {replica.replica_id.unique_id: replica for replica in shuffled}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
-        return [[replicas[name]] for name in rank_replicas(_adapter(pending_request), loads, room=self._room)]
+        return [[replicas[name]] for name in rank_replicas(_read_adapter(pending_request), loads, room=self._room)]
 
 
-def _adapter(request: PendingRequest | None) -> str | None:
+def _read_adapter(request: PendingRequest | None) -> str | None:
     first: Any = request.args[0] if request is not None and request.args else None
     return first.adapter if isinstance(first, CompletionJob) else first if isinstance(first, str) else None

@@ -22,8 +22,8 @@ from rankloom.config.paths import resolve_paths
 from rankloom.config.serve import ReplicasConfig, ServeConfig
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import OnEvent, PhaseStarted
-from rankloom.launch.cluster import attached, open_ports, starts_ray
-from rankloom.paths import registry_root
+from rankloom.launch.cluster import attach, open_ports, starts_ray
+from rankloom.paths import get_registry_root
 from rankloom.registry import Registry
 
 if TYPE_CHECKING:
@@ -57,15 +57,16 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
         >>> len(answer.choices)
         1
     """
-    from rankloom.deploy.app import PROXY, resolved
+    from rankloom.deploy.app import PROXY, resolve_base
 
-    settings = _settings(config)
-    settings = resolved(settings, Registry(settings.registry or registry_root()))
+    settings = _resolve_settings(config)
+    settings = resolve_base(settings, Registry(settings.registry or get_registry_root()))
     own = starts_ray()
     _check(settings, own=own)
     with ExitStack() as stack:
-        stack.enter_context(_environment(PROXY))  # where this starts Ray
-        nodes = stack.enter_context(attached())
+        stack.enter_context(_set_environment(PROXY))  # where this starts Ray
+        nodes = stack.enter_context(attach())
+        _forget_last_serve()
         url, started = _start(settings, nodes, on_event, own=own)
         endpoint = Endpoint(url, settings, ends_serve=started and not own and not os.environ.get("RAY_ADDRESS"))
         endpoint._held = stack.pop_all()
@@ -134,7 +135,7 @@ class Endpoint:
         return f'Endpoint <a href="{self.url}">{self.url}</a> {state} {self.config.name}'
 
 
-def gpu_notes(replicas: ReplicasConfig, idle: int, num_gpus: int, *, given: bool) -> Iterator[str]:
+def explain_gpus(replicas: ReplicasConfig, idle: int, num_gpus: int, *, given: bool) -> Iterator[str]:
     """Yield what the replicas have, unless it was given, and what stands idle.
 
     Args:
@@ -151,13 +152,13 @@ def gpu_notes(replicas: ReplicasConfig, idle: int, num_gpus: int, *, given: bool
         yield f"{left} GPU(s) stand idle; {use} to use them"
 
 
-def _settings(config: ServeConfig | str | Path | Mapping[str, Any]) -> ServeConfig:
+def _resolve_settings(config: ServeConfig | str | Path | Mapping[str, Any]) -> ServeConfig:
     """Return the settings with local places absolute: Serve's processes have a folder and a home of their own."""
     if isinstance(config, str) and not is_config_file(config):
         settings = ServeConfig(adapters=[config])
     else:
         settings = coerce(ServeConfig, config)
-    registry = settings.registry or registry_root()
+    registry = settings.registry or get_registry_root()
     return resolve_paths(settings.model_copy(update={"registry": registry}))
 
 
@@ -183,40 +184,50 @@ def _start(
     """Deploy the application; return its URL, and whether Serve was started for it."""
     from ray import serve as ray_serve
 
-    from rankloom.deploy.app import application, idle_gpus, on_idle_gpus
+    from rankloom.deploy.app import application, count_idle_gpus, on_idle_gpus
 
     def tell(message: str) -> None:
         on_event(PhaseStarted("serve", message))
 
     num_gpus, given = int(sum(node.get("GPU", 0) for node in nodes)), settings.replicas.gpus
-    idle = num_gpus if own else idle_gpus()  # a new Ray does not know at once
+    idle = num_gpus if own else count_idle_gpus()  # a new Ray does not know at once
     settings = on_idle_gpus(settings, idle)
-    for note in gpu_notes(settings.replicas, idle, num_gpus, given=given is not None):
+    for note in explain_gpus(settings.replicas, idle, num_gpus, given=given is not None):
         tell(note)
     if own:  # a cluster may grow
         _check_room(settings, nodes)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
     started = not ray_serve.status().proxies
     if started:
-        port = settings.port or _free_port(settings.host)
+        port = settings.port or _find_free_port(settings.host)
         ray_serve.start(http_options={"host": settings.host, "port": port})
     tell("starting; the base is loaded first")
     try:
         ray_serve.run(application(settings), name=settings.name, route_prefix="/")
     except RuntimeError as error:
-        reason = _why(settings.name) or str(error)
+        reason = _find_reason(settings.name) or str(error)
         ray_serve.delete(settings.name)
         raise RankloomError(f"the endpoint did not start: {reason}") from None
-    tell(_who_may_ask(settings))
+    tell(_describe_access(settings))
     if os.environ.get("RAY_ADDRESS"):
         tell(
             "the cluster's own ports run what whoever reaches them sends, unless it was started with "
             "RAY_AUTH_MODE=token"
         )
-    return _url(), started
+    return _read_url(), started
 
 
-def _url() -> str:
+def _forget_last_serve() -> None:
+    """Drop Serve's handle of a controller that is gone.
+
+    Serve tells this process's Rays apart by the id of its job, which is the same in each Ray that this process starts.
+    """
+    from ray.serve.context import _check_cached_client_alive
+
+    _check_cached_client_alive()
+
+
+def _read_url() -> str:
     """Return where Serve listens, also where it ran before with another host and port than ours."""
     from ray.serve.context import _get_global_client
 
@@ -225,7 +236,7 @@ def _url() -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{options['port']}"
 
 
-def _who_may_ask(settings: ServeConfig) -> str:
+def _describe_access(settings: ServeConfig) -> str:
     if settings.auth.keys is not None:
         return f"open to whoever has a key of {settings.auth.keys}, on host={settings.host}"
     if settings.auth.anonymous:
@@ -246,7 +257,7 @@ def _check_room(settings: ServeConfig, nodes: Sequence[dict[str, float]]) -> Non
         )
 
 
-def _why(name: str) -> str | None:
+def _find_reason(name: str) -> str | None:
     """Return the last line of what Serve says of a deployment that failed."""
     from ray import serve as ray_serve
 
@@ -258,25 +269,25 @@ def _why(name: str) -> str | None:
     return None
 
 
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0), family=_family(host)) as free:
+def _find_free_port(host: str) -> int:
+    with socket.create_server((host, 0), family=_choose_family(host)) as free:
         return int(free.getsockname()[1])
 
 
 def _check_port(host: str, port: int) -> None:
     """Raise where the port is taken: Ray Serve writes that into its log alone."""
     try:
-        socket.create_server((host, port), family=_family(host)).close()
+        socket.create_server((host, port), family=_choose_family(host)).close()
     except OSError as error:
         raise ConfigError(f"host={host}, port={port}: {error.strerror}; choose another port, or port=0") from None
 
 
-def _family(host: str) -> socket.AddressFamily:
+def _choose_family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def _set_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Have these variables in this process's environment, which the processes of a Ray that it starts inherit."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

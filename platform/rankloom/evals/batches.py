@@ -33,7 +33,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def use_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients, and restore each module's mode afterwards.
 
     inference_mode can't be used: a buffer made under it, such as a rotary cache that a long row enlarges, may not take
@@ -49,7 +49,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def batches_by_length(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+def batch_by_length(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     """Return all rows in batches, longest first: if memory is too small, the first batch fails."""
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -71,12 +71,12 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
     return PromptBatch(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
 
 
-def position_ids(attention_mask_BT: Tensor) -> Tensor:
+def count_positions(attention_mask_BT: Tensor) -> Tensor:
     """Return position ids [B, T]: each row counts its real tokens from 0."""
     return (attention_mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
-def prompt_of(row: Row, model: PreTrainedModel, room: int) -> list[int]:
+def cut_prompt(row: Row, model: PreTrainedModel, room: int) -> list[int]:
     """Return the row's tokens before its completion, cut at the start so that the context holds `room` more tokens."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompt = row.input_ids[: row.prompt_length]

@@ -22,18 +22,18 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: 
     """
     costs: dict[str, Any] = {}
     if "memory_bytes" in names:
-        costs["memory_bytes"] = weight_bytes(model)
+        costs["memory_bytes"] = count_weight_bytes(model)
     if "latency_ms" in names:
         costs["latency_ms"] = decode_ms(model, rows, pad_id=pad_id)
     return costs
 
 
-def weight_bytes(model: nn.Module) -> int:
+def count_weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights in memory, each counted once, quantisation constants included."""
-    return sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return sum(_count_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _bytes(tensor: Tensor) -> int:
+def _count_bytes(tensor: Tensor) -> int:
     held = [tensor]
     state: Any = getattr(tensor, "quant_state", None)  # bitsandbytes' nf4; nested if doubly quantised
     while state is not None:

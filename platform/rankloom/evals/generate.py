@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rankloom.data.render import Row
 from rankloom.evals.batches import (
+    cut_prompt,
     device_of,
-    evaluation_mode,
     pad_left,
-    prompt_of,
     supports_cache,
     supports_left_padding,
     unwrap,
+    use_evaluation_mode,
 )
 
 ROOM = 8
@@ -33,12 +33,12 @@ PLAIN_GREEDY = {
 }
 
 
-def references(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+def decode_references(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """Return the rows' completions, read back from their tokens as generations are: a tokenizer may normalise text."""
     return [_decode(tokenizer, row.input_ids[row.prompt_length :]) for row in rows]
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+def decode_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """Return the text before each row's completion, without special tokens."""
     return [_decode(tokenizer, row.input_ids[: row.prompt_length]) for row in rows]
 
@@ -62,11 +62,11 @@ def generate_completions(
     batch_size = batch_size if supports_left_padding(bare) else 1
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
     texts: dict[int, str] = {}
-    with evaluation_mode(bare):
+    with use_evaluation_mode(bare):
         caching = supports_cache(bare)
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            sequences = [prompt_of(rows[i], bare, limit) for i in indices]
+            sequences = [cut_prompt(rows[i], bare, limit) for i in indices]
             batch = pad_left(sequences, tokenizer.pad_token_id, device)
             generated = bare.generate(
                 input_ids=batch.input_ids_BT,

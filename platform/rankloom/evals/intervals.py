@@ -23,7 +23,7 @@ def bootstrap_proportion(right: Sequence[bool], *, seed: int = 0) -> Proportion:
     return Proportion(value=value, low=float(low), high=float(high))
 
 
-def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
     """Return the mean, and the ends of its 95 % bootstrap interval."""
     rng, array = np.random.default_rng(seed), np.asarray(values, dtype=float)
     means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(NUM_RESAMPLES)]

@@ -22,13 +22,13 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from rankloom.data.render import Row
 from rankloom.errors import DataError
 from rankloom.evals.batches import (
+    count_positions,
+    cut_prompt,
     device_of,
-    evaluation_mode,
     pad_left,
-    position_ids,
-    prompt_of,
     supports_left_padding,
     unwrap,
+    use_evaluation_mode,
 )
 
 
@@ -106,10 +106,10 @@ def predict_labels(
     batch_size = batch_size if supports_left_padding(bare) else 1
     order = sorted(range(len(rows)), key=lambda i: -rows[i].prompt_length)
     predictions: dict[int, str] = {}
-    with evaluation_mode(bare):
+    with use_evaluation_mode(bare):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            prompts = [prompt_of(rows[i], bare, trie.longest) for i in indices]
+            prompts = [cut_prompt(rows[i], bare, trie.longest) for i in indices]
             labels = _predict_batch(bare, prompts, trie, pad_id, lockstep)
             predictions.update(zip(indices, labels, strict=True))
     return [predictions[i] for i in range(len(rows))]
@@ -125,19 +125,19 @@ def _predict_batch(
     caching = _caches_each_token(model, length=max(map(len, prompts)) + trie.num_decisions * trie.longest)
     cache: Cache | None = None
     mask_BT = torch.zeros(len(active), 0, dtype=torch.long, device=device)
-    shared = _common_start(feed) if caching and len(active) > 1 else []
+    shared = _find_common_start(feed) if caching and len(active) > 1 else []
     if shared:  # such as a system prompt or an instruction
         cache = model(input_ids=torch.tensor([shared], device=device), use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(active))
         mask_BT = mask_BT.new_ones(len(active), len(shared))
         feed = [tokens[len(shared) :] for tokens in feed]
     elif lockstep and active:
-        _idle_forward(model, pad_id)
+        _run_idle_forward(model, pad_id)
     for _ in range(trie.num_decisions):
         if not active:
             if not lockstep:
                 break
-            _idle_forward(model, pad_id)
+            _run_idle_forward(model, pad_id)
             continue
         # rows with fewer new tokens get padding between their tokens: it is masked and takes no position
         new = pad_left(feed, pad_id, device)
@@ -145,13 +145,13 @@ def _predict_batch(
         output = model(
             input_ids=new.input_ids_BT,
             attention_mask=mask_BT,
-            position_ids=position_ids(mask_BT)[:, -new.input_ids_BT.shape[1] :],
+            position_ids=count_positions(mask_BT)[:, -new.input_ids_BT.shape[1] :],
             past_key_values=cache,
             use_cache=caching,
             logits_to_keep=1,
         )
         cache = output.past_key_values if caching else None
-        chosen = _argmax_choice(output.logits[:, -1], [list(node.children) for node in nodes])
+        chosen = _choose_likeliest(output.logits[:, -1], [list(node.children) for node in nodes])
         reached = [node.children[token] for node, token in zip(nodes, chosen, strict=True)]
         left = [b for b, node in enumerate(reached) if node.children]
         for b in set(range(len(active))) - set(left):
@@ -166,7 +166,7 @@ def _predict_batch(
     return labels
 
 
-def _idle_forward(model: PreTrainedModel, pad_id: int) -> None:
+def _run_idle_forward(model: PreTrainedModel, pad_id: int) -> None:
     """Run a forward only to take part in a sharded model's communication, so that other workers do not wait."""
     model(input_ids=torch.tensor([[pad_id]], device=device_of(model)), use_cache=False)
 
@@ -188,14 +188,14 @@ def _caches_each_token(model: PreTrainedModel, length: int) -> bool:
     )
 
 
-def _common_start(sequences: list[list[int]]) -> list[int]:
+def _find_common_start(sequences: list[list[int]]) -> list[int]:
     """Return the tokens that all sequences begin with, but leave at least one token to each."""
     limit = min(map(len, sequences)) - 1
     together = zip(*(s[:limit] for s in sequences), strict=True)
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
 
 
-def _argmax_choice(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
+def _choose_likeliest(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
     """Return each row's choice with the highest logit."""
     most = max(map(len, choices))
     choices_BC = torch.tensor([c + c[:1] * (most - len(c)) for c in choices], device=logits_BV.device)
@@ -204,7 +204,7 @@ def _argmax_choice(logits_BV: Tensor, choices: list[list[int]]) -> list[int]:
     return chosen
 
 
-def macro_f1(truths: Sequence[str], predictions: Sequence[str]) -> float:
+def compute_macro_f1(truths: Sequence[str], predictions: Sequence[str]) -> float:
     """Return the mean F1 over all labels among the truths or the predictions, as scikit-learn does by default."""
     pairs = list(zip(truths, predictions, strict=True))
     labels = {label for pair in pairs for label in pair}

@@ -12,7 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankloom.data.render import Row
-from rankloom.evals.batches import device_of, evaluation_mode, pad_left, position_ids, prompt_of, supports_cache, unwrap
+from rankloom.evals.batches import (
+    count_positions,
+    cut_prompt,
+    device_of,
+    pad_left,
+    supports_cache,
+    unwrap,
+    use_evaluation_mode,
+)
 
 NUM_WARMUP = 4
 NUM_STEPS = 32
@@ -35,29 +43,29 @@ def measure_latency(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> La
     if alone_ms is None:
         return None
     bare = unwrap(model)
-    with evaluation_mode(bare):
-        together_s = _step_times(bare, _prompts(bare, rows), pad_id) or []
+    with use_evaluation_mode(bare):
+        together_s = _time_steps(bare, _choose_prompts(bare, rows), pad_id) or []
     return Latency(latency_ms=alone_ms, generated_tokens_per_s=BATCH_SIZE / statistics.median(together_s))
 
 
 def decode_ms(model: nn.Module, rows: Sequence[Row], *, pad_id: int) -> float | None:
     """Return the median time of one decode step at batch 1, in milliseconds; None if the model keeps no KV cache."""
     bare = unwrap(model)
-    with evaluation_mode(bare):
-        alone_s = _step_times(bare, _prompts(bare, rows)[BATCH_SIZE // 2 :][:1], pad_id)
+    with use_evaluation_mode(bare):
+        alone_s = _time_steps(bare, _choose_prompts(bare, rows)[BATCH_SIZE // 2 :][:1], pad_id)
     return None if alone_s is None else 1000 * statistics.median(alone_s)
 
 
-def _prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
+def _choose_prompts(bare: PreTrainedModel, rows: Sequence[Row]) -> list[list[int]]:
     """Return the prompts of `BATCH_SIZE` rows of about the median length, repeated if there are fewer rows."""
     by_length = sorted(rows, key=lambda row: row.prompt_length)
     first = max(0, (len(by_length) - BATCH_SIZE) // 2)
     middle = by_length[first : first + BATCH_SIZE]
-    prompts = [prompt_of(row, bare, NUM_WARMUP + NUM_STEPS + 1) or row.input_ids[:1] for row in middle]
+    prompts = [cut_prompt(row, bare, NUM_WARMUP + NUM_STEPS + 1) or row.input_ids[:1] for row in middle]
     return [prompts[i % len(prompts)] for i in range(BATCH_SIZE)]
 
 
-def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:
+def _time_steps(model: PreTrainedModel, sequences: list[list[int]], pad_id: int) -> list[float] | None:
     """Return the seconds of each decode step after the warm-up, past any end token; None without a KV cache."""
     if not supports_cache(model):
         return None
@@ -70,7 +78,7 @@ def _step_times(model: PreTrainedModel, sequences: list[list[int]], pad_id: int)
         output = model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            position_ids=position_ids(mask_BT)[:, -ids_BT.shape[1] :],
+            position_ids=count_positions(mask_BT)[:, -ids_BT.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from rankloom.data.batching import Batch, collate
 from rankloom.data.render import Row
 from rankloom.errors import DataError, ModelError
-from rankloom.evals.batches import batches_by_length, device_of, evaluation_mode, unwrap
+from rankloom.evals.batches import batch_by_length, device_of, unwrap, use_evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Loss:
         return math.exp(self.mean) if self.mean < 700 else math.inf  # exp overflows from 710 on
 
 
-def labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def compute_labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of a batch's token cross-entropy, in nats, and the sum of the weights.
 
     Args:
@@ -60,13 +60,13 @@ def labelled_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         tensor.to(device, non_blocking=True)
         for tensor in (batch.input_ids_BT, rows_N, positions_N, targets_N, weights_N)
     )
-    with _head_on_trained(model, rows_N, positions_N):
+    with _apply_head_on_trained(model, rows_N, positions_N):
         logits_1NV = model(input_ids=ids_BT, use_cache=False).logits
     losses_N = F.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
     return (losses_N * weights_N).sum(), weights_N.sum()
 
 
-def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size: int) -> Loss:
+def compute_token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size: int) -> Loss:
     """Return the mean loss over all rows; each module keeps its mode.
 
     Raises:
@@ -74,10 +74,10 @@ def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size
     """
     bare = unwrap(model)
     total, weight, num_tokens = 0.0, 0.0, 0
-    with evaluation_mode(bare):
-        for rows_of_batch in batches_by_length(rows, batch_size):
+    with use_evaluation_mode(bare):
+        for rows_of_batch in batch_by_length(rows, batch_size):
             batch = collate(rows_of_batch, pad_id)
-            loss_sum, weight_sum = labelled_loss(bare, batch)
+            loss_sum, weight_sum = compute_labelled_loss(bare, batch)
             total += loss_sum.item()
             weight += weight_sum.item()
             num_tokens += int((batch.loss_weights_BT[:, 1:] > 0).sum())
@@ -87,7 +87,7 @@ def token_loss(model: nn.Module, rows: Sequence[Row], *, pad_id: int, batch_size
 
 
 @contextmanager
-def _head_on_trained(model: nn.Module, rows_N: Tensor, positions_N: Tensor) -> Iterator[None]:
+def _apply_head_on_trained(model: nn.Module, rows_N: Tensor, positions_N: Tensor) -> Iterator[None]:
     """Pass the output embedding N hidden states instead of B x T, inside the context."""
     bare = unwrap(model)
     head = bare.get_output_embeddings()

@@ -21,7 +21,7 @@ from typing import Any
 from rankloom.config.metric import HANDED_OVER, is_own
 from rankloom.config.trial import EvalConfig
 from rankloom.errors import ConfigError, TrialError
-from rankloom.evals.intervals import mean_interval
+from rankloom.evals.intervals import bootstrap_mean
 from rankloom.registry.scorecard import MetricValue
 
 FIELD = "eval.metric"
@@ -95,7 +95,7 @@ def compute(function: MetricFunction, config: EvalConfig, predictions: Sequence[
         raise TrialError(f"{FIELD}: {metric} returned a value that is not finite; return a number for any predictions")
     if _is_number(found):
         return MetricValue(name=metric, best=config.best, value=float(found))
-    value, low, high = mean_interval([float(value) for value in values])
+    value, low, high = bootstrap_mean([float(value) for value in values])
     return MetricValue(name=metric, best=config.best, value=value, low=low, high=high)
 
 

@@ -18,12 +18,12 @@ from rankloom.data.batching import collate
 from rankloom.data.render import Row
 from rankloom.data.rows import Rows
 from rankloom.errors import ConfigError
-from rankloom.evals.batches import batches_by_length, evaluation_mode, unwrap
-from rankloom.evals.generate import generate_completions, prompts, references
+from rankloom.evals.batches import batch_by_length, unwrap, use_evaluation_mode
+from rankloom.evals.generate import decode_prompts, decode_references, generate_completions
 from rankloom.evals.intervals import bootstrap_proportion
-from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
+from rankloom.evals.labels import LabelTrie, compute_macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
-from rankloom.evals.loss import labelled_loss, token_loss
+from rankloom.evals.loss import compute_labelled_loss, compute_token_loss
 from rankloom.evals.own_metric import MetricFunction, Prediction, compute, load_metric
 from rankloom.registry.scorecard import Measures, Proportion
 
@@ -50,7 +50,7 @@ def measure(
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
     limit = config.max_test_rows
     rows = list(data.test if limit is None else data.test.select(limit, seed=SEED))
-    loss = token_loss(model, rows, pad_id=pad_id, batch_size=batch_size)
+    loss = compute_token_loss(model, rows, pad_id=pad_id, batch_size=batch_size)
     accuracy = f1 = exact_match = metric = retention = latency = None
     if has_prompts(data):
         predictions = predict(model, tokenizer, rows, data, batch_size=batch_size)
@@ -58,12 +58,12 @@ def measure(
         if data.labels is None:
             exact_match = _share_of_equal(truths, texts)
         else:
-            accuracy, f1 = _share_of_equal(truths, texts), macro_f1(truths, texts)
+            accuracy, f1 = _share_of_equal(truths, texts), compute_macro_f1(truths, texts)
         if own is not None:
             metric = compute(own, config, predictions)
     if data.retention is not None:
         kept = data.retention if limit is None else data.retention.select(limit, seed=SEED)
-        retention = token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
+        retention = compute_token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
     if config.latency:
         latency = measure_latency(model, rows, pad_id=pad_id)
     return Measures(
@@ -110,12 +110,12 @@ def predict(
     _check_prompts(data)
     if data.labels is None:
         texts = generate_completions(model, tokenizer, rows, batch_size=batch_size, lockstep=lockstep)
-        wanted = references(tokenizer, rows)
+        wanted = decode_references(tokenizer, rows)
     else:
         trie, pad_id = LabelTrie(data.labels), int(tokenizer.pad_token_id)
         texts = predict_labels(model, rows, trie, pad_id=pad_id, batch_size=batch_size, lockstep=lockstep)
         wanted = [row.completion for row in rows]
-    return [Prediction(*each) for each in zip(prompts(tokenizer, rows), wanted, texts, strict=True)]
+    return [Prediction(*each) for each in zip(decode_prompts(tokenizer, rows), wanted, texts, strict=True)]
 
 
 def check_metric(
@@ -131,8 +131,10 @@ def check_metric(
         return
     _check_prompts(data)
     rows = list(data.validation.select(CHECKED_ROWS, seed=SEED))
-    wanted = [row.completion for row in rows] if data.labels is not None else references(tokenizer, rows)
-    compute(function, config, [Prediction(p, w, w) for p, w in zip(prompts(tokenizer, rows), wanted, strict=True)])
+    wanted = [row.completion for row in rows] if data.labels is not None else decode_references(tokenizer, rows)
+    compute(
+        function, config, [Prediction(p, w, w) for p, w in zip(decode_prompts(tokenizer, rows), wanted, strict=True)]
+    )
 
 
 def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
@@ -174,12 +176,12 @@ def validate(
     bare, pad_id = unwrap(model), int(tokenizer.pad_token_id)
     num_batches = math.ceil(math.ceil(len(rows) / world) / config.batch_size)
     mine = [rows[i] for i in range(rank, len(rows), world)]
-    batches = batches_by_length(mine, config.batch_size)
+    batches = batch_by_length(mine, config.batch_size)
     repeated = batches[-1] if batches else [rows[0]]
     loss_sum, weight_sum = 0.0, 0.0
-    with evaluation_mode(bare):
+    with use_evaluation_mode(bare):
         for i in range(num_batches):
-            losses, weights = labelled_loss(bare, collate(batches[i] if i < len(batches) else repeated, pad_id))
+            losses, weights = compute_labelled_loss(bare, collate(batches[i] if i < len(batches) else repeated, pad_id))
             if i < len(batches):
                 loss_sum += losses.item()
                 weight_sum += weights.item()

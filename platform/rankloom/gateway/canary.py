@@ -20,7 +20,7 @@ from rankloom.gateway.policy import (
     Catalogue,
     Decision,
     Target,
-    canary_arms,
+    find_canary_arms,
     judge,
 )
 
@@ -69,7 +69,7 @@ class Canaries:
 
         Even where the registry is slow or not writable, their canary is over for this endpoint.
         """
-        seen = {name: canary_arms(trial.config, read) for name, trial in self._trials.items()}
+        seen = {name: find_canary_arms(trial.config, read) for name, trial in self._trials.items()}
         self._rolled_back &= {candidate for _, candidate in seen.values() if candidate}
         for name, (stable, candidate) in seen.items():
             trial = self._trials[name]
@@ -88,7 +88,7 @@ class Canaries:
             target: the version that did the job, or refused it.
             refused: the version itself could not be served.
         """
-        trial = self._undecided(decision.route)
+        trial = self._find_undecided(decision.route)
         if trial is None or decision.arm is None:
             return None
         stable, candidate = trial.arms
@@ -101,13 +101,15 @@ class Canaries:
 
     def to_time(self, route: str | None) -> tuple[Target, Target] | None:
         """Return the stable version and the candidate of a route's undecided canary."""
-        trial = self._undecided(route)
+        trial = self._find_undecided(route)
         stable, candidate = trial.arms if trial else (None, None)
         return (stable, candidate) if stable and candidate else None
 
-    def timed(self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]) -> CanaryEnd | None:
+    def record_times(
+        self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]
+    ) -> CanaryEnd | None:
         """Record each side's seconds per token of one job. Returns as `count` does."""
-        trial = self._undecided(route)
+        trial = self._find_undecided(route)
         if trial is None or trial.arms != arms or None in token_s:
             return None
         for side, took in zip((trial.stable, trial.candidate), token_s, strict=True):
@@ -116,14 +118,14 @@ class Canaries:
 
     def failed(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
         """Record that the candidate failed at a job that the stable version did. Returns as `count` does."""
-        trial = self._undecided(route)
+        trial = self._find_undecided(route)
         if trial is None or trial.arms != arms:
             return None
         trial.candidate.requests += 1
         trial.candidate.errors += 1
         return self._decide(route, trial)
 
-    def _undecided(self, route: str | None) -> _Trial | None:
+    def _find_undecided(self, route: str | None) -> _Trial | None:
         """Return the route's canary if it has both sides and is not decided."""
         trial = self._trials.get(route or "")
         open_ = trial is not None and trial.config.judge is not None and not trial.judged
@@ -133,7 +135,7 @@ class Canaries:
         stable, candidate = trial.arms
         assert trial.config.judge is not None
         assert stable is not None
-        assert candidate is not None  # `_undecided` saw to it
+        assert candidate is not None  # `_find_undecided` saw to it
         verdict = judge(trial.config.judge, trial.stable.tally(), trial.candidate.tally())
         if verdict.action == "wait":
             return None

@@ -36,7 +36,7 @@ from rankloom.gateway.errors import NameTakenError, NotLoadedError
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Metrics, Outcome, Traffic
-from rankloom.gateway.pace import pace_job, token_seconds
+from rankloom.gateway.pace import measure_token_seconds, pace_job
 from rankloom.gateway.policy import AdapterVersions, Catalogue, Decision, RoutingRequest, Target, decide_route
 from rankloom.gateway.quota import Quotas
 from rankloom.gateway.registry_view import RegistryView
@@ -113,7 +113,7 @@ class Gateway:
         await self.refresh()
         shorten_pauses()
         self.ready = True
-        self._background(self._keep_fresh())
+        self._run_in_background(self._keep_fresh())
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -149,19 +149,19 @@ class Gateway:
             if time.monotonic() - self._read_at < at_most_every_s:
                 return
             if self._secret is None and any(route.sticky for route in self.config.routes.values()):
-                self._secret = await asyncio.to_thread(self._registry_secret)
-            self._read = await asyncio.to_thread(self.registry_view.read, self._names())
+                self._secret = await asyncio.to_thread(self._read_registry_secret)
+            self._read = await asyncio.to_thread(self.registry_view.read, self._list_names())
             self._read_at = time.monotonic()
             self._update_catalogue()
 
-    def _registry_secret(self) -> bytes:
+    def _read_registry_secret(self) -> bytes:
         try:
             return self._registry.secret()
         except RegistryError as error:
             logger.warning("sticky routes will draw anew at the next start: %s", error)
             return secrets.token_bytes(32)
 
-    def _names(self) -> list[str] | None:
+    def _list_names(self) -> list[str] | None:
         if self.config.adapters == "all":
             return None
         loaded = (target.ref or "" for target in self._loaded.values())
@@ -241,12 +241,12 @@ class Gateway:
         decision = await self._decide(routing)
         self._quotas.check_room(key, self.config.limits.in_flight)
         if decision.shadow is not None and self._quotas.in_flight < self.config.limits.in_flight // 2:
-            self._background(self._shadow(decision.shadow, replace(job, id=f"{job.id}-shadow")))
+            self._run_in_background(self._shadow(decision.shadow, replace(job, id=f"{job.id}-shadow")))
         deadline = time.monotonic() + self.config.limits.timeout_s
-        retries = retries or self._new_retries()
+        retries = retries or self._make_retries()
         refusal: Exception | None = None
         for target in decision.targets:
-            request = self._new_request(
+            request = self._make_request(
                 job=job, routing=routing, decision=decision, target=target, key=key, traffic="live",
                 deadline=deadline, retries=retries,
             )  # fmt: skip
@@ -254,11 +254,11 @@ class Gateway:
                 await request.open()
             except _REFUSALS as error:
                 refusal = error
-                logger.warning(_line("refused", routing, adapter=target.ref, reason=str(error)))
+                logger.warning(_format_line("refused", routing, adapter=target.ref, reason=str(error)))
                 continue
             return request
         assert refusal is not None
-        raise type(refusal)(self._public(str(refusal)))
+        raise type(refusal)(self._hide_paths(str(refusal)))
 
     async def complete(
         self, routing: RoutingRequest, job: CompletionJob, key: Key | None, collector: Callable[[], CollectorT]
@@ -274,7 +274,7 @@ class Gateway:
         Raises:
             As `begin`.
         """
-        retries = self._new_retries()
+        retries = self._make_retries()
         while True:
             request, response = await self.begin(routing, job, key, retries), collector()
             try:
@@ -286,10 +286,10 @@ class Gateway:
             finally:
                 await request.aclose()
 
-    def _new_retries(self) -> Retries:
+    def _make_retries(self) -> Retries:
         return Retries(on_retry=self.metrics.retries.inc)
 
-    def _public(self, text: str) -> str:
+    def _hide_paths(self, text: str) -> str:
         """An error's text for clients: without this machine's paths."""
         root = self._registry.root
         for place in (root if "://" in root else str(Path(root).expanduser().absolute()), root):
@@ -321,10 +321,10 @@ class Gateway:
 
     async def _begin_own(self, target: Target, job: CompletionJob, traffic: Traffic) -> InFlightRequest:
         """Begin a job of the endpoint's own. Raises as `InFlightRequest.open` does."""
-        request = self._new_request(
+        request = self._make_request(
             job=job, routing=RoutingRequest(model=target.ref or BASE, id=job.id), decision=Decision((target,)),
             target=target, key=None, traffic=traffic, deadline=time.monotonic() + self.config.limits.timeout_s,
-            retries=self._new_retries(),
+            retries=self._make_retries(),
         )  # fmt: skip
         await request.open()
         return request
@@ -334,21 +334,21 @@ class Gateway:
         self._timing.add(route)
         sides, begun, stable_took_s = (stable, candidate), time.monotonic(), float("inf")
         try:
-            stable_s = await token_seconds(await self._begin_own(stable, pace_job(), "pace"))
+            stable_s = await measure_token_seconds(await self._begin_own(stable, pace_job(), "pace"))
             stable_took_s = time.monotonic() - begun
-            candidate_s = await token_seconds(await self._begin_own(candidate, pace_job(), "pace"))
+            candidate_s = await measure_token_seconds(await self._begin_own(candidate, pace_job(), "pace"))
         except Exception as error:
-            logger.info(_line("canary: not timed", None, route=route, error=type(error).__name__))
+            logger.info(_format_line("canary: not timed", None, route=route, error=type(error).__name__))
             # the candidate fails at what the stable version has just done quickly; refusals count in its own requests
             is_soon = stable_took_s < self.config.limits.timeout_s / 4
             if is_soon and not isinstance(error, (*_REFUSALS, OverloadedError, ReplicaLostError)):
                 self._carry_out(self._canaries.failed(route, sides))
         else:
-            self._carry_out(self._canaries.timed(route, sides, (stable_s, candidate_s)))
+            self._carry_out(self._canaries.record_times(route, sides, (stable_s, candidate_s)))
         finally:
             self._timing.discard(route)
 
-    def _new_request(
+    def _make_request(
         self,
         *,
         job: CompletionJob,
@@ -360,7 +360,7 @@ class Gateway:
         deadline: float,
         retries: Retries,
     ) -> InFlightRequest:
-        self._quotas.begin(key, _most_tokens(job), time.monotonic())
+        self._quotas.begin(key, _count_most_tokens(job), time.monotonic())
         self.metrics.in_flight.inc()
         return InFlightRequest(
             job=replace(job, adapter=target.ref), routing=routing, decision=decision, target=target, key=key,
@@ -370,11 +370,11 @@ class Gateway:
     def _finish(self, request: InFlightRequest, error: BaseException | None) -> None:
         """Measure, charge, log and judge a request that has ended."""
         now, job = time.monotonic(), request.job
-        self._quotas.end(request.key, _most_tokens(job), request.prompt_tokens + request.tokens, now)
+        self._quotas.end(request.key, _count_most_tokens(job), request.prompt_tokens + request.tokens, now)
         self.metrics.in_flight.dec()
         if error is None:
-            self._background(request.drain())
-        outcome = _outcome(error)
+            self._run_in_background(request.drain())
+        outcome = _classify(error)
         adapter = request.target.ref or BASE
         first_s = between_s = None
         if request.first_at is not None:
@@ -388,7 +388,7 @@ class Gateway:
             "prompt_tokens": request.prompt_tokens, "completion_tokens": request.tokens, "first_s": _round(first_s),
             "total_s": _round(now - request.begun_at), "error": type(error).__name__ if error else None,
         }  # fmt: skip
-        logger.info(_line("request", request.routing, **facts))
+        logger.info(_format_line("request", request.routing, **facts))
         if request.traffic == "live":
             self._judge(request, error)
 
@@ -401,39 +401,41 @@ class Gateway:
         if route is None or sides is None or route in self._timing:
             return
         if self._quotas.in_flight < self.config.limits.in_flight:
-            self._background(self._time_sides(route, *sides))
+            self._run_in_background(self._time_sides(route, *sides))
 
     def _carry_out(self, end: CanaryEnd | None) -> None:
         if end is not None:
             self._update_catalogue()
-            self._background(self._move_alias(end))
+            self._run_in_background(self._move_alias(end))
 
     async def _move_alias(self, end: CanaryEnd) -> None:
         try:
             await asyncio.to_thread(self._registry.promote, end.ref, end.alias)
         except RankloomError as error:
-            logger.error(_line("canary: the alias was not moved", None, alias=end.alias, to=end.ref, reason=str(error)))
+            logger.error(
+                _format_line("canary: the alias was not moved", None, alias=end.alias, to=end.ref, reason=str(error))
+            )
         await self.refresh()
 
-    def _background(self, coroutine: Any) -> None:
+    def _run_in_background(self, coroutine: Any) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-def _outcome(error: BaseException | None) -> Outcome:
+def _classify(error: BaseException | None) -> Outcome:
     if isinstance(error, Exception):
         return "client error" if isinstance(error, _CLIENT_ERRORS) else "server error"
     return "ok" if error is None else "cancelled"
 
 
-def _most_tokens(job: CompletionJob) -> int:
+def _count_most_tokens(job: CompletionJob) -> int:
     """The most tokens that a job's completions may have together."""
     each = job.sampling.max_tokens if job.max_tokens is None else job.max_tokens
     return len(job.prompts) * job.n * each
 
 
-def _line(event: str, routing: RoutingRequest | None, **facts: Any) -> str:
+def _format_line(event: str, routing: RoutingRequest | None, **facts: Any) -> str:
     """A line for the log, as JSON. It never contains a prompt or a key."""
     ids = {"id": routing.id, "request_id": routing.trace, "model": routing.model} if routing else {}
     head = {"event": event} | ids

@@ -57,7 +57,7 @@ class InFlightRequest:
             while True:
                 self._stream = self.run(replace(self.job, id=f"{self.job.id}-{self.retries.attempt}"))
                 try:
-                    self._first = await self._next()
+                    self._first = await self._read_next()
                     return
                 except ReplicaLostError as error:
                     await self.retries.pause(error)
@@ -69,7 +69,7 @@ class InFlightRequest:
         try:
             if self._first is not None:
                 yield self._first
-            while self._unfinished and (progress := await self._next()) is not None:
+            while self._unfinished and (progress := await self._read_next()) is not None:
                 yield progress
         except BaseException as error:
             await self._end(error)
@@ -87,7 +87,7 @@ class InFlightRequest:
         """Cancel the request, unless it has ended."""
         await self._end(asyncio.CancelledError())
 
-    async def _next(self) -> JobProgress | None:
+    async def _read_next(self) -> JobProgress | None:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.deadline - time.monotonic()):
                 assert self._stream is not None

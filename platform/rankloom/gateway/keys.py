@@ -78,13 +78,13 @@ class KeyFile:
         except ValidationError as error:
             detail = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, detail['loc']))} {detail['input']!r}: {detail['msg']}") from None
-        with self._changing() as keys:
+        with self._edit() as keys:
             self._write([*keys, kept])
         return key, kept
 
     def revoke(self, key_id: str) -> Key:
         """Revoke a key by its id. Raises ConfigError where there is none."""
-        with self._changing() as keys:
+        with self._edit() as keys:
             found = next((key for key in keys if key.id == key_id), None)
             if found is None:
                 known = ", ".join(f"{key.id} ({key.name})" for key in keys) or "none"
@@ -119,7 +119,7 @@ class KeyFile:
             raise ConfigError(f"{self.path}: can't be read: {error.strerror}") from None
 
     @contextmanager
-    def _changing(self) -> Iterator[Sequence[Key]]:
+    def _edit(self) -> Iterator[Sequence[Key]]:
         """Yield the keys while holding the file's lock."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

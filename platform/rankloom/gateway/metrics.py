@@ -94,11 +94,11 @@ class Metrics:
         """Drop replicas that have reported nothing since `before`, a time of `time.monotonic`."""
         self._replicas.latest = {name: (at, each) for name, (at, each) in self._replicas.latest.items() if at >= before}
 
-    def totals(self) -> dict[str, float]:
+    def sum_totals(self) -> dict[str, float]:
         """Sum live traffic over all adapters: requests that ended, tokens generated, requests in flight."""
         return {**self._live, "in_flight": next(iter(self.in_flight.collect())).samples[0].value}
 
-    def exposition(self) -> bytes:
+    def expose(self) -> bytes:
         """Return the text that Prometheus reads."""
         return generate_latest(self._all)
 

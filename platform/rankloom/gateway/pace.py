@@ -22,7 +22,7 @@ def pace_job() -> CompletionJob:
     return CompletionJob(id=uuid.uuid4().hex, adapter=None, prompts=("Hello",), sampling=sampling, max_tokens=TOKENS)
 
 
-async def token_seconds(request: InFlightRequest) -> float | None:
+async def measure_token_seconds(request: InFlightRequest) -> float | None:
     """Mean seconds between tokens, so without queue and prompt; None where all came at once."""
     begun = last = time.monotonic()
     counts = []

@@ -167,9 +167,9 @@ def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
     if route is None:
         target = catalogue.resolve(request.model)
         if target is None:
-            raise AdapterNotFoundError(_unknown(request.model, catalogue.near(request.model)))
+            raise AdapterNotFoundError(_explain_unknown(request.model, catalogue.near(request.model)))
         return Decision((target,))
-    first, arm = _first_target(request, route, catalogue)
+    first, arm = _choose_first_target(request, route, catalogue)
     wanted = [first, *(catalogue.find(ref) for ref in route.fallback)]
     targets = tuple(dict.fromkeys(target for target in wanted if target is not None))
     if not targets:
@@ -180,7 +180,7 @@ def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
     return Decision(targets, request.model, arm if first is not None else None, shadow)
 
 
-def _first_target(
+def _choose_first_target(
     request: RoutingRequest, route: RouteConfig, catalogue: Catalogue
 ) -> tuple[Target | None, Literal["stable", "canary"] | None]:
     """Return the route's first choice, fallbacks aside."""
@@ -190,16 +190,16 @@ def _first_target(
     by = ("user", request.user) if route.sticky and request.user else ("id", request.id)
     lot = draw(request.model, *by, secret=catalogue.secret)
     if route.canary:
-        stable, candidate = canary_arms(route.canary, catalogue)
+        stable, candidate = find_canary_arms(route.canary, catalogue)
         if candidate is None:
             return stable, None
         return (candidate, "canary") if lot < route.canary.share else (stable, "stable")
     if route.split:
-        return catalogue.find(_at(lot, route.split)), None
+        return catalogue.find(_pick_at(lot, route.split)), None
     return catalogue.find(route.to or BASE), None
 
 
-def canary_arms(canary: CanaryConfig, catalogue: Catalogue) -> tuple[Target | None, Target | None]:
+def find_canary_arms(canary: CanaryConfig, catalogue: Catalogue) -> tuple[Target | None, Target | None]:
     """Return the stable version and the candidate, or None where its alias is missing or means the stable version."""
     stable = catalogue.find(f"{canary.adapter}@{canary.stable}")
     candidate = catalogue.find(f"{canary.adapter}@{canary.candidate}")
@@ -212,7 +212,7 @@ def draw(*parts: str | None, secret: bytes = b"") -> float:
     return int.from_bytes(digest[:7]) / 2**56  # 56 bits: a float holds no quotient below 1 as 1
 
 
-def _at(lot: float, weights: Mapping[str, float]) -> str:
+def _pick_at(lot: float, weights: Mapping[str, float]) -> str:
     """Return the key whose share of [0, 1) contains `lot`."""
     position = lot * sum(weights.values())
     for key, weight in weights.items():
@@ -222,7 +222,7 @@ def _at(lot: float, weights: Mapping[str, float]) -> str:
     return key
 
 
-def _unknown(model: str, near: Sequence[str]) -> str:
+def _explain_unknown(model: str, near: Sequence[str]) -> str:
     shown = model if len(model) <= 80 else f"{model[:77]}..."
     hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
     return f"The model `{shown}` does not exist.{hint}"

@@ -25,12 +25,12 @@ class Quotas:
         for resource, per_minute in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
             if per_minute is None:
                 continue
-            wait_s = self._meter(key, resource, per_minute).wait_s(now)
+            wait_s = self._get_meter(key, resource, per_minute).wait_s(now)
             if wait_s > 0:
                 text = f"Rate limit of {per_minute} {resource} a minute reached; try again in"
-                raise _too_many(resource, text, wait_s)
+                raise _make_rate_error(resource, text, wait_s)
         if key.requests_per_minute is not None:
-            self._meter(key, "requests", key.requests_per_minute).take(1, now)
+            self._get_meter(key, "requests", key.requests_per_minute).take(1, now)
 
     def check_room(self, key: Key | None, most: int) -> None:
         """Check that one more of at most `most` requests may be in flight.
@@ -46,7 +46,7 @@ class Quotas:
             raise OverloadedError(f"{self.in_flight} requests are in flight; try again later.")
         mine = self._of_key[key.id] if key else 0
         if mine >= free:
-            raise _too_many("requests", f"This key has {mine} requests in flight, its share; try again in", 1.0)
+            raise _make_rate_error("requests", f"This key has {mine} requests in flight, its share; try again in", 1.0)
 
     def begin(self, key: Key | None, tokens: int, now: float) -> None:
         """Begin a request that may generate `tokens` tokens, which are taken off the key's minute until it ends."""
@@ -54,7 +54,9 @@ class Quotas:
         if key is not None:
             self._of_key[key.id] += 1
             if key.tokens_per_minute is not None:
-                self._meter(key, "tokens", key.tokens_per_minute).take(_reserved(key.tokens_per_minute, tokens), now)
+                self._get_meter(key, "tokens", key.tokens_per_minute).take(
+                    _count_reserved(key.tokens_per_minute, tokens), now
+                )
 
     def end(self, key: Key | None, tokens: int, used: int, now: float) -> None:
         """End a request that `used` this many tokens, the prompt's included. `tokens` as in `begin`."""
@@ -62,17 +64,17 @@ class Quotas:
         if key is not None:
             self._of_key[key.id] -= 1
             if key.tokens_per_minute is not None:
-                over = used - _reserved(key.tokens_per_minute, tokens)
-                self._meter(key, "tokens", key.tokens_per_minute).take(over, now)
+                over = used - _count_reserved(key.tokens_per_minute, tokens)
+                self._get_meter(key, "tokens", key.tokens_per_minute).take(over, now)
 
-    def _meter(self, key: Key, resource: str, per_minute: int) -> TokenBucket:
+    def _get_meter(self, key: Key, resource: str, per_minute: int) -> TokenBucket:
         return self._meters.setdefault((key.id, resource), TokenBucket(per_minute))
 
 
-def _reserved(per_minute: int, tokens: int) -> int:
+def _count_reserved(per_minute: int, tokens: int) -> int:
     """At most a whole minute, so that a long request need not ask for less than it may get."""
     return min(per_minute, tokens)
 
 
-def _too_many(resource: str, message: str, wait_s: float) -> RateLimitedError:
+def _make_rate_error(resource: str, message: str, wait_s: float) -> RateLimitedError:
     return RateLimitedError(f"{message} {wait_s:.1f} s.", resource, wait_s)

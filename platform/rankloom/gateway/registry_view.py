@@ -38,7 +38,7 @@ class RegistryView:
             return self._adapters
         for name in wanted:
             try:
-                versions = self._versions(name)
+                versions = self._read_versions(name)
             except RegistryError as error:
                 logger.warning("%s stays as it was: %s", name, error)
                 versions = self._adapters.get(name)
@@ -51,15 +51,15 @@ class RegistryView:
         """The record of an exact version that was read."""
         return self._records.get(ref)
 
-    def _versions(self, name: str) -> AdapterVersions | None:
-        versions = [number for number in self.registry.versions(name) if self._fitting(f"{name}@{number}")]
+    def _read_versions(self, name: str) -> AdapterVersions | None:
+        versions = [number for number in self.registry.versions(name) if self._reads_fitting(f"{name}@{number}")]
         if not versions:
             return None
         return AdapterVersions(
             tuple(versions), {alias: to for alias, to in self.registry.aliases(name).items() if to in versions}
         )
 
-    def _fitting(self, ref: str) -> bool:
+    def _reads_fitting(self, ref: str) -> bool:
         if ref not in self._records:
             try:
                 record = self.registry.get(ref)

@@ -68,7 +68,7 @@ class HostActor:
         self._failure: RankloomError | None = None
         self._runner: HostLoop | None = None
         self._order = 0
-        self._scratch = scratch or _scratch()
+        self._scratch = scratch or _make_scratch()
         self._work = HostStats()
         # one thread for all computing: a device library's handles, workspaces and plans belong to a thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
@@ -313,7 +313,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _scratch() -> Path:
+def _make_scratch() -> Path:
     """Return this actor's folder on its node, which stays the same when Ray restarts the actor there."""
     import ray
 

@@ -16,7 +16,7 @@ from typing import Any
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
 from rankloom.hosts.membership import BEST, Membership
-from rankloom.hosts.reports import FAILED_LOSS, TrialReport, costs_of
+from rankloom.hosts.reports import FAILED_LOSS, TrialReport, round_costs
 from rankloom.training.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
@@ -124,10 +124,10 @@ class HostLoop:
         Raises:
             RankloomError: the snapshots can't be written.
         """
-        from rankloom.training.memory import peak_memory_bytes
+        from rankloom.training.memory import read_peak_memory_bytes
 
         started = time.monotonic()
-        self._work.memory_bytes = peak_memory_bytes(self.host.base.device)
+        self._work.memory_bytes = read_peak_memory_bytes(self.host.base.device)
         sound = [member for member in members if member.failure is None]
         scores: dict[str, Any] = {}
         try:
@@ -173,10 +173,10 @@ class HostLoop:
         if export:
             (folder / BEST).mkdir()
             self.host.export(member.key, folder / BEST)
-            member.costs = member.costs or self._costs(folder / BEST)
+            member.costs = member.costs or self._measure_costs(folder / BEST)
         member.save(n)
 
-    def _costs(self, adapter: Path) -> dict[str, float]:
+    def _measure_costs(self, adapter: Path) -> dict[str, float]:
         """Measure the serving costs that are objectives of the study, on prompts from the validation rows."""
         base, names = self.host.base, self._search.objectives
         if not names:
@@ -185,7 +185,9 @@ class HostLoop:
         from rankloom.evals.costs import measure_costs
 
         rows = list(self.host.data.validation.select(COST_ROWS))
-        return costs_of(measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names)
+        return round_costs(
+            measure_costs(load_beside(base.model, adapter), rows, pad_id=base.pad_id, names=names), names
+        )
 
 
 def open_host(
@@ -205,14 +207,14 @@ def open_host(
     from rankloom.data import load_data
     from rankloom.launch.handed_over import load_study_metric
     from rankloom.models import load_tokenizer
-    from rankloom.models.device import local_device
+    from rankloom.models.device import choose_device
     from rankloom.training.fused.host import TrialHost
-    from rankloom.training.memory import free_bytes, peak_memory_bytes, shape_of
-    from rankloom.training.precision import check_lengths, load_trial_base, precision_of
+    from rankloom.training.memory import read_free_bytes, read_peak_memory_bytes, read_shape
+    from rankloom.training.precision import check_lengths, choose_precision, load_trial_base
     from rankloom.training.resume_check import Origin, hold_study_to
 
     torch.set_num_threads(device.threads)
-    place = local_device(trial.compute.device)
+    place = choose_device(trial.compute.device)
     data = load_data(trial.data, load_tokenizer(trial.model))
     if study.search.metric == "accuracy" and data.labels is None:
         raise ConfigError("search.metric: accuracy needs classification data (text, label); use loss")
@@ -222,11 +224,11 @@ def open_host(
         hold_study_to(folder, trial, Origin.of(data, base))
     if place.type == "cuda":
         mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
-        free = min(free_bytes(place) or 0.0, mine)
+        free = min(read_free_bytes(place) or 0.0, mine)
     else:
-        free = device.memory_bytes - peak_memory_bytes(place)
+        free = device.memory_bytes - read_peak_memory_bytes(place)
     wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
-    size = fit_host(wanted, shape_of(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
+    size = fit_host(wanted, read_shape(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
     metric = load_study_metric(study.search.metric, folder)
-    return TrialHost(base, data, precision=precision_of(trial, place), metric=metric, **asdict(size))
+    return TrialHost(base, data, precision=choose_precision(trial, place), metric=metric, **asdict(size))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
-from rankloom.config.study import host_key, is_fusable
+from rankloom.config.study import is_fusable, make_host_key
 from rankloom.errors import ConfigError
 from rankloom.hosts.host_actor import HostActor
 from rankloom.hosts.host_loop import BankShape, HostDevice
@@ -30,16 +30,16 @@ POLL_TIMEOUT_S = 0.5
 CLOSE_TIMEOUT_S = 3.0
 
 
-def groups(study: StudyConfig) -> dict[str, TrialConfig]:
-    """Return `host_key` -> a trial with that key. Trials with one key can share a base and data set."""
+def group_trials(study: StudyConfig) -> dict[str, TrialConfig]:
+    """Return `make_host_key` -> a trial with that key. Trials with one key can share a base and data set."""
     found: dict[str, TrialConfig] = {}
     for trial in study.members():
         if is_fusable(trial):
-            found.setdefault(host_key(trial), trial)
+            found.setdefault(make_host_key(trial), trial)
     return found
 
 
-def bank_of(study: StudyConfig) -> BankShape:
+def size_bank(study: StudyConfig) -> BankShape:
     """Return the ranks in the search space (a range counts by its ends), and whether the space has DoRA."""
     fusable = [trial for trial in study.members() if is_fusable(trial)]
     ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
         ConfigError: compute.device is cuda, but the cluster has no GPU.
     """
     compute = study.baseline.compute
-    num_groups = len(groups(study))
+    num_groups = len(group_trials(study))
     parts = max(1, num_groups + any(not is_fusable(trial) for trial in study.members()))
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if compute.device == "cuda" and not gpus:
@@ -114,8 +114,8 @@ class Hosts:
             folder: the study's folder, where hosts write the trials' origin; None: they do not.
         """
         self._study, self._folder = study, folder
-        self._groups = groups(study)
-        self._bank = bank_of(study)
+        self._groups = group_trials(study)
+        self._bank = size_bank(study)
         plan = share_out(study, nodes)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[RunningHost] = []
@@ -132,9 +132,9 @@ class Hosts:
     async def assign(self, trial_id: str, trial: TrialConfig) -> Any:
         """Assign a trial to a host and return the host's handle."""
         self._release(trial_id)
-        key = host_key(trial)
+        key = make_host_key(trial)
         self._groups.setdefault(key, trial)
-        host = self._host_of(key)
+        host = self._find_host(key)
         host.trials.add(trial_id)
         return host.handle
 
@@ -145,8 +145,8 @@ class Hosts:
         """
         self._stop_sweeping()
         if not self._open:
-            self._groups.setdefault(host_key(trial), trial)
-            self._start(host_key(trial), to_train=False)
+            self._groups.setdefault(make_host_key(trial), trial)
+            self._start(make_host_key(trial), to_train=False)
         return self._open[0].handle
 
     async def release(self, trial_id: str) -> None:
@@ -163,7 +163,7 @@ class Hosts:
         for host in [host for host in self._open if trial_id in host.trials]:
             self._open.remove(host)
             ray.kill(host.handle)
-            self._max_hosts = share_out(self._study, cluster.alive()).hosts_per_group
+            self._max_hosts = share_out(self._study, cluster.list_alive_nodes()).hosts_per_group
 
     async def close(self) -> None:
         """End all hosts."""
@@ -178,7 +178,7 @@ class Hosts:
         done, _ = await asyncio.wait(asked, timeout=POLL_TIMEOUT_S)
         return [future.result() for future in asked if future in done and future.exception() is None]
 
-    def _host_of(self, key: str) -> RunningHost:
+    def _find_host(self, key: str) -> RunningHost:
         """Return the group's host with the fewest trials; start one where all are full and a device is left."""
         mine = [host for host in self._open if host.key == key]
         emptiest = min(mine, key=lambda host: len(host.trials), default=None)
@@ -201,7 +201,7 @@ class Hosts:
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=1000,
-                runtime_env={"env_vars": cluster.worker_environment(device.threads, gpu=device.gpus > 0)},
+                runtime_env={"env_vars": cluster.make_worker_environment(device.threads, gpu=device.gpus > 0)},
             )
             .remote(self._study, self._groups[key], self._bank, device, label, folder=self._folder)
         )

@@ -33,7 +33,7 @@ class TrialReport(CurvePoint):
         return replace(self, memory_bytes=memory_bytes, latency_ms=latency_ms)
 
 
-def costs_of(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+def round_costs(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
     """Return the costs for comparing trials: a latency has two digits, because repeated timings differ by more."""
     costs = {name: float(measured[name]) for name in names if measured[name] is not None}
     return {name: float(f"{value:.2g}") if name == "latency_ms" else value for name, value in costs.items()}

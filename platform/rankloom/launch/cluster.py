@@ -33,7 +33,7 @@ _INHERITED = (
 """The driver's environment variables that workers of a running cluster get too; no secrets."""
 
 
-def worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
+def make_worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
     """Return the environment of a worker process that computes on `cpus` cores.
 
     Args:
@@ -69,7 +69,7 @@ class WorkerResources:
         return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
 
 
-def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> WorkerResources:
+def divide_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> WorkerResources:
     """Divide the cluster's nodes among the workers.
 
     Args:
@@ -85,7 +85,7 @@ def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], 
     gpu = compute.device == "cuda" or (compute.device == "auto" and any(gpus))
     num_workers = max(1, compute.num_workers)
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    cpus = compute.cpus_per_worker or (1 if gpu else _even(cores, num_workers))
+    cpus = compute.cpus_per_worker or (1 if gpu else _divide_evenly(cores, num_workers))
     seats = sum(min(c // cpus, g) if gpu else c // cpus for c, g in zip(cores, gpus, strict=True))
     if seats < num_workers and not growing:
         raise ConfigError(
@@ -96,7 +96,7 @@ def worker_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], 
     return WorkerResources(num_workers, cpus, gpu)
 
 
-def _even(cores: Sequence[int], num_workers: int) -> int:
+def _divide_evenly(cores: Sequence[int], num_workers: int) -> int:
     """Return the most cores that each of `num_workers` can have at once; at least 1."""
     for cpus in range(max(cores, default=1), 1, -1):
         if sum(c // cpus for c in cores) >= num_workers:
@@ -105,14 +105,14 @@ def _even(cores: Sequence[int], num_workers: int) -> int:
 
 
 @contextmanager
-def connected(compute: ComputeConfig) -> Iterator[WorkerResources]:
+def connect(compute: ComputeConfig) -> Iterator[WorkerResources]:
     """Connect to Ray for the `with` block and yield each worker's resources; an earlier connection stays open.
 
     Raises:
-        RankloomError: the cluster can't be reached. ConfigError: see `worker_resources`.
+        RankloomError: the cluster can't be reached. ConfigError: see `divide_resources`.
     """
-    with attached() as nodes:
-        yield worker_resources(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
+    with attach() as nodes:
+        yield divide_resources(compute, nodes, growing=bool(os.environ.get("RAY_ADDRESS")))
 
 
 def open_ports() -> str | None:
@@ -133,34 +133,34 @@ def announce(tell: OnEvent) -> None:
 
 
 def starts_ray() -> bool:
-    """Return whether `attached` would start a Ray: no address is set and this process is not connected."""
+    """Return whether `attach` would start a Ray: no address is set and this process is not connected."""
     ray = sys.modules.get("ray")
     return not os.environ.get("RAY_ADDRESS") and not (ray is not None and ray.is_initialized())
 
 
 @contextmanager
-def attached() -> Iterator[list[dict[str, float]]]:
-    """Connect to Ray as `connected` does, and yield each node's resources."""
+def attach() -> Iterator[list[dict[str, float]]]:
+    """Connect to Ray as `connect` does, and yield each node's resources."""
     import ray
 
     ours = not ray.is_initialized()
     if ours:
         _connect(ray, os.environ.get("RAY_ADDRESS"))
     try:
-        yield alive()
+        yield list_alive_nodes()
     finally:
         if ours:
             ray.shutdown()
 
 
-def alive() -> list[dict[str, float]]:
+def list_alive_nodes() -> list[dict[str, float]]:
     """Return the resources of each node that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def beside_me() -> dict[str, Any]:
+def pin_to_this_node() -> dict[str, Any]:
     """Return the options of a small actor that must live on this process's own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -190,7 +190,7 @@ def _connect(ray: Any, address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "rankloom"}
     if address:
-        options |= {"address": address, "runtime_env": _runtime_env()}
+        options |= {"address": address, "runtime_env": _make_runtime_env()}
     else:
         # the processes of a local Ray are this one's children, with its environment and the driver's module path
         options |= {"address": "local", "include_dashboard": False}
@@ -207,7 +207,7 @@ def _connect(ray: Any, address: str | None) -> None:
         raise RankloomError(f"Ray can't be reached: {type(error).__name__}: {reason[:500]}; {hint}") from None
 
 
-def _runtime_env() -> dict[str, Any]:
+def _make_runtime_env() -> dict[str, Any]:
     """Ship this package to the cluster's workers, unless the surrounding job brought it."""
     brought = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     return {} if "py_modules" in brought else {"py_modules": [str(Path(rankloom.__file__).parent)]}

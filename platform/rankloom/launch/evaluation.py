@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rankloom.config import TrialConfig, coerce, dump, load, parse
 from rankloom.config.base import apply_overrides
 from rankloom.config.files import is_config_file
-from rankloom.config.metric import without_own
+from rankloom.config.metric import drop_own
 from rankloom.config.paths import resolve_path, resolve_paths
 from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
@@ -21,10 +21,10 @@ from rankloom.events import OnEvent
 from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
-from rankloom.launch.failures import Failure, failure_of
+from rankloom.launch.failures import Failure, to_failure
 from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
 from rankloom.launch.results import EvaluationResult
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 from rankloom.registry import Record, Registry
 from rankloom.registry.checks import RECORD
 
@@ -62,9 +62,9 @@ def evaluate(
         >>> score.result.loss < score.base.loss
         True
     """
-    trial, adapter = resolve_subject(subject, registry or registry_root(), overrides, has_rows=data is not None)
+    trial, adapter = resolve_subject(subject, registry or get_registry_root(), overrides, has_rows=data is not None)
     trial = use_trial_rows(trial, data, "test")
-    scored = score_adapter(trial, adapter, metric=metric, registry=registry or registry_root(), on_event=on_event)
+    scored = score_adapter(trial, adapter, metric=metric, registry=registry or get_registry_root(), on_event=on_event)
     return EvaluationResult.model_validate(scored | {"adapter": adapter})
 
 
@@ -106,9 +106,7 @@ def resolve_subject(
         and not any(override.startswith("data.") for override in overrides)
     ):
         raise ConfigError(f"{record.ref} was not trained by rankloom: name the rows, for example data.test=rows.csv")
-    return parse(
-        TrialConfig, apply_overrides(without_own(record.trial), overrides), f"the trial of {record.ref}"
-    ), adapter
+    return parse(TrialConfig, apply_overrides(drop_own(record.trial), overrides), f"the trial of {record.ref}"), adapter
 
 
 def score_adapter(
@@ -126,34 +124,34 @@ def score_adapter(
 
     preflight([trial], metric)
     if trial.compute.num_workers == 0:
-        from rankloom.models.device import local_device
+        from rankloom.models.device import choose_device
 
         try:
-            return score(trial, adapter, registry, local_device(trial.compute.device), on_event, metric)
+            return score(trial, adapter, registry, choose_device(trial.compute.device), on_event, metric)
         except Exception as error:
-            raise _one_line(failure_of(error)) from None
+            raise _to_one_line(to_failure(error)) from None
     cluster.announce(on_event)
     single = trial.compute.model_copy(update={"num_workers": 1})
-    with cluster.connected(single) as share:
+    with cluster.connect(single) as share:
         import ray
 
-        channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
+        channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
         task = ray.remote(score_remotely).options(
             num_cpus=share.cpus,
             num_gpus=1 if share.gpu else 0,
             max_retries=trial.compute.max_failures,
-            runtime_env={"env_vars": cluster.worker_environment(share.cpus, gpu=share.gpu)},
+            runtime_env={"env_vars": cluster.make_worker_environment(share.cpus, gpu=share.gpu)},
         )
         arguments = (trial, adapter, registry, channel, share.cpus, metric)
         waiting = Background(lambda: ray.get(task.remote(*arguments)))
         watch(waiting, channel, on_event)
         failure: Failure | None = ray.get(channel.failure.remote())
         if failure is not None:
-            raise _one_line(failure) from None
+            raise _to_one_line(failure) from None
         try:
             scored: dict[str, Any] = waiting.result()
         except ray.exceptions.RayError as error:
-            raise _one_line(failure_of(error)) from None
+            raise _to_one_line(to_failure(error)) from None
         return scored
 
 
@@ -169,14 +167,14 @@ def score_remotely(
     import ray
     import torch
 
-    from rankloom.models.device import local_device
+    from rankloom.models.device import choose_device
 
     torch.set_num_threads(cpus)
     try:
-        device = local_device("cuda" if ray.get_gpu_ids() else "cpu")
+        device = choose_device("cuda" if ray.get_gpu_ids() else "cpu")
         return score(trial, adapter, registry, device, lambda event: ray.get(channel.push.remote([event])), metric)
     except Exception as error:
-        ray.get(channel.fail.remote(0, failure_of(error)))
+        ray.get(channel.fail.remote(0, to_failure(error)))
         return None
 
 
@@ -201,6 +199,6 @@ def score(
         return score_adapter(trial, folder, session, metric)
 
 
-def _one_line(failure: Failure) -> RankloomError:
+def _to_one_line(failure: Failure) -> RankloomError:
     """Return one error with its trace in the message, since an evaluation keeps no files."""
     return TrialError(f"{failure.error}\n{failure.trace}") if failure.trace else failure.error

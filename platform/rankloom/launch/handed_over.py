@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
-from rankloom.config.metric import HANDED_OVER, name_of
+from rankloom.config.metric import HANDED_OVER, name_function
 from rankloom.config.paths import resolve_path
 from rankloom.errors import ConfigError, DataError
 from rankloom.evals.own_metric import MetricFunction, load_metric
@@ -33,7 +33,7 @@ def _name_metric(config: Config, section: str, metric: MetricFunction | None) ->
     if metric is None:
         return config
     tree = dump(config)
-    tree[section]["metric"] = name_of(metric)
+    tree[section]["metric"] = name_function(metric)
     return parse(type(config), tree)
 
 
@@ -79,10 +79,10 @@ def write_rows(data: Any, root: str, role: str = "train") -> dict[str, str]:
     Args:
         role: the role of rows without a mapping.
     """
-    from rankloom.data.from_python import rows_files
+    from rankloom.data.from_python import write_rows_files
     from rankloom.registry.storage import open_storage
 
-    files, folder = rows_files(data, role), f"{resolve_path(root).rstrip('/')}/{DATA}"
+    files, folder = write_rows_files(data, role), f"{resolve_path(root).rstrip('/')}/{DATA}"
     try:
         if "://" not in folder:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 from rankloom.config import TrialConfig
 from rankloom.errors import TrialError
 from rankloom.events import Event
-from rankloom.launch.failures import failure_of
+from rankloom.launch.failures import to_failure
 
 PUSH_EVERY_S = 0.2
 ASK_EVERY_S = 0.2
@@ -46,7 +46,7 @@ def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str
         ray.get(channel.leave.remote(rank))
         return outcome
     except Exception as error:
-        failure = failure_of(error)
+        failure = to_failure(error)
         if failure.trace is not None and world_size > 1:
             raise  # another worker's death may be the cause: let Ray restart them all
         ray.get(channel.fail.remote(rank, failure))
@@ -104,7 +104,7 @@ class RayTrainSession:
     def latest_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
-        with _opened(ray.train.get_checkpoint()) as folder:
+        with _open_checkpoint(ray.train.get_checkpoint()) as folder:
             yield folder
 
     @contextmanager
@@ -113,7 +113,7 @@ class RayTrainSession:
 
         reported = ray.train.get_all_reported_checkpoints()  # waits for reports in progress
         best = max(reported, key=lambda r: float(r.metrics["score"]), default=None)
-        with _opened(best and best.checkpoint) as folder:
+        with _open_checkpoint(best and best.checkpoint) as folder:
             yield folder
 
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
@@ -143,7 +143,7 @@ class RayTrainSession:
 
 
 @contextmanager
-def _opened(checkpoint: Any) -> Iterator[Path | None]:
+def _open_checkpoint(checkpoint: Any) -> Iterator[Path | None]:
     if checkpoint is None:
         yield None
         return

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankloom.registry.card import measure_rows, scorecard_rows
+from rankloom.registry.card import list_scorecard_rows, measure_rows
 from rankloom.registry.scorecard import Measures, Scorecard
 
 
@@ -58,12 +58,12 @@ class TrialResult(Result):
     def __repr__(self) -> str:
         facts = [self.status, f"{self.steps} steps"]
         if self.scorecard is not None:
-            facts.append(in_short(self.scorecard.result, self.scorecard.base))
+            facts.append(summarize(self.scorecard.result, self.scorecard.base))
         return f"TrialResult({self.adapter or self.name}: {', '.join(facts)})"
 
     def _repr_html_(self) -> str:
-        rows = scorecard_rows(self.scorecard) if self.scorecard is not None else []
-        return html_table(f"{self.adapter or self.name}, {self.status}", ("", "adapter", "base"), rows)
+        rows = list_scorecard_rows(self.scorecard) if self.scorecard is not None else []
+        return render_html_table(f"{self.adapter or self.name}, {self.status}", ("", "adapter", "base"), rows)
 
 
 class EvaluationResult(Result):
@@ -81,17 +81,19 @@ class EvaluationResult(Result):
 
     def __repr__(self) -> str:
         subject = self.adapter or f"the base of {self.name}"
-        measures = in_short(self.base, None) if self.result is None else in_short(self.result, self.base)
+        measures = summarize(self.base, None) if self.result is None else summarize(self.result, self.base)
         return f"EvaluationResult({subject}: {measures})"
 
     def _repr_html_(self) -> str:
         if self.result is None:
             rows = [row[:2] for row in measure_rows(self.base, None)]
-            return html_table(f"the base of {self.name}", ("", "base"), rows)
-        return html_table(self.adapter or self.name, ("", "adapter", "base"), measure_rows(self.result, self.base))
+            return render_html_table(f"the base of {self.name}", ("", "base"), rows)
+        return render_html_table(
+            self.adapter or self.name, ("", "adapter", "base"), measure_rows(self.result, self.base)
+        )
 
 
-def in_short(result: Measures, base: Measures | None) -> str:
+def summarize(result: Measures, base: Measures | None) -> str:
     """Return a result's loss and accuracy as short text, beside the base's."""
     words = []
     if result.metric is not None:
@@ -106,7 +108,7 @@ def in_short(result: Measures, base: Measures | None) -> str:
     return ", ".join([*words, f"loss {result.loss:.4f}" + (f" (base {base.loss:.4f})" if base else "")])
 
 
-def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def render_html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a small table for a notebook; every text is escaped."""
 
     def line(cells: Sequence[str], tag: str) -> str:

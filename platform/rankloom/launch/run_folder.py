@@ -47,7 +47,7 @@ class RunFolder:
         """`trial.output.root` is absolute or a URL (see `config.paths.resolve_paths`)."""
         self.parent = f"{trial.output.root.rstrip('/')}/runs"
         self.path = f"{self.parent}/{trial.name}"
-        with self._writing():
+        with self._translate_write_errors():
             self._storage = open_storage(self.path)
 
     @property
@@ -85,7 +85,7 @@ class RunFolder:
             raise ConfigError(
                 f"run {trial.name!r} exists at {self.path}; --resume continues it, or choose another name (name=...)"
             )
-        changed = changes(saved, dump(trial))
+        changed = find_changes(saved, dump(trial))
         if refused := [line for key, line in changed.items() if not key.startswith(MAY_CHANGE)]:
             raise ConfigError(
                 f"--resume of {trial.name!r}: these settings differ from the run's (saved -> given): "
@@ -105,7 +105,7 @@ class RunFolder:
         Raises:
             TrialError: the folder can't be written.
         """
-        with self._writing():
+        with self._translate_write_errors():
             if self.local:
                 self.local.mkdir(parents=True, exist_ok=True)
             if not self._storage.exist([ID])[0]:
@@ -115,7 +115,7 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Clean up after an error: a run without a checkpoint leaves only the error's trace."""
-        with self._writing():
+        with self._translate_write_errors():
             folders = self._storage.folders("")
             if any(name.startswith("checkpoint-") for name in folders) or self._storage.folders(CHECKPOINTS):
                 return
@@ -145,7 +145,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> str:
         """Write a small file atomically and return its full path."""
-        with self._writing():
+        with self._translate_write_errors():
             self._storage.write(name, text.encode())
         return f"{self.path}/{name}"
 
@@ -165,7 +165,7 @@ class RunFolder:
         from pyarrow import fs
 
         target, path = fs.FileSystem.from_uri(self.path)
-        with self._writing():
+        with self._translate_write_errors():
             for file in (f for f in folder.rglob("*") if f.is_file()):
                 # one file per session: a resumed run does not overwrite earlier files
                 place = f"{path}/{file.relative_to(folder)}"
@@ -180,7 +180,7 @@ class RunFolder:
         return bool(self._storage.folders("") or set(self._storage.files("")) - {ERROR})
 
     def _read_trial(self) -> dict[str, Any] | None:
-        with self._writing():
+        with self._translate_write_errors():
             if not self._storage.exist([TRIAL])[0]:
                 return None
             try:
@@ -192,7 +192,7 @@ class RunFolder:
                 ) from None
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _translate_write_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -225,18 +225,18 @@ def lock_folder(folder: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+def find_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """Return setting -> `setting: old -> new` for each setting that differs."""
-    before, after = flat(old), flat(new)
+    before, after = flatten(old), flatten(new)
     keys = [*before, *(key for key in after if key not in before)]
     return {
         key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)
     }
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found

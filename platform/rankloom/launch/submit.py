@@ -64,7 +64,7 @@ def submit(
     Raises:
         RankloomError: the cluster can't be reached or refuses the job.
     """
-    client = _client(address)
+    client = _connect(address)
     command = shlex.join(["python", "-m", "rankloom.cli", *arguments])
     environment = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
     if "://" in os.environ.get("RANKLOOM_REGISTRY", ""):
@@ -80,7 +80,7 @@ def submit(
         try:
             job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
         except Exception as error:  # RuntimeError with the server's text, or requests' own
-            raise RankloomError(f"{address} refused the job: {_last_line(error)}") from None
+            raise RankloomError(f"{address} refused the job: {_find_last_line(error)}") from None
     return Job(client, job_id, address)
 
 
@@ -108,7 +108,7 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
             return 0
         info = job.client.get_job_info(job.id)
     except (RuntimeError, OSError) as error:
-        raise RankloomError(f"lost the connection to {job.address}: {_last_line(error)}\n{job.hints}") from None
+        raise RankloomError(f"lost the connection to {job.address}: {_find_last_line(error)}\n{job.hints}") from None
     if status == "STOPPED":
         write(f"job {job.id} was stopped\n")
         return 130
@@ -117,7 +117,7 @@ def follow(job: Job, write: Callable[[str], None]) -> int:
     return info.driver_exit_code or 1
 
 
-def _client(address: str) -> Any:
+def _connect(address: str) -> Any:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--address {address}: expected the cluster's dashboard, for example http://head:8265")
@@ -133,10 +133,10 @@ def _client(address: str) -> Any:
         hint = ""
         if "auth" in str(error).lower():
             hint = "; set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        raise RankloomError(f"no Ray cluster takes jobs at {address}: {_last_line(error)}{hint}") from None
+        raise RankloomError(f"no Ray cluster takes jobs at {address}: {_find_last_line(error)}{hint}") from None
 
 
-def _last_line(error: BaseException) -> str:
+def _find_last_line(error: BaseException) -> str:
     """Return the last line of a server's traceback, which is the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__

@@ -29,7 +29,7 @@ from rankloom.events import (
     TrialEvaluated,
     to_line,
 )
-from rankloom.launch.run_folder import CURVES, EVENTS, RunFolder, flat
+from rankloom.launch.run_folder import CURVES, EVENTS, RunFolder, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
             local: list[Tracker] = [Jsonl(folder / EVENTS), TensorBoard(folder / CURVES)]
         except OSError as error:
             raise TrialError(f"output.root: {folder} can't be written: {error}; make room, or choose another") from None
-        trackers = Trackers(local + servers(Subject(run.id, trial.name, dump(trial), trial.tracking), folder))
+        trackers = Trackers(local + open_servers(Subject(run.id, trial.name, dump(trial), trial.tracking), folder))
         status = "failed"
 
         def write(event: Event) -> None:
@@ -123,7 +123,7 @@ def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
             trackers.close(status)
 
 
-def servers(subject: Subject, folder: Path) -> list[Tracker]:
+def open_servers(subject: Subject, folder: Path) -> list[Tracker]:
     """Return the configured trackers; `folder` is for their local files.
 
     Raises:
@@ -136,7 +136,7 @@ def servers(subject: Subject, folder: Path) -> list[Tracker]:
         raise ConfigError(f"tracking: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def scalars(event: Event) -> dict[str, float]:
+def list_scalars(event: Event) -> dict[str, float]:
     """Return the numbers of an event to plot, by name."""
     found: dict[str, float | None] = {}
     match event:
@@ -158,8 +158,8 @@ def scalars(event: Event) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
-def _step(event: Event) -> int:
-    """Return the step that an event's `scalars` belong to."""
+def _get_step(event: Event) -> int:
+    """Return the step that an event's scalars belong to."""
     match event:
         case RunFinished(steps=step):
             return step
@@ -197,9 +197,9 @@ class TensorBoard:
         if isinstance(event, RunResumed):  # tells TensorBoard to forget the steps that are now repeated
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Entry(wall_time=time.time(), step=event.step + 1, session_log=start))
-        if values := scalars(event):
+        if values := list_scalars(event):
             summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
-            self._writer.add_event(Entry(wall_time=time.time(), step=_step(event), summary=summary))
+            self._writer.add_event(Entry(wall_time=time.time(), step=_get_step(event), summary=summary))
 
     def close(self, status: str) -> None:
         self._writer.close()
@@ -226,7 +226,7 @@ class Mlflow:
         if subject.study is not None and (parent := self._find(experiment, subject.study)):
             tags["mlflow.parentRunId"] = parent
         self._run = self._client.create_run(experiment, tags=tags, run_name=subject.name).info.run_id
-        params = [Param(key, str(value)[:MLFLOW_VALUE]) for key, value in flat(subject.settings).items()]
+        params = [Param(key, str(value)[:MLFLOW_VALUE]) for key, value in flatten(subject.settings).items()]
         for start in range(0, len(params), MLFLOW_PARAMS):
             self._client.log_batch(self._run, params=params[start : start + MLFLOW_PARAMS])
 
@@ -234,7 +234,7 @@ class Mlflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        if metrics := [Metric(key, value, now, _step(event)) for key, value in scalars(event).items()]:
+        if metrics := [Metric(key, value, now, _get_step(event)) for key, value in list_scalars(event).items()]:
             self._client.log_batch(self._run, metrics=metrics)
 
     def close(self, status: str) -> None:
@@ -264,8 +264,8 @@ class WandB:
         )
 
     def write(self, event: Event) -> None:
-        if values := scalars(event):
-            self._run.log(values, step=_step(event))
+        if values := list_scalars(event):
+            self._run.log(values, step=_get_step(event))
 
     def close(self, status: str) -> None:
         self._run.finish(exit_code=0 if status == "done" else 1)

@@ -25,7 +25,7 @@ from rankloom.events import Event, OnEvent, PhaseStarted, RunFinished
 from rankloom.launch import cluster, tracking
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
-from rankloom.launch.failures import Failure, failure_of, training_failure
+from rankloom.launch.failures import Failure, to_failure, to_training_failure
 from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
@@ -146,7 +146,7 @@ def _fit(
                 track(event)
                 on_event(event)
 
-            launch = _in_this_process if trial.compute.num_workers == 0 else _on_ray
+            launch = _run_here if trial.compute.num_workers == 0 else _on_ray
             outcome = launch(trial, run, work, tell, stop)
             result = TrialResult.model_validate(outcome | {"run": run.path})
             if result.status == "done":
@@ -158,36 +158,34 @@ def _fit(
         raise
 
 
-def _in_this_process(
-    trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event
-) -> dict[str, Any]:
+def _run_here(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> dict[str, Any]:
     try:
         import torch
 
-        from rankloom.models.device import local_device
+        from rankloom.models.device import choose_device
         from rankloom.training.run import run_trial
         from rankloom.training.session import LocalSession
 
         if trial.compute.cpus_per_worker:
             torch.set_num_threads(trial.compute.cpus_per_worker)
         assert run.local is not None
-        session = LocalSession(run.local, device=local_device(trial.compute.device), on_event=tell, stop=stop)
+        session = LocalSession(run.local, device=choose_device(trial.compute.device), on_event=tell, stop=stop)
         return run_trial(trial, session, **work)
     except Exception as error:
-        _raise(failure_of(error), run)
+        _raise(to_failure(error), run)
 
 
 def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> dict[str, Any]:
     cluster.announce(tell)
-    with cluster.connected(trial.compute) as share:
+    with cluster.connect(trial.compute) as share:
         import ray
         from ray.train import TrainingFailedError
 
         kind = "core(s) and a GPU" if share.gpu else "core(s)"
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell(PhaseStarted("launch", message))
-        channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
-        fitting = Background(lambda: _ray_trainer(trial, run, work, share, channel).fit())
+        channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
+        fitting = Background(lambda: _build_ray_trainer(trial, run, work, share, channel).fit())
         watch(fitting, channel, tell, stop)
         failure: Failure | None = ray.get(channel.failure.remote())
         if failure is not None:
@@ -195,13 +193,15 @@ def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop:
         try:
             outcome: dict[str, Any] = fitting.result().return_value
         except TrainingFailedError as error:
-            _raise(training_failure(error, trial), run)
+            _raise(to_training_failure(error, trial), run)
         except Exception as error:
-            _raise(failure_of(error), run)
+            _raise(to_failure(error), run)
         return outcome
 
 
-def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.WorkerResources, channel: Any) -> Any:
+def _build_ray_trainer(
+    trial: TrialConfig, run: RunFolder, work: Work, share: cluster.WorkerResources, channel: Any
+) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -223,7 +223,7 @@ def _ray_trainer(trial: TrialConfig, run: RunFolder, work: Work, share: cluster.
             failure_config=FailureConfig(max_failures=trial.compute.max_failures),
             # Ray keeps the latest beside the one with the highest score
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
-            worker_runtime_env={"env_vars": cluster.worker_environment(cpus, gpu=share.gpu)},
+            worker_runtime_env={"env_vars": cluster.make_worker_environment(cpus, gpu=share.gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -32,7 +32,7 @@ METHODS: dict[type, type[Method]] = {  # type: ignore[type-arg]
 }
 
 
-def method_class(config: MethodConfig) -> type[Method]:  # type: ignore[type-arg]
+def get_method_class(config: MethodConfig) -> type[Method]:  # type: ignore[type-arg]
     """Return the method of a config: one of `METHODS`, or another package's.
 
     Raises:
@@ -52,7 +52,7 @@ def method_class(config: MethodConfig) -> type[Method]:  # type: ignore[type-arg
 
 def build_method(trial: TrialConfig, num_steps: int) -> Method:  # type: ignore[type-arg]
     """Return the trial's method for a run of `num_steps` optimiser steps."""
-    return method_class(trial.method)(trial.method, seed=trial.seed, num_steps=num_steps)
+    return get_method_class(trial.method)(trial.method, seed=trial.seed, num_steps=num_steps)
 
 
 __all__ = ["METHODS", "Method", "build_method", "method_class"]

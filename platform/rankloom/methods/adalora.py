@@ -13,11 +13,11 @@ import peft
 import torch
 from torch import nn
 
-from rankloom.adapters.extract import adalora_to_lora
-from rankloom.adapters.modules import exact_module_names
+from rankloom.adapters.extract import convert_adalora
+from rankloom.adapters.modules import use_exact_module_names
 from rankloom.config.method import AdaLoraConfig
 from rankloom.errors import ConfigError
-from rankloom.methods.base import Method, State, has_conv1d, peft_targets
+from rankloom.methods.base import Method, State, has_conv1d, list_peft_targets
 from rankloom.models import Base, check_experts
 
 
@@ -45,11 +45,11 @@ class AdaLora(Method[AdaLoraConfig]):
             deltaT=config.interval,
             orth_reg_weight=config.orthogonal_weight,
             total_step=self.num_steps,
-            target_modules=peft_targets(base, config),
+            target_modules=list_peft_targets(base, config),
             fan_in_fan_out=has_conv1d(base),
         )
         self.notes += check_experts(base.model, config)
-        with exact_module_names():
+        with use_exact_module_names():
             model = peft.get_peft_model(base.model, adalora)
         adalora.base_model_name_or_path = base.id
         self._peft = adalora
@@ -83,5 +83,5 @@ class AdaLora(Method[AdaLoraConfig]):
 
     def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:
         assert isinstance(model, peft.PeftModel)
-        adalora_to_lora(model, folder)
+        convert_adalora(model, folder)
         return None

@@ -54,7 +54,7 @@ class Method(ABC, Generic[ConfigT]):
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         """Return AdamW over the trained parameters, with weight decay on matrices only."""
-        return AdamW(decay_groups(self.trained(model).values(), optim), **adam_settings(optim))
+        return AdamW(split_decay_groups(self.trained(model).values(), optim), **make_adam_settings(optim))
 
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
         """Prepare step `step` (from 0); return True if the set of trainable parameters changed."""
@@ -83,12 +83,12 @@ class Method(ABC, Generic[ConfigT]):
         optimizer.load_state_dict(state)
 
 
-def adam_settings(optim: OptimConfig) -> dict[str, Any]:
+def make_adam_settings(optim: OptimConfig) -> dict[str, Any]:
     """Return AdamW's keyword arguments."""
     return {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
 
 
-def decay_groups(parameters: Any, optim: OptimConfig) -> list[dict[str, Any]]:
+def split_decay_groups(parameters: Any, optim: OptimConfig) -> list[dict[str, Any]]:
     """Split parameters into two groups: matrices with weight decay, vectors without."""
     parameters = list(parameters)
     groups = [
@@ -98,7 +98,7 @@ def decay_groups(parameters: Any, optim: OptimConfig) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def peft_targets(base: Base, config: AdapterConfig) -> list[str]:
+def list_peft_targets(base: Base, config: AdapterConfig) -> list[str]:
     """Return the target linears for PEFT: last names (`q_proj`) if these match no other layer, else full names."""
     full = find_target_linears(base.model, config.target_modules)
     short = sorted({name.rsplit(".", 1)[-1] for name in full})
@@ -106,7 +106,7 @@ def peft_targets(base: Base, config: AdapterConfig) -> list[str]:
     return short if sorted(matched) == sorted(full) else full
 
 
-def peft_parameters(base: Base) -> list[str]:
+def list_peft_parameters(base: Base) -> list[str]:
     """Return the experts for PEFT: last names (`experts.down_proj`) if these match no others, else full names."""
     full = list(find_experts(base.model))
     short = sorted({".".join(name.split(".")[-2:]) for name in full})

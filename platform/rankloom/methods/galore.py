@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.config.method import GaLoreConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.methods.base import State, adam_settings, decay_groups
+from rankloom.methods.base import State, make_adam_settings, split_decay_groups
 from rankloom.methods.full import BaseTraining
 from rankloom.models import Base, find_experts, find_target_linears, list_endings
 
@@ -50,7 +50,7 @@ class Projected(Optimizer):
         weights: dict[nn.Parameter, torch.Tensor] = {}
         projected = [(g, p) for g in self.param_groups if "rank" in g for p in g["params"] if p.grad is not None]
         for group, parameter in projected:
-            projector = self.projectors.setdefault(parameter, new_projector(group))
+            projector = self.projectors.setdefault(parameter, build_projector(group))
             gradient = projector.project(parameter.grad, int(self.state[parameter].get("step", 0)))
             weights[parameter] = parameter.data
             parameter.grad = None
@@ -71,7 +71,7 @@ class ProjectedAdamW8bit(Projected, bitsandbytes.optim.AdamW8bit):  # type: igno
     """bitsandbytes' AdamW in the projection, with 8-bit moments."""
 
 
-def new_projector(group: dict[str, Any]) -> Projector:
+def build_projector(group: dict[str, Any]) -> Projector:
     """Return a projector with a parameter group's settings."""
     return Projector(group["rank"], update_proj_gap=group["interval"], scale=group["scale"], proj_type="std")
 
@@ -92,7 +92,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         config = self.config
         projected = {id(p) for p in self._projected}
-        groups = decay_groups((p for p in self.trained(model).values() if id(p) not in projected), optim)
+        groups = split_decay_groups((p for p in self.trained(model).values() if id(p) not in projected), optim)
         groups.append(
             {
                 "params": self._projected,
@@ -104,7 +104,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
             }
         )
         kind = ProjectedAdamW8bit if config.optimizer == "adamw8bit" else ProjectedAdamW
-        optimizer = kind(groups, **adam_settings(optim))
+        optimizer = kind(groups, **make_adam_settings(optim))
         if config.layerwise:
             for parameter in self.trained(model).values():
                 parameter.register_post_accumulate_grad_hook(lambda p: _step_alone(optimizer, p))
@@ -123,7 +123,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
         group = next(g for g in optimizer.param_groups if "rank" in g)
         for index, parameter in enumerate(self._projected):
             if index in state["projections"]:
-                projector = optimizer.projectors[parameter] = new_projector(group)
+                projector = optimizer.projectors[parameter] = build_projector(group)
                 projector.ortho_matrix = state["projections"][index].to(parameter.device)
 
 

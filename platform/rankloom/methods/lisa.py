@@ -13,16 +13,16 @@ from torch.optim import AdamW, Optimizer
 
 from rankloom.config.method import LisaConfig
 from rankloom.config.trial import OptimConfig
-from rankloom.methods.base import adam_settings, decay_groups
+from rankloom.methods.base import make_adam_settings, split_decay_groups
 from rankloom.methods.full import BaseTraining
-from rankloom.models import Base, decoder_layers
+from rankloom.models import Base, find_decoder_layers
 
 
 class Lisa(BaseTraining[LisaConfig]):
     """Full-rank training of a few layers that change over time."""
 
     def attach(self, base: Base) -> nn.Module:
-        self._layers = decoder_layers(base.model)
+        self._layers = find_decoder_layers(base.model)
         self.config.check_depth(len(self._layers))
         super().attach(base)
         base.model.requires_grad_(False)
@@ -39,7 +39,7 @@ class Lisa(BaseTraining[LisaConfig]):
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         # over all layers, so that the groups never change; a frozen layer has no gradient and hence no moments
-        return AdamW(decay_groups(self.trained(model).values(), optim), **adam_settings(optim))
+        return AdamW(split_decay_groups(self.trained(model).values(), optim), **make_adam_settings(optim))
 
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
         if not self._activate(step):

@@ -15,12 +15,12 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from rankloom.adapters.modules import exact_module_names
+from rankloom.adapters.modules import use_exact_module_names
 from rankloom.adapters.unshift_init import save_without_base_change
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.config.trial import OptimConfig
 from rankloom.errors import IncompatibleError
-from rankloom.methods.base import Method, adam_settings, has_conv1d, peft_parameters, peft_targets
+from rankloom.methods.base import Method, has_conv1d, list_peft_parameters, list_peft_targets, make_adam_settings
 from rankloom.models import Base, check_experts
 
 INIT: dict[str, Any] = {
@@ -53,11 +53,11 @@ class Lora(Method[LoraConfig | DoraConfig]):
             use_rslora=config.rslora,
             use_dora=self.use_dora,
             init_lora_weights=INIT[config.init],
-            target_modules=peft_targets(base, config),
-            target_parameters=peft_parameters(base) if config.experts else None,
+            target_modules=list_peft_targets(base, config),
+            target_parameters=list_peft_parameters(base) if config.experts else None,
             fan_in_fan_out=has_conv1d(base),
         )
-        with exact_module_names():
+        with use_exact_module_names():
             model = peft.get_peft_model(base.model, lora)
         lora.base_model_name_or_path = base.id
         # PiSSA and OLoRA move a part of W into the adapter: keep it, so that the export can give it back
@@ -75,7 +75,7 @@ class Lora(Method[LoraConfig | DoraConfig]):
             loraplus_lr_ratio=optim.loraplus_ratio,
             loraplus_weight_decay=optim.weight_decay,
             loraplus_lr_embedding=optim.learning_rate,
-            **adam_settings(optim),
+            **make_adam_settings(optim),
         )
         return optimizer
 

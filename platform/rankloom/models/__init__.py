@@ -5,11 +5,11 @@ CUDA, `device.py` reports on a device and its memory.
 """
 
 from rankloom.models.checkpoints import fingerprint
-from rankloom.models.folder import is_on_hub, local_folder
+from rankloom.models.folder import is_on_hub, locate_folder
 from rankloom.models.linears import (
     check_experts,
     chooses_experts,
-    decoder_layers,
+    find_decoder_layers,
     find_experts,
     find_idle_linears,
     find_target_linears,
@@ -20,7 +20,7 @@ from rankloom.models.linears import (
 )
 from rankloom.models.load import (
     Base,
-    auto_dtype,
+    choose_auto_dtype,
     detect_quantization,
     load_base,
     load_outline,
@@ -32,11 +32,11 @@ from rankloom.models.load import (
 
 __all__ = [
     "Base",
-    "auto_dtype",
     "check_experts",
+    "choose_auto_dtype",
     "chooses_experts",
-    "decoder_layers",
     "detect_quantization",
+    "find_decoder_layers",
     "find_experts",
     "find_idle_linears",
     "find_target_linears",
@@ -49,7 +49,7 @@ __all__ = [
     "load_outline",
     "load_shell",
     "load_tokenizer",
-    "local_folder",
+    "locate_folder",
     "reload_weights",
     "resolve_dtype",
     "skips_layers",

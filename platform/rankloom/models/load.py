@@ -35,13 +35,13 @@ from rankloom.models.checkpoints import (
     check_loaded,
     choose_quantization,
     fingerprint,
-    first_line,
     forget_quantization,
+    list_weight_files,
     read_quantization,
-    stored_quantization,
-    weight_files,
+    read_stored_quantization,
+    take_first_line,
 )
-from rankloom.models.folder import is_on_hub, local_folder
+from rankloom.models.folder import is_on_hub, locate_folder
 from rankloom.models.fused import fuse
 from rankloom.models.onednn import use_onednn
 
@@ -80,17 +80,17 @@ def load_base(
     """Load a base, frozen and in eval mode.
 
     Args:
-        dtype: type of the weights if `config.dtype` is auto; None: `auto_dtype`.
-        compute_dtype: type of the arithmetic on NF4 weights if the quantisation's own is auto; None: `auto_dtype`.
+        dtype: type of the weights if `config.dtype` is auto; None: `choose_auto_dtype`.
+        compute_dtype: type of the arithmetic on NF4 weights if the quantisation's own is auto; None: as for `dtype`.
 
     Raises:
         ModelError: the model is missing, unreadable, without safetensors, or not a causal language model.
         ConfigError: the checkpoint has a quantisation other than wanted.
     """
-    folder = local_folder(config)
+    folder = locate_folder(config)
     mark = fingerprint(folder)  # first, because its errors name a broken weight file
-    stored = resolve_dtype(config.dtype, dtype or auto_dtype(device))
-    compute_dtype = compute_dtype or auto_dtype(device)
+    stored = resolve_dtype(config.dtype, dtype or choose_auto_dtype(device))
+    compute_dtype = compute_dtype or choose_auto_dtype(device)
     if isinstance(quantization, Nf4):
         compute_dtype = resolve_dtype(quantization.compute_dtype, compute_dtype)
     model = _read_model(folder, config.id, quantization, device, stored, compute_dtype)
@@ -106,7 +106,7 @@ def load_base(
     if isinstance(quantization, Int8):
         _multiply_rows(model)
     if _sees_ahead(model):
-        raise _not_causal_error(config.id, type(model).__name__)
+        raise _make_not_causal_error(config.id, type(model).__name__)
     return _make_base(config, folder, mark, model, quantization.type, device)
 
 
@@ -139,7 +139,7 @@ def _multiply_rows(model: PreTrainedModel) -> None:
 
 def detect_quantization(config: ModelConfig) -> Quantization:
     """Return the setting that reads a base as stored, quantised by bitsandbytes or not."""
-    return read_quantization(_read_shape(local_folder(config, weights=False), config.id))
+    return read_quantization(_read_shape(locate_folder(config, weights=False), config.id))
 
 
 def reload_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,7 +158,7 @@ def _read_model(
     if device.type == "cuda":  # cuDNN's attention plans each new shape for 0.1 to 2 s; most steps have one
         torch.backends.cuda.enable_cudnn_sdp(False)
     shape = _read_shape(folder, name)
-    plain = stored_quantization(shape) is None
+    plain = read_stored_quantization(shape) is None
     reading = choose_quantization(shape, quantization, compute_dtype, name)
     check_codes(folder, shape, name)
     _check_kind(shape, name)
@@ -190,7 +190,7 @@ def _read_shape(folder: Path, name: str) -> PretrainedConfig:
     try:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a wrong value can raise anything
-        raise ModelError(f"model.id: {name!r}: its config.json can't be read: {first_line(error)}") from error
+        raise ModelError(f"model.id: {name!r}: its config.json can't be read: {take_first_line(error)}") from error
     parts = [shape]
     for part in parts:
         parts += [value for value in vars(part).values() if isinstance(value, PretrainedConfig)]
@@ -209,7 +209,7 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     Raises:
         ModelError: the model is missing, unreadable or without safetensors.
     """
-    folder = local_folder(config)
+    folder = locate_folder(config)
     mark = fingerprint(folder)
     model = _build_on_meta(folder, config.id, _read_shape(folder, config.id), resolve_dtype(config.dtype, dtype))
     check_layers(folder, model, config.id)
@@ -223,13 +223,13 @@ def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedMod
         ModelError: the model is missing, unreadable or not a causal language model.
         ConfigError: the checkpoint has a quantisation other than wanted.
     """
-    folder = local_folder(config, weights=False)
+    folder = locate_folder(config, weights=False)
     shape = _read_shape(folder, config.id)
     choose_quantization(shape, quantization, torch.float32, config.id)
     if is_on_hub(config):
         return _build_on_meta(folder, config.id, shape, torch.float32)
     check_codes(folder, shape, config.id)
-    names = [file.name for file in weight_files(folder)]
+    names = [file.name for file in list_weight_files(folder)]
     if WHOLE not in names and not (folder / INDEX).is_file():
         raise ModelError(
             f"model.id: {config.id!r} holds {', '.join(names)}, but neither {WHOLE} nor {INDEX}, one of which is read; "
@@ -268,7 +268,7 @@ def _check_kind(shape: PretrainedConfig, name: str) -> None:
             f"take a causal language model"
         )
     if getattr(shape, "attn_type", None) == "bi" or getattr(shape, "causal", None) is False:  # XLNet; XLM
-        raise _not_causal_error(name, saved_as)
+        raise _make_not_causal_error(name, saved_as)
 
 
 def _load_error(shape: PretrainedConfig, name: str, error: Exception) -> ModelError:
@@ -277,10 +277,10 @@ def _load_error(shape: PretrainedConfig, name: str, error: Exception) -> ModelEr
             f"model.id: {name!r} is of the type {shape.model_type}, for which transformers has no causal "
             f"language model; take a decoder, such as one of Llama's or Qwen's architecture"
         )
-    return ModelError(f"model.id: {name!r} can't be loaded: {first_line(error)}")
+    return ModelError(f"model.id: {name!r} can't be loaded: {take_first_line(error)}")
 
 
-def _not_causal_error(name: str, kind: str) -> ModelError:
+def _make_not_causal_error(name: str, kind: str) -> ModelError:
     return ModelError(
         f"model.id: {name!r} ({kind}) is not a causal language model: each token sees those after it, so that it can't "
         f"be tuned to generate; take a decoder, or set is_decoder in its config.json if it was trained as one"
@@ -291,7 +291,7 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
     """Raise ModelError for an encoder, which sees the tokens that it must predict: its config has is_decoder=false."""
     said = {getattr(m, key) for m in model.modules() for key in ("is_causal", "is_decoder") if hasattr(m, key)}
     if getattr(model.config, "is_decoder", None) is False and False in said and True not in said:
-        raise _not_causal_error(name, type(model).__name__)
+        raise _make_not_causal_error(name, type(model).__name__)
 
 
 @torch.no_grad()
@@ -313,10 +313,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the tokenizer is missing, unreadable, or has no end-of-sequence token.
     """
-    return _read_tokenizer(local_folder(config, weights=False), config.id)
+    return _read_tokenizer(locate_folder(config, weights=False), config.id)
 
 
-def auto_dtype(device: torch.device) -> torch.dtype:
+def choose_auto_dtype(device: torch.device) -> torch.dtype:
     """Return the type that `auto` means for weights and arithmetic, in training, scoring and serving alike."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -331,7 +331,7 @@ def _read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # broken files make the tokenizers library and transformers raise anything
         _check_sentencepiece(folder, name)
-        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {first_line(error)}") from error
+        raise ModelError(f"model.id: {name!r} has no usable tokenizer: {take_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.id: {name!r}'s tokenizer has no end-of-sequence token, which ends every completion")
     rows = getattr(_read_shape(folder, name).get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)

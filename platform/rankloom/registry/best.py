@@ -28,25 +28,27 @@ def choose_best(records: Sequence[Record]) -> tuple[Record, str]:
         raise RegistryError(f"{name}: none of its versions has a scorecard; name the one to promote: {records[-1].ref}")
     first, *others = scored
     for record, card in others:
-        if _rows(record, card) != _rows(*first):
+        if _identify_rows(record, card) != _identify_rows(*first):
             raise RegistryError(
                 f"{first[0].ref} and {record.ref} were scored on different rows, so they can't be compared; name "
                 f"the one to promote"
             )
-    if (own := _same_metric([card for _, card in scored])) is not None:
-        best = max(scored, key=lambda pair: (_value(pair[1]), -pair[1].result.loss, pair[0].version))
+    if (own := _find_same_metric([card for _, card in scored])) is not None:
+        best = max(scored, key=lambda pair: (_read_value(pair[1]), -pair[1].result.loss, pair[0].version))
         return best[0], own.name
     accuracies = [card.result.accuracy for _, card in scored]
     if None not in accuracies:
-        return max(scored, key=lambda pair: (_accuracy(pair[1]), -pair[1].result.loss, pair[0].version))[0], "accuracy"
+        return max(scored, key=lambda pair: (_read_accuracy(pair[1]), -pair[1].result.loss, pair[0].version))[
+            0
+        ], "accuracy"
     return min(scored, key=lambda pair: (pair[1].result.loss, -pair[0].version))[0], "loss"
 
 
-def _rows(record: Record, card: Scorecard) -> tuple[str | None, int]:
+def _identify_rows(record: Record, card: Scorecard) -> tuple[str | None, int]:
     return record.data_fingerprint, card.result.num_rows
 
 
-def _same_metric(cards: Sequence[Scorecard]) -> MetricValue | None:
+def _find_same_metric(cards: Sequence[Scorecard]) -> MetricValue | None:
     """Return the user's own metric if it scored all cards, else None."""
     metrics = [card.result.metric for card in cards]
     first = metrics[0]
@@ -55,12 +57,12 @@ def _same_metric(cards: Sequence[Scorecard]) -> MetricValue | None:
     return first
 
 
-def _value(card: Scorecard) -> float:
+def _read_value(card: Scorecard) -> float:
     metric = card.result.metric
     if metric is None:
         return 0.0
     return metric.value if metric.best == "max" else -metric.value
 
 
-def _accuracy(card: Scorecard) -> float:
+def _read_accuracy(card: Scorecard) -> float:
     return card.result.accuracy.value if card.result.accuracy else 0.0

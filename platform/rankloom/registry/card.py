@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rankloom.config.printable import printable
+from rankloom.config.printable import escape_unprintable
 from rankloom.registry.record import Record
 from rankloom.registry.scorecard import Measures, MetricValue, Proportion, Scorecard
 
@@ -20,7 +20,7 @@ _QUANTIZED = {
 }
 
 
-def model_card(record: Record) -> str:
+def render_model_card(record: Record) -> str:
     """Return the card as Markdown with the front matter that the Hugging Face hub reads."""
     header: dict[str, object] = {"library_name": "peft"}
     if _is_hub_id(record.base.id):
@@ -30,23 +30,24 @@ def model_card(record: Record) -> str:
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {record.name}, version {record.version}",
-        f"A low-rank adapter for `{_cell(record.base.id)}`{quantized}, made with method `{_cell(record.method)}` "
-        f"({_SERVABLE[record.servable]}) on {record.created:%Y-%m-%d}. `record.json` has its whole configuration.",
+        f"A low-rank adapter for `{_escape_cell(record.base.id)}`{quantized}, made with method "
+        f"`{_escape_cell(record.method)}` ({_SERVABLE[record.servable]}) on {record.created:%Y-%m-%d}. "
+        f"`record.json` has its whole configuration.",
     ]
     if record.scorecard:
         rows = ["| | this adapter | base |", "|---|---|---|"]
-        rows += [f"| {' | '.join(map(_cell, row))} |" for row in scorecard_rows(record.scorecard)]
+        rows += [f"| {' | '.join(map(_escape_cell, row))} |" for row in list_scorecard_rows(record.scorecard)]
         parts += ["## Scorecard", "\n".join(rows)]
-    parts += ["## Load it with PEFT", _snippet(record)]
+    parts += ["## Load it with PEFT", _render_snippet(record)]
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Return text that can't end a cell of a Markdown table or a code span."""
-    return printable(text).replace("|", "\\|").replace("`", "'")
+    return escape_unprintable(text).replace("|", "\\|").replace("`", "'")
 
 
-def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
+def list_scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     """Return (measure, this adapter's value, the base's value) for each measure that was taken."""
     cut = scorecard.extraction
     rows = measure_rows(scorecard.result, scorecard.base)
@@ -57,8 +58,8 @@ def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
             rows.append(("accuracy of the trained weights", _share(cut.trained.accuracy), ""))
     rows += [
         ("trainable parameters", f"{scorecard.trainable_parameters:,}", ""),
-        ("adapter size", _megabytes(scorecard.adapter_bytes), ""),
-        ("peak memory", _megabytes(scorecard.peak_memory_bytes), ""),
+        ("adapter size", _format_megabytes(scorecard.adapter_bytes), ""),
+        ("peak memory", _format_megabytes(scorecard.peak_memory_bytes), ""),
         ("steps", f"{scorecard.steps:,}", ""),
         ("training tokens", f"{scorecard.train_tokens:,}", ""),
         ("training time", f"{scorecard.train_s:.0f} s on {scorecard.device}", ""),
@@ -70,7 +71,7 @@ def scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
 def measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:
     """Return (measure, the result's value, the base's value) for each measure of the result."""
     return [
-        (label, form(value), _base_value(base, field))
+        (label, form(value), _format_base_value(base, field))
         for field, (label, form) in _MEASURES.items()
         if (value := getattr(result, field)) is not None
     ]
@@ -80,12 +81,12 @@ def _share(share: Proportion) -> str:
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def _metric(metric: MetricValue) -> str:
+def _format_metric(metric: MetricValue) -> str:
     interval = "" if metric.low is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
     return f"{metric.value:.4g}{interval} ({metric.name})"
 
 
-def _megabytes(count: int) -> str:
+def _format_megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
@@ -96,7 +97,7 @@ _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "accuracy": ("accuracy [95 %]", _share),
     "macro_f1": ("macro F1", "{:.3f}".format),
     "exact_match": ("exact match [95 %]", _share),
-    "metric": ("own metric [95 %]", _metric),
+    "metric": ("own metric [95 %]", _format_metric),
     "retention_loss": ("retention loss", "{:.4f}".format),
     "latency_ms": ("decode latency, ms per token", "{:.1f}".format),
     "generated_tokens_per_s": ("generation, tokens/s", "{:.0f}".format),
@@ -108,7 +109,7 @@ _SERVABLE = {
 }
 
 
-def _base_value(base: Measures | None, field: str) -> str:
+def _format_base_value(base: Measures | None, field: str) -> str:
     value = getattr(base, field) if base else None
     return "" if value is None else _MEASURES[field][1](value)
 
@@ -117,7 +118,7 @@ def _is_hub_id(base: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", base)) and not Path(base).exists()
 
 
-def _snippet(record: Record) -> str:
+def _render_snippet(record: Record) -> str:
     base = record.base.id if _is_hub_id(record.base.id) else "path/to/the/base"
     comment = "" if base == record.base.id else f"  # {record.base.id!r}, with the fingerprint in record.json"
     quantization = record.trial.get("quantization")

@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder; give a folder that PEFT's save_pretrained wrote")
     entries = sorted(folder.iterdir())
-    problems = [reason for entry in entries if (reason := _refusal(entry))]
+    problems = [reason for entry in entries if (reason := _find_refusal(entry))]
     problems += [
         f"{needed} is missing; PEFT's save_pretrained writes it"
         for needed in (CONFIG, WEIGHTS)
@@ -68,7 +68,7 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
         entry = home / name
         target = Path(os.path.realpath(entry))
         if not os.path.lexists(entry):
-            problems.append(_missing_hint(home, name))
+            problems.append(_explain_missing(home, name))
         elif target.parent not in (home, home.parent.parent / "blobs"):
             problems.append(f"{name} is a link out of the folder; put the file itself there")
         elif not target.is_file():
@@ -78,7 +78,7 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return files
 
 
-def _missing_hint(folder: Path, name: str) -> str:
+def _explain_missing(folder: Path, name: str) -> str:
     if name == WEIGHTS and (folder / "adapter_model.bin").exists():
         return (
             f"{name} is missing, and adapter_model.bin is a pickle, which can run code: load it with PEFT if you "
@@ -125,9 +125,9 @@ def check_contents(folder: Path, names: Iterable[str]) -> None:
     problems = []
     for name in sorted(names):
         if name == CONFIG:
-            problems += _config_problems(folder / name)
+            problems += _find_config_problems(folder / name)
         elif name.endswith(".safetensors"):
-            problems += _safetensors_problems(folder / name)
+            problems += _find_safetensors_problems(folder / name)
     _raise_any(f"{folder} is not a valid adapter", problems)
 
 
@@ -141,7 +141,7 @@ def check_files(folder: Path, record: Record) -> None:
     problems = [f"{name} is missing" for name in sorted(set(record.files) - set(entries))]
     problems += [f"{name} is not in the record" for name in sorted(set(entries) - set(record.files))]
     for name in sorted(set(entries) & set(record.files)):
-        if reason := _refusal(entries[name]):
+        if reason := _find_refusal(entries[name]):
             problems.append(reason)
             continue
         stored, expected = describe(entries[name]), record.files[name]
@@ -161,7 +161,7 @@ def describe(file: Path) -> StoredFile:
         return StoredFile(bytes=opened.tell(), sha256=digest.hexdigest())
 
 
-def _refusal(entry: Path) -> str | None:
+def _find_refusal(entry: Path) -> str | None:
     name = entry.name[:200]
     if entry.is_symlink():
         return f"{name} is a symbolic link; put the file itself there"
@@ -176,7 +176,7 @@ def _refusal(entry: Path) -> str | None:
     return None
 
 
-def _config_problems(file: Path) -> list[str]:
+def _find_config_problems(file: Path) -> list[str]:
     try:
         read_config(file)
     except RegistryError as error:
@@ -184,7 +184,7 @@ def _config_problems(file: Path) -> list[str]:
     return []
 
 
-def _safetensors_problems(file: Path) -> list[str]:
+def _find_safetensors_problems(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="numpy") as opened:
             empty = not opened.keys()

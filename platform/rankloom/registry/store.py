@@ -30,7 +30,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, Validati
 
 from rankloom.config.trial import BASE, NAME_PATTERN
 from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, RegistryError
-from rankloom.registry.card import model_card
+from rankloom.registry.card import render_model_card
 from rankloom.registry.checks import CARD, RECORD, WEIGHTS, check_contents, check_files, describe, read_folder
 from rankloom.registry.record import Draft, Record
 from rankloom.registry.storage import LOCK_TIMEOUT_S, LocalStorage, open_storage
@@ -89,9 +89,9 @@ class Registry:
                 check_contents(staged, sources)  # check the copy, which no other process changes
                 files = {file: describe(staged / file) for file in sources}
                 while True:
-                    number = max(self._numbers(name), default=0) + 1
+                    number = max(self._list_numbers(name), default=0) + 1
                     record = Record(**dict(draft), name=name, version=number, created=datetime.now(UTC), files=files)
-                    (staged / CARD).write_text(model_card(record), encoding="utf-8")
+                    (staged / CARD).write_text(render_model_card(record), encoding="utf-8")
                     record = record.model_copy(update={"files": files | {CARD: describe(staged / CARD)}})
                     (staged / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
                     if self._storage.commit(staged, name, number):
@@ -136,14 +136,14 @@ class Registry:
                 except RegistryError as error:
                     logger.warning("%s", error)
         if name is not None and not records:
-            self._existing_versions(name)
+            self._list_existing_versions(name)
         return records
 
     def versions(self, name: str) -> Sequence[int]:
         """Return the numbers of `name`'s versions, ascending; empty if there is no such adapter."""
         _check_name(name)
         with self._translate_errors(f"list {name}"):
-            numbers = sorted(self._numbers(name))
+            numbers = sorted(self._list_numbers(name))
             present = self._storage.exist([f"{name}/{number}/{RECORD}" for number in numbers])
             return [number for number, exists in zip(numbers, present, strict=True) if exists]
 
@@ -164,14 +164,16 @@ class Registry:
             try:
                 return _History.validate_json(self._storage.read(path))
             except ValidationError as error:
-                raise RegistryError(f"{self.root}/{path} is damaged: {_detail(error)}; restore or delete it") from None
+                raise RegistryError(
+                    f"{self.root}/{path} is damaged: {_format_detail(error)}; restore or delete it"
+                ) from None
 
     def promote(self, ref: str, alias: str = CHAMPION) -> Record:
         """Point `alias` to `ref`; here a bare name means its latest version. Promoting twice changes nothing."""
         _check_alias(alias)
         name, selector = parse_ref(ref)
         with self._translate_errors(f"promote {ref}; no alias was moved"):
-            self._existing_versions(name)  # before the lock makes a folder
+            self._list_existing_versions(name)  # before the lock makes a folder
             with self._storage.lock(name):
                 name, version = self._resolve(f"{name}@{selector or LATEST}")
                 record, history = self._record(name, version), self.history(name)
@@ -187,12 +189,12 @@ class Registry:
         """
         _check_alias(alias)
         with self._translate_errors(f"roll {name} back; no alias was moved"):
-            self._existing_versions(_check_name(name))
+            self._list_existing_versions(_check_name(name))
             with self._storage.lock(name):
                 history, versions = self.history(name), self.versions(name)
                 if alias not in history:
                     raise AdapterNotFoundError(f"{name} has no alias {alias!r}; it has {_join(history)}")
-                earlier = [version for version in _promotions_in_force(history[alias])[:-1] if version in versions]
+                earlier = [version for version in _list_promotions_in_force(history[alias])[:-1] if version in versions]
                 if not earlier:
                     raise RegistryError(
                         f"{name}@{alias} has nothing to roll back to; promote a version: {_join(versions)}"
@@ -256,7 +258,7 @@ class Registry:
         if selector is None:
             raise RegistryError(f"rm {ref!r}: name the version to remove, for example {name}@1")
         with self._translate_errors(f"remove {ref}"):
-            self._existing_versions(name)
+            self._list_existing_versions(name)
             with self._storage.lock(name):
                 _, version = self._resolve(ref)
                 record = self._record(name, version)
@@ -273,11 +275,11 @@ class Registry:
                         self._storage.delete(f"{folder}/{file}")
         return record
 
-    def _numbers(self, name: str) -> Sequence[int]:
+    def _list_numbers(self, name: str) -> Sequence[int]:
         """Return every number ever given, also those of removed versions and of unfinished uploads."""
         return [int(number) for number in self._storage.folders(name) if _NUMBER.fullmatch(number)]
 
-    def _existing_versions(self, name: str) -> Sequence[int]:
+    def _list_existing_versions(self, name: str) -> Sequence[int]:
         versions = self.versions(name)
         if not versions:
             known = [each for each in self.names() if self.versions(each)]
@@ -288,7 +290,7 @@ class Registry:
 
     def _resolve(self, ref: str) -> tuple[str, int]:
         name, selector = parse_ref(ref)
-        versions = self._existing_versions(name)
+        versions = self._list_existing_versions(name)
         if selector == LATEST:
             return name, versions[-1]
         aliases = {} if selector and selector.isdigit() else self.aliases(name)
@@ -315,7 +317,9 @@ class Registry:
             except FileNotFoundError:
                 raise AdapterNotFoundError(f"{name}@{version} was removed from {self.root}") from None
             except ValidationError as error:
-                raise RegistryError(f"{self.root}/{path} is not a record of this rankloom: {_detail(error)}") from None
+                raise RegistryError(
+                    f"{self.root}/{path} is not a record of this rankloom: {_format_detail(error)}"
+                ) from None
         if (record.name, record.version) != (name, version):
             raise RegistryError(f"{self.root}/{path} is the record of {record.ref}; a version can't be moved by hand")
         return record
@@ -389,7 +393,7 @@ def _check_alias(alias: str) -> None:
         )
 
 
-def _promotions_in_force(moves: list[AliasMove]) -> list[int]:
+def _list_promotions_in_force(moves: list[AliasMove]) -> list[int]:
     """Return the versions that a rollback can reach: promotions in force, the current one last."""
     stack: list[int] = []
     for move in moves:
@@ -409,6 +413,6 @@ def _join(items: Iterable[object], separator: str = ", ") -> str:
     return separator.join(map(str, items)) or "none"
 
 
-def _detail(error: ValidationError) -> str:
+def _format_detail(error: ValidationError) -> str:
     detail = error.errors()[0]
     return f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"

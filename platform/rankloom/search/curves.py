@@ -28,7 +28,7 @@ from rankloom.events import (
     TrialStarted,
 )
 from rankloom.launch.run_folder import CURVES
-from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, servers
+from rankloom.launch.tracking import Subject, TensorBoard, Tracker, Trackers, open_servers
 from rankloom.search.leaderboard import Leaderboard
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def track_study(study: StudyConfig, study_id: str, leaderboard: Leaderboard, fol
         ConfigError: a configured tracker does not open.
     """
     own = Subject(study_id, study.name, dump(study), study.baseline.tracking)
-    curves = _Curves(own, leaderboard, folder, servers(own, folder))
+    curves = _Curves(own, leaderboard, folder, open_servers(own, folder))
     try:
         yield curves.take
     finally:
@@ -60,7 +60,7 @@ class _Curves:
         self._status = "interrupted"
         self._thread = ThreadPoolExecutor(1)
         self._open: dict[str, Trackers] = {}
-        self._later(self._begin, own, trackers)
+        self._run_later(self._begin, own, trackers)
 
     def take(self, event: Event) -> None:
         """Queue the events to plot; do not wait for a tracker."""
@@ -68,18 +68,18 @@ class _Curves:
             case StudyFinished(result):
                 self._take_result(result)
             case TrialStarted(trial=trial_id):
-                self._later(self._write, self._subject(trial_id), event)
+                self._run_later(self._write, self._get_subject(trial_id), event)
             case TrialEvaluated(trial=trial_id):
-                subject = self._subject(trial_id)
+                subject = self._get_subject(trial_id)
                 if event.n <= self._told.get(trial_id, 0):
-                    self._later(self._write, subject, RunResumed(event.step - 1))
-                self._later(self._write, subject, event)
+                    self._run_later(self._write, subject, RunResumed(event.step - 1))
+                self._run_later(self._write, subject, event)
                 self._told[trial_id] = event.n
             case TrialEnded(trial=trial_id):
-                subject = self._subject(trial_id)
-                self._later(self._write, subject, event)
-                self._later(self._end, subject, "failed" if event.status == "failed" else "done")
-                self._later(self._write, self._own, self._progress())
+                subject = self._get_subject(trial_id)
+                self._run_later(self._write, subject, event)
+                self._run_later(self._end, subject, "failed" if event.status == "failed" else "done")
+                self._run_later(self._write, self._own, self._get_progress())
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -90,27 +90,27 @@ class _Curves:
     def _take_result(self, result: dict[str, Any]) -> None:
         """Write the finalists' scorecards; the winner's is the study's too."""
         for row in result["finalists"]:
-            subject = self._subject(row["trial"])
+            subject = self._get_subject(row["trial"])
             event = RunFinished(status="done", steps=row["validation"]["step"], scorecard=row["scorecard"])
-            self._later(self._write, subject, event)
-            self._later(self._end, subject, "done")
+            self._run_later(self._write, subject, event)
+            self._run_later(self._end, subject, "done")
         winner = result["winner"]["scorecard"]
-        ended = RunFinished(status="done", steps=self._progress().step, scorecard=winner)
-        self._later(self._write, self._own, ended)
+        ended = RunFinished(status="done", steps=self._get_progress().step, scorecard=winner)
+        self._run_later(self._write, self._own, ended)
         self._status = "done"
 
-    def _progress(self) -> StudyProgress:
+    def _get_progress(self) -> StudyProgress:
         """Return the best so far, against the trials that have ended."""
-        search, ranking = self._leaderboard.study.search, self._leaderboard.ranking()
+        search, ranking = self._leaderboard.study.search, self._leaderboard.rank_trials()
         best = ranking[0].best(search) if ranking else None
         ended = sum(trial.status != "running" for trial in self._leaderboard.trials.values())
         return StudyProgress(step=ended, best=best.value(search.key) if best else None, tokens=self._leaderboard.tokens)
 
-    def _subject(self, trial_id: str) -> Subject:
+    def _get_subject(self, trial_id: str) -> Subject:
         config = self._leaderboard.trials[trial_id].config
         return Subject(f"{self._own.id}-{trial_id}", config.name, dump(config), config.tracking, self._own)
 
-    def _later(self, work: Any, *arguments: Any) -> None:
+    def _run_later(self, work: Any, *arguments: Any) -> None:
         self._thread.submit(work, *arguments)
 
     def _begin(self, subject: Subject, trackers: list[Tracker]) -> None:
@@ -124,7 +124,7 @@ class _Curves:
     def _write(self, subject: Subject, event: Event) -> None:
         if subject.id not in self._open:
             try:
-                self._begin(subject, servers(subject, self._folder))
+                self._begin(subject, open_servers(subject, self._folder))
             except ConfigError as error:
                 logger.warning("%s: %s", subject.name, error)
                 self._begin(subject, [])

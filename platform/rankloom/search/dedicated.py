@@ -19,9 +19,9 @@ from rankloom.config.study import SearchConfig
 from rankloom.errors import RankloomError, TrialError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Evaluated, Event, StepFinished
-from rankloom.hosts.reports import TrialReport, costs_of
+from rankloom.hosts.reports import TrialReport, round_costs
 from rankloom.launch.background import Background
-from rankloom.launch.failures import failure_of
+from rankloom.launch.failures import to_failure
 from rankloom.launch.handed_over import load_study_metric
 from rankloom.launch.results import TrialResult
 from rankloom.launch.trainer import train_trial
@@ -33,7 +33,9 @@ ADAPTERS = "adapters"
 POLL_S = 0.2
 
 
-def dedicated_run(study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int) -> DedicatedBackend:
+def build_dedicated_run(
+    study: StudyConfig, trial: TrialConfig, trial_id: str, folder: Path, cpus: int
+) -> DedicatedBackend:
     """Return the run of a study's trial, begun or not; `folder` is the study's."""
     root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
     return DedicatedBackend(trial, study.search, root, best_folder, cpus)
@@ -149,12 +151,12 @@ class DedicatedBackend:
         except RankloomError:
             raise
         except Exception as error:
-            raise failure_of(error).error from None
+            raise to_failure(error).error from None
         self._keep(outcome)
         scorecard = outcome.scorecard
         assert scorecard is not None  # it was not stopped
         measured = {"memory_bytes": outcome.memory_bytes, "latency_ms": scorecard.result.latency_ms}
-        costs = costs_of(measured, self._objectives)
+        costs = round_costs(measured, self._objectives)
         if self._last is None:
             raise TrialError(f"{self._trial.name}: it ended without an evaluation")
         ended = replace(self._last, n=n + 1, percent=100.0, train_s=scorecard.train_s, done=True, finished=True)

@@ -43,21 +43,21 @@ def suggest(study: StudyConfig, trial: Any) -> None:
     for name, knob in study.knobs[branch].items():
         at = f"{branch}:{name}"
         if isinstance(knob, Choice):
-            trial.suggest_categorical(at, _options(knob))
+            trial.suggest_categorical(at, _list_options(knob))
         elif isinstance(knob, RandInt):
             trial.suggest_int(at, *knob.randint)
         else:
             trial.suggest_float(at, *knob.bounds, log=isinstance(knob, LogUniform))
 
 
-def flat(study: StudyConfig) -> dict[str, Any]:
+def to_flat_domains(study: StudyConfig) -> dict[str, Any]:
     """Return Ray Tune's domains of all branches' knobs side by side, for searchers without conditions."""
     branches = len(study.space)
     domains: dict[str, Any] = {BRANCH: tune.choice(list(range(branches)))} if branches > 1 else {}
     for branch, knobs in enumerate(study.knobs):
         for name, knob in knobs.items():
             if isinstance(knob, Choice):
-                domain: Any = tune.choice(_options(knob))
+                domain: Any = tune.choice(_list_options(knob))
             elif isinstance(knob, RandInt):
                 domain = tune.randint(knob.randint[0], knob.randint[1] + 1)
             elif isinstance(knob, LogUniform):
@@ -68,14 +68,14 @@ def flat(study: StudyConfig) -> dict[str, Any]:
     return domains
 
 
-def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
+def to_point(study: StudyConfig, params: dict[str, Any]) -> Point:
     """Return the point of a searcher's flat parameters."""
     branch = int(params.get(BRANCH, 0))
     point: Point = {BRANCH: branch}
     for name, knob in study.knobs[branch].items():
         value = params[f"{branch}:{name}"]
         if isinstance(knob, Choice):
-            point[name] = value if _options(knob) is knob.choice else knob.choice[int(value)]
+            point[name] = value if _list_options(knob) is knob.choice else knob.choice[int(value)]
         elif isinstance(knob, RandInt):
             point[name] = int(value)
         else:  # some searchers give numpy's numbers, or exceed a bound by rounding
@@ -84,8 +84,8 @@ def point_of(study: StudyConfig, params: dict[str, Any]) -> Point:
     return point
 
 
-def params_of(study: StudyConfig, point: Point, *, all_branches: bool = False) -> dict[str, Any]:
-    """Return the flat parameters of a point: the inverse of `point_of`.
+def to_params(study: StudyConfig, point: Point, *, all_branches: bool = False) -> dict[str, Any]:
+    """Return the flat parameters of a point: the inverse of `to_point`.
 
     Args:
         all_branches: include the knobs of the other branches, each at some value.
@@ -95,12 +95,12 @@ def params_of(study: StudyConfig, point: Point, *, all_branches: bool = False) -
         if branch == point[BRANCH] or all_branches:
             for name, knob in knobs.items():
                 value = point[name] if branch == point[BRANCH] else knob.ends()[0]
-                by_index = isinstance(knob, Choice) and _options(knob) is not knob.choice
+                by_index = isinstance(knob, Choice) and _list_options(knob) is not knob.choice
                 params[f"{branch}:{name}"] = knob.choice.index(value) if by_index else value  # type: ignore[union-attr]
     return params
 
 
-def mutations(study: StudyConfig) -> dict[str, Any]:
+def list_mutations(study: StudyConfig) -> dict[str, Any]:
     """Return the knobs that population based training may change in a running trial, as functions that draw a value.
 
     A new rank, method or data set would make another trial; the optimiser's rates and dropout do not.
@@ -120,7 +120,7 @@ class _Draw:
         return draw(self._knob, random.Random())
 
 
-def _options(knob: Choice) -> list[Any]:
+def _list_options(knob: Choice) -> list[Any]:
     """Return the choice itself if its values are all plain scalars, else their indices."""
     scalars = all(value is None or isinstance(value, (bool, int, float, str)) for value in knob.choice)
     return knob.choice if scalars else list(range(len(knob.choice)))

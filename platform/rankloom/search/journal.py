@@ -34,7 +34,7 @@ ENOUGH = 2**20
 """Bytes that a folder must accept; with less it is full."""
 
 
-def full(folder: Path) -> TrialError | None:
+def find_full_disk(folder: Path) -> TrialError | None:
     """Return the error if a study's folder can't be written any more, else None."""
     try:
         with tempfile.TemporaryFile(dir=folder) as opened:
@@ -84,7 +84,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._write(TrialEnded(trial=trial.trial_id, status=status, error=last.get("error")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if problem := full(self._folder):  # not the trial's fault: Tune restarts it at --resume
+        if problem := find_full_disk(self._folder):  # not the trial's fault: Tune restarts it at --resume
             self.fatal = self.fatal or str(problem)
             return
         if trial.trial_id not in self.leaderboard.trials:  # it never started

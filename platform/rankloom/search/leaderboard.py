@@ -111,15 +111,17 @@ class Leaderboard:
         curve, costs = (known.curve, known.costs) if known else ({}, {})
         self.trials[event.trial] = TrialState(event.trial, number, point, config, curve=curve, costs=costs)
 
-    def ranking(self) -> list[TrialState]:
+    def rank_trials(self) -> list[TrialState]:
         """Return the trials with a report, the best by validation first; a failed trial's best report counts too."""
         search = self.study.search
         scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(search)) is not None]
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], search), pair[0].number))]
 
-    def candidates(self) -> list[TrialState]:
+    def list_candidates(self) -> list[TrialState]:
         """Return the ranking without failed dedicated runs: trials that have an adapter or can get one."""
-        return [trial for trial in self.ranking() if is_fusable(trial.config) or trial.status in ("done", "stopped")]
+        return [
+            trial for trial in self.rank_trials() if is_fusable(trial.config) or trial.status in ("done", "stopped")
+        ]
 
     @property
     def baseline(self) -> TrialState | None:
@@ -134,7 +136,7 @@ class Leaderboard:
         if not search.objectives:
             return []
         measured, values = [], []
-        for trial in self.candidates():
+        for trial in self.list_candidates():
             best = trial.best(search)
             if best is not None and trial.costs.keys() >= set(search.objectives):
                 measured.append(trial)
@@ -150,7 +152,7 @@ class Leaderboard:
 
     def finalists(self) -> list[TrialState]:
         """Return the trials to score on the test rows: the top k, each method's best, the front and the baseline."""
-        ranking, found = self.candidates(), {}
+        ranking, found = self.list_candidates(), {}
         for trial in [*ranking[: self.study.final.top_k], *self.front()]:
             found[trial.id] = trial
         methods: set[str] = set()
@@ -187,12 +189,12 @@ class Leaderboard:
             LeaderboardRow(
                 name=trial.config.name,
                 method=trial.method,
-                settings=settings(trial),
+                settings=format_settings(trial),
                 status=trial.status,
                 value=best.value(search.key),
                 percent=last.percent,
             )
-            for trial in self.ranking()[:NUM_SHOWN]
+            for trial in self.rank_trials()[:NUM_SHOWN]
             if (best := trial.best(search)) and (last := trial.last)
         ]
         return StudyStatus(
@@ -221,7 +223,7 @@ class Leaderboard:
         return min(1.0, done / self.study.num_trials)
 
 
-def settings(trial: TrialState) -> str:
+def format_settings(trial: TrialState) -> str:
     """Return a trial's values of the knobs as short text: `rank 8, learning_rate 0.0012`."""
     if "warm_start" in trial.point:
         return "baseline" if trial.point["warm_start"] == 0 else "warm start"
@@ -231,7 +233,7 @@ def settings(trial: TrialState) -> str:
     )
 
 
-def rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
+def build_rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """Return one row per trial, for results.parquet."""
     found, front = [], {trial.id for trial in leaderboard.front()}
     for trial in sorted(leaderboard.trials.values(), key=lambda t: t.number):
@@ -277,7 +279,7 @@ def write_results(leaderboard: Leaderboard, path: Path) -> None:
             ("point", text), ("config", text), ("curve", curve),
         ]
     )  # fmt: skip
-    table = pa.Table.from_pylist(rows(leaderboard), schema=schema)
+    table = pa.Table.from_pylist(build_rows(leaderboard), schema=schema)
     staged = path.with_suffix(".staged")
     parquet.write_table(table, staged)
     staged.replace(path)

@@ -30,7 +30,7 @@ class OwnSearch:
     scheduler: Any = None
     """A `ray.tune.schedulers.TrialScheduler`."""
 
-    def named_in(self, study: StudyConfig) -> StudyConfig:
+    def name_in(self, study: StudyConfig) -> StudyConfig:
         """Return the study with `own` where an object was handed over.
 
         Raises:
@@ -116,7 +116,7 @@ class OwnSearcher(TuneSampler):
         self._guessed: dict[int, Point] = {}
         by_itself = type(searcher).set_search_properties is Searcher.set_search_properties
         try:
-            accepted = searcher.set_search_properties("value", study.search.best, flat_space.flat(study))
+            accepted = searcher.set_search_properties("value", study.search.best, flat_space.to_flat_domains(study))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"searcher: {type(searcher).__name__} can't search this space: {error}") from None
         if not accepted and not by_itself:
@@ -138,11 +138,11 @@ class OwnSearcher(TuneSampler):
         if len(self._study.space) == 1:
             params = {name if ":" in name else f"0:{name}": value for name, value in params.items()}
         try:
-            return flat_space.point_of(self._study, params)
+            return flat_space.to_point(self._study, params)
         except (KeyError, IndexError) as error:
             raise ConfigError(
                 f"searcher: {type(self._search).__name__} gave no {error} among {sorted(params)}; it must give one "
-                f"for each of {sorted(flat_space.flat(self._study))}"
+                f"for each of {sorted(flat_space.to_flat_domains(self._study))}"
             ) from None
 
     def tell(self, number: int, values: Values | None) -> None:
@@ -153,7 +153,7 @@ class OwnSearcher(TuneSampler):
 
     def _add(self, point: Point, values: Values) -> bool:
         with suppress(NotImplementedError):
-            params = flat_space.params_of(self._study, point, all_branches=True)
+            params = flat_space.to_params(self._study, point, all_branches=True)
             self._search.add_evaluated_point(params, values[0])
             return True
         return False

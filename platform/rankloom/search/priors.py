@@ -59,7 +59,7 @@ class Priors:
         Raises:
             ConfigError: one of `search.priors` is not a study.
         """
-        return cls(first_guess(study), *read_priors(study))
+        return cls(guess_first(study), *read_priors(study))
 
     @classmethod
     def read(cls, file: Path) -> Priors:
@@ -71,7 +71,7 @@ class Priors:
         file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def first_guess(study: StudyConfig) -> Point | None:
+def guess_first(study: StudyConfig) -> Point | None:
     """Return a point of the first branch that permits the guidance, with its other knobs near the baseline's values.
 
     None if no branch permits it, if the baseline is this very trial, or if the study has its own warm starts.
@@ -80,20 +80,20 @@ def first_guess(study: StudyConfig) -> Point | None:
         return None
     baseline = dump(study.baseline)
     for branch, knobs in enumerate(study.knobs):
-        near = {name: GUESS.get(name, _at(baseline, name)) for name in knobs}
-        ranks = _by_nearness(knobs["method.rank"], near["method.rank"]) if "method.rank" in knobs else [None]
+        near = {name: GUESS.get(name, _get_at(baseline, name)) for name in knobs}
+        ranks = _sort_by_nearness(knobs["method.rank"], near["method.rank"]) if "method.rank" in knobs else [None]
         for rank in ranks:
-            point: Point = {BRANCH: branch} | {name: _by_nearness(knobs[name], near[name])[0] for name in knobs}
+            point: Point = {BRANCH: branch} | {name: _sort_by_nearness(knobs[name], near[name])[0] for name in knobs}
             point |= {} if rank is None else {"method.rank": rank}
             try:
                 trial = study.resolve(point)
                 if RATIO in knobs:
-                    point[RATIO] = _by_nearness(knobs[RATIO], ALPHA / trial.method.rank)[0]  # type: ignore[union-attr]
+                    point[RATIO] = _sort_by_nearness(knobs[RATIO], ALPHA / trial.method.rank)[0]  # type: ignore[union-attr]
                     trial = study.resolve(point)
             except (ConfigError, IncompatibleError):
                 continue
             if _is_guided(trial):
-                return None if _alike(_essence(dump(trial)), _essence(baseline)) else point
+                return None if _are_alike(_strip_inessential(dump(trial)), _strip_inessential(baseline)) else point
     return None
 
 
@@ -107,7 +107,7 @@ def _is_guided(trial: TrialConfig) -> bool:
     )
 
 
-def _by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
+def _sort_by_nearness(knob: Knob, near: Any) -> Sequence[Any]:
     """Return a knob's values, the nearest first: all of a choice, only the nearest of a range."""
     number = isinstance(near, (int, float)) and not isinstance(near, bool)
     if isinstance(knob, Choice):
@@ -127,7 +127,7 @@ def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
     found, skipped = [], Counter[str]()
     metric = f"best_{study.search.key}"
     for place in study.search.priors:
-        for row in _rows(Path(place).expanduser()):
+        for row in _read_rows(Path(place).expanduser()):
             values: list[Any] = [row.get(name) for name in (metric, *study.search.objectives)]
             if row["status"] == "failed" or values[0] is None:
                 skipped["failed, or measured otherwise"] += 1
@@ -143,26 +143,26 @@ def read_priors(study: StudyConfig) -> tuple[list[PriorTrial], dict[str, int]]:
 def locate(study: StudyConfig, tree: Tree) -> Point | None:
     """Return the point of the space that makes this trial; None if there is none."""
     try:
-        sought = _essence(dump(parse(TrialConfig, tree)))
+        sought = _strip_inessential(dump(parse(TrialConfig, tree)))
     except (ConfigError, IncompatibleError):  # from another version of rankloom
         return None
     for branch, knobs in enumerate(study.knobs):
-        axes = [list(_made_by(knob, name, sought)) for name, knob in knobs.items()]
+        axes = [list(_list_causes(knob, name, sought)) for name, knob in knobs.items()]
         for values in itertools.product(*axes):  # several only where choices hold whole sections
             point = {BRANCH: branch, **dict(zip(knobs, values, strict=True))}
             try:
-                if _alike(_essence(dump(study.resolve(point))), sought):
+                if _are_alike(_strip_inessential(dump(study.resolve(point))), sought):
                     return point
             except (ConfigError, IncompatibleError):
                 continue
     return None
 
 
-def _made_by(knob: Knob, name: str, tree: Tree) -> Iterator[Any]:
+def _list_causes(knob: Knob, name: str, tree: Tree) -> Iterator[Any]:
     """Yield the knob's values that may have made this trial."""
-    value = _at(tree, name)
-    if name == RATIO and _at(tree, "method.alpha") is not NOTHING and _at(tree, "method.rank") is not NOTHING:
-        value = _at(tree, "method.alpha") / _at(tree, "method.rank")
+    value = _get_at(tree, name)
+    if name == RATIO and _get_at(tree, "method.alpha") is not NOTHING and _get_at(tree, "method.rank") is not NOTHING:
+        value = _get_at(tree, "method.alpha") / _get_at(tree, "method.rank")
     if isinstance(knob, Choice):
         yield from (option for option in knob.choice if _fits(option, value))
     elif isinstance(value, (int, float)) and knob.bounds[0] <= value <= knob.bounds[1]:
@@ -178,10 +178,10 @@ def _fits(option: Any, value: Any) -> bool:
     if isinstance(option, str) and isinstance(value, (int, float)):  # "8", which a trial reads as the number
         with suppress(ValueError):
             option = float(option)
-    return _alike(option, value)
+    return _are_alike(option, value)
 
 
-def _essence(tree: Tree) -> Tree:
+def _strip_inessential(tree: Tree) -> Tree:
     """Return the settings that decide a trial's result: not its name or where it ran."""
     measured = {name: tree["eval"][name] for name in ("metric", "max_rows")}
     return {key: tree[key] for key in ("model", "quantization", "data", "method", "optim", "budget", "seed")} | {
@@ -189,16 +189,16 @@ def _essence(tree: Tree) -> Tree:
     }
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _are_alike(one: Any, other: Any) -> bool:
     """Return whether two values are equal, floats up to rounding."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_are_alike(one[key], other[key]) for key in one)
     if isinstance(one, float) and isinstance(other, (int, float)):
         return math.isclose(one, other, rel_tol=1e-9)
     return bool(one == other)
 
 
-def _at(tree: Tree, name: str) -> Any:
+def _get_at(tree: Tree, name: str) -> Any:
     node: Any = tree
     for part in name.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -207,7 +207,7 @@ def _at(tree: Tree, name: str) -> Any:
     return node
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 

@@ -17,8 +17,8 @@ from rankloom.hosts.hosts import share_out
 from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
-from rankloom.launch.failures import failure_of
-from rankloom.search.dedicated import ADAPTERS, dedicated_run
+from rankloom.launch.failures import to_failure
+from rankloom.search.dedicated import ADAPTERS, build_dedicated_run
 from rankloom.search.finalists import Finalist, FinalistScore
 from rankloom.search.journal import Journal
 from rankloom.search.leaderboard import Leaderboard, TrialState
@@ -37,15 +37,15 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     for trial in finalists:
         if not is_fusable(trial.config) and trial.status == "stopped":
             tell(PhaseStarted("export", f"{trial.config.name}, which was stopped early"))
-            cpus = share_out(study, cluster.alive()).dedicated_cpus
+            cpus = share_out(study, cluster.list_alive_nodes()).dedicated_cpus
             with suppress(RankloomError):  # without an adapter, the scoring reports why
-                dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
+                build_dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
     memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
     work = [
         Finalist(
             trial=trial.config,
             folder=str(folder / ADAPTERS / trial.id),
-            names=names_of(trial, leaderboard) if study.final.publish else [],
+            names=choose_names(trial, leaderboard) if study.final.publish else [],
             steps=best.step,
             tokens=best.tokens,
             train_s=best.train_s,
@@ -54,7 +54,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         for trial in finalists
         if (best := trial.best(study.search))
     ]
-    channel = ray.remote(Channel).options(**cluster.beside_me()).remote()
+    channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
 
     host = ray.get(hosts.any.remote(finalists[0].config))
     scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
@@ -63,8 +63,8 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         scored = scoring.result()
     except Exception as error:
         cause = getattr(error, "cause", error)
-        raise failure_of(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_row(leaderboard, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+        raise to_failure(cause if isinstance(cause, Exception) else error).error from None
+    rows = [_build_row(leaderboard, trial, result) for trial, result in zip(finalists, scored, strict=True)]
     sound = [row for row in rows if row["error"] is None]
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
@@ -89,9 +89,9 @@ def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[Final
     return score_finalists(study, work, lambda event: ray.get(channel.push.remote([event])))
 
 
-def names_of(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
+def choose_names(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
     """Return the names to publish a finalist under: the study's for the winner, and its method's or the front's."""
-    ranking = leaderboard.candidates()
+    ranking = leaderboard.list_candidates()
     names = [leaderboard.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
         names.append(f"{leaderboard.study.name}-{trial.method}")
@@ -113,7 +113,7 @@ def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, search: Searc
     return bool(ours["loss"] < theirs["loss"])
 
 
-def _row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
+def _build_row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
     best = trial.best(leaderboard.study.search)
     return {
         "trial": trial.id,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rankloom.launch.results import Result, html_table, in_short
+from rankloom.launch.results import Result, render_html_table, summarize
 from rankloom.registry.scorecard import Scorecard
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ScoredTrial(Result):
         return self.published[0] if self.published else None
 
     def __repr__(self) -> str:
-        measures = in_short(self.scorecard.result, self.scorecard.base) if self.scorecard else self.error
+        measures = summarize(self.scorecard.result, self.scorecard.base) if self.scorecard else self.error
         return f"ScoredTrial({self.adapter or self.name} ({self.method}): {measures})"
 
 
@@ -112,10 +112,10 @@ class StudyResult(Result):
             (
                 row.name + (" (baseline)" if self.baseline is not None and row.trial == self.baseline.trial else ""),
                 row.method,
-                in_short(row.scorecard.result, row.scorecard.base) if row.scorecard else row.error or "",
+                summarize(row.scorecard.result, row.scorecard.base) if row.scorecard else row.error or "",
                 "yes" if row.on_front else "",
                 ", ".join(row.published),
             )
             for row in self.finalists
         ]
-        return html_table(f"{self.name}, {self.status}", ("trial", "method", "test", "front", "published"), rows)
+        return render_html_table(f"{self.name}, {self.status}", ("trial", "method", "test", "front", "published"), rows)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from rankloom.config.space import Point, grid
+from rankloom.config.space import Point, walk_grid
 from rankloom.config.study import StudyConfig
 from rankloom.errors import ConfigError
 from rankloom.search import flat_space
@@ -77,7 +77,7 @@ class GridSampler:
 
     def _walk(self) -> Iterator[Point]:
         for branch, knobs in enumerate(self._study.knobs):
-            yield from ({flat_space.BRANCH: branch, **values} for values in grid(knobs))
+            yield from ({flat_space.BRANCH: branch, **values} for values in walk_grid(knobs))
 
     def tell(self, number: int, values: Values | None) -> None:
         """A grid learns nothing."""
@@ -102,14 +102,14 @@ class OptunaSampler:
         )
         self._asked: dict[int, Any] = {}
         for prior in sorted(priors, key=lambda prior: prior.values is None):
-            self._optuna.enqueue_trial(flat_space.params_of(study, prior.point))
+            self._optuna.enqueue_trial(flat_space.to_params(study, prior.point))
             if prior.values is not None:
-                self._optuna.tell(self._new_trial(), prior.values)
+                self._optuna.tell(self._make_trial(), prior.values)
 
     def ask(self, number: int) -> Point:
         # a number is asked again after a refusal, and must get another answer
-        self._asked[number] = self._new_trial()
-        return flat_space.point_of(self._study, self._asked[number].params)
+        self._asked[number] = self._make_trial()
+        return flat_space.to_point(self._study, self._asked[number].params)
 
     def tell(self, number: int, values: Values | None) -> None:
         import optuna
@@ -117,7 +117,7 @@ class OptunaSampler:
         state = optuna.trial.TrialState.FAIL if values is None else None
         self._optuna.tell(self._asked.pop(number), values, state=state)
 
-    def _new_trial(self) -> Any:
+    def _make_trial(self) -> Any:
         trial = self._optuna.ask()
         flat_space.suggest(self._study, trial)
         return trial
@@ -135,7 +135,7 @@ class TuneSearcherSpec:
     """Returns the searcher's own arguments."""
 
 
-def _nevergrad(study: StudyConfig) -> dict[str, Any]:
+def _configure_nevergrad(study: StudyConfig) -> dict[str, Any]:
     import nevergrad
 
     return {"optimizer": nevergrad.optimizers.OnePlusOne, "optimizer_kwargs": {"budget": study.num_trials}}
@@ -143,7 +143,7 @@ def _nevergrad(study: StudyConfig) -> dict[str, Any]:
 
 TUNE_SEARCHERS = {
     "hyperopt": TuneSearcherSpec("hyperopt", "hyperopt", lambda study: {"random_state_seed": study.search.seed}),
-    "nevergrad": TuneSearcherSpec("nevergrad", "nevergrad", _nevergrad),
+    "nevergrad": TuneSearcherSpec("nevergrad", "nevergrad", _configure_nevergrad),
     "bayesopt": TuneSearcherSpec(
         "bayes_opt", "bayesian-optimization<2", lambda study: {"random_state": study.search.seed}
     ),
@@ -162,14 +162,14 @@ class TuneSampler:
         _check_installed(name, row.module, row.package)
         # Ray's searchers suggest their initial points in order
         priors = sorted(priors, key=lambda prior: prior.values is None)
-        first = [flat_space.params_of(study, prior.point, all_branches=True) for prior in priors]
+        first = [flat_space.to_params(study, prior.point, all_branches=True) for prior in priors]
         try:
             searcher = create_searcher(
                 name, metric="value", mode=study.search.best, points_to_evaluate=first or None,
                 **row.settings(study),
             )  # fmt: skip
             self._begin(study, searcher)
-            self._search.set_search_properties("value", study.search.best, flat_space.flat(study))
+            self._search.set_search_properties("value", study.search.best, flat_space.to_flat_domains(study))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"search.algorithm={name} can't search this space: {error}; use optuna") from None
         except AttributeError as error:
@@ -189,12 +189,12 @@ class TuneSampler:
 
     def ask(self, number: int) -> Point | Literal["FINISHED"] | None:
         params = self._suggest(number)
-        return params if params in (None, FINISHED) else flat_space.point_of(self._study, params)
+        return params if params in (None, FINISHED) else flat_space.to_point(self._study, params)
 
     def _suggest(self, number: int) -> Any:
         self._asked[number] = str(self._num_asked)
         self._num_asked += 1
-        with _numpy_seeded(self._study.search.seed + self._num_asked):
+        with _seed_numpy(self._study.search.seed + self._num_asked):
             return self._search.suggest(self._asked[number])
 
     def tell(self, number: int, values: Values | None) -> None:
@@ -203,7 +203,7 @@ class TuneSampler:
 
 
 @contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
+def _seed_numpy(seed: int) -> Iterator[None]:
     """Seed numpy's global state for the block: some searchers draw from it and take no seed."""
     import numpy
 

@@ -19,7 +19,7 @@ from rankloom.config.study import (
     StudyConfig,
 )
 from rankloom.errors import ConfigError
-from rankloom.search.flat_space import mutations
+from rankloom.search.flat_space import list_mutations
 from rankloom.search.own_search import OwnSearch
 
 PROGRESS = "percent"
@@ -27,11 +27,11 @@ PROGRESS = "percent"
 ALL = 100
 
 
-def _fifo(config: FifoConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+def _build_fifo(config: FifoConfig, study: StudyConfig) -> Any:  # noqa: ARG001
     return tune.FIFOScheduler()
 
 
-def _asha(config: AshaConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+def _build_asha(config: AshaConfig, study: StudyConfig) -> Any:  # noqa: ARG001
     return tune.ASHAScheduler(
         time_attr=PROGRESS,
         max_t=ALL,
@@ -41,18 +41,18 @@ def _asha(config: AshaConfig, study: StudyConfig) -> Any:  # noqa: ARG001
     )
 
 
-def _hyperband(config: HyperBandConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+def _build_hyperband(config: HyperBandConfig, study: StudyConfig) -> Any:  # noqa: ARG001
     return tune.HyperBandScheduler(time_attr=PROGRESS, max_t=ALL, reduction_factor=config.reduction_factor)
 
 
-def _median(config: MedianConfig, study: StudyConfig) -> Any:  # noqa: ARG001
+def _build_median(config: MedianConfig, study: StudyConfig) -> Any:  # noqa: ARG001
     return tune.MedianStoppingRule(
         time_attr=PROGRESS, grace_period=ALL * config.grace, min_samples_required=config.min_trials
     )
 
 
-def _pbt(config: PbtConfig, study: StudyConfig) -> Any:
-    changed = mutations(study)
+def _build_pbt(config: PbtConfig, study: StudyConfig) -> Any:
+    changed = list_mutations(study)
     if not changed:
         raise ConfigError(
             "scheduler.type=pbt changes optim.learning_rate, optim.loraplus_ratio, optim.weight_decay or "
@@ -69,11 +69,11 @@ def _pbt(config: PbtConfig, study: StudyConfig) -> Any:
 
 
 SCHEDULERS: dict[type, Callable[[Any, StudyConfig], Any]] = {
-    FifoConfig: _fifo,
-    AshaConfig: _asha,
-    HyperBandConfig: _hyperband,
-    MedianConfig: _median,
-    PbtConfig: _pbt,
+    FifoConfig: _build_fifo,
+    AshaConfig: _build_asha,
+    HyperBandConfig: _build_hyperband,
+    MedianConfig: _build_median,
+    PbtConfig: _build_pbt,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from rankloom.config.study import host_key
+from rankloom.config.study import make_host_key
 from rankloom.data import TaskData, load_data
 from rankloom.errors import TrialError
 from rankloom.evals.own_metric import MetricFunction
@@ -19,7 +19,7 @@ from rankloom.evals.score import measure
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.launch.handed_over import load_study_metric
 from rankloom.models import Base, load_tokenizer
-from rankloom.models.device import local_device
+from rankloom.models.device import choose_device
 from rankloom.registry.checks import WEIGHTS
 from rankloom.registry.scorecard import Measures
 from rankloom.search.finalists import Finalist, FinalistScore
@@ -35,11 +35,11 @@ def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) ->
         study: the study's name, for the lineage.
     """
     results: dict[int, FinalistScore] = {}
-    keys = [host_key(finalist.trial) for finalist in finalists]
+    keys = [make_host_key(finalist.trial) for finalist in finalists]
     for key in dict.fromkeys(keys):
         mine = [i for i, other in enumerate(keys) if other == key]
         trial = finalists[mine[0]].trial
-        base = load_trial_base(trial, local_device(trial.compute.device))
+        base = load_trial_base(trial, choose_device(trial.compute.device))
         data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
         hold_study_to(Path(finalists[mine[0]].folder).parents[1], trial, Origin.of(data, base))
         on_event(PhaseStarted("score", "the base"))
@@ -67,13 +67,13 @@ def _score(
     if not folder.is_dir():
         raise TrialError(f"{trial.name}: no adapter at {folder}; it may have been deleted")
     cost = TrainingCost(
-        _num_parameters(folder), finalist.memory_bytes, finalist.steps, finalist.tokens, finalist.train_s
+        _count_parameters(folder), finalist.memory_bytes, finalist.steps, finalist.tokens, finalist.train_s
     )
     scorecard = score(folder, base, data, trial, cost, base_measures=base_measures, metric=metric).scorecard
     records = publish(folder, finalist.names, base, data, trial, scorecard, study=study)
     return FinalistScore(scorecard=scorecard, published=[record.ref for record in records])
 
 
-def _num_parameters(folder: Path) -> int:
+def _count_parameters(folder: Path) -> int:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))

@@ -4,7 +4,7 @@ Ray Tune gives each trial an actor, and so a process: a second of a core and 120
 host. Here Tune gets, in place of each such actor, a handle with its methods onto one shared actor. A trial is an object
 in that, with a thread of its own, so that its calls run one after another as an actor's do.
 
-Tune has no setting for this. `trials_in_one_actor` replaces Tune's actor classes while a study runs. Only this file
+Tune has no setting for this. `share_one_actor` replaces Tune's actor classes while a study runs. Only this file
 relies on Ray's internals, and Ray's version is pinned.
 """
 
@@ -55,7 +55,7 @@ class SharedTrialActor:
 
 
 @contextmanager
-def trials_in_one_actor() -> Iterator[None]:
+def share_one_actor() -> Iterator[None]:
     """Run Ray Tune's trials in one shared actor during the `with` block."""
     stage = (
         ray.remote(SharedTrialActor)

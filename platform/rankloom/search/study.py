@@ -35,7 +35,7 @@ from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
 from rankloom.launch import cluster, tracking
 from rankloom.launch.handed_over import keep_metric, use_study_metric, use_study_rows
-from rankloom.launch.run_folder import ID, changes, lock_folder
+from rankloom.launch.run_folder import ID, find_changes, lock_folder
 from rankloom.registry import Registry
 from rankloom.search.curves import track_study
 from rankloom.search.leaderboard import Leaderboard, write_results
@@ -43,8 +43,8 @@ from rankloom.search.own_search import OwnSearch
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
 from rankloom.search.results import StudyResult
-from rankloom.search.tuning import JOURNAL, running_hosts, search
-from rankloom.training.resume_check import study_warning
+from rankloom.search.tuning import JOURNAL, run_hosts, search
+from rankloom.training.resume_check import find_study_warning
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
@@ -113,9 +113,9 @@ def tune(
         3
     """
     own = OwnSearch(searcher, sampler, scheduler)
-    study = own.named_in(use_study_rows(use_study_metric(coerce(StudyConfig, study), metric), data))
+    study = own.name_in(use_study_rows(use_study_metric(coerce(StudyConfig, study), metric), data))
     study = resolve_study_paths(study)
-    folder = study_folder(study)
+    folder = get_study_folder(study)
     if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock
         from rankloom.training.preflight import preflight
 
@@ -152,10 +152,10 @@ def _run(
         keep_metric(folder, metric)
     if study.search.priors:
         on_event(PhaseStarted("priors", _describe_priors(priors)))
-    if changed := study_warning(folder):
+    if changed := find_study_warning(folder):
         on_event(WarningRaised(changed))
     leaderboard = Leaderboard.read(study, folder / JOURNAL)
-    with track_study(study, _id(folder), leaderboard, folder) as track:
+    with track_study(study, _read_id(folder), leaderboard, folder) as track:
 
         def tell(event: Event) -> None:
             track(event)
@@ -179,8 +179,8 @@ def _search(
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with (
-        cluster.connected(study.baseline.compute.model_copy(update={"num_workers": 1})),
-        running_hosts(study, folder) as hosts,
+        cluster.connect(study.baseline.compute.model_copy(update={"num_workers": 1})),
+        run_hosts(study, folder) as hosts,
     ):
         journal = search(study, priors.points, leaderboard, folder, hosts, tell, stop, own)
         write_results(leaderboard, folder / RESULTS)
@@ -205,7 +205,7 @@ def _search(
             return {"status": "interrupted"} | outcome
 
 
-def _id(folder: Path) -> str:
+def _read_id(folder: Path) -> str:
     """Return the study's unique id; a later study of the same name has another."""
     path = folder / ID
     if not path.is_file():
@@ -219,7 +219,7 @@ def _replace(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def study_folder(study: StudyConfig) -> Path:
+def get_study_folder(study: StudyConfig) -> Path:
     root = study.baseline.output.root
     if "://" in root:
         raise ConfigError(
@@ -249,16 +249,17 @@ def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
     if not begun:  # nothing trained: the data or the base could not be loaded
         return "start"
     saved = dump(parse(StudyConfig, read_yaml(folder / STUDY), str(folder / STUDY)))
-    differing = {key: line for key, line in changes(saved, dump(study)).items() if not key.startswith(MAY_CHANGE)}
+    differing = {key: line for key, line in find_changes(saved, dump(study)).items() if not key.startswith(MAY_CHANGE)}
     if differing:
         raise ConfigError(
             f"--resume of {study.name!r}: these settings differ from the study's (saved -> given): "
-            f"{'; '.join(differing.values())}; restore them{_given_again(saved)}, or start another study with name=..."
+            f"{'; '.join(differing.values())}; restore them{_explain_given_again(saved)}, or start another study with "
+            f"name=..."
         )
     return "finished" if (folder / RESULT).is_file() else "resume"
 
 
-def _given_again(saved: dict[str, Any]) -> str:
+def _explain_given_again(saved: dict[str, Any]) -> str:
     """Return a hint about the objects that the study began with."""
     own = "own" in (saved["search"]["algorithm"], saved["scheduler"]["type"])
     handed = own or saved["search"]["metric"].startswith(HANDED_OVER)

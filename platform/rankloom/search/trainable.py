@@ -17,7 +17,7 @@ from rankloom.config import StudyConfig
 from rankloom.config.study import is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.reports import FAILED_LOSS, TrialReport
-from rankloom.search.dedicated import ADAPTERS, dedicated_run
+from rankloom.search.dedicated import ADAPTERS, build_dedicated_run
 from rankloom.search.fused import FusedBackend, LostError
 
 CHECKPOINT = "trial.json"
@@ -98,7 +98,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
             best_folder = self._folder / ADAPTERS / self.trial_id
             self._backend = FusedBackend(trial, self.trial_id, self._hosts, best_folder, self._study.hosts.max_failures)
         else:
-            self._backend = dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
+            self._backend = build_dedicated_run(self._study, trial, self.trial_id, self._folder, self._dedicated_cpus)
 
     def _report_failure(self, error: RankloomError) -> dict[str, Any]:
         """Return the last report of a trial that a retry would not help.

@@ -49,7 +49,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if self._count >= self._study.num_trials:
             return Searcher.FINISHED
         number = self._count
-        point = self._next(number)
+        point = self._find_next(number)
         if point is None and self._numbers:
             return None
         if point is None or isinstance(point, str):  # no trial runs, so waiting for one would never end
@@ -61,7 +61,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is not None and number >= self._study.num_warm_starts:
-            self._tell(number, None if error else self._values(result))
+            self._tell(number, None if error else self._read_values(result))
 
     def save(self, checkpoint_path: str) -> None:
         state = (self._sampler, self._count, self._numbers, self._worst, self.refusals)
@@ -73,7 +73,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if hasattr(self._sampler, "_study"):  # the saved config may lack this version's fields
             self._sampler._study = self._study
 
-    def _values(self, result: dict[str, Any] | None) -> Values | None:
+    def _read_values(self, result: dict[str, Any] | None) -> Values | None:
         """Return what to tell the sampler; None if the trial failed or stopped before its costs were measured."""
         if not result or result.get("error"):
             return None
@@ -92,7 +92,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             pairs = zip(worse, self._worst or values, values, strict=True)
             self._worst = [choose(before, now) for choose, before, now in pairs]
 
-    def _next(self, number: int) -> Point | str | None:
+    def _find_next(self, number: int) -> Point | str | None:
         if number < self._study.num_warm_starts:
             return {"warm_start": number}
         for _ in range(MAX_REFUSALS_IN_A_ROW):
@@ -110,7 +110,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return Searcher.FINISHED
 
 
-def population(study: StudyConfig, priors: Sequence[PriorTrial] = ()) -> dict[str, Any]:
+def draw_population(study: StudyConfig, priors: Sequence[PriorTrial] = ()) -> dict[str, Any]:
     """Return a parameter space of exactly the searcher's points, since population based training takes no searcher."""
     from ray import tune
 
@@ -125,7 +125,7 @@ class _Of:
     """A value by the trial's number, picklable."""
 
     def __init__(self, values: list[Any]) -> None:
-        self._values = values
+        self._read_values = values
 
     def __call__(self, spec: Any) -> Any:
-        return self._values[spec.config.number]
+        return self._read_values[spec.config.number]

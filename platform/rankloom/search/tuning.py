@@ -21,11 +21,11 @@ from rankloom.config import StudyConfig
 from rankloom.config.study import HyperBandConfig, OwnSchedulerConfig, PbtConfig, is_fusable
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
-from rankloom.hosts.hosts import Hosts, groups, share_out
+from rankloom.hosts.hosts import Hosts, group_trials, share_out
 from rankloom.launch import cluster
-from rankloom.launch.failures import failure_of
+from rankloom.launch.failures import to_failure
 from rankloom.launch.run_folder import ERROR
-from rankloom.search.journal import Journal, full
+from rankloom.search.journal import Journal, find_full_disk
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PriorTrial
@@ -38,12 +38,12 @@ SAVE_EVERY_S = "3"
 
 
 @contextmanager
-def running_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
+def run_hosts(study: StudyConfig, folder: Path) -> Iterator[Any]:
     """Yield the actor that starts and assigns the study's hosts, which end with it; `folder` is the study's."""
     import ray
 
-    options = {"max_concurrency": 1000} | cluster.beside_me()
-    hosts = ray.remote(Hosts).options(**options).remote(study, cluster.alive(), folder)
+    options = {"max_concurrency": 1000} | cluster.pin_to_this_node()
+    hosts = ray.remote(Hosts).options(**options).remote(study, cluster.list_alive_nodes(), folder)
     try:
         yield hosts
     finally:
@@ -73,7 +73,7 @@ def search(
     import ray
 
     opening = hosts.prepare.remote()
-    from rankloom.search.shared_actor import trials_in_one_actor  # imports Ray Tune while the hosts start
+    from rankloom.search.shared_actor import share_one_actor  # imports Ray Tune while the hosts start
 
     if opened := ray.get(opening):
         tell(PhaseStarted("launch", f"{len(opened)} host(s) are loading their base"))
@@ -83,7 +83,7 @@ def search(
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         # a trial that can't be fused drives a Ray Train run, which needs its own process
-        with trials_in_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
+        with share_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
             _tune(study, priors, folder, hosts, journal, own)
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
@@ -93,10 +93,10 @@ def search(
     except RankloomError:
         raise
     except Exception as error:
-        if (problem := full(folder)) is not None:
+        if (problem := find_full_disk(folder)) is not None:
             raise problem from None
         (folder / ERROR).write_text(f"{error}\n{traceback.format_exc()}", encoding="utf-8")
-        raise TrialError(f"{failure_of(error).error}; the full trace is in {folder / ERROR}") from None
+        raise TrialError(f"{to_failure(error).error}; the full trace is in {folder / ERROR}") from None
     finally:
         with suppress(ValueError):  # outside the main thread, which keeps its handler
             signal.signal(signal.SIGINT, on_interrupt)
@@ -112,10 +112,10 @@ def _tune(
     from rankloom.search.saved_state import alias_moved_module
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.trainable import StudyTrial
-    from rankloom.search.tune_searcher import StudySearcher, population
+    from rankloom.search.tune_searcher import StudySearcher, draw_population
 
-    plan = share_out(study, cluster.alive())
-    concurrent = num_live(study, plan.hosts_per_group)
+    plan = share_out(study, cluster.list_alive_nodes())
+    concurrent = count_live(study, plan.hosts_per_group)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal replaces them
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
@@ -141,14 +141,14 @@ def _tune(
         resume="AUTO+ERRORED",
         metric=study.search.key,
         mode=study.search.best,
-        config=population(study, priors) if is_population else None,
+        config=draw_population(study, priors) if is_population else None,
         search_alg=searcher,
         num_samples=1 if is_population else study.num_trials,
         scheduler=build_scheduler(study, own),
         max_concurrent_trials=concurrent,
         reuse_actors=True,
-        trial_name_creator=_id_of,
-        trial_dirname_creator=_id_of,
+        trial_name_creator=_get_id,
+        trial_dirname_creator=_get_id,
         callbacks=[journal],
         max_failures=study.hosts.max_failures,
         raise_on_failed_trial=False,
@@ -158,9 +158,9 @@ def _tune(
     )
 
 
-def num_live(study: StudyConfig, hosts_per_group: int) -> int:
+def count_live(study: StudyConfig, hosts_per_group: int) -> int:
     """Return the number of trials that Ray Tune runs at once: those with a slot, and those that wait for one."""
-    slots = max(1, hosts_per_group * len(groups(study)) * study.hosts.num_slots)
+    slots = max(1, hosts_per_group * len(group_trials(study)) * study.hosts.num_slots)
     if study.hosts.num_waiting is not None:
         waiting = study.hosts.num_waiting
     elif not all(map(is_fusable, study.members())):  # each trial is then one process or more
@@ -172,5 +172,5 @@ def num_live(study: StudyConfig, hosts_per_group: int) -> int:
     return min(study.num_trials, slots + waiting)
 
 
-def _id_of(trial: Any) -> str:
+def _get_id(trial: Any) -> str:
     return str(trial.trial_id)

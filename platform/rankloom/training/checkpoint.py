@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rankloom.errors import TrialError
-from rankloom.training.parallel import gathered, like, whole
+from rankloom.training.parallel import shard_like, unshard, unshard_tree
 
 if TYPE_CHECKING:  # the methods' libraries take seconds to import, and a host needs none of them
     from rankloom.methods import Method
@@ -37,12 +37,12 @@ def save(
     Raises:
         TrialError: the folder can't be written.
     """
-    weights = {name: whole(p.detach()).contiguous() for name, p in method.trained(model).items()}
+    weights = {name: unshard(p.detach()).contiguous() for name, p in method.trained(model).items()}
     state = {
-        "optimizer": gathered(method.optimizer_state(optimizer)),
+        "optimizer": unshard_tree(method.optimizer_state(optimizer)),
         "method": method.state(),
         "progress": progress,
-        "rng": random_state(),
+        "rng": get_random_state(),
     }
     if not write:
         return
@@ -62,7 +62,7 @@ def load_weights(folder: Path, model: nn.Module, method: Method[Any]) -> None:
     weights = _read_weights(folder)
     with torch.no_grad():
         for name, parameter in method.trained(model).items():
-            parameter.copy_(like(parameter, weights[name].to(parameter.device)))
+            parameter.copy_(shard_like(parameter, weights[name].to(parameter.device)))
     method.load_state(read_state(folder)["method"])
 
 
@@ -77,7 +77,7 @@ def load_optimizer(folder: Path, method: Method[Any], optimizer: Optimizer) -> d
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                values[key] = like(parameter, value)
+                values[key] = shard_like(parameter, value)
     set_random_state(state["rng"])
     progress: dict[str, Any] = state["progress"]
     return progress
@@ -92,7 +92,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file can make torch's readers raise anything
-        raise _damaged(folder, error) from None
+        raise _make_damaged_error(folder, error) from None
     return state
 
 
@@ -100,10 +100,10 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / "weights.safetensors")
     except (OSError, SafetensorError) as error:
-        raise _damaged(folder, error) from None
+        raise _make_damaged_error(folder, error) from None
 
 
-def _damaged(folder: Path, error: Exception) -> TrialError:
+def _make_damaged_error(folder: Path, error: Exception) -> TrialError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return TrialError(
         f"the checkpoint {folder} is damaged: {reason}; start another run with name=..., or, in a run without Ray, "
@@ -111,7 +111,7 @@ def _damaged(folder: Path, error: Exception) -> TrialError:
     )
 
 
-def random_state() -> dict[str, torch.Tensor]:
+def get_random_state() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -23,14 +23,14 @@ import torch
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
-from rankloom.evals.loss import labelled_loss
+from rankloom.evals.loss import compute_labelled_loss
 from rankloom.evals.own_metric import MetricFunction, compute
 from rankloom.evals.score import Validation, validate, validation_rows
 from rankloom.events import Evaluated, RunResumed, StepFinished, WarningRaised
 from rankloom.methods import build_method
 from rankloom.models import Base
 from rankloom.training import checkpoint
-from rankloom.training.memory import peak_memory_bytes
+from rankloom.training.memory import read_peak_memory_bytes
 from rankloom.training.parallel import Workers, clip, reshard
 from rankloom.training.precision import autocast
 from rankloom.training.resume_check import Origin
@@ -117,7 +117,7 @@ class TrainingLoop:
         """
         if self.progress.step == 0:
             self.evaluate()  # score before training; never counts as the best checkpoint
-        while self.progress.step < self.num_steps and not self._out_of_patience():
+        while self.progress.step < self.num_steps and not self._is_out_of_patience():
             if self.workers.sum(self.session.should_stop())[0]:
                 if self.progress.step != self.saved_step:  # an overwrite would lose the score of this step's checkpoint
                     self.save(UNSCORED)
@@ -136,7 +136,7 @@ class TrainingLoop:
 
     def release(self) -> None:
         """Free model and optimiser, so that export and scoring have their memory."""
-        self.peak_memory_bytes = peak_memory_bytes(self.session.device)
+        self.peak_memory_bytes = read_peak_memory_bytes(self.session.device)
         del self.model, self.module, self.optimizer, self.base, self.method
 
     def step(self) -> None:
@@ -161,7 +161,7 @@ class TrainingLoop:
                 grad_norm=norm,
                 tokens=self.progress.tokens,
                 tokens_per_s=tokens / seconds,
-                memory_bytes=peak_memory_bytes(self.session.device),
+                memory_bytes=read_peak_memory_bytes(self.session.device),
                 eta_s=self.progress.train_s / self.progress.step * (self.num_steps - self.progress.step),
             )
         )
@@ -189,7 +189,7 @@ class TrainingLoop:
             why = "lower optim.learning_rate" if self.progress.step else f"before any training: {broken}"
             raise TrialError(f"the validation loss is {loss} at step {self.progress.step}; {why}")
         labelled = config.metric != "loss" and self.data.labels is not None
-        accuracy, own = correct / num_rows if labelled else None, self._own_value(part)
+        accuracy, own = correct / num_rows if labelled else None, self._compute_own_metric(part)
         value = next(each for each in (own, accuracy, loss) if each is not None)
         score = value if config.best == "max" else -value
         best = self.progress.step > 0 and score > self.progress.best_score
@@ -199,7 +199,7 @@ class TrainingLoop:
         self.session.emit(Evaluated(step=self.progress.step, loss=loss, accuracy=accuracy, metric=own, best=best))
         return score
 
-    def _own_value(self, part: Validation) -> float | None:
+    def _compute_own_metric(self, part: Validation) -> float | None:
         """Return the user's own metric, computed on rank 0 alone; None where there is none."""
         if self.metric is None:
             return None
@@ -248,9 +248,9 @@ class TrainingLoop:
         device, loss_sum = self.session.device, 0.0
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with self.workers.synchronised(self.model, last):
+            with self.workers.synchronize_last(self.model, last):
                 with autocast(device, self.precision):
-                    micro_sum, _ = labelled_loss(self.model, batch)
+                    micro_sum, _ = compute_labelled_loss(self.model, batch)
                     # the workers' gradients are averaged, but `weight` counts the tokens of all of them
                     loss = micro_sum * (self.workers.world_size / weight)
                     if last and (penalty := self.method.penalty(self.module)) is not None:
@@ -289,6 +289,6 @@ class TrainingLoop:
         if self.session.rank:  # the checkpoint holds rank 0's random state, but each worker draws its own dropout
             torch.manual_seed(self.trial.seed + 1_000_003 * self.session.rank + self.progress.step)
 
-    def _out_of_patience(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         patience = self.trial.eval.patience
         return patience is not None and self.progress.evals_since_best >= patience

@@ -10,7 +10,7 @@ import torch
 
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
-from rankloom.models import Base, decoder_layers, find_experts, find_target_linears, linear_widths
+from rankloom.models import Base, find_decoder_layers, find_experts, find_target_linears, linear_widths
 from rankloom.models.device import free_cuda_bytes
 from rankloom.training.memory_plan import Shape
 
@@ -21,7 +21,7 @@ ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT = 1.2, 2.0
 MEMORY_INFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def read_peak_memory_bytes(device: torch.device) -> int:
     """Return the peak: on CUDA of torch's allocations, on a CPU of the process's resident set, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -29,7 +29,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_bytes(device: torch.device) -> float | None:
+def read_free_bytes(device: torch.device) -> float | None:
     """Return the bytes that can still be allocated; None where the CPU's system does not report them."""
     if device.type == "cuda":
         return free_cuda_bytes(device)
@@ -44,7 +44,7 @@ def free_bytes(device: torch.device) -> float | None:
     return free
 
 
-def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
+def read_shape(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
     """Return the shape of a loaded base for `memory_plan.py`.
 
     Args:
@@ -59,7 +59,7 @@ def shape_of(base: Base, data: TaskData, targets: Targets = "all-linear", *, exp
     return Shape(
         linears=tuple(linears.values()),
         targets=tuple(linears[name] for name in find_target_linears(base.model, targets)),
-        num_layers=len(decoder_layers(base.model)),
+        num_layers=len(find_decoder_layers(base.model)),
         num_other=sum(p.numel() for p in base.model.parameters() if id(p) not in weights),
         vocabulary=base.model.get_input_embeddings().weight.shape[0],
         activations=ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS,

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from rankloom.errors import TrialError
-from rankloom.models import decoder_layers, skips_layers
+from rankloom.models import find_decoder_layers, skips_layers
 
 T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp"]
@@ -51,7 +51,7 @@ class Workers:
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             low = None if self.precision == torch.float32 else self.precision
             policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # gathers in `low`
-            for layer in decoder_layers(model):
+            for layer in find_decoder_layers(model):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
@@ -102,7 +102,7 @@ class Workers:
         return cast("T", outcome[0])
 
     @contextmanager
-    def synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
+    def synchronize_last(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Exchange gradients in the last micro-batch of a step only."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
@@ -129,26 +129,26 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float | 
     if not with_gradient:
         return None
     norm = torch.nn.utils.clip_grad_norm_(with_gradient, max_norm if max_norm is not None else float("inf"))
-    return float(whole(norm))
+    return float(unshard(norm))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """Return a sharded tensor gathered on every worker (all must call), and any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tree: Any) -> Any:
-    """Apply `whole` to every tensor in nested dicts and lists."""
+def unshard_tree(tree: Any) -> Any:
+    """Apply `unshard` to every tensor in nested dicts and lists."""
     if isinstance(tree, torch.Tensor):
-        return whole(tree)
+        return unshard(tree)
     if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
+        return {key: unshard_tree(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(gathered(value) for value in tree)
+        return type(tree)(unshard_tree(value) for value in tree)
     return tree
 
 
-def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return `value`, sharded like `parameter`."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

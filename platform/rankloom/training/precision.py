@@ -7,12 +7,12 @@ import torch
 from rankloom.config.trial import TrialConfig
 from rankloom.data import TaskData
 from rankloom.errors import ConfigError, DataError
-from rankloom.models import Base, auto_dtype, load_base, resolve_dtype
+from rankloom.models import Base, choose_auto_dtype, load_base, resolve_dtype
 
 
-def precision_of(trial: TrialConfig, device: torch.device) -> torch.dtype:
+def choose_precision(trial: TrialConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of training and scoring, and of serving where that is auto."""
-    return resolve_dtype(trial.compute.precision, auto_dtype(device))
+    return resolve_dtype(trial.compute.precision, choose_auto_dtype(device))
 
 
 def load_trial_base(trial: TrialConfig, device: torch.device, *, in_fp32: bool = False) -> Base:
@@ -25,7 +25,7 @@ def load_trial_base(trial: TrialConfig, device: torch.device, *, in_fp32: bool =
     Raises:
         ModelError: the base can't be loaded.
     """
-    precision = precision_of(trial, device)
+    precision = choose_precision(trial, device)
     dtype = torch.float32 if in_fp32 else precision
     return load_base(trial.model, trial.quantization, device=device, dtype=dtype, compute_dtype=precision)
 

@@ -13,7 +13,7 @@ from rankloom.config.method import AdapterConfig, LisaConfig
 from rankloom.data import check_heads, check_sources, load_data
 from rankloom.evals.own_metric import MetricFunction, load_metric
 from rankloom.evals.score import check_metric
-from rankloom.models import check_experts, decoder_layers, find_target_linears, load_shell, load_tokenizer
+from rankloom.models import check_experts, find_decoder_layers, find_target_linears, load_shell, load_tokenizer
 
 READ_BYTES = 50_000_000
 """Data up to this size is read completely, which takes seconds."""
@@ -57,7 +57,7 @@ def preflight(trials: Iterable[TrialConfig], metric: MetricFunction | None = Non
 def _check_model(trial: TrialConfig) -> list[str]:
     model, method = load_shell(trial.model, trial.quantization), trial.method
     if isinstance(method, LisaConfig):
-        method.check_depth(len(decoder_layers(model)))
+        method.check_depth(len(find_decoder_layers(model)))
     if not isinstance(method, AdapterConfig):
         return []
     find_target_linears(model, method.target_modules)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankloom.adapters.probe import largest_difference, last_logits, tolerance, write_probe
+from rankloom.adapters.probe import compute_last_logits, compute_tolerance, find_largest_difference, write_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, dump
 from rankloom.data import TaskData
 from rankloom.errors import TrialError
-from rankloom.evals.costs import weight_bytes
+from rankloom.evals.costs import count_weight_bytes
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.evals.score import measure
 from rankloom.models import Base
@@ -79,16 +79,16 @@ def score(
         TrialError: the adapter changes nothing, or differs from the trained model.
     """
     ids = probe_ids(data)
-    base_logits = last_logits(base.model, ids)
+    base_logits = compute_last_logits(base.model, ids)
     adapted = load_adapter(base.model, folder)
     try:
-        adapter_logits = last_logits(adapted, ids)
+        adapter_logits = compute_last_logits(adapted, ids)
         if adapter_logits.equal(base_logits):
             raise TrialError(f"{trial.name}: the adapter changes nothing; train longer or raise optim.learning_rate")
         if trained_logits is not None:
             check_export(adapter_logits, trained_logits, base.quantization)
         result = measure(adapted, base.tokenizer, data, trial.eval, metric)
-        memory_bytes = weight_bytes(adapted)
+        memory_bytes = count_weight_bytes(adapted)
     finally:
         adapted.unload()
     write_probe(folder, ids, adapter_logits, base_logits)
@@ -103,7 +103,7 @@ def score(
         train_tokens=cost.tokens,
         train_s=cost.seconds,
         tokens_per_s=cost.tokens / max(cost.seconds, 1e-9),
-        device=_device_name(base.device),
+        device=_name_device(base.device),
     )
     return Score(scorecard, memory_bytes)
 
@@ -119,8 +119,8 @@ def check_export(adapter_logits: Tensor, trained_logits: Tensor, quantization: s
     Raises:
         TrialError: the logits differ by more than the tolerance.
     """
-    difference = largest_difference(adapter_logits, trained_logits)
-    allowed = tolerance(trained_logits, adapter_logits.dtype, quantization=quantization)
+    difference = find_largest_difference(adapter_logits, trained_logits)
+    allowed = compute_tolerance(trained_logits, adapter_logits.dtype, quantization=quantization)
     if not difference <= allowed:
         raise TrialError(
             f"the exported adapter's logits differ by {difference:.3g} from the trained model's; allowed: {allowed:.3g}"
@@ -159,5 +159,5 @@ def publish(
     return [registry.publish_once(name, folder, draft) for name in names]
 
 
-def _device_name(device: torch.device) -> str:
+def _name_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"

@@ -108,7 +108,7 @@ class Origin(BaseModel):
                     f"--resume: {what} have changed since the start ({before[:19]}... then, {now[:19]}... "
                     f"now{libraries}); restore them, or start again with name=..."
                 )
-        return _warning(changed)
+        return _make_warning(changed)
 
 
 def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
@@ -128,13 +128,13 @@ def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:
         origin.write(place)
 
 
-def study_warning(study: Path) -> str | None:
+def find_study_warning(study: Path) -> str | None:
     """Return a warning for the user where libraries have changed since the study began, else None."""
     for file in (study / ORIGINS).glob(f"*/{ORIGIN}"):
         then = Origin.model_validate_json(file.read_bytes()).versions
-        return _warning(", ".join(Versions.here().changes(then)))
+        return _make_warning(", ".join(Versions.here().changes(then)))
     return None
 
 
-def _warning(changed: str) -> str | None:
+def _make_warning(changed: str) -> str | None:
     return f"libraries have changed since the start, and so may the results: {changed}" if changed else None

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging as transformers_logging
 
-from rankloom.adapters.probe import last_logits
+from rankloom.adapters.probe import compute_last_logits
 from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig
 from rankloom.data import TaskData, load_data
@@ -26,16 +26,16 @@ from rankloom.errors import RegistryError, TrialError
 from rankloom.evals.own_metric import MetricFunction, load_metric
 from rankloom.evals.score import measure
 from rankloom.events import DataLoaded, PhaseStarted
-from rankloom.methods import method_class
+from rankloom.methods import get_method_class
 from rankloom.models import Base, load_tokenizer
 from rankloom.registry import Record
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.registry.scorecard import Extraction, Measures
 from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
-from rankloom.training.memory import free_bytes, shape_of
+from rankloom.training.memory import read_free_bytes, read_shape
 from rankloom.training.memory_plan import gigabytes, run_bytes
-from rankloom.training.precision import autocast, check_lengths, load_trial_base, precision_of
+from rankloom.training.precision import autocast, check_lengths, choose_precision, load_trial_base
 from rankloom.training.publish import TrainingCost, probe_ids, publish, score
 from rankloom.training.resume_check import Origin, hold_study_to
 from rankloom.training.session import Session
@@ -64,26 +64,26 @@ def run_trial(
     """
     _quieten()
     metric = load_metric(trial.eval.metric, metric)
-    _phase(session, "data", f"reading {trial.data.train.path}")
+    _report_phase(session, "data", f"reading {trial.data.train.path}")
     tokenizer = load_tokenizer(trial.model)
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
     session.emit(DataLoaded(data.report.to_dict()))
-    _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
-    base = load_trial_base(trial, session.device, in_fp32=method_class(trial.method).trains_base)
+    _report_phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    base = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base)
     check_lengths(data, base)
     if study is not None:
         hold_study_to(study, trial, Origin.of(data, base))
     _check_memory(trial, data, base, session)
-    _phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
-    loop = TrainingLoop(trial, base, data, session, precision_of(trial, session.device), metric)
+    _report_phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
+    loop = TrainingLoop(trial, base, data, session, choose_precision(trial, session.device), metric)
     for note in loop.method.notes:
-        _phase(session, "train", note)
+        _report_phase(session, "train", note)
     if not train:
         loop.load_best()
     elif not loop.run():
-        _phase(session, "train", f"stopped at step {loop.progress.step}; the checkpoint is kept")
+        _report_phase(session, "train", f"stopped at step {loop.progress.step}; the checkpoint is kept")
         return {"status": "interrupted", "name": trial.name, "steps": loop.progress.step}
-    module = _unsharded(trial, loop, session)
+    module = _load_unsharded(trial, loop, session)
     if session.rank != 0:
         return {}
     return _finish(trial, session, loop, module, base, data)
@@ -106,16 +106,16 @@ def evaluate(
     """
     _quieten()
     metric = load_metric(trial.eval.metric, metric)
-    _phase(session, "data", f"reading {trial.data.train.path}")
+    _report_phase(session, "data", f"reading {trial.data.train.path}")
     data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
-    _phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    _report_phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
     base = load_trial_base(trial, session.device)
-    _phase(session, "score", "the base")
+    _report_phase(session, "score", "the base")
     base_measures = measure(base.model, base.tokenizer, data, trial.eval, metric)
     result = None
     if adapter is not None:
         _check_record(adapter, base)
-        _phase(session, "score", f"{adapter}")
+        _report_phase(session, "score", f"{adapter}")
         result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric).model_dump()
     return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
 
@@ -140,11 +140,11 @@ def _check_record(adapter: Path, base: Base) -> None:
 
 def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Session) -> None:
     """Refuse a run that is certain to exceed memory: on a CPU the system would kill the process without an error."""
-    free = free_bytes(session.device)
+    free = read_free_bytes(session.device)
     if free is None:
         return
     targets = getattr(trial.method, "target_modules", "all-linear")
-    shape = shape_of(base, data, targets, experts=bool(getattr(trial.method, "experts", None)))
+    shape = read_shape(base, data, targets, experts=bool(getattr(trial.method, "experts", None)))
     rows = -(-trial.optim.batch_size // (trial.optim.accumulation * session.world_size))
     tokens = 0 if trial.compute.activation_checkpointing else rows * int(data.train.lengths.min())
     shards = session.world_size if trial.method.row.parallel == "fsdp" else 1
@@ -166,16 +166,16 @@ def _finish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         folder.mkdir()
-        trained_logits = last_logits(module.eval(), probe_ids(data))
+        trained_logits = compute_last_logits(module.eval(), probe_ids(data))
         trained: Measures | None = None
         if extracted:
-            _phase(session, "score", "the trained weights, before extraction")
-            with autocast(session.device, precision_of(trial, session.device)):
+            _report_phase(session, "score", "the trained weights, before extraction")
+            with autocast(session.device, choose_precision(trial, session.device)):
                 trained = measure(module, base.tokenizer, data, trial.eval, loop.metric)
             _keep_model(trial, module, base)  # before the export, which may fail
         method = loop.method
         loop.release()  # the export needs the optimiser's memory
-        _phase(
+        _report_phase(
             session, "export", "writing the adapter" + (", extracted from the weights' difference" if extracted else "")
         )
         energy = method.export(module, base, folder)
@@ -188,9 +188,9 @@ def _finish(
         fresh = load_trial_base(trial, session.device)
         base_measures = None
         if trial.eval.base:
-            _phase(session, "score", "the base")
+            _report_phase(session, "score", "the base")
             base_measures = measure(fresh.model, fresh.tokenizer, data, trial.eval, loop.metric)
-        _phase(session, "score", "the adapter")
+        _report_phase(session, "score", "the adapter")
         progress = loop.progress
         scored = score(
             folder,
@@ -213,21 +213,21 @@ def _finish(
             "memory_bytes": scored.memory_bytes,
         }
         if trial.output.publish:
-            _phase(session, "publish", "into the registry")
+            _report_phase(session, "publish", "into the registry")
             root = trial.output.registry_root
             (record,) = publish(folder, [trial.name], fresh, data, trial, scored.scorecard)
             outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
     return outcome
 
 
-def _unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
+def _load_unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) -> nn.Module:
     """Return the trained module on one device; rank 0 reads sharded weights back from the best checkpoint."""
     if not isinstance(loop.module, FSDPModule):
         return loop.module
     with session.best_checkpoint() as folder:
         if session.rank != 0 or folder is None:
             return loop.module
-        model = load_trial_base(trial, session.device, in_fp32=method_class(trial.method).trains_base).model
+        model = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base).model
         checkpoint.load_weights(folder, model, loop.method)
         return model
 
@@ -240,7 +240,7 @@ def _keep_model(trial: TrialConfig, module: nn.Module, base: Base) -> None:
         base.tokenizer.save_pretrained(folder)
 
 
-def _phase(session: Session, phase: str, message: str) -> None:
+def _report_phase(session: Session, phase: str, message: str) -> None:
     session.emit(PhaseStarted(phase, message))
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankloom.adapters.extract import adalora_to_lora, extract_adapter
+from rankloom.adapters.extract import convert_adalora, extract_adapter
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.model import ModelConfig, Nf4
 from rankloom.errors import ModelError, RegistryError, TrialError
@@ -203,7 +203,7 @@ def test_adalora_becomes_lora_exactly(
     base = tiny_model(architecture)
     model = adalora_on(plain(base), targets)
 
-    adalora_to_lora(model, tmp_path)
+    convert_adalora(model, tmp_path)
 
     expected = logits(model)
     assert (logits(plain(base)) - expected).abs().max() > 0.1
@@ -220,7 +220,7 @@ def test_adalora_on_nf4_becomes_lora_exactly(tiny_llama: Path, tmp_path: Path) -
         return load_base(ModelConfig(id=str(tiny_llama)), Nf4(), device=torch.device("cpu")).model
 
     model = adalora_on(base(), ["q_proj", "down_proj"])
-    adalora_to_lora(model, tmp_path)
+    convert_adalora(model, tmp_path)
 
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), logits(model), atol=1e-5, rtol=1e-5)
 
@@ -230,7 +230,7 @@ def test_adalora_without_any_rank_is_refused(tiny_llama: Path, tmp_path: Path) -
     for layer in (m for m in model.modules() if hasattr(m, "lora_E")):
         layer.lora_E["default"].data.zero_()
     with pytest.raises(TrialError, match="rank 0"):
-        adalora_to_lora(model, tmp_path)
+        convert_adalora(model, tmp_path)
 
 
 # loading

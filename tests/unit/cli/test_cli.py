@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from rankloom.cli import main
-from rankloom.cli.progress import PlainProgress, duration, lines, step_line
-from rankloom.cli.tables import next_lines
+from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step
+from rankloom.cli.tables import list_next_steps
 from rankloom.config.files import find_config
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, RunResumed, StepFinished
 from rankloom.launch.results import TrialResult
-from rankloom.paths import shipped_folder
+from rankloom.paths import find_shipped_folder
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
 
@@ -156,7 +156,7 @@ def test_doctor_tells_what_attention_is_computed_with(
 
 def test_configs_are_found_here_before_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    packed = shipped_folder("configs") / "trials" / "lora.yaml"
+    packed = find_shipped_folder("configs") / "trials" / "lora.yaml"
     assert find_config("shipped:trials/lora.yaml") == packed
     assert find_config("configs/trials/lora.yaml") == packed
     mine = tmp_path / "configs" / "trials" / "lora.yaml"
@@ -182,22 +182,22 @@ def test_plain_progress_throttles_steps_but_never_the_last() -> None:
     plain = PlainProgress(written.append)
     for number in range(1, 101):
         plain.show(step(number))
-    assert written == [step_line(step(1)), step_line(step(100))]
-    assert step_line(step(100)) == "step 100/100  loss 1.2500  lr 1.00e-03  1,234 tokens/s  1.5 GB  eta 1m05s"
+    assert written == [format_step(step(1)), format_step(step(100))]
+    assert format_step(step(100)) == "step 100/100  loss 1.2500  lr 1.00e-03  1,234 tokens/s  1.5 GB  eta 1m05s"
 
 
 def test_events_in_words() -> None:
-    assert lines(Evaluated(step=5, loss=0.5, accuracy=0.25, best=True)) == [
+    assert format_event(Evaluated(step=5, loss=0.5, accuracy=0.25, best=True)) == [
         "step 5  validation loss 0.5000  accuracy 25.0 %  best so far"
     ]
-    assert lines(RunResumed(5)) == ["resumed at step 5"]
-    assert [duration(seconds) for seconds in (0.4, 59, 61, 3725)] == ["0s", "59s", "1m01s", "1h02m"]
+    assert format_event(RunResumed(5)) == ["resumed at step 5"]
+    assert [format_duration(seconds) for seconds in (0.4, 59, 61, 3725)] == ["0s", "59s", "1m01s", "1h02m"]
 
 
 def test_what_to_do_next() -> None:
     stopped = TrialResult(status="interrupted", steps=3, name="x", run="/r")
-    assert "--resume" in next_lines(stopped)[0]
+    assert "--resume" in list_next_steps(stopped)[0]
     done = TrialResult(status="done", name="x", steps=3, version=2, run="/r", folder="/a", registry="/reg")
-    assert any("adapters promote x@2 --registry /reg" in line for line in next_lines(done))
+    assert any("adapters promote x@2 --registry /reg" in line for line in list_next_steps(done))
     elsewhere = done.model_copy(update={"registry": "/a b"})
-    assert any("adapters promote x@2 --registry '/a b'" in line for line in next_lines(elsewhere))
+    assert any("adapters promote x@2 --registry '/a b'" in line for line in list_next_steps(elsewhere))

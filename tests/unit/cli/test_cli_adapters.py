@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from rankloom.cli import main
 from rankloom.cli.adapters import app
 from rankloom.errors import AdapterNotFoundError, ConfigError, RegistryError
-from rankloom.paths import registry_root
+from rankloom.paths import get_registry_root
 from rankloom.registry import Draft, Registry
 from rankloom.registry.scorecard import Measures, Proportion, Scorecard
 
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def registry(folder: Path) -> Registry:
     """The registry that the CLI reads by itself, with bank@1 (champion), bank@2 and other@1."""
-    registry = Registry(registry_root())
+    registry = Registry(get_registry_root())
     fields: dict[str, Any] = {
         "method": "dora",
         "base": {"id": "org/tiny", "fingerprint": "sha256:0", "quantization": "nf4"},
@@ -83,7 +83,7 @@ def test_list_is_aligned_text_when_piped_and_json_on_request() -> None:
 
 
 def test_list_of_an_empty_registry() -> None:
-    assert run("list").stdout == f"no adapters in {registry_root()}\n"
+    assert run("list").stdout == f"no adapters in {get_registry_root()}\n"
     assert json.loads(run("list", "--json").stdout) == []
 
 
@@ -220,7 +220,7 @@ def test_an_exported_folder_keeps_its_record_through_a_hub_cache_and_git(tmp_pat
     (snapshot / ".git").mkdir()
     told = run("publish", snapshot, "--name", "copy").output
     assert "not published: .git, .gitattributes" in told
-    assert Registry(registry_root()).get("copy").scorecard == SCORECARD
+    assert Registry(get_registry_root()).get("copy").scorecard == SCORECARD
     (snapshot / "README.md").unlink()
     (snapshot / "README.md").symlink_to("/etc/passwd")
     with pytest.raises(RegistryError, match=r"README\.md is a link out of the folder"):
@@ -260,7 +260,7 @@ def test_a_foreign_folder_of_peft_is_published_verified_and_merged(
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), silent).save_pretrained(tmp_path / "silent")
     with pytest.raises(RegistryError, match=f"{re.escape(str(tmp_path / 'silent'))}: .*does nothing"):
         run("publish", tmp_path / "silent", "--name", "foreign")
-    assert Registry(registry_root()).versions("foreign") == [1]
+    assert Registry(get_registry_root()).versions("foreign") == [1]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -278,7 +278,7 @@ def test_a_foreign_folder_on_a_quantised_base_is_published_verified_and_merged(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     peft.get_peft_model(plain, config).save_pretrained(tmp_path / "peft")
     run("publish", tmp_path / "peft", "--name", "foreign", "--base", str(tmp_path / "base"))
-    assert Registry(registry_root()).get("foreign@1").base.quantization == kind
+    assert Registry(get_registry_root()).get("foreign@1").base.quantization == kind
     assert json.loads(run("verify", "foreign", "--json").stdout)["probe"]["distance_from_base"] > 0.01
     run("export", "foreign", "--format", "merged", "-o", tmp_path / "merged")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -28,7 +28,7 @@ from rankloom.cli import main
 from rankloom.config import TrialConfig, load
 from rankloom.events import Evaluated, Event, StepFinished
 from rankloom.launch.trainer import train_trial
-from rankloom.paths import shipped_folder
+from rankloom.paths import find_shipped_folder
 
 SOURCE = Path(__file__).resolve().parents[3] / "platform"
 CLI = [sys.executable, "-m", "rankloom.cli"]
@@ -677,7 +677,7 @@ def test_the_schema_is_one_and_accepts_what_the_config_does(trial: Path, cli: Cl
     assert code == 0
     validator = jsonschema.Draft202012Validator(json.loads(text))
     validator.check_schema(validator.schema)
-    for file in (trial, *sorted(shipped_folder("configs").rglob("trials/*.yaml"))):
+    for file in (trial, *sorted(find_shipped_folder("configs").rglob("trials/*.yaml"))):
         validator.validate(yaml.safe_load(file.read_text()))
     assert list(validator.iter_errors({"name": "tiny", "sead": 1}))
 

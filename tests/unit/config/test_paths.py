@@ -9,7 +9,7 @@ import pytest
 
 from rankloom.config import StudyConfig, TrialConfig, dump, parse
 from rankloom.config.base import Frozen
-from rankloom.config.paths import IsPath, local_inputs, map_paths, resolve_paths
+from rankloom.config.paths import IsPath, list_local_inputs, map_paths, resolve_paths
 from rankloom.config.serve import ServeConfig
 
 
@@ -53,7 +53,7 @@ def test_a_new_path_is_resolved_and_warned_of_by_its_mark_alone(here: Path) -> N
     resolved = resolve_paths(trial)
     assert resolved.lexicon is not None
     assert resolved.lexicon.words == str(here / "words.txt")
-    assert list(local_inputs(trial)) == [("lexicon.words", "words.txt")]
+    assert list(list_local_inputs(trial)) == [("lexicon.words", "words.txt")]
 
 
 def test_every_path_of_a_trial_is_marked(here: Path) -> None:
@@ -70,7 +70,7 @@ def test_every_path_of_a_trial_is_marked(here: Path) -> None:
         *(f"{name}.path" for name in ("data.train", "data.validation", "data.test", "eval.retention")),
     }
     assert marked(trial) == inputs | {"output.root", "output.registry"}
-    assert {name for name, _ in local_inputs(trial)} == inputs
+    assert {name for name, _ in list_local_inputs(trial)} == inputs
     output = resolve_paths(trial).output
     assert (output.root, output.registry) == (str(here / "out"), "s3://bucket/registry")
 
@@ -93,7 +93,7 @@ def test_paths_in_a_studys_branches_and_choices_are_resolved(here: Path) -> None
     assert resolved.space[1]["optim"] == tree["space"][1]["optim"]
     assert resolved.search.warm_start == [{"data": {"test": {"path": str(here / "b.csv")}}}]
     assert resolved.search.priors == [str(here / "old")]
-    assert list(local_inputs(study)) == [
+    assert list(list_local_inputs(study)) == [
         ("trial.data.train.path", "a.csv"),
         ("space.data.test.path", "a.csv"),
         ("space.model.id", "model"),

@@ -14,7 +14,7 @@ from rankloom.cli import main
 from rankloom.config import load, parse
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.serve import ReplicasConfig, ServeConfig
-from rankloom.deploy.run import gpu_notes
+from rankloom.deploy.run import explain_gpus
 from rankloom.errors import ConfigError
 
 
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
 )
 def test_replicas_have_idle_gpus_unless_told(replicas: dict[str, Any], idle: int, engine: Any, gpus: float) -> None:
     config = parse(ServeConfig, {"base": "org/base", "replicas": replicas, "engine": engine})
-    assert config.replicas.gpus_of(idle, config.engine) == gpus
+    assert config.replicas.count_gpus(idle, config.engine) == gpus
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_replicas_have_idle_gpus_unless_told(replicas: dict[str, Any], idle: int
 def test_what_replicas_have_and_what_stands_idle_is_told(
     replicas: dict[str, Any], idle: int, num_gpus: int, given: bool, lines: list[str]
 ) -> None:
-    assert list(gpu_notes(ReplicasConfig(**replicas), idle, num_gpus, given=given)) == lines
+    assert list(explain_gpus(ReplicasConfig(**replicas), idle, num_gpus, given=given)) == lines
 
 
 def test_rows_go_by_the_device_unless_told() -> None:

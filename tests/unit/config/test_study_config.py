@@ -9,8 +9,8 @@ import pytest
 
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.config.method import GaLoreConfig, LoraConfig
-from rankloom.config.space import grid, grid_size, knobs_of, merge, place
-from rankloom.config.study import host_key, is_fusable
+from rankloom.config.space import count_grid, find_knobs, merge, place, walk_grid
+from rankloom.config.study import is_fusable, make_host_key
 from rankloom.errors import ConfigError, IncompatibleError
 
 LORA = {
@@ -57,9 +57,9 @@ def test_the_baseline_is_the_first_warm_start() -> None:
 
 
 def test_grid_counts_and_lists_every_combination() -> None:
-    knobs = knobs_of({"a": {"choice": [1, 2]}, "b": {"c": {"randint": [5, 7]}}})
-    assert grid_size(knobs) == len(list(grid(knobs))) == 6
-    assert {(p["a"], p["b.c"]) for p in grid(knobs)} == {(a, c) for a in (1, 2) for c in (5, 6, 7)}
+    knobs = find_knobs({"a": {"choice": [1, 2]}, "b": {"c": {"randint": [5, 7]}}})
+    assert count_grid(knobs) == len(list(walk_grid(knobs))) == 6
+    assert {(p["a"], p["b.c"]) for p in walk_grid(knobs)} == {(a, c) for a in (1, 2) for c in (5, 6, 7)}
     tree = {"a": {"choice": [1]}, "b": {"c": {"randint": [5, 7]}, "d": 1}}
     assert place(tree, {"a": 1, "b.c": 6}) == {"a": 1, "b": {"c": 6, "d": 1}}
     assert study(space=[{"seed": {"choice": [1, 2, 3]}}], search={"algorithm": "grid"}).num_trials == 4
@@ -122,7 +122,7 @@ def test_what_shares_a_host() -> None:
         ]
     )
     members = list(config.members())
-    assert len({host_key(trial) for trial in members}) == 2
+    assert len({make_host_key(trial) for trial in members}) == 2
     assert {trial.method.type for trial in members if is_fusable(trial)} == {"lora", "dora"}
     assert not is_fusable(config.resolve({"branch": 2}))
     assert not is_fusable(config.resolve({"branch": 4}))

@@ -14,7 +14,7 @@ from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.config.data import DataConfig, Source
 from rankloom.config.model import ModelConfig
 from rankloom.data import load_data
-from rankloom.data.from_python import rows_files
+from rankloom.data.from_python import write_rows_files
 from rankloom.errors import ConfigError, DataError
 from rankloom.launch.handed_over import use_study_rows, use_trial_rows, write_rows
 from rankloom.models import load_tokenizer
@@ -66,7 +66,7 @@ def test_a_class_label_keeps_its_names_and_a_selection_its_rows(tiny_llama: Path
 )  # fmt: skip
 def test_what_is_no_table_is_refused(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        rows_files(given)
+        write_rows_files(given)
 
 
 def test_a_config_names_the_files(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rankloom.data.check import DataReport
 from rankloom.data.rows import Rows
 from rankloom.data.split import split_off
 from rankloom.errors import ConfigError, DataError
-from rankloom.paths import cache_dir
+from rankloom.paths import get_cache_dir
 
 MakeTokenizer = Callable[..., Any]
 LABELS = ["card_lost", "check_balance", "transfer"]
@@ -227,7 +227,7 @@ def test_the_cache_is_used_and_rebuilt_when_broken(
     monkeypatch.setattr(load, "_render", lambda *args: rendered.append(1) or render(*args))
     assert load_data(config, make_tokenizer()).fingerprint == first.fingerprint
     assert not rendered
-    (folder,) = [f for f in (cache_dir() / "tokens").iterdir() if f.is_dir()]
+    (folder,) = [f for f in (get_cache_dir() / "tokens").iterdir() if f.is_dir()]
     assert sorted(f.name for f in folder.iterdir()) == ["meta.json", "test", "train", "validation"]
     arrow = next((folder / "train").glob("*.arrow"))
     whole = arrow.read_bytes()
@@ -251,7 +251,7 @@ def test_the_tokenizer_is_part_of_the_key(make_tokenizer: MakeTokenizer, tmp_pat
     tokenizer = make_tokenizer()
     first = load_data(config, tokenizer)
     tokenizer("a", truncation=True, max_length=4, padding="max_length")  # leaves its settings behind
-    assert load._tokenizer_key(tokenizer) == load._tokenizer_key(make_tokenizer())
+    assert load._hash_tokenizer(tokenizer) == load._hash_tokenizer(make_tokenizer())
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>\n", "<|end|>")
     assert load_data(config, tokenizer).fingerprint != first.fingerprint
 
@@ -270,7 +270,7 @@ def test_several_processes_at_once(make_tokenizer: MakeTokenizer, tmp_path: Path
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         found = [pool.submit(_fingerprint, *arguments) for _ in range(2)]
         assert len({future.result() for future in found}) == 1
-    left = [f for f in (cache_dir() / "tokens").iterdir() if f.is_dir()]
+    left = [f for f in (get_cache_dir() / "tokens").iterdir() if f.is_dir()]
     assert len(left) == 1
 
 
@@ -314,7 +314,7 @@ def test_a_full_disk(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         message = pool.submit(_with_little_disk, path, str(tmp_path / "tokenizer")).result()
     assert "can't be written: OSError: [Errno 27] File too large; set RANKLOOM_CACHE" in message
-    assert not [f for f in (cache_dir() / "tokens").iterdir() if f.is_dir()]  # nothing half-written
+    assert not [f for f in (get_cache_dir() / "tokens").iterdir() if f.is_dir()]  # nothing half-written
 
 
 def test_rows(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:

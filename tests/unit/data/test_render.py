@@ -208,7 +208,7 @@ def test_long_texts_become_chunks_without_losing_a_prediction(make_tokenizer: Ma
 def test_label_table(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     renderer = Renderer(tokenizer, DataConfig(), "classification", "data.train")
-    table = renderer.label_table(["pin", "card", "card_lost", None])
+    table = renderer.build_label_table(["pin", "card", "card_lost", None])
     assert list(table) == ["card", "card_lost", "pin"]
     (row,) = render(tokenizer, "classification", [{"text": "hello", "label": "card_lost"}])
     assert table["card_lost"] == row["input_ids"][row["prompt_length"] :]
@@ -218,7 +218,7 @@ def test_labels_that_become_the_same_tokens(make_tokenizer: MakeTokenizer) -> No
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
     with pytest.raises(DataError, match="'pin' and 'pin '"):
-        Renderer(tokenizer, DataConfig(), "classification", "data.train").label_table(["pin", "card", "pin "])
+        Renderer(tokenizer, DataConfig(), "classification", "data.train").build_label_table(["pin", "card", "pin "])
 
 
 def test_labels_are_kept_verbatim(make_tokenizer: MakeTokenizer) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rankloom.config.data import DataConfig, Source
-from rankloom.data.sources import check_sources, locate, pick_columns, sources_of
+from rankloom.data.sources import check_sources, locate, pick_columns, resolve_sources
 from rankloom.errors import ConfigError, DataError, RankloomError
 
 ROWS = [{"text": "hello", "label": "a"}, {"text": "bye, now", "label": "b"}]
@@ -199,9 +199,9 @@ def test_builtin(tmp_path: Path) -> None:
     rows = read("builtin:bank-intents", tmp_path)
     assert len(rows) > 100
     assert set(rows[0]) == {"text", "label"}
-    test = sources_of(DataConfig(train=Source(path="builtin:bank-intents")), None)["test"]
+    test = resolve_sources(DataConfig(train=Source(path="builtin:bank-intents")), None)["test"]
     assert locate(test, "test").key == locate(Source(path="builtin:bank-intents"), "test").key
-    assert sources_of(DataConfig(train=Source(path="x.csv")), None).keys() == {"train"}
+    assert resolve_sources(DataConfig(train=Source(path="x.csv")), None).keys() == {"train"}
     for source, role, message in (
         (Source(path="builtin:bank-intent"), "train", "did you mean 'bank-intents'.*allowed: builtin:bank-intents"),
         (Source(path="builtin:bank-intents"), "validation", "no split 'validation'; it has test, train"),

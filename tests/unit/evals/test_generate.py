@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankloom.data.batching import collate
 from rankloom.data.render import Row
-from rankloom.evals.generate import ROOM, end_ids, generate_completions, references
-from rankloom.evals.loss import labelled_loss
+from rankloom.evals.generate import ROOM, decode_references, end_ids, generate_completions
+from rankloom.evals.loss import compute_labelled_loss
 
 TEXTS = {
     "my card was lost": "please send a new one",
@@ -38,7 +38,7 @@ def memorise(model: torch.nn.Module, rows: list[Row]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = collate(rows, 0)
     for _ in range(60):
-        loss, weight = labelled_loss(model, batch)
+        loss, weight = compute_labelled_loss(model, batch)
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +69,7 @@ def test_exact_match_of_a_model_that_has_learned_the_rows(tiny_llama: Path) -> N
 
     def exact_matches(rows: list[Row]) -> list[bool]:
         texts = generate_completions(model, tokenizer, rows, batch_size=3)
-        return [text == want for text, want in zip(texts, references(tokenizer, rows), strict=True)]
+        return [text == want for text, want in zip(texts, decode_references(tokenizer, rows), strict=True)]
 
     assert not any(exact_matches(rows))
     memorise(model, rows)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankloom.data.render import Row
 from rankloom.errors import DataError
-from rankloom.evals.labels import LabelTrie, macro_f1, predict_labels
+from rankloom.evals.labels import LabelTrie, compute_macro_f1, predict_labels
 
 PAD, END = 0, 1
 ARCHITECTURES = ["llama", "qwen", "gpt2"]
@@ -159,5 +159,5 @@ def test_labels_that_decoding_can_not_tell_apart_are_refused(labels: dict[str, l
 def test_macro_f1() -> None:
     # by hand, as sklearn.metrics.f1_score(average="macro"): a 2/3, b 2/5, c 0 (predicted only), d 0 (true only)
     truths, predictions = ["a", "a", "b", "b", "d"], ["a", "b", "b", "c", "b"]
-    assert macro_f1(truths, predictions) == pytest.approx((2 / 3 + 2 / 5 + 0 + 0) / 4)
-    assert macro_f1(["a", "b"], ["a", "b"]) == 1
+    assert compute_macro_f1(truths, predictions) == pytest.approx((2 / 3 + 2 / 5 + 0 + 0) / 4)
+    assert compute_macro_f1(["a", "b"], ["a", "b"]) == 1

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rankloom.data.batching import Batch, collate
 from rankloom.data.render import Row
 from rankloom.errors import DataError
-from rankloom.evals.loss import Loss, labelled_loss, token_loss
+from rankloom.evals.loss import Loss, compute_labelled_loss, compute_token_loss
 
 PAD = 0
 ARCHITECTURES = ["llama", "qwen", "gpt2"]
@@ -53,7 +53,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def assert_equal_to_plain(model: torch.nn.Module, batch: Batch) -> None:
     plain = plain_loss(model, batch)
     expected = gradients(model, plain)
-    loss_sum, weight_sum = labelled_loss(model, batch)
+    loss_sum, weight_sum = compute_labelled_loss(model, batch)
     loss = loss_sum / weight_sum
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
     found = gradients(model, loss)
@@ -81,7 +81,7 @@ def test_equals_the_plain_loss_under_activation_checkpointing(tiny_llama: Path) 
     expected = gradients(model, plain_loss(model, batch))
     model.gradient_checkpointing_enable()
     model.train()  # transformers recomputes in train mode only; the tiny models have no dropout
-    loss_sum, weight_sum = labelled_loss(model, batch)
+    loss_sum, weight_sum = compute_labelled_loss(model, batch)
     found = gradients(model, loss_sum / weight_sum)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -89,10 +89,10 @@ def test_equals_the_plain_loss_under_activation_checkpointing(tiny_llama: Path) 
 
 def test_runs_through_the_ddp_wrapper(tiny_llama: Path, tmp_path: Path) -> None:
     batch, model = collate(make_rows(3), PAD), load(tiny_llama)
-    plain, _ = labelled_loss(model, batch)
+    plain, _ = compute_labelled_loss(model, batch)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped, _ = labelled_loss(torch.nn.parallel.DistributedDataParallel(model), batch)
+        wrapped, _ = compute_labelled_loss(torch.nn.parallel.DistributedDataParallel(model), batch)
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(wrapped, plain)
@@ -102,7 +102,7 @@ def test_the_head_sees_the_trained_positions_alone(tiny_llama: Path) -> None:
     model, batch = load(tiny_llama), collate(make_rows(5), PAD)
     seen = []
     model.lm_head.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[:-1].numel()))
-    labelled_loss(model, batch)
+    compute_labelled_loss(model, batch)
     assert seen == [int((batch.loss_weights_BT > 0).sum())]
 
 
@@ -110,14 +110,14 @@ def test_the_hook_is_gone_after_an_error(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     batch = collate([Row([7, 10_000, 9], [0.0, 1.0, 1.0], 1, "")], PAD)
     with pytest.raises(IndexError):
-        labelled_loss(model, batch)
+        compute_labelled_loss(model, batch)
     assert model(input_ids=torch.tensor([[7, 8, 9]])).logits.shape[:2] == (1, 3)
     assert not model.lm_head._forward_pre_hooks
 
 
 def test_a_batch_without_trained_tokens_has_zero_loss_and_gradient(tiny_llama: Path) -> None:
     model = load(tiny_llama)
-    loss, weight = labelled_loss(model, collate([Row([7, 8, 9], [0.0] * 3, 1, "")], PAD))
+    loss, weight = compute_labelled_loss(model, collate([Row([7, 8, 9], [0.0] * 3, 1, "")], PAD))
     found = gradients(model, loss)
     assert loss.item() == weight.item() == 0
     assert found
@@ -128,7 +128,7 @@ def test_token_loss_does_not_depend_on_the_batches(tiny_llama: Path) -> None:
     model, rows = load(tiny_llama), make_rows(11)
     expected = plain_loss(model, collate(rows, PAD)).item()
     for batch_size in (1, 4, 11):
-        loss = token_loss(model, rows, pad_id=PAD, batch_size=batch_size)
+        loss = compute_token_loss(model, rows, pad_id=PAD, batch_size=batch_size)
         assert loss.mean == pytest.approx(expected, rel=1e-5)
         assert loss.num_tokens == sum(w > 0 for row in rows for w in row.loss_weights[1:])
     assert loss.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
@@ -147,14 +147,14 @@ def test_evaluation_restores_modes_and_training_goes_on(tiny_llama: Path) -> Non
     handle = model.model.register_forward_pre_hook(
         lambda module, _args: inside.append(module.training or torch.is_grad_enabled())
     )
-    token_loss(model, rows, pad_id=PAD, batch_size=4)
+    compute_token_loss(model, rows, pad_id=PAD, batch_size=4)
     handle.remove()
     assert inside == [False, False]
     assert [m.training for m in model.modules()] == modes
-    loss, _ = labelled_loss(model, collate(rows[:2], PAD))
+    loss, _ = compute_labelled_loss(model, collate(rows[:2], PAD))
     assert all(torch.isfinite(g).all() for g in gradients(model, loss).values())
 
 
 def test_rows_that_train_nothing_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(DataError, match="none of the 1 rows"):
-        token_loss(load(tiny_llama), [Row([7, 8], [0.0, 0.0], 1, "")], pad_id=PAD, batch_size=1)
+        compute_token_loss(load(tiny_llama), [Row([7, 8], [0.0, 0.0], 1, "")], pad_id=PAD, batch_size=1)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankloom.config.data import DataConfig, Source
-from rankloom.config.metric import name_of
+from rankloom.config.metric import name_function
 from rankloom.config.trial import EvalConfig
 from rankloom.data import TaskData, load_data
 from rankloom.errors import ConfigError, TrialError
@@ -72,7 +72,7 @@ def test_a_function_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
     function = load_metric("my_metrics:f1")
     assert function is not None
     assert function([]) == 0.5
-    assert name_of(function) == "my_metrics:f1"
+    assert name_function(function) == "my_metrics:f1"
     assert load_metric("loss") is load_metric("accuracy") is None
     for name, message in (
         ("my_metrics:f2", "'my_metrics:f2' can't be imported: AttributeError"),
@@ -86,8 +86,8 @@ def test_a_function_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_only_this_process_has_goes_by_its_mere_name() -> None:
-    assert name_of(overlap) == f"{__name__}:overlap"
-    assert name_of(lambda _: 1.0) == "python:test_what_only_this_process_has_goes_by_its_mere_name_locals_lambda"
+    assert name_function(overlap) == f"{__name__}:overlap"
+    assert name_function(lambda _: 1.0) == "python:test_what_only_this_process_has_goes_by_its_mere_name_locals_lambda"
 
 
 def test_names_and_modes_are_checked() -> None:

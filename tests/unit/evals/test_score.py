@@ -17,7 +17,7 @@ from rankloom.config.trial import EvalConfig
 from rankloom.data import TaskData, load_data
 from rankloom.data.batching import collate
 from rankloom.errors import ConfigError
-from rankloom.evals.loss import labelled_loss, token_loss
+from rankloom.evals.loss import compute_labelled_loss, compute_token_loss
 from rankloom.evals.score import measure, validate
 
 LABELLED = [
@@ -49,7 +49,7 @@ def memorise(model: torch.nn.Module, data: TaskData) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = collate(list(data.test), 0)
     for _ in range(60):
-        loss, weight = labelled_loss(model, batch)
+        loss, weight = compute_labelled_loss(model, batch)
         (loss / weight).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -70,7 +70,7 @@ def test_classification(tiny_llama: Path, tmp_path: Path) -> None:
     assert after.loss < 0.1 < before.loss
     assert after.perplexity == pytest.approx(math.exp(after.loss))
     assert data.retention is not None
-    assert after.retention_loss == token_loss(model, data.retention, pad_id=0, batch_size=4).mean
+    assert after.retention_loss == compute_token_loss(model, data.retention, pad_id=0, batch_size=4).mean
     assert after.exact_match is None  # constrained accuracy stands in for it
     assert after.latency_ms is not None
     assert after.generated_tokens_per_s is not None

@@ -10,7 +10,7 @@ import pytest
 from rankloom.errors import ConfigError
 from rankloom.gateway.errors import RateLimitedError
 from rankloom.gateway.keys import KeyFile, TokenBucket
-from rankloom.gateway.openai.errors import wire_error
+from rankloom.gateway.openai.errors import to_wire_error
 from rankloom.gateway.quota import Quotas
 
 
@@ -93,7 +93,7 @@ def test_what_a_request_may_generate_is_off_its_keys_minute_while_it_lasts(file:
     quotas.begin(key, 4096, 0.0)  # reserves a whole minute, not more
     with pytest.raises(RateLimitedError, match=r"600 tokens a minute reached; try again in 50\.1 s") as caught:
         quotas.admit(key, 0.0)
-    error = wire_error(caught.value)
+    error = to_wire_error(caught.value)
     assert (error.status, error.kind, error.headers()) == (429, "tokens", {"retry-after": "50"})
     quotas.end(key, 500, 20, 0.0)
     quotas.end(key, 4096, 30, 0.0)  # what was not used is given back

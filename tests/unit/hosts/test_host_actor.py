@@ -28,7 +28,7 @@ from rankloom.hosts.host_actor import HostActor, sweep
 from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.hosts.membership import META
 from rankloom.hosts.reports import TrialReport
-from rankloom.training.memory import peak_memory_bytes
+from rankloom.training.memory import read_peak_memory_bytes
 
 STUDY = {
     "name": "s",
@@ -508,7 +508,7 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
     device = torch.device("cpu")
 
     async def main() -> None:
-        small = actor(peak_memory_bytes(device) + 150e6)  # a slot of rank 4096 takes 200 MB
+        small = actor(read_peak_memory_bytes(device) + 150e6)  # a slot of rank 4096 takes 200 MB
 
         async def reports(rank: int) -> list[dict[str, Any]]:
             member = config.resolve({"branch": 0, "method.rank": rank})
@@ -519,7 +519,7 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
         [refused] = [r.error for r in wide]
         assert refused == "method.rank=4096 does not fit this host; allowed: at most the bank's 4"
         assert [r.step for r in narrow] == [2, 4]
-        nothing = actor(peak_memory_bytes(device) + 1e4)
+        nothing = actor(read_peak_memory_bytes(device) + 1e4)
         with pytest.raises(TrialError, match=r"not even one slot of rank 4 .* lower data\.max_length or method\.rank"):
             await nothing.ready()
 

@@ -8,7 +8,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
-from rankloom.hosts.hosts import BankShape, bank_of, groups, share_out
+from rankloom.hosts.hosts import BankShape, group_trials, share_out, size_bank
 
 LORA = {"method": {"type": "lora", "rank": {"choice": [4, 32]}}}
 QUANTISED = LORA | {"quantization": {"choice": ["none", "nf4"]}}
@@ -21,14 +21,14 @@ def study(*space: dict[str, Any], **changed: Any) -> StudyConfig:
 
 
 def test_a_group_is_a_base_and_the_bank_holds_any_trial() -> None:
-    assert len(groups(study(LORA))) == 1
-    assert [trial.quantization.type for trial in groups(study(QUANTISED, DORA, FULL)).values()] == ["none", "nf4"]
+    assert len(group_trials(study(LORA))) == 1
+    assert [trial.quantization.type for trial in group_trials(study(QUANTISED, DORA, FULL)).values()] == ["none", "nf4"]
     crossed = QUANTISED | {"data": {"max_length": {"choice": [64, 128, 256]}}}
-    assert len(groups(study(crossed))) == 7  # and the baseline's
-    assert bank_of(study(LORA)) == BankShape((4, 16, 32), with_magnitudes=False)  # and the baseline's
-    assert bank_of(study(QUANTISED, DORA)) == BankShape((4, 8, 16, 32), with_magnitudes=True)
-    assert bank_of(study(LORA, hosts={"max_rank": 8})).ranks == (4, 8)
-    assert bank_of(study(LORA, hosts={"max_rank": 64})).ranks == (4, 16, 32, 64)
+    assert len(group_trials(study(crossed))) == 7  # and the baseline's
+    assert size_bank(study(LORA)) == BankShape((4, 16, 32), with_magnitudes=False)  # and the baseline's
+    assert size_bank(study(QUANTISED, DORA)) == BankShape((4, 8, 16, 32), with_magnitudes=True)
+    assert size_bank(study(LORA, hosts={"max_rank": 8})).ranks == (4, 8)
+    assert size_bank(study(LORA, hosts={"max_rank": 64})).ranks == (4, 16, 32, 64)
 
 
 def test_hosts_leave_room_for_the_trials_and_for_dedicated_runs() -> None:

@@ -12,7 +12,7 @@ import pytest
 from rankloom.config import StudyConfig, parse
 from rankloom.hosts.slots import Candidate, assign_slots
 from rankloom.search.schedulers import PROGRESS, build_scheduler
-from rankloom.search.tuning import num_live
+from rankloom.search.tuning import count_live
 
 
 def candidate(key: str, order: int, **changed: object) -> Candidate:
@@ -104,7 +104,7 @@ def occupancy(study: StudyConfig, seed: int) -> float:
     """
     asha = build_scheduler(study)
     asha.set_search_properties("loss", "min")
-    rng, num_slots, most = random.Random(seed), study.hosts.num_slots, num_live(study, hosts_per_group=1)
+    rng, num_slots, most = random.Random(seed), study.hosts.num_slots, count_live(study, hosts_per_group=1)
     quality = [rng.gauss(0, 1) for _ in range(study.num_trials)]
     speed = [rng.uniform(0.5, 2) for _ in range(study.num_trials)]
     todo, fill = list(range(study.num_trials)), []
@@ -157,4 +157,4 @@ def test_over_a_whole_study_with_early_stopping_slots_are_full() -> None:
 )
 def test_how_many_trials_are_under_way(changed: dict[str, object], expected: int) -> None:
     study = {"name": "s", "space": [{"seed": {"randint": [0, 9]}}], "search": {"num_trials": 64}}
-    assert num_live(parse(StudyConfig, study | {"hosts": {"num_slots": 8}} | changed), hosts_per_group=1) == expected
+    assert count_live(parse(StudyConfig, study | {"hosts": {"num_slots": 8}} | changed), hosts_per_group=1) == expected

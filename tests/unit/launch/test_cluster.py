@@ -19,10 +19,10 @@ from rankloom.events import Event
 from rankloom.launch.cluster import (
     WorkerResources,
     announce,
-    connected,
+    connect,
+    divide_resources,
+    make_worker_environment,
     open_ports,
-    worker_environment,
-    worker_resources,
 )
 from rankloom.launch.submit import is_open
 
@@ -42,7 +42,7 @@ from rankloom.launch.submit import is_open
 def test_workers_get_an_even_share(
     compute: dict[str, Any], nodes: list[dict[str, float]], expected: WorkerResources
 ) -> None:
-    assert worker_resources(ComputeConfig(**compute), nodes, growing=False) == expected
+    assert divide_resources(ComputeConfig(**compute), nodes, growing=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_what_does_not_fit_is_refused_unless_the_cluster_grows(
     compute: dict[str, Any], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        worker_resources(ComputeConfig(**compute), nodes, growing=False)
-    assert worker_resources(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
+        divide_resources(ComputeConfig(**compute), nodes, growing=False)
+    assert divide_resources(ComputeConfig(**compute), nodes, growing=True).num_workers == compute["num_workers"]
 
 
 def test_cudnns_attention_is_off_in_workers_and_in_vllm() -> None:
-    for environment in (worker_environment(1, gpu=True), vllm_environment(VllmConfig(), threads=1)):
+    for environment in (make_worker_environment(1, gpu=True), vllm_environment(VllmConfig(), threads=1)):
         assert environment["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
     assert vllm_environment(VllmConfig(env={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}), threads=1) != environment
 
@@ -72,11 +72,11 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with (
         pytest.raises(RankloomError, match=r"nothing answers at RAY_ADDRESS=127\.0\.0\.1:9"),
-        connected(ComputeConfig()),
+        connect(ComputeConfig()),
     ):
         pass
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    with pytest.raises(ConfigError, match="rankloom submit"), connected(ComputeConfig()):
+    with pytest.raises(ConfigError, match="rankloom submit"), connect(ComputeConfig()):
         pass
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rankloom.launch.results import EvaluationResult, TrialResult, html_table
+from rankloom.launch.results import EvaluationResult, TrialResult, render_html_table
 from scorecards import COSTS
 
 MEASURES: dict[str, Any] = {
@@ -81,7 +81,7 @@ def test_a_notebook_shows_a_table_in_which_no_text_is_markup() -> None:
     html = TrialResult.model_validate(DONE)._repr_html_()
     assert "<caption>tickets@3, done</caption>" in html
     assert "<tr><td>loss</td><td>0.2500</td><td>2.0000</td></tr>" in html
-    table = html_table("<b>", ("a&b",), [("<script>",)])
+    table = render_html_table("<b>", ("a&b",), [("<script>",)])
     assert table == (
         "<table><caption>&lt;b&gt;</caption><thead><tr><th>a&amp;b</th></tr></thead>"
         "<tbody><tr><td>&lt;script&gt;</td></tr></tbody></table>"

@@ -14,7 +14,7 @@ from rankloom.config.paths import resolve_paths
 from rankloom.errors import ConfigError
 from rankloom.events import Evaluated, PhaseStarted, RunFinished, RunResumed, StepFinished
 from rankloom.launch.run_folder import RunFolder
-from rankloom.launch.tracking import check, scalars, track_run
+from rankloom.launch.tracking import check, list_scalars, track_run
 
 STEP = StepFinished(
     step=1, total_steps=2, epoch=0.5, loss=2.0, learning_rate=1e-3, grad_norm=None,
@@ -25,11 +25,11 @@ DONE = RunFinished(status="done", steps=2, scorecard={"result": MEASURES, "base"
 
 
 def test_scalars_leave_out_what_was_not_measured() -> None:
-    assert "train/grad_norm" not in scalars(STEP)
-    assert scalars(STEP)["train/loss"] == 2.0
-    assert scalars(Evaluated(step=1, loss=1.0, accuracy=None, best=True)) == {"eval/loss": 1.0}
-    assert scalars(DONE) == {"result/loss": 0.5, "result/perplexity": 1.6, "result/accuracy": 0.9}
-    assert scalars(PhaseStarted("data", "")) == {}
+    assert "train/grad_norm" not in list_scalars(STEP)
+    assert list_scalars(STEP)["train/loss"] == 2.0
+    assert list_scalars(Evaluated(step=1, loss=1.0, accuracy=None, best=True)) == {"eval/loss": 1.0}
+    assert list_scalars(DONE) == {"result/loss": 0.5, "result/perplexity": 1.6, "result/accuracy": 0.9}
+    assert list_scalars(PhaseStarted("data", "")) == {}
 
 
 def test_events_are_written_where_tensorboard_reads_them(tmp_path: Path) -> None:

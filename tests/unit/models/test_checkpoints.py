@@ -19,7 +19,7 @@ from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization, Quanti
 from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, ModelError
 from rankloom.models import Base, load_base, load_outline, load_shell, load_tokenizer
-from rankloom.models.checkpoints import fingerprint, weight_files
+from rankloom.models.checkpoints import fingerprint, list_weight_files
 from rankloom.training.precision import check_lengths
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_blocks_for_multi_token_prediction_are_no_layers(tiny_llama: Path, tmp_p
 def test_the_files_that_transformers_reads_are_the_models(tiny_llama: Path, tmp_path: Path) -> None:
     folder = copied(tiny_llama, tmp_path / "copy", {})
     save_file({"tok_embeddings.weight": torch.ones(4, 4)}, folder / "consolidated.safetensors")
-    assert weight_files(folder) == [folder / "model.safetensors"]
+    assert list_weight_files(folder) == [folder / "model.safetensors"]
     assert fingerprint(folder) == fingerprint(tiny_llama)
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     save_file({"tok_embeddings.weight": torch.ones(4, 4)}, tmp_path / "shards" / "consolidated.safetensors")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rankloom.config.model import Int8, ModelConfig, Nf4, NoQuantization
 from rankloom.errors import ConfigError, ModelError
-from rankloom.models import find_target_linears, fingerprint, load_base, load_tokenizer, local_folder
+from rankloom.models import find_target_linears, fingerprint, load_base, load_tokenizer, locate_folder
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]
@@ -132,6 +132,6 @@ def test_a_broken_gguf_file_leaves_nothing_behind(tmp_path: Path) -> None:
     broken = tmp_path / "model.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(ModelError, match=r"model\.gguf"):
-        local_folder(ModelConfig(id=str(broken)))
+        locate_folder(ModelConfig(id=str(broken)))
     left = [p for p in (tmp_path / "rankloom-cache" / "models").iterdir() if p.suffix != ".lock"]
     assert left == []

@@ -15,7 +15,7 @@ from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
 from rankloom.search import flat_space
 from rankloom.search.schedulers import build_scheduler
-from rankloom.search.tune_searcher import StudySearcher, population
+from rankloom.search.tune_searcher import StudySearcher, draw_population
 
 SPACE = [
     {
@@ -211,7 +211,7 @@ def test_a_population_holds_the_searchers_points() -> None:
     from ray.tune.search.variant_generator import generate_variants
 
     config = study(space=SPACE[:1], scheduler={"type": "pbt"}, search={"num_trials": 5})
-    found = [spec["config"] for _, spec in generate_variants({"config": population(config)})]
+    found = [spec["config"] for _, spec in generate_variants({"config": draw_population(config)})]
     assert found == points(StudySearcher(config), 5)
 
 

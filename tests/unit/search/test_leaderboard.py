@@ -17,7 +17,7 @@ from rankloom.errors import ConfigError
 from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus, to_line
 from rankloom.registry import Registry
 from rankloom.search.leaderboard import Leaderboard, write_results
-from rankloom.search.publish_best import beats, names_of
+from rankloom.search.publish_best import beats, choose_names
 from rankloom.search.results import StudyResult
 from rankloom.search.study import resolve_study_paths, tune
 
@@ -72,9 +72,9 @@ def filled(metric: str = "accuracy") -> Leaderboard:
 
 def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
     found = filled()
-    assert [trial.number for trial in found.ranking()] == [3, 1, 2, 0]
+    assert [trial.number for trial in found.rank_trials()] == [3, 1, 2, 0]
     assert found.trials["t1"].best(ACCURACY) == found.trials["t1"].curve[2]
-    assert [trial.number for trial in filled("loss").ranking()] == [3, 1, 2, 0]
+    assert [trial.number for trial in filled("loss").rank_trials()] == [3, 1, 2, 0]
     assert found.trials["t3"].best(SearchConfig()).step == 20  # type: ignore[union-attr]
 
 
@@ -83,7 +83,7 @@ def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
     assert [(trial.number, trial.method) for trial in found.finalists()] == [
         (3, "lora"), (1, "lora"), (2, "qdora"), (0, "lora"),
     ]  # fmt: skip
-    assert [names_of(trial, found) for trial in found.finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
+    assert [choose_names(trial, found) for trial in found.finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
 
 
 def test_the_front_is_what_nothing_beats_in_all() -> None:
@@ -100,7 +100,7 @@ def test_the_front_is_what_nothing_beats_in_all() -> None:
     # 3 is beaten by 1; 5 is as good as 1; of 6 the costs are not known
     assert [trial.number for trial in found.front()] == [0, 1, 2, 5, 4]
     assert {trial.number for trial in found.finalists()} == {0, 1, 2, 4, 5, 6}
-    assert names_of(found.front()[0], found) == ["s-front"]
+    assert choose_names(found.front()[0], found) == ["s-front"]
     assert filled().front() == []
 
 
@@ -195,20 +195,20 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
     from rich.console import Console
 
     status = replace(filled().status(), hosts=[HOST], elapsed_s=65, eta_s=130.0)
-    assert study_view.status_line(status) == (
+    assert study_view.format_status(status) == (
         "3/6 trials (2 running, 1 stopped early, 1 failed); best 70.0 % by s-0003 (lora); "
         "host-1 3/4 slots, 2,500 tokens/s; 1m05s, eta 2m10s"
     )
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(study_view.table(status))
+    console.print(study_view.build_status_table(status))
     text = console.export_text()
     assert "3/6 trials   2 running   1 done   1 stopped early   1 failed   4 refused" in text
     assert "s-0003  lora    rank 4    50 %" in text
     assert "host-1 3/4 slots, 2,500 tokens/s, 1 waiting, 93 % full" in text
     assert "rungs   10 %: 4   30 %: 2   90 %: 0" in text
     fresh = replace(board().status(), elapsed_s=0.1)
-    assert study_view.status_line(fresh) == "0/6 trials (0 running, 0 stopped early, 0 failed); 0s"
-    console.print(study_view.table(fresh))
+    assert study_view.format_status(fresh) == "0/6 trials (0 running, 0 stopped early, 0 failed); 0s"
+    console.print(study_view.build_status_table(fresh))
 
 
 def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
@@ -252,7 +252,7 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
         "finalists": [winner, broken], "beats_baseline": False, "front": [], "registry": "out/registry",
     }  # fmt: skip
     result = StudyResult.model_validate(done)
-    assert study_view.result_rows(result)[1:] == [
+    assert study_view.build_result_rows(result)[1:] == [
         ("s-0003", "lora", "75.0 %", "80.0 % [70.0, 90.0]", "0.5000", "s@1, s-lora@1"),
         ("s-0000 (baseline)", "lora", "75.0 %", "gone", "", ""),
         ("base, untuned", "", "", "80.0 % [70.0, 90.0]", "9.0000", ""),
@@ -260,18 +260,18 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     measured = {"costs": {"memory_bytes": 2.5e8, "latency_ms": 31.0}, "on_front": True}
     finalists = [winner | measured, broken]
     with_front = StudyResult.model_validate(done | {"finalists": finalists, "front": finalists[:1]})
-    header, *rows = study_view.result_rows(with_front)
+    header, *rows = study_view.build_result_rows(with_front)
     assert header[5:] == ("front", "memory", "latency", "published")
     assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", ""), ("", "", "")]
-    text = "\n".join(study_view.result_lines(result, "study.yaml"))
+    text = "\n".join(study_view.format_result(result, "study.yaml"))
     assert "on the test rows it is NOT better than the baseline, s-0000" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text
     stopped = StudyResult.model_validate(begun | {"status": "interrupted"})
-    (line,) = study_view.result_lines(stopped, "my study.yaml", ["name=b", "trial.data.train=a b.csv"])
+    (line,) = study_view.format_result(stopped, "my study.yaml", ["name=b", "trial.data.train=a b.csv"])
     assert "rankloom tune 'my study.yaml' name=b 'trial.data.train=a b.csv' --resume continues" in line
 
 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:
     for trial in filled().finalists():
-        for name in names_of(trial, filled()):
+        for name in choose_names(trial, filled()):
             assert Registry("/nowhere").versions(name) == []

@@ -17,7 +17,7 @@ from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PriorTrial
 from rankloom.search.schedulers import build_scheduler
 from rankloom.search.tune_searcher import StudySearcher
-from rankloom.search.tuning import num_live
+from rankloom.search.tuning import count_live
 
 SPACE = [
     {
@@ -49,7 +49,7 @@ class Halving(Searcher):  # type: ignore[misc]
 
 def searched(config: StudyConfig, own: OwnSearch, known: list[PriorTrial] | None = None) -> list[dict[str, Any]]:
     """The points of a whole study whose trials' losses are their learning rates."""
-    config = own.named_in(config)
+    config = own.name_in(config)
     searcher, points = StudySearcher(config, known or [], own), []
     for number in range(config.num_trials):
         point = searcher.suggest(str(number))
@@ -102,19 +102,19 @@ def test_earlier_trials_are_told_where_the_searcher_takes_them() -> None:
 def test_schedulers_are_taken_as_they_are() -> None:
     given = schedulers.ASHAScheduler(time_attr="percent", max_t=100, grace_period=20)
     own = OwnSearch(scheduler=given)
-    config = own.named_in(study())
+    config = own.name_in(study())
     assert config.scheduler.type == "own"
     built = build_scheduler(config, own)
     assert isinstance(built, schedulers.AsyncHyperBandScheduler)
     assert built is not given
     assert built.set_search_properties("loss", "min")
-    assert num_live(config, 1) == 12
+    assert count_live(config, 1) == 12
     population = schedulers.PopulationBasedTraining(
         time_attr="percent", perturbation_interval=20, hyperparam_mutations={"optim.learning_rate": tune.uniform(0, 1)}
     )
-    assert OwnSearch(scheduler=population).named_in(study(space=SPACE[:1])).is_population
+    assert OwnSearch(scheduler=population).name_in(study(space=SPACE[:1])).is_population
     with pytest.raises(ConfigError, match="needs a space of one branch"):
-        OwnSearch(scheduler=population).named_in(study())
+        OwnSearch(scheduler=population).name_in(study())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_schedulers_are_taken_as_they_are() -> None:
 )
 def test_other_objects_are_refused(objects: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OwnSearch(**objects).named_in(study())
+        OwnSearch(**objects).name_in(study())
 
 
 def test_what_has_a_space_or_metric_of_its_own_is_refused() -> None:
@@ -138,10 +138,10 @@ def test_what_has_a_space_or_metric_of_its_own_is_refused() -> None:
         searched(study(), OwnSearch(searcher=space))
     own = OwnSearch(scheduler=schedulers.ASHAScheduler(metric="accuracy", mode="max"))
     with pytest.raises(ConfigError, match="scheduler: it has a metric or mode of its own"):
-        build_scheduler(own.named_in(study()), own)
+        build_scheduler(own.name_in(study()), own)
 
 
 @pytest.mark.parametrize("tree", [{"search": {"algorithm": "own"}}, {"scheduler": {"type": "own"}}])
 def test_own_in_a_file_wants_the_object(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"hand it over with rankloom\.tune"):
-        OwnSearch().named_in(study(**tree))
+        OwnSearch().name_in(study(**tree))

@@ -12,7 +12,7 @@ from rankloom.config import StudyConfig, dump, load, parse
 from rankloom.errors import ConfigError
 from rankloom.events import TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.search.leaderboard import Leaderboard, write_results
-from rankloom.search.priors import Priors, first_guess, locate
+from rankloom.search.priors import Priors, guess_first, locate
 from rankloom.search.samplers import PriorTrial
 from rankloom.search.tune_searcher import StudySearcher
 
@@ -32,16 +32,16 @@ def study(*space: dict[str, Any], **changed: Any) -> StudyConfig:
 
 def test_the_guess_is_the_guidance_and_the_baselines_values_elsewhere() -> None:
     guess = {"branch": 1, "method.rank": 16, "method.alpha_over_rank": 2, "optim.learning_rate": 5e-4}
-    assert first_guess(study(FULL, LORA)) == guess | {"optim.loraplus_ratio": 1}
-    assert first_guess(study(DORA)) == {"branch": 0, "method.rank": 16, "optim.learning_rate": 5e-4}
+    assert guess_first(study(FULL, LORA)) == guess | {"optim.loraplus_ratio": 1}
+    assert guess_first(study(DORA)) == {"branch": 0, "method.rank": 16, "optim.learning_rate": 5e-4}
     rank8 = study(DORA, trial={"method": {"type": "lora", "rank": 8}, "quantization": "nf4"})
-    trial = rank8.resolve(first_guess(rank8) or {})
+    trial = rank8.resolve(guess_first(rank8) or {})
     assert (trial.method.rank, trial.method.alpha, trial.quantization.type) == (8, 32.0, "nf4")  # type: ignore[union-attr]
 
 
 def test_the_guess_takes_the_rank_at_which_alpha_can_be_32() -> None:
     wide = {"method": LORA["method"] | {"alpha_over_rank": {"choice": [4, 8]}}, "optim": RATES}
-    assert first_guess(study(wide)) == {
+    assert guess_first(study(wide)) == {
         "branch": 0, "method.rank": 8, "method.alpha_over_rank": 4, "optim.learning_rate": 5e-4,
     }  # fmt: skip
 
@@ -58,18 +58,18 @@ def test_the_guess_takes_the_rank_at_which_alpha_can_be_32() -> None:
     ],
 )
 def test_no_guess_where_no_branch_permits_it(space: dict[str, Any]) -> None:
-    assert first_guess(study(space)) is None
+    assert guess_first(study(space)) is None
 
 
 def test_no_guess_beside_warm_starts_nor_one_that_is_the_baseline() -> None:
-    assert first_guess(study(LORA, search={"warm_start": [{}]})) is None
-    assert first_guess(study(DORA, trial={"method": {"type": "dora"}, "optim": {"learning_rate": 5e-4}})) is None
+    assert guess_first(study(LORA, search={"warm_start": [{}]})) is None
+    assert guess_first(study(DORA, trial={"method": {"type": "dora"}, "optim": {"learning_rate": 5e-4}})) is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_studies_permit_it(path: Path) -> None:
     config = load(StudyConfig, path)
-    guess = first_guess(config)
+    guess = guess_first(config)
     assert guess is not None
     assert guess["optim.learning_rate"] == 5e-4
 
@@ -77,7 +77,7 @@ def test_the_shipped_studies_permit_it(path: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["random", "optuna", "hyperopt", "nevergrad"])
 def test_the_guess_is_tried_after_the_baseline_and_the_searcher_is_told(algorithm: str) -> None:
     config = study(LORA, DORA, search={"algorithm": algorithm, "num_trials": 3})
-    guess = first_guess(config)
+    guess = guess_first(config)
     assert guess is not None
     searcher = StudySearcher(config, Priors(guess, [], {}).points)
     assert searcher.suggest("t0")["warm_start"] == 0

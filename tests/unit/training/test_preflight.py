@@ -24,7 +24,7 @@ from rankloom.launch import cluster
 from rankloom.launch.evaluation import evaluate
 from rankloom.launch.trainer import train_trial
 from rankloom.methods import build_method
-from rankloom.methods.base import peft_targets
+from rankloom.methods.base import list_peft_targets
 from rankloom.models import find_target_linears, load_base
 from rankloom.models.checkpoints import INDEX, WHOLE
 from rankloom.models.linears import FUSED_BY_KERNELS
@@ -71,7 +71,7 @@ def test_train_and_tune_and_evaluate_refuse_before_ray(
     def ray_started(*_: Any) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(cluster, "connected", ray_started)
+    monkeypatch.setattr(cluster, "connect", ray_started)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("q,a\nhello,b\n")
     sections, kind, message = CASES[case]
@@ -181,7 +181,7 @@ def test_mamba_is_adapted_where_an_adapter_does_something(
     with pytest.raises(ConfigError, match=r"out_proj.*does nothing"):
         find_target_linears(base.model, ["out_proj"])
     trial = parse(TrialConfig, trial_of(tmp_path / kind, tmp_path, name="t"))
-    model = peft.get_peft_model(base.model, peft.LoraConfig(target_modules=peft_targets(base, trial.method)))  # type: ignore[arg-type]
+    model = peft.get_peft_model(base.model, peft.LoraConfig(target_modules=list_peft_targets(base, trial.method)))  # type: ignore[arg-type]
     model(input_ids=torch.arange(5, 25)[None]).logits.square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -228,7 +228,7 @@ def test_a_study_tells_of_experts_before_ray(mixtral: Path, tmp_path: Path, monk
     def ray_started(*_: Any) -> None:
         raise DataError("Ray was started")
 
-    monkeypatch.setattr(cluster, "connected", ray_started)
+    monkeypatch.setattr(cluster, "connect", ray_started)
     space = [{"optim": {"learning_rate": {"choice": [1e-4, 1e-3]}}}]
     study = {"name": "s", "trial": trial_of(mixtral, tmp_path / "out"), "space": space}
     events: list[Event] = []

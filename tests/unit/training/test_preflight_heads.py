@@ -41,7 +41,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def ray_started(*_: Any) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(cluster, "connected", ray_started)
+    monkeypatch.setattr(cluster, "connect", ray_started)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from rankloom.events import Event, WarningRaised
 from rankloom.launch.results import TrialResult
 from rankloom.launch.trainer import train_trial
 from rankloom.models import load_base, load_tokenizer
-from rankloom.training.resume_check import ORIGIN, Origin, hold_study_to, study_warning
+from rankloom.training.resume_check import ORIGIN, Origin, find_study_warning, hold_study_to
 
 TEXTS = ("my card was lost", "transfer money to a friend")
 
@@ -121,7 +121,7 @@ def test_a_study_is_held_to_its_data_and_bases(make: Callable[..., TrialConfig],
 
     hold_study_to(study, trial, now())
     hold_study_to(study, trial, now())
-    assert study_warning(study) is None
+    assert find_study_warning(study) is None
     write(tmp_path / "train.csv", "ba")
     with pytest.raises(DataError, match="--resume: the rows"):
         hold_study_to(study, trial, now())

@@ -88,8 +88,8 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.7) if len(where) == 1 else []
         context = {"hint": f"did you mean {near[0]}?" if near else "leave it out"}
-    text = _allowed(detail["type"], detail["msg"], context)
-    given = "" if detail["type"] in _WITHOUT_VALUE else f" (given {_shown(value)})"
+    text = _describe_allowed(detail["type"], detail["msg"], context)
+    given = "" if detail["type"] in _WITHOUT_VALUE else f" (given {_quote(value)})"
     about = [*([f"role {value}"] if key == "role" and isinstance(value, str) else []), key, *where[:1]]
     hints = [_INSTEAD[name] for name in about if name in _INSTEAD and detail["type"] != "missing"]
     hint = f"; {hints[0]}" if hints else ""
@@ -99,7 +99,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
 _WITHOUT_VALUE = {"extra_forbidden", "missing", "too_long", "too_short", "long_texts", "string_too_long"}
 
 
-def _allowed(kind: str, text: str, context: dict[str, Any]) -> str:
+def _describe_allowed(kind: str, text: str, context: dict[str, Any]) -> str:
     match kind:
         case "missing":
             return "required, but not given"
@@ -134,7 +134,7 @@ def _allowed(kind: str, text: str, context: dict[str, Any]) -> str:
     return text.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-def _shown(value: Any) -> str:
+def _quote(value: Any) -> str:
     """Return a value, or its beginning, as JSON."""
     if isinstance(value, dict):
         return "an object"

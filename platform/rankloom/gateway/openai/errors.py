@@ -61,7 +61,7 @@ class ErrorReply(BaseModel):
     error: ErrorFacts
 
 
-def wire_error(error: Exception) -> WireError:
+def to_wire_error(error: Exception) -> WireError:
     """Map an exception to the client's error; internals go to the log only."""
     text = str(error)
     match error:

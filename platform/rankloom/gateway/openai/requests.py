@@ -55,7 +55,7 @@ class _Body(BaseModel):
         return given
 
 
-def _few(most: int) -> BeforeValidator:
+def _limit_keys(most: int) -> BeforeValidator:
     """No more keys than that. pydantic would look at each value first."""
 
     def check(tree: Any) -> Any:
@@ -67,7 +67,7 @@ def _few(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _short(most: int) -> AfterValidator:
+def _limit_length(most: int) -> AfterValidator:
     """Texts of no more characters than that, all together."""
 
     def check(texts: list[str]) -> list[str]:
@@ -79,13 +79,13 @@ def _short(most: int) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _one_or_list(value: Any) -> str | None:
+def _tag_one_or_list(value: Any) -> str | None:
     return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
-def _either(message: str) -> Discriminator:
+def _choose_either(message: str) -> Discriminator:
     """A text or a list: only the given type is checked, so that only its mistakes are reported."""
-    return Discriminator(_one_or_list, custom_error_type="no_kind", custom_error_message=message)
+    return Discriminator(_tag_one_or_list, custom_error_type="no_kind", custom_error_message=message)
 
 
 class StreamOptions(_Body):
@@ -99,7 +99,7 @@ class StructuredOutputs(_Body):
     choice: Annotated[
         list[Annotated[Text, Field(min_length=1, max_length=4096)]],
         Field(min_length=1, max_length=1024, fail_fast=True),
-        _short(65_536),
+        _limit_length(65_536),
     ]
     """The completion is one of these texts, whole (the key is vLLM's)."""
 
@@ -111,7 +111,7 @@ class PlainText(_Body):
 class _AnywaySo(_Body):
     """Keys of OpenAI, vLLM and llama.cpp with the values that ask for what is done anyway, or have no effect here."""
 
-    metadata: Annotated[dict[str, Text | None], Field(max_length=16), _few(16)] | None = None
+    metadata: Annotated[dict[str, Text | None], Field(max_length=16), _limit_keys(16)] | None = None
     """Without effect."""
     store: Literal[False] | None = None
     service_tier: Text | None = None
@@ -125,7 +125,7 @@ class _AnywaySo(_Body):
     prompt_cache_retention: Text | None = None
     """Without effect."""
     cache_prompt: Literal[True] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0), _few(0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0), _limit_keys(0)] | None = None
     response_format: PlainText | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -147,9 +147,11 @@ _AS_THEY_ARE = (
 )  # fmt: skip
 """What a request and an engine call alike."""
 _Stop = Annotated[Text, Field(max_length=256)]
-_StopList = Annotated[list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _short(4096)]
+_StopList = Annotated[
+    list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _limit_length(4096)
+]
 _StopOrList = Annotated[
-    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], _either("expected a text or a list of texts")
+    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], _choose_either("expected a text or a list of texts")
 ]
 
 
@@ -184,7 +186,7 @@ class _Common(_AnywaySo):
     user: Annotated[Text, Field(max_length=512)] | None = None
     """The end user, for sticky routes."""
 
-    def _job(
+    def _make_job(
         self,
         id: str,
         limits: LimitsConfig,
@@ -198,7 +200,7 @@ class _Common(_AnywaySo):
             context=limits.context, tenant=tenant,
         )  # fmt: skip
 
-    def _sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
+    def _make_sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
         asked = {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) is not None}
         if self.top_p is not None:
             asked["top_p"] = max(self.top_p, 1e-6)  # no token is likelier than all others and less likely than this
@@ -248,7 +250,7 @@ class Message(_Body):
     content: Annotated[
         Annotated[Text, Tag(TEXT)]
         | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
-        _either("expected a text or a list of parts of type text"),
+        _choose_either("expected a text or a list of parts of type text"),
     ]
     """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
 
@@ -292,16 +294,16 @@ class ChatRequest(_Common):
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
         prompt = ChatPrompt(tuple(message.as_tuple() for message in self.messages))
-        sampling = self._sampling(limits, (self.top_logprobs or 0) if self.logprobs else None)
-        return self._job(id, limits, tenant, (prompt,), sampling, most)
+        sampling = self._make_sampling(limits, (self.top_logprobs or 0) if self.logprobs else None)
+        return self._make_job(id, limits, tenant, (prompt,), sampling, most)
 
 
-def _kind_of_prompt(value: Any) -> str | None:
+def _tag_prompt(value: Any) -> str | None:
     """Return the tag of a prompt's type, by its first item."""
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int):
         return TOKENS
-    return LISTS if isinstance(first, list) else _one_or_list(value)
+    return LISTS if isinstance(first, list) else _tag_one_or_list(value)
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -317,7 +319,7 @@ class CompletionRequest(_Common):
         | Annotated[Tokens, Tag(TOKENS)]
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
         Discriminator(
-            _kind_of_prompt,
+            _tag_prompt,
             custom_error_type="no_kind",
             custom_error_message="expected a text, a list of texts, a list of token ids or a list of such lists",
         ),
@@ -334,7 +336,7 @@ class CompletionRequest(_Common):
         most = min(most, limits.max_tokens) if self.max_tokens is None else most
         self._check(limits, most, len(prompts))
         made = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
-        return self._job(id, limits, tenant, made, self._sampling(limits, self.logprobs), most)
+        return self._make_job(id, limits, tenant, made, self._make_sampling(limits, self.logprobs), most)
 
 
 class AdapterRequest(_Body):

@@ -16,7 +16,7 @@ _PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
 _OBJECT = {"chat": "chat.completion", "text": "text_completion"}
 
 
-def response_id(kind: Kind, number: str) -> str:
+def make_response_id(kind: Kind, number: str) -> str:
     return f"{_PREFIX[kind]}-{number}"
 
 
@@ -64,7 +64,7 @@ class ResponseBuilder:
             each.text += delta.text
             self.length += len(delta.text)
             if self._logprobs:
-                for key, values in self._likelihoods(delta.logprobs, each.place).items():
+                for key, values in self._format_likelihoods(delta.logprobs, each.place).items():
                     written = [json.dumps(value) for value in values]
                     each.likelihoods.setdefault(key, []).extend(written)
                     self.length += sum(map(len, written))
@@ -86,16 +86,16 @@ class ResponseBuilder:
                 continue
             choice: dict[str, Any] = {"index": index, "logprobs": None}
             if self._logprobs:
-                choice["logprobs"] = self._likelihoods(delta.logprobs, each.place) | self._refusal
+                choice["logprobs"] = self._format_likelihoods(delta.logprobs, each.place) | self._refusal
             if self._kind == "chat":
                 choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
             else:
                 choice["text"] = delta.text
-            yield self._chunk([choice | {"finish_reason": delta.finish}])
+            yield self._make_chunk([choice | {"finish_reason": delta.finish}])
 
-    def usage_chunk(self) -> dict[str, Any]:
+    def make_usage_chunk(self) -> dict[str, Any]:
         """Make the last chunk of a stream with `include_usage`."""
-        return self._chunk([]) | {"usage": self.usage()}
+        return self._make_chunk([]) | {"usage": self.usage()}
 
     def body(self) -> Iterator[str]:
         """Yield the body of a response that is not streamed, as JSON in parts."""
@@ -125,43 +125,47 @@ class ResponseBuilder:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _make_chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         suffix = ".chunk" if self._kind == "chat" else ""
         return self._head | {"object": self._head["object"] + suffix, "choices": choices}
 
-    def _likelihoods(self, tokens: Sequence[TokenLogprobs], place: TextOffset) -> dict[str, list[Any]]:
+    def _format_likelihoods(self, tokens: Sequence[TokenLogprobs], place: TextOffset) -> dict[str, list[Any]]:
         if self._kind == "chat":
-            return {"content": [_one(t.chosen) | {"top_logprobs": [_one(each) for each in t.top]} for t in tokens]}
+            return {
+                "content": [
+                    _format_one(t.chosen) | {"top_logprobs": [_format_one(each) for each in t.top]} for t in tokens
+                ]
+            }
         return {
-            "tokens": [_text(t.chosen) for t in tokens],
+            "tokens": [_decode_text(t.chosen) for t in tokens],
             "token_logprobs": [t.chosen.logprob for t in tokens],
-            "top_logprobs": [_by_name(t) for t in tokens],
+            "top_logprobs": [_name_likeliest(t) for t in tokens],
             "text_offset": [place.take(t.chosen.piece)[0] for t in tokens],
         }
 
 
-def _text(token: Likelihood) -> str:
+def _decode_text(token: Likelihood) -> str:
     return token.piece.decode("utf-8", "replace") if token.name is None else token.name
 
 
-def _one(token: Likelihood) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.piece)}
+def _format_one(token: Likelihood) -> dict[str, Any]:
+    return {"token": _decode_text(token), "logprob": token.logprob, "bytes": list(token.piece)}
 
 
-def _by_name(token: TokenLogprobs) -> dict[str, float]:
+def _name_likeliest(token: TokenLogprobs) -> dict[str, float]:
     """Name the likeliest tokens by their texts, or as OpenAI does by bytes where a text is partial or not unique."""
     found: dict[str, float] = {}
     for each in token.top:
-        text, spelt = _text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)
-        is_own = text not in (_text(token.chosen), *found) and "\N{REPLACEMENT CHARACTER}" not in text
+        text, spelt = _decode_text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)
+        is_own = text not in (_decode_text(token.chosen), *found) and "\N{REPLACEMENT CHARACTER}" not in text
         names = [text] if each.token == token.chosen.token or is_own else []
         found[next(name for name in (*names, spelt, f"token_id:{each.token}") if name not in found)] = each.logprob
     return found
 
 
-def event(data: dict[str, Any] | str) -> bytes:
+def format_event(data: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
 
 
-DONE = event("[DONE]")
+DONE = format_event("[DONE]")

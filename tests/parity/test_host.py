@@ -19,8 +19,8 @@ from rankloom.evals.own_metric import Prediction
 from rankloom.evals.score import predict, validate, validation_rows
 from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
+from rankloom.training.fused.attention import logits
 from rankloom.training.fused.host import StepReport, TrialHost
-from rankloom.training.fused.packing import logits
 from rankloom.training.fused.plan import StepPlan
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.session import LocalSession
@@ -184,7 +184,7 @@ def test_padded_rows_give_the_same(tiny_llama: Path, solo: Any) -> None:
     base, data = opened(trials["plus"])
     base.model.set_attn_implementation("eager")  # which can't be packed
     host = TrialHost(base, data, num_slots=2, max_rank=8, token_budget=10_000, with_magnitudes=True)
-    assert host.padded
+    assert host.forward.padded
     for name, trial in trials.items():
         host.admit(name, trial)
     for name, losses in losses_of(host).items():
@@ -375,11 +375,12 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return logits(model, packed)
 
-    monkeypatch.setattr("rankloom.training.fused.host.logits", limited)
+    monkeypatch.setattr("rankloom.training.fused.forward.logits", limited)
     for name, found in host.evaluate().items():
         assert found.loss == pytest.approx(whole[name].loss, rel=1e-5)
     assert 0 < sum(size > 150 for size in sizes) <= 4
-    assert 30 < host.token_budget <= 150
+    assert 30 < host.evaluator.token_budget <= 150
+    assert host.token_budget == 100_000  # a step's own
 
 
 @pytest.mark.parametrize("labelled", [True, False])

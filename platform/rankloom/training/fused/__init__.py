@@ -1,5 +1,5 @@
 """Many trials trained together on one base.
 
-Read `host.py` first: its `step()` plans (`plan.py`), computes (`packing.py`) and applies (`optim.py`). `member.py` is
-one trial's state, `validation.py` scores members.
+Read `host.py` first: its `step()` plans (`plan.py`), computes (`packing.py`, `forward.py`) and applies (`optim.py`).
+`member.py` is one trial's state, `evaluation.py` scores members.
 """

@@ -19,43 +19,41 @@ Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from rankloom.banks.bank import AdapterBank, SlotSpec
 from rankloom.config.method import DoraConfig, LoraConfig, Targets
 from rankloom.config.trial import TrialConfig
 from rankloom.data import Row, TaskData
 from rankloom.errors import IncompatibleError, TrialError
-from rankloom.evals.labels import LabelTrie
 from rankloom.evals.own_metric import MetricFunction, compute
 from rankloom.evals.score import predict, validation_rows
 from rankloom.models import Base, find_target_linears
 from rankloom.training.checkpoint import read_state
+from rankloom.training.fused.evaluation import ROW_TOO_LONG, FusedEvaluator
+from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.member import Member
 from rankloom.training.fused.optim import SlotAdamW, parameters_of
-from rankloom.training.fused.packing import Example, Packed, can_pack, logits, pack, packed_attention_on
+from rankloom.training.fused.packing import Arranged, Example
 from rankloom.training.fused.plan import StepPlan, plan_step
-from rankloom.training.fused.validation import Evaluation, EvaluationSums, Question, count
+from rankloom.training.fused.staging import upload
+from rankloom.training.fused.validation import Evaluation
 from rankloom.training.precision import autocast
 from rankloom.training.schedule import DIVERGED
 
-EVALUATED_ON_CPU = 1024
-"""Tokens per forward of an evaluation on a CPU: more tokens take memory and gain no speed."""
 TRIED_AGAIN_AFTER = 500
 """Plans that fit into memory before the token budget is doubled again: the memory may be free by then."""
 KEPT_EXAMPLES = 65_536
 """Training rows kept as arrays; every member reads the same rows, each in its own order."""
-ROW_TOO_LONG = "a row of {} tokens alone does not fit into memory; lower data.max_length"
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,10 @@ class TrialHost:
         """Plans computed since memory ran out or the token budget was doubled."""
         self.max_rank, self.with_magnitudes = max_rank, with_magnitudes
         base.model.eval()
-        self.padded = not can_pack(base.model, base.pad_id)
-        """Whether rows are padded, because the model's attention can't take packed rows."""
         names = find_target_linears(base.model, targets)
         self.bank = AdapterBank(base.model, names, num_slots, max_rank, with_magnitudes=with_magnitudes)
+        self.forward = FusedForward(base, self.bank, precision)
+        self.evaluator = FusedEvaluator(self.forward, data, token_budget)
         self.optimizer = SlotAdamW(parameters_of(self.bank), num_slots)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
@@ -127,9 +125,9 @@ class TrialHost:
         self._num_plans = 0
         self._gradients: list[Tensor] | None = None
         """Accumulated gradients of incomplete steps, one [G, K, ...] stack per group of the optimiser."""
-        self._trie = LabelTrie(data.labels) if data.labels is not None else None
+        self._losses_K = torch.zeros(num_slots, device=base.device)
+        """Accumulated losses of incomplete steps."""
         self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.of(data.train[index]))
-        self._validation: dict[int | None, list[Question]] = {}
 
     def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
         """Give a trial a slot, with a fresh adapter or from a checkpoint.
@@ -162,7 +160,7 @@ class TrialHost:
         """Free a member's slot; an incomplete step is lost."""
         member = self._member(name)
         del self.members[name], self._by_slot[member.slot]
-        self._clear_gradient([member.slot])
+        self._clear_sums([member.slot])
         self.optimizer.clear(member.slot)
         self.bank.detach(member.slot)
 
@@ -198,12 +196,8 @@ class TrialHost:
         found: dict[str, Evaluation] = {}
         for limit in {member.trial.eval.max_rows for member in members}:
             group = sorted((m for m in members if m.trial.eval.max_rows == limit), key=lambda m: m.slot)
-            questions = self._questions(limit) if rows is None else self._make_questions(rows)
-            tallies = [EvaluationSums() for _ in group]
-            with torch.no_grad():
-                self._evaluate([m.slot for m in group], tallies, questions)
-            labelled = self._trie is not None
-            found |= {m.name: tally.evaluation(labelled) for m, tally in zip(group, tallies, strict=True)}
+            evaluations = self.evaluator.evaluate([m.slot for m in group], rows, limit)
+            found |= {m.name: evaluation for m, evaluation in zip(group, evaluations, strict=True)}
         if self.metric is not None:
             for member in members:
                 found[member.name] = replace(found[member.name], metric=self._own_value(member, rows, self.metric))
@@ -247,7 +241,7 @@ class TrialHost:
         mine.load_state(theirs.state())
         self.bank.copy(theirs.slot, mine.slot)
         self.optimizer.copy(theirs.slot, mine.slot)
-        self._clear_gradient([mine.slot])
+        self._clear_sums([mine.slot])
 
     def export(self, name: str, folder: Path) -> None:
         """Write the member's adapter as a PEFT folder; raises RegistryError where it can't be written."""
@@ -279,7 +273,7 @@ class TrialHost:
 
     def _plan(self, names: Collection[str]) -> StepPlan | None:
         working = [member for member in self.members.values() if not member.done and member.name in names]
-        return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.padded)
+        return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.forward.padded)
 
     def _compute(self, plan: StepPlan) -> list[StepReport]:
         """Accumulate the plan's gradients, in halves where memory runs out; return reports of members that failed."""
@@ -294,7 +288,7 @@ class TrialHost:
                 pass  # the error's traceback holds tensors, which are freed after this block
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
-            halves = part.halves(padded=self.padded)
+            halves = part.halves(padded=self.forward.padded)
             if halves is not None:
                 self._ran_out(part.num_tokens)
                 todo += reversed(halves)
@@ -322,124 +316,78 @@ class TrialHost:
             self._num_sufficient = 0
 
     def _forward_backward(self, plan: StepPlan) -> None:
-        examples, slots = [], []
-        for share in plan.shares:
-            rows = self._by_slot[share.slot].rows(share.start, share.stop)
-            examples += [self._example(row) for row in rows]
-            slots += [share.slot] * len(rows)
-        seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
-        with self._routed(examples, slots, seeds) as packed:
-            # copy before the forward is queued: a later copy to the device would wait for the whole forward
-            slots_M = torch.tensor(slots).repeat_interleave(torch.tensor(packed.num_predicted))
-            shares_K = torch.zeros(self.num_slots)
-            for share in plan.shares:
-                shares_K[share.slot] = 1 / self._by_slot[share.slot].weight
-            slots_M, shares_K = (t.to(self.base.device, non_blocking=True) for t in (slots_M, shares_K))
-            logits_MV = logits(self.base.model, packed)
-            losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
-            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, slots_M, losses_M)
-            loss = (sums_K * shares_K).sum()
-            # not .backward(): if memory runs out half-way, no gradient has been accumulated yet
-            found: list[Tensor | None] = [
-                *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
-            ]
-        gradients = self.optimizer.gather(found)
+        """Add the plan's gradients and losses to the members' sums."""
+        arranged, seeds = self._arrange(plan)
+        gradients, losses_K = self._gradients_of(arranged, upload(arranged.arrays, self.base.device), seeds)
+        self._losses_K += losses_K
         if self._gradients is None:
             self._gradients = gradients
         else:
             for mine, new in zip(self._gradients, gradients, strict=True):
                 mine.add_(new)
-        for slot, loss_sum in enumerate(sums_K.tolist()):
-            if slot in self._by_slot:
-                self._by_slot[slot].loss_sum += loss_sum
+
+    def _arrange(self, plan: StepPlan) -> tuple[Arranged, dict[int, int]]:
+        """Lay the plan's rows out, with each slot's share of the loss; return the seeds of their dropout too."""
+        examples, slots = [], []
+        shares_K = np.zeros(self.num_slots, dtype=np.float32)
+        for share in plan.shares:
+            member = self._by_slot[share.slot]
+            rows = member.rows(share.start, share.stop)
+            examples += [self._example(row) for row in rows]
+            slots += [share.slot] * len(rows)
+            shares_K[share.slot] = 1 / member.weight
+        arranged = self.forward.arrange(examples, slots)
+        arranged.arrays["shares_K"] = shares_K
+        return arranged, {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+
+    def _gradients_of(
+        self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients of the sum of the members' mean losses, as stacks, and [K], the sums of their losses."""
+        with self.forward.routed(arranged, tensors, dropout_seeds) as packed:
+            losses_M = self.forward.losses(packed) * packed.weights_M
+            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, tensors["slots_M"], losses_M)
+            loss = (sums_K * tensors["shares_K"]).sum()
+            # not .backward(): if memory runs out half-way, no gradient has been accumulated yet
+            found: list[Tensor | None] = [
+                *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
+            ]
+        return self.optimizer.gather(found), sums_K.detach()
 
     def _apply(self, plan: StepPlan) -> list[StepReport]:
-        """Step the members whose steps are complete; evict those that diverged before their weights change."""
+        """Step the members whose steps are complete; evict those that diverged, whose weights have not changed."""
         if self._gradients is None:
             return []
         served = [self._by_slot[share.slot] for share in plan.shares if share.slot in self._by_slot]
-        norms = self.optimizer.norms(self._gradients).tolist()
-        reports, stepping = [], []
+        stepping = {member.slot: member.factor for member in served if not member.amid_step}
+        norms_K = self.optimizer.step(self._gradients, self._losses_K, stepping)
+        losses, norms = torch.stack([self._losses_K, norms_K]).tolist()  # the step's one wait for the device
+        reports = []
         for member in served:
-            loss, norm = member.loss_sum / member.weight, norms[member.slot]
+            loss, norm = losses[member.slot] / member.weight, norms[member.slot]
             if not math.isfinite(loss) or not math.isfinite(norm):
-                reason = DIVERGED.format(
-                    step=member.step + 1, loss=loss, norm=norm, rate=member.trial.optim.learning_rate
-                )
+                rate = member.trial.optim.learning_rate
+                reason = DIVERGED.format(step=member.step + 1, loss=loss, norm=norm, rate=rate)
                 reports.append(self._fail(member, reason, loss))
-            elif not member.amid_step:
-                stepping.append(member)
-        self.optimizer.step(self._gradients, norms, {m.slot: m.factor for m in stepping})
-        for member in stepping:
-            member.stepped()
-            loss = member.loss_sum / member.weight
-            reports.append(StepReport(member.name, member.step, loss, member.tokens, member.done))
+            elif member.slot in stepping:
+                member.stepped()
+                reports.append(StepReport(member.name, member.step, loss, member.tokens, member.done))
         if any(member.accumulating for member in self.members.values()):
-            self._clear_gradient([member.slot for member in stepping])
+            self._clear_sums(list(stepping))
         else:
             self._gradients = None
+            self._losses_K.zero_()
         return reports
 
     def _fail(self, member: Member, reason: str, loss: float = math.nan) -> StepReport:
         self.evict(member.name)
         return StepReport(member.name, member.step, loss, member.tokens, done=False, error=reason)
 
-    def _clear_gradient(self, slots: list[int]) -> None:
+    def _clear_sums(self, slots: list[int]) -> None:
+        """Forget the gradients and losses of some slots."""
+        self._losses_K[slots] = 0
         for stack in self._gradients or ():
             stack[:, slots] = 0
-
-    @contextmanager
-    def _routed(
-        self, examples: Sequence[Example], slots: Sequence[int], dropout_seeds: dict[int, int] | None = None
-    ) -> Iterator[Packed]:
-        """Yield the packed rows; inside the context, the base's forward and backward include each slot's adapter."""
-        packed = pack(examples, padded_with=self.base.pad_id if self.padded else None, device=self.base.device)
-        slots_N = torch.tensor(slots).repeat_interleave(torch.tensor(packed.sizes))
-        counts_K = [0] * self.num_slots
-        for slot, size in zip(slots, packed.sizes, strict=True):
-            counts_K[slot] += size
-        with (
-            self.bank.routed(slots_N.to(self.base.device, non_blocking=True), counts_K, dropout_seeds=dropout_seeds),
-            packed_attention_on(self.base.model, packed),
-            autocast(self.base.device, self.precision),
-        ):
-            yield packed
-
-    def _evaluate(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
-        """Add every question's result for every slot to `tallies`, in forwards within the token budget."""
-        while questions:
-            on_cpu = self.base.device.type == "cpu"
-            budget = min(self.token_budget, EVALUATED_ON_CPU) if on_cpu else self.token_budget
-            longest = len(questions[0].example.ids_T)
-            num_slots = max(1, min(len(slots), budget // longest))
-            num_rows = max(1, budget // (num_slots * longest))
-            batch, questions = questions[:num_rows], questions[num_rows:]
-            for i in range(0, len(slots), num_slots):
-                self._evaluate_batch(slots[i : i + num_slots], tallies[i : i + num_slots], batch)
-
-    def _evaluate_batch(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
-        examples = [question.example for question in questions]
-        try:
-            of_rows = [slot for slot in slots for _ in examples]
-            with self._routed(examples * len(slots), of_rows) as packed:
-                count(tallies, questions, packed, logits(self.base.model, packed))
-            return
-        except torch.OutOfMemoryError:
-            if len(slots) * len(questions) == 1:
-                raise TrialError(ROW_TOO_LONG.format(len(examples[0].ids_T))) from None
-        self._ran_out(len(slots) * sum(len(question.example.ids_T) for question in questions))
-        self._evaluate(slots, tallies, questions)
-
-    def _questions(self, limit: int | None) -> list[Question]:
-        """Return the first `limit` validation rows as questions; each limit is prepared once."""
-        if limit not in self._validation:
-            self._validation[limit] = self._make_questions(validation_rows(self.data, limit))
-        return self._validation[limit]
-
-    def _make_questions(self, rows: Sequence[Row]) -> list[Question]:
-        """Return rows as questions, the longest first: the batch that needs the most memory then fails first."""
-        questions = [Question.of(row, self._trie, self.data.labels or {}) for row in rows]
-        return sorted(questions, key=lambda question: -len(question.example.ids_T))
 
     def _load(self, member: Member, folder: Path) -> None:
         state = read_state(folder)

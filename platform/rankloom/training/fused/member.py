@@ -47,8 +47,6 @@ class Member:
         self._begun_at = self.cursor.state_dict()
         self.weight = 0.0
         """Sum of the loss weights of all tokens in the current step."""
-        self.loss_sum = 0.0
-        """Sum of the losses of the current step's rows computed so far."""
         self._step_tokens = 0
 
     @property
@@ -79,7 +77,7 @@ class Member:
             examples = [example_of(row) for row in rows]
             self.weight = sum(example.weight for example in examples)
             self._step_tokens = sum(len(example.ids_T) for example in examples)
-            self.loss_sum, self._num_computed = 0.0, 0
+            self._num_computed = 0
         lengths = tuple(len(example_of(row).ids_T) for row in self._micro_batches[0])
         return PendingBatch(self.slot, self.last_served, lengths)
 

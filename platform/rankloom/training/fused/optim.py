@@ -2,12 +2,13 @@
 
 A setting becomes a vector with one value per slot, broadcast over the stacked parameters. Parameters of one shape are
 stacked once more, so that the number of operations depends neither on the members nor on the layers. A slot that does
-not step has rates of zero, which keep its weights and moments bit for bit. A zero gradient on zero weights keeps them
-too, so a rank below the bank's stays padded with zeros.
+not step keeps its weights and moments bit for bit, and so does one whose loss or gradient is not finite. A zero
+gradient on zero weights keeps them too, so a rank below the bank's stays padded with zeros.
 
-Per slot it equals torch.optim.AdamW with PEFT's LoRA+ groups, as `methods/lora.py` builds them for a dedicated run.
+Norms, clipping and the check are tensors: nothing waits for the device. Per slot it equals torch.optim.AdamW with
+PEFT's LoRA+ groups, as `methods/lora.py` builds them for a dedicated run.
 
-Shapes: K slots, G parameters of one shape.
+Shapes: K slots, G parameters of one shape, S settings of a slot (`kernels.adamw`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rankloom.banks.bank import AdapterBank
 from rankloom.config.trial import OptimConfig
+from rankloom.kernels.adamw import IDLE, slot_adamw, slot_squares
 
 Role = Literal["a", "b", "m"]
 """A, B and DoRA's magnitude. LoRA+ gives the last two the higher rate."""
@@ -83,6 +86,7 @@ class SlotAdamW:
         self.settings: dict[int, OptimConfig] = {}
         self.counts = [0] * num_slots
         self.device = self.parameters[0].parameter.device
+        self._idle_S1 = torch.tensor(IDLE, device=self.device)[:, None]
         self._groups = [self._group(members) for members in self._alike()]
         self._at = {i: (group, g) for group in self._groups for g, i in enumerate(group.members)}
 
@@ -115,33 +119,60 @@ class SlotAdamW:
 
     def norms(self, stacks: Sequence[Tensor]) -> Tensor:
         """Return [K], the norm of each slot's whole gradient."""
-        squares = [torch.linalg.vector_norm(stack.flatten(2), dim=2).square().sum(0) for stack in stacks]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.stack([slot_squares(stack) for stack in stacks]).sum(0).sqrt()
 
-    def step(self, stacks: Sequence[Tensor], norms: Sequence[float], factors: Mapping[int, float]) -> None:
-        """Clip and step some slots.
+    def step(self, stacks: Sequence[Tensor], losses_K: Tensor, factors: Mapping[int, float]) -> Tensor:
+        """Clip and step some slots; return [K], the norm of each slot's gradient.
 
         Args:
-            stacks: from `gather`; not changed. They must be finite, in slots that do not step too.
-            norms: each slot's norm, from `norms`.
+            stacks: from `gather`; not changed.
+            losses_K: each slot's loss. A slot whose loss or gradient is not finite keeps its state.
             factors: slot -> its schedule's factor on the learning rate; the other slots keep their state.
         """
-        if not factors:
-            return
-        for slot in factors:
+        norms_K = self.norms(stacks)
+        if factors:
+            self.apply(stacks, self.upload(self.count_step(factors)), losses_K, norms_K, used=max(factors) + 1)
+        return norms_K
+
+    def count_step(self, factors: Mapping[int, float]) -> np.ndarray:
+        """Count a step of some slots; return their settings [2, S, K] for it, of A and of the other roles."""
+        settings_2SK = np.tile(np.array(IDLE, dtype=np.float32)[:, None], (2, 1, self.num_slots))
+        for slot, factor in factors.items():
             self.counts[slot] += 1
-        used = max(factors) + 1  # the lowest slots are taken first, so those behind are idle
-        vectors = {role: self._vectors(role, used, norms, factors) for role in ("a", "b", "m")}
+            optim, count = self.settings[slot], self.counts[slot]
+            beta_1, beta_2 = optim.betas
+            for r, ratio in enumerate((1.0, optim.loraplus_ratio)):
+                rate = factor * optim.learning_rate * ratio
+                settings_2SK[r, :, slot] = (
+                    math.inf if optim.clip_norm is None else optim.clip_norm,
+                    1 - beta_1,
+                    1 - beta_2,
+                    1 / math.sqrt(1 - beta_2**count),
+                    optim.eps,
+                    rate / (1 - beta_1**count),
+                    1 - rate * optim.weight_decay,
+                )
+        return settings_2SK
+
+    def apply(
+        self, stacks: Sequence[Tensor], settings_2SK: Tensor, losses_K: Tensor, norms_K: Tensor, *, used: int
+    ) -> None:
+        """Apply a step whose settings are on the device.
+
+        Args:
+            used: number of slots to look at; those behind are idle.
+        """
+        settings_2SK = settings_2SK.clone()
+        settings_2SK[:, 0].div_(norms_K + CLIP_EPSILON).clamp_(max=1)
+        is_finite_K = (losses_K + norms_K) * 0 == 0
+        settings_2SK = torch.where(is_finite_K, settings_2SK, self._idle_S1)
         for group, gradient in zip(self._groups, stacks, strict=True):
-            shape = (used, *[1] * (group.data.dim() - 2))
-            clip, lean_1, lean_2, correction, eps, size, keep = (v.view(shape) for v in vectors[group.role])
-            first, second, data = group.first[:, :used], group.second[:, :used], group.data[:, :used]
-            clipped = gradient[:, :used] * clip
-            first.lerp_(clipped, lean_1)
-            second.lerp_(clipped.square_(), lean_2)
-            update = torch.sqrt(second, out=clipped).mul_(correction).add_(eps)  # in place: fresh pages are slow
-            torch.div(first, update, out=update)
-            data.mul_(keep).sub_(update.mul_(size))
+            data, first, second = (t[:, :used] for t in (group.data, group.first, group.second))
+            settings_SK = settings_2SK[int(group.role != "a"), :, :used]
+            slot_adamw(data, first, second, gradient[:, :used], settings_SK, None)
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def state(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a slot's moments and step count on the CPU, without the padding of its rank."""
@@ -167,27 +198,6 @@ class SlotAdamW:
         for group in self._groups:
             group.first[:, target] = group.first[:, source]
             group.second[:, target] = group.second[:, source]
-
-    def _vectors(self, role: Role, used: int, norms: Sequence[float], factors: Mapping[int, float]) -> Tensor:
-        """Return [7, used]: clip factor, 1 - beta_1, 1 - beta_2, second moment's correction, eps, step size, decay."""
-        idle = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0)
-        columns = [idle] * used
-        for slot, factor in factors.items():
-            optim, count = self.settings[slot], self.counts[slot]
-            (beta_1, beta_2), rate = optim.betas, factor * optim.learning_rate
-            if role != "a":
-                rate *= optim.loraplus_ratio
-            clip = 1.0 if optim.clip_norm is None else min(1.0, optim.clip_norm / (norms[slot] + CLIP_EPSILON))
-            columns[slot] = (
-                clip,
-                1 - beta_1,
-                1 - beta_2,
-                1 / math.sqrt(1 - beta_2**count),
-                optim.eps,
-                rate / (1 - beta_1**count),
-                1 - rate * optim.weight_decay,
-            )
-        return torch.tensor(columns, dtype=torch.float32).T.contiguous().to(self.device, non_blocking=True)
 
     def _alike(self) -> list[list[int]]:
         """Return the indices of parameters that are stacked together: of one role and shape."""

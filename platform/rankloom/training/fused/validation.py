@@ -4,7 +4,7 @@ The loss equals that of `evals.loss`. The accuracy equals that of `evals.labels`
 but needs no generation: decoding yields the true label if and only if the true token is the likeliest choice at each
 decision along the true label, and at each decision the model sees the row's own tokens, as in the loss's forward.
 
-Shapes: M predicted tokens, V vocabulary, D decisions, C choices.
+Shapes: M predicted tokens, V vocabulary, D decisions of a tally, C choices.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from rankloom.data.render import Row
 from rankloom.evals.labels import LabelTrie
+from rankloom.training.fused.forward import Scores
 from rankloom.training.fused.packing import Example, Packed
 
 
@@ -77,17 +76,17 @@ class EvaluationSums:
         )
 
 
-def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], packed: Packed, logits_MV: Tensor) -> None:
+def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], packed: Packed, scores: Scores) -> None:
     """Add a forward's results to the tallies.
 
     Args:
         packed: every question once per tally, tally by tally.
-        logits_MV: the forward's logits of `packed`.
+        scores: the forward's scores of `packed`.
     """
-    losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none") * packed.weights_M
+    losses_M = scores.losses_M * packed.weights_M
     loss_sums = losses_M.view(len(tallies), -1).double().sum(1).tolist()
     weight = sum(question.example.weight for question in questions)
-    right = _right(len(tallies), questions, logits_MV)
+    right = _right(len(tallies), questions, scores)
     for t, tally in enumerate(tallies):
         tally.loss_sum += loss_sums[t]
         tally.weight += weight
@@ -95,7 +94,7 @@ def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], pack
         tally.num_rows += len(questions)
 
 
-def _right(num_tallies: int, questions: Sequence[Question], logits_MV: Tensor) -> np.ndarray:
+def _right(num_tallies: int, questions: Sequence[Question], scores: Scores) -> np.ndarray:
     """Return [tallies, questions]: whether the label is predicted."""
     right = np.ones((num_tallies, len(questions)), dtype=bool)
     right[:, [q for q, question in enumerate(questions) if question.decisions is None]] = False
@@ -108,13 +107,13 @@ def _right(num_tallies: int, questions: Sequence[Question], logits_MV: Tensor) -
     if not found:
         return right
     most = max(len(choices) for _, _, choices, _ in found)
-    device, num_predicted = logits_MV.device, int(ends[-1])
+    device, num_predicted = scores.losses_M.device, int(ends[-1])
     at_D = torch.tensor([at for _, at, _, _ in found], device=device)
     choices_DC = torch.tensor([[*c, *c[:1] * (most - len(c))] for _, _, c, _ in found], device=device)
     truth_D = torch.tensor([truth for _, _, _, truth in found], device=device)
-    of_tally = torch.arange(num_tallies, device=device)[:, None] * num_predicted
-    rows_TDC = (at_D + of_tally)[..., None].expand(-1, -1, most)
-    wrong_TD = (logits_MV[rows_TDC, choices_DC].argmax(-1) != truth_D).cpu().numpy()
+    rows_TD = torch.arange(num_tallies, device=device)[:, None] * num_predicted + at_D
+    chosen_RC = scores.chosen(rows_TD.flatten(), choices_DC.repeat(num_tallies, 1))
+    wrong_TD = (chosen_RC.argmax(-1).view(num_tallies, -1) != truth_D).cpu().numpy()
     for t, d in np.argwhere(wrong_TD):
         right[t, found[d][0]] = False
     return right

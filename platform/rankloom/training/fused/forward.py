@@ -1,0 +1,111 @@
+"""FusedForward: the frozen base on the rows of many slots, each through its slot's adapter.
+
+Both the steps and the evaluations of `host.py` use it. On a GPU the head computes losses in chunks and no logits; a
+model that does more than its head to its hidden states has its own logits everywhere.
+
+Shapes: N tokens of all rows, K slots, M predicted tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankloom.banks.bank import AdapterBank
+from rankloom.kernels import use_on
+from rankloom.kernels.cross_entropy import head_logits, head_losses
+from rankloom.models import Base
+from rankloom.training.fused.attention import choose_attention, hidden_states, is_close, logits, packed_attention_on
+from rankloom.training.fused.packing import Arranged, Example, Packed, arrange, pack
+from rankloom.training.precision import autocast
+
+
+class FusedForward:
+    """A base and its bank.
+
+    Args:
+        precision: dtype of the arithmetic; bf16 runs under autocast.
+    """
+
+    def __init__(self, base: Base, bank: AdapterBank, precision: torch.dtype) -> None:
+        self.base, self.bank, self.precision = base, bank, precision
+        self.attention = choose_attention(base.model, base.pad_id)
+        self.chunked = use_on(base.device) and self._head_is_all()
+        """Whether the head's losses are computed in chunks."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows are padded, because the model's attention can't take packed rows."""
+        return self.attention == "padded"
+
+    def arrange(self, examples: Sequence[Example], slots: Sequence[int]) -> Arranged:
+        """Lay rows out, with the slot of each token (`slots_N`) and of each predicted token (`slots_M`).
+
+        Args:
+            slots: each row's slot, ascending.
+        """
+        arranged = arrange(examples, self.attention, pad_id=self.base.pad_id)
+        arranged.arrays["slots_N"] = np.repeat(slots, arranged.sizes)
+        arranged.arrays["slots_M"] = np.repeat(slots, arranged.num_predicted)
+        return arranged
+
+    @contextmanager
+    def routed(
+        self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int] | None = None
+    ) -> Iterator[Packed]:
+        """Yield the packed rows; inside the context, the base's forward and backward include each slot's adapter."""
+        counts_K = np.bincount(arranged.arrays["slots_N"], minlength=self.bank.num_slots).tolist()
+        packed = arranged.on(tensors)
+        with (
+            self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds),
+            packed_attention_on(self.base.model, packed),
+            autocast(self.base.device, self.precision),
+        ):
+            yield packed
+
+    def losses(self, packed: Packed) -> Tensor:
+        """Return [M], the predicted tokens' cross-entropies in fp32; call it inside `routed`."""
+        return self.score(packed).losses_M
+
+    def score(self, packed: Packed) -> Scores:
+        """Compute the predicted tokens' losses and logits; call it inside `routed`."""
+        if not self.chunked:
+            logits_MV = logits(self.base.model, packed)
+            losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none")
+            return Scores(losses_M, lambda rows_R, choices_RC: logits_MV[rows_R[:, None], choices_RC])
+        hidden_MD = hidden_states(self.base.model, packed).to(self.precision)
+        head = self.base.model.get_output_embeddings()
+        weight_VD = head.weight.to(self.precision)
+        bias_V = None if head.bias is None else head.bias.to(self.precision)
+        with torch.autocast(self.base.device.type, enabled=False):
+            losses_M = head_losses(hidden_MD, weight_VD, bias_V, packed.targets_M)
+        return Scores(losses_M, partial(head_logits, hidden_MD, weight_VD, bias_V))
+
+    def _head_is_all(self) -> bool:
+        """Return whether the logits are those of a plain linear head on the hidden states, by a forward."""
+        model, head = self.base.model, self.base.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or model.base_model is model:
+            return False
+        ids = np.arange(5) % head.out_features
+        example = Example(ids, np.arange(4), np.ones(4, dtype=np.float32))
+        packed = pack([example], self.attention, pad_id=self.base.pad_id, device=self.base.device)
+        with torch.no_grad(), packed_attention_on(model, packed):
+            found_MV = F.linear(hidden_states(model, packed), head.weight, head.bias)
+            return is_close(found_MV, logits(model, packed))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a forward says of its predicted tokens."""
+
+    losses_M: Tensor
+    """Cross-entropies in fp32."""
+    chosen: Callable[[Tensor, Tensor], Tensor]
+    """Return [R, C]: the logits of some words [R, C] at some of the tokens, given by index [R]."""

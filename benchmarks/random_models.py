@@ -14,12 +14,14 @@ import torch
 from common import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rankloom import kernels
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Row, TaskData
 from rankloom.engine import core
 from rankloom.engine.adapter_cache.loading import EngineLoader
 from rankloom.models import Base, find_target_linears, linear_widths
+from rankloom.models.fused import fuse
 
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024)
 SHAPES: dict[str, dict[str, int]] = {
@@ -59,9 +61,12 @@ def random_model(shape: Mapping[str, int], device: torch.device, dtype: torch.dt
 
 
 def random_base(shape: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> Base:
-    """Make a base that no folder holds."""
+    """Make a base that no folder holds, as `load_base` would."""
+    model = random_model(shape, device, dtype)
+    if kernels.use_on(device):
+        fuse(model)
     return Base(
-        model=random_model(shape, device, dtype), tokenizer=_tokenizer(), id="random", folder=Path("/nowhere"),
+        model=model, tokenizer=_tokenizer(), id="random", folder=Path("/nowhere"),
         fingerprint="0" * 16, quantization="none", device=device,
     )  # fmt: skip
 

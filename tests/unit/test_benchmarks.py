@@ -58,3 +58,21 @@ def test_launches_are_counted_a_layer() -> None:
     found = json.loads(run("launches.py", "--layers", "2", "--json").splitlines()[-1])
     assert set(found) == {"train_lora", "train_dora", "decode_16_adapters"}
     assert 0 < found["decode_16_adapters"] < found["train_lora"] < found["train_dora"]
+
+
+def test_the_gpus_benchmark_runs_dry_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+    run("gpu.py", "--dry", "--out", str(tmp_path), "floors", "study")
+    before = rows()
+    assert [row["section"] for row in before if "done_s" in row] == ["floors", "study"]
+    run("gpu.py", "--dry", "--out", str(tmp_path))
+    assert rows()[: len(before)] == before
+    assert not {"floors", "study"} & {row["section"] for row in rows()[len(before) :]}
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_bench import GOALS
+
+    assert {row["goal"] for row in rows() if "goal" in row} == {goal for goal in GOALS if "memory" not in goal}
+    table = (tmp_path / "table.md").read_text()
+    assert all(goal.what in table for goal in GOALS.values())

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fake_graph import fake_graphs
+
 GPU = torch.device("cuda", 0)
 _aten = torch.ops.aten
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
@@ -144,6 +146,14 @@ def _active() -> Iterator[None]:
         torch._C._set_only_lift_cpu_tensors(lifted)
 
 
+class _Event:
+    """Stands in for `torch.cuda.Event`: nothing is ever pending."""
+
+    def record(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 @contextmanager
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Give this process one GPU, in all threads that it starts, inside the context."""
@@ -163,6 +173,8 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         "manual_seed_all": None, "get_per_process_memory_fraction": 1.0, "get_device_capability": (9, 0),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    fake_graphs(monkeypatch)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda *_: generator())
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -36,7 +36,8 @@ class EngineConfig(Frozen):
     """Most sequences in one step; null: 16 on a CPU, 64 on a GPU, at most `max_num_batched_tokens`."""
     kv_cache_tokens: Annotated[int, Field(ge=256)] | None = None
     """Size of the KV cache in tokens; null: 16384 on a CPU, on a GPU as many as fit in half of the memory that the base
-    leaves. When it is full, the youngest sequences are preempted and recomputed. No sequence may be longer."""
+    leaves. On a GPU all of it is allocated at the start. When it is full, the youngest sequences are preempted and
+    recomputed. No sequence may be longer."""
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
     """Most tokens in one step. A longer prompt is split over several steps, so that other requests keep streaming."""
     prefix_cache_tokens: Annotated[int, Field(ge=0)] = 8192

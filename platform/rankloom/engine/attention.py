@@ -1,8 +1,9 @@
 """Attention for a step's tokens: each token attends to its own sequence in the cache, up to itself.
 
-A step's tokens are one batch [1, N] without padding, so that linear layers see them all at once. Sequences that decode,
-one token each, are attended together, bucket by bucket; longer chunks one by one. transformers calls `ragged_attention`
-in place of its own where a model's attention implementation is `ATTENTION`.
+A step's tokens are one batch [1, N] without padding, so that linear layers see them all at once. transformers calls
+`ragged_attention` in place of its own where a model's attention implementation is `ATTENTION`; the step's layout does
+it. `SequenceLayout` is the one over a `KvCache`: sequences that decode, one token each, are attended together, bucket
+by bucket; longer chunks one by one. `paged_attention.py` has those over a `KvPool`.
 
 Shapes: N tokens, R places of a bucket, H heads, G query heads per key head, T width, E width of a head, D sequences
 that decode, M tokens of a bucket, P tokens of a chunk.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +69,50 @@ class _Part:
     """Place, tokens, stop and mask [1, 1, P, T] (None: causal) of each chunk of several tokens."""
 
 
-@dataclass(frozen=True)
-class SequenceLayout:
+class AttentionLayout(Protocol):
     """The arrangement of a step's tokens that attention needs."""
 
+    def attend(
+        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Write the step's keys and values into the cache, and return what attention to it gives [N, H, E].
+
+        Args:
+            scaling: None: 1/√E.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """An `AttentionLayout` over a `KvCache`."""
+
     parts: tuple[_Part, ...]
+
+    def attend(
+        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, scaling: float | None
+    ) -> Tensor:
+        layer = layer_of(module)
+        query_NHE, key_NHE, value_NHE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
+        result_NHE = query_NHE.new_empty(query_NHE.shape)
+        for part in self.parts:
+            keys_RHTE, values_RHTE = part.bucket.keys_RHTE[layer], part.bucket.values_RHTE[layer]
+            for block, new_NHE in ((keys_RHTE, key_NHE), (values_RHTE, value_NHE)):
+                block[part.place_M, :, part.position_M] = new_NHE if part.token_M is None else new_NHE[part.token_M]
+            if part.decoding is not None:
+                found_RHE = _decode(query_NHE, keys_RHTE, values_RHTE, part.decoding, scaling)
+                if part.decoding.token_R is None:
+                    result_NHE = found_RHE
+                else:
+                    result_NHE[part.decoding.token_D] = found_RHE[part.decoding.place_D]
+            for place, span, stop, mask in part.chunks:
+                query = query_1HNE[:, :, span]
+                keys, values = keys_RHTE[place : place + 1, :, :stop], values_RHTE[place : place + 1, :, :stop]
+                found_1PHE, _ = sdpa_attention_forward(
+                    module, query, keys, values, mask, scaling=scaling, is_causal=mask is None
+                )
+                result_NHE[span] = found_1PHE[0]
+        return result_NHE
 
 
 def lay_out(cache: KvCache, chunks: Sequence[SequenceChunk]) -> SequenceLayout:
@@ -141,6 +181,12 @@ def _mask(chunk: SequenceChunk, device: torch.device) -> Tensor | None:
     return (torch.arange(chunk.start + chunk.count, device=device) <= query_P[:, None])[None, None]
 
 
+def layer_of(module: nn.Module) -> int:
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return layer
+
+
 def ragged_attention(
     module: nn.Module,
     query_1HNE: Tensor,
@@ -148,36 +194,15 @@ def ragged_attention(
     value_1HNE: Tensor,
     attention_mask: Tensor | None,
     *,
-    ragged_layout: SequenceLayout,
+    ragged_layout: AttentionLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Write the step's keys and values into the cache, and attend to it."""
+    """Attend by the step's layout."""
     if attention_mask is not None or dropout or any(kwargs.get(key) is not None for key in _UNSUPPORTED):
         raise ModelError(f"{type(module).__name__} asks for an attention that the serving engine does not have")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    query_NHE, key_NHE, value_NHE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
-    result_NHE = query_NHE.new_empty(query_NHE.shape)
-    for part in ragged_layout.parts:
-        keys_RHTE, values_RHTE = part.bucket.keys_RHTE[layer], part.bucket.values_RHTE[layer]
-        for block, new_NHE in ((keys_RHTE, key_NHE), (values_RHTE, value_NHE)):
-            block[part.place_M, :, part.position_M] = new_NHE if part.token_M is None else new_NHE[part.token_M]
-        if part.decoding is not None:
-            found_RHE = _decode(query_NHE, keys_RHTE, values_RHTE, part.decoding, scaling)
-            if part.decoding.token_R is None:
-                result_NHE = found_RHE
-            else:
-                result_NHE[part.decoding.token_D] = found_RHE[part.decoding.place_D]
-        for place, span, stop, mask in part.chunks:
-            query = query_1HNE[:, :, span]
-            keys, values = keys_RHTE[place : place + 1, :, :stop], values_RHTE[place : place + 1, :, :stop]
-            found_1PHE, _ = sdpa_attention_forward(
-                module, query, keys, values, mask, scaling=scaling, is_causal=mask is None
-            )
-            result_NHE[span] = found_1PHE[0]
-    return result_NHE.unsqueeze(0), None
+    return ragged_layout.attend(module, query_1HNE, key_1HNE, value_1HNE, scaling).unsqueeze(0), None
 
 
 _UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")

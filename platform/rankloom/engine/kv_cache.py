@@ -46,7 +46,7 @@ class HeadShape:
         return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
 
 
-def room_for(shape: HeadShape, num_seqs: int, longest: int | None) -> int:
+def choose_capacity(shape: HeadShape, num_seqs: int, longest: int | None) -> int:
     """Return the capacity, in tokens, of a cache in the device's free memory.
 
     Args:
@@ -116,6 +116,16 @@ class KvCache:
     def held(self) -> int:
         """Tokens that the sequences have places for."""
         return sum(self._widths.values())
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence: of the buckets that there is room for."""
+        return 1 << (self.capacity.bit_length() - 1)
+
+    @staticmethod
+    def room_for(length: int) -> int:
+        """Return the tokens that a sequence of this length takes."""
+        return bucket_width(length)
 
     def at(self, id: str) -> tuple[KvBucket, int]:
         """Return a sequence's bucket and its place there."""

@@ -16,13 +16,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rankloom.banks.served_adapter import ServedAdapter
-from rankloom.banks.served_bank import AdapterShare, ServedBank
-from rankloom.engine.attention import ATTENTION, SequenceChunk, lay_out
+from rankloom.banks.served_bank import AdapterShare, ServedBank, TokenOrder
+from rankloom.engine.attention import ATTENTION, AttentionLayout, SequenceChunk, lay_out
 from rankloom.engine.kv_cache import HeadShape, KvCache
 from rankloom.errors import ModelError
 
 PROBE_TOLERANCE = 1e-3
-"""Largest difference from the model's own logits in `_check`, as a share of the largest; 0.1 where not in fp32."""
+"""Largest difference from the model's own logits, as a share of the largest."""
+LOOSE_TOLERANCE = 0.1
+"""As much where the model does not compute in fp32."""
 
 
 class ModelRunner:
@@ -32,11 +34,16 @@ class ModelRunner:
         """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
         self._model = model
         self.shape = _head_shape(model)
-        expected = [_plain_logits(model, tokens) for tokens in _PROBES]
+        expected = [_plain_logits(model, tokens) for tokens in PROBES]
         self.bank = ServedBank(model, pack=pack)
         self._attention_before = model.config._attn_implementation
         model.config._attn_implementation = ATTENTION
         self._check(expected)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference between two ways to these logits, as a share of the largest."""
+        return PROBE_TOLERANCE if self.shape.dtype == torch.float32 else LOOSE_TOLERANCE
 
     def close(self) -> None:
         """Restore the model as it was."""
@@ -51,16 +58,7 @@ class ModelRunner:
             chunks: at most one per sequence; each sequence has its place in the cache.
             stack: see `ServedBank.route`.
         """
-        members: dict[ServedAdapter | None, list[SequenceChunk]] = {}
-        for chunk in chunks:
-            members.setdefault(chunk.adapter, []).append(chunk)
-        shares = [
-            AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.predicts for chunk in own))
-            for adapter, own in members.items()
-        ]
-        route = self.bank.route(shares, stack=stack)
-        adapters = list(members)
-        ordered = [chunk for i in route.order for chunk in members[adapters[i]]]
+        route, ordered = self.order(chunks, stack=stack)
         ids: list[int] = []
         positions: list[int] = []
         last_M, stop = [], 0
@@ -72,39 +70,67 @@ class ModelRunner:
                 last_M.append(stop - 1)
         layout = lay_out(cache, ordered)
         device = self.shape.device
-        with self.bank.routed(route):
-            logits_1MV = self._model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(last_M, dtype=torch.long, device=device),
-                ragged_layout=layout,
-            ).logits
+        logits_MV = self.compute(
+            route,
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            layout,
+            torch.tensor(last_M, dtype=torch.long, device=device),
+        )
         index_of = {chunk.id: m for m, chunk in enumerate(chunk for chunk in ordered if chunk.predicts)}
         order = [index_of[chunk.id] for chunk in chunks if chunk.predicts]
-        logits_MV: Tensor = logits_1MV[0].float()
         return logits_MV if order == sorted(order) else logits_MV[order]
+
+    def order(self, chunks: Sequence[SequenceChunk], *, stack: bool = True) -> tuple[TokenOrder, list[SequenceChunk]]:
+        """Return the chunks in the order that the bank wants their tokens in, and its route for them."""
+        members: dict[ServedAdapter | None, list[SequenceChunk]] = {}
+        for chunk in chunks:
+            members.setdefault(chunk.adapter, []).append(chunk)
+        shares = [
+            AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.predicts for chunk in own))
+            for adapter, own in members.items()
+        ]
+        route = self.bank.route(shares, stack=stack)
+        adapters = list(members)
+        return route, [chunk for i in route.order for chunk in members[adapters[i]]]
+
+    def compute(
+        self, route: TokenOrder, ids_N: Tensor, positions_N: Tensor, layout: AttentionLayout, kept_M: Tensor | None
+    ) -> Tensor:
+        """Return the logits [M, V], in fp32, after the tokens of these indices; None: after all.
+
+        Args:
+            route: of the tokens, which are in its order.
+        """
+        with self.bank.routed(route):
+            logits_1MV: Tensor = self._model(
+                input_ids=ids_N[None],
+                position_ids=positions_N[None],
+                use_cache=False,
+                logits_to_keep=0 if kept_M is None else kept_M,
+                ragged_layout=layout,
+            ).logits
+        return logits_1MV[0].float()
 
     def _check(self, expected: list[Tensor]) -> None:
         """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side."""
         cache = KvCache(self.shape, 1 << 20)
-        names = [str(i) for i in range(len(_PROBES))]
+        names = [str(i) for i in range(len(PROBES))]
         found: list[Tensor] = []
         try:
-            for name, tokens in zip(names, _PROBES, strict=True):
+            for name, tokens in zip(names, PROBES, strict=True):
                 cache.reserve(name, len(tokens))
                 self.forward(cache, [SequenceChunk(name, None, 0, tokens[:2], predicts=True)])
-            rest = [tokens[2:-1] for tokens in _PROBES]
+            rest = [tokens[2:-1] for tokens in PROBES]
             self.forward(cache, [SequenceChunk(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
-            last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, _PROBES, strict=True)]
+            last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, PROBES, strict=True)]
             found = list(self.forward(cache, last))
         except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             self.close()
             why = str(error) if isinstance(error, ModelError) else "its attention can't be replaced by the engine's"
             raise _refusal(self._model, why) from error
-        tolerance = PROBE_TOLERANCE if self.shape.dtype == torch.float32 else 0.1
         for ours, own in zip(found, expected, strict=True):
-            if not (ours - own).abs().max() <= tolerance * own.abs().max():
+            if not (ours - own).abs().max() <= self.tolerance * own.abs().max():
                 self.close()
                 differ = float((ours - own).abs().max())
                 raise _refusal(
@@ -113,7 +139,7 @@ class ModelRunner:
                 )
 
 
-_PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
+PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
 """Token ids that every vocabulary has."""
 
 
@@ -136,7 +162,7 @@ def _head_shape(model: PreTrainedModel) -> HeadShape:
     device = next(model.parameters()).device
     cache = DynamicCache(config=model.config)
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    model(input_ids=torch.tensor([_PROBES[0]], device=device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([PROBES[0]], device=device), past_key_values=cache, use_cache=True)
     layers = cache.layers
     types |= {"sliding_attention" for at in layers if getattr(at, "is_sliding", False)}
     shapes = {tuple(x.shape) for at in layers if type(at) is DynamicLayer for x in (at.keys, at.values)}

@@ -70,13 +70,13 @@ def _likeliest(logits_MV: Tensor) -> list[int]:
 
 
 def _adjust(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    changed = [m for m, item in enumerate(inputs) if item.allowed is not None or _has_penalty(item.sampling)]
+    changed = [m for m, item in enumerate(inputs) if item.allowed is not None or has_penalty(item.sampling)]
     if not changed:
         return logits_MV
     logits_MV = logits_MV.clone()
     for m in changed:
         item, logits_V = inputs[m], logits_MV[m]
-        if _has_penalty(item.sampling):
+        if has_penalty(item.sampling):
             _penalise(logits_V, item)
         if item.allowed is not None:
             allowed = torch.tensor(list(item.allowed), device=logits_V.device)
@@ -86,7 +86,14 @@ def _adjust(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
     return logits_MV
 
 
-def _has_penalty(sampling: Sampling) -> bool:
+def needs_logits(item: SamplingInput) -> bool:
+    """Return whether a sequence needs more than its settings in `SamplingColumns`, or more than `CANDIDATES`."""
+    sampling = item.sampling
+    has_list = item.allowed is not None or sampling.logprobs is not None
+    return has_list or has_penalty(sampling) or sampling.top_k > CANDIDATES
+
+
+def has_penalty(sampling: Sampling) -> bool:
     return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
 
 
@@ -102,49 +109,93 @@ def _penalise(logits_V: Tensor, item: SamplingInput) -> None:
         logits_V[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
+@dataclass(frozen=True)
+class SamplingColumns:
+    """The settings of M sequences, as columns [M, 1] beside their logits."""
+
+    temperature: Tensor
+    min_p: Tensor
+    top_k: Tensor
+    """0: all."""
+    top_p: Tensor
+    chance: Tensor
+    """In fp64."""
+
+    @staticmethod
+    def of(inputs: Sequence[SamplingInput], device: torch.device) -> SamplingColumns:
+        def column(values: list[float], dtype: torch.dtype | None = None) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        settings = [item.sampling for item in inputs]
+        return SamplingColumns(
+            column([s.temperature for s in settings]),
+            column([s.min_p for s in settings]),
+            column([s.top_k for s in settings]),
+            column([s.top_p for s in settings]),
+            column([item.chance for item in inputs], torch.float64),
+        )
+
+
 def _draw(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> list[int]:
-    device = logits_MV.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    settings = [item.sampling for item in inputs]
-    probs_MV = (logits_MV / column([s.temperature for s in settings])).softmax(-1)
-    if any(s.min_p for s in settings):
-        least_M1 = probs_MV.amax(-1, keepdim=True) * column([s.min_p for s in settings])
-        probs_MV = probs_MV.masked_fill(probs_MV < least_M1, 0)
-    chance_M1 = torch.tensor([[item.chance] for item in inputs], dtype=torch.float64, device=device)
-    if not any(s.top_k or s.top_p < 1 for s in settings):
-        return _locate(probs_MV, chance_M1)[:, 0].tolist()
-    vocabulary = probs_MV.shape[1]
-    # without top-k or top-p a sequence needs every token, in the order of the vocabulary, which it has alone too
-    unbounded = [not s.top_k and s.top_p == 1 for s in settings]
+    settings, columns = [item.sampling for item in inputs], SamplingColumns.of(inputs, logits_MV.device)
+    probs_MV = probabilities(logits_MV, columns, min_p=any(s.min_p for s in settings))
+    if not any(cuts(s) for s in settings):
+        return draw_any(probs_MV, columns).tolist()
+    vocabulary, some_are_free = probs_MV.shape[1], not all(cuts(s) for s in settings)
     num_candidates = min(vocabulary, max(CANDIDATES, *(s.top_k for s in settings)))
-    while True:
-        probs_MK, tokens_MK = probs_MV.topk(num_candidates)
-        kept_MK = _keep_candidates(probs_MK, probs_MV, settings)
-        if num_candidates == vocabulary or bool(((kept_MK[:, -1] == 0) | torch.tensor(unbounded, device=device)).all()):
-            break
-        num_candidates = vocabulary
-    found: list[int] = tokens_MK.gather(1, _locate(kept_MK, chance_M1))[:, 0].tolist()
-    if any(unbounded):
-        free: list[int] = _locate(probs_MV, chance_M1)[:, 0].tolist()
-        found = [free[m] if unbounded[m] else token for m, token in enumerate(found)]
-    return found
+    tokens_M, is_certain_M = draw_candidate(probs_MV, columns, num_candidates, some_are_free=some_are_free)
+    if num_candidates < vocabulary and not bool(is_certain_M.all()):
+        tokens_M, _ = draw_candidate(probs_MV, columns, vocabulary, some_are_free=some_are_free)
+    return tokens_M.tolist()
 
 
-def _keep_candidates(probs_MK: Tensor, probs_MV: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def cuts(sampling: Sampling) -> bool:
+    """Return whether top-k or top-p leaves tokens out."""
+    return bool(sampling.top_k) or sampling.top_p < 1
+
+
+def probabilities(logits_MV: Tensor, columns: SamplingColumns, *, min_p: bool) -> Tensor:
+    """Return the probabilities, or with `min_p` what it leaves of them, before top-k and top-p."""
+    probs_MV = (logits_MV / columns.temperature).softmax(-1)
+    if min_p:
+        least_M1 = probs_MV.amax(-1, keepdim=True) * columns.min_p
+        probs_MV = probs_MV.masked_fill(probs_MV < least_M1, 0)
+    return probs_MV
+
+
+def draw_any(probs_MV: Tensor, columns: SamplingColumns) -> Tensor:
+    """Draw from all tokens, in the order of the vocabulary: [M]."""
+    return _locate(probs_MV, columns.chance)[:, 0]
+
+
+def draw_candidate(
+    probs_MV: Tensor, columns: SamplingColumns, num_candidates: int, *, some_are_free: bool
+) -> tuple[Tensor, Tensor]:
+    """Draw from the likeliest tokens by top-k and top-p: the tokens [M], and whether these were candidates enough [M].
+
+    Args:
+        num_candidates: at least the largest top-k.
+        some_are_free: whether a sequence has neither; it needs every token, in the order of the vocabulary, which it
+            has alone too.
+    """
+    probs_MK, tokens_MK = probs_MV.topk(num_candidates)
+    kept_MK = _keep_candidates(probs_MK, probs_MV, columns)
+    found_M1 = tokens_MK.gather(1, _locate(kept_MK, columns.chance))
+    is_free_M1 = (columns.top_k == 0) & (columns.top_p == 1)
+    is_certain_M1 = (kept_MK[:, -1:] == 0) | is_free_M1 | (columns.top_k > 0)
+    if some_are_free:
+        found_M1 = torch.where(is_free_M1, _locate(probs_MV, columns.chance), found_M1)
+    return found_M1[:, 0], is_certain_M1[:, 0]
+
+
+def _keep_candidates(probs_MK: Tensor, probs_MV: Tensor, columns: SamplingColumns) -> Tensor:
     """Set the probabilities of candidates that top-k and top-p cut to 0."""
-    device, num_candidates = probs_MK.device, probs_MK.shape[1]
-    k_M1 = torch.tensor([[s.top_k or num_candidates] for s in settings], device=device)
-    among_k_MK = probs_MK.masked_fill(torch.arange(num_candidates, device=device) >= k_M1, 0)
+    num_candidates = probs_MK.shape[1]
+    k_M1 = columns.top_k.masked_fill(columns.top_k == 0, num_candidates)
+    among_k_MK = probs_MK.masked_fill(torch.arange(num_candidates, device=probs_MK.device) >= k_M1, 0)
     # without top-k, top-p is a share of all tokens' probability, not of the candidates'
-    total_M1 = torch.where(
-        torch.tensor([[s.top_k > 0] for s in settings], device=device),
-        among_k_MK.sum(-1, keepdim=True),
-        probs_MV.sum(-1, keepdim=True),
-    )
-    p_M1 = torch.tensor([[s.top_p] for s in settings], device=device) * total_M1
+    total_M1 = torch.where(columns.top_k > 0, among_k_MK.sum(-1, keepdim=True), probs_MV.sum(-1, keepdim=True))
+    p_M1 = columns.top_p * total_M1
     before_MK = among_k_MK.cumsum(-1) - among_k_MK
     return among_k_MK.masked_fill((before_MK >= p_M1) & (p_M1 < total_M1), 0)
 
@@ -154,7 +205,8 @@ def _locate(probs_MK: Tensor, chance_M1: Tensor) -> Tensor:
     cumulated_MK = probs_MK.double().cumsum(-1)
     total_M1 = cumulated_MK[:, -1:]
     last_M1 = torch.searchsorted(cumulated_MK, total_M1.contiguous())  # the last candidate with any probability
-    return torch.minimum(torch.searchsorted(cumulated_MK, chance_M1 * total_M1, right=True), last_M1)
+    found_M1 = torch.minimum(torch.searchsorted(cumulated_MK, chance_M1 * total_M1, right=True), last_M1)
+    return found_M1.clamp_max(probs_MK.shape[1] - 1)  # where the probabilities are nan
 
 
 def _describe(logits_V: Tensor, token: int, item: SamplingInput) -> SampledToken:

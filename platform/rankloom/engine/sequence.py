@@ -49,6 +49,8 @@ class RunningSequence:
         self._choice = None if guide.tree is None else ChoiceState(guide.tree)
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
+        self._chance: float | None = None
+        """The next token's random number; None: not drawn yet."""
         self._transcript = Transcript(decoder, request.prompt, guide.stops, self._ends)
 
     @property
@@ -56,12 +58,15 @@ class RunningSequence:
         return self.tokens[self.num_prompt :]
 
     def sampling_input(self) -> SamplingInput:
-        """Return what sampling its next token needs; draws a random number, so call it once per token."""
+        """Return what sampling its next token needs."""
+        if self._chance is None:
+            self._chance = self._random.random()
         allowed = None if self._choice is None else self._choice.allowed
-        return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._random.random(), allowed)
+        return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._chance, allowed)
 
     def take(self, sampled: SampledToken) -> bool:
         """Add the sampled token and those that it implies, and send what is new. Returns True at the end."""
+        self._chance = None
         new, is_over = [sampled.token], sampled.token in self._ends
         if self._choice is not None:
             self._choice.advance(sampled.token)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rankloom.engine.kv_cache import CPU_TOKENS, NARROWEST, HeadShape, KvCache, bucket_width, room_for
+from rankloom.engine.kv_cache import CPU_TOKENS, NARROWEST, HeadShape, KvCache, bucket_width, choose_capacity
 from rankloom.engine.prefix import PrefixTree
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -131,5 +131,5 @@ def test_the_cache_is_as_large_as_the_memory_beside_the_base(
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {None: part}.__getitem__)  # takes no "cuda"
     shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
     assert shape.bytes_per_token == 100_000
-    assert room_for(shape, 8, longest) == tokens
-    assert room_for(SHAPE, 8, longest) == CPU_TOKENS
+    assert choose_capacity(shape, 8, longest) == tokens
+    assert choose_capacity(SHAPE, 8, longest) == CPU_TOKENS

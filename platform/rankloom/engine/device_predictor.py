@@ -1,0 +1,269 @@
+"""DevicePredictor: a step on a GPU, from its tokens to the next ones, without the host in between.
+
+What the host decides (tokens, lengths, pages, settings of sampling) goes to the device in one copy, and the tokens come
+back in one. A step in which every sequence has one token has fixed shapes, for a number of rows that is rounded up; it
+is a CUDA graph from its third time on. What sampling on the device can't do, such as guided choices, is done from the
+step's logits as on a CPU.
+
+Shapes: R rows, N tokens, M rows that predict, P pages of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankloom.banks.served_bank import AdapterShare, TokenOrder
+from rankloom.engine.attention import SequenceChunk
+from rankloom.engine.kv_cache import KvCache
+from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, num_pages
+from rankloom.engine.model_runner import PROBES, ModelRunner
+from rankloom.engine.paged_attention import PagedChunks, PagedRows
+from rankloom.engine.protocol import Sampling
+from rankloom.engine.sampling import (
+    CANDIDATES,
+    COLDEST,
+    LARGEST,
+    SampledToken,
+    SamplingColumns,
+    SamplingInput,
+    cuts,
+    draw_any,
+    draw_candidate,
+    needs_logits,
+    probabilities,
+    sample_tokens,
+)
+from rankloom.engine.staging import StagedTensors
+from rankloom.kernels.graphs import GraphCache
+
+Draw = Literal["likeliest", "any", "candidate"]
+"""How a step's tokens are drawn: each the likeliest; from all tokens; from those that top-k and top-p leave."""
+UNSOUND, UNCERTAIN = -1, -2
+"""Instead of a token: its logits are not sound; it is not among the candidates that were considered."""
+MOST_GRAPHS = 64
+
+
+class DevicePredictor:
+    """A `Predictor` over a `KvPool`."""
+
+    def __init__(self, runner: ModelRunner, pool: KvPool, num_seqs: int, num_tokens: int, context: int) -> None:
+        """
+        Args:
+            num_seqs, num_tokens: the most of a step.
+            context: the most tokens of a sequence.
+        """
+        self._runner, self._pool = runner, pool
+        device, rows, pages = pool.shape.device, round_rows(num_seqs), num_pages(context)
+        self.graphs = GraphCache(device, MOST_GRAPHS)
+        settings = dict.fromkeys(("temperature", "min_p", "top_p"), (torch.float32, (rows, 1)))
+        settings |= {"top_k": (torch.int64, (rows, 1)), "chance": (torch.float64, (rows, 1))}
+        table = {"table": (torch.int64, (rows, pages)), "length": (torch.int64, (rows,))}
+        row, token = (torch.int64, (rows,)), (torch.int64, (num_tokens,))
+        self._rows = StagedTensors(device, {"ids": row, "positions": row, **table, **settings})
+        of_chunks = {f"chunk_{name}": size for name, size in table.items()}
+        self._tokens = StagedTensors(
+            device,
+            {"ids": token, "positions": token, "token_R": row, "token_C": token, "place_C": token, "kept": row}
+            | {"starts": (torch.int32, (rows + 1,))} | table | of_chunks | settings,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+        if all(chunk.count == 1 and chunk.predicts and chunk.adapter is None for chunk in chunks):
+            return self._decode(chunks, inputs)
+        return self._prefill(chunks, inputs)
+
+    @torch.inference_mode()
+    def agrees(self) -> bool:
+        """Return whether its logits are the plain path's: of prompts in two chunks, then token by token, in a graph."""
+        names, last = [str(i) for i in range(len(PROBES))], [len(tokens) - 1 for tokens in PROBES]
+        plain = KvCache(self._pool.shape, 1 << 16)
+        for name, tokens in zip(names, PROBES, strict=True):
+            plain.reserve(name, len(tokens))
+            self._pool.reserve(name, len(tokens))
+
+        def chunks(start: int, stops: Sequence[int]) -> list[SequenceChunk]:
+            of_each = zip(names, PROBES, stops, strict=True)
+            return [SequenceChunk(name, None, start, tokens[start:stop]) for name, tokens, stop in of_each]
+
+        whole = [len(tokens) for tokens in PROBES]
+        expected_MV = self._runner.forward(plain, chunks(0, whole))
+        inputs = [SamplingInput(Sampling(temperature=0), (), (), 0.0)] * len(PROBES)
+        try:
+            for part in (chunks(0, [2] * len(PROBES)), chunks(2, last)):
+                self.predict(part, inputs)
+            ends = [
+                replace(each, start=n, tokens=each.tokens[n:]) for each, n in zip(chunks(0, whole), last, strict=True)
+            ]
+            for _ in range(3):  # computed, recorded, replayed
+                found_MV = self.predict(ends, inputs).logits_MV
+                if not (found_MV - expected_MV).abs().max() <= self._runner.tolerance * expected_MV.abs().max():
+                    return False
+            return True
+        finally:
+            for name in names:
+                self._pool.remove(name)
+
+    def _decode(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+        rows, draw = round_rows(len(chunks)), _choose_draw(inputs)
+        host = self._rows.open()
+        self._write_rows(host, "", chunks, rows)
+        host["ids"][:rows] = 0
+        host["ids"][: len(chunks)] = [chunk.tokens[0] for chunk in chunks]
+        np.subtract(host["length"][:rows], 1, out=host["positions"][:rows])
+        _write_settings(host, inputs, rows)
+        route = self._runner.bank.route([AdapterShare(None, rows, rows)])
+        on_device = self._rows.send()
+        logits_MV, tokens_M = self.graphs.run((rows, draw), lambda: self._decode_rows(route, on_device, rows, draw))
+        return _DevicePrediction(logits_MV, tokens_M, list(range(len(chunks))), inputs)
+
+    def _decode_rows(self, route: TokenOrder, of: dict[str, Tensor], rows: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Compute the staged rows; all of it may be recorded."""
+        layout = PagedRows(self._pool, of["table"][:rows], of["length"][:rows])
+        logits_RV = self._runner.compute(route, of["ids"][:rows], of["positions"][:rows], layout, None)
+        return logits_RV, _draw_tokens(logits_RV, _columns(of, rows), draw)
+
+    def _prefill(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+        """Compute a step with any chunks."""
+        route, ordered = self._runner.order(chunks)
+        host = self._tokens.open()
+        stops = list(accumulate(chunk.count for chunk in ordered))
+        starts = [stop - chunk.count for chunk, stop in zip(ordered, stops, strict=True)]
+        singles = [i for i, chunk in enumerate(ordered) if chunk.count == 1]
+        longer = [i for i, chunk in enumerate(ordered) if chunk.count > 1]
+        _fill(host["ids"], [token for chunk in ordered for token in chunk.tokens])
+        _fill(host["positions"], [p for chunk in ordered for p in range(chunk.start, chunk.start + chunk.count)])
+        predicting = [i for i, chunk in enumerate(ordered) if chunk.predicts]
+        _fill(host["kept"], [stops[i] - 1 for i in predicting])
+        _fill(host["token_R"], [starts[i] for i in singles])
+        token_C = [token for i in longer for token in range(starts[i], stops[i])]
+        _fill(host["token_C"], token_C)
+        _fill(host["place_C"], [place for i in longer for place in self._places(ordered[i])])
+        _fill(host["starts"], [0, *accumulate(ordered[i].count for i in longer)])
+        self._write_rows(host, "", [ordered[i] for i in singles], len(singles))
+        self._write_rows(host, "chunk_", [ordered[i] for i in longer], len(longer))
+        index_of = {chunk.id: m for m, chunk in enumerate(ordered[i] for i in predicting)}
+        order = [index_of[chunk.id] for chunk in chunks if chunk.predicts]
+        by_row = dict(zip(order, inputs, strict=True))
+        _write_settings(host, [by_row[m] for m in range(len(predicting))], len(predicting))
+
+        of, num_tokens = self._tokens.send(), stops[-1]
+        rows = PagedRows(self._pool, of["table"][: len(singles)], of["length"][: len(singles)])
+        layout: Any = rows
+        if longer:
+            most = max(num_pages(ordered[i].start + ordered[i].count) for i in longer)
+            layout = PagedChunks(
+                self._pool,
+                rows if singles else None,
+                of["token_R"][: len(singles)],
+                of["token_C"][: len(token_C)],
+                of["place_C"][: len(token_C)],
+                of["chunk_table"][: len(longer), :most],
+                of["chunk_length"][: len(longer)],
+                of["starts"][: len(longer) + 1],
+                max(ordered[i].count for i in longer),
+            )
+        kept_M = of["kept"][: len(predicting)]
+        logits_MV = self._runner.compute(route, of["ids"][:num_tokens], of["positions"][:num_tokens], layout, kept_M)
+        if not predicting:
+            return _DevicePrediction(logits_MV, logits_MV.new_empty(0), (), ())
+        tokens_M = _draw_tokens(logits_MV, _columns(of, len(predicting)), _choose_draw(inputs))
+        return _DevicePrediction(logits_MV, tokens_M, order, inputs)
+
+    def _write_rows(self, host: dict[str, Any], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
+        table, length = host[f"{prefix}table"], host[f"{prefix}length"]
+        for row, chunk in enumerate(chunks):
+            pages = self._pool.pages(chunk.id)
+            table[row, : len(pages)] = pages
+            length[row] = chunk.start + chunk.count
+        table[len(chunks) : rows, 0] = NOBODYS
+        length[len(chunks) : rows] = 1
+
+    def _places(self, chunk: SequenceChunk) -> list[int]:
+        pages = self._pool.pages(chunk.id)
+        return [pages[at // PAGE] * PAGE + at % PAGE for at in range(chunk.start, chunk.start + chunk.count)]
+
+
+class _DevicePrediction:
+    """A `Prediction` of a step that the device may still compute."""
+
+    def __init__(
+        self, logits_RV: Tensor, tokens_R: Tensor, rows_M: Sequence[int], inputs: Sequence[SamplingInput]
+    ) -> None:
+        """
+        Args:
+            rows_M: the row of each input.
+        """
+        self._logits_RV, self._tokens_R, self._rows_M, self._inputs = logits_RV, tokens_R, rows_M, inputs
+
+    @property
+    def logits_MV(self) -> Tensor:
+        return self._logits_RV[list(self._rows_M)]
+
+    def read(self) -> list[SampledToken | None]:
+        if not self._rows_M:
+            return []  # without waiting
+        tokens_R: list[int] = self._tokens_R.tolist()
+        tokens = [tokens_R[row] for row in self._rows_M]
+        found = [None if token == UNSOUND else SampledToken(token, None, ()) for token in tokens]
+        left = [
+            m
+            for m, (token, item) in enumerate(zip(tokens, self._inputs, strict=True))
+            if token == UNCERTAIN or (token != UNSOUND and needs_logits(item))
+        ]
+        if left:
+            logits_MV = self._logits_RV[[self._rows_M[m] for m in left]]
+            sampled = sample_tokens(logits_MV, [self._inputs[m] for m in left])
+            for m, each in zip(left, sampled, strict=True):
+                found[m] = each
+        return found
+
+
+def round_rows(count: int) -> int:
+    """Return the rows of the smallest graph that holds this many: 1, 2, 4, or a multiple of 8."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+
+
+def _fill(array: Any, values: Sequence[int]) -> None:
+    array[: len(values)] = values
+
+
+def _write_settings(host: dict[str, Any], inputs: Sequence[SamplingInput], rows: int) -> None:
+    for name, neutral in (("temperature", 0), ("min_p", 0), ("top_k", 0), ("top_p", 1)):
+        host[name][: len(inputs), 0] = [getattr(item.sampling, name) for item in inputs]
+        host[name][len(inputs) : rows] = neutral
+    host["chance"][: len(inputs), 0] = [item.chance for item in inputs]
+
+
+def _columns(of: dict[str, Tensor], rows: int) -> SamplingColumns:
+    return SamplingColumns(*(of[name][:rows] for name in ("temperature", "min_p", "top_k", "top_p", "chance")))
+
+
+def _choose_draw(inputs: Sequence[SamplingInput]) -> Draw:
+    drawn = [i.sampling for i in inputs if i.sampling.temperature >= COLDEST and not needs_logits(i)]
+    return "candidate" if any(map(cuts, drawn)) else "any" if drawn else "likeliest"
+
+
+def _draw_tokens(logits_MV: Tensor, columns: SamplingColumns, draw: Draw) -> Tensor:
+    """Return a token for each row, `UNSOUND` or `UNCERTAIN` [M]; the host waits for nothing."""
+    tokens_M, is_sound_M = logits_MV.argmax(-1), logits_MV.abs().amax(-1) < LARGEST  # nan is not
+    if draw != "likeliest":
+        is_cold_M = columns.temperature[:, 0] < COLDEST
+        columns = replace(columns, temperature=columns.temperature.clamp_min(COLDEST))
+        probs_MV = probabilities(logits_MV, columns, min_p=True)
+        if draw == "any":
+            drawn_M = draw_any(probs_MV, columns)
+        else:
+            num_candidates = min(CANDIDATES, probs_MV.shape[1])
+            drawn_M, is_certain_M = draw_candidate(probs_MV, columns, num_candidates, some_are_free=True)
+            if num_candidates < probs_MV.shape[1]:
+                drawn_M = drawn_M.where(is_certain_M, UNCERTAIN)
+        tokens_M = tokens_M.where(is_cold_M, drawn_M)
+    return tokens_M.where(is_sound_M, UNSOUND)

@@ -1,0 +1,49 @@
+"""The choice of a predictor and its cache: on a GPU the fast ones, where they give the plain ones' logits."""
+
+from __future__ import annotations
+
+import logging
+
+from rankloom import kernels
+from rankloom.config.engine import EngineConfig
+from rankloom.engine.device_predictor import DevicePredictor
+from rankloom.engine.kv_cache import KvCache
+from rankloom.engine.kv_pool import KvPool
+from rankloom.engine.model_runner import ModelRunner
+from rankloom.engine.prediction import PlainPredictor, Predictor
+from rankloom.models.device import is_lost
+
+logger = logging.getLogger(__name__)
+
+
+def open_predictor(
+    runner: ModelRunner, cache_tokens: int, longest: int | None, num_seqs: int, config: EngineConfig
+) -> tuple[KvCache | KvPool, Predictor]:
+    """Return a cache of `cache_tokens` and the predictor over it.
+
+    Args:
+        longest: the most tokens that the base has positions for; None: any number.
+
+    Raises:
+        ConfigError: the device has no memory for the cache.
+    """
+    if kernels.use_on(runner.shape.device):
+        pool = KvPool(runner.shape, cache_tokens)
+        context = min(pool.longest, longest or pool.longest)
+        fast = DevicePredictor(runner, pool, num_seqs, config.max_num_batched_tokens, context)
+        if _works(fast):
+            return pool, fast
+    cache = KvCache(runner.shape, cache_tokens)
+    return cache, PlainPredictor(runner, cache)
+
+
+def _works(predictor: DevicePredictor) -> bool:
+    try:
+        if predictor.agrees():
+            return True
+        logger.warning("the fast path gives other logits than the plain one, which serves instead")
+    except Exception as error:  # such as a kernel that this GPU can't run
+        if is_lost(error):
+            raise
+        logger.warning("the fast path fails, and the plain one serves instead", exc_info=error)
+    return False

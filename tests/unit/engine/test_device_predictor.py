@@ -1,0 +1,145 @@
+"""What a GPU computes, on a CPU with fake CUDA graphs: the same tokens as the plain path, whatever is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fake_graph import fake_graphs
+from rankloom import kernels
+from rankloom.engine import device_predictor
+from rankloom.engine.device_predictor import DevicePredictor, round_rows
+from rankloom.engine.engine import ServingEngine
+from rankloom.engine.kv_pool import PAGE, KvPool
+from rankloom.engine.prediction import PlainPredictor
+from rankloom.errors import RegistryError
+from rankloom.kernels.graphs import GraphCache
+from served import completed, engine_on, publish, serving, write_adapter
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.0, "seed": 1},
+    "cut": {"temperature": 0.8, "seed": 2, "top_p": 0.9, "top_k": 50, "min_p": 0.01},
+    "spread": {"temperature": 5.0, "seed": 3, "top_p": 0.999},
+    "punished": {"temperature": 0.7, "seed": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    "told": {"logprobs": 2},
+    "chosen": {"choices": ("alpha", "beta", "alps"), "ignore_eos": False},
+}
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines compute as on a GPU."""
+    fake_graphs(monkeypatch)
+    monkeypatch.setattr(device_predictor, "GraphCache", lambda _, most: GraphCache(torch.device("cuda"), most))
+    with kernels.everywhere():
+        yield
+
+
+@pytest.fixture(scope="module")
+def registry(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`lora@1` and `dora@1` on the tiny Llama."""
+    root, work, base = tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("work"), tiny_model("llama")
+    for seed, kind in enumerate(("lora", "dora")):
+        write_adapter(base, work / kind, kind, seed=seed)
+        publish(root, base, kind, work / kind)
+    return root
+
+
+def answers(engine: ServingEngine, jobs: list[tuple[list[int], str | None, dict[str, Any]]]) -> list[Any]:
+    async def work() -> list[Any]:
+        waiting = [completed(engine, prompt, ref, id=str(i), **how) for i, (prompt, ref, how) in enumerate(jobs)]
+        return await asyncio.gather(*waiting)
+
+    return serving(engine, work)
+
+
+@pytest.mark.parametrize("refs", [(None,), (None, "lora@1", None, "dora@1")], ids=["base", "adapters"])
+def test_a_gpus_tokens_are_the_plain_paths(
+    tiny_llama: Path,
+    registry: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    refs: tuple[str | None, ...],
+) -> None:
+    monkeypatch.setattr("rankloom.engine.sampling.CANDIDATES", 16)
+    monkeypatch.setattr(device_predictor, "CANDIDATES", 16)  # so that some rows look beyond them
+    chance = random.Random(0)
+    lengths = [1, 3, 20, PAGE - 3, PAGE, 2 * PAGE - 5, 40, 2, 9]
+    jobs = [
+        ([chance.randrange(5, 300) for _ in range(n)], refs[i % len(refs)], dict(SAMPLINGS[name]))
+        for i, (n, name) in enumerate(zip(lengths * 3, [*SAMPLINGS] * 4, strict=False))
+    ]
+    settings = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "kv_cache_tokens": 8 * PAGE}
+    expected = answers(engine_on(tiny_llama, registry, **settings), jobs)
+    request.getfixturevalue("fast")
+    engine = engine_on(tiny_llama, registry, **settings)
+    predictor = engine._core._predictor
+    assert isinstance(predictor, DevicePredictor)
+    found = answers(engine, jobs)
+    for (text, tokens, deltas), (same_text, same_tokens, same_deltas) in zip(found, expected, strict=True):
+        assert (text, tokens) == (same_text, same_tokens)
+        for ours, theirs in zip(deltas, same_deltas, strict=True):
+            assert [each.chosen.token for each in ours.logprobs] == [each.chosen.token for each in theirs.logprobs]
+    assert predictor.graphs.is_on
+    assert predictor.graphs.num_recorded >= (1 if any(refs) else 2)
+    assert engine._core._cache.held == 0
+
+
+@pytest.mark.usefixtures("fast")
+def test_rows_that_outgrow_the_pool_wait_and_come_out_the_same(tiny_llama: Path, registry: Path) -> None:
+    prompts = [[5 + i % 90] * (PAGE - 6 + i) for i in range(4)]
+    jobs: list[Any] = [(prompt, None, {"max_tokens": 20}) for prompt in prompts]
+    roomy = answers(engine_on(tiny_llama, registry), jobs)
+    narrow = engine_on(tiny_llama, registry, kv_cache_tokens=3 * PAGE, prefix_cache_tokens=1024)
+    assert isinstance(narrow._core._cache, KvPool)
+    assert [tokens for _, tokens, _ in answers(narrow, jobs)] == [tokens for _, tokens, _ in roomy]
+    assert narrow.stats().preemptions > 0
+    assert narrow.stats().prompt_tokens == sum(map(len, prompts))  # what was kept is not computed again
+
+
+@pytest.mark.usefixtures("fast")
+def test_logits_that_are_not_sound_end_their_own_request(
+    tiny_llama: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_on(tiny_llama, registry)
+    runner = engine._core._runner
+    compute = runner.compute
+
+    def broken(route: Any, ids_N: torch.Tensor, *args: Any) -> torch.Tensor:
+        return compute(route, ids_N, *args).masked_fill((ids_N == 77)[:, None].any(), torch.nan)
+
+    monkeypatch.setattr(runner, "compute", broken)
+
+    async def work() -> None:
+        with pytest.raises(RegistryError, match="not within"):
+            await completed(engine, [77], temperature=1.0, top_p=0.5)
+        await completed(engine, [5, 6])
+
+    serving(engine, work)
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_gives_other_logits_or_fails_is_not_used(
+    tiny_llama: Path, registry: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode = device_predictor.PagedRows.attend
+    for attend, said in (
+        (lambda *args: decode(*args) * 2, "gives other logits"),
+        (lambda *_: 1 / 0, "the fast path fails"),
+    ):
+        monkeypatch.setattr(device_predictor.PagedRows, "attend", attend)
+        engine = engine_on(tiny_llama, registry)
+        assert isinstance(engine._core._predictor, PlainPredictor)
+        assert said in caplog.text
+        engine._core.close(RegistryError("done"))
+
+
+def test_rows_are_rounded_up() -> None:
+    assert [round_rows(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 4, 8, 8, 16, 16, 24, 64]

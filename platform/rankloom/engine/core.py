@@ -24,8 +24,8 @@ from rankloom.engine.adapter_cache.loading import EngineLoader
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, bucket_width, choose_capacity
 from rankloom.engine.model_runner import ModelRunner
-from rankloom.engine.prediction import Prediction
-from rankloom.engine.predictors import open_predictor
+from rankloom.engine.open_predictor import open_predictor
+from rankloom.engine.predictor import StepResult
 from rankloom.engine.prefix import PrefixTree
 from rankloom.engine.protocol import Stats
 from rankloom.engine.sampling import LARGEST
@@ -129,9 +129,9 @@ class Core:
         if not chunks:
             return len(self._waiting) < num_waiting  # some were refused, which may make place for others
         try:
-            chunks, prediction = self._compute(chunks)
-            if prediction is not None:
-                self._apply(chunks, prediction)
+            chunks, result = self._compute(chunks)
+            if result is not None:
+                self._apply(chunks, result)
         except Exception as error:  # these sequences are lost, the engine is not
             if is_lost(error):
                 raise
@@ -160,8 +160,8 @@ class Core:
             self._reuse_prefix(sequence)
         return schedule([self._state_of(sequence) for sequence in self._running.values()], budget)
 
-    def _compute(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], Prediction | None]:
-        """Run the chunks that memory suffices for; returns them, and the prediction; None: there are none."""
+    def _compute(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], StepResult | None]:
+        """Run the chunks that memory suffices for; returns them, and their result; None: there are none."""
         chunks = [chunk for chunk in chunks if self._reserve(self._running[chunk.id])]
         while chunks:
             sequences = [self._running[chunk.id] for chunk in chunks]
@@ -207,7 +207,7 @@ class Core:
         sequence.cached = 0
         self._counters.preemptions += 1
 
-    def _apply(self, chunks: Sequence[ScheduledChunk], prediction: Prediction) -> None:
+    def _apply(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
         self._counters.steps += 1
         for chunk in chunks:
             sequence = self._running[chunk.id]
@@ -217,7 +217,7 @@ class Core:
             if new_to_prompt and sequence.cached >= sequence.num_prompt:
                 self._keep_prefix(sequence)
         sequences = [self._running[chunk.id] for chunk in chunks if chunk.predicts]
-        for sequence, token in zip(sequences, prediction.read(), strict=True):
+        for sequence, token in zip(sequences, result.read(), strict=True):
             if token is None:
                 where = sequence.request.adapter or "the base"
                 self._end(sequence, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))

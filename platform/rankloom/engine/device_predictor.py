@@ -75,7 +75,7 @@ class DevicePredictor:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
         if all(chunk.count == 1 and chunk.predicts and chunk.adapter is None for chunk in chunks):
             return self._decode(chunks, inputs)
         return self._prefill(chunks, inputs)
@@ -111,7 +111,7 @@ class DevicePredictor:
             for name in names:
                 self._pool.remove(name)
 
-    def _decode(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+    def _decode(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
         rows, draw = round_rows(len(chunks)), _choose_draw(inputs)
         host = self._rows.open()
         self._write_rows(host, "", chunks, rows)
@@ -122,7 +122,7 @@ class DevicePredictor:
         route = self._runner.bank.route([AdapterShare(None, rows, rows)])
         on_device = self._rows.send()
         logits_MV, tokens_M = self.graphs.run((rows, draw), lambda: self._decode_rows(route, on_device, rows, draw))
-        return _DevicePrediction(logits_MV, tokens_M, list(range(len(chunks))), inputs)
+        return _DeviceResult(logits_MV, tokens_M, list(range(len(chunks))), inputs)
 
     def _decode_rows(self, route: TokenOrder, of: dict[str, Tensor], rows: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Compute the staged rows; all of it may be recorded."""
@@ -130,7 +130,7 @@ class DevicePredictor:
         logits_RV = self._runner.compute(route, of["ids"][:rows], of["positions"][:rows], layout, None)
         return logits_RV, _draw_tokens(logits_RV, _columns(of, rows), draw)
 
-    def _prefill(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DevicePrediction:
+    def _prefill(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
         """Compute a step with any chunks."""
         route, ordered = self._runner.order(chunks)
         host = self._tokens.open()
@@ -173,9 +173,9 @@ class DevicePredictor:
         kept_M = of["kept"][: len(predicting)]
         logits_MV = self._runner.compute(route, of["ids"][:num_tokens], of["positions"][:num_tokens], layout, kept_M)
         if not predicting:
-            return _DevicePrediction(logits_MV, logits_MV.new_empty(0), (), ())
+            return _DeviceResult(logits_MV, logits_MV.new_empty(0), (), ())
         tokens_M = _draw_tokens(logits_MV, _columns(of, len(predicting)), _choose_draw(inputs))
-        return _DevicePrediction(logits_MV, tokens_M, order, inputs)
+        return _DeviceResult(logits_MV, tokens_M, order, inputs)
 
     def _write_rows(self, host: dict[str, Any], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
         table, length = host[f"{prefix}table"], host[f"{prefix}length"]
@@ -191,8 +191,8 @@ class DevicePredictor:
         return [pages[at // PAGE] * PAGE + at % PAGE for at in range(chunk.start, chunk.start + chunk.count)]
 
 
-class _DevicePrediction:
-    """A `Prediction` of a step that the device may still compute."""
+class _DeviceResult:
+    """A `StepResult` of a step that the device may still compute."""
 
     def __init__(
         self, logits_RV: Tensor, tokens_R: Tensor, rows_M: Sequence[int], inputs: Sequence[SamplingInput]

@@ -17,7 +17,7 @@ from rankloom.engine import device_predictor
 from rankloom.engine.device_predictor import DevicePredictor, round_rows
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.kv_pool import PAGE, KvPool
-from rankloom.engine.prediction import PlainPredictor
+from rankloom.engine.predictor import PlainPredictor
 from rankloom.errors import RegistryError
 from rankloom.kernels.graphs import GraphCache
 from served import completed, engine_on, publish, serving, write_adapter

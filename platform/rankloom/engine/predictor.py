@@ -18,14 +18,14 @@ from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.sampling import LARGEST, SampledToken, SamplingInput, sample_tokens
 
 
-class Prediction(Protocol):
+class StepResult(Protocol):
     def read(self) -> list[SampledToken | None]:
         """Wait for a token for each chunk that predicts; None: its logits are not sound."""
         ...
 
 
 class Predictor(Protocol):
-    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> Prediction:
+    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> StepResult:
         """Begin a step.
 
         Args:
@@ -41,12 +41,12 @@ class PlainPredictor:
     def __init__(self, runner: ModelRunner, cache: KvCache) -> None:
         self._runner, self._cache = runner, cache
 
-    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> Prediction:
-        return LogitsPrediction(self._runner.forward(self._cache, chunks), inputs)
+    def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> StepResult:
+        return LogitsResult(self._runner.forward(self._cache, chunks), inputs)
 
 
-class LogitsPrediction:
-    """A `Prediction` from logits [M, V], of the inputs in their order."""
+class LogitsResult:
+    """A `StepResult` from logits [M, V], of the inputs in their order."""
 
     def __init__(self, logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> None:
         self._logits_MV, self._inputs = logits_MV, inputs

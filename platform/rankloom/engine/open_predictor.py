@@ -10,7 +10,7 @@ from rankloom.engine.device_predictor import DevicePredictor
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.kv_pool import KvPool
 from rankloom.engine.model_runner import ModelRunner
-from rankloom.engine.prediction import PlainPredictor, Predictor
+from rankloom.engine.predictor import PlainPredictor, Predictor
 from rankloom.models.device import is_lost
 
 logger = logging.getLogger(__name__)

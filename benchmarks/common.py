@@ -9,9 +9,10 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,22 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def write_json(path: Path, figures: dict[str, Any]) -> None:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as Markdown."""
+    from rich.box import MARKDOWN
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=MARKDOWN)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(width=1000, file=StringIO())
+    console.print(table)
+    return console.file.getvalue().strip()  # type: ignore[attr-defined]
+
+
+def write_json(path: Path, figures: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """All ten recipes, each with its shipped config on SmolLM2-135M: does it lower the loss and publish a verified record?
 
-    python benchmarks/methods.py [--root DIR] [--output benchmarks/results/DATE-methods] [key=value ...]
+    python benchmarks/methods.py [--root DIR] [--out benchmarks/results/DATE-methods] [key=value ...]
 
 Runs `rankloom train` and `rankloom adapters verify` as a user would, one config after the other, and writes a table.
 The budgets are small (see the configs): the table shows that each recipe works, not which one is best.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from common import machine, today, write_json
 
 from rankloom.events import Evaluated, read_events
 
@@ -62,7 +62,7 @@ def row(figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="keep runs and registry here (default: a temporary folder)")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.json")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,14 +74,12 @@ def main() -> None:
             found.append(measure(config, root, options.overrides))
             table.append(row(found[-1]))
             print(table[-1], flush=True)
-    if options.output:
+    if options.out:
         command = " ".join(["python benchmarks/methods.py", *options.overrides])
-        machine = f"{platform.machine()} CPU, {found[0]['scorecard']['device']} threads"
-        head = (
-            f"{datetime.now(UTC).date()}, {machine}. Command: `{command}`\n\n{(__doc__ or '').split(chr(10) * 2)[-1]}"
-        )
-        options.output.with_suffix(".md").write_text("# All ten recipes\n\n" + head + "\n" + "\n".join(table) + "\n")
-        options.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        text = (__doc__ or "").split("\n\n")[-1]
+        head = f"{today()}, {machine()}, {found[0]['scorecard']['device']} threads. Command: `{command}`\n\n{text}"
+        options.out.with_suffix(".md").write_text("# All ten recipes\n\n" + head + "\n" + "\n".join(table) + "\n")
+        write_json(options.out.with_suffix(".json"), found)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--registered", type=int, default=0)
     parser.add_argument("--idle", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     # limits of this process and of those that it starts
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -267,8 +267,8 @@ def main() -> None:
             for name, part in parts.items():
                 figures[name] = part(url)
                 print(json.dumps({name: figures[name]}, indent=2), flush=True)
-    if given.output:
-        write_json(given.output, figures)
+    if given.out:
+        write_json(given.out, figures)
     if any(figures[name]["failed"] or figures[name]["grew"] for name in parts):
         sys.exit(1)
 

@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from common import machine, today, write_json
 
 from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
@@ -157,7 +156,7 @@ def main() -> None:
     arguments.add_argument("--at", type=int, nargs="+", default=[1, 8, 16], help="concurrent requests")
     arguments.add_argument("--without-peft", action="store_true", help="run only the engine's two sides")
     arguments.add_argument("--unpacked", action="store_true", help="run without `pack_weights`")
-    arguments.add_argument("--output", type=Path, help="also write the figures as JSON")
+    arguments.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()
     transformers.logging.set_verbosity_error()
     most = max(options.at)
@@ -188,10 +187,10 @@ def main() -> None:
                         rates[at].setdefault(name, []).append(rate)
         engine.close()
     figures = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU",
+        "date": today(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
         "tokens_per_s": {at: {name: medians(found) for name, found in sides.items()} for at, sides in rates.items()},
         "adapters_over": {
             at: {
@@ -203,8 +202,8 @@ def main() -> None:
         },
     }
     print(json.dumps(figures, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.out:
+        write_json(options.out, figures)
 
 
 def medians(found: Sequence[tuple[float, float]]) -> dict[str, float]:

@@ -144,7 +144,7 @@ def main() -> None:
     arguments.add_argument("--at", type=int, nargs="+", default=[1, 8, 16], help="concurrent requests")
     arguments.add_argument("--threads", type=int, default=1, help="threads of each side's arithmetic")
     arguments.add_argument("--vllm-args", nargs="*", default=[], help="more options for vLLM's server")
-    arguments.add_argument("--output", type=Path, help="also write the figures as JSON")
+    arguments.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,8 +169,8 @@ def main() -> None:
         },
     }
     print(json.dumps(figures, indent=2))
-    if options.output:
-        write_json(options.output, figures)
+    if options.out:
+        write_json(options.out, figures)
 
 
 if __name__ == "__main__":

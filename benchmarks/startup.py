@@ -20,9 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, tiny_llama, today, write_json
+from common import RESULTS, machine, markdown_table, tiny_llama, today, write_json
 
 SLOTS, TRIALS = 4, 12
+HEADER = [
+    "model", "command to first step, s", "to its end", "imports", "Ray", "torch, in the host", "data and base",
+    "the rest", "later trials to first step, s: median", "most", "to its end: median", "most",
+]  # fmt: skip
 
 
 def study_of(model: str, root: Path) -> dict[str, Any]:
@@ -63,6 +67,14 @@ def drive(study: dict[str, Any]) -> dict[str, Any]:
 
     [host] = tune(parsed, on_event=take).hosts
     return times | {"first_steps": host["first_steps"], "load_s": host["load_s"], "import_s": host["import_s"]}
+
+
+def row_of(model: str, found: dict[str, Any]) -> list[Any]:
+    """Return a model's row of the table."""
+    began, done = found["later_trials_s"]["until_the_step"], found["later_trials_s"]["step_done"]
+    names = ("to_first_step_s", "importing_s", "ray_s", "torch_s", "loading_s", "host_process_and_first_step_s")
+    first = [model, f"**{found['until_the_step_s']}**", *(found[name] for name in names)]
+    return [*first, f"**{began['median']}**", began["most"], done["median"], done["most"]]
 
 
 def main() -> None:
@@ -112,15 +124,7 @@ def main() -> None:
     write_json(path, figures)
     lines = ["# How long until a study trains", "", f"{figures['date']}, {figures['machine']}.", ""]
     lines += [(__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(), ""]
-    lines += ["| model | command to first step, s | to its end | imports | Ray | torch, in the host | data and base "]
-    lines[-1] += "| the rest | later trials to first step, s: median | most | to its end: median | most |"
-    lines += ["|" + "---|" * 12]
-    for name, each in figures["models"].items():
-        cells = [name, f"**{each['until_the_step_s']}**", each["to_first_step_s"], each["importing_s"], each["ray_s"]]
-        cells += [each["torch_s"], each["loading_s"], each["host_process_and_first_step_s"]]
-        until, done = each["later_trials_s"]["until_the_step"], each["later_trials_s"]["step_done"]
-        cells += [f"**{until['median']}**", until["most"], done.median, done.most]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [markdown_table(HEADER, [row_of(name, each) for name, each in figures["models"].items()])]
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

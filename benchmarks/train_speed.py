@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from common import machine, today, write_json
 
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Batch, Cursor, collate, load_data
@@ -123,7 +122,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=6, help="optimiser steps per round")
     arguments.add_argument("--batch-size", type=int, default=8)
-    arguments.add_argument("--output", type=Path, help="also write the figures as JSON")
+    arguments.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()
     transformers.logging.set_verbosity_error()
     trial = trial_of(options.rounds * options.steps, options.batch_size)
@@ -150,10 +149,10 @@ def main() -> None:
     apart = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, trainer.losses, strict=True))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     figures = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU",
+        "date": today(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
         "tokens_per_s": {name: round(value, 1) for name, value in medians.items()},
         "rankloom_over_trainer": round(medians["rankloom"] / medians["trainer"], 3),
         "rankloom_over_trainer_by_round": [
@@ -163,8 +162,8 @@ def main() -> None:
         "largest_relative_loss_difference": float(f"{apart:.2g}"),
     }
     print(json.dumps(figures, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.out:
+        write_json(options.out, figures)
 
 
 if __name__ == "__main__":

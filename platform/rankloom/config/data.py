@@ -63,7 +63,8 @@ class DataConfig(Frozen):
     instruction: str | None = None
     """System prompt to put before every row."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: the tokenizer's chat template; plain: prompt, newline, completion; auto: chat if the tokenizer has one."""
+    """chat: the tokenizer's chat template; plain: prompt, newline, completion; auto: chat if the tokenizer has one. For
+    short rows plain is cheaper: a chat template's system prompt would double their tokens."""
     train_on: Literal["completion", "all"] = "completion"
     """Which tokens carry loss."""
     max_length: Annotated[int, Field(ge=8)] = 512

@@ -66,7 +66,7 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
     with ExitStack() as stack:
         stack.enter_context(_set_environment(PROXY))  # where this starts Ray
         nodes = stack.enter_context(attach())
-        _forget_last_serve()
+        forget_last_serve()
         url, started = _start(settings, nodes, on_event, own=own)
         endpoint = Endpoint(url, settings, ends_serve=started and not own and not os.environ.get("RAY_ADDRESS"))
         endpoint._held = stack.pop_all()
@@ -217,7 +217,7 @@ def _start(
     return _read_url(), started
 
 
-def _forget_last_serve() -> None:
+def forget_last_serve() -> None:
     """Drop Serve's handle of a controller that is gone.
 
     Serve tells this process's Rays apart by the id of its job, which is the same in each Ray that this process starts.

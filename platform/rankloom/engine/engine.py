@@ -9,46 +9,36 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from functools import partial
 
 import torch
 
 from rankloom.config.engine import EngineConfig
-from rankloom.engine.admission import STOPPING, Admission, check_ref
+from rankloom.engine.admission import STOPPING, check_ref
 from rankloom.engine.core import Core
-from rankloom.engine.guide import Guides
+from rankloom.engine.frontend import EngineFrontend
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
-from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
 from rankloom.engine.sequence import RunningSequence
 from rankloom.engine.stream import Mailbox, Stream
-from rankloom.engine.text import Decoder
 from rankloom.errors import OverloadedError
 from rankloom.models import Base
 from rankloom.registry import Registry
 
 
-class ServingEngine:
+class ServingEngine(EngineFrontend):
     """The `Engine` of `protocol.py`."""
 
     def __init__(self, base: Base, registry: Registry, config: EngineConfig) -> None:
         """Raises ModelError where the base's architecture can't be served."""
-        self._base, self._config = base, config
-        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
-        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Callables that the thread runs between two steps."""
         self._mailbox = Mailbox()
         self._core = Core(base, registry, config, post=self._inbox.put)
-        vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        self._admission = Admission(self._core.num_seqs + config.max_queue, vocabulary)
+        super().__init__(base, config, self._core.num_seqs)
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
-
-    @property
-    def base_id(self) -> str:
-        return self._base.id
 
     @property
     def context(self) -> int:
@@ -69,12 +59,6 @@ class ServingEngine:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
         allow_pauses()
-
-    def tokens(self, text: str) -> list[int]:
-        return self._prompts.tokens(text)
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self._prompts.chat(messages)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):

@@ -7,7 +7,7 @@ each report, one when it ends. It is read when a study resumes, so a report may 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from rankloom.events import (
     TrialStatus,
     read_events,
 )
+from rankloom.search.suggestion import Suggestion
 
 CURVE = ("step", "percent", "loss", "accuracy", "metric", "train_loss", "tokens", "train_s")
 NUM_SHOWN = 8
@@ -101,15 +102,14 @@ class Leaderboard:
                 self.trials[event.trial].status, self.trials[event.trial].error = event.status, event.error
 
     def _start(self, event: TrialStarted) -> None:
-        point = dict(event.point)
-        number = int(point.pop("number"))
-        self.num_refused = max(self.num_refused, int(point.pop("refused")))
-        known = self.trials.get(event.trial)
-        # an exploit changes the point of a trial that keeps its number
-        number = known.number if known else number
-        config = self.study.resolve(point, number)
+        suggestion, known = Suggestion.read(event.point), self.trials.get(event.trial)
+        self.num_refused = max(self.num_refused, suggestion.refused)
+        if known:  # an exploit changes the point of a trial that keeps its number
+            suggestion = replace(suggestion, number=known.number)
         curve, costs = (known.curve, known.costs) if known else ({}, {})
-        self.trials[event.trial] = TrialState(event.trial, number, point, config, curve=curve, costs=costs)
+        self.trials[event.trial] = TrialState(
+            event.trial, suggestion.number, suggestion.point, suggestion.resolve(self.study), curve=curve, costs=costs
+        )
 
     def rank_trials(self) -> list[TrialState]:
         """Return the trials with a report, the best by validation first; a failed trial's best report counts too."""

@@ -197,6 +197,12 @@ class TuneSampler:
         with _seed_numpy(self._study.search.seed + self._num_asked):
             return self._search.suggest(self._asked[number])
 
+    def report(self, number: int, result: dict[str, Any]) -> None:
+        """Pass on a report of trial `number`, which continues."""
+        value = result[self._study.search.key]
+        if number in self._asked and value is not None:
+            self._search.on_trial_result(self._asked[number], result | {"value": float(value)})
+
     def tell(self, number: int, values: Values | None) -> None:
         result = None if values is None else {"value": values[0]}
         self._search.on_trial_complete(self._asked.pop(number), result, error=values is None)

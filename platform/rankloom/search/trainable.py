@@ -19,6 +19,7 @@ from rankloom.errors import RankloomError, TrialError
 from rankloom.hosts.reports import FAILED_LOSS, TrialReport
 from rankloom.search.dedicated import ADAPTERS, build_dedicated_run
 from rankloom.search.fused import FusedBackend, LostError
+from rankloom.search.suggestion import Suggestion
 
 CHECKPOINT = "trial.json"
 
@@ -88,9 +89,7 @@ class StudyTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Take a point's trial without starting it: a checkpoint may be loaded first."""
-        point = dict(config)
-        number = int(point.pop("number"))
-        trial = self._study.resolve(point, number)
+        trial = Suggestion.read(config).resolve(self._study)
         self._n = 0
         self._saved_at = time.monotonic()
         self._backend: TrialBackend

@@ -18,8 +18,9 @@ from rankloom.config.space import Point
 from rankloom.config.study import StudyConfig
 from rankloom.errors import IncompatibleError
 from rankloom.search.own_search import OwnSearch
-from rankloom.search.samplers import SAMPLERS, PriorTrial, Values
+from rankloom.search.samplers import SAMPLERS, PriorTrial, TuneSampler, Values
 from rankloom.search.saved_state import load_state
+from rankloom.search.suggestion import Suggestion
 
 MAX_REFUSALS_IN_A_ROW = 200
 """After this many the search ends: the space seems to hold no further trial."""
@@ -28,8 +29,7 @@ MAX_REFUSALS_IN_A_ROW = 200
 class StudySearcher(Searcher):  # type: ignore[misc]
     """Suggests the warm starts, then the sampler's points that make valid trials.
 
-    A suggestion is a point with the trial's `number` and the count of points `refused` so far; the trial is resolved
-    again where it runs.
+    A suggestion (`suggestion.py`) is resolved here to check it, and again where its trial runs.
     """
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial] = (), own: OwnSearch | None = None) -> None:
@@ -56,7 +56,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         self._count += 1
         self._numbers[trial_id] = number
-        return {"number": number, "refused": len(self.refusals), **point}
+        return Suggestion(number, len(self.refusals), point).to_config()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        number = self._numbers.get(trial_id, -1)
+        chosen = number >= self._study.num_warm_starts
+        if chosen and isinstance(self._sampler, TuneSampler) and not result.get("error"):
+            self._sampler.report(number, result)  # other samplers learn from results alone
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)

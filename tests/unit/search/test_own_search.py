@@ -37,11 +37,14 @@ class Halving(Searcher):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.rate, self.told = 1e-2, []
+        self.rate, self.told, self.reports = 1e-2, [], []
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         self.rate /= 2
         return {"method.rank": 4, "optim.learning_rate": self.rate}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.reports.append((result["value"], result["training_iteration"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.told.append(result)
@@ -145,3 +148,17 @@ def test_what_has_a_space_or_metric_of_its_own_is_refused() -> None:
 def test_own_in_a_file_wants_the_object(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"hand it over with rankloom\.tune"):
         OwnSearch().name_in(study(**tree))
+
+
+def test_a_searcher_gets_every_report_of_a_trial_that_it_chose() -> None:
+    config = study(space=SPACE[:1])
+    own = OwnSearch(searcher=Halving())
+    searcher = StudySearcher(own.name_in(config), [], own)
+    for number in range(2):  # the first is the baseline, which no searcher chose
+        searcher.suggest(str(number))
+        for report, loss in ((1, 3.0), (2, 2.5)):
+            searcher.on_trial_result(str(number), {"loss": loss, "error": None, "training_iteration": report})
+        searcher.on_trial_complete(str(number), {"best_value": 2.5, "error": None})
+    assert searcher._sampler._search.reports == [(3.0, 1), (2.5, 2)]
+    searcher.on_trial_result("1", {"loss": 2.0, "error": None, "training_iteration": 3})  # after its end: nothing
+    assert len(searcher._sampler._search.reports) == 2

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -27,14 +27,13 @@ from rankloom.banks.served_adapter import Factors, ServedAdapter, fold
 from rankloom.config.engine import VllmConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import check_base
-from rankloom.engine.admission import STOPPING, Admission, check_ref
-from rankloom.engine.guide import Guides
+from rankloom.engine.admission import STOPPING, check_ref
+from rankloom.engine.frontend import EngineFrontend, count_vocabulary
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
-from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Delta, Request, Resident, Stats
 from rankloom.engine.sampling import SampledToken
-from rankloom.engine.text import Decoder, Stops
+from rankloom.engine.text import Stops
 from rankloom.engine.transcript import Transcript
 from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihoods
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
@@ -45,7 +44,7 @@ from rankloom.registry.checks import rename_in_errors
 logger = logging.getLogger(__name__)
 
 
-class VllmEngine:
+class VllmEngine(EngineFrontend):
     """The `Engine` of `protocol.py`."""
 
     def __init__(self, base: Base, registry: Registry, config: VllmConfig, *, threads: int, gpus: float = 1.0) -> None:
@@ -56,13 +55,10 @@ class VllmEngine:
             threads: of vLLM's arithmetic on a CPU.
             gpus: that are reserved for it, where torch finds one.
         """
-        self._base = base
         dtype = str(base.model.dtype).removeprefix("torch.")
         on_gpu = gpus > 0 and torch.cuda.is_available()
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
-        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
-        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
-        self._admission = Admission(config.num_seqs(on_gpu=on_gpu) + config.max_queue, _vocabulary(base))
+        super().__init__(base, config, config.num_seqs(on_gpu=on_gpu))
         self._loader = VllmLoader(base, registry, self._server, config.max_lora_rank)
         self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
             config.max_cpu_loras, self._loader, self._post, self._failed
@@ -70,10 +66,6 @@ class VllmEngine:
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}
         """Requests that wait for their adapter, by its ref."""
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
-
-    @property
-    def base_id(self) -> str:
-        return self._base.id
 
     @property
     def context(self) -> int:
@@ -98,12 +90,6 @@ class VllmEngine:
             self._failed(ref, stopping)
         await self._server.close()
         allow_pauses()
-
-    def tokens(self, text: str) -> list[int]:
-        return self._prompts.tokens(text)
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self._prompts.chat(messages)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
@@ -300,7 +286,7 @@ class VllmLoader:
         self._drop(ref, self._sent.pop(ref).folder)
 
     def _probe(self, ref: str, folder: Path) -> None:
-        tokens = probe_tokens(folder, _vocabulary(self._base))
+        tokens = probe_tokens(folder, count_vocabulary(self._base))
         found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(self._server.base, tokens)
         check_top_logprobs(folder, found, plain, dtype=self._base.model.dtype)
 
@@ -310,7 +296,3 @@ class VllmLoader:
         except RankloomError as error:  # it has not got it, or is gone
             logger.debug("unloading %s: %s", ref, error)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _vocabulary(base: Base) -> int:
-    return int(base.model.get_input_embeddings().weight.shape[0])

@@ -1,0 +1,38 @@
+"""EngineFrontend: what each engine does around its computing, which is a subclass's: texts to tokens, and admission."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rankloom.config.engine import EngineConfig, VllmConfig
+from rankloom.engine.admission import Admission
+from rankloom.engine.guide import Guides
+from rankloom.engine.prompts import Prompts
+from rankloom.engine.text import Decoder
+from rankloom.models import Base
+
+
+class EngineFrontend:
+    """The part of the `Engine` of `protocol.py` that needs only the base's tokenizer and shape."""
+
+    def __init__(self, base: Base, config: EngineConfig | VllmConfig, num_seqs: int) -> None:
+        """`num_seqs`: sequences that run at once; `config.max_queue` more may wait."""
+        self._base = base
+        self._prompts = Prompts(base.tokenizer, base.model, config.split_special_tokens)
+        self._guides, self._decoder = Guides(self._prompts), Decoder(base.tokenizer)
+        self._admission = Admission(num_seqs + config.max_queue, count_vocabulary(base))
+
+    @property
+    def base_id(self) -> str:
+        return self._base.id
+
+    def tokens(self, text: str) -> list[int]:
+        return self._prompts.tokens(text)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self._prompts.chat(messages)
+
+
+def count_vocabulary(base: Base) -> int:
+    """Return the number of tokens that the base has embeddings for."""
+    return int(base.model.get_input_embeddings().weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from rankloom import kernels
 from rankloom.adapters.weights import load_adapter
 from rankloom.banks.bank import AdapterBank, SlotSpec
 from rankloom.banks.grouped import scale_rows, scale_rows_reference
 from rankloom.banks.groups import Groups
-from rankloom.banks.served_adapter import fold
+from rankloom.banks.served_adapter import ServedAdapter, fold
 from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
@@ -217,22 +219,32 @@ def test_a_host_sees_magnitudes_below_a_step_of_bf16(dropout: float, low_base: B
     assert effect(through(), before) == pytest.approx(FACTOR - 1, rel=0.3)
 
 
-@pytest.mark.parametrize("counts", [(400,), (4, 4), (3, 4)], ids=["loose", "even", "uneven"])
+@pytest.mark.parametrize("way", ["loose", "compiled", "in slots"])
 def test_the_engine_sees_magnitudes_below_a_step_of_bf16(
-    counts: tuple[int, ...], low_base: Base, tiny_llama: Path, tmp_path: Path
+    way: str, low_base: Base, tiny_llama: Path, tmp_path: Path
 ) -> None:
     write_adapter(tiny_llama, tmp_path, "dora")
-    adapter, name = fold(low_base.model, tmp_path), "model.layers.0.mlp.gate_proj"
-    bank, found = ServedBank(low_base.model), []
+    name, counts, found = "model.layers.0.mlp.gate_proj", (3, 40), []
+    own = fold(low_base.model, tmp_path).linears[name]
+    with kernels.everywhere() if way == "in slots" else nullcontext():
+        bank = ServedBank(low_base.model)
+    bank.compiles = way == "compiled"
     x = torch.randn(1, sum(counts), 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    own = adapter.linears[name]
     assert own.factor_O is not None
     for factor in (1.0, FACTOR):
-        changed = replace(adapter, linears={name: replace(own, factor_O=torch.full_like(own.factor_O, factor))})
-        route = bank.route([AdapterShare(replace(changed), count, count) for count in counts])
-        assert bool(route.body.stacked) == (len(counts) > 1)
+        changed = replace(own, factor_O=torch.full_like(own.factor_O, factor))
+        adapters = [ServedAdapter({name: changed}, {}, {}) for _ in counts]
+        for adapter in adapters:
+            bank.admit(adapter)
+        route = bank.route([AdapterShare(a, count, count) for a, count in zip(adapters, counts, strict=True)])
+        assert (len(route.body.loose), bool(route.body.compiled), bool(route.body.slots)) == (
+            2 * (way == "loose"),
+            way == "compiled",
+            way == "in slots",
+        )
         with torch.no_grad(), bank.routed(route):
             found.append(low_base.model.get_submodule(name)(x))
+    bank.remove()
     assert effect(found[1], found[0]) == pytest.approx(FACTOR - 1, rel=0.5)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankloom.banks.served_adapter import ServedAdapter, fold
-from rankloom.banks.served_bank import AdapterShare, placed
+from rankloom import kernels
+from rankloom.banks.served_adapter import fold
+from rankloom.banks.served_bank import AdapterShare
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.model_runner import ModelRunner
@@ -58,39 +59,37 @@ def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
     assert len({tuple(with_peft(base, folder, [9, 8, 7], 8)) for folder in refs.values()}) == len(refs)
 
 
-def test_compiled_and_stacked_adapters_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
-    base = load(tiny_llama)
+def test_compiled_adapters_and_those_in_slots_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
     kinds = ["lora", "rank1", "wide", "rslora", "dora", "extracted", "patterns"]
     for kind in kinds:
         write_adapter(tiny_llama, tmp_path / kind, kind)
-    adapters = [None, *(fold(base.model, tmp_path / kind) for kind in kinds)]
-    runner = ModelRunner(base.model)
-    for adapter in adapters:
-        if adapter is not None:
+    runners = [ModelRunner(load(tiny_llama).model) for _ in range(2)]
+    runners[0].bank.compiles = False
+    with kernels.everywhere():
+        runners.append(ModelRunner(load(tiny_llama).model))
+    adapters_of = []
+    for runner in runners:
+        adapters = [fold(runner._model, tmp_path / kind) for kind in kinds]
+        for adapter in adapters:
             runner.bank.admit(adapter)
+        adapters_of.append([None, *adapters])
     chance = random.Random(0)
-    # slots are filled, left and taken over in many orders, several sequences on some adapters
     for _ in range(12):
-        chunks = []
-        for i in range(chance.randint(2, 9)):
-            tokens = [chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))]
-            chunks.append(SequenceChunk(str(i), chance.choice(adapters), 0, tokens))
+        count = chance.randint(2, 9)
+        prompts = [[chance.randrange(5, 300) for _ in range(chance.choice([1, 1, 1, 2, 12]))] for _ in range(count)]
+        chosen = [chance.randrange(len(kinds) + 1) for _ in prompts]
         found = []
-        for compiles, stack in ((True, True), (False, True), (False, False)):
-            runner.bank.compiles = compiles
+        for runner, adapters in zip(runners, adapters_of, strict=True):
             cache = KvCache(runner.shape, 1 << 16)
+            chunks = [
+                SequenceChunk(str(i), adapters[which], 0, prompt)
+                for i, (which, prompt) in enumerate(zip(chosen, prompts, strict=True))
+            ]
             for chunk in chunks:
                 cache.reserve(chunk.id, chunk.count)
-            found.append(runner.forward(cache, chunks, stack=stack))
-        for fast in found[:2]:
-            torch.testing.assert_close(fast, found[2], atol=1e-4, rtol=1e-4)
-
-
-def test_who_has_a_slot_keeps_it() -> None:
-    a, b, c, d = (ServedAdapter({}, {}, {}) for _ in range(4))
-    assert placed([None, None], [a, b]) == [a, b]
-    assert placed([a, b, c], [d, c, a]) == [a, d, c]
-    assert placed([c, b, c], [a, b, c]) == [c, b, a]  # c had moved forward before
+            found.append(runner.forward(cache, chunks))
+        for fast in found[1:]:
+            torch.testing.assert_close(fast, found[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_removed_bank_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,20 @@ class Factors:
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
-        h_NR = x_NI @ self.a_RI.T
-        if self.factor_O is None:
+        h_NR = x_NI.to(self.a_RI.dtype) @ self.a_RI.T
+        if y_NO.dtype == self.a_RI.dtype and (self.factor_O is None or y_NO.dtype == self.factor_O.dtype):
             y_NO.addmm_(h_NR, self.b_RO)
-        elif y_NO.dtype == self.factor_O.dtype:
-            y_NO.addmm_(h_NR, self.b_RO).mul_(self.factor_O)
+            if self.factor_O is not None:
+                y_NO.mul_(self.factor_O)
         else:  # rounded once
-            y_NO.copy_((y_NO + (h_NR @ self.b_RO).float()).mul_(self.factor_O))
+            precise_NO = y_NO + (h_NR @ self.b_RO).float()
+            y_NO.copy_(precise_NO if self.factor_O is None else precise_NO.mul_(self.factor_O))
         if self.shift_O is not None:
             y_NO.add_(self.shift_O)
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return these with A and B in another dtype."""
+        return replace(self, a_RI=self.a_RI.to(dtype), b_RO=self.b_RO.to(dtype))
 
     @property
     def rank(self) -> int:
@@ -98,7 +103,8 @@ class ExpertFactors:
 class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 
-    linears: Mapping[str, Factors]
+    linears: dict[str, Factors]
+    """A bank may replace them: by views of its table, or for a CPU in fp32."""
     embeddings: Mapping[str, EmbeddingFactors]
     whole: Mapping[str, nn.Module]
     """Modules that take the place of the base's own."""

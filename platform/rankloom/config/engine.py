@@ -23,7 +23,7 @@ _RENAMED = {
 
 class EngineConfig(Frozen):
     """rankloom's own engine, for every kind of adapter. Beside the base it holds keys and values of `kv_cache_tokens`
-    and `prefix_cache_tokens`, and `max_cpu_loras` adapters; those in use are held twice, except in fp32 on a CPU."""
+    and `prefix_cache_tokens`, and `max_cpu_loras` adapters."""
 
     renamed = _RENAMED | {
         "step_tokens": "max_num_batched_tokens",

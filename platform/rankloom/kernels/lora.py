@@ -1,9 +1,9 @@
 """LoRA and DoRA of many adapters in two launches: y becomes factor · (y + x A B) + shift, each token with its adapter.
 
 The adapters of a linear are rows of one table: one of rank r has r adjacent rows of A and of B, and a row each for its
-factor and its shift. Linears that read the same input are *parts* of one call. Tokens come in blocks: a block's tokens
-are adjacent and have one slot; slot -1 leaves them alone. All of this is data on the device, so that a captured CUDA
-graph holds for any adapters.
+factor and its shift. Row 0 of A and B is zero and belongs to no adapter. Linears that read the same input are *parts*
+of one call. Tokens come in blocks: a block's tokens are adjacent and have one slot; slot -1 leaves them alone. All of
+this is data on the device, so that a captured CUDA graph holds for any adapters.
 
 `lora_shrink` reads x alone, so it may run beside the base's product. Sums, factors and shifts are in fp32.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from rankloom.kernels import op
 
 FIRST, RANK, FACTOR, SHIFT = range(4)
-"""Columns of `slots_PK4`: the first row of A and B, their number, and the rows of factor and shift; -1: none."""
+"""Columns of `slots_PK4`: the first row of A and B, their number, and the rows of factor and shift (-1: none)."""
 
 
 @op()
@@ -29,7 +29,7 @@ def lora_shrink(
     slots_PK4: Tensor,
     slot_G: Tensor,
     start_G1: Tensor,
-    block: int,  # noqa: ARG001
+    block: int,
     rank: int,
     splits: int,
 ) -> Tensor:
@@ -43,13 +43,13 @@ def lora_shrink(
         rank: R.
         splits: S.
     """
-    slot_N = _slot_of_tokens(slot_G, start_G1, len(x_NI))
-    h_SND = x_NI.new_zeros(splits, len(x_NI), len(a_PXI) * rank, dtype=torch.float32)
-    for part in range(len(a_PXI)):
-        row_NR, used_NR = _rows(slots_PK4[part], slot_N, rank)
-        h_NR = torch.einsum("ni,nri->nr", x_NI.float(), a_PXI[part][row_NR].float())
-        h_SND[0, :, part * rank : (part + 1) * rank] = torch.where(used_NR, h_NR, 0)
-    return h_SND
+    token_GT = _tokens(slot_G, start_G1, block, len(x_NI))
+    x_GTI = x_NI[token_GT.clamp(max=len(x_NI) - 1)].float()
+    h_ND = x_NI.new_zeros(len(x_NI) + 1, len(a_PXI) * rank, dtype=torch.float32)
+    for part, (a_XI, slots_K4) in enumerate(zip(a_PXI, slots_PK4, strict=True)):
+        h_GTR = torch.bmm(x_GTI, _rows(a_XI, slots_K4, slot_G, rank).mT)
+        h_ND[:, part * rank : (part + 1) * rank].index_put_((token_GT,), h_GTR)
+    return torch.stack([h_ND[:-1], *[torch.zeros_like(h_ND[:-1])] * (splits - 1)])
 
 
 @op(mutates=("y_NO",))
@@ -61,7 +61,7 @@ def lora_expand(
     slots_PK4: Tensor,
     slot_G: Tensor,
     start_G1: Tensor,
-    block: int,  # noqa: ARG001
+    block: int,
     widths: list[int],
 ) -> None:
     """Change the base's result in place.
@@ -71,32 +71,42 @@ def lora_expand(
         vectors_VO: factors and shifts, in fp32.
         widths: outputs of each part.
     """
-    slot_N = _slot_of_tokens(slot_G, start_G1, len(y_NO))
+    token_GT = _tokens(slot_G, start_G1, block, len(y_NO))
+    within_GT = token_GT.clamp(max=len(y_NO) - 1)
+    h_GTD, y_GTO = h_SND.sum(0)[within_GT], y_NO[within_GT].float()
     rank, stop = h_SND.shape[-1] // len(widths), 0
-    for part, width in enumerate(widths):
+    for part, (width, slots_K4) in enumerate(zip(widths, slots_PK4, strict=True)):
         start, stop = stop, stop + width
-        row_NR, used_NR = _rows(slots_PK4[part], slot_N, rank)
-        h_NR = torch.where(used_NR, h_SND[..., part * rank : (part + 1) * rank].sum(0), 0)
-        b_NRO = torch.where(used_NR[..., None], b_XO[row_NR, start:stop].float(), 0)
-        y_NW = y_NO[:, start:stop].float() + torch.einsum("nr,nro->no", h_NR, b_NRO)
-        for column, neutral, combine in ((FACTOR, 1, torch.mul), (SHIFT, 0, torch.add)):
-            vector_N1 = _column(slots_PK4[part], slot_N, column, -1)[:, None]
-            given_NW = vectors_VO[vector_N1[:, 0].clamp(min=0), start:stop]
-            y_NW = combine(y_NW, torch.where(vector_N1 >= 0, given_NW, neutral))
-        y_NO[:, start:stop] = y_NW.to(y_NO.dtype)
+        h_GTR, y_GTW = h_GTD[..., part * rank : (part + 1) * rank], y_GTO[..., start:stop]
+        y_GTW.baddbmm_(h_GTR, _rows(b_XO[:, start:stop], slots_K4, slot_G, rank))
+        if len(vectors_VO):
+            for column, neutral, combine in ((FACTOR, 1, y_GTW.mul_), (SHIFT, 0, y_GTW.add_)):
+                vector_G = _column(slots_K4, slot_G, column, -1)
+                given_GW = vectors_VO[vector_G.clamp(min=0), start:stop]
+                combine(given_GW.masked_fill_(vector_G[:, None] < 0, neutral)[:, None])
+    changed_NO = torch.cat([y_NO, y_NO[:1]])
+    y_NO.copy_(changed_NO.index_put_((token_GT,), y_GTO.to(y_NO.dtype))[:-1])
 
 
-def _slot_of_tokens(slot_G: Tensor, start_G1: Tensor, num_tokens: int) -> Tensor:
-    token_N = torch.arange(num_tokens, device=slot_G.device, dtype=start_G1.dtype)
-    return slot_G[torch.searchsorted(start_G1, token_N, right=True) - 1].long()
+def num_splits(num_in: int, num_blocks: int) -> int:
+    """Return into how many summands `lora_shrink` is divided, so that few tokens too keep a GPU busy."""
+    return max(1, min(-(-num_in // 1024), 256 // max(num_blocks, 1)))
 
 
-def _column(slots_K4: Tensor, slot_N: Tensor, column: int, neutral: int) -> Tensor:
-    return torch.where(slot_N >= 0, slots_K4[slot_N.clamp(min=0), column], neutral)
+def _tokens(slot_G: Tensor, start_G1: Tensor, block: int, num_tokens: int) -> Tensor:
+    """Return [G, T]: the tokens of each block that has a slot; N, one past the last, in place of others."""
+    token_GT = start_G1[:-1, None] + torch.arange(block, device=slot_G.device)
+    own_GT = (token_GT < start_G1[1:, None]) & (slot_G >= 0)[:, None]
+    return torch.where(own_GT, token_GT, num_tokens).long()
 
 
-def _rows(slots_K4: Tensor, slot_N: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return [N, R]: each token's rows of A and B, and which of these it has."""
+def _column(slots_K4: Tensor, slot_G: Tensor, column: int, neutral: int) -> Tensor:
+    return torch.where(slot_G >= 0, slots_K4[slot_G.clamp(min=0), column], neutral)
+
+
+def _rows(table_XD: Tensor, slots_K4: Tensor, slot_G: Tensor, rank: int) -> Tensor:
+    """Return each block's rows [G, R, D] of A or B in fp32, zero beyond its adapter's rank."""
     rank_R = torch.arange(rank, device=slots_K4.device)
-    used_NR = rank_R < _column(slots_K4, slot_N, RANK, 0)[:, None]
-    return torch.where(used_NR, _column(slots_K4, slot_N, FIRST, 0)[:, None] + rank_R, 0).long(), used_NR
+    used_GR = rank_R < _column(slots_K4, slot_G, RANK, 0)[:, None]
+    row_GR = torch.where(used_GR, _column(slots_K4, slot_G, FIRST, 0)[:, None] + rank_R, 0)
+    return table_XD.index_select(0, row_GR.flatten()).view(*row_GR.shape, -1).float()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from inspect import signature
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -189,6 +190,33 @@ def _try_linears(model: PreTrainedModel) -> dict[str, bool]:
         for module in training:
             module.training = True
     return {name: name in called or not called for name in linears}
+
+
+@torch.no_grad()
+def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
+    """Return the groups of linear layers of one module that get the same input, such as q, k and v.
+
+    A forward with a few tokens shows which; where that can't be tried, there are none.
+    """
+    calls: list[tuple[str, Tensor]] = []  # holding the inputs keeps their ids apart
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+        for name, module in model.named_modules()
+        if is_linear(module)
+    ]
+    try:
+        model(input_ids=torch.arange(2, device=model.get_input_embeddings().weight.device)[None], use_cache=False)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(name for name, _ in calls)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, x in calls:
+        if times[name] == 1:
+            groups.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _strip_numbers(name: str) -> str:

@@ -20,14 +20,16 @@ COUNTS = [(-1, 2), (0, 1), (1, 3), (3, 18), (2, 2), (-1, 20)]
 def table(num_in: int, widths: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A, B, factors and shifts, and the slots."""
     torch.manual_seed(0)
-    num_parts, num_out, num_rows = len(widths), sum(widths), sum(RANKS)
+    num_parts, num_out, num_rows = len(widths), sum(widths), 1 + sum(RANKS)
     slots_PK4 = torch.full((num_parts, len(RANKS), 4), -1, dtype=torch.int32)
     for slot, rank in enumerate(RANKS):
-        slots_PK4[:, slot, lora.FIRST], slots_PK4[:, slot, lora.RANK] = sum(RANKS[:slot]), rank
+        slots_PK4[:, slot, lora.FIRST], slots_PK4[:, slot, lora.RANK] = 1 + sum(RANKS[:slot]), rank
     slots_PK4[0, 0, lora.FACTOR], slots_PK4[-1, 1, lora.SHIFT], slots_PK4[:, 2, lora.FACTOR] = 1, 0, 2
     slots_PK4[-1, 3, lora.RANK] = 0 if num_parts > 1 else RANKS[3]  # not on all parts
     a_PXI = torch.randn(num_parts, num_rows, num_in).mul(num_in**-0.5).to(dtype)
-    return a_PXI, torch.randn(num_rows, num_out).to(dtype), 1 + 0.3 * torch.randn(3, num_out), slots_PK4
+    b_XO = torch.randn(num_rows, num_out).to(dtype)
+    a_PXI[:, 0] = b_XO[0] = 0
+    return a_PXI, b_XO, 1 + 0.3 * torch.randn(3, num_out), slots_PK4
 
 
 def blocks(size: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def test_what_is_not_a_number_stays_with_its_adapter(bad: float, block: int) -> 
     a_PXI, b_XO, vectors_VO, slots_PK4 = table(16, [24], torch.float32)
     slot_G, start_G1 = blocks(block)
     x_NI, y_NO = torch.randn(int(start_G1[-1]), 16), torch.zeros(int(start_G1[-1]), 24)
-    a_PXI[:, 3 + 16 + 1] = b_XO[3 + 16 + 1] = bad  # rows of the last slot
+    a_PXI[:, 3 + 16 + 2] = b_XO[3 + 16 + 2] = bad  # rows of the last slot
     h_SND = lora_triton.lora_shrink(x_NI, a_PXI, slots_PK4, slot_G, start_G1, block, RANK, 1)
     lora_triton.lora_expand(y_NO, h_SND, b_XO, vectors_VO, slots_PK4, slot_G, start_G1, block, [24])
     assert torch.equal(

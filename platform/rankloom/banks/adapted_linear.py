@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.grouped import grouped_linear, grouped_lora, scale_rows
 from rankloom.banks.groups import Groups
+from rankloom.banks.ragged import SlotTensors, ragged_linear
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
 from rankloom.models import find_target_linears, linear_widths
@@ -73,7 +74,17 @@ class SlotSpec:
 class AdaptedLinear:
     """One target linear with the adapters of all slots."""
 
-    def __init__(self, name: str, module: nn.Module, num_slots: int, max_rank: int, *, with_magnitudes: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        num_slots: int,
+        max_rank: int,
+        *,
+        with_magnitudes: bool,
+        fast: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the slots; `fast`: the dtype of the arithmetic on the fast path, None: that path is not used."""
         self.name, self.module = name, module
         self.base: Callable[[Tensor], Tensor] = module.forward
         """The linear's own forward."""
@@ -90,6 +101,7 @@ class AdaptedLinear:
         """The rank of each slot's adapter; 0 where it is not DoRA."""
         self.scales = [0.0] * num_slots
         self._squares_O: Tensor | None = None
+        self.slots = None if fast is None else SlotTensors(self.a_KRI, self.b_KOR, fast)
 
     @property
     def weight_OI(self) -> Tensor:
@@ -97,6 +109,15 @@ class AdaptedLinear:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether the linear's product is one with `dense_weight`, to rounding; int8 products are others."""
+        return self.is_plain or self.is_4bit
+
+    @property
+    def is_4bit(self) -> bool:
+        return getattr(self.module.weight, "quant_state", None) is not None
 
     @property
     def is_int8_on_cpu(self) -> bool:
@@ -119,12 +140,21 @@ class AdaptedLinear:
     def assign(self, slot: int, rank: int, scaling: float, *, dora: bool) -> None:
         self.ranks[slot], self.dora_ranks[slot] = rank, rank if dora else 0
         self.scales[slot] = scaling
+        if self.slots is not None:
+            self.slots.scale_K[slot], self.slots.is_dora_K[slot] = scaling, dora
+
+    def update_shadows(self, slot: int) -> None:
+        """Copy a slot's values to where the fast path reads them."""
+        if self.slots is not None:
+            self.slots.a_KRI[slot].copy_(self.a_KRI.data[slot])
+            self.slots.b_KOR[slot].copy_(self.b_KOR.data[slot])
 
     def clear(self, slot: int) -> None:
         self.assign(slot, 0, 0.0, dora=False)
         for stack in (self.a_KRI, self.b_KOR, self.m_KO):
             if stack is not None:
                 stack.data[slot].zero_()
+        self.update_shadows(slot)
 
     @torch.no_grad()
     def row_norms(self, groups: Groups) -> Tensor:
@@ -146,23 +176,37 @@ class AdaptedLinear:
             rank: the largest rank among these slots.
             scale_C1: s of each slot.
         """
-        dense_OI = self._dense_OI().float()
-        if self._squares_O is None:
-            self._squares_O = dense_OI.square().sum(1)
+        dense_OI = self.dense_weight(torch.float32)
         a_CRI, b_COR = self.a_KRI[slots, :rank], self.b_KOR[slots, :, :rank]
         across_OCR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, -1, rank)
         across_CO = (across_OCR.transpose(0, 1) * b_COR).sum(-1)
         own_CO = (torch.bmm(b_COR, torch.bmm(a_CRI, a_CRI.mT)) * b_COR).sum(-1)
-        squares_CO = self._squares_O + 2 * scale_C1 * across_CO + scale_C1.square() * own_CO
+        squares_CO = self.squares_O + 2 * scale_C1 * across_CO + scale_C1.square() * own_CO
         return squares_CO.masked_fill_(squares_CO <= 0, 1).sqrt_()
 
-    def _dense_OI(self) -> Tensor:
+    @property
+    def squares_O(self) -> Tensor:
+        """The square of each row's norm of W, in fp32."""
+        if self._squares_O is None:
+            dense_OI = self.weight_OI if self.is_plain else self.dense_weight(torch.float32)
+            self._squares_O = torch.linalg.vector_norm(dense_OI, dim=1, dtype=torch.float32).square()
+        return self._squares_O
+
+    @torch.no_grad()
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return W [O, I], dequantised."""
         if self.is_plain:
-            return self.weight_OI
-        from peft.utils.integrations import dequantize_module_weight  # slow to import, and most bases are plain
+            return self.weight_OI.to(dtype)
+        if self.is_4bit:
+            from bitsandbytes.functional import dequantize_4bit  # slow to import, and most bases are plain
+
+            weight: Any = self.module.weight
+            nf4_OI: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+            return nf4_OI.to(dtype)
+        from peft.utils.integrations import dequantize_module_weight
 
         dense_OI: Tensor = dequantize_module_weight(self.module)
-        return dense_OI
+        return dense_OI.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -177,6 +221,8 @@ class TokenRouting:
     """Slot -> probability and random generator, for the slots with dropout in this forward."""
     groups: dict[tuple[int, ...], Groups]
     """Cache by the slots' ranks on a layer; most layers share one entry."""
+    bounds: Tensor | None = None
+    """For the fast path: see `kernels.ragged`."""
 
     def among(self, ranks: Sequence[int]) -> Groups:
         """Return the groups of tokens for a layer, given the slots' ranks there."""
@@ -188,13 +234,17 @@ class TokenRouting:
 
 def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     """Compute a linear with each token's adapter."""
+    if _is_fast(site, route, x):
+        assert site.slots is not None
+        assert route.bounds is not None
+        return ragged_linear(site, site.slots, x, route.bounds) if any(site.ranks) else site.base(x)
     groups = route.among(site.ranks)
     if not groups.slots:
         return site.base(x)
     assert x.numel() == groups.num_tokens * site.num_in, "the input does not have the tokens of `routed`"
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else site.a_KRI.dtype
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
     magnified = route.among(site.dora_ranks)
     dropped = [slot for slot in groups.slots if slot in route.dropout]
@@ -206,6 +256,8 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
         y = grouped_linear(x.to(dtype), site.weight_OI.to(dtype), bias_O, a_KRI, b_KOR, site.scales, groups)
     else:
         base = site.base(x).contiguous()
+        if base._is_view() and base.requires_grad:  # as of NF4 with a bias: torch refuses to change it in place
+            base = base.clone()
         base = base.float() if precise else base
         onto, x_dropped = base, x
         if dropped:
@@ -219,6 +271,17 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
             factor_KO = site.m_KO / site.row_norms(magnified)  # norms get no gradient: DoRA, section 4.3
         y = scale_rows(y, factor_KO, site.bias_O, magnified, dtype=dtype if precise else None)
     return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
+
+
+def _is_fast(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> bool:
+    """Return whether a site's tokens take the fast path: without dropout, and where all is of one dtype."""
+    return (
+        site.slots is not None
+        and route.bounds is not None
+        and not route.dropout
+        and x.dtype == site.slots.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: TokenRouting) -> Tensor:

@@ -27,9 +27,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rankloom import kernels
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
 from rankloom.errors import IncompatibleError, RegistryError
+from rankloom.kernels.ragged import ragged_bounds
 from rankloom.models import is_linear
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
@@ -37,6 +39,11 @@ __all__ = ["AdaptedLinear", "AdapterBank", "SlotSpec"]
 
 SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 """Suffixes of the tensors' names in a PEFT folder."""
+
+FAST_DTYPES = (torch.bfloat16, torch.float32)
+"""Dtypes of a base on which the fast path computes."""
+RANK_STEP = 8
+"""What the fast path rounds the rank of its stacks up to, for aligned rows."""
 
 
 class AdapterBank:
@@ -65,8 +72,10 @@ class AdapterBank:
             if name not in modules or not is_linear(modules[name]):
                 raise IncompatibleError(f"targets: {name} is not a linear layer of this {type(model).__name__}")
         wanted = set(targets)
+        fast = model.dtype if kernels.use_on(model.device) and model.dtype in FAST_DTYPES else None
+        stored_rank = max_rank if fast is None else -(-max_rank // RANK_STEP) * RANK_STEP
         self.sites: dict[str, AdaptedLinear] = {
-            name: AdaptedLinear(name, module, num_slots, max_rank, with_magnitudes=with_magnitudes)
+            name: AdaptedLinear(name, module, num_slots, stored_rank, with_magnitudes=with_magnitudes, fast=fast)
             for name, module in modules.items()  # in the model's order, in which PEFT draws initial values
             if name in wanted
         }
@@ -101,9 +110,9 @@ class AdapterBank:
             site.assign(slot, spec.rank, spec.scaling, dora=spec.dora)
             parts = site.parts(slot)
             parts["a"].copy_(drawn_as_by_peft(spec, site.num_in, site.num_out, generator))
-            if "m" in parts:
-                scale_C1 = torch.tensor([[spec.scaling]], device=parts["m"].device)
-                parts["m"].copy_(site.norms(slice(slot, slot + 1), spec.rank, scale_C1)[0])
+            if "m" in parts:  # B is zero, so that W + s B A is W
+                parts["m"].copy_(site.squares_O.masked_fill(site.squares_O == 0, 1).sqrt())
+            site.update_shadows(slot)
 
     def detach(self, slot: int) -> None:
         """Empty a slot."""
@@ -128,7 +137,7 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {})
+        route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {}, self._bounds(slots_N))
         with self._routing(lambda _: route):
             yield
 
@@ -138,10 +147,15 @@ class AdapterBank:
 
         @lru_cache(1)
         def route(num_tokens: int) -> TokenRouting:
-            return TokenRouting(tuple(num_tokens * (k == slot) for k in range(self.num_slots)), 0, {}, {})
+            counts_K = tuple(num_tokens * (k == slot) for k in range(self.num_slots))
+            slots_N = torch.full((num_tokens,), slot, device=self.model.device)
+            return TokenRouting(counts_K, 0, {}, {}, self._bounds(slots_N))
 
         with self._routing(route):
             yield
+
+    def _bounds(self, slots_N: Tensor) -> Tensor | None:
+        return ragged_bounds(slots_N, self.num_slots) if kernels.use_on(slots_N.device) else None
 
     @contextmanager
     def _routing(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:
@@ -164,6 +178,7 @@ class AdapterBank:
         for site in self._sites_of(self.specs[slot]):
             for part, values in site.parts(slot).items():
                 values.copy_(state[f"{site.name}.{part}"])
+            site.update_shadows(slot)
 
     def copy(self, source: int, target: int) -> None:
         """Copy values between attached slots of one shape; the target keeps its scaling and dropout.
@@ -178,6 +193,7 @@ class AdapterBank:
         for site in self._sites_of(theirs):
             for part, values in site.parts(source).items():
                 site.parts(target)[part].copy_(values)
+            site.update_shadows(target)
 
     def write(self, slot: int, folder: Path, base_id: str) -> None:
         """Write a slot's adapter as a PEFT folder, without padding.
@@ -254,6 +270,7 @@ class AdapterBank:
             site.assign(slot, rank, lora_scaling(alphas[site.name], rank, spec.rslora), dora=spec.dora)
             for part, values in site.parts(slot).items():
                 values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
+            site.update_shadows(slot)
 
     def _sites_of(self, spec: SlotSpec) -> list[AdaptedLinear]:
         targets = set(spec.targets)

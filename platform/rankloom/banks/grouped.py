@@ -3,7 +3,7 @@
 `grouped_lora_reference` defines the product. `grouped_lora` (added to an existing result) and `grouped_linear` (with
 the frozen linear layer before it) compute it with gradients, in the way that was measured to be the fastest
 (`fastest`): slot by slot on views of the tokens, or in batched products with each slot's tokens padded to the largest
-count. `scale_rows` is DoRA's part.
+count. `scale_rows` is DoRA's part. On CUDA, `ragged.py` computes all of this in few launches; this is its reference.
 
 No value of one slot, not even inf or nan, reaches another slot's tokens or gradients: padding repeats a slot's own last
 token, and no product runs over the tokens of two slots.

@@ -56,3 +56,16 @@ def test_gradients_are_autograds() -> None:
     assert torch.autograd.gradcheck(
         lambda q, k: rotary.rotary(q.float(), k.float(), cos, sin), (q, k), eps=1e-3, atol=1e-3
     )
+
+
+def launch_all() -> None:
+    """Launch each kernel on shapes of real models."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.empty(1, 8, 1536, dtype=dtype)
+        triton_activations.silu_mul_forward(x, x)
+        triton_activations.silu_mul_backward(x, x, x)
+        for heads, width in ((9, 64), (32, 128), (8, 80)):
+            q = torch.empty(1, 8, heads, width, dtype=dtype).transpose(1, 2)
+            cos = torch.empty(1, 8, width, dtype=dtype)
+            for back in (False, True):
+                triton_rotary.rotate(q, q[:, :3], cos, cos, back)

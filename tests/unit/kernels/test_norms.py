@@ -63,3 +63,13 @@ def test_the_sum_and_its_norm_both_pass_their_gradients_on() -> None:
     torch.autograd.backward([torch.nn.functional.rms_norm(total, (24,), weight, 1e-5), total], [dy, dtotal])
     for left, right in zip(mine, theirs, strict=True):
         assert_equal(left.grad, right.grad, torch.float32)
+
+
+def launch_all() -> None:
+    """Launch each kernel on shapes of real models."""
+    for dtype, width in ((torch.bfloat16, 576), (torch.bfloat16, 4096), (torch.float32, 2048), (torch.bfloat16, 64)):
+        x, weight = torch.empty(1, 8, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        _, inverse = norms_triton.rms_norm_forward(x, weight, 1e-5)
+        norms_triton.add_rms_norm_forward(x, x, weight, 1e-5)
+        norms_triton.rms_norm_backward(x, x, weight, inverse, None)
+        norms_triton.rms_norm_backward(x, x, weight, inverse, x)

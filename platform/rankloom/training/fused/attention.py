@@ -99,7 +99,8 @@ def packed_attention(
     if attention_mask is not None or dropout or any(kwargs.get(key) is not None for key in ("softcap", "s_aux")):
         raise ModelError(f"{type(module).__name__} needs an attention that does not support packed rows")
     if isinstance(row_layout, RowLayout):
-        q, k, v = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
+        # not x[0], whose gradient is a copy
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         starts_B1, longest = row_layout.starts_B1, row_layout.longest
         return row_attention(q, k, v, starts_B1, longest, scale, sliding_window or 0)[None], None

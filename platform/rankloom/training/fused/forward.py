@@ -9,7 +9,7 @@ Shapes: N tokens of all rows, K slots, M predicted tokens, V vocabulary, D width
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,7 @@ class FusedForward:
     """A base and its bank.
 
     Args:
-        precision: dtype of the arithmetic; bf16 runs under autocast.
+        precision: dtype of the arithmetic; bf16 runs under autocast where the base needs it.
     """
 
     def __init__(self, base: Base, bank: AdapterBank, precision: torch.dtype) -> None:
@@ -39,6 +39,9 @@ class FusedForward:
         self.attention = choose_attention(base.model, base.pad_id)
         self.chunked = use_on(base.device) and self._head_is_all()
         """Whether the head's losses are computed in chunks."""
+        dtypes = {p.dtype for p in base.model.parameters() if p.is_floating_point()}
+        self.is_native = use_on(base.device) and dtypes == {precision}
+        """Whether the base's arithmetic has the precision without autocast, which would look for casts at each call."""
 
     @property
     def padded(self) -> bool:
@@ -66,7 +69,7 @@ class FusedForward:
         with (
             self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds),
             packed_attention_on(self.base.model, packed),
-            autocast(self.base.device, self.precision),
+            nullcontext() if self.is_native else autocast(self.base.device, self.precision),
         ):
             yield packed
 

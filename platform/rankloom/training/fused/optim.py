@@ -42,6 +42,8 @@ class SlotParameter:
     name: str
     role: Role
     parameter: nn.Parameter
+    shadow: Tensor | None = None
+    """A copy in another dtype, which follows the parameter."""
 
     def trim(self, of_slot: Tensor, rank: int) -> Tensor:
         """Return a slot's values without the padding of its rank."""
@@ -58,16 +60,21 @@ class _Group:
     """Indices of the parameters."""
     role: Role
     data: Tensor
-    """[G, K, ...], as are the moments `first` and `second`."""
+    """[G, K, ...], as are the moments `first` and `second`, and the shadows."""
     first: Tensor
     second: Tensor
+    shadow: Tensor | None
 
 
 def parameters_of(bank: AdapterBank) -> list[SlotParameter]:
     """Return a bank's trainable parameters, site by site."""
     found = []
     for name, site in bank.sites.items():
-        found += [SlotParameter(f"{name}.a", "a", site.a_KRI), SlotParameter(f"{name}.b", "b", site.b_KOR)]
+        a_KRI, b_KOR = (None, None) if site.slots is None else (site.slots.a_KRI, site.slots.b_KOR)
+        found += [
+            SlotParameter(f"{name}.a", "a", site.a_KRI, a_KRI),
+            SlotParameter(f"{name}.b", "b", site.b_KOR, b_KOR),
+        ]
         if site.m_KO is not None:
             found.append(SlotParameter(f"{name}.m", "m", site.m_KO))
     return found
@@ -77,7 +84,8 @@ class SlotAdamW:
     """AdamW with settings, moments and step counts per slot.
 
     Args:
-        parameters: the trainable parameters; their storage moves into stacks, so keep no other reference to it.
+        parameters: the trainable parameters; their storage, and that of their shadows, moves into stacks, so keep no
+            other reference to it.
     """
 
     def __init__(self, parameters: Sequence[SlotParameter], num_slots: int) -> None:
@@ -168,8 +176,9 @@ class SlotAdamW:
         settings_2SK = torch.where(is_finite_K, settings_2SK, self._idle_S1)
         for group, gradient in zip(self._groups, stacks, strict=True):
             data, first, second = (t[:, :used] for t in (group.data, group.first, group.second))
+            shadow = None if group.shadow is None else group.shadow[:, :used]
             settings_SK = settings_2SK[int(group.role != "a"), :, :used]
-            slot_adamw(data, first, second, gradient[:, :used], settings_SK, None)
+            slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow)
 
     def upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -212,11 +221,19 @@ class SlotAdamW:
         return groups
 
     def _group(self, members: list[int]) -> _Group:
-        parameters = [self.parameters[i].parameter for i in members]
-        data = torch.stack([p.detach() for p in parameters])
-        for g, parameter in enumerate(parameters):
-            parameter.data = data[g]
-        return _Group(members, self.parameters[members[0]].role, data, torch.zeros_like(data), torch.zeros_like(data))
+        own = [self.parameters[i] for i in members]
+        data = _move_into_stack([item.parameter for item in own])
+        shadows = [item.shadow for item in own if item.shadow is not None]
+        shadow = _move_into_stack(shadows) if shadows else None
+        return _Group(members, own[0].role, data, torch.zeros_like(data), torch.zeros_like(data), shadow)
 
     def _or_zero(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _move_into_stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a stack of the tensors, which become views of it."""
+    stack = torch.stack([tensor.detach() for tensor in tensors])
+    for g, tensor in enumerate(tensors):
+        tensor.data = stack[g]
+    return stack

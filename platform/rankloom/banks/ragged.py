@@ -1,0 +1,117 @@
+"""The fast path of an adapted linear, on CUDA: few launches, no padding, no casts, no waiting for the device.
+
+`grouped.py` is the plain path and the reference. Here A and B are read in the arithmetic's dtype from *shadows*, copies
+that follow the fp32 parameters, and the low-rank product comes first: W x is added to it by the product's own
+epilogue. All slots are computed at each site; idle ones have no tokens.
+
+Shapes: N tokens sorted by slot, K slots, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rankloom.kernels.ragged import (
+    dora_scale,
+    ragged_expand,
+    ragged_expand_onto,
+    ragged_expand_scaled,
+    ragged_gradient,
+    ragged_scale_backward,
+    ragged_shrink,
+)
+
+if TYPE_CHECKING:
+    from rankloom.banks.adapted_linear import AdaptedLinear
+
+
+class SlotTensors:
+    """What the fast path reads of a site's slots, on the device."""
+
+    def __init__(self, a_KRI: Tensor, b_KOR: Tensor, dtype: torch.dtype) -> None:
+        num_slots, device = len(a_KRI), a_KRI.device
+        self.dtype = dtype
+        self.a_KRI, self.b_KOR = a_KRI.detach().to(dtype, copy=True), b_KOR.detach().to(dtype, copy=True)
+        """The shadows."""
+        self.scale_K = torch.zeros(num_slots, device=device)
+        self.is_dora_K = torch.zeros(num_slots, dtype=torch.bool, device=device)
+
+
+def ragged_linear(site: AdaptedLinear, slots: SlotTensors, x: Tensor, bounds: Tensor) -> Tensor:
+    """Return the linear's result [..., O] with each token's adapter.
+
+    Args:
+        bounds: see `kernels.ragged`.
+    """
+    magnitude_KO = site.m_KO if any(site.dora_ranks) else None
+    onto = None if site.has_dense_weight else site.base(x)
+    y_NO: Tensor = _Linear.apply(x, onto, site.a_KRI, site.b_KOR, magnitude_KO, site, slots, bounds)
+    return y_NO.view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """W x, or `onto` where another kernel has computed that, and the low-rank product; with DoRA's scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        onto: Tensor | None,
+        a_KRI: Tensor,  # noqa: ARG004  # read from the shadows; the gradients are these parameters'
+        b_KOR: Tensor,  # noqa: ARG004
+        magnitude_KO: Tensor | None,
+        site: AdaptedLinear,
+        slots: SlotTensors,
+        bounds: Tensor,
+    ) -> Tensor:
+        x_NI, low_b_KRO = _rows(x), slots.b_KOR.mT
+        h = ragged_shrink(x_NI, slots.a_KRI, slots.scale_K, bounds)
+        y_NO = None if onto is None else _rows(onto)
+        kept: list[Tensor] = []
+        ctx.has_base = y_NO is None
+        weight_OI = site.dense_weight(slots.dtype) if y_NO is None or magnitude_KO is not None else None
+        if magnitude_KO is not None:
+            assert weight_OI is not None
+            scale_KO, inverse_KO = dora_scale(
+                weight_OI, site.squares_O, slots.a_KRI, slots.b_KOR, slots.scale_K, magnitude_KO, slots.is_dora_K
+            )
+            inside = y_NO is not None
+            y_NO = x_NI @ weight_OI.T if y_NO is None else y_NO.clone()
+            result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, inside, bounds)
+            kept = [y_NO, scale_KO, inverse_KO]
+        elif y_NO is None:
+            assert weight_OI is not None
+            result_NO = ragged_expand(h, low_b_KRO, site.bias_O, bounds).addmm_(x_NI, weight_OI.T)
+        else:
+            result_NO = y_NO.clone()
+            ragged_expand_onto(result_NO, h, low_b_KRO, bounds)
+        ctx.save_for_backward(x, h, bounds, *kept)
+        ctx.site, ctx.slots = site, slots
+        return result_NO
+
+    @staticmethod
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, bounds, *kept = ctx.saved_tensors
+        site, slots, x_NI, dy_NO = ctx.site, ctx.slots, _rows(x), _rows(dy_NO)
+        dmagnitude_KO = None
+        if kept:
+            y_NO, scale_KO, inverse_KO = kept
+            dy_NO, dmagnitude_KO = ragged_scale_backward(dy_NO, y_NO, scale_KO, inverse_KO, bounds)
+        dh = ragged_shrink(dy_NO, slots.b_KOR.mT, slots.scale_K, bounds)
+        da_KRI, db_KOR = ragged_gradient(dh, x_NI, False, bounds), ragged_gradient(h, dy_NO, True, bounds)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx_NI = ragged_expand(dh, slots.a_KRI, None, bounds)
+            if ctx.has_base:
+                dx_NI.addmm_(dy_NO, site.dense_weight(slots.dtype))
+            dx = dx_NI.view(x.shape)
+        donto = dy_NO.view(*x.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return dx, donto, da_KRI, db_KOR, dmagnitude_KO, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    x_ND = x.reshape(-1, x.shape[-1])
+    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()

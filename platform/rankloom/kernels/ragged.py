@@ -1,0 +1,160 @@
+"""Low-rank products of many tokens, each with its slot's factors; a slot's tokens are adjacent, as many as it has.
+
+Which tokens are whose is data on the device, `bounds`, so that a captured CUDA graph holds for any of it. Tokens before
+the first slot's and after the last one's are nobody's: their products are zero. No value of one slot, not even inf or
+nan, reaches the tokens or the gradients of another.
+
+Sums are in fp32. What is multiplied has the dtype of the factors, and results are rounded once.
+
+Shapes: N tokens, K slots, R rank, D width of the wide side, O outputs, S summands of a product of rank R.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rankloom.kernels import op
+
+
+@op()
+def ragged_bounds(slots_N: Tensor, num_slots: int) -> Tensor:
+    """Return [K + 3], int32: 0, the first token of each slot, the token after the last slot's, and N.
+
+    Args:
+        slots_N: each token's slot, ascending; below 0 and from `num_slots` on: nobody's.
+    """
+    slot_K1 = torch.arange(num_slots + 1, device=slots_N.device, dtype=slots_N.dtype)
+    inner = torch.searchsorted(slots_N, slot_K1, out_int32=True)
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(slots_N))])
+
+
+@op()
+def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Tensor) -> Tensor:
+    """Return scale · factor x [S, N, R] in fp32, to be summed over S; undefined for nobody's tokens.
+
+    Args:
+        factor_KRD: of any strides.
+        scale_K: in fp32.
+    """
+    h_NR = x_ND.new_zeros(len(x_ND), factor_KRD.shape[1], dtype=torch.float32)
+    for slot, span in _spans(bounds):
+        h_NR[span] = (x_ND[span].float() @ factor_KRD[slot].float().T) * scale_K[slot]
+    return h_NR[None]
+
+
+@op()
+def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, bounds: Tensor) -> Tensor:
+    """Return h factor + bias [N, D] in the factor's dtype; nobody's tokens have the bias alone."""
+    y_ND = _expand(h_SNR, factor_KRD, bounds)
+    return (y_ND if bias_D is None else y_ND + bias_D.float()).to(factor_KRD.dtype)
+
+
+@op(mutates=("y_ND",))
+def ragged_expand_onto(y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> None:
+    """Add h factor to y in place."""
+    y_ND.copy_(y_ND.float() + _expand(h_SNR, factor_KRD, bounds))
+
+
+@op(mutates=("y_NO",))
+def ragged_expand_scaled(
+    y_NO: Tensor,
+    h_SNR: Tensor,
+    factor_KRO: Tensor,
+    scale_KO: Tensor,
+    bias_O: Tensor | None,
+    inside: bool,
+    bounds: Tensor,
+) -> Tensor:
+    """Return scale · (y + h factor) + bias [N, O]; y becomes y + h factor. It is DoRA's forward pass.
+
+    Args:
+        scale_KO: in fp32; nobody's tokens have a scale of 1.
+        inside: whether y contains the bias, which is then taken out of it first.
+    """
+    bias_O = None if bias_O is None else bias_O.float()
+    sum_NO = y_NO.float() + _expand(h_SNR, factor_KRO, bounds)
+    if bias_O is not None and inside:
+        sum_NO -= bias_O
+    y_NO.copy_(sum_NO)
+    for slot, span in _spans(bounds):
+        sum_NO[span] *= scale_KO[slot]
+    return (sum_NO if bias_O is None else sum_NO + bias_O).to(y_NO.dtype)
+
+
+@op()
+def ragged_scale_backward(
+    dy_NO: Tensor, y_NO: Tensor, scale_KO: Tensor, weight_KO: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scale · dy [N, O], and weight · the sum of dy · y over each slot's tokens [K, O] in fp32.
+
+    Args:
+        y_NO: what `ragged_expand_scaled` has made of y.
+        weight_KO: in fp32, the gradient of the scale with respect to the result's.
+    """
+    scaled_NO, sums_KO = dy_NO.to(torch.float32, copy=True), torch.zeros_like(scale_KO)
+    for slot, span in _spans(bounds):
+        sums_KO[slot] = (dy_NO[span].float() * y_NO[span].float()).sum(0)
+        scaled_NO[span] = scaled_NO[span] * scale_KO[slot]
+    return scaled_NO.to(dy_NO.dtype), sums_KO * weight_KO
+
+
+@op()
+def ragged_gradient(h_SNR: Tensor, x_ND: Tensor, transposed: bool, bounds: Tensor) -> Tensor:
+    """Return hᵀ x of each slot's tokens in fp32, [K, R, D], or [K, D, R] where `transposed`; zero for idle slots."""
+    h_NR = h_SNR.sum(0)
+    gradient_KRD = h_NR.new_zeros(len(bounds) - 3, h_NR.shape[1], x_ND.shape[1])
+    for slot, span in _spans(bounds):
+        gradient_KRD[slot] = h_NR[span].to(x_ND.dtype).float().T @ x_ND[span].float()
+    return gradient_KRD.mT.contiguous() if transposed else gradient_KRD
+
+
+@op(launches=3)
+def dora_scale(
+    weight_OI: Tensor,
+    squares_O: Tensor,
+    a_KRI: Tensor,
+    b_KOR: Tensor,
+    scale_K: Tensor,
+    magnitude_KO: Tensor,
+    is_dora_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return m / |W + s B A| [K, O], and 1 / |W + s B A|, of the rows, in fp32; slots without DoRA have 1, and 0.
+
+    |w + s d|² = |w|² + 2 s <w, d> + s² |d|² with d a row of B A, so that <w, d> is the row product of B and W Aᵀ, and
+    |d|² that of B and B (A Aᵀ). The norm of a zero row is 1.
+
+    Args:
+        squares_O: |w|² of the rows of W, in fp32.
+        a_KRI, b_KOR: of W's dtype.
+        is_dora_K: which slots have magnitudes here.
+    """
+    a, b = a_KRI.float(), b_KOR.float()
+    across_KOR = torch.einsum("oi,kri->kor", weight_OI.float(), a)
+    across_KO = (across_KOR * b).sum(-1)
+    own_KO = (torch.bmm(b, torch.bmm(a, a.mT)) * b).sum(-1)
+    s_K1 = scale_K[:, None]
+    squares_KO = squares_O + 2 * s_K1 * across_KO + s_K1.square() * own_KO
+    inverse_KO = torch.where(squares_KO > 0, squares_KO, 1).rsqrt()
+    is_dora_K1 = is_dora_K[:, None]
+    return torch.where(is_dora_K1, magnitude_KO * inverse_KO, 1), torch.where(is_dora_K1, inverse_KO, 0)
+
+
+def _expand(h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> Tensor:
+    """Return h factor [N, D] in fp32."""
+    h_NR = h_SNR.sum(0).to(factor_KRD.dtype).float()
+    y_ND = h_NR.new_zeros(len(h_NR), factor_KRD.shape[2])
+    for slot, span in _spans(bounds):
+        y_ND[span] = h_NR[span] @ factor_KRD[slot].float()
+    return y_ND
+
+
+def _spans(bounds: Tensor) -> list[tuple[int, slice]]:
+    """Return the tokens of each slot that has some; none where tensors have shapes alone."""
+    if bounds.is_meta or torch._subclasses.fake_tensor.is_fake(bounds):
+        return []
+    starts: list[int] = bounds.tolist()
+    spans = [slice(start, stop) for start, stop in pairwise(starts[1:-1])]
+    return [(slot, span) for slot, span in enumerate(spans) if span.start < span.stop]

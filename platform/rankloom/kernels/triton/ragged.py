@@ -1,0 +1,350 @@
+"""The kernels of `rankloom.kernels.ragged`.
+
+A program takes a tile of one slot's tokens; it finds them in `bounds`, so that the grid depends on N and K alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS = 64
+"""Tokens of a tile."""
+RANKS = 64
+"""Most rank rows that a program takes at once."""
+PROGRAMS = 264
+"""Programs that fill a GPU: two for each multiprocessor of an H100."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(left, right, total, PRECISION: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16 values
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile(bounds, tile, NUM_SLOTS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr):
+    """Return a tile's slot, -1 or K where it is nobody's, its first token, and the token after its slot's last."""
+    group = tl.arange(0, GROUPS)
+    is_group = group < NUM_SLOTS + 2
+    start = tl.load(bounds + group, mask=is_group, other=0)
+    stop = tl.load(bounds + group + 1, mask=is_group, other=0)
+    tiles = (stop - start + TOKENS - 1) // TOKENS
+    mine = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(group < mine, tiles, 0), 0)
+    first = tl.sum(tl.where(group == mine, start, 0), 0) + (tile - before) * TOKENS
+    return mine - 1, first, tl.sum(tl.where(group == mine, stop, 0), 0)
+
+
+@triton.jit
+def _shrink(
+    x, factor, scale, bounds, h,
+    x_n, f_k, f_r, f_d, h_s, width, rank, split,
+    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
+    if (slot < 0) | (slot >= NUM_SLOTS):
+        return
+    n, r = first + tl.arange(0, TOKENS), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    rows = x + n.to(tl.int64)[:, None] * x_n
+    columns = factor + slot.to(tl.int64) * f_k + r[None, :] * f_r
+    here, known = (n < stop)[:, None], (r < rank)[None, :]
+    total = tl.zeros((TOKENS, RANKS), tl.float32)
+    begin = tl.program_id(1) * split
+    for at in range(begin, min(begin + split, width), BLOCK):
+        d = at + tl.arange(0, BLOCK)
+        wide = tl.load(rows + d[None, :], mask=here & (d < width)[None, :], other=0.0)
+        narrow = tl.load(columns + d.to(tl.int64)[:, None] * f_d, mask=known & (d < width)[:, None], other=0.0)
+        total = _dot(wide, narrow, total, PRECISION)
+    total *= tl.load(scale + slot)
+    at = h + tl.program_id(1).to(tl.int64) * h_s + n.to(tl.int64)[:, None] * rank + r[None, :]
+    tl.store(at, total, mask=here & known)
+
+
+@triton.jit
+def _sum_parts(h, n, r, here, known, h_s, rank, SUMMANDS: tl.constexpr):
+    at = h + n.to(tl.int64)[:, None] * rank + r[None, :]
+    total = tl.load(at, mask=here & known, other=0.0)
+    for s in range(1, SUMMANDS):
+        total += tl.load(at + s * h_s, mask=here & known, other=0.0)
+    return total
+
+
+@triton.jit
+def _expand(
+    y, h, factor, scale, bias, bounds, out,
+    y_n, h_s, f_k, f_r, f_d, width, rank,
+    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMMANDS: tl.constexpr, ONTO: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
+    if slot > NUM_SLOTS:
+        return
+    has_slot = (slot >= 0) & (slot < NUM_SLOTS)
+    n, d = first + tl.arange(0, TOKENS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here, inside = (n < stop)[:, None], (d < width)[None, :]
+    y_at = y + n.to(tl.int64)[:, None] * y_n + d[None, :]
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    if has_slot:
+        for begin in range(0, rank, RANKS):
+            r = begin + tl.arange(0, RANKS)
+            left = _sum_parts(h, n, r, here, (r < rank)[None, :], h_s, rank, SUMMANDS)
+            at = factor + slot.to(tl.int64) * f_k + r[:, None] * f_r + d.to(tl.int64)[None, :] * f_d
+            right = tl.load(at, mask=(r < rank)[:, None] & inside, other=0.0)
+            total = _dot(left.to(right.dtype), right, total, PRECISION)
+    if ONTO:
+        total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
+    if BIASED:
+        shift = tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        if INSIDE:
+            total -= shift
+    if SCALED:
+        tl.store(y_at, total.to(y.dtype.element_ty), mask=here & inside)
+        if has_slot:
+            total *= tl.load(scale + slot.to(tl.int64) * width + d, mask=d < width, other=1.0)[None, :]
+    if BIASED:
+        total += shift
+    out_at = y_at if not SCALED else out + n.to(tl.int64)[:, None] * width + d[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=here & inside)
+
+
+@triton.jit
+def _scale_span(dy, y, out, start, stop, dy_n, d, width, scale, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, stop, TOKENS):
+        n = first + tl.arange(0, TOKENS)
+        here = (n < stop)[:, None] & (d < width)[None, :]
+        at = n.to(tl.int64)[:, None] * width + d[None, :]
+        slope = tl.load(dy + n.to(tl.int64)[:, None] * dy_n + d[None, :], mask=here, other=0.0).to(tl.float32)
+        total += tl.sum(slope * tl.load(y + at, mask=here, other=0.0).to(tl.float32), 0)
+        tl.store(out + at, (slope * scale[None, :]).to(out.dtype.element_ty), mask=here)
+    return total
+
+
+@triton.jit
+def _scale_backward(
+    dy, y, scale, weight, bounds, out, sums, dy_n, width,
+    NUM_SLOTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if slot < NUM_SLOTS:
+        at = slot.to(tl.int64) * width + d
+        rate = tl.load(scale + at, mask=d < width, other=1.0)
+        start, stop = tl.load(bounds + slot + 1), tl.load(bounds + slot + 2)
+        total = _scale_span(dy, y, out, start, stop, dy_n, d, width, rate, TOKENS, BLOCK)
+        tl.store(sums + at, total * tl.load(weight + at, mask=d < width, other=0.0), mask=d < width)
+    else:  # nobody's tokens
+        one = tl.full((BLOCK,), 1.0, tl.float32)
+        for group in range(0, NUM_SLOTS + 2, NUM_SLOTS + 1):
+            start, stop = tl.load(bounds + group), tl.load(bounds + group + 1)
+            _scale_span(dy, y, out, start, stop, dy_n, d, width, one, TOKENS, BLOCK)
+
+
+@triton.jit
+def _gradient(
+    h, x, bounds, gradient,
+    h_s, x_n, g_k, g_r, g_d, width, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SUMMANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    start, stop = tl.load(bounds + slot + 1), tl.load(bounds + slot + 2)
+    total = tl.zeros((RANKS, BLOCK), tl.float32)
+    for first in range(start, stop, TOKENS):
+        n = first + tl.arange(0, TOKENS)
+        here = (n < stop)[:, None]
+        wide = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=here & (d < width)[None, :], other=0.0)
+        narrow = _sum_parts(h, n, r, here, (r < rank)[None, :], h_s, rank, SUMMANDS)
+        total = _dot(tl.trans(narrow.to(wide.dtype)), wide, total, PRECISION)
+    at = gradient + slot.to(tl.int64) * g_k + r.to(tl.int64)[:, None] * g_r + d.to(tl.int64)[None, :] * g_d
+    tl.store(at, total, mask=(r < rank)[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def _dora_scale(
+    across, gram, b, squares, scale, magnitude, is_dora, result, inverse,
+    width, rank, across_o, b_k, b_o, NUM_RANKS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot, o = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = o < width
+    mixed, own = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    b_rows = b + slot.to(tl.int64) * b_k + o.to(tl.int64)[:, None] * b_o
+    for i in range(NUM_RANKS):
+        r = i * RANKS + tl.arange(0, RANKS)
+        known = inside[:, None] & (r < rank)[None, :]
+        left = tl.load(b_rows + r[None, :], mask=known, other=0.0).to(tl.float32)
+        product = tl.load(across + o.to(tl.int64)[:, None] * across_o + slot * rank + r[None, :], mask=known, other=0.0)
+        mixed += tl.sum(left * product, 1)
+        for j in range(NUM_RANKS):
+            q = j * RANKS + tl.arange(0, RANKS)
+            at = gram + slot * rank * rank + r[:, None] * rank + q[None, :]
+            square = tl.load(at, mask=(r < rank)[:, None] & (q < rank)[None, :], other=0.0)
+            right = tl.load(b_rows + q[None, :], mask=inside[:, None] & (q < rank)[None, :], other=0.0).to(tl.float32)
+            own += tl.sum(tl.dot(left, square, input_precision="ieee") * right, 1)
+    s = tl.load(scale + slot)
+    total = tl.load(squares + o, mask=inside, other=1.0) + 2 * s * mixed + s * s * own
+    rate = tl.where(total > 0, tl.rsqrt(tl.where(total > 0, total, 1.0)), 1.0)
+    at = slot.to(tl.int64) * width + o
+    magnified = tl.load(is_dora + slot) != 0
+    length = tl.load(magnitude + at, mask=inside, other=1.0)
+    tl.store(result + at, tl.where(magnified, length * rate, 1.0), mask=inside)
+    tl.store(inverse + at, tl.where(magnified, rate, 0.0), mask=inside)
+
+
+@triton.jit
+def _bounds(slots, bounds, tokens, NUM_SLOTS: tl.constexpr, SLOTS: tl.constexpr, STEPS: tl.constexpr):
+    slot = tl.arange(0, SLOTS)
+    low, high = tl.zeros((SLOTS,), tl.int32), tl.zeros((SLOTS,), tl.int32) + tokens
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        is_open = low < high
+        less = tl.load(slots + middle, mask=is_open, other=0) < slot
+        low, high = tl.where(is_open & less, middle + 1, low), tl.where(is_open & ~less, middle, high)
+    tl.store(bounds + 1 + slot, low, mask=slot <= NUM_SLOTS)
+    tl.store(bounds, 0)
+    tl.store(bounds + NUM_SLOTS + 2, tokens)
+
+
+def ragged_bounds(slots_N: Tensor, num_slots: int) -> Tensor:
+    bounds = torch.empty(num_slots + 3, dtype=torch.int32, device=slots_N.device)
+    steps = max(len(slots_N), 1).bit_length()
+    _bounds[(1,)](slots_N, bounds, len(slots_N), num_slots, triton.next_power_of_2(num_slots + 1), steps)
+    return bounds
+
+
+def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Tensor) -> Tensor:
+    (num_slots, rank, width), tokens = factor_KRD.shape, _tokens(x_ND)
+    block, ranks = (128 if x_ND.element_size() == 2 else 64), _ranks(rank)
+    tiles, chunks = _num_tiles(x_ND, num_slots, tokens), triton.cdiv(rank, ranks)
+    blocks = triton.cdiv(width, block)
+    per_split = triton.cdiv(blocks, max(1, min(PROGRAMS // (tiles * chunks), blocks // 4)))
+    splits = triton.cdiv(blocks, per_split)
+    h_SNR = torch.empty(splits, len(x_ND), rank, dtype=torch.float32, device=x_ND.device)
+    _shrink[(tiles, splits, chunks)](
+        x_ND, factor_KRD, scale_K, bounds, h_SNR,
+        x_ND.stride(0), *factor_KRD.stride(), h_SNR.stride(0), width, rank, per_split * block,
+        num_slots, _groups(num_slots), tokens, ranks, block, _precision(x_ND),
+    )  # fmt: skip
+    return h_SNR
+
+
+def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, bounds: Tensor) -> Tensor:
+    shape = h_SNR.shape[1], factor_KRD.shape[2]
+    y_ND = torch.empty(shape, dtype=factor_KRD.dtype, device=h_SNR.device)
+    _launch_expand(y_ND, h_SNR, factor_KRD, None, bias_D, y_ND, bounds, onto=False)
+    return y_ND
+
+
+def ragged_expand_onto(y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> None:
+    _launch_expand(y_ND, h_SNR, factor_KRD, None, None, y_ND, bounds, onto=True)
+
+
+def ragged_expand_scaled(
+    y_NO: Tensor,
+    h_SNR: Tensor,
+    factor_KRO: Tensor,
+    scale_KO: Tensor,
+    bias_O: Tensor | None,
+    inside: bool,
+    bounds: Tensor,
+) -> Tensor:
+    out_NO = torch.empty(y_NO.shape, dtype=y_NO.dtype, device=y_NO.device)
+    _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, bounds, onto=True, inside=inside)
+    return out_NO
+
+
+def _launch_expand(
+    y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, scale_KD: Tensor | None, bias_D: Tensor | None, out_ND: Tensor,
+    bounds: Tensor, *, onto: bool, inside: bool = False,
+) -> None:  # fmt: skip
+    (num_slots, rank, width), tokens = factor_KRD.shape, _tokens(y_ND)
+    grid = _num_tiles(y_ND, num_slots, tokens), triton.cdiv(width, 128)
+    _expand[grid](
+        y_ND, h_SNR, factor_KRD, y_ND if scale_KD is None else scale_KD, y_ND if bias_D is None else bias_D, bounds,
+        out_ND, y_ND.stride(0), h_SNR.stride(0), *factor_KRD.stride(), width, rank,
+        num_slots, _groups(num_slots), tokens, _ranks(rank), 128,
+        len(h_SNR), onto, scale_KD is not None, bias_D is not None, inside, _precision(factor_KRD),
+    )  # fmt: skip
+
+
+def ragged_scale_backward(
+    dy_NO: Tensor, y_NO: Tensor, scale_KO: Tensor, weight_KO: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor]:
+    (num_slots, width), sums_KO = scale_KO.shape, torch.empty_like(scale_KO)
+    out_NO = torch.empty(dy_NO.shape, dtype=dy_NO.dtype, device=dy_NO.device)
+    _scale_backward[(num_slots + 1, triton.cdiv(width, 128))](
+        dy_NO, y_NO, scale_KO, weight_KO, bounds, out_NO, sums_KO, dy_NO.stride(0), width, num_slots, 32, 128
+    )
+    return out_NO, sums_KO
+
+
+def ragged_gradient(h_SNR: Tensor, x_ND: Tensor, transposed: bool, bounds: Tensor) -> Tensor:
+    num_slots, rank, width = len(bounds) - 3, h_SNR.shape[2], x_ND.shape[1]
+    shape = (num_slots, width, rank) if transposed else (num_slots, rank, width)
+    gradient = torch.empty(shape, dtype=torch.float32, device=x_ND.device)
+    of_slot, first, second = gradient.stride()
+    ranks = _ranks(rank)
+    _gradient[(num_slots, triton.cdiv(width, 128), triton.cdiv(rank, ranks))](
+        h_SNR, x_ND, bounds, gradient,
+        h_SNR.stride(0), x_ND.stride(0), of_slot, *((second, first) if transposed else (first, second)), width, rank,
+        32, ranks, 128, len(h_SNR), _precision(x_ND),
+    )  # fmt: skip
+    return gradient
+
+
+def dora_scale(
+    weight_OI: Tensor,
+    squares_O: Tensor,
+    a_KRI: Tensor,
+    b_KOR: Tensor,
+    scale_K: Tensor,
+    magnitude_KO: Tensor,
+    is_dora_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (num_slots, width, rank), ranks = b_KOR.shape, _ranks(b_KOR.shape[2])
+    across_OX, gram_KRR = _product(weight_OI, a_KRI.flatten(0, 1).T), _product(a_KRI, a_KRI.mT)
+    result_KO, inverse_KO = torch.empty_like(magnitude_KO), torch.empty_like(magnitude_KO)
+    _dora_scale[(num_slots, triton.cdiv(width, 64))](
+        across_OX, gram_KRR, b_KOR, squares_O, scale_K, magnitude_KO, is_dora_K, result_KO, inverse_KO,
+        width, rank, across_OX.stride(0), b_KOR.stride(0), b_KOR.stride(1), triton.cdiv(rank, ranks), ranks, 64,
+    )  # fmt: skip
+    return result_KO, inverse_KO
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product in fp32, of values of any dtype."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.device.type == "cpu":  # in the interpreter
+        return left.float() @ right.float()
+    multiply = torch.bmm if left.dim() == 3 else torch.mm
+    product: Tensor = multiply(left, right, out_dtype=torch.float32)
+    return product
+
+
+def _tokens(x_ND: Tensor) -> int:
+    """Return the tokens of a tile; few where there are few, so that more programs share the work."""
+    return TOKENS if len(x_ND) > TOKENS * 32 else 16
+
+
+def _num_tiles(x_ND: Tensor, num_slots: int, tokens: int) -> int:
+    """Return the most tiles that the tokens of K slots and of nobody can have."""
+    return triton.cdiv(len(x_ND), tokens) + num_slots + 1
+
+
+def _groups(num_slots: int) -> int:
+    return triton.next_power_of_2(num_slots + 2)
+
+
+def _ranks(rank: int) -> int:
+    return min(max(triton.next_power_of_2(rank), 16), RANKS)
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -1,0 +1,143 @@
+"""The ragged products' kernels, in triton's interpreter, against their references, for slots of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankloom.kernels import ragged
+from rankloom.kernels.triton import ragged as kernels
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+NUM_SLOTS = 4
+UNEVEN, NOBODYS = (2, 5, 3, 0, 40, 2), (3, 0, 0, 0, 0, 4)
+"""Tokens of nobody, of four slots, and of nobody."""
+COUNTS = pytest.mark.parametrize("counts", [UNEVEN, (0, 16, 0, 16, 1, 0), NOBODYS], ids=str)
+
+
+def bounds_of(counts: tuple[int, ...]) -> Tensor:
+    return ragged.ragged_bounds(torch.arange(-1, NUM_SLOTS + 1).repeat_interleave(torch.tensor(counts)), NUM_SLOTS)
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_equal(left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    assert left.shape == right.shape
+    assert left.dtype == right.dtype
+    left, right = left.float(), right.float()
+    assert (left - right).abs().max() <= TOLERANCE[dtype] * right.abs().max()
+
+
+def of_slots(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    return x[..., counts[0] : sum(counts[:-1]), :]
+
+
+@COUNTS
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_bounds(counts: tuple[int, ...], index: torch.dtype) -> None:
+    slots = torch.arange(-1, NUM_SLOTS + 1).repeat_interleave(torch.tensor(counts)).to(index)
+    expected = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    assert ragged.ragged_bounds(slots, NUM_SLOTS).tolist() == expected
+    assert kernels.ragged_bounds(slots, NUM_SLOTS).tolist() == expected
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("counts", "width", "rank"), [(UNEVEN, 40, 4), (UNEVEN, 530, 24), ((0, 0, 0, 0, 9, 0), 40, 72), (NOBODYS, 40, 4)]
+)
+def test_products_equal_their_references(counts: tuple[int, ...], width: int, rank: int, dtype: torch.dtype) -> None:
+    bounds, scale = bounds_of(counts), drawn(NUM_SLOTS, seed=3)
+    x, a = drawn(sum(counts), width, dtype=dtype), drawn(NUM_SLOTS, rank, width, dtype=dtype, seed=1)
+    b = drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
+    for factor in (a, b.mT):
+        found, h = kernels.ragged_shrink(x, factor, scale, bounds), ragged.ragged_shrink(x, factor, scale, bounds)
+        if counts != (3, 0, 0, 0, 0, 4):
+            assert_equal(of_slots(found.sum(0), counts), of_slots(h[0], counts), dtype)
+        for bias in (None, drawn(width, dtype=dtype, seed=4)):
+            args = (h, factor, bias, bounds)
+            assert_equal(kernels.ragged_expand(*args), ragged.ragged_expand(*args), dtype)
+        mine, theirs = x.clone(), x.clone()
+        kernels.ragged_expand_onto(mine, h, factor, bounds)
+        ragged.ragged_expand_onto(theirs, h, factor, bounds)
+        assert_equal(mine, theirs, dtype)
+    for transposed in (False, True):
+        found = kernels.ragged_gradient(h, x, transposed, bounds)
+        assert_equal(found, ragged.ragged_gradient(h, x, transposed, bounds), dtype)
+
+
+@DTYPES
+@COUNTS
+@pytest.mark.parametrize(("biased", "inside"), [(False, False), (True, False), (True, True)])
+def test_scaled_products_equal_their_references(
+    counts: tuple[int, ...], biased: bool, inside: bool, dtype: torch.dtype
+) -> None:
+    width, rank, bounds = 200, 8, bounds_of(counts)
+    h, b = drawn(2, sum(counts), rank), drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
+    bias = drawn(width, dtype=dtype, seed=4) if biased else None
+    scale, weight = 1 + 0.1 * drawn(NUM_SLOTS, width, seed=5), drawn(NUM_SLOTS, width, seed=6)
+    mine, theirs = (drawn(sum(counts), width, dtype=dtype) for _ in range(2))
+    found = kernels.ragged_expand_scaled(mine, h, b.mT, scale, bias, inside, bounds)
+    assert_equal(found, ragged.ragged_expand_scaled(theirs, h, b.mT, scale, bias, inside, bounds), dtype)
+    assert_equal(mine, theirs, dtype)
+    args = (drawn(sum(counts), width, dtype=dtype, seed=7), mine, scale, weight, bounds)
+    for left, right in zip(kernels.ragged_scale_backward(*args), ragged.ragged_scale_backward(*args), strict=True):
+        assert (left.float() - right.float()).abs().max() <= TOLERANCE[dtype] * max(right.float().abs().max(), 1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [8, 72])
+def test_doras_scale_equals_its_reference(rank: int, dtype: torch.dtype) -> None:
+    width, num_in = 70, 48
+    weight = drawn(width, num_in, dtype=dtype)
+    weight[3] = 0
+    a, b = drawn(NUM_SLOTS, rank, num_in, dtype=dtype, seed=1), drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
+    b[1] = 0
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    magnitude, scale = drawn(NUM_SLOTS, width, seed=3), torch.tensor([0.5, 1, 2, 0.1])
+    args = (weight, squares, a, b, scale, magnitude, torch.tensor([True, True, False, True]))
+    for found, expected in zip(kernels.dora_scale(*args), ragged.dora_scale(*args), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    whole = weight.float() + scale[:, None, None] * (b.float() @ a.float())
+    torch.testing.assert_close(ragged.dora_scale(*args)[1][0], 1 / whole[0].norm(dim=1), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_not_finite_stays_with_its_slot() -> None:
+    counts = (1, 3, 20, 2, 4, 1)
+    bounds, scale = bounds_of(counts), torch.ones(NUM_SLOTS)
+    x, a = drawn(sum(counts), 32), drawn(NUM_SLOTS, 8, 32, seed=1)
+    a[1], x[4] = torch.inf, torch.nan
+    h = kernels.ragged_shrink(x, a, scale, bounds).sum(0, keepdim=True)
+    y, gradient = kernels.ragged_expand(h, a, None, bounds), kernels.ragged_gradient(h, x, False, bounds)
+    others = [*range(4), *range(24, sum(counts))]
+    assert y[others].isfinite().all()
+    assert not y[4:24].isfinite().any()
+    assert gradient[[0, 2, 3]].isfinite().all()
+
+
+def launch_all() -> None:
+    """Launch each kernel on shapes of real models."""
+    for dtype, tokens, num_slots, rank, width in (
+        (torch.bfloat16, 4096, 16, 64, 2048),
+        (torch.bfloat16, 512, 5, 8, 576),
+        (torch.float32, 512, 4, 16, 576),
+    ):
+        x = torch.empty(tokens, width, dtype=dtype)
+        a, b = torch.empty(num_slots, rank, width, dtype=dtype), torch.empty(num_slots, width, rank, dtype=dtype)
+        scale, vectors = torch.empty(num_slots), torch.empty(num_slots, width)
+        bounds = kernels.ragged_bounds(torch.empty(tokens, dtype=torch.int64), num_slots)
+        for factor in (a, b.mT):
+            h = kernels.ragged_shrink(x, factor, scale, bounds)
+            kernels.ragged_expand(h, factor, None, bounds)
+            kernels.ragged_expand(h, factor, x[0], bounds)
+            kernels.ragged_expand_onto(x, h, factor, bounds)
+        for transposed in (False, True):
+            kernels.ragged_gradient(h, x, transposed, bounds)
+        for bias, inside in ((None, False), (x[0], True)):
+            kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, inside, bounds)
+        kernels.ragged_scale_backward(x, x, vectors, vectors, bounds)
+        weight = torch.empty(width, width, dtype=dtype)
+        kernels.dora_scale(weight, vectors[0], a, b, scale, vectors, torch.zeros(num_slots, dtype=torch.bool))

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_baselines import DTYPE, NUM_PROCESSES, PeftTrial, graphed, mps, processes_at_once
 from gpu_bench import Bench
 from random_models import random_base, random_data, random_trial
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.data import TaskData, load_data
@@ -21,8 +21,10 @@ from rankloom.hosts.host_loop import HostLoop, HostStats
 from rankloom.hosts.membership import Membership
 from rankloom.hosts.slots import Candidate
 from rankloom.models import Base, load_base
+from rankloom.training.fused.attention import packed_attention_on
+from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.host import TrialHost
-from rankloom.training.fused.packing import Example, logits, pack, packed_attention_on
+from rankloom.training.fused.packing import Example, pack
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.precision import autocast
 from rankloom.training.session import LocalSession
@@ -122,19 +124,20 @@ def train_8b(bench: Bench) -> None:
 def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
     """Return the forward and the activations' backward of a base without adapters, on packed rows."""
     rows = random_data(BARE_LENGTH, BARE_LENGTH, num_rows=max(1, num_tokens // BARE_LENGTH)).train
-    packed = pack([Example.of(row) for row in rows], padded_with=None, device=base.device)
+    no_bank: Any = None
+    forward = FusedForward(base, no_bank, DTYPE)
+    packed = pack([Example.of(row) for row in rows], forward.attention, pad_id=base.pad_id, device=base.device)
 
     def differentiable(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
         return embedded.detach().requires_grad_()
 
-    handle = base.model.get_input_embeddings().register_forward_hook(differentiable)
+    base.model.get_input_embeddings().register_forward_hook(differentiable)
 
     def step() -> int:
         with packed_attention_on(base.model, packed), autocast(base.device, DTYPE):
-            F.cross_entropy(logits(base.model, packed).float(), packed.targets_M).backward()
-        return sum(packed.sizes)
+            forward.losses(packed).mean().backward()
+        return int(packed.input_ids.numel())
 
-    step.handle = handle  # type: ignore[attr-defined]
     return step
 
 

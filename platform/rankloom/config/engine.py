@@ -38,8 +38,9 @@ class EngineConfig(Frozen):
     """Size of the KV cache in tokens; null: 16384 on a CPU, on a GPU as many as fit in half of the memory that the base
     leaves. On a GPU all of it is allocated at the start. When it is full, the youngest sequences are preempted and
     recomputed. No sequence may be longer."""
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
-    """Most tokens in one step. A longer prompt is split over several steps, so that other requests keep streaming."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens in one step; null: 512 on a CPU, 2048 on a GPU. A longer prompt is split over several steps, so that
+    other requests keep streaming."""
     prefix_cache_tokens: Annotated[int, Field(ge=0)] = 8192
     """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
@@ -57,7 +58,7 @@ class EngineConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_batch_size(self) -> Self:
-        if self.max_num_seqs is not None and self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs})"
@@ -66,7 +67,11 @@ class EngineConfig(Frozen):
 
     def num_seqs(self, *, on_gpu: bool) -> int:
         """Return `max_num_seqs`, or the default that null stands for."""
-        return self.max_num_seqs or min(64 if on_gpu else 16, self.max_num_batched_tokens)
+        return self.max_num_seqs or min(64 if on_gpu else 16, self.num_tokens(on_gpu=on_gpu))
+
+    def num_tokens(self, *, on_gpu: bool) -> int:
+        """Return `max_num_batched_tokens`, or the default that null stands for, which every sequence has one of."""
+        return self.max_num_batched_tokens or max(2048 if on_gpu else 512, self.max_num_seqs or 0)
 
 
 OURS = (

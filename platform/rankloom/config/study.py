@@ -178,12 +178,14 @@ Scheduler = Annotated[
 class HostsConfig(Frozen):
     """How trials share bases. It changes the speed, not the results."""
 
-    num_slots: Annotated[int, Field(ge=1)] = 8
-    """Trials that one host trains at once."""
+    num_slots: Annotated[int, Field(ge=1)] | None = None
+    """Most trials that one host trains at once; null: as many as the study has for each host, up to 8 on a CPU and 32
+    on a GPU. Where memory does not suffice, there are fewer."""
     max_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of a slot; null: the largest in the space."""
-    token_budget: Annotated[int, Field(ge=1)] = 8192
-    """Most tokens in one forward pass, over all members."""
+    token_budget: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens in one forward pass, over all members; null: 8192 on a CPU, 32768 on a GPU. Where memory does not
+    suffice, there are fewer."""
     run_ahead: Annotated[int, Field(ge=0)] = 1
     """Reports that a member may train ahead of the scheduler's decision; discarded if the scheduler stops it."""
     num_waiting: Annotated[int, Field(ge=0)] | None = None
@@ -199,6 +201,14 @@ class HostsConfig(Frozen):
     """Restarts of a trial from its checkpoint after the death of its process."""
     lease_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds without a sign of a trial after which its slot is freed."""
+
+    def count_slots(self, num_trials: int, *, on_gpu: bool) -> int:
+        """Return `num_slots`, or the default that null stands for; `num_trials` are the study's for each host."""
+        return self.num_slots or max(1, min(num_trials, 32 if on_gpu else 8))
+
+    def count_tokens(self, *, on_gpu: bool) -> int:
+        """Return `token_budget`, or the default that null stands for."""
+        return self.token_budget or (32_768 if on_gpu else 8192)
 
 
 class FinalConfig(Frozen):

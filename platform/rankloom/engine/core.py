@@ -65,7 +65,8 @@ class Core:
         """
         self._base, self._config = base, config
         self._runner = ModelRunner(base.model, pack=config.pack_weights)
-        self.num_seqs = config.num_seqs(on_gpu=base.device.type != "cpu")
+        on_gpu = base.device.type != "cpu"
+        self.num_seqs, self._num_tokens = config.num_seqs(on_gpu=on_gpu), config.num_tokens(on_gpu=on_gpu)
         longest = _longest(base.model)
         wanted = config.kv_cache_tokens or choose_capacity(self._runner.shape, self.num_seqs, longest)
         self._cache, self._predictor = open_predictor(self._runner, wanted, longest, self.num_seqs, config)
@@ -144,7 +145,7 @@ class Core:
     def _plan(self) -> Sequence[ScheduledChunk]:
         if not self._running:
             self._cache.capacity = self.cache_tokens  # the sequences that lacked memory have ended
-        budget = StepBudget(self.num_seqs, self._cache.capacity, self._config.max_num_batched_tokens)
+        budget = StepBudget(self.num_seqs, self._cache.capacity, self._num_tokens)
         followers = self._followers()
         running = [self._state_of(sequence) for sequence in self._running.values()]
         waiting = [self._state_of(s, ready=s not in followers) for s in self._waiting.values()]

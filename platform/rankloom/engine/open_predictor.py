@@ -30,7 +30,9 @@ def open_predictor(
     if kernels.use_on(runner.shape.device):
         pool = KvPool(runner.shape, cache_tokens)
         context = min(pool.longest, longest or pool.longest)
-        fast = DevicePredictor(runner, pool, num_seqs, config.max_num_batched_tokens, context)
+        fast = DevicePredictor(
+            runner, pool, num_seqs, config.num_tokens(on_gpu=runner.shape.device.type != "cpu"), context
+        )
         if _works(fast):
             return pool, fast
     cache = KvCache(runner.shape, cache_tokens)

@@ -28,7 +28,7 @@ from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import RankloomError, TrialError
-from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, open_host
+from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, describe_host, open_host
 from rankloom.hosts.membership import Files, Membership, read_files
 from rankloom.hosts.reports import TrialReport
 from rankloom.hosts.slots import Candidate, assign_slots
@@ -206,7 +206,7 @@ class HostActor:
 
     @property
     def _num_slots(self) -> int:
-        return self._runner.host.num_slots if self._runner else self._study.hosts.num_slots
+        return self._runner.host.num_slots if self._runner else self._bank.num_slots
 
     async def _run(self) -> None:
         for breakdowns in itertools.count():
@@ -259,7 +259,9 @@ class HostActor:
         import rankloom.training.fused.host  # noqa: F401  # time the import of torch apart
 
         self._work.import_s = time.monotonic() - started
-        return open_host(self._study, self._example, self._bank, self._device, self._folder)
+        host = open_host(self._study, self._example, self._bank, self._device, self._folder)
+        self._work.size = describe_host(host)
+        return host
 
     async def _assign_slots(self, runner: HostLoop) -> list[Membership]:
         """Evict and admit members; return the members to train next."""

@@ -44,6 +44,7 @@ class BankShape:
     """The ranks that slots may have, ascending."""
     with_magnitudes: bool
     """Whether slots may be DoRA."""
+    num_slots: int
 
 
 @dataclass
@@ -65,6 +66,8 @@ class HostStats:
     """Trial -> start and end of its first step here, in seconds since 1970."""
     memory_bytes: int = 0
     """The peak."""
+    size: str = ""
+    """Its slots, its tokens and its device, in words; empty before its base is loaded."""
 
 
 class HostLoop:
@@ -190,6 +193,15 @@ class HostLoop:
         )
 
 
+def describe_host(host: Any) -> str:
+    """Return what a `TrialHost` became on its device."""
+    from rankloom.models.device import describe_device
+    from rankloom.training.precision import describe_precision
+
+    slots = f"{host.num_slots} slots of rank {host.max_rank}, {host.token_budget} tokens a step"
+    return f"{slots}, in {describe_precision(host.precision)} on {describe_device(host.base.device)}"
+
+
 def open_host(
     study: StudyConfig, trial: TrialConfig, bank: BankShape, device: HostDevice, folder: Path | None = None
 ) -> Any:
@@ -227,7 +239,8 @@ def open_host(
         free = min(read_free_bytes(place) or 0.0, mine)
     else:
         free = device.memory_bytes - read_peak_memory_bytes(place)
-    wanted = HostSize(study.hosts.num_slots, max(bank.ranks), study.hosts.token_budget, bank.with_magnitudes)
+    tokens = study.hosts.count_tokens(on_gpu=place.type == "cuda")
+    wanted = HostSize(bank.num_slots, max(bank.ranks), tokens, bank.with_magnitudes)
     longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation))
     size = fit_host(wanted, read_shape(base, data), ranks=bank.ranks, longest=longest, available=SAFE * free)
     metric = load_study_metric(study.search.metric, folder)

@@ -39,13 +39,13 @@ def group_trials(study: StudyConfig) -> dict[str, TrialConfig]:
     return found
 
 
-def size_bank(study: StudyConfig) -> BankShape:
-    """Return the ranks in the search space (a range counts by its ends), and whether the space has DoRA."""
+def size_bank(study: StudyConfig, num_slots: int) -> BankShape:
+    """Return slots of the ranks in the search space (a range counts by its ends), and for DoRA if the space has it."""
     fusable = [trial for trial in study.members() if is_fusable(trial)]
     ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
     if study.hosts.max_rank:
         ranks = {min(rank, study.hosts.max_rank) for rank in (*ranks, study.hosts.max_rank)}
-    return BankShape(tuple(sorted(ranks)), any(trial.method.type == "dora" for trial in fusable))
+    return BankShape(tuple(sorted(ranks)), any(trial.method.type == "dora" for trial in fusable), num_slots)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class HostPlan:
 
     hosts_per_group: int
     """At most."""
+    num_slots: int
+    """Of a host."""
     device: HostDevice
     dedicated_cpus: int
     """Cores per worker of a trial that can't share a base."""
@@ -89,7 +91,9 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
     memory = min(node.get("memory", math.inf) for node in large) / shared_by
     gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4 if on_gpu else 0.0
     device = HostDevice(min(cpus, 1.0) if on_gpu else cpus, gpu, threads, memory)
-    return HostPlan(num_hosts, device, max(1, int(cores / parts)))
+    trials_per_host = math.ceil(study.num_trials / (num_hosts * max(1, num_groups)))
+    num_slots = study.hosts.count_slots(trials_per_host, on_gpu=on_gpu)
+    return HostPlan(num_hosts, num_slots, device, max(1, int(cores / parts)))
 
 
 @dataclass
@@ -115,8 +119,8 @@ class Hosts:
         """
         self._study, self._folder = study, folder
         self._groups = group_trials(study)
-        self._bank = size_bank(study)
         plan = share_out(study, nodes)
+        self._bank = size_bank(study, plan.num_slots)
         self._max_hosts, self._device = plan.hosts_per_group, plan.device
         self._open: list[RunningHost] = []
         self._count = 0
@@ -126,7 +130,7 @@ class Hosts:
         """Start hosts of each group, so that their bases load while the first trials start; return their handles."""
         self._sweeper = self._sweeper or asyncio.create_task(self._sweep())
         trials = self._study.num_trials / max(1, len(self._groups))
-        num_hosts = min(self._max_hosts, math.ceil(trials / self._study.hosts.num_slots))
+        num_hosts = min(self._max_hosts, math.ceil(trials / self._bank.num_slots))
         return [self._start(key).handle for key in self._groups for _ in range(num_hosts)]
 
     async def assign(self, trial_id: str, trial: TrialConfig) -> Any:
@@ -182,7 +186,7 @@ class Hosts:
         """Return the group's host with the fewest trials; start one where all are full and a device is left."""
         mine = [host for host in self._open if host.key == key]
         emptiest = min(mine, key=lambda host: len(host.trials), default=None)
-        full = emptiest is None or len(emptiest.trials) >= self._study.hosts.num_slots
+        full = emptiest is None or len(emptiest.trials) >= self._bank.num_slots
         if emptiest is None or (full and len(mine) < self._max_hosts):
             return self._start(key)
         return emptiest

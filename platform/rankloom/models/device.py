@@ -18,6 +18,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def describe_device(device: torch.device) -> str:
+    """Return its name with its free memory, or a CPU's threads."""
+    if device.type != "cuda":
+        return f"the CPU, {torch.get_num_threads()} threads"
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+
+
 def free_cuda_bytes(device: torch.device) -> float:
     """Return the bytes that torch can still allocate, within this process's fraction and with its unused reserve."""
     free, total = torch.cuda.mem_get_info(device)

@@ -21,6 +21,7 @@ from rankloom.events import (
     CurvePoint,
     HostStatus,
     OnEvent,
+    PhaseStarted,
     TrialEnded,
     TrialEvaluated,
     TrialStarted,
@@ -124,6 +125,9 @@ class Journal(tune.Callback):  # type: ignore[misc]
 
     def take_stats(self, stats: list[dict[str, Any]]) -> None:
         """Take the hosts' counters; a host that was given back keeps its last ones."""
+        for each in stats:
+            if each["size"] and not self.host_stats.get(each["label"], {}).get("size"):
+                self._tell(PhaseStarted("launch", f"{each['label']}: {each['size']}"))
         self.host_stats |= {each["label"]: each for each in stats}
 
     def close(self) -> None:

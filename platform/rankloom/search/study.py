@@ -48,7 +48,8 @@ from rankloom.training.resume_check import find_study_warning
 
 STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
-    "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s", "final.",
+    "trial.tracking.", "hosts.num_slots", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s",
+    "hosts.lease_s", "final.",
 )  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config; Ray Tune's saved state depends on the rest."""
 

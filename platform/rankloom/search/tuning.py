@@ -115,7 +115,7 @@ def _tune(
     from rankloom.search.tune_searcher import StudySearcher, draw_population
 
     plan = share_out(study, cluster.list_alive_nodes())
-    concurrent = count_live(study, plan.hosts_per_group)
+    concurrent = count_live(study, plan.hosts_per_group, plan.num_slots)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the journal replaces them
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SAVE_EVERY_S
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)  # else trials start one after another
@@ -158,9 +158,9 @@ def _tune(
     )
 
 
-def count_live(study: StudyConfig, hosts_per_group: int) -> int:
+def count_live(study: StudyConfig, hosts_per_group: int, num_slots: int) -> int:
     """Return the number of trials that Ray Tune runs at once: those with a slot, and those that wait for one."""
-    slots = max(1, hosts_per_group * len(group_trials(study)) * study.hosts.num_slots)
+    slots = max(1, hosts_per_group * len(group_trials(study)) * num_slots)
     if study.hosts.num_waiting is not None:
         waiting = study.hosts.num_waiting
     elif not all(map(is_fusable, study.members())):  # each trial is then one process or more

@@ -8,11 +8,17 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import TaskData
 from rankloom.errors import ConfigError, DataError
 from rankloom.models import Base, choose_auto_dtype, load_base, resolve_dtype
+from rankloom.models.load import DTYPES
 
 
 def choose_precision(trial: TrialConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of training and scoring, and of serving where that is auto."""
     return resolve_dtype(trial.compute.precision, choose_auto_dtype(device))
+
+
+def describe_precision(precision: torch.dtype) -> str:
+    """Return what a config calls a dtype."""
+    return next(name for name, dtype in DTYPES.items() if dtype == precision)
 
 
 def load_trial_base(trial: TrialConfig, device: torch.device, *, in_fp32: bool = False) -> Base:

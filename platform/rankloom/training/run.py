@@ -28,6 +28,7 @@ from rankloom.evals.score import measure
 from rankloom.events import DataLoaded, PhaseStarted
 from rankloom.methods import get_method_class
 from rankloom.models import Base, load_tokenizer
+from rankloom.models.device import describe_device
 from rankloom.registry import Record
 from rankloom.registry.checks import RECORD, check_files
 from rankloom.registry.scorecard import Extraction, Measures
@@ -35,7 +36,13 @@ from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_free_bytes, read_shape
 from rankloom.training.memory_plan import gigabytes, run_bytes
-from rankloom.training.precision import autocast, check_lengths, choose_precision, load_trial_base
+from rankloom.training.precision import (
+    autocast,
+    check_lengths,
+    choose_precision,
+    describe_precision,
+    load_trial_base,
+)
 from rankloom.training.publish import TrainingCost, probe_ids, publish, score
 from rankloom.training.resume_check import Origin, hold_study_to
 from rankloom.training.session import Session
@@ -68,7 +75,7 @@ def run_trial(
     tokenizer = load_tokenizer(trial.model)
     data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
     session.emit(DataLoaded(data.report.to_dict()))
-    _report_phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    _report_phase(session, "model", _describe_base(trial, session))
     base = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base)
     check_lengths(data, base)
     if study is not None:
@@ -108,7 +115,7 @@ def evaluate(
     metric = load_metric(trial.eval.metric, metric)
     _report_phase(session, "data", f"reading {trial.data.train.path}")
     data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
-    _report_phase(session, "model", f"loading {trial.model.id} ({trial.quantization.type})")
+    _report_phase(session, "model", _describe_base(trial, session))
     base = load_trial_base(trial, session.device)
     _report_phase(session, "score", "the base")
     base_measures = measure(base.model, base.tokenizer, data, trial.eval, metric)
@@ -118,6 +125,12 @@ def evaluate(
         _report_phase(session, "score", f"{adapter}")
         result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric).model_dump()
     return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
+
+
+def _describe_base(trial: TrialConfig, session: Session) -> str:
+    precision = describe_precision(choose_precision(trial, session.device))
+    place = describe_device(session.device)
+    return f"loading {trial.model.id} ({trial.quantization.type}), to compute in {precision} on {place}"
 
 
 def _check_record(adapter: Path, base: Base) -> None:

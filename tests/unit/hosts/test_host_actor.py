@@ -177,7 +177,7 @@ def make(tmp_path: Path) -> Callable[..., HostActor]:
     def made(cls: type[HostActor] = CountingActor, **hosts: Any) -> HostActor:
         config = study(**hosts)
         return cls(
-            config, config.baseline, BankShape((8,), with_magnitudes=False), HostDevice(1.0, 0.0, 1, 1e12),
+            config, config.baseline, BankShape((8,), False, config.hosts.num_slots), HostDevice(1.0, 0.0, 1, 1e12),
             label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 
@@ -500,7 +500,7 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
 
     def actor(memory_bytes: float) -> HostActor:
         return HostActor(
-            config, config.baseline, BankShape((4, 4096), with_magnitudes=False),
+            config, config.baseline, BankShape((4, 4096), with_magnitudes=False, num_slots=8),
             HostDevice(1.0, 0.0, 1, memory_bytes), label="host-1", scratch=tmp_path / "scratch",
         )  # fmt: skip
 

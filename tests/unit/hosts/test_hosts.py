@@ -25,10 +25,10 @@ def test_a_group_is_a_base_and_the_bank_holds_any_trial() -> None:
     assert [trial.quantization.type for trial in group_trials(study(QUANTISED, DORA, FULL)).values()] == ["none", "nf4"]
     crossed = QUANTISED | {"data": {"max_length": {"choice": [64, 128, 256]}}}
     assert len(group_trials(study(crossed))) == 7  # and the baseline's
-    assert size_bank(study(LORA)) == BankShape((4, 16, 32), with_magnitudes=False)  # and the baseline's
-    assert size_bank(study(QUANTISED, DORA)) == BankShape((4, 8, 16, 32), with_magnitudes=True)
-    assert size_bank(study(LORA, hosts={"max_rank": 8})).ranks == (4, 8)
-    assert size_bank(study(LORA, hosts={"max_rank": 64})).ranks == (4, 16, 32, 64)
+    assert size_bank(study(LORA), 8) == BankShape((4, 16, 32), with_magnitudes=False, num_slots=8)  # and the baseline's
+    assert size_bank(study(QUANTISED, DORA), 2) == BankShape((4, 8, 16, 32), with_magnitudes=True, num_slots=2)
+    assert size_bank(study(LORA, hosts={"max_rank": 8}), 8).ranks == (4, 8)
+    assert size_bank(study(LORA, hosts={"max_rank": 64}), 8).ranks == (4, 16, 32, 64)
 
 
 def test_hosts_leave_room_for_the_trials_and_for_dedicated_runs() -> None:
@@ -69,3 +69,22 @@ def test_one_host_a_gpu_which_groups_share() -> None:
     assert share_out(study(LORA, trial={"compute": {"device": "cpu"}}), gpus).device.gpus == 0
     with pytest.raises(ConfigError, match="no GPU"):
         share_out(study(LORA, trial={"compute": {"device": "cuda"}}), [{"CPU": 2.0}])
+
+
+@pytest.mark.parametrize(
+    ("node", "trials", "hosts", "slots"),
+    [
+        ({"CPU": 8.0}, 64, {}, 8),
+        ({"CPU": 8.0}, 3, {}, 3),
+        ({"CPU": 8.0, "GPU": 1.0}, 16, {}, 16),
+        ({"CPU": 8.0, "GPU": 1.0}, 64, {}, 32),
+        ({"CPU": 8.0, "GPU": 4.0}, 16, {}, 4),  # no GPU stands idle
+        ({"CPU": 8.0, "GPU": 4.0}, 16, {"max_hosts": 1}, 16),
+        ({"CPU": 8.0, "GPU": 1.0}, 3, {"num_slots": 5}, 5),
+    ],
+)
+def test_slots_by_device_and_trials(node: dict[str, float], trials: int, hosts: dict[str, int], slots: int) -> None:
+    config = study(LORA, search={"num_trials": trials}, hosts=hosts)
+    assert share_out(config, [node]).num_slots == slots
+    on_gpu = "GPU" in node
+    assert config.hosts.count_tokens(on_gpu=on_gpu) == (32_768 if on_gpu else 8192)

@@ -104,7 +104,7 @@ def occupancy(study: StudyConfig, seed: int) -> float:
     """
     asha = build_scheduler(study)
     asha.set_search_properties("loss", "min")
-    rng, num_slots, most = random.Random(seed), study.hosts.num_slots, count_live(study, hosts_per_group=1)
+    rng, num_slots, most = random.Random(seed), 8, count_live(study, hosts_per_group=1, num_slots=8)
     quality = [rng.gauss(0, 1) for _ in range(study.num_trials)]
     speed = [rng.uniform(0.5, 2) for _ in range(study.num_trials)]
     todo, fill = list(range(study.num_trials)), []
@@ -148,7 +148,7 @@ def test_over_a_whole_study_with_early_stopping_slots_are_full() -> None:
     ("changed", "expected"),
     [
         ({}, 24),
-        ({"hosts": {"num_slots": 8, "num_waiting": 3}}, 11),
+        ({"hosts": {"num_waiting": 3}}, 11),
         ({"search": {"algorithm": "optuna", "num_trials": 64}}, 16),
         ({"scheduler": {"type": "hyperband"}}, 64),
         ({"space": [{"seed": {"randint": [0, 9]}}, {"method": {"type": "galore"}}]}, 12),
@@ -157,4 +157,4 @@ def test_over_a_whole_study_with_early_stopping_slots_are_full() -> None:
 )
 def test_how_many_trials_are_under_way(changed: dict[str, object], expected: int) -> None:
     study = {"name": "s", "space": [{"seed": {"randint": [0, 9]}}], "search": {"num_trials": 64}}
-    assert count_live(parse(StudyConfig, study | {"hosts": {"num_slots": 8}} | changed), hosts_per_group=1) == expected
+    assert count_live(parse(StudyConfig, study | changed), hosts_per_group=1, num_slots=8) == expected

@@ -111,7 +111,7 @@ def test_schedulers_are_taken_as_they_are() -> None:
     assert isinstance(built, schedulers.AsyncHyperBandScheduler)
     assert built is not given
     assert built.set_search_properties("loss", "min")
-    assert count_live(config, 1) == 12
+    assert count_live(config, 1, 8) == 12
     population = schedulers.PopulationBasedTraining(
         time_attr="percent", perturbation_interval=20, hyperparam_mutations={"optim.learning_rate": tune.uniform(0, 1)}
     )

@@ -51,7 +51,7 @@ def loop_of(trial: TrialConfig, run: Path) -> tuple[TrainingLoop, list[Event]]:
 
 
 def weights(loop: TrainingLoop) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in loop.method.trained(loop.module).items()}
+    return {n: p.detach().clone() for n, p in loop.method.get_trained(loop.module).items()}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)))

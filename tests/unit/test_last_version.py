@@ -69,7 +69,7 @@ def study(last_version: Path, name: str) -> StudyConfig:
 
 def test_a_journal_is_read_and_a_searcher_restored(last_version: Path) -> None:
     board = Leaderboard.read(study(last_version, "finished"), last_version / "studies" / "finished" / "journal.jsonl")
-    assert board.counts() == {"running": 0, "done": 2, "stopped": 0, "failed": 0}
+    assert board.count_by_status() == {"running": 0, "done": 2, "stopped": 0, "failed": 0}
     assert [[point.step for point in trial.reports] for trial in board.rank_trials()] == [[2, 4, 6]] * 2
     ended = read_events(last_version / "studies" / "finished" / "journal.jsonl")
     assert {event.trial for event in ended if isinstance(event, TrialEnded)} == board.trials.keys()

@@ -30,7 +30,7 @@ class LoraFa(Method[LoraFaConfig]):
                 parameter.requires_grad_(False)
         return model
 
-    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def get_trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return A too: it is drawn anew by each run, so that a checkpoint of B alone would not restore the adapter."""
         return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 

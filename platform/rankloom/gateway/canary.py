@@ -116,7 +116,7 @@ class Canaries:
             side.token_s.append(took or 0.0)
         return self._decide(route, trial)
 
-    def failed(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
+    def record_failure(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
         """Record that the candidate failed at a job that the stable version did. Returns as `count` does."""
         trial = self._find_undecided(route)
         if trial is None or trial.arms != arms:

@@ -342,7 +342,7 @@ class Gateway:
             # the candidate fails at what the stable version has just done quickly; refusals count in its own requests
             is_soon = stable_took_s < self.config.limits.timeout_s / 4
             if is_soon and not isinstance(error, (*_REFUSALS, OverloadedError, ReplicaLostError)):
-                self._carry_out(self._canaries.failed(route, sides))
+                self._carry_out(self._canaries.record_failure(route, sides))
         else:
             self._carry_out(self._canaries.record_times(route, sides, (stable_s, candidate_s)))
         finally:

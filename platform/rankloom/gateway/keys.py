@@ -165,11 +165,11 @@ class TokenBucket:
         Args:
             now: in seconds of a monotonic clock.
         """
-        return max(0.0, (1.0 - self._filled(now)) / self._rate)
+        return max(0.0, (1.0 - self._count_tokens(now)) / self._rate)
 
     def take(self, amount: float, now: float) -> None:
         """Remove `amount` from the bucket."""
-        self._level, self._at = self._filled(now) - amount, now
+        self._level, self._at = self._count_tokens(now) - amount, now
 
-    def _filled(self, now: float) -> float:
+    def _count_tokens(self, now: float) -> float:
         return min(self._size, self._level + (now - self._at) * self._rate)

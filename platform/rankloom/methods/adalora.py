@@ -67,7 +67,7 @@ class AdaLora(Method[AdaLoraConfig]):
         return self.config.orthogonal_weight * torch.stack(norms).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        for parameter in self.trained(model).values():
+        for parameter in self.get_trained(model).values():
             if parameter.grad is None:  # an expert's layer that no token of the step reached
                 parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]

@@ -48,13 +48,13 @@ class Method(ABC, Generic[ConfigT]):
     def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:
         """Write a PEFT folder; return the share of the update's energy that it keeps, or None if it keeps all."""
 
-    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def get_trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters that a checkpoint stores, by name."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         """Return AdamW over the trained parameters, with weight decay on matrices only."""
-        return AdamW(split_decay_groups(self.trained(model).values(), optim), **make_adam_settings(optim))
+        return AdamW(split_decay_groups(self.get_trained(model).values(), optim), **make_adam_settings(optim))
 
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
         """Prepare step `step` (from 0); return True if the set of trainable parameters changed."""

@@ -35,7 +35,7 @@ class BaseTraining(Method[FullRankT]):
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
-    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def get_trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in model.named_parameters() if name not in self._uncarried}
 
     def export(self, model: nn.Module, base: Base, folder: Path) -> float | None:

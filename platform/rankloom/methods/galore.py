@@ -92,7 +92,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         config = self.config
         projected = {id(p) for p in self._projected}
-        groups = split_decay_groups((p for p in self.trained(model).values() if id(p) not in projected), optim)
+        groups = split_decay_groups((p for p in self.get_trained(model).values() if id(p) not in projected), optim)
         groups.append(
             {
                 "params": self._projected,
@@ -106,7 +106,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
         kind = ProjectedAdamW8bit if config.optimizer == "adamw8bit" else ProjectedAdamW
         optimizer = kind(groups, **make_adam_settings(optim))
         if config.layerwise:
-            for parameter in self.trained(model).values():
+            for parameter in self.get_trained(model).values():
                 parameter.register_post_accumulate_grad_hook(lambda p: _step_alone(optimizer, p))
         return optimizer
 

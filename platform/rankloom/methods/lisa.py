@@ -33,13 +33,13 @@ class Lisa(BaseTraining[LisaConfig]):
         self._activate(0)
         return base.model
 
-    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def get_trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         layers = {id(p) for layer in self._layers for p in layer.parameters()}
-        return {name: p for name, p in super().trained(model).items() if p.requires_grad or id(p) in layers}
+        return {name: p for name, p in super().get_trained(model).items() if p.requires_grad or id(p) in layers}
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
         # over all layers, so that the groups never change; a frozen layer has no gradient and hence no moments
-        return AdamW(split_decay_groups(self.trained(model).values(), optim), **make_adam_settings(optim))
+        return AdamW(split_decay_groups(self.get_trained(model).values(), optim), **make_adam_settings(optim))
 
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> bool:
         if not self._activate(step):

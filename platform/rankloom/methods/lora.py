@@ -62,7 +62,7 @@ class Lora(Method[LoraConfig | DoraConfig]):
         lora.base_model_name_or_path = base.id
         # PiSSA and OLoRA move a part of W into the adapter: keep it, so that the export can give it back
         self._moved = (
-            {n: p.detach().to("cpu", copy=True) for n, p in self.trained(model).items()}
+            {n: p.detach().to("cpu", copy=True) for n, p in self.get_trained(model).items()}
             if config.init in ("pissa", "olora")
             else None
         )

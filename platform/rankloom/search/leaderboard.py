@@ -127,7 +127,7 @@ class Leaderboard:
     def baseline(self) -> TrialState | None:
         return next((trial for trial in self.trials.values() if trial.point.get("warm_start") == 0), None)
 
-    def front(self) -> list[TrialState]:
+    def find_front(self) -> list[TrialState]:
         """Return the Pareto front, best by the metric first; empty where the study has no `search.objectives`.
 
         It holds each candidate with known costs that no other candidate matches in all values and beats in one.
@@ -142,18 +142,18 @@ class Leaderboard:
                 measured.append(trial)
                 values.append((rank(best, search)[0], *(trial.costs[name] for name in search.objectives)))
 
-        def beaten(mine: tuple[float, ...]) -> bool:
+        def is_beaten(mine: tuple[float, ...]) -> bool:
             return any(
                 other != mine and all(theirs <= own for theirs, own in zip(other, mine, strict=True))
                 for other in values
             )
 
-        return [trial for trial, mine in zip(measured, values, strict=True) if not beaten(mine)]
+        return [trial for trial, mine in zip(measured, values, strict=True) if not is_beaten(mine)]
 
-    def finalists(self) -> list[TrialState]:
+    def choose_finalists(self) -> list[TrialState]:
         """Return the trials to score on the test rows: the top k, each method's best, the front and the baseline."""
         ranking, found = self.list_candidates(), {}
-        for trial in [*ranking[: self.study.final.top_k], *self.front()]:
+        for trial in [*ranking[: self.study.final.top_k], *self.find_front()]:
             found[trial.id] = trial
         methods: set[str] = set()
         for trial in ranking:
@@ -164,14 +164,14 @@ class Leaderboard:
             found[self.baseline.id] = self.baseline
         return [trial for trial in ranking if trial.id in found]
 
-    def counts(self) -> dict[TrialStatus, int]:
+    def count_by_status(self) -> dict[TrialStatus, int]:
         """Return the number of trials of each status."""
         counts: dict[TrialStatus, int] = dict.fromkeys(get_args(TrialStatus), 0)
         for trial in self.trials.values():
             counts[trial.status] += 1
         return counts
 
-    def rungs(self) -> list[tuple[float, int]]:
+    def count_at_rungs(self) -> list[tuple[float, int]]:
         """Return each rung of successive halving in percent of a trial's budget, and how many trials reached it."""
         scheduler, found = self.study.scheduler, []
         if isinstance(scheduler, AshaConfig):
@@ -200,9 +200,9 @@ class Leaderboard:
         return StudyStatus(
             metric=search.metric,
             total=self.study.num_trials,
-            counts=self.counts(),
+            counts=self.count_by_status(),
             refused=self.num_refused,
-            rungs=self.rungs(),
+            rungs=self.count_at_rungs(),
             best=top,
             tokens=self.tokens,
             share=self.share_done,
@@ -235,7 +235,7 @@ def format_settings(trial: TrialState) -> str:
 
 def build_rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """Return one row per trial, for results.parquet."""
-    found, front = [], {trial.id for trial in leaderboard.front()}
+    found, front = [], {trial.id for trial in leaderboard.find_front()}
     for trial in sorted(leaderboard.trials.values(), key=lambda t: t.number):
         best, last = trial.best(leaderboard.study.search), trial.last
         found.append(

@@ -33,7 +33,7 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
     import ray
 
     leaderboard = journal.leaderboard
-    finalists = leaderboard.finalists()
+    finalists = leaderboard.choose_finalists()
     for trial in finalists:
         if not is_fusable(trial.config) and trial.status == "stopped":
             tell(PhaseStarted("export", f"{trial.config.name}, which was stopped early"))
@@ -95,7 +95,7 @@ def choose_names(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
     names = [leaderboard.study.name] if trial is ranking[0] else []
     if trial is next(other for other in ranking if other.method == trial.method):
         names.append(f"{leaderboard.study.name}-{trial.method}")
-    if trial in leaderboard.front():
+    if trial in leaderboard.find_front():
         names.append(f"{leaderboard.study.name}-front")
     return names
 
@@ -123,7 +123,7 @@ def _build_row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore
         "point": trial.point,
         "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "metric", "step")},
         "costs": trial.costs,
-        "on_front": trial in leaderboard.front(),
+        "on_front": trial in leaderboard.find_front(),
         "scorecard": score.scorecard and score.scorecard.model_dump(),
         "published": score.published,
         "error": score.error,

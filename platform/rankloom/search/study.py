@@ -189,7 +189,7 @@ def _search(
             "name": study.name,
             "study": str(folder),
             "results": str(folder / RESULTS),
-            "counts": leaderboard.counts(),
+            "counts": leaderboard.count_by_status(),
             "num_refused": leaderboard.num_refused,
             "priors": priors.counts,
             "tokens": leaderboard.tokens,
@@ -197,7 +197,7 @@ def _search(
         }
         if journal.interrupted:
             return {"status": "interrupted"} | outcome
-        if not leaderboard.finalists():
+        if not leaderboard.choose_finalists():
             reasons = sorted({trial.error or "without a report" for trial in leaderboard.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:

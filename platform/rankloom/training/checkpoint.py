@@ -37,7 +37,7 @@ def save(
     Raises:
         TrialError: the folder can't be written.
     """
-    weights = {name: unshard(p.detach()).contiguous() for name, p in method.trained(model).items()}
+    weights = {name: unshard(p.detach()).contiguous() for name, p in method.get_trained(model).items()}
     state = {
         "optimizer": unshard_tree(method.optimizer_state(optimizer)),
         "method": method.state(),
@@ -61,7 +61,7 @@ def load_weights(folder: Path, model: nn.Module, method: Method[Any]) -> None:
     """
     weights = _read_weights(folder)
     with torch.no_grad():
-        for name, parameter in method.trained(model).items():
+        for name, parameter in method.get_trained(model).items():
             parameter.copy_(shard_like(parameter, weights[name].to(parameter.device)))
     method.load_state(read_state(folder)["method"])
 

@@ -263,7 +263,7 @@ class TrainingLoop:
         """Clip, step and call the method's hook; return the gradient's norm before clipping."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = clip(self.method.trained(self.module).values(), self.trial.optim.clip_norm)
+        norm = clip(self.method.get_trained(self.module).values(), self.trial.optim.clip_norm)
         # GradScaler skips steps whose fp16 gradient overflows
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled()):
             step, rate = self.progress.step + 1, self.trial.optim.learning_rate

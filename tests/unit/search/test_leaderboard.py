@@ -80,10 +80,10 @@ def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
 
 def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
     found = filled()
-    assert [(trial.number, trial.method) for trial in found.finalists()] == [
+    assert [(trial.number, trial.method) for trial in found.choose_finalists()] == [
         (3, "lora"), (1, "lora"), (2, "qdora"), (0, "lora"),
     ]  # fmt: skip
-    assert [choose_names(trial, found) for trial in found.finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
+    assert [choose_names(trial, found) for trial in found.choose_finalists()] == [["s", "s-lora"], [], ["s-qdora"], []]
 
 
 def test_the_front_is_what_nothing_beats_in_all() -> None:
@@ -98,10 +98,10 @@ def test_the_front_is_what_nothing_beats_in_all() -> None:
             memory, latency = costs[number]
             found.add(replace(report(number, 2, 1.0, 0.0), memory_bytes=memory, latency_ms=latency))
     # 3 is beaten by 1; 5 is as good as 1; of 6 the costs are not known
-    assert [trial.number for trial in found.front()] == [0, 1, 2, 5, 4]
-    assert {trial.number for trial in found.finalists()} == {0, 1, 2, 4, 5, 6}
-    assert choose_names(found.front()[0], found) == ["s-front"]
-    assert filled().front() == []
+    assert [trial.number for trial in found.find_front()] == [0, 1, 2, 5, 4]
+    assert {trial.number for trial in found.choose_finalists()} == {0, 1, 2, 4, 5, 6}
+    assert choose_names(found.find_front()[0], found) == ["s-front"]
+    assert filled().find_front() == []
 
 
 def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_journal_is_read_back_though_its_last_line_is_torn(tmp_path: Path) -> 
     again = [report(3, 2, 1.2, 0.65), end(3, "done")]  # a report may come twice
     path.write_text("".join(to_line(line) + "\n" for line in [*LINES, *again]) + '{"event": "rep')
     found = Leaderboard.read(board().study, path)
-    assert found.counts() == {"running": 1, "done": 2, "stopped": 1, "failed": 1}
+    assert found.count_by_status() == {"running": 1, "done": 2, "stopped": 1, "failed": 1}
     assert [point.step for point in found.trials["t3"].reports] == [10, 20]
     assert found.num_refused == 4
     assert found.tokens == 100 + 300 + 100 + 200
@@ -272,6 +272,6 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
 
 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:
-    for trial in filled().finalists():
+    for trial in filled().choose_finalists():
         for name in choose_names(trial, filled()):
             assert Registry("/nowhere").versions(name) == []

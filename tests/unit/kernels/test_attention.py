@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rankloom import kernels
 from rankloom.kernels import attention
 from rankloom.kernels.triton import attention as attention_triton
 
@@ -82,3 +83,25 @@ def test_chunks_attend_to_themselves_and_what_came_before(chunk: Callable[..., t
         own = slice(int(starts[row]), int(starts[row]) + count)
         expected = alone(query[own], keys[pages].flatten(0, 1)[:n], values[pages].flatten(0, 1)[:n], 0.3)
         torch.testing.assert_close(found[own], expected)
+
+
+def test_decoding_launches_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    call, launched = GridExecutor.__call__, []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: (launched.append(1), call(*args, **kwargs)))
+    launch_attention(num_rows=1, group=1, width=16, dtype=torch.float32)
+    assert len(launched) == kernels.LAUNCHES["decode_attention"]
+
+
+def launch_attention(num_rows: int = 16, group: int = 4, width: int = 128, dtype: torch.dtype = torch.bfloat16) -> None:
+    """For test_compile.py: rows of an 8B."""
+    query, key = torch.zeros(num_rows, 2 * group, width).to(dtype), torch.zeros(num_rows, 2, width).to(dtype)
+    pages, table = torch.zeros(2, 256, 2, width).to(dtype), torch.zeros(num_rows, 3, dtype=torch.long)
+    length = torch.ones(num_rows, dtype=torch.long)
+    attention_triton.decode_attention(query, key, key, pages, pages.clone(), table, length, 0.1)
+
+
+def launch_attention_of_a_small_base() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        launch_attention(64, 3, 64, dtype)

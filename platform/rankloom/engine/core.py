@@ -54,11 +54,17 @@ class Core:
     """Invariant: a sequence waits, or runs with a place in the cache; until its end its adapter is in use."""
 
     def __init__(
-        self, base: Base, registry: Registry, config: EngineConfig, post: Callable[[Callable[[], None]], None]
+        self,
+        base: Base,
+        registry: Registry,
+        config: EngineConfig,
+        post: Callable[[Callable[[], None]], None],
+        deliver: Callable[[], None],
     ) -> None:
         """
         Args:
             post: thread-safe; schedules a callable on the engine thread.
+            deliver: brings what the streams were sent to their readers.
 
         Raises:
             ModelError: the base's architecture can't be served.
@@ -76,6 +82,9 @@ class Core:
         self._prefixes = PrefixTree(config.prefix_cache_tokens)
         loader = EngineLoader(base, registry, self._logits_alone)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
+        self._deliver = deliver
+        self._unsent: list[RunningSequence] = []
+        """Sequences whose last token was taken, and not sent yet."""
         self._running: dict[str, RunningSequence] = {}
         self._waiting: dict[str, RunningSequence] = {}
         self._arrivals = itertools.count()
@@ -128,9 +137,11 @@ class Core:
         num_waiting = len(self._waiting)
         chunks = self._plan()
         if not chunks:
+            self._send()
             return len(self._waiting) < num_waiting  # some were refused, which may make place for others
         try:
             chunks, result = self._compute(chunks)
+            self._send()  # while the device computes
             if result is not None:
                 self._apply(chunks, result)
         except Exception as error:  # these sequences are lost, the engine is not
@@ -210,22 +221,42 @@ class Core:
 
     def _apply(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
         self._counters.steps += 1
+        predicting = []
         for chunk in chunks:
-            sequence = self._running[chunk.id]
-            sequence.cached += chunk.count
-            new_to_prompt = max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
-            self._counters.prompt_tokens += new_to_prompt
-            if new_to_prompt and sequence.cached >= sequence.num_prompt:
-                self._keep_prefix(sequence)
-        sequences = [self._running[chunk.id] for chunk in chunks if chunk.predicts]
-        for sequence, token in zip(sequences, result.read(), strict=True):
+            sequence = self._running.get(chunk.id)
+            if sequence is not None:  # else a stop string has ended it meanwhile
+                self._advance(sequence, chunk)
+            if chunk.predicts:
+                predicting.append(sequence)
+        for sequence, token in zip(predicting, result.read(), strict=True):
+            if sequence is None:
+                continue
             if token is None:
                 where = sequence.request.adapter or "the base"
                 self._end(sequence, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
                 continue
             self._counters.generated_tokens += 1
-            if sequence.take(token):
+            is_over = sequence.take(token)
+            if self._predictor.overlaps and not is_over:
+                self._unsent.append(sequence)
+            elif sequence.send():
                 self._end(sequence)
+
+    def _advance(self, sequence: RunningSequence, chunk: ScheduledChunk) -> None:
+        sequence.cached += chunk.count
+        new_to_prompt = max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
+        self._counters.prompt_tokens += new_to_prompt
+        if new_to_prompt and sequence.cached >= sequence.num_prompt:
+            self._keep_prefix(sequence)
+
+    def _send(self) -> None:
+        """Send the texts of the last step's tokens, and end the sequences that stop strings end."""
+        if self._unsent:
+            unsent, self._unsent = self._unsent, []
+            for sequence in unsent:
+                if not sequence.ended and sequence.send():
+                    self._end(sequence)
+            self._deliver()
 
     def _end(self, sequence: RunningSequence, error: RankloomError | None = None) -> None:
         """Remove a sequence; its stream gets the error, if there is one."""

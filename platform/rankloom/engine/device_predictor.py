@@ -53,6 +53,8 @@ MOST_GRAPHS = 64
 class DevicePredictor:
     """A `Predictor` over a `KvPool`."""
 
+    overlaps = True
+
     def __init__(self, runner: ModelRunner, pool: KvPool, num_seqs: int, num_tokens: int, context: int) -> None:
         """
         Args:

@@ -36,7 +36,7 @@ class ServingEngine(EngineFrontend):
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Callables that the thread runs between two steps."""
         self._mailbox = Mailbox()
-        self._core = Core(base, registry, config, post=self._inbox.put)
+        self._core = Core(base, registry, config, post=self._inbox.put, deliver=self._mailbox.deliver)
         super().__init__(base, config, self._core.num_seqs)
         self._thread = threading.Thread(target=self._run, name="rankloom-engine", daemon=True)
 

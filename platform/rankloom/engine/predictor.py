@@ -25,6 +25,11 @@ class StepResult(Protocol):
 
 
 class Predictor(Protocol):
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step is still computed when `predict` returns."""
+        ...
+
     def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> StepResult:
         """Begin a step.
 
@@ -37,6 +42,8 @@ class Predictor(Protocol):
 
 class PlainPredictor:
     """A `Predictor` over a `KvCache`."""
+
+    overlaps = False
 
     def __init__(self, runner: ModelRunner, cache: KvCache) -> None:
         self._runner, self._cache = runner, cache

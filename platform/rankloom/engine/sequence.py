@@ -14,6 +14,8 @@ from rankloom.engine.stream import Stream
 from rankloom.engine.text import Decoder
 from rankloom.engine.transcript import Transcript
 
+Finish = Literal["stop", "length"]
+
 SHARED_PREFIX = 64
 """Tokens that two prompts must share for the later one to wait until the first has computed them."""
 
@@ -49,6 +51,7 @@ class RunningSequence:
         self._choice = None if guide.tree is None else ChoiceState(guide.tree)
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
+        self._unsent: list[tuple[list[int], SampledToken, Finish | None]] = []
         self._chance: float | None = None
         """The next token's random number; None: not drawn yet."""
         self._transcript = Transcript(decoder, request.prompt, guide.stops, self._ends)
@@ -65,7 +68,7 @@ class RunningSequence:
         return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._chance, allowed)
 
     def take(self, sampled: SampledToken) -> bool:
-        """Add the sampled token and those that it implies, and send what is new. Returns True at the end."""
+        """Add the sampled token and those that it implies. Returns True at the end; `send` finds stop strings too."""
         self._chance = None
         new, is_over = [sampled.token], sampled.token in self._ends
         if self._choice is not None:
@@ -77,16 +80,25 @@ class RunningSequence:
             is_over = self._choice.is_over
         kept = new[: self._limit - len(self.tokens)]
         self.tokens += kept
-        finish: Literal["stop", "length"] | None = None
+        finish: Finish | None = None
         if is_over and len(kept) == len(new):
             finish = "stop"
         elif len(self.tokens) >= self._limit:
             finish = "length"
-        text = self._transcript.push(kept, () if sampled.logprob is None else [sampled])
-        if finish is not None:
-            text += self._transcript.finish()
-        if self._transcript.stopped:
-            finish = "stop"
-        logprobs = self._transcript.logprobs(last=finish is not None)
-        self.stream.send(Delta(text, tuple(kept), logprobs, finish, self.num_reused))
+        self._unsent.append((kept, sampled, finish))
         return finish is not None
+
+    def send(self) -> bool:
+        """Send what was taken. Returns True at the end."""
+        unsent, self._unsent = self._unsent, []
+        for kept, sampled, finish in unsent:
+            text = self._transcript.push(kept, () if sampled.logprob is None else [sampled])
+            if finish is not None:
+                text += self._transcript.finish()
+            if self._transcript.stopped:
+                finish = "stop"
+            logprobs = self._transcript.logprobs(last=finish is not None)
+            self.stream.send(Delta(text, tuple(kept), logprobs, finish, self.num_reused))
+            if finish is not None:
+                return True
+        return False

@@ -29,6 +29,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "spread": {"temperature": 5.0, "seed": 3, "top_p": 0.999},
     "punished": {"temperature": 0.7, "seed": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
     "told": {"logprobs": 2},
+    "stopped": {"stop": ("a", "e", "st"), "max_tokens": 30},
     "chosen": {"choices": ("alpha", "beta", "alps"), "ignore_eos": False},
 }
 

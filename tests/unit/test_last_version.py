@@ -16,11 +16,11 @@ from rankloom.events import Evaluated, Event, RunResumed, StepFinished, TrialEnd
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
 from rankloom.registry.scorecard import Scorecard
-from rankloom.search import tune_searcher
+from rankloom.search import tune_searcher, tuning
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.priors import read_priors
 from rankloom.search.results import StudyResult
-from rankloom.search.saved_state import alias_moved_module
+from rankloom.search.saved_state import alias_moved_module, check_trials
 from rankloom.search.tune_searcher import StudySearcher
 
 
@@ -106,3 +106,12 @@ def test_the_trials_of_a_finished_study_are_priors(last_version: Path) -> None:
     [prior] = found
     assert prior.values is not None
     assert prior.values[0] == min(row["best_loss"] for row in pq.read_table(folder / "results.parquet").to_pylist())
+
+
+def test_the_trials_of_a_stopped_study_are_found(last_version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = last_version / "studies" / "stopped" / "tune"
+    check_trials(state)
+    check_trials(last_version)  # nothing was saved there
+    monkeypatch.delattr(tuning, "_id_of")  # Ray Tune would log this, and begin the study again
+    with pytest.raises(AttributeError, match="_id_of"):
+        check_trials(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -21,6 +22,18 @@ def load_state(file: Path) -> Any:
     """Unpickle a file from a study's own folder, which Ray Tune also unpickles files from."""
     with file.open("rb") as opened:
         return _Unpickler(opened).load()
+
+
+def check_trials(folder: Path) -> None:
+    """Read Ray Tune's trials in its folder, if there are any, as Tune will; raise what Tune would only log."""
+    from ray.tune.experiment import Trial
+    from ray.tune.utils.serialization import TuneFunctionDecoder
+
+    states = sorted(folder.glob("experiment_state-*.json"))
+    if states:
+        state = json.loads(states[-1].read_text(), cls=TuneFunctionDecoder, allow_cloudpickle=True)
+        for trial, _ in state["trial_data"]:
+            Trial.from_json_state(trial, stub=True)
 
 
 def alias_moved_module() -> None:

@@ -109,7 +109,7 @@ def _tune(
 ) -> None:
     from ray import tune
 
-    from rankloom.search.saved_state import alias_moved_module
+    from rankloom.search.saved_state import alias_moved_module, check_trials
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.trainable import StudyTrial
     from rankloom.search.tune_searcher import StudySearcher, draw_population
@@ -126,14 +126,15 @@ def _tune(
     is_population = study.is_population
     searcher = None if is_population else StudySearcher(study, priors, own)
     alias_moved_module()
-    if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
-        try:
+    try:
+        check_trials(folder / TUNE)
+        if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
             StudySearcher(study, priors, own).restore_from_dir(str(folder / TUNE))
-        except Exception as error:  # Ray Tune would log it and wait for ever
-            state = f"{folder / TUNE}: the searcher's state can't be read: {type(error).__name__}: {error}"
-            raise TrialError(
-                f"{state}; install the version of rankloom that wrote it, or start a new study with name=..."
-            ) from error
+    except Exception as error:  # Ray Tune would log it, and begin again or wait for ever
+        raise TrialError(
+            f"{folder / TUNE}: the state of the search can't be read: {type(error).__name__}: {error}; install the "
+            f"version of rankloom that wrote it, or start a new study with name=..."
+        ) from error
     tune.run(
         tune.with_resources(trainable, {"cpu": TRIAL_CPUS}),
         name=TUNE,
@@ -147,8 +148,8 @@ def _tune(
         scheduler=build_scheduler(study, own),
         max_concurrent_trials=concurrent,
         reuse_actors=True,
-        trial_name_creator=_get_id,
-        trial_dirname_creator=_get_id,
+        trial_name_creator=_id_of,
+        trial_dirname_creator=_id_of,
         callbacks=[journal],
         max_failures=study.hosts.max_failures,
         raise_on_failed_trial=False,
@@ -172,5 +173,6 @@ def count_live(study: StudyConfig, hosts_per_group: int, num_slots: int) -> int:
     return min(study.num_trials, slots + waiting)
 
 
-def _get_id(trial: Any) -> str:
+def _id_of(trial: Any) -> str:
+    # Ray Tune saves this function's name with each trial: a study can't be resumed under another
     return str(trial.trial_id)

@@ -60,6 +60,15 @@ def test_launches_are_counted_a_layer() -> None:
     assert 0 < found["decode_16_adapters"] < found["train_lora"] < found["train_dora"]
 
 
+def test_a_layer_of_a_decode_step_takes_few_launches_whatever_the_ranks(launches: Any) -> None:
+    with kernels.everywhere():
+        few, many = (launches.count_decode_step(layers, 16) for layers in (1, 3))
+    a_layer = (many.total() - few.total()) / 2
+    assert many["lora_shrink"] == many["lora_expand"] == 3 * 4  # q with k and v, o, gate with up, down
+    assert a_layer <= 20
+    assert few.total() + 15 * a_layer <= 16 * 30
+
+
 def test_the_gpus_benchmark_runs_dry_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

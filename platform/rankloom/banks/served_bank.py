@@ -30,6 +30,9 @@ from rankloom.kernels import use_on
 from rankloom.models import chooses_experts, find_shared_inputs, is_linear, linear_widths
 from rankloom.models.onednn import pack
 
+NO_SLOT = -1
+"""In place of a slot: the base alone."""
+
 
 @dataclass(frozen=True)
 class AdapterShare:
@@ -145,10 +148,10 @@ class ServedBank:
         return TokenOrder(tuple(order), body, head)
 
     def find_slots(self, adapters: Sequence[ServedAdapter | None]) -> list[int] | None:
-        """Return the slot of each row's adapter, -1 for the base, for `route_rows`; None: some need `route`."""
+        """Return the slot of each row's adapter, or `NO_SLOT`, for `route_rows`; None: some need `route`."""
         if not self._is_fast or any(adapter is not None and adapter.is_more_than_linears for adapter in adapters):
             return None
-        slots = [-1 if adapter is None else self._table.hold(adapter) for adapter in adapters]
+        slots = [NO_SLOT if adapter is None else self._table.hold(adapter) for adapter in adapters]
         return None if None in slots else slots  # type: ignore[return-value]
 
     def route_rows(self, slot_N: Tensor) -> TokenOrder:
@@ -194,7 +197,7 @@ class ServedBank:
                 whole.append((adapter, span))
         slots = None
         if any(slot is not None and count for _, count, slot in counted):
-            counts = [(-1 if slot is None else slot, count) for _, count, slot in counted]
+            counts = [(NO_SLOT if slot is None else slot, count) for _, count, slot in counted]
             slots = SlotTokens.of_counts(counts, self._device)
         layout = _Layout(tuple(loose), slots, tuple(whole))
         return self._compiled(layout) if self.compiles else layout

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankloom.banks.served_bank import AdapterShare, TokenOrder
+from rankloom.banks.served_bank import NO_SLOT
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, num_pages
@@ -64,11 +64,14 @@ class DevicePredictor:
         self._runner, self._pool = runner, pool
         device, rows, pages = pool.shape.device, round_rows(num_seqs), num_pages(context)
         self.graphs = GraphCache(device, MOST_GRAPHS)
+        self._generation = runner.bank.generation
         settings = dict.fromkeys(("temperature", "min_p", "top_p"), (torch.float32, (rows, 1)))
         settings |= {"top_k": (torch.int64, (rows, 1)), "chance": (torch.float64, (rows, 1))}
         table = {"table": (torch.int64, (rows, pages)), "length": (torch.int64, (rows,))}
         row, token = (torch.int64, (rows,)), (torch.int64, (num_tokens,))
-        self._rows = StagedTensors(device, {"ids": row, "positions": row, **table, **settings})
+        self._rows = StagedTensors(
+            device, {"ids": row, "positions": row, "slots": (torch.int32, (rows,)), **table, **settings}
+        )
         of_chunks = {f"chunk_{name}": size for name, size in table.items()}
         self._tokens = StagedTensors(
             device,
@@ -78,8 +81,10 @@ class DevicePredictor:
 
     @torch.inference_mode()
     def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
-        if all(chunk.count == 1 and chunk.predicts and chunk.adapter is None for chunk in chunks):
-            return self._decode(chunks, inputs)
+        if all(chunk.count == 1 and chunk.predicts for chunk in chunks):
+            slots = self._runner.bank.find_slots([chunk.adapter for chunk in chunks])
+            if slots is not None:
+                return self._decode(chunks, slots, inputs)
         return self._prefill(chunks, inputs)
 
     @torch.inference_mode()
@@ -113,21 +118,28 @@ class DevicePredictor:
             for name in names:
                 self._pool.remove(name)
 
-    def _decode(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
-        rows, draw = round_rows(len(chunks)), _choose_draw(inputs)
+    def _decode(
+        self, chunks: Sequence[SequenceChunk], slots: Sequence[int], inputs: Sequence[SamplingInput]
+    ) -> _DeviceResult:
+        rows, draw, generation = round_rows(len(chunks)), _choose_draw(inputs), self._runner.bank.generation
         host = self._rows.open()
         self._write_rows(host, "", chunks, rows)
         host["ids"][:rows] = 0
         host["ids"][: len(chunks)] = [chunk.tokens[0] for chunk in chunks]
         np.subtract(host["length"][:rows], 1, out=host["positions"][:rows])
         _write_settings(host, inputs, rows)
-        route = self._runner.bank.route([AdapterShare(None, rows, rows)])
+        host["slots"][:rows] = NO_SLOT
+        host["slots"][: len(slots)] = slots
         on_device = self._rows.send()
-        logits_MV, tokens_M = self.graphs.run((rows, draw), lambda: self._decode_rows(route, on_device, rows, draw))
+        if generation != self._generation:
+            self.graphs.clear()  # they read weights where these are no longer
+            self._generation = generation
+        logits_MV, tokens_M = self.graphs.run((rows, draw), lambda: self._decode_rows(on_device, rows, draw))
         return _DeviceResult(logits_MV, tokens_M, list(range(len(chunks))), inputs)
 
-    def _decode_rows(self, route: TokenOrder, of: dict[str, Tensor], rows: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _decode_rows(self, of: dict[str, Tensor], rows: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Compute the staged rows; all of it may be recorded."""
+        route = self._runner.bank.route_rows(of["slots"][:rows])
         layout = PagedRows(self._pool, of["table"][:rows], of["length"][:rows])
         logits_RV = self._runner.compute(route, of["ids"][:rows], of["positions"][:rows], layout, None)
         return logits_RV, _draw_tokens(logits_RV, _columns(of, rows), draw)

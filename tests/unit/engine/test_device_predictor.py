@@ -89,7 +89,7 @@ def test_a_gpus_tokens_are_the_plain_paths(
         for ours, theirs in zip(deltas, same_deltas, strict=True):
             assert [each.chosen.token for each in ours.logprobs] == [each.chosen.token for each in theirs.logprobs]
     assert predictor.graphs.is_on
-    assert predictor.graphs.num_recorded >= (1 if any(refs) else 2)
+    assert predictor.graphs.num_recorded >= 1
     assert engine._core._cache.held == 0
 
 

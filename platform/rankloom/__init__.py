@@ -78,6 +78,8 @@ if TYPE_CHECKING:
     from rankloom.events import TrialStarted as TrialStarted
     from rankloom.events import WarningRaised as WarningRaised
     from rankloom.events import read_events as read_events
+    from rankloom.launch.data_check import DataCheck as DataCheck
+    from rankloom.launch.data_check import check_data as check_data
     from rankloom.launch.evaluation import evaluate as evaluate
     from rankloom.launch.results import EvaluationResult as EvaluationResult
     from rankloom.launch.results import TrialResult as TrialResult
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from rankloom.registry.scorecard import Measures as Measures
     from rankloom.registry.scorecard import Scorecard as Scorecard
     from rankloom.registry.store import Registry as Registry
+    from rankloom.reporting.write import report as report
     from rankloom.search.results import ScoredTrial as ScoredTrial
     from rankloom.search.results import StudyResult as StudyResult
     from rankloom.search.study import tune as tune
@@ -116,12 +119,14 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "DataLoaded", "Evaluated", "PhaseStarted", "RunFinished", "RunResumed", "StepFinished", "StudyFinished",
         "StudyProgress", "StudyStatus", "TrialEnded", "TrialEvaluated", "TrialStarted", "WarningRaised", "read_events",
     ),
+    "launch.data_check": ("DataCheck", "check_data"),
     "launch.evaluation": ("evaluate",),
     "launch.results": ("EvaluationResult", "TrialResult"),
     "launch.trainer": ("train",),
     "registry.record": ("Record",),
     "registry.scorecard": ("Measures", "Scorecard"),
     "registry.store": ("Registry",),
+    "reporting.write": ("report",),
     "search.results": ("ScoredTrial", "StudyResult"),
     "search.study": ("tune",),
 }  # fmt: skip

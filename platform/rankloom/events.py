@@ -390,13 +390,18 @@ def read_events(file: Path) -> Iterator[Event]:
     Raises:
         RankloomError: a line is not an event of this schema.
     """
+    yield from (event for _, event in read_timed_events(file))
+
+
+def read_timed_events(file: Path) -> Iterator[tuple[float | None, Event]]:
+    """Read events as `read_events` does, each with its time in seconds since 1970; None: an old line has none."""
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             tree = json.loads(text)
         except json.JSONDecodeError:
             continue
         try:
-            yield from_dict(tree)
+            yield tree.get("time"), from_dict(tree)
         except RankloomError as error:
             raise RankloomError(f"{file}: line {number}: {error}") from None
 

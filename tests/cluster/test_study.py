@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rankloom.cli.study_view import build_result_rows
@@ -23,6 +26,7 @@ from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
+from rankloom.reporting.write import report
 from rankloom.search.study import tune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -59,6 +63,8 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
     assert counts["failed"] == counts["running"] == 0
     [host] = result.hosts
     assert result.tokens <= host["tokens"] < 1.5 * result.tokens  # what was trained ahead in vain is bounded
+    assert len({seat["trial"] for seat in host["seats"]}) == 12
+    assert {seat["slot"] for seat in host["seats"]} <= set(range(host["num_slots"]))
 
     table = pq.read_table(result.results).to_pylist()
     assert [row["number"] for row in table] == list(range(12))
@@ -85,6 +91,14 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
     curves = EventAccumulator(str(Path(result.folder) / "tensorboard" / winner.name)).Reload()
     assert [point.step for point in curves.Scalars("eval/loss")] == [point["step"] for point in best["curve"]]
     assert curves.Scalars("result/loss")[0].value == pytest.approx(winner.scorecard.result.loss)
+
+    storage = JournalStorage(JournalFileBackend(str(Path(result.folder) / "optuna.log")))
+    stored = optuna.load_study(study_name="tiny", storage=storage)
+    assert [trial.value for trial in stored.trials] == [row["best_loss"] for row in table]
+    assert {trial.state.name for trial in stored.trials} == {"COMPLETE", "PRUNED"}
+    page = report(result.folder).read_text()
+    assert winner.name in page
+    assert "host-1 slot 0" in page
 
     config = parse(StudyConfig, tiny_study())
     assert tune(config, resume=True) == result

@@ -15,9 +15,11 @@ import typer
 
 import rankloom
 from rankloom.cli.adapters import app as adapters_app
+from rankloom.cli.data import data as data_command
 from rankloom.cli.doctor import doctor as doctor_command
 from rankloom.cli.evaluate import evaluate as evaluate_command
 from rankloom.cli.keys import app as keys_app
+from rankloom.cli.report import report as report_command
 from rankloom.cli.schema import schema as schema_command
 from rankloom.cli.serve import serve as serve_command
 from rankloom.cli.submit import app as submit_app
@@ -36,8 +38,10 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor_command)
 app.command("schema")(schema_command)
+app.command("data")(data_command)
 app.command("train")(train_command)
 app.command("tune")(tune_command)
+app.command("report")(report_command)
 app.command("evaluate")(evaluate_command)
 app.command("serve")(serve_command)
 app.add_typer(adapters_app, name="adapters")

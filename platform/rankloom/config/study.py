@@ -45,8 +45,8 @@ class SearchConfig(Frozen):
     """The search algorithm, and what it optimises."""
 
     algorithm: Literal["random", "grid", "optuna", "hyperopt", "nevergrad", "bayesopt", "own"] = "random"
-    """random; grid: every combination, in order; optuna: TPE (needs the extra `search`). Ray Tune's hyperopt, nevergrad
-    and bayesopt need the package of that name. They see the knobs of all branches at once, although those of the other
+    """random; grid: every combination, in order; optuna: TPE. Ray Tune's hyperopt, nevergrad and
+    bayesopt need the package of that name. They see the knobs of all branches at once, although those of the other
     branches have no effect on a trial; bayesopt only takes `uniform` knobs of a single branch. own: the searcher or
     sampler that Python code hands to `rankloom.tune`."""
     num_trials: Annotated[int, Field(ge=1)] | None = None

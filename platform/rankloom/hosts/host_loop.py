@@ -48,6 +48,19 @@ class BankShape:
 
 
 @dataclass
+class Seat:
+    """A trial's time in a slot."""
+
+    trial: str
+    """The trial's id."""
+    slot: int
+    start: float
+    """Seconds since 1970."""
+    end: float | None = None
+    """None: the trial is still in the slot."""
+
+
+@dataclass
 class HostStats:
     """Counters of a host since its process started."""
 
@@ -68,6 +81,19 @@ class HostStats:
     """The peak."""
     size: str = ""
     """Its slots, its tokens and its device, in words; empty before its base is loaded."""
+    seats: list[Seat] = field(default_factory=list)
+    """Who was in which slot, in the order of the starts."""
+
+    def seat(self, trial: str, slot: int) -> None:
+        """Record that a trial takes a slot; whoever was in it has left it."""
+        self.unseat(lambda seat: seat.slot == slot)
+        self.seats.append(Seat(trial, slot, time.time()))
+
+    def unseat(self, leaves: Callable[[Seat], bool] = lambda _: True) -> None:
+        """Record that trials leave their slots."""
+        for seat in self.seats:
+            if seat.end is None and leaves(seat):
+                seat.end = time.time()
 
 
 class HostLoop:
@@ -81,17 +107,20 @@ class HostLoop:
         """
         self.host = host
         self._search, self._work = study.search, work
+        work.unseat()  # a host that was opened again is empty
 
     def move(self, evict: Iterable[Membership], admit: Iterable[Membership]) -> None:
         """Evict and admit members. A member that can't be admitted gets a `failure`; the others continue."""
         started = time.monotonic()
         for member in evict:
+            self._work.unseat(lambda seat, trial=member.trial_id: seat.trial == trial)  # type: ignore[misc]
             self.host.evict(member.key)
             member.candidate.seated = False
         for member in admit:
             try:
                 self.host.admit(member.key, member.trial, member.start)
                 member.candidate.seated = True
+                self._work.seat(member.trial_id, self.host.members[member.key].slot)
             except RankloomError as error:
                 member.failure = str(error).removeprefix(f"{member.key}: ")
         self._work.move_s += time.monotonic() - started

@@ -10,8 +10,6 @@ import math
 import random
 from typing import Any
 
-from ray import tune
-
 from rankloom.config.space import Choice, Knob, LogUniform, Point, RandInt
 from rankloom.config.study import StudyConfig
 
@@ -52,6 +50,8 @@ def suggest(study: StudyConfig, trial: Any) -> None:
 
 def to_flat_domains(study: StudyConfig) -> dict[str, Any]:
     """Return Ray Tune's domains of all branches' knobs side by side, for searchers without conditions."""
+    from ray import tune  # imported late: reports need the rest of this module, and no Ray
+
     branches = len(study.space)
     domains: dict[str, Any] = {BRANCH: tune.choice(list(range(branches)))} if branches > 1 else {}
     for branch, knobs in enumerate(study.knobs):

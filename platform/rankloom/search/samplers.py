@@ -91,7 +91,6 @@ class OptunaSampler:
 
     def __init__(self, study: StudyConfig, priors: Sequence[PriorTrial], sampler: Any = None) -> None:
         """`sampler`: one of Optuna's; None: TPE."""
-        _check_installed("optuna", "optuna", "rankloom[search]")
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -9,8 +9,8 @@
 
 The study's folder, `<output.root>/studies/<name>`, holds study.yaml, known.json (the searcher's priors),
 journal.jsonl, tensorboard/, origins/ (fingerprints of its data and bases), adapters/<trial> (each trial's best),
-dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet and
-result.json.
+dedicated/<trial> (runs that can't share a base), tune/ (Ray Tune's own state), and at the end results.parquet,
+optuna.log (the trials for optuna-dashboard) and result.json.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ from rankloom.launch.run_folder import ID, find_changes, lock_folder
 from rankloom.registry import Registry
 from rankloom.search.curves import track_study
 from rankloom.search.leaderboard import Leaderboard, write_results
+from rankloom.search.optuna_storage import write_optuna
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.priors import Priors
 from rankloom.search.publish_best import finish
 from rankloom.search.results import StudyResult
-from rankloom.search.tuning import JOURNAL, run_hosts, search
+from rankloom.search.study_files import JOURNAL, KNOWN, OPTUNA, RESULT, RESULTS, STUDY
+from rankloom.search.tuning import run_hosts, search
 from rankloom.training.resume_check import find_study_warning
 
-STUDY, KNOWN, RESULT, RESULTS = "study.yaml", "known.json", "result.json", "results.parquet"
 MAY_CHANGE = (
     "trial.tracking.", "hosts.num_slots", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s",
     "hosts.lease_s", "final.",
@@ -185,6 +186,7 @@ def _search(
     ):
         journal = search(study, priors.points, leaderboard, folder, hosts, tell, stop, own)
         write_results(leaderboard, folder / RESULTS)
+        write_optuna(leaderboard, folder / JOURNAL, folder / OPTUNA)
         outcome = {
             "name": study.name,
             "study": str(folder),

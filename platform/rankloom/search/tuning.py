@@ -29,8 +29,10 @@ from rankloom.search.journal import Journal, find_full_disk
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PriorTrial
+from rankloom.search.study_files import JOURNAL
 
-JOURNAL, TUNE = "journal.jsonl", "tune"
+TUNE = "tune"
+"""Subfolder of the study's folder with Ray Tune's state."""
 TRIAL_CPUS = 0.001
 """Cores reserved for a trial, which only waits for its host."""
 SAVE_EVERY_S = "3"

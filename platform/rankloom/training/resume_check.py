@@ -46,14 +46,12 @@ class Origin(BaseModel):
     @classmethod
     def of(cls, data: TaskData, base: Base) -> Origin:
         """Return the origin of a training on `data` and `base`, with the installed libraries."""
-        rows = json.dumps([data.train.digest(), data.validation.digest(), data.labels], sort_keys=True)
-        digest = hashlib.sha256(rows.encode()).hexdigest()
         config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
         config = json.dumps(
             {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}, sort_keys=True
         )
         return cls(
-            data=f"sha256:{digest}",
+            data=digest_data(data),
             base=base.fingerprint,
             config=f"sha256:{hashlib.sha256(config.encode()).hexdigest()}",
             versions=Versions.here(),
@@ -109,6 +107,12 @@ class Origin(BaseModel):
                     f"now{libraries}); restore them, or start again with name=..."
                 )
         return _make_warning(changed)
+
+
+def digest_data(data: TaskData) -> str:
+    """Return the hash of the rows that training reads: their tokens and loss weights, and the labels."""
+    rows = json.dumps([data.train.digest(), data.validation.digest(), data.labels], sort_keys=True)
+    return f"sha256:{hashlib.sha256(rows.encode()).hexdigest()}"
 
 
 def hold_study_to(study: Path, trial: TrialConfig, origin: Origin) -> None:

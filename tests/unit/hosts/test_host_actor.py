@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,8 @@ class CountingHost:
         if trial.seed == 13:
             raise IncompatibleError(f"{name}: rank too large")
         step = int((checkpoint / "step").read_text()) if checkpoint else 0
-        self.members[name] = SimpleNamespace(step=step, num_steps=trial.budget.steps, seed=trial.seed)
+        slot = next(k for k in range(2) if k not in {each.slot for each in self.members.values()})
+        self.members[name] = SimpleNamespace(step=step, slot=slot, num_steps=trial.budget.steps, seed=trial.seed)
 
     def evict(self, name: str) -> None:
         del self.members[name]
@@ -232,6 +234,13 @@ def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callabl
         assert [r.loss for r in reports] == [1 / 3, 1 / 6, 1 / 9, 1 / 12]
     assert host.most == 2
     assert not host.members
+    seats = stats["seats"]
+    assert {seat["trial"] for seat in seats} == {f"t{i}" for i in range(6)}
+    assert {seat["slot"] for seat in seats} == {0, 1}
+    for slot in (0, 1):  # one after the other, and all have left
+        mine = [seat for seat in seats if seat["slot"] == slot]
+        assert all(one["start"] <= one["end"] <= other["start"] for one, other in pairwise(mine))
+        assert mine[-1]["end"] is not None
     assert stats["tokens"] == 6 * 120
     assert stats["occupancy"] > 0.85
     assert stats["members"] == 0

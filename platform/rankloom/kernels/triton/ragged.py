@@ -223,12 +223,11 @@ def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Ten
     block, ranks = (128 if x_ND.element_size() == 2 else 64), _ranks(rank)
     tiles, chunks = _num_tiles(x_ND, num_slots, tokens), triton.cdiv(rank, ranks)
     blocks = triton.cdiv(width, block)
-    per_split = triton.cdiv(blocks, max(1, min(PROGRAMS // (tiles * chunks), blocks // 4)))
-    splits = triton.cdiv(blocks, per_split)
+    splits = _splits(blocks, tiles * chunks)
     h_SNR = torch.empty(splits, len(x_ND), rank, dtype=torch.float32, device=x_ND.device)
     _shrink[(tiles, splits, chunks)](
         x_ND, factor_KRD, scale_K, bounds, h_SNR,
-        x_ND.stride(0), *factor_KRD.stride(), h_SNR.stride(0), width, rank, per_split * block,
+        x_ND.stride(0), *factor_KRD.stride(), h_SNR.stride(0), width, rank, triton.cdiv(blocks, splits) * block,
         num_slots, _groups(num_slots), tokens, ranks, block, _precision(x_ND),
     )  # fmt: skip
     return h_SNR
@@ -336,6 +335,12 @@ def _tokens(x_ND: Tensor) -> int:
 def _num_tiles(x_ND: Tensor, num_slots: int, tokens: int) -> int:
     """Return the most tiles that the tokens of K slots and of nobody can have."""
     return triton.cdiv(len(x_ND), tokens) + num_slots + 1
+
+
+def _splits(num_blocks: int, num_programs: int) -> int:
+    """Return the parts of a sum that fill the GPU with programs: a power of two, so that few kernels are compiled."""
+    most = min(PROGRAMS // num_programs, num_blocks // 4)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 def _groups(num_slots: int) -> int:

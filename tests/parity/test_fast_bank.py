@@ -95,7 +95,7 @@ MEMBERS: tuple[dict[str, object], ...] = (
 )
 
 
-def losses(folder: Path, precision: str, checkpoints: Path) -> list[float]:
+def losses(folder: Path, precision: str, dropout: float, checkpoints: Path) -> list[float]:
     """Return the losses of six steps of a host; amid them a member is evicted, and comes back from its checkpoint."""
     trials = [
         parse(
@@ -107,6 +107,7 @@ def losses(folder: Path, precision: str, checkpoints: Path) -> list[float]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     base = load_base(trials[0].model, NoQuantization(), device=torch.device("cpu"))
     data = load_data(trials[0].data, base.tokenizer)
+    trials[0] = trials[0].model_copy(update={"method": trials[0].method.model_copy(update={"dropout": dropout})})
     host = TrialHost(base, data, num_slots=4, max_rank=12, token_budget=10_000, with_magnitudes=True, precision=dtype)
     for i, trial in enumerate(trials):
         host.admit(str(i), trial)
@@ -119,11 +120,14 @@ def losses(folder: Path, precision: str, checkpoints: Path) -> list[float]:
     return found + [report.loss for _ in range(3) for report in host.step()]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_a_host_trains_alike_on_both_paths(precision: str, tolerance: float, tiny_llama: Path, tmp_path: Path) -> None:
-    plain = losses(tiny_llama, precision, tmp_path / "plain")
+def test_a_host_trains_alike_on_both_paths(
+    precision: str, tolerance: float, dropout: float, tiny_llama: Path, tmp_path: Path
+) -> None:
+    plain = losses(tiny_llama, precision, dropout, tmp_path / "plain")
     with kernels.everywhere():
-        fast = losses(tiny_llama, precision, tmp_path / "fast")
+        fast = losses(tiny_llama, precision, dropout, tmp_path / "fast")
     assert len(fast) == len(plain) > 12
     assert fast == pytest.approx(plain, rel=tolerance)
     assert len({round(loss, 3) for loss in plain}) > 6  # members learn

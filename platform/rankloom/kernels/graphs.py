@@ -50,6 +50,9 @@ class GraphCache:
 
         Args:
             key: equal only for functions that launch the same kernels on the same tensors.
+
+        Raises:
+            torch.OutOfMemoryError: computing it, or recording it, which computes nothing; then all graphs are gone.
         """
         if (recording := self._recordings.get(key)) is not None:
             self._recordings.move_to_end(key)
@@ -59,6 +62,9 @@ class GraphCache:
         if self.is_on and key in self._seen:  # the first call has compiled and allocated what it needs
             try:
                 return self._record(key, function)
+            except torch.OutOfMemoryError:
+                self.clear()
+                raise
             except RuntimeError as error:
                 logger.warning("CUDA graphs are off, as a step could not be recorded: %s", error)
                 self.clear()

@@ -37,6 +37,11 @@ class FusedForward:
     def __init__(self, base: Base, bank: AdapterBank, precision: torch.dtype) -> None:
         self.base, self.bank, self.precision = base, bank, precision
         self.attention = choose_attention(base.model, base.pad_id)
+        dtypes = {p.dtype for p in base.model.parameters() if p.is_floating_point()}
+        self.is_native = use_on(base.device) and dtypes == {precision}
+        """Whether the base's arithmetic has the precision without autocast, which would look for casts at each call."""
+        self.is_one_go = self.is_native and self.attention == "rows"
+        """Whether a forward depends on its rows' sizes alone, and on tensors, so that a graph can hold it."""
         self.chunked = use_on(base.device) and self._head_is_all()
         """Whether the head's losses are computed in chunks."""
         dtypes = {p.dtype for p in base.model.parameters() if p.is_floating_point()}
@@ -59,12 +64,17 @@ class FusedForward:
         arranged.arrays["slots_M"] = np.repeat(slots, arranged.num_predicted)
         return arranged
 
+    def adapted_sites(self) -> tuple[tuple[bool, bool], ...]:
+        """Return for each site whether any slot has an adapter there, and whether any is DoRA."""
+        return tuple((any(site.ranks), any(site.dora_ranks)) for site in self.bank.sites.values())
+
     @contextmanager
     def routed(
         self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int] | None = None
     ) -> Iterator[Packed]:
         """Yield the packed rows; inside the context, the base's forward and backward include each slot's adapter."""
-        counts_K = np.bincount(arranged.arrays["slots_N"], minlength=self.bank.num_slots).tolist()
+        owned_N = arranged.arrays["slots_N"]
+        counts_K = np.bincount(owned_N[owned_N >= 0], minlength=self.bank.num_slots).tolist()
         packed = arranged.on(tensors)
         with (
             self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds),

@@ -19,7 +19,7 @@ Shapes: K slots, N tokens of all rows, M predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rankloom.banks.bank import AdapterBank, SlotSpec
 from rankloom.config.method import DoraConfig, LoraConfig, Targets
@@ -39,13 +38,13 @@ from rankloom.evals.own_metric import MetricFunction, compute
 from rankloom.evals.score import predict, validation_rows
 from rankloom.models import Base, find_target_linears
 from rankloom.training.checkpoint import read_state
+from rankloom.training.fused.device_step import DeviceStep
 from rankloom.training.fused.evaluation import ROW_TOO_LONG, FusedEvaluator
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.member import Member
 from rankloom.training.fused.optim import SlotAdamW, parameters_of
 from rankloom.training.fused.packing import Arranged, Example
 from rankloom.training.fused.plan import StepPlan, plan_step
-from rankloom.training.fused.staging import upload
 from rankloom.training.fused.validation import Evaluation
 from rankloom.training.precision import autocast
 from rankloom.training.schedule import DIVERGED
@@ -117,16 +116,13 @@ class TrialHost:
         self.forward = FusedForward(base, self.bank, precision)
         self.evaluator = FusedEvaluator(self.forward, data, token_budget)
         self.optimizer = SlotAdamW(parameters_of(self.bank), num_slots)
+        self.sums = DeviceStep(self.forward, self.optimizer)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
         self.last_plan: StepPlan | None = None
         """The plan of the last step."""
         self._by_slot: dict[int, Member] = {}
         self._num_plans = 0
-        self._gradients: list[Tensor] | None = None
-        """Accumulated gradients of incomplete steps, one [G, K, ...] stack per group of the optimiser."""
-        self._losses_K = torch.zeros(num_slots, device=base.device)
-        """Accumulated losses of incomplete steps."""
         self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.of(data.train[index]))
 
     def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
@@ -160,7 +156,7 @@ class TrialHost:
         """Free a member's slot; an incomplete step is lost."""
         member = self._member(name)
         del self.members[name], self._by_slot[member.slot]
-        self._clear_sums([member.slot])
+        self.sums.clear([member.slot])
         self.optimizer.clear(member.slot)
         self.bank.detach(member.slot)
 
@@ -177,8 +173,11 @@ class TrialHost:
         if plan is None:
             return []
         self.last_plan = plan
-        reports = self._compute(plan)
-        return sorted(reports + self._apply(plan), key=lambda report: report.name)
+        reports = self._step_in_one_go(plan)
+        if reports is None:
+            reports = self._compute(plan)
+            reports += self._apply(plan)
+        return sorted(reports, key=lambda report: report.name)
 
     def evaluate(
         self,
@@ -241,7 +240,7 @@ class TrialHost:
         mine.load_state(theirs.state())
         self.bank.copy(theirs.slot, mine.slot)
         self.optimizer.copy(theirs.slot, mine.slot)
-        self._clear_sums([mine.slot])
+        self.sums.clear([mine.slot])
 
     def export(self, name: str, folder: Path) -> None:
         """Write the member's adapter as a PEFT folder; raises RegistryError where it can't be written."""
@@ -296,13 +295,17 @@ class TrialHost:
             member = self._by_slot[part.shares[0].slot]
             lost.append(self._fail(member, ROW_TOO_LONG.format(part.num_tokens)))
             todo = [half for half in todo if half.shares[0].slot != member.slot]  # drop the member's other rows
+        self._record(plan)
+        return lost
+
+    def _record(self, plan: StepPlan) -> None:
+        """Record that the plan's rows are computed."""
         for share in plan.shares:
             if share.slot in self._by_slot:
                 member = self._by_slot[share.slot]
                 member.computed(len(share.lengths))
                 member.last_served = self._num_plans
         self._num_plans += 1
-        return lost
 
     def _ran_out(self, num_tokens: int) -> None:
         """Lower the token budget after a forward of `num_tokens` positions ran out of memory."""
@@ -317,17 +320,11 @@ class TrialHost:
 
     def _forward_backward(self, plan: StepPlan) -> None:
         """Add the plan's gradients and losses to the members' sums."""
-        arranged, seeds = self._arrange(plan)
-        gradients, losses_K = self._gradients_of(arranged, upload(arranged.arrays, self.base.device), seeds)
-        self._losses_K += losses_K
-        if self._gradients is None:
-            self._gradients = gradients
-        else:
-            for mine, new in zip(self._gradients, gradients, strict=True):
-                mine.add_(new)
+        seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+        self.sums.add(self._arrange(plan), seeds)
 
-    def _arrange(self, plan: StepPlan) -> tuple[Arranged, dict[int, int]]:
-        """Lay the plan's rows out, with each slot's share of the loss; return the seeds of their dropout too."""
+    def _arrange(self, plan: StepPlan) -> Arranged:
+        """Lay the plan's rows out, with each slot's share of the loss (`shares_K`)."""
         examples, slots = [], []
         shares_K = np.zeros(self.num_slots, dtype=np.float32)
         for share in plan.shares:
@@ -338,30 +335,40 @@ class TrialHost:
             shares_K[share.slot] = 1 / member.weight
         arranged = self.forward.arrange(examples, slots)
         arranged.arrays["shares_K"] = shares_K
-        return arranged, {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+        return arranged
 
-    def _gradients_of(
-        self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Return the gradients of the sum of the members' mean losses, as stacks, and [K], the sums of their losses."""
-        with self.forward.routed(arranged, tensors, dropout_seeds) as packed:
-            losses_M = self.forward.losses(packed) * packed.weights_M
-            sums_K = losses_M.new_zeros(self.num_slots).index_add(0, tensors["slots_M"], losses_M)
-            loss = (sums_K * tensors["shares_K"]).sum()
-            # not .backward(): if memory runs out half-way, no gradient has been accumulated yet
-            found: list[Tensor | None] = [
-                *torch.autograd.grad(loss, [p.parameter for p in self.optimizer.parameters], allow_unused=True)
-            ]
-        return self.optimizer.gather(found), sums_K.detach()
+    def _step_in_one_go(self, plan: StepPlan) -> list[StepReport] | None:
+        """Compute and apply a plan; None where this takes parts: with dropout, or where memory ran out."""
+        members = {self._by_slot[share.slot]: len(share.lengths) for share in plan.shares}
+        if not self.forward.is_one_go or any(member.method.dropout for member in members):
+            return None
+        stepping = {member.slot: member.factor for member, num_rows in members.items() if member.completes(num_rows)}
+        partial = not self.sums.is_empty or len(stepping) < len(members)
+        try:
+            losses, norms = self.sums.add_and_apply(self._arrange(plan), stepping, partial=partial)
+        except torch.OutOfMemoryError:
+            pass  # the error's traceback holds tensors, which are freed after this block
+        else:
+            self._try_more()
+            self._record(plan)
+            return self._report(members, stepping, losses, norms)
+        torch.cuda.empty_cache()
+        return None
 
     def _apply(self, plan: StepPlan) -> list[StepReport]:
-        """Step the members whose steps are complete; evict those that diverged, whose weights have not changed."""
-        if self._gradients is None:
+        """Step the members whose steps are complete."""
+        if self.sums.is_empty:
             return []
         served = [self._by_slot[share.slot] for share in plan.shares if share.slot in self._by_slot]
         stepping = {member.slot: member.factor for member in served if not member.amid_step}
-        norms_K = self.optimizer.step(self._gradients, self._losses_K, stepping)
-        losses, norms = torch.stack([self._losses_K, norms_K]).tolist()  # the step's one wait for the device
+        losses, norms = self.sums.apply(stepping)
+        self.sums.clear(list(stepping))
+        return self._report(served, stepping, losses, norms)
+
+    def _report(
+        self, served: Iterable[Member], stepping: Collection[int], losses: list[float], norms: list[float]
+    ) -> list[StepReport]:
+        """Report the members that stepped; evict those that diverged, whose weights have not changed."""
         reports = []
         for member in served:
             loss, norm = losses[member.slot] / member.weight, norms[member.slot]
@@ -372,22 +379,13 @@ class TrialHost:
             elif member.slot in stepping:
                 member.stepped()
                 reports.append(StepReport(member.name, member.step, loss, member.tokens, member.done))
-        if any(member.accumulating for member in self.members.values()):
-            self._clear_sums(list(stepping))
-        else:
-            self._gradients = None
-            self._losses_K.zero_()
+        if not any(member.accumulating for member in self.members.values()):
+            self.sums.drop()
         return reports
 
     def _fail(self, member: Member, reason: str, loss: float = math.nan) -> StepReport:
         self.evict(member.name)
         return StepReport(member.name, member.step, loss, member.tokens, done=False, error=reason)
-
-    def _clear_sums(self, slots: list[int]) -> None:
-        """Forget the gradients and losses of some slots."""
-        self._losses_K[slots] = 0
-        for stack in self._gradients or ():
-            stack[:, slots] = 0
 
     def _load(self, member: Member, folder: Path) -> None:
         state = read_state(folder)

@@ -81,6 +81,10 @@ class Member:
         lengths = tuple(len(example_of(row).ids_T) for row in self._micro_batches[0])
         return PendingBatch(self.slot, self.last_served, lengths)
 
+    def completes(self, num_rows: int) -> bool:
+        """Return whether the first `num_rows` rows of the next micro-batch are the last ones of the step."""
+        return [len(batch) for batch in self._micro_batches] == [num_rows]
+
     def rows(self, start: int, stop: int) -> list[int]:
         """Return the indices of rows `start` to `stop` of the next micro-batch."""
         return self._micro_batches[0][start:stop]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,15 +139,21 @@ class SlotAdamW:
         """
         norms_K = self.norms(stacks)
         if factors:
-            self.apply(stacks, self.upload(self.count_step(factors)), losses_K, norms_K, used=max(factors) + 1)
+            settings_2SK = torch.from_numpy(self.settings_of(factors)).to(self.device, non_blocking=True)
+            self.apply(stacks, settings_2SK, losses_K, norms_K, used=max(factors) + 1)
+            self.count(factors)
         return norms_K
 
-    def count_step(self, factors: Mapping[int, float]) -> np.ndarray:
-        """Count a step of some slots; return their settings [2, S, K] for it, of A and of the other roles."""
+    def count(self, slots: Iterable[int]) -> None:
+        """Count a step of some slots."""
+        for slot in slots:
+            self.counts[slot] += 1
+
+    def settings_of(self, factors: Mapping[int, float]) -> np.ndarray:
+        """Return [2, S, K], the slots' settings for their next step: of A, and of the other roles."""
         settings_2SK = np.tile(np.array(IDLE, dtype=np.float32)[:, None], (2, 1, self.num_slots))
         for slot, factor in factors.items():
-            self.counts[slot] += 1
-            optim, count = self.settings[slot], self.counts[slot]
+            optim, count = self.settings[slot], self.counts[slot] + 1
             beta_1, beta_2 = optim.betas
             for r, ratio in enumerate((1.0, optim.loraplus_ratio)):
                 rate = factor * optim.learning_rate * ratio
@@ -179,9 +185,6 @@ class SlotAdamW:
             shadow = None if group.shadow is None else group.shadow[:, :used]
             settings_SK = settings_2SK[int(group.role != "a"), :, :used]
             slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow)
-
-    def upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def state(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a slot's moments and step count on the CPU, without the padding of its rank."""

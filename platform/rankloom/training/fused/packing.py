@@ -10,7 +10,7 @@ Shapes: N tokens of all rows, B rows (of a bucket), T positions, P positions of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -125,6 +125,41 @@ class Arranged:
             weights_M=tensors["weights_M"],
             num_predicted=self.num_predicted,
         )
+
+    def rounded(self, num_slots: int) -> Arranged:
+        """Return these rows with sizes on a coarse grid, so that a graph of one size holds for many batches.
+
+        Tokens that are nobody's come first, in rows of their own. Predictions that count for nothing come last.
+        """
+        assert self.attention == "rows"
+        arrays, longest = self.arrays, round_up(self.longest, 1)
+        num_tokens, num_rows, num_predicted = self.num_tokens, len(self.sizes), len(arrays["predicting_M"])
+        idle = round_up(num_tokens + 1, 8) - num_tokens
+        starts = np.arange(0, idle, longest)
+        ends = np.full(round_up(num_rows + len(starts), 1) - num_rows - len(starts), num_tokens + idle)
+        others = round_up(num_predicted, 4) - num_predicted
+        at = np.arange(idle)
+        return replace(
+            self,
+            longest=longest,
+            arrays=arrays
+            | {
+                "input_ids": np.pad(arrays["input_ids"], ((0, 0), (idle, 0))),
+                "position_ids": np.append(at % longest, arrays["position_ids"])[None],
+                "starts_B1": np.concatenate([starts, arrays["starts_B1"] + idle, ends], dtype=np.int32),
+                "predicting_M": np.append(arrays["predicting_M"] + idle, np.resize(at, others)),
+                "targets_M": np.pad(arrays["targets_M"], (0, others)),
+                "weights_M": np.pad(arrays["weights_M"], (0, others)),
+                "slots_N": np.pad(arrays["slots_N"], (idle, 0), constant_values=-1),
+                "slots_M": np.pad(arrays["slots_M"], (0, others), constant_values=num_slots),
+            },
+        )
+
+
+def round_up(size: int, num_sizes: int) -> int:
+    """Return the next size on a grid that has `num_sizes` sizes from a power of two to the next."""
+    step = max(1, (1 << size.bit_length() - 1) // num_sizes)
+    return -(-size // step) * step
 
 
 def arrange(examples: Sequence[Example], attention: Attention, *, pad_id: int) -> Arranged:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -96,6 +96,16 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map_only(torch.Tensor, ours_of, found) if there else found
 
 
+class _Stream:
+    """Work in order: a stream that is always done."""
+
+    def __init__(self, device: Any = None) -> None: ...
+
+    def wait_stream(self, other: _Stream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._can_decompose():  # in inference mode; otherwise autograd has decomposed it
@@ -175,6 +185,9 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     fake_graphs(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda *_: generator())
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

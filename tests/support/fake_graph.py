@@ -26,6 +26,7 @@ class FakeGraph:
         self.operations: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
         self.num_replays = 0
 
+    @torch.no_grad()
     def replay(self) -> None:
         self.num_replays += 1
         for func, args, kwargs, results in self.operations:
@@ -39,6 +40,12 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, graph: FakeGraph) -> None:
         super().__init__()
         self._graph = graph
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def undo(self) -> None:
+        """Give tensors that operations changed their values from before: recording computes nothing."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -51,6 +58,13 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits for the device")
         if name in _FROM_HOST:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name} is of the host's memory")
+        for i, argument in enumerate(func._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, torch.Tensor):
+                        storage = tensor.untyped_storage()
+                        self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         found = func(*args, **kwargs)
         results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
         self._graph.operations.append((func, args, kwargs, results))
@@ -60,8 +74,9 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def _record(graph: FakeGraph, **_: Any) -> Iterator[None]:
     """Stands in for `torch.cuda.graph`."""
-    with _Recorder(graph):
+    with _Recorder(graph) as recorder:
         yield
+    recorder.undo()
 
 
 def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,13 +165,17 @@ class AdapterBank:
         finally:
             self._route = None
 
-    def state(self, slot: int) -> dict[str, Tensor]:
-        """Return a slot's values without padding, on the CPU: `<site>.a`, `<site>.b` and, for DoRA, `<site>.m`."""
+    def views(self, slot: int) -> dict[str, Tensor]:
+        """Return views of a slot's values without padding: `<site>.a`, `<site>.b` and, for DoRA, `<site>.m`."""
         return {
-            f"{site.name}.{part}": values.to("cpu", copy=True)
+            f"{site.name}.{part}": values
             for site in self._sites_of(self.specs[slot])
             for part, values in site.parts(slot).items()
         }
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        """Return copies of a slot's `views` on the CPU."""
+        return {name: values.to("cpu", copy=True) for name, values in self.views(slot).items()}
 
     def load_state(self, slot: int, state: Mapping[str, Tensor]) -> None:
         """Set an attached slot's values from what `state` returned."""
@@ -195,8 +199,11 @@ class AdapterBank:
                 site.parts(target)[part].copy_(values)
             site.update_shadows(target)
 
-    def write(self, slot: int, folder: Path, base_id: str) -> None:
+    def write(self, slot: int, folder: Path, base_id: str, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a slot's adapter as a PEFT folder, without padding.
+
+        Args:
+            state: the slot's `state`, where the caller has it.
 
         Raises:
             RegistryError: the folder can't be written.
@@ -221,7 +228,7 @@ class AdapterBank:
             "inference_mode": True,
         }
         tensors = {}
-        for key, values in self.state(slot).items():
+        for key, values in (self.state(slot) if state is None else state).items():
             name, part = key.rsplit(".", 1)
             tensors[f"{PREFIX}{name}.{SUFFIXES[part]}"] = values.contiguous()
         try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,8 @@ class HostLoop:
         """
         self.host = host
         self._search, self._work = study.search, work
+        self._written: list[Future[None]] = []
+        """The snapshots of the reports that are being made."""
         work.unseat()  # a host that was opened again is empty
 
     def move(self, evict: Iterable[Membership], admit: Iterable[Membership]) -> None:
@@ -173,12 +177,19 @@ class HostLoop:
                 member.failure = f"the validation loss is not finite at step {member.step}; lower optim.learning_rate"
                 member.failure += f" ({rate:g})"
         evaluated = time.monotonic()
-        reports = [self._report(member, scores.get(member.key)) for member in members]
+        with _snapshot_errors(), ThreadPoolExecutor(1, thread_name_prefix="rankloom-snapshots") as writer:
+            self._written.clear()
+            reports = [self._report(member, scores.get(member.key), writer) for member in members]
+            for written in self._written:
+                written.result()
+            for member in members:
+                if member.failure is None:
+                    member.save(member.candidate.made + 1)
         self._work.eval_s += evaluated - started
         self._work.save_s += time.monotonic() - evaluated
         return reports
 
-    def _report(self, member: Membership, scores: Any) -> TrialReport:
+    def _report(self, member: Membership, scores: Any, writer: Executor) -> TrialReport:
         if member.failure is not None:
             member.candidate.seated = member.key in self.host.members
             failed = member.report(0, FAILED_LOSS, 0.0, -self._search.sign * FAILED_LOSS)
@@ -189,30 +200,32 @@ class HostLoop:
         member.evals_since_best = 0 if best else member.evals_since_best + 1
         num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
         done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
-        try:
-            self._save(member, member.candidate.made + 1, export=best and member.best_folder is not None)
-        except (OSError, TrialError, RegistryError) as error:  # would fail every trial
-            raise RankloomError(
-                f"a host can't write its trials' snapshots: {error}; make room there, and --resume continues"
-            ) from None
+        self._save(member, member.candidate.made + 1, writer, export=best and member.best_folder is not None)
         report = member.report(num_steps, scores.loss, scores.accuracy, scores.metric)
         return replace(report, best=best, done=done, finished=done)
 
-    def _save(self, member: Membership, n: int, *, export: bool) -> None:
+    def _save(self, member: Membership, n: int, writer: Executor, *, export: bool) -> None:
+        """Have the member's snapshot written, while the device gets the next one ready."""
+        if len(self._written) > 1:
+            self._written[-2].result()  # at most two snapshots are in memory
         folder = member.snapshot(n)
         folder.mkdir(parents=True)
-        self.host.save(member.key, folder)
-        if export:
-            (folder / BEST).mkdir()
-            self.host.export(member.key, folder / BEST)
-            member.costs = member.costs or self._measure_costs(folder / BEST)
-        member.save(n)
+        snapshot = self.host.snapshot(member.key)
+
+        def write() -> None:
+            snapshot.write(folder)
+            if export:
+                (folder / BEST).mkdir()
+                self.host.export(member.key, folder / BEST, snapshot)
+
+        self._written.append(writer.submit(write))
+        if export and self._search.objectives and not member.costs:
+            self._written[-1].result()
+            member.costs = self._measure_costs(folder / BEST)
 
     def _measure_costs(self, adapter: Path) -> dict[str, float]:
         """Measure the serving costs that are objectives of the study, on prompts from the validation rows."""
         base, names = self.host.base, self._search.objectives
-        if not names:
-            return {}
         from rankloom.adapters.weights import load_beside  # with PEFT, which takes seconds to import
         from rankloom.evals.costs import measure_costs
 
@@ -229,6 +242,16 @@ def describe_host(host: Any) -> str:
 
     slots = f"{host.num_slots} slots of rank {host.max_rank}, {host.token_budget} tokens a step"
     return f"{slots}, in {describe_precision(host.precision)} on {describe_device(host.base.device)}"
+
+
+@contextmanager
+def _snapshot_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, TrialError, RegistryError) as error:  # would fail every trial
+        raise RankloomError(
+            f"a host can't write its trials' snapshots: {error}; make room there, and --resume continues"
+        ) from None
 
 
 def open_host(

@@ -90,11 +90,13 @@ class CountingHost:
         losses |= {name: math.nan for name in names if (self.members[name].seed, self.members[name].step) == (11, 6)}
         return {name: SimpleNamespace(loss=loss, accuracy=None, metric=None) for name, loss in losses.items()}
 
-    def save(self, name: str, folder: Path) -> None:
-        (folder / "step").write_text(str(self.members[name].step))
+    def snapshot(self, name: str) -> Any:
+        step = str(self.members[name].step)
+        return SimpleNamespace(step=step, write=lambda folder: (folder / "step").write_text(step))
 
-    def export(self, name: str, folder: Path) -> None:
-        (folder / "adapter").write_text(str(self.members[name].step))
+    def export(self, name: str, folder: Path, snapshot: Any) -> None:
+        assert snapshot.step == str(self.members[name].step)
+        (folder / "adapter").write_text(snapshot.step)
 
 
 class CountingActor(HostActor):

@@ -26,8 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from rankloom.banks.bank import AdapterBank, SlotSpec
 from rankloom.config.method import DoraConfig, LoraConfig, Targets
@@ -37,7 +35,6 @@ from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.own_metric import MetricFunction, compute
 from rankloom.evals.score import predict, validation_rows
 from rankloom.models import Base, find_target_linears
-from rankloom.training.checkpoint import read_state
 from rankloom.training.fused.device_step import DeviceStep
 from rankloom.training.fused.evaluation import ROW_TOO_LONG, FusedEvaluator
 from rankloom.training.fused.forward import FusedForward
@@ -45,6 +42,7 @@ from rankloom.training.fused.member import Member
 from rankloom.training.fused.optim import SlotAdamW, parameters_of
 from rankloom.training.fused.packing import Arranged, Example
 from rankloom.training.fused.plan import StepPlan, plan_step
+from rankloom.training.fused.snapshot import Snapshot
 from rankloom.training.fused.validation import Evaluation
 from rankloom.training.precision import autocast
 from rankloom.training.schedule import DIVERGED
@@ -216,23 +214,21 @@ class TrialHost:
         return compute(metric, config, found).value
 
     def save(self, name: str, folder: Path) -> None:
-        """Write the member's complete state into an existing folder.
+        """Write the member's `snapshot` into an existing folder; raises TrialError where it can't be written."""
+        self.snapshot(name).write(folder)
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Return the member's complete state.
 
         A member that is admitted from it continues bit for bit; on a GPU, to rounding. Amid a step of several
-        micro-batches, the written state is the one before that step.
-
-        Raises:
-            TrialError: the folder can't be written.
+        micro-batches, it is the state before that step.
         """
         member = self._member(name)
-        state = {"member": member.state(), "moments": self.optimizer.state(member.slot, member.method.rank)}
-        try:
-            save_file(
-                {n: t.contiguous() for n, t in self.bank.state(member.slot).items()}, folder / "weights.safetensors"
-            )
-            torch.save(state, folder / "state.pt")
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise TrialError(f"could not write a checkpoint of {name} to {folder}: {error}") from None
+        copy = self.optimizer.copy_of(member.slot)
+        views = self.bank.views(member.slot)
+        weights = {part: copy[part][0][tuple(map(slice, view.shape))] for part, view in views.items()}
+        moments = self.optimizer.state(member.slot, member.method.rank, copy)
+        return Snapshot(name, weights, {"member": member.state(), "moments": moments})
 
     def copy(self, source: str, target: str) -> None:
         """Continue a member from another's weights, moments and progress, with its own hyperparameters."""
@@ -242,9 +238,14 @@ class TrialHost:
         self.optimizer.copy(theirs.slot, mine.slot)
         self.sums.clear([mine.slot])
 
-    def export(self, name: str, folder: Path) -> None:
-        """Write the member's adapter as a PEFT folder; raises RegistryError where it can't be written."""
-        self.bank.write(self._member(name).slot, folder, self.base.id)
+    def export(self, name: str, folder: Path, snapshot: Snapshot | None = None) -> None:
+        """Write the member's adapter as a PEFT folder, with the values of its snapshot where there is one.
+
+        Raises:
+            RegistryError: the folder can't be written.
+        """
+        weights = None if snapshot is None else snapshot.weights
+        self.bank.write(self._member(name).slot, folder, self.base.id, weights)
 
     def _check_trial(self, name: str, trial: TrialConfig) -> SlotSpec:
         """Return the slot's contents; refuse a trial that this host would train unlike its dedicated run."""
@@ -388,14 +389,10 @@ class TrialHost:
         return StepReport(member.name, member.step, loss, member.tokens, done=False, error=reason)
 
     def _load(self, member: Member, folder: Path) -> None:
-        state = read_state(folder)
-        member.load_state(state["member"])
-        try:
-            weights = load_file(folder / "weights.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise TrialError(f"the checkpoint {folder} is damaged: {error}") from None
-        self.bank.load_state(member.slot, weights)
-        self.optimizer.load_state(member.slot, member.method.rank, state["moments"])
+        snapshot = Snapshot.read(member.name, folder)
+        member.load_state(snapshot.state["member"])
+        self.bank.load_state(member.slot, snapshot.weights)
+        self.optimizer.load_state(member.slot, member.method.rank, snapshot.state["moments"])
 
     def _member(self, name: str) -> Member:
         if name not in self.members:

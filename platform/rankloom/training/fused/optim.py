@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rankloom.banks.bank import AdapterBank
 from rankloom.config.trial import OptimConfig
 from rankloom.kernels.adamw import IDLE, slot_adamw, slot_squares
+from rankloom.training.fused.staging import download
 
 Role = Literal["a", "b", "m"]
 """A, B and DoRA's magnitude. LoRA+ gives the last two the higher rate."""
@@ -186,13 +187,31 @@ class SlotAdamW:
             settings_SK = settings_2SK[int(group.role != "a"), :, :used]
             slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow)
 
-    def state(self, slot: int, rank: int) -> dict[str, Tensor]:
-        """Return a slot's moments and step count on the CPU, without the padding of its rank."""
-        found = {"count": torch.tensor(self.counts[slot])}
+    def copy_of(self, slot: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return a slot's values and its two moments on the CPU, by the parameter's name, with their padding."""
+        stacks = [stack for group in self._groups for stack in (group.data, group.first, group.second)]
+        copies = iter(download([stack[:, slot] for stack in stacks]))
+        of_group = {id(group): (next(copies), next(copies), next(copies)) for group in self._groups}
+        found = {}
         for i, item in enumerate(self.parameters):
             group, g = self._at[i]
-            for kind, moment in (("first", group.first), ("second", group.second)):
-                found[f"{kind}.{item.name}"] = item.trim(moment[g, slot], rank).cpu().clone()
+            data, first, second = of_group[id(group)]
+            found[item.name] = data[g], first[g], second[g]
+        return found
+
+    def state(
+        self, slot: int, rank: int, copy: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return a slot's moments and step count on the CPU, without the padding of its rank.
+
+        Args:
+            copy: from `copy_of`, where there is one.
+        """
+        copy = self.copy_of(slot) if copy is None else copy
+        found = {"count": torch.tensor(self.counts[slot])}
+        for item in self.parameters:
+            for kind, moment in zip(("first", "second"), copy[item.name][1:], strict=True):
+                found[f"{kind}.{item.name}"] = item.trim(moment, rank).clone()
         return found
 
     def load_state(self, slot: int, rank: int, state: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""Copies of arrays to a device: all arrays of a step at once, through one pinned buffer, without waiting."""
+"""Copies between the host and a device, through one pinned buffer each: a step's arrays there, a slot's state back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,23 @@ def upload(arrays: Mapping[str, np.ndarray], device: torch.device, into: Tensor 
         part.copy_(torch.from_numpy(np.ascontiguousarray(array)))
     buffer.copy_(pinned, non_blocking=True)
     return _parts(buffer, arrays)
+
+
+def download(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors of one dtype and device in the host's memory; a GPU's come at once, beside its work."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return [tensor.to("cpu", copy=True) for tensor in tensors]
+    sizes = [tensor.numel() for tensor in tensors]
+    pinned = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
+    copies = [part.view(t.shape) for part, t in zip(pinned.split(sizes), tensors, strict=True)]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+    stream.synchronize()
+    return copies
 
 
 def buffer_size(arrays: Mapping[str, np.ndarray]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fake_gpu import one_gpu
 from fake_graph import fake_graphs
 from rankloom import kernels
 from rankloom.config import TrialConfig, parse
@@ -199,6 +200,25 @@ def test_running_out_of_memory_ends_as_in_parts(
     room[0] = 10_000
     hosts.fast.token_budget = 100_000
     hosts.step(4)
+
+
+def test_what_is_recorded_needs_nothing_of_the_host(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake GPU, whose tensors don't mix with a CPU's, a whole step is recorded: forward, backward and AdamW."""
+    with one_gpu(monkeypatch) as gpu:
+        trial = trial_of(tiny_llama, "plain")
+        base = load_base(trial.model, trial.quantization, device=gpu, dtype=torch.float32)
+        data = load_data(trial.data, load_tokenizer(trial.model))
+        host = TrialHost(base, data, num_slots=5, max_rank=8, token_budget=100_000, with_magnitudes=True)
+        for name in ("plain", "dora", "parts"):
+            host.admit(name, trial_of(tiny_llama, name))
+        for _ in range(24):
+            assert not any(report.error for report in host.step())
+        graphs = host.sums.graphs
+        assert graphs.is_on
+        assert graphs.num_recorded
+        for recording in graphs._recordings.values():
+            names = {operation[0].name().split("::")[-1] for operation in recording.graph.operations}
+            assert {"ragged_gradient", "row_attention_backward", "slot_squares", "slot_adamw"} <= names
 
 
 def test_sizes_are_rounded_without_a_change(tiny_llama: Path) -> None:

@@ -70,7 +70,8 @@ def logits(model: PreTrainedModel, packed: Packed) -> Tensor:
 def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     """Return [M, D], what the head reads of the predicted tokens; call it inside `packed_attention_on`."""
     hidden: Tensor = model.base_model(**_arguments(packed)).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, packed.predicting_M)
+    selected: Tensor = _Select.apply(hidden.flatten(0, 1), packed.predicting_M)
+    return selected
 
 
 def _arguments(packed: Packed) -> dict[str, Any]:
@@ -159,6 +160,22 @@ def is_close(found_MV: Tensor, expected_MV: Tensor) -> bool:
     difference = (found_MV - expected_MV).abs().max() / expected_MV.abs().max()
     tolerance = PROBE_TOLERANCE if expected_MV.dtype == torch.float32 else 0.1
     return bool(difference < tolerance)
+
+
+class _Select(torch.autograd.Function):
+    """x_N -> x_M. A token is predicting once, or (in sizes that are rounded) has no gradient: so nothing is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, predicting_M: Tensor) -> Tensor:
+        ctx.num_tokens = len(x)
+        ctx.save_for_backward(predicting_M)
+        return x.index_select(0, predicting_M)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (predicting_M,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.num_tokens, *gradient.shape[1:])
+        return whole.index_copy_(0, predicting_M, gradient), None
 
 
 class _Unpack(torch.autograd.Function):

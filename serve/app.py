@@ -9,7 +9,7 @@ from typing import Any
 
 from rankloom.config import load
 from rankloom.config.serve import ServeConfig
-from rankloom.deploy.app import application, build
+from rankloom.deploy.app import build, build_application
 
 __all__ = ["build"]
 
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     """Return `app`, the application of the config that `$RANKLOOM_SERVE` names, made on first use."""
     if name != "app":
         raise AttributeError(name)
-    return application(load(ServeConfig, os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml")))
+    return build_application(load(ServeConfig, os.environ.get("RANKLOOM_SERVE", "serve/banking77.yaml")))

@@ -12,7 +12,7 @@ PREFIX = "shipped:"
 
 
 def is_config_file(name: str) -> bool:
-    """Whether a text names a config file, not an adapter."""
+    """Return whether a text names a config file, not an adapter."""
     return name.startswith(PREFIX) or name.endswith((".yaml", ".yml"))
 
 

@@ -44,7 +44,7 @@ class TrainedNumbers:
     on_frozen: bool = True
     """Whether a frozen base is there too."""
     rank: int = 0
-    """Of the adapters that tokens go through; 0: none."""
+    """Ranks of the adapters that tokens go through; 0: none."""
     dora: bool = False
     """Whether the adapters have magnitudes."""
 

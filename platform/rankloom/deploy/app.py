@@ -79,7 +79,7 @@ class RayReplicas:
 
 
 def _translate(error: Exception) -> Exception:
-    """The error as the replica raised it, or the one that its loss means."""
+    """Return the error as the replica raised it, or the one that its loss means."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
     if isinstance(error, (RayActorError, DeploymentUnavailableError, AioRpcError)):
@@ -128,18 +128,18 @@ class Ingress:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """What `serve run` and `serve deploy` are pointed at; `args` are the keys of `ServeConfig`."""
-    return application(parse(ServeConfig, args, "serve"))
+    """Build the application for `serve run` and `serve deploy`; `args` are the keys of `ServeConfig`."""
+    return build_application(parse(ServeConfig, args, "serve"))
 
 
-def application(config: ServeConfig) -> serve.Application:
-    """The application of a config.
+def build_application(config: ServeConfig) -> serve.Application:
+    """Build the application of a config.
 
     Raises:
         ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
     """
     config = resolve_paths(config)  # Serve's processes have a folder of their own
-    config = on_idle_gpus(resolve_base(config, Registry(config.registry or get_registry_root())))
+    config = resolve_gpus(resolve_base(config, Registry(config.registry or get_registry_root())))
     replicas, tree = config.replicas, dump(config)
     rows = config.engine.num_seqs(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
@@ -173,7 +173,7 @@ def application(config: ServeConfig) -> serve.Application:
 
 
 def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:
-    """The config with its base, which the adapters' records name where it does not."""
+    """Return the config with its base, which the adapters' records name where it does not."""
     records = {ref: registry.get(ref) for ref in config.adapters} if config.adapters != "all" else {}
     first_ref, first = next(iter(records.items()), (None, None))
     for ref, record in records.items():
@@ -190,8 +190,8 @@ def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:
     return parse(ServeConfig, dump(config) | recorded, f"the record of {first_ref}")
 
 
-def on_idle_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
-    """The config with `replicas.gpus`, which stays what it is where an application is deployed again.
+def resolve_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:
+    """Return the config with `replicas.gpus`, which stays what it is where an application is deployed again.
 
     Args:
         idle: unreserved GPUs; None: ask Ray.

@@ -289,7 +289,7 @@ def _read_page(name: str, kind: str) -> Response:
 
 
 def _describe_card(gateway: Gateway, name: str) -> dict[str, Any]:
-    """What the console shows of a model: its exact version and its scorecard."""
+    """Return what the console shows of a model: its exact version and its scorecard."""
     model = _describe_model(gateway, name)
     target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
     record = gateway.registry_view.record(target.ref) if target and target.ref else None
@@ -305,7 +305,7 @@ def _get_caller(request: Request) -> Caller:
 
 
 def _may_see_all(request: Request) -> bool:
-    """Whether the caller may see all traffic, not only that of its own key."""
+    """Return whether the caller may see all traffic, not only that of its own key."""
     caller = _get_caller(request)
     return caller.key is None or caller.admin
 
@@ -330,7 +330,7 @@ def _describe_model(gateway: Gateway, name: str) -> dict[str, Any]:
 
 
 def _make_headers(target: Target) -> dict[str, str]:
-    """The headers that name the version which wrote a response."""
+    """Return the headers that name the version which wrote a response."""
     version = {} if target.version is None else {"x-rankloom-version": str(target.version)}
     return {"x-rankloom-adapter": target.adapter or "base"} | version
 
@@ -360,7 +360,7 @@ def _log_failure(request: Request, error: Exception) -> None:
 
 
 def _respond_whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
-    """A response that is not streamed; a large one is sent in parts, so that other requests continue in between."""
+    """Return a response that is not streamed. A large one is sent in parts, between which other requests continue."""
     if response.length < LARGE:
         return Response("".join(response.body()), headers=headers, media_type="application/json")
 
@@ -374,7 +374,7 @@ def _respond_whole(response: ResponseBuilder, headers: dict[str, str]) -> Respon
 async def _stream_events(
     in_flight: InFlightRequest, response: ResponseBuilder, request: Request, usage: bool
 ) -> AsyncIterator[bytes]:
-    """The events of a stream. A late error is an event too, because the status was sent long before."""
+    """Yield the events of a stream. A late error is an event too, because the status was sent long before."""
     try:
         async for progress in in_flight:
             chunks = [format_event(chunk) for chunk in response.chunks(progress)]

@@ -32,5 +32,5 @@ def _encode_plain(value: bytes) -> bytes:
 
 
 def build_middlewares() -> list[Middleware]:
-    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    """Return the proxy's middlewares; RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function."""
     return [Middleware(PlainRequestIds)]

@@ -81,7 +81,7 @@ class Replica:
         self._notes = asyncio.create_task(self._note())
 
     async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
-        """As `engine.jobs.run`."""
+        """Run a job, as `engine.jobs.run` does."""
         stream = run(self._engine, job)
         try:
             async for progress in stream:

@@ -24,7 +24,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One replica a rank, so that the next is asked only where the one before is full."""
+        """Return one replica a rank, so that the next is asked only where the one before is full."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # where all are full, don't ask without a pause
         # shuffled: several requests on the base, which come before the loads show the first, do not all go to one

@@ -1,6 +1,6 @@
 """`serve`: an endpoint from its config to its end, on a Ray of its own or on one that runs already.
 
-Whoever started Ray ends it: a Ray of the endpoint's own ends with it, any other stays, with its other applications.
+A Ray that was started for the endpoint ends with it; any other Ray stays, with its other applications.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _check(settings: ServeConfig, *, own: bool) -> None:
     if settings.auth.keys is not None:
         from rankloom.gateway.keys import KeyFile
 
-        KeyFile(settings.auth.keys).list()  # else every request would tell of a file that can't be read
+        KeyFile(settings.auth.keys).list()  # else every request would fail at a file that can't be read
     if own:
         if told := open_ports():
             raise ConfigError(told)
@@ -184,14 +184,14 @@ def _start(
     """Deploy the application; return its URL, and whether Serve was started for it."""
     from ray import serve as ray_serve
 
-    from rankloom.deploy.app import application, count_idle_gpus, on_idle_gpus
+    from rankloom.deploy.app import build_application, count_idle_gpus, resolve_gpus
 
     def tell(message: str) -> None:
         on_event(PhaseStarted("serve", message))
 
     num_gpus, given = int(sum(node.get("GPU", 0) for node in nodes)), settings.replicas.gpus
     idle = num_gpus if own else count_idle_gpus()  # a new Ray does not know at once
-    settings = on_idle_gpus(settings, idle)
+    settings = resolve_gpus(settings, idle)
     for note in explain_gpus(settings.replicas, idle, num_gpus, given=given is not None):
         tell(note)
     if own:  # a cluster may grow
@@ -203,7 +203,7 @@ def _start(
         ray_serve.start(http_options={"host": settings.host, "port": port})
     tell("starting; the base is loaded first")
     try:
-        ray_serve.run(application(settings), name=settings.name, route_prefix="/")
+        ray_serve.run(build_application(settings), name=settings.name, route_prefix="/")
     except RuntimeError as error:
         reason = _find_reason(settings.name) or str(error)
         ray_serve.delete(settings.name)

@@ -64,7 +64,7 @@ class Replicas(Protocol):
     """The processes that hold the base and run jobs."""
 
     def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
-        """As `engine.jobs.run`. Raises ReplicaLostError when the process dies."""
+        """Run a job, as `engine.jobs.run` does. Raises ReplicaLostError when the process dies."""
         ...
 
     async def describe(self) -> Served: ...
@@ -122,7 +122,7 @@ class Gateway:
         allow_pauses()
 
     async def is_ready(self) -> bool:
-        """Whether a request would get a response now."""
+        """Return whether a request would get a response now."""
         if not self.ready:
             return False
         try:
@@ -290,7 +290,7 @@ class Gateway:
         return Retries(on_retry=self.metrics.retries.inc)
 
     def _hide_paths(self, text: str) -> str:
-        """An error's text for clients: without this machine's paths."""
+        """Return an error's text for clients: without this machine's paths."""
         root = self._registry.root
         for place in (root if "://" in root else str(Path(root).expanduser().absolute()), root):
             text = text.replace(place, "the registry")
@@ -430,13 +430,13 @@ def _classify(error: BaseException | None) -> Outcome:
 
 
 def _count_most_tokens(job: CompletionJob) -> int:
-    """The most tokens that a job's completions may have together."""
+    """Return the most tokens that a job's completions may have together."""
     each = job.sampling.max_tokens if job.max_tokens is None else job.max_tokens
     return len(job.prompts) * job.n * each
 
 
 def _format_line(event: str, routing: RoutingRequest | None, **facts: Any) -> str:
-    """A line for the log, as JSON. It never contains a prompt or a key."""
+    """Return a line for the log, as JSON. It never contains a prompt or a key."""
     ids = {"id": routing.id, "request_id": routing.trace, "model": routing.model} if routing else {}
     head = {"event": event} | ids
     return json.dumps(head | {name: value for name, value in facts.items() if value is not None})

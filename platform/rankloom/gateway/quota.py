@@ -72,7 +72,7 @@ class Quotas:
 
 
 def _count_reserved(per_minute: int, tokens: int) -> int:
-    """At most a whole minute, so that a long request need not ask for less than it may get."""
+    """Return the tokens to reserve: at most a minute's, so that a long request is not refused for its length."""
     return min(per_minute, tokens)
 
 

@@ -48,7 +48,7 @@ class RegistryView:
         return found
 
     def record(self, ref: str) -> Record | None:
-        """The record of an exact version that was read."""
+        """Return the record of an exact version that was read."""
         return self._records.get(ref)
 
     def _read_versions(self, name: str) -> AdapterVersions | None:

@@ -53,9 +53,9 @@ class HostPlan:
     """A study's division of a cluster."""
 
     hosts_per_group: int
-    """At most."""
+    """Most hosts of a group."""
     num_slots: int
-    """Of a host."""
+    """Slots of a host."""
     device: HostDevice
     dedicated_cpus: int
     """Cores per worker of a trial that can't share a base."""

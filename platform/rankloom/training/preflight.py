@@ -1,7 +1,7 @@
 """Check trials before anything starts: before Ray, and before the first step.
 
-The checks read the data, the model's outline without weights, and its tokenizer. Of large data, and of data sets on the
-hub, they read and render only the first rows; the workers check all rows and the weights.
+The checks read the data, the model's outline without weights, and its tokenizer. They read and render
+only the first rows of large data and of data sets on the hub; the workers check all rows and the weights.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class _Body(BaseModel):
 
 
 def _limit_keys(most: int) -> BeforeValidator:
-    """No more keys than that. pydantic would look at each value first."""
+    """Refuse more keys than that; pydantic would look at each value first."""
 
     def check(tree: Any) -> Any:
         if isinstance(tree, dict) and len(tree) > most:
@@ -68,7 +68,7 @@ def _limit_keys(most: int) -> BeforeValidator:
 
 
 def _limit_length(most: int) -> AfterValidator:
-    """Texts of no more characters than that, all together."""
+    """Refuse texts of more characters than that, all together."""
 
     def check(texts: list[str]) -> list[str]:
         if (length := sum(map(len, texts))) > most:
@@ -84,7 +84,7 @@ def _tag_one_or_list(value: Any) -> str | None:
 
 
 def _choose_either(message: str) -> Discriminator:
-    """A text or a list: only the given type is checked, so that only its mistakes are reported."""
+    """Tell a text from a list: only the given type is checked, so that only its mistakes are reported."""
     return Discriminator(_tag_one_or_list, custom_error_type="no_kind", custom_error_message=message)
 
 

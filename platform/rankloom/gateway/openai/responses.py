@@ -164,7 +164,7 @@ def _name_likeliest(token: TokenLogprobs) -> dict[str, float]:
 
 
 def format_event(data: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
 
 

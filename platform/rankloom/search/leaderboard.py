@@ -56,7 +56,8 @@ class TrialState:
 
     @property
     def reports(self) -> list[CurvePoint]:
-        return [self.curve[n] for n in sorted(self.curve)]
+        """Its reports in order; the later one where a resumed run reported its step again under the next number."""
+        return list({self.curve[n].step: self.curve[n] for n in sorted(self.curve)}.values())
 
     @property
     def last(self) -> CurvePoint | None:

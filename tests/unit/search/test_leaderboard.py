@@ -125,6 +125,17 @@ def test_a_trial_that_took_anothers_place_keeps_its_number() -> None:
     assert len(found.trials["t3"].reports) == 2
 
 
+def test_a_report_that_is_made_again_counts_once() -> None:
+    found = filled()
+    found.add(report(1, 3, 1.5, 0.7))  # as after a driver that was killed
+    found.add(
+        replace(report(1, 4, 1.5, 0.7), step=30, percent=100.0)
+    )  # as a run of its own that was resumed at its end
+    assert [(point.step, point.n, point.loss) for point in found.trials["t1"].reports] == [
+        (10, 1, 1.5), (20, 2, 1.4), (30, 4, 1.5),
+    ]  # fmt: skip
+
+
 def test_results_parquet_has_every_config_and_curve(tmp_path: Path) -> None:
     write_results(filled(), tmp_path / "results.parquet")
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()

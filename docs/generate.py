@@ -18,13 +18,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from rankloom import events
-from rankloom.config import StudyConfig, TrialConfig
+from rankloom.config import CompareConfig, StudyConfig, TrialConfig
 from rankloom.config.serve import ServeConfig
 from rankloom.config.space import Knob
 
 REPO = Path(__file__).resolve().parents[1]
 ROOT_TEXTS = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-CONFIGS: dict[str, type[BaseModel]] = {"trial": TrialConfig, "study": StudyConfig, "serve": ServeConfig}
+CONFIGS: dict[str, type[BaseModel]] = {
+    "trial": TrialConfig,
+    "study": StudyConfig,
+    "compare": CompareConfig,
+    "serve": ServeConfig,
+}
 COLUMNS = {
     "number": "Counts the study's trials from 0.",
     "trial": "Ray Tune's id of the trial.",
@@ -101,9 +106,9 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]
 
 
 def config_page() -> Iterator[str]:
-    """Every key of the three kinds of config, with its type, default and help."""
+    """Every key of the four kinds of config, with its type, default and help."""
     yield "# Settings\n"
-    yield "Every key of the three kinds of YAML file, made from the config classes. `rankloom schema trial` prints the"
+    yield "Every key of the four kinds of YAML file, made from the config classes. `rankloom schema trial` prints the"
     yield "same as a JSON Schema, for an editor. In Python each section is the class whose name its heading has.\n"
     seen: set[str] = set()
     for kind, model in CONFIGS.items():

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from typer.main import get_command
 
 from rankloom.cli import app
-from rankloom.config import StudyConfig, TrialConfig, parse
+from rankloom.config import CompareConfig, StudyConfig, TrialConfig, parse
 from rankloom.config.base import Frozen, apply_overrides, read_yaml
 from rankloom.config.serve import ServeConfig
 from rankloom.paths import find_shipped_folder
@@ -28,10 +28,16 @@ from rankloom.paths import find_shipped_folder
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "platform" / "rankloom"
 TEXTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / "examples").rglob("*.md")])
-CONFIGS: dict[str, type[Frozen]] = {"train": TrialConfig, "tune": StudyConfig, "serve": ServeConfig}
+CONFIGS: dict[str, type[Frozen]] = {
+    "train": TrialConfig,
+    "tune": StudyConfig,
+    "compare": CompareConfig,
+    "serve": ServeConfig,
+}
 NEEDED: dict[type[Frozen], dict[str, Any]] = {
     TrialConfig: {"name": "doc"},
     StudyConfig: {"name": "doc", "space": [{}]},
+    CompareConfig: {"name": "doc"},
     ServeConfig: {"base": "builtin:smollm2"},
 }
 """What a fragment may leave out."""

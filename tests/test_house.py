@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from rankloom.config import COMPATIBLE, StudyConfig, TrialConfig, load, parse
+from rankloom.config import COMPATIBLE, CompareConfig, StudyConfig, TrialConfig, load, parse
 from rankloom.config.compatible import Compatibility
 from rankloom.config.method import Method
 from rankloom.config.model import Quantization
@@ -26,9 +26,10 @@ PACKAGE = REPO / "platform" / "rankloom"
 HEAVY = ["torch", "ray", "transformers", "peft", "datasets", "bitsandbytes"]
 TYPES = [member.model_fields["type"].default for member in get_args(get_args(Method)[0])]
 QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
-KINDS: dict[str, type[TrialConfig | StudyConfig | ServeConfig]] = {
+KINDS: dict[str, type[TrialConfig | StudyConfig | CompareConfig | ServeConfig]] = {
     "trials": TrialConfig,
     "studies": StudyConfig,
+    "compare": CompareConfig,
     "serve": ServeConfig,
 }
 SHIPPED = sorted((REPO / "configs").rglob("*.yaml"))
@@ -91,7 +92,15 @@ def test_heavy_imports_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["tune", "--help"], ["adapters", "--help"], ["schema", "study"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["tune", "--help"],
+        ["compare", "--help"],
+        ["adapters", "--help"],
+        ["schema", "study"],
+    ],
 )
 def test_cli_answers_without_heavy_imports(arguments: list[str]) -> None:
     run_main = f"import sys\nsys.argv = ['rankloom', *{arguments}]\nfrom rankloom.cli import main\n"

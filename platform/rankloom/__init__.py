@@ -4,6 +4,7 @@
 
     result = rl.train(rl.TrialConfig(name="tickets", model="Qwen/Qwen3-0.6B", data={"train": "tickets.csv"}))
     study = rl.tune("study.yaml")
+    table = rl.compare("compare.yaml").table
     score = rl.evaluate("tickets@champion")
     with rl.serve("tickets@champion") as endpoint:
         endpoint.client().chat.completions.create(model="tickets", messages=[...])
@@ -16,8 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankloom.comparison.compare import compare as compare
+    from rankloom.comparison.results import CompareResult as CompareResult
+    from rankloom.comparison.results import MethodResult as MethodResult
     from rankloom.config.base import dump as dump
     from rankloom.config.base import load as load
+    from rankloom.config.compare import CompareConfig as CompareConfig
+    from rankloom.config.compare import MethodChoice as MethodChoice
     from rankloom.config.data import DataConfig as DataConfig
     from rankloom.config.data import Source as Source
     from rankloom.config.engine import EngineConfig as EngineConfig
@@ -96,7 +102,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "comparison.compare": ("compare",),
+    "comparison.results": ("CompareResult", "MethodResult"),
     "config.base": ("dump", "load"),
+    "config.compare": ("CompareConfig", "MethodChoice"),
     "config.data": ("DataConfig", "Source"),
     "config.engine": ("EngineConfig", "VllmConfig"),
     "config.method": ("AdaLoraConfig", "DoraConfig", "FullConfig", "GaLoreConfig", "LisaConfig", "LoraConfig"),

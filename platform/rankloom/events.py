@@ -59,7 +59,7 @@ class PhaseStarted(_Printable):
 
     kind: ClassVar[str] = "phase"
     phase: str
-    """launch, data, model, train, export, score, publish, priors or serve."""
+    """launch, data, model, tune, train, export, score, publish, cost, priors or serve."""
     message: str
     """What begins, in words."""
 

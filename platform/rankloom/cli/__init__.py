@@ -15,6 +15,7 @@ import typer
 
 import rankloom
 from rankloom.cli.adapters import app as adapters_app
+from rankloom.cli.compare import compare as compare_command
 from rankloom.cli.data import data as data_command
 from rankloom.cli.doctor import doctor as doctor_command
 from rankloom.cli.evaluate import evaluate as evaluate_command
@@ -41,6 +42,7 @@ app.command("schema")(schema_command)
 app.command("data")(data_command)
 app.command("train")(train_command)
 app.command("tune")(tune_command)
+app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("evaluate")(evaluate_command)
 app.command("serve")(serve_command)

@@ -42,6 +42,7 @@ TrialFile = Annotated[str, typer.Argument(help="A YAML file, or shipped:trials/l
 StudyFile = Annotated[
     str, typer.Argument(help="A YAML file, or shipped:studies/quickstart.yaml.", metavar="STUDY.yaml")
 ]
+CompareFile = Annotated[str, typer.Argument(help="A YAML file, or shipped:compare/quick.yaml.", metavar="COMPARE.yaml")]
 ServeFile = Annotated[str, typer.Argument(help="A YAML file, or shipped:serve/banking77.yaml.", metavar="SERVE.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, such as method.rank=8.", metavar="key=value")
@@ -59,4 +60,5 @@ Root = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
 ResumeRun = Annotated[bool, typer.Option("--resume", help="Resume the run of this name.")]
+ResumeComparison = Annotated[bool, typer.Option("--resume", help="Resume the comparison of this name.")]
 ResumeStudy = Annotated[bool, typer.Option("--resume", help="Resume the study of this name.")]

@@ -1,4 +1,4 @@
-"""`rankloom submit`: run train, tune or evaluate on a cluster, as a Ray job."""
+"""`rankloom submit`: run train, tune, compare or evaluate on a cluster, as a Ray job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankloom.cli.options import Overrides, ResumeRun, ResumeStudy, StudyFile, TrialFile
+from rankloom.cli.options import CompareFile, Overrides, ResumeComparison, ResumeRun, ResumeStudy, StudyFile, TrialFile
 from rankloom.config.files import find_config, is_config_file
 from rankloom.errors import ConfigError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankloom.launch.submit import Job
 
 app = typer.Typer(
-    name="submit", no_args_is_help=True, help="Run train, tune or evaluate on a Ray cluster, as a Ray job."
+    name="submit", no_args_is_help=True, help="Run train, tune, compare or evaluate on a Ray cluster, as a Ray job."
 )
 
 Address = Annotated[
@@ -70,6 +70,22 @@ def submit_tune(
     _submit("tune", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
 
 
+@app.command("compare", epilog=_NOTE)
+def submit_compare(
+    config: CompareFile,
+    address: Address,
+    overrides: Overrides = None,
+    resume: ResumeComparison = False,
+    follow: Follow = False,
+    working_dir: WorkingDir = None,
+) -> None:
+    """Compare methods on a cluster; trial.output.root must be a folder that all its nodes share.
+
+    Example: rankloom submit compare compare.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
+    """
+    _submit("compare", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+
+
 @app.command("evaluate", epilog=_NOTE)
 def submit_evaluate(
     subject: Annotated[
@@ -99,16 +115,21 @@ def _submit(
     follow: bool,
     working_dir: Path | None,
 ) -> None:
-    from rankloom.config import StudyConfig, TrialConfig, load
+    from rankloom.config import CompareConfig, StudyConfig, TrialConfig, load
     from rankloom.config.paths import list_local_inputs
     from rankloom.launch.submit import CONFIG_FILE, is_open, submit
 
     shipped = None
     if verb != "evaluate" or is_config_file(subject):
         path = find_config(subject)
-        config: StudyConfig | TrialConfig = (
-            load(StudyConfig, path, overrides) if verb == "tune" else load(TrialConfig, path, overrides)
-        )
+        config: CompareConfig | StudyConfig | TrialConfig
+        match verb:
+            case "tune":
+                config = load(StudyConfig, path, overrides)
+            case "compare":
+                config = load(CompareConfig, path, overrides)
+            case _:
+                config = load(TrialConfig, path, overrides)
         if working_dir is None:
             for setting, place in list_local_inputs(config):
                 typer.secho(

@@ -4,8 +4,9 @@
 """
 
 from rankloom.config.base import coerce, dump, load, parse
+from rankloom.config.compare import CompareConfig
 from rankloom.config.compatible import COMPATIBLE
 from rankloom.config.study import StudyConfig
 from rankloom.config.trial import TrialConfig
 
-__all__ = ["COMPATIBLE", "StudyConfig", "TrialConfig", "coerce", "dump", "load", "parse"]
+__all__ = ["COMPATIBLE", "CompareConfig", "StudyConfig", "TrialConfig", "coerce", "dump", "load", "parse"]

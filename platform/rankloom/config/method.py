@@ -120,6 +120,21 @@ class AdaLoraConfig(AdapterConfig):
             raise ConfigError("warmup_fraction + final_fraction must be below 1, or no step is left to adapt in")
         return self
 
+    def split_steps(self, num_steps: int) -> tuple[int, int]:
+        """Return the steps before the first rank is pruned, and those at the end with fixed ranks.
+
+        Raises:
+            ConfigError: there are too few steps between them.
+        """
+        warmup, final = int(num_steps * self.warmup_fraction), max(1, int(num_steps * self.final_fraction))
+        if num_steps - warmup - final < self.interval:
+            raise ConfigError(
+                f"budget: {num_steps} steps leave AdaLoRA {max(0, num_steps - warmup - final)} between its "
+                f"warm-up ({warmup}) and its final phase ({final}), fewer than method.interval={self.interval}, so "
+                f"that no rank would move; train longer or lower method.interval"
+            )
+        return warmup, final
+
     def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: beside Adam's moments, PEFT's three averages of each importance."""
         return adapter_terms(shape, self.initial_rank, moments=5)

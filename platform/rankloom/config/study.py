@@ -7,6 +7,7 @@ is validated like any other. Incompatible points are refused and counted, and th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
@@ -30,7 +31,7 @@ from rankloom.config.space import (
     resolve_alpha,
     walk_grid,
 )
-from rankloom.config.trial import AdapterName, TrialConfig
+from rankloom.config.trial import NAME_PATTERN, AdapterName, TrialConfig
 from rankloom.errors import ConfigError, IncompatibleError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -231,7 +232,8 @@ class StudyConfig(Frozen):
     """Settings that all trials share: those of a trial, without a name."""
     space: Annotated[list[TrialFragment], Field(min_length=1)]
     """Branches: fragments of a trial in which a leaf may be {choice: [...]}, {uniform: [low, high]},
-    {loguniform: [low, high]} or {randint: [low, high]}; `method.alpha_over_rank` stands for alpha."""
+    {loguniform: [low, high]} or {randint: [low, high]}; `method.alpha_over_rank` stands for alpha. A branch's `name`
+    stands for its method on the leaderboard, in results.parquet and in the registry, as `<study>-<name>`."""
     search: SearchConfig = SearchConfig()
     scheduler: Scheduler = AshaConfig()
     hosts: HostsConfig = HostsConfig()
@@ -243,6 +245,9 @@ class StudyConfig(Frozen):
             raise ConfigError("trial.name: a study names its trials itself; remove it")
         for index in range(max(1, len(self.search.warm_start))):  # without any, `trial` itself
             self.resolve({"warm_start": index})
+        for origin, fragments in (("search.warm_start", self.search.warm_start), ("space", self.space)):
+            for index, fragment in enumerate(fragments):
+                _check_label(fragment, f"{origin}[{index}]")
         for index in range(len(self.space)):
             self._check_branch(index)
         mixed = len(self.space) > 1 or self.search.warm_start or self.search.algorithm != "random"
@@ -299,7 +304,7 @@ class StudyConfig(Frozen):
         """
         if "warm_start" in point:
             at = int(point["warm_start"])
-            fragment: Tree = self.search.warm_start[at] if self.search.warm_start else {}
+            fragment = self._fragment(point)
             origin = f"search.warm_start[{at}]" if self.search.warm_start else "trial"
         else:
             branch = int(point["branch"])
@@ -312,6 +317,17 @@ class StudyConfig(Frozen):
         own = {"mode": self.search.best} if is_own(metric) else {}
         tree = merge(tree, {"eval": {"metric": metric, **own}})
         return parse(TrialConfig, resolve_alpha(tree) | {"name": f"{self.name}-{number:04}"}, origin)
+
+    def get_label(self, point: Point) -> str | None:
+        """Return the name that a point's branch or warm start was given; None: its method stands for it."""
+        name: str | None = self._fragment(point).get("name")
+        return name
+
+    def _fragment(self, point: Point) -> Tree:
+        """Return the branch or the warm start that a point is of."""
+        if "warm_start" not in point:
+            return self.space[int(point["branch"])]
+        return self.search.warm_start[int(point["warm_start"])] if self.search.warm_start else {}
 
     def members(self) -> Iterator[TrialConfig]:
         """Yield trials with each end of each knob; they decide the size and the number of hosts."""
@@ -348,6 +364,12 @@ class StudyConfig(Frozen):
                 refusals.append(error)
         if not allowed:
             raise IncompatibleError(f"{origin}: none of its trials is possible: {refusals[0]}")
+
+
+def _check_label(fragment: Tree, origin: str) -> None:
+    name = fragment.get("name", "a-name")
+    if not isinstance(name, str) or not re.match(NAME_PATTERN, name):
+        raise ConfigError(f"{origin}.name: expected lower-case letters, digits, '.', '_' and '-' (given {name!r})")
 
 
 def _explain_no_fractions(name: str, knob: Uniform | LogUniform) -> str:

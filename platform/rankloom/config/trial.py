@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
 from rankloom.config.data import AnySource, DataConfig
-from rankloom.config.method import AdapterConfig, GaLoreConfig, LoraConfig, Method
+from rankloom.config.method import AdaLoraConfig, AdapterConfig, GaLoreConfig, LoraConfig, Method
 from rankloom.config.metric import Metric, Mode, check_mode, choose_mode, is_own
 from rankloom.config.model import AnyModel, Dtype, ModelConfig, NoQuantization, Quantization
 from rankloom.config.paths import IsPath
@@ -174,6 +174,8 @@ class TrialConfig(Frozen, defer_build=True):
     def _check_combination(self) -> TrialConfig:
         for reason in find_conflicts(self):
             raise IncompatibleError(reason)
+        if isinstance(self.method, AdaLoraConfig) and self.budget.steps is not None:
+            self.method.split_steps(self.budget.steps)
         return self
 
 

@@ -71,7 +71,14 @@ def load_metric(metric: str, given: MetricFunction | None = None) -> MetricFunct
 
 
 def compute(function: MetricFunction, config: EvalConfig, predictions: Sequence[Prediction]) -> MetricValue:
-    """Return the metric's value on all rows.
+    """Return the metric's value on all rows; raises TrialError as `metric_values` does."""
+    return summarize_metric(compute_metric_values(function, config, predictions), config)
+
+
+def compute_metric_values(
+    function: MetricFunction, config: EvalConfig, predictions: Sequence[Prediction]
+) -> float | list[float]:
+    """Return what the user's function returns for these rows: one number, or one for each.
 
     Args:
         config: its name, and whether its best value is the highest or the lowest.
@@ -93,10 +100,15 @@ def compute(function: MetricFunction, config: EvalConfig, predictions: Sequence[
         )
     if not all(math.isfinite(value) for value in values):
         raise TrialError(f"{FIELD}: {metric} returned a value that is not finite; return a number for any predictions")
-    if _is_number(found):
-        return MetricValue(name=metric, best=config.best, value=float(found))
-    value, low, high = bootstrap_mean([float(value) for value in values])
-    return MetricValue(name=metric, best=config.best, value=value, low=low, high=high)
+    return float(found) if _is_number(found) else [float(value) for value in values]
+
+
+def summarize_metric(values: float | list[float], config: EvalConfig) -> MetricValue:
+    """Return the metric's value on all rows, with an interval where there is a value for each row."""
+    if isinstance(values, float):
+        return MetricValue(name=config.metric, best=config.best, value=values)
+    value, low, high = bootstrap_mean(values)
+    return MetricValue(name=config.metric, best=config.best, value=value, low=low, high=high)
 
 
 def _import(metric: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -23,14 +23,36 @@ from rankloom.evals.generate import decode_prompts, decode_references, generate_
 from rankloom.evals.intervals import bootstrap_proportion
 from rankloom.evals.labels import LabelTrie, compute_macro_f1, predict_labels
 from rankloom.evals.latency import measure_latency
-from rankloom.evals.loss import compute_labelled_loss, compute_token_loss
-from rankloom.evals.own_metric import MetricFunction, Prediction, compute, load_metric
+from rankloom.evals.loss import average_losses, compute_labelled_loss, compute_row_losses, compute_token_loss
+from rankloom.evals.own_metric import (
+    MetricFunction,
+    Prediction,
+    compute,
+    compute_metric_values,
+    load_metric,
+    summarize_metric,
+)
 from rankloom.registry.scorecard import Measures, Proportion
 
 CHECKED_ROWS = 32
 """Rows on which the user's own metric is tried before anything starts."""
 SEED = 0
 """Seed that chooses the test rows if `eval.max_test_rows` leaves some out; equal for every trial."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """The result of one test row."""
+
+    loss: float
+    """Mean cross-entropy of its trained tokens, in nats; 0 where it has none."""
+    weight: float
+    """Sum of its trained tokens' weights."""
+    reference: str | None = None
+    """The row's completion, or its label; None: the rows have no prompts."""
+    prediction: str | None = None
+    metric: float | None = None
+    """Value of `eval.metric`, where that is the user's own and gives one for each row."""
 
 
 def measure(
@@ -40,7 +62,18 @@ def measure(
     config: EvalConfig,
     own: MetricFunction | None = None,
 ) -> Measures:
-    """Score a model on the test rows.
+    """Score a model on the test rows, as `measure_rows` does."""
+    return measure_rows(model, tokenizer, data, config, own)[0]
+
+
+def measure_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    config: EvalConfig,
+    own: MetricFunction | None = None,
+) -> tuple[Measures, list[RowScore]]:
+    """Score a model on the test rows, and return each row's result too, in the rows' order.
 
     Classification gets constrained accuracy instead of exact match; plain text, which has no prompts, gets neither.
 
@@ -50,23 +83,29 @@ def measure(
     pad_id, batch_size = int(tokenizer.pad_token_id), config.batch_size
     limit = config.max_test_rows
     rows = list(data.test if limit is None else data.test.select(limit, seed=SEED))
-    loss = compute_token_loss(model, rows, pad_id=pad_id, batch_size=batch_size)
+    losses = compute_row_losses(model, rows, pad_id=pad_id, batch_size=batch_size)
+    scores = [RowScore(each.total / each.weight if each.weight else 0.0, each.weight) for each in losses]
+    loss = average_losses(losses)
     accuracy = f1 = exact_match = metric = retention = latency = None
     if has_prompts(data):
         predictions = predict(model, tokenizer, rows, data, batch_size=batch_size)
         truths, texts = [each.reference for each in predictions], [each.prediction for each in predictions]
+        scores = [replace(row, reference=t, prediction=p) for row, t, p in zip(scores, truths, texts, strict=True)]
         if data.labels is None:
             exact_match = _share_of_equal(truths, texts)
         else:
             accuracy, f1 = _share_of_equal(truths, texts), compute_macro_f1(truths, texts)
         if own is not None:
-            metric = compute(own, config, predictions)
+            values = compute_metric_values(own, config, predictions)
+            metric = summarize_metric(values, config)
+            if isinstance(values, list):
+                scores = [replace(row, metric=value) for row, value in zip(scores, values, strict=True)]
     if data.retention is not None:
         kept = data.retention if limit is None else data.retention.select(limit, seed=SEED)
         retention = compute_token_loss(model, kept, pad_id=pad_id, batch_size=batch_size)
     if config.latency:
         latency = measure_latency(model, rows, pad_id=pad_id)
-    return Measures(
+    measures = Measures(
         num_rows=len(rows),
         loss=loss.mean,
         perplexity=loss.perplexity,
@@ -78,6 +117,7 @@ def measure(
         latency_ms=latency and latency.latency_ms,
         generated_tokens_per_s=latency and latency.generated_tokens_per_s,
     )
+    return measures, scores
 
 
 def _check_prompts(data: TaskData) -> None:

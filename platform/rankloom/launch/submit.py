@@ -21,7 +21,7 @@ from urllib.request import urlopen
 import yaml
 
 import rankloom
-from rankloom.config import StudyConfig, TrialConfig, dump
+from rankloom.config import CompareConfig, StudyConfig, TrialConfig, dump
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.launch.cluster import CONNECT_TIMEOUT_S, check_answers
 
@@ -52,7 +52,7 @@ def submit(
     arguments: Sequence[str],
     *,
     address: str,
-    config: TrialConfig | StudyConfig | None = None,
+    config: TrialConfig | StudyConfig | CompareConfig | None = None,
     working_dir: Path | None = None,
 ) -> Job:
     """Start `rankloom <arguments>` on the cluster.

@@ -16,7 +16,6 @@ from torch import nn
 from rankloom.adapters.extract import convert_adalora
 from rankloom.adapters.modules import use_exact_module_names
 from rankloom.config.method import AdaLoraConfig
-from rankloom.errors import ConfigError
 from rankloom.methods.base import Method, State, has_conv1d, list_peft_targets
 from rankloom.models import Base, check_experts
 
@@ -26,14 +25,7 @@ class AdaLora(Method[AdaLoraConfig]):
 
     def attach(self, base: Base) -> nn.Module:
         config = self.config
-        warmup = int(self.num_steps * config.warmup_fraction)
-        final = max(1, int(self.num_steps * config.final_fraction))
-        if self.num_steps - warmup - final < config.interval:
-            raise ConfigError(
-                f"budget: {self.num_steps} steps leave AdaLoRA {max(0, self.num_steps - warmup - final)} between its "
-                f"warm-up ({warmup}) and its final phase ({final}), fewer than method.interval={config.interval}, so "
-                f"that no rank would move; train longer or lower method.interval"
-            )
+        warmup, final = config.split_steps(self.num_steps)
         adalora = peft.AdaLoraConfig(
             task_type="CAUSAL_LM",
             init_r=config.initial_rank,

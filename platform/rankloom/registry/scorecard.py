@@ -82,3 +82,26 @@ class Scorecard(_Plain):
     train_s: float
     tokens_per_s: float
     device: str
+
+
+class MethodCost(_Plain):
+    """The cost of a method's training, alone on its device; `rankloom.training.method_cost` measures it."""
+
+    trainable_parameters: int
+    """Numbers that train; for a method that trains a part at a time, those of its first step."""
+    weight_bytes: int
+    """The base as it is quantised, and the adapter."""
+    gradient_bytes: int
+    """All gradients that exist when the optimiser steps."""
+    optimizer_bytes: int
+    """The optimiser's state, with projections and importances where a method has them."""
+    activation_bytes: int
+    """What the forward pass keeps for the backward pass, on the longest batch of the budget."""
+    peak_bytes: int
+    """The most at one moment of a step. The parts do not add up to it: gradients come as activations go, and
+    intermediate results are in it too."""
+    tokens_per_s: float
+    """Real tokens per second of training, median of a few steps."""
+    num_steps: int
+    """Steps that were timed."""
+    device: str

@@ -24,7 +24,9 @@ from rankloom.launch.background import Background
 from rankloom.launch.failures import to_failure
 from rankloom.launch.handed_over import load_study_metric
 from rankloom.launch.results import TrialResult
+from rankloom.launch.run_folder import RESULT
 from rankloom.launch.trainer import train_trial
+from rankloom.registry.scorecard import Scorecard
 
 LEAVE_TIMEOUT_S = 60.0
 PROGRESS = "progress.json"
@@ -39,6 +41,16 @@ def build_dedicated_run(
     """Return the run of a study's trial, begun or not; `folder` is the study's."""
     root, best_folder = folder / "dedicated" / trial_id, folder / ADAPTERS / trial_id
     return DedicatedBackend(trial, study.search, root, best_folder, cpus)
+
+
+def read_own_scorecard(trial: TrialConfig, trial_id: str, folder: Path) -> Scorecard | None:
+    """Return the scorecard that a trial's own run ended with; None: it did not end, or shared a host.
+
+    Args:
+        folder: the study's.
+    """
+    path = folder / "dedicated" / trial_id / "runs" / trial.name / RESULT
+    return TrialResult.model_validate_json(path.read_bytes()).scorecard if path.is_file() else None
 
 
 class DedicatedBackend:

@@ -47,10 +47,14 @@ class TrialState:
     """Number of the report -> the report."""
     costs: dict[str, float] = field(default_factory=dict)
     """The measured `search.objectives`, by name."""
+    label: str | None = None
+    """The name that its branch or warm start was given."""
 
     @property
     def method(self) -> str:
-        """lora, qlora, dora, ...: the method with its base's quantisation."""
+        """Its label, else lora, qlora, dora, ...: the method with its base's quantisation."""
+        if self.label is not None:
+            return self.label
         kind, quantization = self.config.method.type, self.config.quantization.type
         return {"none": kind, "nf4": f"q{kind}"}.get(quantization, f"{kind}-{quantization}")
 
@@ -109,8 +113,9 @@ class Leaderboard:
             suggestion = replace(suggestion, number=known.number)
         curve, costs = (known.curve, known.costs) if known else ({}, {})
         self.trials[event.trial] = TrialState(
-            event.trial, suggestion.number, suggestion.point, suggestion.resolve(self.study), curve=curve, costs=costs
-        )
+            event.trial, suggestion.number, suggestion.point, suggestion.resolve(self.study), curve=curve, costs=costs,
+            label=self.study.get_label(suggestion.point),
+        )  # fmt: skip
 
     def rank_trials(self) -> list[TrialState]:
         """Return the trials with a report, the best by validation first; a failed trial's best report counts too."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,22 @@ from rankloom.launch import cluster
 from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import to_failure
-from rankloom.search.dedicated import ADAPTERS, build_dedicated_run
+from rankloom.search.dedicated import ADAPTERS, build_dedicated_run, read_own_scorecard
 from rankloom.search.finalists import Finalist, FinalistScore
 from rankloom.search.journal import Journal
 from rankloom.search.leaderboard import Leaderboard, TrialState
 
+Naming = Callable[[TrialState, Leaderboard], list[str]]
+"""Returns the names to publish a finalist under."""
 
-def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: OnEvent) -> dict[str, Any]:
+
+def finish(
+    study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: OnEvent, *, naming: Naming | None = None
+) -> dict[str, Any]:
     """Score the finalists on the test rows and publish the winners.
+
+    Args:
+        naming: chooses the names to publish under; None: `choose_names`.
 
     Raises:
         TrialError: none of them could be scored.
@@ -45,11 +54,12 @@ def finish(study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell:
         Finalist(
             trial=trial.config,
             folder=str(folder / ADAPTERS / trial.id),
-            names=choose_names(trial, leaderboard) if study.final.publish else [],
+            names=(naming or choose_names)(trial, leaderboard) if study.final.publish else [],
             steps=best.step,
             tokens=best.tokens,
             train_s=best.train_s,
             memory_bytes=memory,
+            own_run=read_own_scorecard(trial.config, trial.id, folder),
         )
         for trial in finalists
         if (best := trial.best(study.search))

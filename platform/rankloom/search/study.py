@@ -19,7 +19,7 @@ import json
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from rankloom.launch.handed_over import keep_metric, use_study_metric, use_study
 from rankloom.launch.run_folder import ID, find_changes, lock_folder
 from rankloom.registry import Registry
 from rankloom.search.curves import track_study
+from rankloom.search.journal import Journal
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.optuna_storage import write_optuna
 from rankloom.search.own_search import OwnSearch
@@ -54,7 +55,10 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config; Ray Tune's saved state depends on the rest."""
 
+NOTHING_HANDED_OVER = OwnSearch()
 Decision = Literal["start", "resume", "finished"]
+End = Callable[[StudyConfig, Path, Journal, Any, OnEvent], dict[str, Any]]
+"""Ends a study: gets it with its folder, its journal, the actor of its hosts and the function that takes events."""
 
 
 def tune(
@@ -116,6 +120,24 @@ def tune(
     """
     own = OwnSearch(searcher, sampler, scheduler)
     study = own.name_in(use_study_rows(use_study_metric(coerce(StudyConfig, study), metric), data))
+    return run_study(study, resume=resume, on_event=on_event, stop=stop, own=own, metric=metric)
+
+
+def run_study(
+    study: StudyConfig,
+    *,
+    resume: bool,
+    on_event: OnEvent,
+    stop: threading.Event | None = None,
+    own: OwnSearch = NOTHING_HANDED_OVER,
+    metric: MetricFunction | None = None,
+    end: End = finish,
+) -> StudyResult:
+    """Run a study as `tune` does, for it and for a comparison.
+
+    Args:
+        end: What to do with the trials when the search is done; what it returns is a part of the result.
+    """
     study = resolve_study_paths(study)
     folder = get_study_folder(study)
     if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock
@@ -125,7 +147,7 @@ def tune(
             on_event(WarningRaised(note))
     with lock_folder(folder, "study"):
         try:
-            return _run(study, folder, on_event, stop or threading.Event(), own, resume=resume, metric=metric)
+            return _run(study, folder, on_event, stop or threading.Event(), own, end, resume=resume, metric=metric)
         except OSError as error:
             raise TrialError(f"output.root: {folder} can't be used: {error}; make room; --resume continues") from None
 
@@ -136,6 +158,7 @@ def _run(
     on_event: OnEvent,
     stop: threading.Event,
     own: OwnSearch,
+    end: End,
     *,
     resume: bool,
     metric: MetricFunction | None,
@@ -163,7 +186,7 @@ def _run(
             track(event)
             on_event(event)
 
-        result = StudyResult.model_validate(_search(study, priors, leaderboard, folder, tell, stop, own))
+        result = StudyResult.model_validate(_search(study, priors, leaderboard, folder, tell, stop, own, end))
         if result.status == "done":
             _replace(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
             tell(StudyFinished(result.to_dict()))
@@ -178,6 +201,7 @@ def _search(
     tell: OnEvent,
     stop: threading.Event,
     own: OwnSearch,
+    end: End,
 ) -> dict[str, Any]:
     cluster.announce(tell)
     with (
@@ -203,7 +227,7 @@ def _search(
             reasons = sorted({trial.error or "without a report" for trial in leaderboard.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
-            return {"status": "done"} | outcome | finish(study, folder, journal, hosts, tell)
+            return {"status": "done"} | outcome | end(study, folder, journal, hosts, tell)
         except KeyboardInterrupt:  # Ray Tune, which handles Ctrl-C while it runs, is done
             return {"status": "interrupted"} | outcome
 
@@ -244,7 +268,7 @@ def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} exists and does not hold a rankloom study; choose another name")
         return "start"
-    begun = (folder / JOURNAL).is_file() and '"event": "report"' in (folder / JOURNAL).read_text(encoding="utf-8")
+    begun = has_begun(folder)
     if not resume and begun:
         raise ConfigError(
             f"study {study.name!r} exists at {folder}; --resume continues it, or choose another name (name=...)"
@@ -260,6 +284,11 @@ def decide_study(study: StudyConfig, folder: Path, *, resume: bool) -> Decision:
             f"name=..."
         )
     return "finished" if (folder / RESULT).is_file() else "resume"
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether a trial of the study in this folder has reported."""
+    return (folder / JOURNAL).is_file() and '"event": "report"' in (folder / JOURNAL).read_text(encoding="utf-8")
 
 
 def _explain_given_again(saved: dict[str, Any]) -> str:

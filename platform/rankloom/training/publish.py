@@ -19,7 +19,7 @@ from rankloom.data import TaskData
 from rankloom.errors import TrialError
 from rankloom.evals.costs import count_weight_bytes
 from rankloom.evals.own_metric import MetricFunction
-from rankloom.evals.score import measure
+from rankloom.evals.score import RowScore, measure_rows
 from rankloom.models import Base
 from rankloom.registry import BaseModelRef, Draft, Lineage, Record, Registry, Versions
 from rankloom.registry.checks import WEIGHTS
@@ -42,10 +42,11 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Score:
-    """An adapter's scorecard, and the bytes of the base's weights together with the adapter's."""
+    """An adapter's scorecard, the bytes of the base's weights with the adapter's, and the result of each test row."""
 
     scorecard: Scorecard
     memory_bytes: int
+    rows: list[RowScore]
 
 
 def probe_ids(data: TaskData) -> list[int]:
@@ -87,7 +88,7 @@ def score(
             raise TrialError(f"{trial.name}: the adapter changes nothing; train longer or raise optim.learning_rate")
         if trained_logits is not None:
             check_export(adapter_logits, trained_logits, base.quantization)
-        result = measure(adapted, base.tokenizer, data, trial.eval, metric)
+        result, rows = measure_rows(adapted, base.tokenizer, data, trial.eval, metric)
         memory_bytes = count_weight_bytes(adapted)
     finally:
         adapted.unload()
@@ -105,7 +106,7 @@ def score(
         tokens_per_s=cost.tokens / max(cost.seconds, 1e-9),
         device=_name_device(base.device),
     )
-    return Score(scorecard, memory_bytes)
+    return Score(scorecard, memory_bytes, rows)
 
 
 def check_export(adapter_logits: Tensor, trained_logits: Tensor, quantization: str) -> None:

@@ -35,6 +35,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         [],
         ["train"],
         ["tune"],
+        ["compare"],
         ["serve"],
         ["evaluate"],
         ["submit", "train"],

@@ -13,6 +13,7 @@ from rankloom.cli.progress import format_duration
 from rankloom.cli.progress import format_event as run_lines
 from rankloom.config.printable import escape_unprintable
 from rankloom.events import Event, HostStatus, OnEvent, PhaseStarted, StudyStatus, TrialEnded, WarningRaised
+from rankloom.reporting.verdict import contrast
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -178,9 +179,10 @@ def format_result(result: StudyResult, config: str, overrides: Sequence[str] = (
         return [f"stopped; {shlex.join(['rankloom', 'tune', config, *overrides, '--resume'])} continues from here"]
     winner = result.winner
     lines = [f"winner   {winner.name} ({winner.method}), chosen on the validation rows"]
-    if result.beats_baseline is not None and result.baseline is not None:
-        better = "is better" if result.beats_baseline else "is NOT better"
-        lines.append(f"         on the test rows it {better} than the baseline, {result.baseline.name}")
+    baseline = result.baseline
+    if winner.scorecard and baseline and baseline.scorecard and baseline.trial != winner.trial:
+        verdict = contrast(winner.scorecard.result, baseline.scorecard.result)
+        lines.append(f"test     {verdict.sentence('the winner', f'the baseline {baseline.name}')}")
     lines += [f"study    {result.folder}", f"trials   {result.results}"]
     if winner.adapter and result.registry:
         lines.append(f"next     rankloom adapters promote {winner.adapter} --registry {shlex.quote(result.registry)}")

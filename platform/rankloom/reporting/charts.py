@@ -218,7 +218,7 @@ def draw_front(trials: Sequence[ReportedTrial], cost: str, goal: Goal) -> Chart:
         ],
     }
     description = f"{goal.name} against {title} of {len(data)} trials; {sum(best)} of them are on the front."
-    return Chart(id=f"pareto-{cost.partition('_')[0]}", title=f"{goal.name} against {title}".capitalize(),
+    return Chart(id=f"pareto-{cost.partition('_')[0]}", title=f"{goal.name[:1].upper()}{goal.name[1:]} against {title}",
                  description=description, spec=spec, height=260)  # fmt: skip
 
 

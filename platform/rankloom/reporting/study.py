@@ -256,7 +256,7 @@ def _show_costs(study: ReportedStudy) -> Iterator[Block]:
     for name in measured:
         yield draw_front(study.trials, name, study.goal)
     if measured:
-        yield Note(text="Filled and joined: no other trial is as good in both and better in one of these two.")
+        yield Note(text="Large and joined: no other trial is as good in both and better in one of these two.")
     else:
         yield Note(
             text="Memory and latency of each trial are measured with search.objectives: [memory_bytes, latency_ms]."

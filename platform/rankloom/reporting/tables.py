@@ -60,13 +60,29 @@ def build_test_scores(trials: Sequence[ReportedTrial], reference: ReportedTrial 
         cells = (Cell(text="base, untuned"), Cell(text=""), *_list_measures(base, other), Cell(text=""), Cell(text=""))
         lines.append(Line(cells=cells))
     rows = scored[0].score.result.num_rows if scored and scored[0].score else 0
-    measures = ("score", "95 % interval", f"against the {against}", "macro F1", "loss", "retention loss", "latency, ms")
+    measures = (
+        _name_score(base or other),
+        "95 % interval",
+        f"against the {against}",
+        "macro F1",
+        "loss",
+        "retention loss",
+        "latency, ms",
+    )
     return Table(
         caption=f"Measured on {rows:,} test rows, which chose nothing; each verdict is one comparison, uncorrected",
         header=("trial", "method", *measures, "adapter, MB", "published"),
         lines=tuple(lines),
         num_texts=2,
     ).drop_empty_columns()
+
+
+def _name_score(measures: Measures | None) -> str:
+    if measures is None:
+        return "score"
+    if measures.metric is not None:
+        return measures.metric.name
+    return "accuracy" if measures.accuracy else "exact match" if measures.exact_match else "score"
 
 
 def _list_measures(measures: Measures, other: Measures | None) -> tuple[Cell, ...]:

@@ -88,7 +88,8 @@ class StudyResult(Result):
     registry: str | None = None
     """The registry with the published adapters."""
     beats_baseline: bool | None = None
-    """Whether the winner is better than the baseline on the test rows; None where they are the same trial."""
+    """Whether the winner's value on the test rows is better than the baseline's, be it by chance; None where they are
+    the same trial."""
 
     @property
     def adapter(self) -> str | None:

@@ -275,7 +275,7 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
     assert header[5:] == ("front", "memory", "latency", "published")
     assert [row[5:8] for row in rows] == [("yes", "250.0 MB", "31 ms"), ("", "", ""), ("", "", "")]
     text = "\n".join(study_view.format_result(result, "study.yaml"))
-    assert "on the test rows it is NOT better than the baseline, s-0000" in text
+    assert "the winner and the baseline s-0000 are tied on the test rows: accuracy 80.0 % against 80.0 %" in text
     assert "rankloom adapters promote s@1 --registry out/registry" in text
     stopped = StudyResult.model_validate(begun | {"status": "interrupted"})
     (line,) = study_view.format_result(stopped, "my study.yaml", ["name=b", "trial.data.train=a b.csv"])

@@ -54,6 +54,12 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape" && chosen) choose("");
 });
 
+// A page of paper has another width than the window.
+addEventListener("beforeprint", () => {
+  for (const view of views) view.width(view.container().closest(".small") ? 310 : 660).run();
+});
+addEventListener("afterprint", () => dispatchEvent(new Event("resize")));
+
 async function draw(id) {
   const options = { renderer: "svg", actions: { export: true, source: false, compiled: false, editor: false }, downloadFileName: id };
   const { view } = await vegaEmbed(`#chart-${id}`, specs[id], options);

@@ -19,7 +19,7 @@ from rankloom.kernels.ragged import (
     ragged_expand,
     ragged_expand_onto,
     ragged_expand_scaled,
-    ragged_gradient,
+    ragged_gradients,
     ragged_scale_backward,
     ragged_shrink,
 )
@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
             y_NO, scale_KO, inverse_KO = kept
             dy_NO, dmagnitude_KO = ragged_scale_backward(dy_NO, y_NO, scale_KO, inverse_KO, bounds)
         dh = ragged_shrink(dy_NO, slots.b_KOR.mT, slots.scale_K, bounds)
-        da_KRI, db_KOR = ragged_gradient(dh, x_NI, False, bounds), ragged_gradient(h, dy_NO, True, bounds)
+        da_KRI, db_KOR = ragged_gradients(dh, x_NI, h, dy_NO, bounds)
         dx = None
         if ctx.needs_input_grad[0]:
             dx_NI = ragged_expand(dh, slots.a_KRI, None, bounds)

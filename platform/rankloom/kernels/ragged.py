@@ -42,7 +42,7 @@ def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Ten
     h_NR = x_ND.new_zeros(len(x_ND), factor_KRD.shape[1], dtype=torch.float32)
     for slot, span in _spans(bounds):
         h_NR[span] = (x_ND[span].float() @ factor_KRD[slot].float().T) * scale_K[slot]
-    return h_NR[None]
+    return h_NR.unsqueeze(0)
 
 
 @op()
@@ -102,13 +102,17 @@ def ragged_scale_backward(
 
 
 @op()
-def ragged_gradient(h_SNR: Tensor, x_ND: Tensor, transposed: bool, bounds: Tensor) -> Tensor:
-    """Return hᵀ x of each slot's tokens in fp32, [K, R, D], or [K, D, R] where `transposed`; zero for idle slots."""
-    h_NR = h_SNR.sum(0)
-    gradient_KRD = h_NR.new_zeros(len(bounds) - 3, h_NR.shape[1], x_ND.shape[1])
+def ragged_gradients(
+    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return dhᵀ x [K, R, I] and dyᵀ h [K, O, R] of each slot's tokens, in fp32; zero for idle slots."""
+    dh_NR, h_NR = (h.sum(0).to(x_NI.dtype).float() for h in (dh_SNR, h_SNR))
+    da_KRI = h_NR.new_zeros(len(bounds) - 3, h_NR.shape[1], x_NI.shape[1])
+    db_KOR = h_NR.new_zeros(len(bounds) - 3, dy_NO.shape[1], h_NR.shape[1])
     for slot, span in _spans(bounds):
-        gradient_KRD[slot] = h_NR[span].to(x_ND.dtype).float().T @ x_ND[span].float()
-    return gradient_KRD.mT.contiguous() if transposed else gradient_KRD
+        da_KRI[slot] = dh_NR[span].T @ x_NI[span].float()
+        db_KOR[slot] = dy_NO[span].float().T @ h_NR[span]
+    return da_KRI, db_KOR
 
 
 @op(launches=3)
@@ -135,10 +139,10 @@ def dora_scale(
     across_KOR = torch.einsum("oi,kri->kor", weight_OI.float(), a)
     across_KO = (across_KOR * b).sum(-1)
     own_KO = (torch.bmm(b, torch.bmm(a, a.mT)) * b).sum(-1)
-    s_K1 = scale_K[:, None]
+    s_K1 = scale_K.unsqueeze(1)
     squares_KO = squares_O + 2 * s_K1 * across_KO + s_K1.square() * own_KO
     inverse_KO = torch.where(squares_KO > 0, squares_KO, 1).rsqrt()
-    is_dora_K1 = is_dora_K[:, None]
+    is_dora_K1 = is_dora_K.unsqueeze(1)
     return torch.where(is_dora_K1, magnitude_KO * inverse_KO, 1), torch.where(is_dora_K1, inverse_KO, 0)
 
 

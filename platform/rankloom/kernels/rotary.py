@@ -22,7 +22,7 @@ def rotate(q_BHTE: Tensor, k_BJTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor, bac
     A result's positions come before its heads in memory, as in what a linear layer returns. cos and sin may have one
     row for all.
     """
-    cos_B1TE, sin_B1TE = cos_BTE.float()[:, None], sin_BTE.float()[:, None]
+    cos_B1TE, sin_B1TE = cos_BTE.float().unsqueeze(1), sin_BTE.float().unsqueeze(1)
     results = []
     for x in (q_BHTE, k_BJTE):
         first, second = x.float().chunk(2, -1)

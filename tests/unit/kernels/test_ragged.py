@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
-from rankloom.kernels import ragged
+from rankloom.kernels import LAUNCHES, ragged
 from rankloom.kernels.triton import ragged as kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -64,9 +67,9 @@ def test_products_equal_their_references(counts: tuple[int, ...], width: int, ra
         kernels.ragged_expand_onto(mine, h, factor, bounds)
         ragged.ragged_expand_onto(theirs, h, factor, bounds)
         assert_equal(mine, theirs, dtype)
-    for transposed in (False, True):
-        found = kernels.ragged_gradient(h, x, transposed, bounds)
-        assert_equal(found, ragged.ragged_gradient(h, x, transposed, bounds), dtype)
+    args = (drawn(2, sum(counts), rank), x, h, drawn(sum(counts), 150, dtype=dtype, seed=5), bounds)
+    for left, right in zip(kernels.ragged_gradients(*args), ragged.ragged_gradients(*args), strict=True):
+        assert_equal(left, right, dtype)
 
 
 @DTYPES
@@ -111,11 +114,52 @@ def test_what_is_not_finite_stays_with_its_slot() -> None:
     x, a = drawn(sum(counts), 32), drawn(NUM_SLOTS, 8, 32, seed=1)
     a[1], x[4] = torch.inf, torch.nan
     h = kernels.ragged_shrink(x, a, scale, bounds).sum(0, keepdim=True)
-    y, gradient = kernels.ragged_expand(h, a, None, bounds), kernels.ragged_gradient(h, x, False, bounds)
+    y, (gradient, _) = kernels.ragged_expand(h, a, None, bounds), kernels.ragged_gradients(h, x, h, x, bounds)
     others = [*range(4), *range(24, sum(counts))]
     assert y[others].isfinite().all()
     assert not y[4:24].isfinite().any()
     assert gradient[[0, 2, 3]].isfinite().all()
+
+
+def test_doras_scale_launches_as_often_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    run = GridExecutor.__call__
+
+    def count(executor: GridExecutor, *args: object, **kwargs: object) -> object:
+        launched.append(executor.fn.__name__)
+        return run(executor, *args, **kwargs)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.name() in ("aten::mm", "aten::bmm"):
+                launched.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    a, b, vectors = drawn(NUM_SLOTS, 8, 32), drawn(NUM_SLOTS, 40, 8), drawn(NUM_SLOTS, 40)
+    with Products():
+        kernels.dora_scale(
+            drawn(40, 32), vectors[0], a, b, vectors[:, 0], vectors, torch.ones(NUM_SLOTS, dtype=torch.bool)
+        )
+    assert sorted(launched) == ["_dora_scale", "aten::bmm", "aten::mm"]
+    assert len(launched) == LAUNCHES["dora_scale"]
+
+
+def test_ops_have_shapes_without_values() -> None:
+    with FakeTensorMode():
+        a, b = torch.empty(4, 8, 32, dtype=torch.bfloat16), torch.empty(4, 64, 8, dtype=torch.bfloat16)
+        vectors, scale, x = torch.empty(4, 64), torch.empty(4), torch.empty(10, 32, dtype=torch.bfloat16)
+        bounds = ragged.ragged_bounds(torch.empty(10, dtype=torch.int64), 4)
+        h = ragged.ragged_shrink(x, a, scale, bounds)
+        y = ragged.ragged_expand(h, b.mT, None, bounds)
+        ragged.ragged_expand_onto(y, h, b.mT, bounds)
+        result = ragged.ragged_expand_scaled(y, h, b.mT, vectors, None, False, bounds)
+        dy, dscale = ragged.ragged_scale_backward(result, y, vectors, vectors, bounds)
+        da, db = ragged.ragged_gradients(h, x, h, dy, bounds)
+        weight = torch.empty(64, 32, dtype=torch.bfloat16)
+        factors = ragged.dora_scale(weight, vectors[0], a, b, scale, vectors, torch.zeros(4, dtype=torch.bool))
+    shapes = [tuple(t.shape) for t in (bounds, y, result, dscale, da, db, *factors)]
+    assert shapes == [(7,), (10, 64), (10, 64), (4, 64), (4, 8, 32), (4, 64, 8), (4, 64), (4, 64)]
 
 
 def launch_all() -> None:
@@ -133,8 +177,7 @@ def launch_all() -> None:
             kernels.ragged_expand(h, factor, None, bounds)
             kernels.ragged_expand(h, factor, x[0], bounds)
             kernels.ragged_expand_onto(x, h, factor, bounds)
-        for transposed in (False, True):
-            kernels.ragged_gradient(h, x, transposed, bounds)
+        kernels.ragged_gradients(h, x, h, x, bounds)
         for bias, inside in ((None, False), (x[0], True)):
             kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, inside, bounds)
         kernels.ragged_scale_backward(x, x, vectors, vectors, bounds)

@@ -148,12 +148,11 @@ def _scale_backward(
 
 @triton.jit
 def _gradient(
-    h, x, bounds, gradient,
+    h, x, gradient, bounds, slot, block,
     h_s, x_n, g_k, g_r, g_d, width, rank,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SUMMANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    slot, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    d, r = block * BLOCK + tl.arange(0, BLOCK), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
     start, stop = tl.load(bounds + slot + 1), tl.load(bounds + slot + 2)
     total = tl.zeros((RANKS, BLOCK), tl.float32)
     for first in range(start, stop, TOKENS):
@@ -164,6 +163,25 @@ def _gradient(
         total = _dot(tl.trans(narrow.to(wide.dtype)), wide, total, PRECISION)
     at = gradient + slot.to(tl.int64) * g_k + r.to(tl.int64)[:, None] * g_r + d.to(tl.int64)[None, :] * g_d
     tl.store(at, total, mask=(r < rank)[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def _gradients(
+    dh, x, da, h, dy, db, bounds, dh_s, x_n, num_in, h_s, dy_n, num_out, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, OF_A: tl.constexpr, OF_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, block, blocks_of_a = tl.program_id(0), tl.program_id(1), tl.cdiv(num_in, BLOCK)
+    if block < blocks_of_a:
+        _gradient(
+            dh, x, da, bounds, slot, block, dh_s, x_n, rank * num_in, num_in, 1, num_in, rank,
+            TOKENS, RANKS, BLOCK, OF_A, PRECISION,
+        )  # fmt: skip
+    else:
+        _gradient(
+            h, dy, db, bounds, slot, block - blocks_of_a, h_s, dy_n, rank * num_out, 1, rank, num_out, rank,
+            TOKENS, RANKS, BLOCK, OF_B, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -283,18 +301,19 @@ def ragged_scale_backward(
     return out_NO, sums_KO
 
 
-def ragged_gradient(h_SNR: Tensor, x_ND: Tensor, transposed: bool, bounds: Tensor) -> Tensor:
-    num_slots, rank, width = len(bounds) - 3, h_SNR.shape[2], x_ND.shape[1]
-    shape = (num_slots, width, rank) if transposed else (num_slots, rank, width)
-    gradient = torch.empty(shape, dtype=torch.float32, device=x_ND.device)
-    of_slot, first, second = gradient.stride()
-    ranks = _ranks(rank)
-    _gradient[(num_slots, triton.cdiv(width, 128), triton.cdiv(rank, ranks))](
-        h_SNR, x_ND, bounds, gradient,
-        h_SNR.stride(0), x_ND.stride(0), of_slot, *((second, first) if transposed else (first, second)), width, rank,
-        32, ranks, 128, len(h_SNR), _precision(x_ND),
+def ragged_gradients(
+    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_slots, rank, num_in, num_out = len(bounds) - 3, h_SNR.shape[2], x_NI.shape[1], dy_NO.shape[1]
+    da_KRI = torch.empty(num_slots, rank, num_in, dtype=torch.float32, device=x_NI.device)
+    db_KOR = torch.empty(num_slots, num_out, rank, dtype=torch.float32, device=x_NI.device)
+    blocks, ranks = triton.cdiv(num_in, 128) + triton.cdiv(num_out, 128), _ranks(rank)
+    _gradients[(num_slots, blocks, triton.cdiv(rank, ranks))](
+        dh_SNR, x_NI, da_KRI, h_SNR, dy_NO, db_KOR, bounds,
+        dh_SNR.stride(0), x_NI.stride(0), num_in, h_SNR.stride(0), dy_NO.stride(0), num_out, rank,
+        32, ranks, 128, len(dh_SNR), len(h_SNR), _precision(x_NI),
     )  # fmt: skip
-    return gradient
+    return da_KRI, db_KOR
 
 
 def dora_scale(

@@ -45,6 +45,9 @@ class GraphCache:
     def num_recorded(self) -> int:
         return len(self._recordings)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._recordings
+
     def run(self, key: Hashable, function: Callable[[], R]) -> R:
         """Return the function's result: computed at the first call of a key, recorded at the second, then replayed.
 

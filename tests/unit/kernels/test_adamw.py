@@ -45,3 +45,12 @@ def test_norms_are_each_slots_own() -> None:
     expected = (stack.double() ** 2).sum((0, 2, 3)).float()
     for squares in (adamw.slot_squares, adamw_triton.slot_squares):
         torch.testing.assert_close(squares(stack), expected, equal_nan=True)
+
+
+def launch_all() -> None:
+    """Launch each kernel on shapes of real models."""
+    settings = torch.empty(7, 16)
+    for shape in ((16, 576), (1536, 16), (4096,)):
+        stacks = [torch.empty(2, 16, *shape) for _ in range(3)]
+        for shadow in (None, stacks[0].bfloat16()):
+            adamw_triton.slot_adamw(*stacks, stacks[0].clone(), settings, shadow)

@@ -10,13 +10,14 @@ Shapes: G parameters of one shape, K slots, M predicted tokens, S settings of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankloom.kernels.graphs import GraphCache
+from rankloom.models.device import free_cuda_bytes
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.optim import SlotAdamW
 from rankloom.training.fused.packing import Arranged
@@ -62,12 +63,13 @@ class DeviceStep:
         return losses, norms
 
     def add_and_apply(
-        self, arranged: Arranged, factors: Mapping[int, float], *, partial: bool
+        self, arranged: Arranged, factors: Mapping[int, float], *, partial: bool, meanwhile: Callable[[], None]
     ) -> tuple[list[float], list[float]]:
         """Add rows and step the slots that these complete, in one go; `arranged` has rows as they lie, `is_one_go`.
 
         Args:
             partial: whether there are sums before, or will be after.
+            meanwhile: is called while the device computes.
 
         Returns:
             As `apply`. The sums of the slots that stepped are zero.
@@ -83,13 +85,14 @@ class DeviceStep:
         shapes = tuple(array.shape for array in arrays.values())
         key = (shapes, arranged.longest, partial, self.forward.adapted_sites())
         try:
-            if arranged.num_tokens > MOST_RECORDED:
-                result_2K = self._whole(arranged, tensors, partial)
-            else:
+            if key in self.graphs or self._may_record(arranged.num_tokens):
                 result_2K = self.graphs.run(key, lambda: self._whole(arranged, tensors, partial))
+            else:
+                result_2K = self._whole(arranged, tensors, partial)
         except torch.OutOfMemoryError:
             self.graphs.clear()
             raise
+        meanwhile()
         losses, norms = result_2K.tolist()  # the step's one wait for the device
         self.optimizer.count(factors)
         self.is_empty = not partial
@@ -113,6 +116,14 @@ class DeviceStep:
                 stack.zero_()
         else:
             self._stacks = None
+
+    def _may_record(self, num_tokens: int) -> bool:
+        """Return whether a graph gains time, and its memory leaves enough for a step without one, or an evaluation."""
+        device = self.optimizer.device
+        if num_tokens > MOST_RECORDED or device.type != "cuda":
+            return num_tokens <= MOST_RECORDED
+        most = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        return free_cuda_bytes(device) >= 2 * most
 
     def _whole(self, arranged: Arranged, tensors: Mapping[str, Tensor], partial: bool) -> Tensor:
         """Return [2, K], losses and norms; nothing in here waits for the device, or comes from the host's memory."""

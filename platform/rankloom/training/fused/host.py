@@ -345,8 +345,15 @@ class TrialHost:
             return None
         stepping = {member.slot: member.factor for member, num_rows in members.items() if member.completes(num_rows)}
         partial = not self.sums.is_empty or len(stepping) < len(members)
+
+        def draw() -> None:
+            for member in members:
+                if member.slot in stepping:
+                    member.draw_early(self._example)
+
         try:
-            losses, norms = self.sums.add_and_apply(self._arrange(plan), stepping, partial=partial)
+            arranged = self._arrange(plan)
+            losses, norms = self.sums.add_and_apply(arranged, stepping, partial=partial, meanwhile=draw)
         except torch.OutOfMemoryError:
             pass  # the error's traceback holds tensors, which are freed after this block
         else:

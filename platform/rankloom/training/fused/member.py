@@ -45,6 +45,8 @@ class Member:
         """Rows of the current step that are not computed yet, by micro-batch."""
         self._num_computed = 0
         self._begun_at = self.cursor.state_dict()
+        self._next: tuple[dict[str, Any], list[int]] | None = None
+        """The next step's rows, where they are drawn already, after the cursor's state before that."""
         self.weight = 0.0
         """Sum of the loss weights of all tokens in the current step."""
         self._step_tokens = 0
@@ -71,8 +73,8 @@ class Member:
     def work(self, example_of: Callable[[int], Example]) -> PendingBatch:
         """Return the next micro-batch, drawing the next step's rows where the current step is complete."""
         if not self._micro_batches:
-            self._begun_at = self.cursor.state_dict()
-            rows, cuts = self.cursor.next(), self.trial.optim.accumulation
+            self._begun_at, rows = self._next or (self.cursor.state_dict(), self.cursor.next())
+            self._next, cuts = None, self.trial.optim.accumulation
             self._micro_batches = [cut for i in range(cuts) if (cut := rows[i::cuts])]
             examples = [example_of(row) for row in rows]
             self.weight = sum(example.weight for example in examples)
@@ -80,6 +82,13 @@ class Member:
             self._num_computed = 0
         lengths = tuple(len(example_of(row).ids_T) for row in self._micro_batches[0])
         return PendingBatch(self.slot, self.last_served, lengths)
+
+    def draw_early(self, example_of: Callable[[int], Example]) -> None:
+        """Draw and read the rows of the step after the current one, which a device computes meanwhile."""
+        if self._next is None and self.step + 1 < self.num_steps:
+            self._next = self.cursor.state_dict(), self.cursor.next()
+            for row in self._next[1]:
+                example_of(row)
 
     def completes(self, num_rows: int) -> bool:
         """Return whether the first `num_rows` rows of the next micro-batch are the last ones of the step."""
@@ -108,10 +117,11 @@ class Member:
 
     def state(self) -> dict[str, Any]:
         """Return progress, data cursor and the adapter's shape as plain data."""
+        drawn = self._begun_at if self.amid_step else self._next and self._next[0]
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "cursor": self._begun_at if self.amid_step else self.cursor.state_dict(),
+            "cursor": drawn or self.cursor.state_dict(),
             "adapter": self._adapter(),
         }
 
@@ -142,7 +152,7 @@ class Member:
             batch = theirs["batch"] * self.cursor.batches_per_epoch // per_epoch
             theirs = {**mine, "epoch": theirs["epoch"], "batch": batch}
         self.cursor.load_state_dict(theirs)
-        self._micro_batches = []
+        self._micro_batches, self._next = [], None
         self.step, self.tokens = state["step"], state["tokens"]
 
     def _adapter(self) -> dict[str, Any]:

@@ -152,13 +152,13 @@ class SlotAdamW:
 
     def settings_of(self, factors: Mapping[int, float]) -> np.ndarray:
         """Return [2, S, K], the slots' settings for their next step: of A, and of the other roles."""
-        settings_2SK = np.tile(np.array(IDLE, dtype=np.float32)[:, None], (2, 1, self.num_slots))
+        columns = [[IDLE] * self.num_slots for _ in range(2)]
         for slot, factor in factors.items():
             optim, count = self.settings[slot], self.counts[slot] + 1
             beta_1, beta_2 = optim.betas
             for r, ratio in enumerate((1.0, optim.loraplus_ratio)):
                 rate = factor * optim.learning_rate * ratio
-                settings_2SK[r, :, slot] = (
+                columns[r][slot] = (
                     math.inf if optim.clip_norm is None else optim.clip_norm,
                     1 - beta_1,
                     1 - beta_2,
@@ -167,7 +167,7 @@ class SlotAdamW:
                     rate / (1 - beta_1**count),
                     1 - rate * optim.weight_decay,
                 )
-        return settings_2SK
+        return np.ascontiguousarray(np.array(columns, dtype=np.float32).transpose(0, 2, 1))
 
     def apply(
         self, stacks: Sequence[Tensor], settings_2SK: Tensor, losses_K: Tensor, norms_K: Tensor, *, used: int
@@ -217,11 +217,13 @@ class SlotAdamW:
     def load_state(self, slot: int, rank: int, state: Mapping[str, Tensor]) -> None:
         """Set a slot's moments and step count from what `state` returned."""
         self.counts[slot] = int(state["count"])
-        for i, item in enumerate(self.parameters):
-            group, g = self._at[i]
-            for kind, moment in (("first", group.first), ("second", group.second)):
-                moment[g, slot].zero_()
-                item.trim(moment[g, slot], rank).copy_(state[f"{kind}.{item.name}"])
+        for group in self._groups:
+            for kind, stack in (("first", group.first), ("second", group.second)):
+                moments = torch.zeros(stack[:, slot].shape)  # on the CPU, so that one copy brings all to the device
+                for moment, i in zip(moments, group.members, strict=True):
+                    item = self.parameters[i]
+                    item.trim(moment, rank).copy_(state[f"{kind}.{item.name}"])
+                stack[:, slot] = moments.to(self.device)
 
     def copy(self, source: int, target: int) -> None:
         """Copy moments and step count from one slot to another, which keeps its settings."""

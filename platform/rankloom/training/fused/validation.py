@@ -19,6 +19,7 @@ from rankloom.data.render import Row
 from rankloom.evals.labels import LabelTrie
 from rankloom.training.fused.forward import Scores
 from rankloom.training.fused.packing import Example, Packed
+from rankloom.training.fused.staging import upload
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,14 @@ def _right(num_tallies: int, questions: Sequence[Question], scores: Scores) -> n
     if not found:
         return right
     most = max(len(choices) for _, _, choices, _ in found)
-    device, num_predicted = scores.losses_M.device, int(ends[-1])
-    at_D = torch.tensor([at for _, at, _, _ in found], device=device)
-    choices_DC = torch.tensor([[*c, *c[:1] * (most - len(c))] for _, _, c, _ in found], device=device)
-    truth_D = torch.tensor([truth for _, _, _, truth in found], device=device)
-    rows_TD = torch.arange(num_tallies, device=device)[:, None] * num_predicted + at_D
+    arrays = {
+        "at_D": np.array([at for _, at, _, _ in found]),
+        "choices_DC": np.array([[*c, *c[:1] * (most - len(c))] for _, _, c, _ in found]),
+        "truth_D": np.array([truth for _, _, _, truth in found]),
+    }
+    on_device = upload(arrays, scores.losses_M.device)
+    at_D, choices_DC, truth_D = (on_device[name] for name in arrays)
+    rows_TD = torch.arange(num_tallies, device=at_D.device)[:, None] * int(ends[-1]) + at_D
     chosen_RC = scores.chosen(rows_TD.flatten(), choices_DC.repeat(num_tallies, 1))
     wrong_TD = (chosen_RC.argmax(-1).view(num_tallies, -1) != truth_D).cpu().numpy()
     for t, d in np.argwhere(wrong_TD):

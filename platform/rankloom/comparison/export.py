@@ -1,4 +1,4 @@
-"""The files of a comparison: result.json, table.md, table.csv, table.parquet, tests.csv."""
+"""The files of a comparison: report.html, table.md, table.csv, table.parquet, tests.csv, and result.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
 from rankloom.comparison.table import build_cost_rows, build_quality_rows, build_records
-
-FILES = ("result.json", "table.md", "table.csv", "table.parquet", "tests.csv")
+from rankloom.reporting.html import render
 
 
 def export(result: CompareResult, folder: Path) -> None:
@@ -21,6 +21,7 @@ def export(result: CompareResult, folder: Path) -> None:
     from pyarrow import parquet
 
     rows = build_records(result)
+    _replace(folder / "report.html", render(make_page(result)))
     _replace(folder / "table.md", render_markdown(result))
     _replace(folder / "table.csv", format_csv(rows))
     _replace(folder / "tests.csv", format_csv([test.model_dump() | {"is_real": test.is_real} for test in result.tests]))

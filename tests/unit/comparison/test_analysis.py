@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankloom.comparison.export import export
+from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
 from rankloom.errors import TrialError
+from rankloom.reporting.html import render
+from rankloom.reporting.png import write_pngs
 from rankloom.search.finalists import get_rows_file
 
 
@@ -131,3 +134,14 @@ def test_the_files_say_what_the_result_says(left: Callable, tmp_path: Path) -> N
     assert list(result.table.columns) == list(rows[0])
     assert json.loads((tmp_path / "result.json").read_text())["verdict"] == list(result.verdict)
     assert "lora" in result._repr_html_()
+
+
+def test_the_page_has_the_words_the_tables_and_the_charts(left: Callable, tmp_path: Path) -> None:
+    result = left({"lora": [0.9, 0.88], "dora": [0.92, 0.9]}).result()
+    page = make_page(result)
+    assert page.summary == result.verdict
+    assert [chart.id for chart in page.charts] == ["quality", "memory", "trade"]
+    assert {file.read_bytes()[:4] for file in write_pngs(page, tmp_path)} == {b"\x89PNG"}  # each can be drawn
+    text = render(page)
+    assert "dora leads on the validation rows" in text
+    assert "rankloom adapters promote cmp-dora@1" in text

@@ -106,6 +106,24 @@ def test_rows_that_outgrow_the_pool_wait_and_come_out_the_same(tiny_llama: Path,
 
 
 @pytest.mark.usefixtures("fast")
+def test_a_step_that_is_computed_in_parts_draws_the_same(
+    tiny_llama: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = [([5 + i, *range(40, 50)], None, SAMPLINGS["cut"] | {"seed": i}) for i in range(5)]
+    whole = answers(engine_on(tiny_llama, registry), jobs)
+    predict = DevicePredictor.predict
+
+    def limited(self: DevicePredictor, chunks: Any, inputs: Any) -> Any:
+        if sum(chunk.count for chunk in chunks) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, chunks, inputs)
+
+    engine = engine_on(tiny_llama, registry)
+    monkeypatch.setattr(DevicePredictor, "predict", limited)
+    assert [tokens for _, tokens, _ in answers(engine, jobs)] == [tokens for _, tokens, _ in whole]
+
+
+@pytest.mark.usefixtures("fast")
 def test_logits_that_are_not_sound_end_their_own_request(
     tiny_llama: Path, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

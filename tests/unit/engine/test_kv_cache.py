@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rankloom.engine.kv_cache import CPU_TOKENS, NARROWEST, HeadShape, KvCache, bucket_width, choose_capacity
+from rankloom.engine.kv_pool import KvPool
 from rankloom.engine.prefix import PrefixTree
+from rankloom.errors import ConfigError
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -17,8 +19,9 @@ def values(length: int, seed: int) -> torch.Tensor:
     return torch.randn(2, 2, 1, length, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
-    cache, chance = KvCache(SHAPE, 40 * NARROWEST), random.Random(0)
+@pytest.mark.parametrize("kind", [KvCache, KvPool])
+def test_rows_keep_their_values_whoever_comes_and_goes(kind: type[KvCache] | type[KvPool]) -> None:
+    cache, chance = kind(SHAPE, 40 * NARROWEST), random.Random(0)
     rows: dict[str, torch.Tensor] = {}
     for number in range(200):
         action = chance.choice(["new", "grow", "remove"])
@@ -43,7 +46,7 @@ def test_rows_keep_their_values_whoever_comes_and_goes() -> None:
             assert name not in cache
         for name, expected in rows.items():
             assert torch.equal(cache.read(name, 0, expected.shape[-2]), expected)
-        assert cache.held == sum(bucket_width(v.shape[-2]) for v in rows.values()) <= cache.capacity
+        assert cache.held == sum(cache.room_for(v.shape[-2]) for v in rows.values()) <= cache.capacity
 
 
 def test_allocation_stays_within_the_capacity() -> None:
@@ -58,6 +61,34 @@ def test_allocation_stays_within_the_capacity() -> None:
     for i in range(8):
         cache.reserve(f"again{i}", 10)
     assert sum(s.num_places * w for w, s in cache.buckets.items()) <= cache.capacity
+
+
+def test_a_pool_gives_every_page_once_and_refuses_more() -> None:
+    pool = KvPool(SHAPE, 5 * NARROWEST + 7)
+    assert (pool.capacity, pool.longest, pool.room_for(257)) == (5 * NARROWEST, 5 * NARROWEST, 2 * NARROWEST)
+    before = pool.blocks_2LSTHE.data_ptr()
+    pool.reserve("a", 2 * NARROWEST + 1)
+    pool.reserve("b", 2 * NARROWEST)
+    assert sorted(pool.pages("a") + pool.pages("b")) == [1, 2, 3, 4, 5]  # the first is for rows without a sequence
+    with pytest.raises(torch.OutOfMemoryError, match="0 free pages, but 1 are needed"):
+        pool.reserve("b", 2 * NARROWEST + 1)
+    assert len(pool.pages("b")) == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.reserve("c", 1)
+    assert "c" not in pool
+    pool.remove("a")
+    pool.reserve("c", 3 * NARROWEST)
+    assert pool.blocks_2LSTHE.data_ptr() == before
+
+
+def test_a_pool_that_does_not_fit_is_a_setting_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr("rankloom.engine.kv_pool.free_cuda_bytes", lambda _: 3 << 30)
+    with pytest.raises(ConfigError, match=r"engine.kv_cache_tokens=67108864: takes 3.0 GiB of cpu, of which 3.0 GiB"):
+        KvPool(SHAPE, 1 << 26)
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 256), (256, 256), (257, 512), (513, 1024)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom import kernels
 from rankloom.kernels import attention
@@ -83,6 +87,31 @@ def test_chunks_attend_to_themselves_and_what_came_before(chunk: Callable[..., t
         own = slice(int(starts[row]), int(starts[row]) + count)
         expected = alone(query[own], keys[pages].flatten(0, 1)[:n], values[pages].flatten(0, 1)[:n], 0.3)
         torch.testing.assert_close(found[own], expected)
+
+
+def test_chunks_in_bf16_are_torchs_own_attention() -> None:
+    """By shapes alone: it has values on CUDA only."""
+    with FakeTensorMode():
+        query, pages = torch.empty(44, 4, 64).bfloat16(), torch.empty(PAGES, PAGE, 2, 64).bfloat16()
+        table, length = torch.ones(3, 2, dtype=torch.long), torch.ones(3, dtype=torch.long)
+        starts = torch.ones(4, dtype=torch.int32)
+        with Names() as names:
+            found = attention_triton.chunk_attention(query, pages, pages, table, length, starts, 30, 0.3)
+    assert (found.shape, found.dtype) == (query.shape, torch.bfloat16)
+    assert names.found["_varlen_attn"] == 1
+    assert names.found["index"] == 2  # keys and values
+
+
+class Names(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.__name__.split(".")[0]] += 1
+        return func(*args, **kwargs or {})
 
 
 def test_decoding_launches_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

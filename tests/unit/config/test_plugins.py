@@ -10,6 +10,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from rankloom.registry import Registry
 
 REPO = Path(__file__).resolve().parents[3]
@@ -50,7 +52,10 @@ train_trial(parse(TrialConfig, tree))
 """
 
 
-def test_a_method_of_another_package_trains_and_is_published(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=[pytest.mark.cluster, pytest.mark.slow])])
+def test_a_method_of_another_package_trains_and_is_published(
+    num_workers: int, tiny_llama: Path, tmp_path: Path
+) -> None:
     install_example(tmp_path / "site")
     tree = {
         "name": "tiny",
@@ -60,7 +65,7 @@ def test_a_method_of_another_package_trains_and_is_published(tiny_llama: Path, t
         "optim": {"learning_rate": 3e-3, "batch_size": 8},
         "budget": {"steps": 4},
         "eval": {"every": 2, "max_rows": 8, "max_test_rows": 8, "latency": False},
-        "compute": {"num_workers": 0},
+        "compute": {"num_workers": num_workers},
         "output": {"root": str(tmp_path / "root")},
     }
     done = run_python(f"TREE = {json.dumps(json.dumps(tree))}\n{TRAIN}", tmp_path / "site")

@@ -19,16 +19,33 @@ SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """Connect this process to its own Ray."""
+def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Connect this process to its own Ray, which lives on where the next test wants it too: a start takes seconds."""
     import ray
 
     source = {"PYTHONPATH": SOURCE}  # in case rankloom is not installed
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
-    )
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
+        )
     yield
-    ray.shutdown()
+    items: list[Any] = request.session.items
+    last = max(number for number, item in enumerate(items) if item.path == request.path)
+    if last + 1 == len(items) or "local_ray" not in items[last + 1].fixturenames:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def local_serve(local_ray: None) -> Iterator[None]:  # noqa: ARG001
+    """Start Ray Serve; endpoints of the tests share its controller and proxy."""
+    from ray import serve
+
+    from rankloom.deploy.run import forget_last_serve
+
+    forget_last_serve()
+    serve.start(http_options={"host": "127.0.0.1", "port": free_ports(1)[0]})
+    yield
+    serve.shutdown()
 
 
 @pytest.fixture

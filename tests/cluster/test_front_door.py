@@ -48,6 +48,7 @@ def test_the_examples_of_the_docstrings_run() -> None:
     assert not serve.status().proxies  # it was started for the endpoint, and ended with it
 
 
+@pytest.mark.usefixtures("local_serve")
 def test_an_endpoint_that_does_not_start_leaves_nothing(tmp_path: Path, tiny_llama: Path) -> None:
     from ray import serve
 
@@ -59,9 +60,14 @@ def test_an_endpoint_that_does_not_start_leaves_nothing(tmp_path: Path, tiny_lla
     assert not serve.status().applications
 
 
-def test_an_endpoint_with_keys_asks_for_one(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.usefixtures("local_serve")
+def test_an_endpoint_with_keys_asks_for_one(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve import context
+
     from rankloom.gateway.keys import KeyFile
 
+    # what Serve keeps where a process started a Ray, served, ended both, and starts the next Ray
+    monkeypatch.setattr(context, "_global_client", object())
     key, _ = KeyFile(tmp_path / "keys.json").create("ann", "user")
     config = rl.ServeConfig(
         base=str(tiny_llama), registry=str(tmp_path), port=0, auth=rl.AuthConfig(keys=str(tmp_path / "keys.json"))

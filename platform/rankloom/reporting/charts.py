@@ -7,6 +7,7 @@ the parameter `chosen`: the others fade while a trial is chosen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite, log
 from typing import Any
 
 from rankloom.reporting.pieces import Chart
@@ -18,6 +19,8 @@ COLOURS = ("#3a7bd5", "#d97706", "#1f9d6b", "#c2478f", "#7a68d8", "#8b8f9a", "#b
 """Distinguishable with the common colour blindnesses, and legible on white and on black."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 CHOSEN = "chosen === '' || datum.trial === chosen"
+NUM_POINTS = 1000
+"""Most points of a run's line: a browser draws no more than its pixels."""
 LOG_FROM = 30.0
 """Ratio of the largest to the smallest loss from which its axis is logarithmic."""
 
@@ -28,7 +31,7 @@ def draw_curves(trials: Sequence[ReportedTrial], field: str, title: str, id: str
         {"trial": trial.name, "group": trial.group, "step": point.step, "value": value, "status": trial.status}
         for trial in trials
         for point in trial.curve
-        if (value := getattr(point, field)) is not None
+        if (value := getattr(point, field)) is not None and isfinite(value)
     ]
     y = _scale("value", title, log=_is_wide(each["value"] for each in data)) | _format_percent(field == "accuracy")
     encoding = {
@@ -50,11 +53,15 @@ def draw_curves(trials: Sequence[ReportedTrial], field: str, title: str, id: str
 def draw_series(
     named: Mapping[str, Sequence[tuple[float, float]]], title: str, id: str, *, is_small: bool = False
 ) -> Chart:
-    """Return lines of (step, value) points of one run, such as its training and validation loss."""
+    """Return lines of (step, value) points of one run, such as its training and validation loss.
+
+    A line of very many points shows about `NUM_POINTS` of them, evenly spread; values that are not finite are left out.
+    """
     data: list[Spec] = [
         {"trial": name, "group": name, "step": step, "value": value}
         for name, points in named.items()
-        for step, value in points
+        for step, value in points[:: -(-len(points) // NUM_POINTS) or 1]
+        if isfinite(value)
     ]
     encoding = {
         "x": _scale("step", "steps"),
@@ -165,7 +172,7 @@ def draw_parallel(trials: Sequence[ReportedTrial], axes: Sequence[Axis], goal: G
             },
             {
                 "data": {"values": labels},
-                "mark": {"type": "text", "align": "left", "dx": 5, "fontSize": 11},
+                "mark": {"type": "text", "align": "left", "dx": 5, "fontSize": 11, "limit": 110},
                 "encoding": {"x": x, "y": place, "text": {"field": "label"}},
             },
         ],
@@ -350,8 +357,6 @@ def _normalize(value: float, low: float, high: float) -> float:
 
 
 def _place_on(axis: Axis, value: Any) -> float:
-    from math import log
-
     if axis.is_log:
         return _normalize(log(value), log(axis.low), log(axis.high))
     return _normalize(axis.locate(value), axis.low, axis.high)

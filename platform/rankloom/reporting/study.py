@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from rankloom.config import StudyConfig, load
@@ -107,16 +108,15 @@ def read_study(folder: Path) -> ReportedStudy:
 
 def _report_trial(trial: TrialState, leaderboard: Leaderboard, result: StudyResult | None) -> ReportedTrial:
     search = leaderboard.study.search
-    best, scored = (
-        trial.best(search),
-        next((row for row in result.finalists if row.trial == trial.id), None) if result else None,
-    )
+    best = trial.best(search)
+    value = best.value(search.key) if best else None
+    scored = next((row for row in result.finalists if row.trial == trial.id), None) if result else None
     return ReportedTrial(
         name=trial.config.name,
         group=trial.method,
         settings=format_settings(trial),
         status=trial.status,
-        value=best.value(search.key) if best else None,
+        value=value if value is not None and isfinite(value) else None,
         best=best,
         curve=tuple(trial.reports),
         branch=trial.point.get("branch"),
@@ -207,8 +207,8 @@ def _show_knobs(study: ReportedStudy) -> Iterator[Block]:
     for knobs in study.config.knobs:
         for name, knob in knobs.items():
             axes.setdefault(name, []).append(make_axis(name, knob))
-    for number, (name, found) in enumerate(axes.items()):
-        yield draw_effect(drawn, _join(name, found), study.goal, f"effect-{number}")
+    for number, found in enumerate(axes.values()):
+        yield draw_effect(drawn, _join(found), study.goal, f"effect-{number}")
 
 
 def _title_knob(study: ReportedStudy, parameter: str) -> str:
@@ -220,13 +220,15 @@ def _title_knob(study: ReportedStudy, parameter: str) -> str:
 
 def _show_branches(study: ReportedStudy) -> Iterator[Block]:
     for branch, knobs in enumerate(study.config.knobs):
+        axes = [make_axis(name, knob) for name, knob in knobs.items()]
         trials = [
             trial
             for trial in study.trials
-            if trial.branch == branch and trial.value is not None and knobs.keys() <= trial.knobs.keys()
+            if trial.branch == branch
+            and trial.value is not None
+            and all(axis.holds(trial.knobs.get(axis.name)) for axis in axes)
         ]
         if len(trials) > 1 and knobs:
-            axes = [make_axis(name, knob) for name, knob in knobs.items()]
             title = f"{study.title_branch(branch)}: {len(trials)} trials"
             yield draw_parallel(trials, axes, study.goal, title, f"parallel-{branch}")
 
@@ -240,15 +242,17 @@ def make_axis(name: str, knob: Knob) -> Axis:
     return Axis(name=name, is_log=isinstance(knob, LogUniform), choices=None, low=low, high=high)
 
 
-def _join(name: str, axes: list[Axis]) -> Axis:
-    """Return the axis of a knob that several branches have, perhaps with other values."""
-    if any(axis.choices for axis in axes) and not all(axis.choices for axis in axes):
-        return axes[0] if len(axes) == 1 else Axis(name=name, is_log=False, choices=None, low=0.0, high=1.0)
-    if axes[0].choices is not None:
+def _join(axes: list[Axis]) -> Axis:
+    """Return one axis for a knob that several branches have, perhaps with other values.
+
+    A knob that is a choice in one branch and a range in another, which is of numbers, becomes a range.
+    """
+    if all(axis.choices is not None for axis in axes):
         choices = tuple(dict.fromkeys(choice for axis in axes for choice in axis.choices or ()))
-        return Axis(name=name, is_log=False, choices=choices, low=0.0, high=len(choices) - 1.0)
-    low, high = min(axis.low for axis in axes), max(axis.high for axis in axes)
-    return Axis(name=name, is_log=axes[0].is_log, choices=None, low=low, high=high)
+        return replace(axes[0], choices=choices, high=len(choices) - 1.0)
+    ranges = [axis for axis in axes if axis.choices is None]
+    low, high = min(axis.low for axis in ranges), max(axis.high for axis in ranges)
+    return replace(ranges[0], low=low, high=high)
 
 
 def _show_costs(study: ReportedStudy) -> Iterator[Block]:

@@ -86,6 +86,12 @@ class Axis:
     high: float
     """Ends of a range; of a choice 0 and the number of the last value."""
 
+    def holds(self, value: Any) -> bool:
+        """Return whether a value is on the axis."""
+        if self.choices is not None:
+            return format_knob(value) in self.choices
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
+
     def locate(self, value: Any) -> float:
         """Return a value's place on the axis: a choice's number, else the value."""
         return float(self.choices.index(format_knob(value))) if self.choices is not None else float(value)

@@ -12,11 +12,13 @@ import pytest
 import vl_convert
 
 from made_study import make_study
+from rankloom.config.space import Choice, RandInt
 from rankloom.errors import RankloomError
+from rankloom.reporting.charts import draw_series
 from rankloom.reporting.html import render, size_chart
 from rankloom.reporting.importance import measure_importances
 from rankloom.reporting.pieces import Chart, Page, Table
-from rankloom.reporting.study import list_stays, make_study_page, read_study
+from rankloom.reporting.study import _join, list_stays, make_axis, make_study_page, read_study
 
 
 @pytest.fixture
@@ -169,6 +171,31 @@ def test_foreign_texts_stay_texts(folder: Path) -> None:
     assert html.count("<script") == 3
     assert html.count("</script") == 3
     assert "onerror=alert" not in html.replace("onerror=alert(1)&gt;", "")
+
+
+def test_values_that_json_lacks_do_not_break_the_page(folder: Path) -> None:
+    make_study(folder)
+    journal = (folder / "journal.jsonl").read_text()
+    (folder / "journal.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', journal, count=5))
+    html = render(make_study_page(folder))
+    specs = re.search(r'id="specs">(.*?)</script>', html)
+    assert specs is not None
+    assert "NaN" not in specs[1]
+
+
+def test_a_knob_that_is_a_choice_in_one_branch_and_a_range_in_another_has_one_axis() -> None:
+    choice, between = make_axis("x", Choice(choice=[4, 8])), make_axis("x", RandInt(randint=(2, 6)))
+    assert _join([choice, choice]).choices == ("4", "8")
+    assert (_join([choice, between]).choices, _join([between]).low, _join([between]).high) == (None, 2, 6)
+    assert [choice.holds(8), choice.holds(5), between.holds(5), between.holds(7), between.holds(None)] == [
+        True, False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_a_long_runs_line_is_thinned() -> None:
+    points = [(step, 1 / (1 + step)) for step in range(50_000)]
+    chart = draw_series({"training": [*points, (50_000, float("inf"))]}, "loss", "c")
+    assert 500 <= len(values(chart)) <= 1000
 
 
 def test_a_report_of_64_trials_is_small(folder: Path) -> None:

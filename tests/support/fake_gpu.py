@@ -181,6 +181,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         "empty_cache": None, "get_device_name": "none", "mem_get_info": (plenty, plenty), "memory_reserved": 0,
         "memory_allocated": 0, "max_memory_allocated": 0, "get_rng_state": state, "set_rng_state": None,
         "manual_seed_all": None, "get_per_process_memory_fraction": 1.0, "get_device_capability": (9, 0),
+        "is_current_stream_capturing": False,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(torch.cuda, "Event", _Event)

@@ -154,12 +154,14 @@ class ServedBank:
         slots = [NO_SLOT if adapter is None else self._table.hold(adapter) for adapter in adapters]
         return None if None in slots else slots  # type: ignore[return-value]
 
-    def route_rows(self, slot_N: Tensor) -> TokenOrder:
+    def route_rows(self, slot_N: Tensor | None) -> TokenOrder:
         """Return the route of rows of one token, in any order, that all predict.
 
         Args:
-            slot_N: int32, on the device: a recorded CUDA graph reads it again at each replay.
+            slot_N: int32, on the device: a recorded CUDA graph reads it again at each replay. None: all are the base's.
         """
+        if slot_N is None:
+            return TokenOrder((), _Layout(), _Layout())
         layout = _Layout(slots=SlotTokens.of_rows(slot_N))
         return TokenOrder(tuple(range(len(slot_N))), layout, layout)
 

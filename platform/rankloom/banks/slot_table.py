@@ -112,8 +112,10 @@ class SlotTokens:
             slots += [slot] * len(begins)
             starts += begins
             stop += count
-        both = torch.tensor([*slots, *starts, stop], dtype=torch.int32)
-        both = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
+        values = [*slots, *starts, stop]
+        host = torch.empty(len(values), dtype=torch.int32, pin_memory=device.type == "cuda")
+        host.numpy()[:] = values
+        both = host.to(device, non_blocking=True)
         return cls(both[: len(slots)], both[len(slots) :], block)
 
 

@@ -134,12 +134,17 @@ class DevicePredictor:
         if generation != self._generation:
             self.graphs.clear()  # they read weights where these are no longer
             self._generation = generation
-        logits_MV, tokens_M = self.graphs.run((rows, draw), lambda: self._decode_rows(on_device, rows, draw))
+        slots_R = on_device["slots"][:rows] if any(slot != NO_SLOT for slot in slots) else None  # the base's own graph
+        logits_MV, tokens_M = self.graphs.run(
+            (rows, draw, slots_R is None), lambda: self._decode_rows(on_device, slots_R, rows, draw)
+        )
         return _DeviceResult(logits_MV, tokens_M, list(range(len(chunks))), inputs)
 
-    def _decode_rows(self, of: dict[str, Tensor], rows: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _decode_rows(
+        self, of: dict[str, Tensor], slots_R: Tensor | None, rows: int, draw: Draw
+    ) -> tuple[Tensor, Tensor]:
         """Compute the staged rows; all of it may be recorded."""
-        route = self._runner.bank.route_rows(of["slots"][:rows])
+        route = self._runner.bank.route_rows(slots_R)
         layout = PagedRows(self._pool, of["table"][:rows], of["length"][:rows])
         logits_RV = self._runner.compute(route, of["ids"][:rows], of["positions"][:rows], layout, None)
         return logits_RV, _draw_tokens(logits_RV, _columns(of, rows), draw)

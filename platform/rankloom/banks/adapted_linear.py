@@ -8,6 +8,7 @@ Shapes: N tokens of all rows sorted by slot, K slots, C active slots, R rank, I 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.grouped import grouped_linear, grouped_lora, scale_rows
 from rankloom.banks.groups import Groups
-from rankloom.banks.ragged import SlotTensors, ragged_linear
+from rankloom.banks.ragged import SlotNoise, SlotTensors, ragged_linear
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
 from rankloom.models import find_target_linears, linear_widths
@@ -86,6 +87,8 @@ class AdaptedLinear:
     ) -> None:
         """Allocate the slots; `fast`: the dtype of the arithmetic on the fast path, None: that path is not used."""
         self.name, self.module = name, module
+        self.salt = zlib.crc32(name.encode()) >> 1
+        """What its dropout on the fast path differs by from other sites'."""
         self.base: Callable[[Tensor], Tensor] = module.forward
         """The linear's own forward."""
         self.num_in, self.num_out = linear_widths(module)
@@ -223,6 +226,8 @@ class TokenRouting:
     """Cache by the slots' ranks on a layer; most layers share one entry."""
     bounds: Tensor | None = None
     """For the fast path: see `kernels.ragged`."""
+    noise: SlotNoise | None = None
+    """What `dropout` says, for the fast path."""
 
     def among(self, ranks: Sequence[int]) -> Groups:
         """Return the groups of tokens for a layer, given the slots' ranks there."""
@@ -237,7 +242,7 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     if _is_fast(site, route, x):
         assert site.slots is not None
         assert route.bounds is not None
-        return ragged_linear(site, site.slots, x, route.bounds) if any(site.ranks) else site.base(x)
+        return ragged_linear(site, site.slots, x, route.bounds, route.noise) if any(site.ranks) else site.base(x)
     groups = route.among(site.ranks)
     if not groups.slots:
         return site.base(x)
@@ -274,11 +279,11 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
 
 
 def _is_fast(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> bool:
-    """Return whether a site's tokens take the fast path: without dropout, and where all is of one dtype."""
+    """Return whether a site's tokens take the fast path: where all is of one dtype, and W is at hand if it drops x."""
     return (
         site.slots is not None
         and route.bounds is not None
-        and not route.dropout
+        and (route.noise is None or not route.noise.scales_base or site.has_dense_weight)
         and x.dtype == site.slots.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom import kernels
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
+from rankloom.banks.ragged import SlotNoise
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.kernels.ragged import ragged_bounds
 from rankloom.models import is_linear
@@ -137,7 +138,10 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        route = TokenRouting(counts_K, len(slots_N) - sum(counts_K), dropout, {}, self._bounds(slots_N))
+        start, bounds, noise = len(slots_N) - sum(counts_K), self._bounds(slots_N), None
+        if dropout and bounds is not None:
+            noise = self._noise(dropout_seeds or {}, slots_N.device)
+        route = TokenRouting(counts_K, start, dropout, {}, bounds, noise)
         with self._routing(lambda _: route):
             yield
 
@@ -156,6 +160,15 @@ class AdapterBank:
 
     def _bounds(self, slots_N: Tensor) -> Tensor | None:
         return ragged_bounds(slots_N, self.num_slots) if kernels.use_on(slots_N.device) else None
+
+    def _noise(self, seeds: Mapping[int, int], device: torch.device) -> SlotNoise:
+        rates_K = [self.specs[k].dropout if k in seeds and k in self.specs else 0.0 for k in range(self.num_slots)]
+        seeds_K = [seeds.get(k, 0) % 2**31 for k in range(self.num_slots)]
+        return SlotNoise(
+            torch.tensor(seeds_K, dtype=torch.int32).to(device, non_blocking=True),
+            torch.tensor(rates_K).to(device, non_blocking=True),
+            any(rate and self.specs[k].dora for k, rate in enumerate(rates_K)),
+        )
 
     @contextmanager
     def _routing(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:

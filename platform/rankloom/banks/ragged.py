@@ -9,13 +9,14 @@ Shapes: N tokens sorted by slot, K slots, R rank, I in, O out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankloom.kernels.ragged import (
     dora_scale,
+    ragged_dropout,
     ragged_expand,
     ragged_expand_onto,
     ragged_expand_scaled,
@@ -40,20 +41,35 @@ class SlotTensors:
         self.is_dora_K = torch.zeros(num_slots, dtype=torch.bool, device=device)
 
 
-def ragged_linear(site: AdaptedLinear, slots: SlotTensors, x: Tensor, bounds: Tensor) -> Tensor:
+class SlotNoise(NamedTuple):
+    """The dropout of each slot in a forward."""
+
+    seed_K: Tensor
+    rate_K: Tensor
+    scales_base: bool
+    """Whether a slot with dropout is DoRA, which scales W times the dropped input; the rest of W x stays unscaled."""
+
+
+def ragged_linear(
+    site: AdaptedLinear, slots: SlotTensors, x: Tensor, bounds: Tensor, noise: SlotNoise | None
+) -> Tensor:
     """Return the linear's result [..., O] with each token's adapter.
 
     Args:
         bounds: see `kernels.ragged`.
+        noise: None: without dropout.
     """
     magnitude_KO = site.m_KO if any(site.dora_ranks) else None
     onto = None if site.has_dense_weight else site.base(x)
-    y_NO: Tensor = _Linear.apply(x, onto, site.a_KRI, site.b_KOR, magnitude_KO, site, slots, bounds)
+    y_NO: Tensor = _Linear.apply(x, onto, site.a_KRI, site.b_KOR, magnitude_KO, site, slots, bounds, noise)
     return y_NO.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
-    """W x, or `onto` where another kernel has computed that, and the low-rank product; with DoRA's scale."""
+    """W x, or `onto` where another kernel has computed that, and the low-rank product; with DoRA's scale and dropout.
+
+    Dropout is drawn again in the backward pass, which is cheaper than to keep what it leaves.
+    """
 
     @staticmethod
     def forward(
@@ -66,9 +82,11 @@ class _Linear(torch.autograd.Function):
         site: AdaptedLinear,
         slots: SlotTensors,
         bounds: Tensor,
+        noise: SlotNoise | None,
     ) -> Tensor:
         x_NI, low_b_KRO = _rows(x), slots.b_KOR.mT
-        h = ragged_shrink(x_NI, slots.a_KRI, slots.scale_K, bounds)
+        dropped_NI = _drop(x_NI, site, noise, bounds)
+        h = ragged_shrink(dropped_NI, slots.a_KRI, slots.scale_K, bounds)
         y_NO = None if onto is None else _rows(onto)
         kept: list[Tensor] = []
         ctx.has_base = y_NO is None
@@ -79,8 +97,11 @@ class _Linear(torch.autograd.Function):
                 weight_OI, site.squares_O, slots.a_KRI, slots.b_KOR, slots.scale_K, magnitude_KO, slots.is_dora_K
             )
             inside = y_NO is not None
-            y_NO = x_NI @ weight_OI.T if y_NO is None else y_NO.clone()
+            apart = noise is not None and noise.scales_base
+            y_NO = (dropped_NI if apart else x_NI) @ weight_OI.T if y_NO is None else y_NO.clone()
             result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, inside, bounds)
+            if apart:
+                result_NO.addmm_(x_NI - dropped_NI, weight_OI.T)
             kept = [y_NO, scale_KO, inverse_KO]
         elif y_NO is None:
             assert weight_OI is not None
@@ -89,27 +110,35 @@ class _Linear(torch.autograd.Function):
             result_NO = y_NO.clone()
             ragged_expand_onto(result_NO, h, low_b_KRO, bounds)
         ctx.save_for_backward(x, h, bounds, *kept)
-        ctx.site, ctx.slots = site, slots
+        ctx.site, ctx.slots, ctx.noise = site, slots, noise
         return result_NO
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x, h, bounds, *kept = ctx.saved_tensors
-        site, slots, x_NI, dy_NO = ctx.site, ctx.slots, _rows(x), _rows(dy_NO)
-        dmagnitude_KO = None
+        site, slots, noise, x_NI, dy_NO = ctx.site, ctx.slots, ctx.noise, _rows(x), _rows(dy_NO)
+        scaled_NO, dmagnitude_KO = dy_NO, None
         if kept:
             y_NO, scale_KO, inverse_KO = kept
-            dy_NO, dmagnitude_KO = ragged_scale_backward(dy_NO, y_NO, scale_KO, inverse_KO, bounds)
-        dh = ragged_shrink(dy_NO, slots.b_KOR.mT, slots.scale_K, bounds)
-        da_KRI, db_KOR = ragged_gradients(dh, x_NI, h, dy_NO, bounds)
+            scaled_NO, dmagnitude_KO = ragged_scale_backward(dy_NO, y_NO, scale_KO, inverse_KO, bounds)
+        dh = ragged_shrink(scaled_NO, slots.b_KOR.mT, slots.scale_K, bounds)
+        da_KRI, db_KOR = ragged_gradients(dh, _drop(x_NI, site, noise, bounds), h, scaled_NO, bounds)
         dx = None
         if ctx.needs_input_grad[0]:
             dx_NI = ragged_expand(dh, slots.a_KRI, None, bounds)
+            if kept and noise is not None and noise.scales_base:
+                dx_NI.addmm_(scaled_NO - dy_NO, site.dense_weight(slots.dtype))
+                scaled_NO = dy_NO
+            dx_NI = _drop(dx_NI, site, noise, bounds)
             if ctx.has_base:
-                dx_NI.addmm_(dy_NO, site.dense_weight(slots.dtype))
+                dx_NI.addmm_(scaled_NO, site.dense_weight(slots.dtype))
             dx = dx_NI.view(x.shape)
-        donto = dy_NO.view(*x.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        return dx, donto, da_KRI, db_KOR, dmagnitude_KO, None, None, None
+        donto = scaled_NO.view(*x.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return dx, donto, da_KRI, db_KOR, dmagnitude_KO, None, None, None, None
+
+
+def _drop(x_NI: Tensor, site: AdaptedLinear, noise: SlotNoise | None, bounds: Tensor) -> Tensor:
+    return x_NI if noise is None else ragged_dropout(x_NI, noise.seed_K, noise.rate_K, site.salt, bounds)
 
 
 def _rows(x: Tensor) -> Tensor:

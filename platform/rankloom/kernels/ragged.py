@@ -115,6 +115,38 @@ def ragged_gradients(
     return da_KRI, db_KOR
 
 
+@op()
+def ragged_dropout(x_ND: Tensor, seed_K: Tensor, rate_K: Tensor, salt: int, bounds: Tensor) -> Tensor:
+    """Return x with each slot's share of values zeroed and the others scaled up; nobody's tokens are unchanged.
+
+    What is zeroed is a function of the seed, the salt and a value's place among its slot's, so that calls repeat it.
+
+    Args:
+        seed_K: int32.
+        rate_K: the probability of being zeroed, in fp32.
+        salt: differs from layer to layer.
+    """
+    result_ND = x_ND.clone()
+    place_D = torch.arange(x_ND.shape[1], device=x_ND.device)
+    for slot, span in _spans(bounds):
+        place_TD = torch.arange(span.stop - span.start, device=x_ND.device)[:, None] * x_ND.shape[1] + place_D
+        key = _mix(seed_K[slot].long() & MASK) ^ _mix(torch.tensor(salt, device=x_ND.device))
+        drawn_TD = (_mix((place_TD & MASK) ^ _mix(key)) >> 8).float() * 2**-24
+        kept_TD = (drawn_TD >= rate_K[slot]) / (1 - rate_K[slot])
+        result_ND[span] = torch.where(kept_TD > 0, x_ND[span].float() * kept_TD, 0).to(x_ND.dtype)
+    return result_ND
+
+
+MASK = 2**32 - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Return the finaliser of MurmurHash3 on 32 bits, which are kept in 64."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
+    return x ^ (x >> 16)
+
+
 @op(launches=3)
 def dora_scale(
     weight_OI: Tensor,

@@ -121,6 +121,22 @@ def test_what_is_not_finite_stays_with_its_slot() -> None:
     assert gradient[[0, 2, 3]].isfinite().all()
 
 
+@DTYPES
+@COUNTS
+def test_dropout_equals_its_reference(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, bounds = drawn(sum(counts), 300, dtype=dtype).abs() + 1, bounds_of(counts)
+    seeds, rates = torch.tensor([7, 2**31 - 1, -5, 0], dtype=torch.int32), torch.tensor([0.5, 0.0, 0.1, 0.25])
+    found, other = (kernels.ragged_dropout(x, seeds, rates, salt, bounds) for salt in (3, 4))
+    assert_equal(found, ragged.ragged_dropout(x, seeds, rates, 3, bounds), dtype)
+    tokens = dict(zip("-0123+", x.split(counts), strict=True)), dict(zip("-0123+", found.split(counts), strict=True))
+    for kept in "-1+":
+        assert torch.equal(tokens[0][kept], tokens[1][kept])
+    for slot, rate in (("0", 0.5), ("3", 0.25)):
+        if len(tokens[0][slot]) > 3:
+            assert (tokens[1][slot] == 0).float().mean() == pytest.approx(rate, abs=0.06)
+            assert not torch.equal(found == 0, other == 0)
+
+
 def test_doras_scale_launches_as_often_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     run = GridExecutor.__call__
@@ -178,6 +194,7 @@ def launch_all() -> None:
             kernels.ragged_expand(h, factor, x[0], bounds)
             kernels.ragged_expand_onto(x, h, factor, bounds)
         kernels.ragged_gradients(h, x, h, x, bounds)
+        kernels.ragged_dropout(x, torch.empty(num_slots, dtype=torch.int32), scale, 3, bounds)
         for bias, inside in ((None, False), (x[0], True)):
             kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, inside, bounds)
         kernels.ragged_scale_backward(x, x, vectors, vectors, bounds)

@@ -185,6 +185,33 @@ def _gradients(
 
 
 @triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit(do_not_specialize=["salt", "width"])
+def _dropout(
+    x, seed, rate, salt, bounds, out, x_n, width,
+    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
+    if slot > NUM_SLOTS:
+        return
+    n, d = first + tl.arange(0, TOKENS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = (n < stop)[:, None] & (d < width)[None, :]
+    value = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=here, other=0.0).to(tl.float32)
+    if (slot >= 0) & (slot < NUM_SLOTS):
+        key = _mix(tl.load(seed + slot).to(tl.uint32)) ^ _mix(salt.to(tl.uint32))
+        place = (n - tl.load(bounds + slot + 1)).to(tl.uint32)[:, None] * width.to(tl.uint32) + d.to(tl.uint32)[None, :]
+        drawn = (_mix(place ^ _mix(key)) >> 8).to(tl.float32) * 5.9604644775390625e-08
+        probability = tl.load(rate + slot)
+        value = tl.where(drawn >= probability, value / (1 - probability), 0.0)
+    tl.store(out + n.to(tl.int64)[:, None] * width + d[None, :], value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def _dora_scale(
     across, gram, b, squares, scale, magnitude, is_dora, result, inverse,
     width, rank, across_o, b_k, b_o, NUM_RANKS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -314,6 +341,16 @@ def ragged_gradients(
         32, ranks, 128, len(dh_SNR), len(h_SNR), _precision(x_NI),
     )  # fmt: skip
     return da_KRI, db_KOR
+
+
+def ragged_dropout(x_ND: Tensor, seed_K: Tensor, rate_K: Tensor, salt: int, bounds: Tensor) -> Tensor:
+    num_slots, (num_tokens, width) = len(seed_K), x_ND.shape
+    out_ND = torch.empty(num_tokens, width, dtype=x_ND.dtype, device=x_ND.device)
+    grid = _num_tiles(x_ND, num_slots, 16), triton.cdiv(width, 256)
+    _dropout[grid](
+        x_ND, seed_K, rate_K, salt, bounds, out_ND, x_ND.stride(0), width, num_slots, _groups(num_slots), 16, 256
+    )
+    return out_ND
 
 
 def dora_scale(

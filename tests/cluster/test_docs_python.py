@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples"
 TEXTS = {"lost_card": "my card was lost", "change_pin": "how do i change the pin of my card"}
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_serve")]
 
 
 def python_of(path: Path) -> list[tuple[int, str]]:
@@ -73,8 +73,9 @@ def test_examples_train_tune_serve_and_ask(
     tiny_trial: Callable[..., dict[str, Any]], tiny_study: Callable[..., dict[str, Any]], desk: Path
 ) -> None:
     output = {"root": str(desk / "rankloom")}
-    (desk / "trial.yaml").write_text(yaml.safe_dump(tiny_trial(output=output)))
-    study = tiny_study(search={"num_trials": 3})
+    here = {"num_workers": 0, "device": "cpu"}  # test_launch.py has workers
+    (desk / "trial.yaml").write_text(yaml.safe_dump(tiny_trial(output=output, compute=here)))
+    study = tiny_study(search={"num_trials": 3}, final={"top_k": 1})
     study["trial"]["output"] = output
     (desk / "study.yaml").write_text(yaml.safe_dump(study | {"name": "search"}))
     (desk / "serve.yaml").write_text(yaml.safe_dump({"adapters": ["tiny@1"], "port": 0}))

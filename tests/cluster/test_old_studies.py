@@ -35,6 +35,5 @@ def test_studies_of_the_last_version_continue(last_version: Path) -> None:
     table = pq.read_table(result["results"]).to_pylist()
     assert {row["trial"] for row in table} == began
     for row in table:
-        steps = {point["step"] for point in row["curve"]}  # a report that is made again is there twice
-        assert steps == set(range(2, 401, 2))
+        assert [point["step"] for point in row["curve"]] == list(range(2, 401, 2))  # a report made again is there once
     assert Registry(result["registry"]).verify("stopped@1").lineage.study == "stopped"

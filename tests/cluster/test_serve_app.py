@@ -79,7 +79,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...,
 
 
 @contextmanager
-def served(config: dict[str, Any], port: int) -> Iterator[str]:
+def serve_app(config: dict[str, Any], port: int) -> Iterator[str]:
     """The application on a local Ray, at a URL."""
     import ray
     from ray import serve
@@ -120,8 +120,8 @@ def config(registry: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(config: dict[str, Any]) -> Iterator[str]:
-    with served(config, free_port()) as url:
+def endpoint(config: dict[str, Any], local_ray: None) -> Iterator[str]:  # noqa: ARG001
+    with serve_app(config, free_port()) as url:
         yield url
 
 
@@ -137,7 +137,7 @@ def replica_figure(url: str, name: str) -> float:
     )
 
 
-def expected(base: Path, registry: Path, work: Path, name: str | None, max_tokens: int) -> str:
+def generate_by_peft(base: Path, registry: Path, work: Path, name: str | None, max_tokens: int) -> str:
     """The same generation through PEFT alone."""
     import peft
     import torch
@@ -159,7 +159,7 @@ def test_mixed_adapters_answer_as_peft_does(
     endpoint: str, registry: Path, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
     base = tiny_model("llama")
-    texts = {name: expected(base, registry, tmp_path, name, 12) for name in (None, "first", "second")}
+    texts = {name: generate_by_peft(base, registry, tmp_path, name, 12) for name in (None, "first", "second")}
     assert len(set(texts.values())) == 3
 
     def ask(name: str | None) -> tuple[str | None, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from openai import APIError, OpenAI, UnprocessableEntityError
-from test_serve_app import free_port, served
+from test_serve_app import free_port, serve_app
 
 from rankloom.config.model import ModelConfig
 from rankloom.engine.vllm import die_with_parent
@@ -45,7 +45,7 @@ def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path) -> 
         publish(root, load(base), kind, tmp_path / kind)
     engine = {"type": "vllm", "context": 512, "cache_gib": 0.5, "args": ["--enforce-eager"]}
     config = {"base": str(base), "registry": str(root), "engine": engine, "pinned": ["lora"]}
-    with served(config, free_port()) as url:
+    with serve_app(config, free_port()) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
         def ask(model: str) -> str:

@@ -47,29 +47,3 @@ def test_own_data_is_found_again_to_resume(tiny_llama: Path, tmp_path: Path) -> 
     assert rl.train(trial_of(tiny_llama, tmp_path), data=rows, resume=True).adapter == result.adapter
     with pytest.raises(ConfigError, match=r"data\.train\.path: .* -> "):
         rl.train(trial_of(tiny_llama, tmp_path), data=rows | {"train": rows["train"][1:]}, resume=True)
-
-
-@pytest.mark.cluster
-def test_own_search_with_own_metric_and_data(tiny_llama: Path, tmp_path: Path) -> None:
-    import rankloom as rl
-
-    trial = trial_of(tiny_llama, tmp_path)
-    del trial["name"]
-    trial["compute"] = {"num_workers": 1}
-    study = {
-        "name": "own",
-        "trial": trial,
-        "space": [{"method": {"type": "lora"}, "optim": {"learning_rate": {"loguniform": [1e-3, 1e-2]}}}],
-        "search": {"num_trials": 3},
-        "hosts": {"num_slots": 2, "max_rank": 16},
-        "final": {"top_k": 1},
-    }
-    found = runpy.run_path(str(EXAMPLES / "own_search.py"))["main"](study)
-    assert found.status == "done"
-    with pytest.raises(ConfigError, match="hand the searcher, sampler, scheduler or metric over again"):
-        rl.tune(study, resume=True)
-    rows = runpy.run_path(str(EXAMPLES / "own_data.py"))["ROWS"]
-    longest = len(rows)
-    judged = rl.tune(study | {"name": "judged"}, data=rows, metric=lambda rows: float(len(rows)) / longest)
-    assert judged.winner.scorecard.result.metric.name.startswith("python:")
-    assert set(judged.trials["best_metric"]) == {12 / longest}

@@ -90,27 +90,25 @@ class DevicePredictor:
     @torch.inference_mode()
     def agrees(self) -> bool:
         """Return whether its logits are the plain path's: of prompts in two chunks, then token by token, in a graph."""
-        names, last = [str(i) for i in range(len(PROBES))], [len(tokens) - 1 for tokens in PROBES]
+        probes = PROBES[: self._pool.size // PAGE]
+        names, last = [str(i) for i in range(len(probes))], [len(tokens) - 1 for tokens in probes]
         plain = KvCache(self._pool.shape, 1 << 16)
-        for name, tokens in zip(names, PROBES, strict=True):
+        for name, tokens in zip(names, probes, strict=True):
             plain.reserve(name, len(tokens))
             self._pool.reserve(name, len(tokens))
 
-        def chunks(start: int, stops: Sequence[int]) -> list[SequenceChunk]:
-            of_each = zip(names, PROBES, stops, strict=True)
-            return [SequenceChunk(name, None, start, tokens[start:stop]) for name, tokens, stop in of_each]
+        def chunks(starts: Sequence[int], stops: Sequence[int]) -> list[SequenceChunk]:
+            of_each = zip(names, probes, starts, stops, strict=True)
+            return [SequenceChunk(name, None, start, tokens[start:stop]) for name, tokens, start, stop in of_each]
 
-        whole = [len(tokens) for tokens in PROBES]
-        expected_MV = self._runner.forward(plain, chunks(0, whole))
-        inputs = [SamplingInput(Sampling(temperature=0), (), (), 0.0)] * len(PROBES)
+        none, two, whole = [0] * len(probes), [2] * len(probes), [len(tokens) for tokens in probes]
+        inputs = [SamplingInput(Sampling(temperature=0), (), (), 0.0)] * len(probes)
+        expected_MV = self._runner.forward(plain, chunks(none, whole))
         try:
-            for part in (chunks(0, [2] * len(PROBES)), chunks(2, last)):
-                self.predict(part, inputs)
-            ends = [
-                replace(each, start=n, tokens=each.tokens[n:]) for each, n in zip(chunks(0, whole), last, strict=True)
-            ]
+            self.predict(chunks(none, two), inputs)
+            self.predict(chunks(two, last), inputs)
             for _ in range(3):  # computed, recorded, replayed
-                found_MV = self.predict(ends, inputs).logits_MV
+                found_MV = self.predict(chunks(last, whole), inputs).logits_MV
                 if not (found_MV - expected_MV).abs().max() <= self._runner.tolerance * expected_MV.abs().max():
                     return False
             return True

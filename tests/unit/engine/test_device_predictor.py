@@ -160,5 +160,13 @@ def test_what_gives_other_logits_or_fails_is_not_used(
         engine._core.close(RegistryError("done"))
 
 
+@pytest.mark.usefixtures("fast")
+def test_a_pool_of_one_page_is_a_pool(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry, kv_cache_tokens=PAGE)
+    assert isinstance(engine._core._cache, KvPool)
+    jobs: list[Any] = [([5 + i, 6, 7], None, {}) for i in range(3)]  # one after the other
+    assert [len(tokens) for _, tokens, _ in answers(engine, jobs)] == [12] * 3
+
+
 def test_rows_are_rounded_up() -> None:
     assert [round_rows(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 4, 8, 8, 16, 16, 24, 64]

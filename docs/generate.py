@@ -34,7 +34,7 @@ COLUMNS = {
     "number": "Counts the study's trials from 0.",
     "trial": "Ray Tune's id of the trial.",
     "name": "The trial's name, `<study>-<number>`.",
-    "method": "`lora`, `qlora`, `dora`, ...: the method with its base's quantisation.",
+    "method": "`lora`, `qlora`, `dora`, ...: the method with its base's quantisation; or the name of its branch.",
     "status": "`done`, `stopped` (by the scheduler), `failed`, or `running` where the study was interrupted.",
     "error": "Why it failed.",
     "best_loss": "Validation loss of its best report, in nats a token.",

@@ -133,9 +133,10 @@ def _run(
         if comparison.tune:
             study = build_rates_study(comparison)
             tell(PhaseStarted("tune", f"{study.num_trials} trials for the methods' learning rates"))
-            if _train(study, tell, stop, metric, rank_only=True).status == "interrupted":
+            tried = _train(study, tell, stop, metric, rank_only=True)
+            if tried.status == "interrupted":
                 return interrupted
-            tuning = Leaderboard.read(study, get_study_folder(study) / JOURNAL)
+            tuning = _read_trials(study, tried)
             rates, notes = choose_rates(comparison, tuning)
         study = build_seeds_study(comparison, rates)
         tell(PhaseStarted("train", f"{len(comparison.methods)} methods with {len(comparison.seeds)} seed(s) each"))
@@ -145,8 +146,7 @@ def _run(
         costs = _measure_costs(comparison, rates, folder, tell, stop, metric)
         if costs is None:
             return interrupted
-    leaderboard = Leaderboard.read(study, get_study_folder(study) / JOURNAL)
-    result = build_result(comparison, trained, leaderboard, tuning, costs, notes)
+    result = build_result(comparison, trained, _read_trials(study, trained), tuning, costs, notes)
     export(result, folder)
     return result
 
@@ -170,6 +170,13 @@ def _train(
         metric=metric,
         end=(lambda *_: {}) if rank_only else end,
     )
+
+
+def _read_trials(study: StudyConfig, result: StudyResult) -> Leaderboard:
+    """Return a finished study's trials, without those that a killed driver began and Ray Tune forgot."""
+    leaderboard, known = Leaderboard.read(study, Path(result.folder) / JOURNAL), set(result.trials["trial"])
+    leaderboard.trials = {name: trial for name, trial in leaderboard.trials.items() if name in known}
+    return leaderboard
 
 
 def _measure_costs(

@@ -231,6 +231,8 @@ class Leaderboard:
 
 def format_settings(trial: TrialState) -> str:
     """Return a trial's values of the knobs as short text: `rank 8, learning_rate 0.0012`."""
+    if "warm_start" in trial.point and trial.label is not None:
+        return f"learning_rate {trial.config.optim.learning_rate:.3g}, seed {trial.config.seed}"
     if "warm_start" in trial.point:
         return "baseline" if trial.point["warm_start"] == 0 else "warm start"
     knobs = {name.rpartition(".")[2]: value for name, value in trial.point.items() if name != "branch"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from rankloom.data import TaskData, load_data
 from rankloom.data.batching import collate
 from rankloom.errors import ConfigError
 from rankloom.evals.loss import compute_labelled_loss, compute_token_loss
-from rankloom.evals.score import measure, validate
+from rankloom.evals.own_metric import Prediction
+from rankloom.evals.score import measure, measure_rows, validate
 
 LABELLED = [
     {"text": f"{text} {n}", "label": label}
@@ -147,3 +149,26 @@ def test_accuracy_without_labels_is_refused(tiny_llama: Path, tmp_path: Path) ->
     data = replace(task(tmp_path, tokenizer, LABELLED), labels=None)
     with pytest.raises(ConfigError, match="accuracy needs classification data"):
         validate(model, data.validation, data, EvalConfig(metric="accuracy"), 0, (0, 1))
+
+
+def test_the_results_of_the_rows_make_the_measures(tiny_llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_llama)
+    data = task(tmp_path, tokenizer, LABELLED)
+    memorise(model, data)
+
+    def count_hits(rows: Sequence[Prediction]) -> list[float]:
+        return [float(row.reference == row.prediction) for row in rows]
+
+    config = EvalConfig(latency=False, metric="own:metric", batch_size=4)
+    measures, rows = measure_rows(model, tokenizer, data, config, count_hits)
+    assert len(rows) == measures.num_rows
+    assert [row.reference for row in rows] == [row.completion for row in data.test]  # in the rows' order
+    hits = [row.reference == row.prediction for row in rows]
+    assert measures.accuracy.value == sum(hits) / len(rows)
+    assert [row.metric for row in rows] == [float(hit) for hit in hits]
+    assert measures.loss == pytest.approx(sum(r.loss * r.weight for r in rows) / sum(r.weight for r in rows), rel=1e-5)
+    alone = [compute_token_loss(model, [row], pad_id=0, batch_size=1).mean for row in data.test]
+    assert [row.loss for row in rows] == pytest.approx(alone, rel=1e-3)
+    config = EvalConfig(latency=False, metric="own:metric")
+    _, rows = measure_rows(model, tokenizer, data, config, lambda _: 0.5)
+    assert {row.metric for row in rows} == {None}

@@ -16,7 +16,7 @@ from rankloom.config.study import SearchConfig
 from rankloom.errors import ConfigError
 from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus, to_line
 from rankloom.registry import Registry
-from rankloom.search.leaderboard import Leaderboard, write_results
+from rankloom.search.leaderboard import Leaderboard, format_settings, write_results
 from rankloom.search.publish_best import beats, choose_names
 from rankloom.search.results import StudyResult
 from rankloom.search.study import resolve_study_paths, tune
@@ -286,3 +286,21 @@ def test_the_registry_takes_the_names_that_a_study_gives() -> None:
     for trial in filled().choose_finalists():
         for name in choose_names(trial, filled()):
             assert Registry("/nowhere").versions(name) == []
+
+
+def test_a_named_branch_stands_for_its_method() -> None:
+    space = [{"name": "lora-plus", "method": {"type": "lora"}, "optim": {"loraplus_ratio": 16}}, SPACE[1]]
+    start = {"name": "first", "seed": 7, "optim": {"learning_rate": 2e-3}}
+    found = board(space=space, search={"num_trials": 6, "warm_start": [start]})
+    for number, point in enumerate([{"warm_start": 0}, {"branch": 0}, {"branch": 1}]):
+        found.add(begin(number, point))
+        found.add(report(number, 1, 1.0 + number, None))
+    assert [trial.method for trial in found.rank_trials()] == ["first", "lora-plus", "qdora"]
+    assert [choose_names(trial, found) for trial in found.rank_trials()] == [
+        ["s", "s-first"],
+        ["s-lora-plus"],
+        ["s-qdora"],
+    ]
+    assert format_settings(found.rank_trials()[0]) == "learning_rate 0.002, seed 7"
+    with pytest.raises(ConfigError, match=r"space\[0\]\.name: expected lower-case letters"):
+        board(space=[{"name": "LoRA plus"}])

@@ -143,15 +143,18 @@ def test_a_diverging_member_leaves_its_neighbours_alone_in_a_replay(tiny_llama: 
     assert hosts.num_replays > replays
 
 
-def test_dropout_takes_parts(tiny_llama: Path) -> None:
-    hosts = Pair(tiny_llama)
-    hosts.admit("plain")
-    hosts.admit("plus", dropout=0.3)
-    hosts.step(4)
-    assert not hosts.fast.sums.graphs._seen
-    hosts.evict("plus")
-    hosts.step(2)
-    assert hosts.fast.sums.graphs._seen
+def test_replays_draw_the_dropout_of_their_step(tiny_llama: Path) -> None:
+    with kernels.everywhere():
+        whole, parts = host_of(tiny_llama), host_of(tiny_llama)
+        whole.sums.graphs.is_on, parts.forward.is_one_go = True, False
+        for name, dropout in (("plain", 0.3), ("other", 0.0), ("dora", 0.2)):
+            for host in (whole, parts):
+                host.admit(name, trial_of(tiny_llama, name, dropout=dropout))
+        for _ in range(12):
+            for mine, reference in zip(whole.step(), parts.step(), strict=True):
+                assert mine.loss == pytest.approx(reference.loss, rel=TOLERANCE), mine.name
+    assert sum(each.graph.num_replays for each in whole.sums.graphs._recordings.values()) > 2
+    assert not parts.sums.graphs._seen
 
 
 def test_it_is_resumed_to_rounding(tiny_llama: Path, tmp_path: Path) -> None:
@@ -211,6 +214,7 @@ def test_what_is_recorded_needs_nothing_of_the_host(tiny_llama: Path, monkeypatc
         host = TrialHost(base, data, num_slots=5, max_rank=8, token_budget=100_000, with_magnitudes=True)
         for name in ("plain", "dora", "parts"):
             host.admit(name, trial_of(tiny_llama, name))
+        host.admit("dropped", trial_of(tiny_llama, "dora", dropout=0.1))
         for _ in range(24):
             assert not any(report.error for report in host.step())
         graphs = host.sums.graphs
@@ -218,7 +222,13 @@ def test_what_is_recorded_needs_nothing_of_the_host(tiny_llama: Path, monkeypatc
         assert graphs.num_recorded
         for recording in graphs._recordings.values():
             names = {operation[0].name().split("::")[-1] for operation in recording.graph.operations}
-            assert {"ragged_gradient", "row_attention_backward", "slot_squares", "slot_adamw"} <= names
+            assert {
+                "ragged_gradients",
+                "ragged_dropout",
+                "row_attention_backward",
+                "slot_squares",
+                "slot_adamw",
+            } <= names
 
 
 def test_sizes_are_rounded_without_a_change(tiny_llama: Path) -> None:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -123,7 +124,12 @@ class AdapterBank:
 
     @contextmanager
     def routed(
-        self, slots_N: Tensor, counts_K: Sequence[int], *, dropout_seeds: Mapping[int, int] | None = None
+        self,
+        slots_N: Tensor,
+        counts_K: Sequence[int],
+        *,
+        dropout_seeds: Mapping[int, int] | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[None]:
         """Apply each token's adapter in the model's forwards inside the context.
 
@@ -131,6 +137,7 @@ class AdapterBank:
             slots_N: each token's slot, ascending; -1: no adapter, the base alone.
             counts_K: number of tokens of each slot.
             dropout_seeds: slot -> seed of its dropout in this forward; slots without a seed have no dropout.
+            noise: for the fast path, `dropout_arrays` on the device; None: they are made of `dropout_seeds`.
         """
         counts_K = tuple(map(int, counts_K))
         dropout = {
@@ -138,10 +145,12 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        start, bounds, noise = len(slots_N) - sum(counts_K), self._bounds(slots_N), None
-        if dropout and bounds is not None:
-            noise = self._noise(dropout_seeds or {}, slots_N.device)
-        route = TokenRouting(counts_K, start, dropout, {}, bounds, noise)
+        start, bounds = len(slots_N) - sum(counts_K), self._bounds(slots_N)
+        if dropout and bounds is not None and noise is None:
+            seed_K, rate_K = map(torch.from_numpy, self.dropout_arrays(dropout_seeds or {}).values())
+            noise = seed_K.to(slots_N.device), rate_K.to(slots_N.device)
+        slot_noise = None if noise is None else SlotNoise(*noise, self.has_dropout_in_dora)
+        route = TokenRouting(counts_K, start, dropout, {}, bounds, slot_noise)
         with self._routing(lambda _: route):
             yield
 
@@ -161,14 +170,25 @@ class AdapterBank:
     def _bounds(self, slots_N: Tensor) -> Tensor | None:
         return ragged_bounds(slots_N, self.num_slots) if kernels.use_on(slots_N.device) else None
 
-    def _noise(self, seeds: Mapping[int, int], device: torch.device) -> SlotNoise:
-        rates_K = [self.specs[k].dropout if k in seeds and k in self.specs else 0.0 for k in range(self.num_slots)]
-        seeds_K = [seeds.get(k, 0) % 2**31 for k in range(self.num_slots)]
-        return SlotNoise(
-            torch.tensor(seeds_K, dtype=torch.int32).to(device, non_blocking=True),
-            torch.tensor(rates_K).to(device, non_blocking=True),
-            any(rate and self.specs[k].dora for k, rate in enumerate(rates_K)),
-        )
+    def dropout_arrays(self, seeds: Mapping[int, int]) -> dict[str, np.ndarray]:
+        """Return each slot's seed and rate, `seed_K` and `rate_K`, for `routed`; nothing where no adapter has dropout.
+
+        Args:
+            seeds: slot -> seed of its dropout in a forward; slots without a seed have no dropout.
+        """
+        if not any(spec.dropout for spec in self.specs.values()):
+            return {}
+        slots = range(self.num_slots)
+        rates = [self.specs[k].dropout if k in seeds and k in self.specs else 0 for k in slots]
+        return {
+            "seed_K": np.array([seeds.get(k, 0) % 2**31 for k in slots], dtype=np.int32),
+            "rate_K": np.array(rates, dtype=np.float32),
+        }
+
+    @property
+    def has_dropout_in_dora(self) -> bool:
+        """Whether any slot is DoRA with dropout."""
+        return any(spec.dora and spec.dropout > 0 for spec in self.specs.values())
 
     @contextmanager
     def _routing(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:

@@ -63,9 +63,11 @@ class FusedForward:
         arranged.arrays["slots_M"] = np.repeat(slots, arranged.num_predicted)
         return arranged
 
-    def adapted_sites(self) -> tuple[tuple[bool, bool], ...]:
-        """Return for each site whether any slot has an adapter there, and whether any is DoRA."""
-        return tuple((any(site.ranks), any(site.dora_ranks)) for site in self.bank.sites.values())
+    def adapted_sites(self) -> tuple[bool, ...]:
+        """Return whether any slot is DoRA with dropout; and for each site, whether any has an adapter, and DoRA."""
+        sites = self.bank.sites.values()
+        kinds = [kind for site in sites for kind in (any(site.ranks), any(site.dora_ranks))]
+        return (self.bank.has_dropout_in_dora, *kinds)
 
     @contextmanager
     def routed(
@@ -75,8 +77,9 @@ class FusedForward:
         owned_N = arranged.arrays["slots_N"]
         counts_K = np.bincount(owned_N[owned_N >= 0], minlength=self.bank.num_slots).tolist()
         packed = arranged.on(tensors)
+        noise = (tensors["seed_K"], tensors["rate_K"]) if "seed_K" in tensors else None
         with (
-            self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds),
+            self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds, noise=noise),
             packed_attention_on(self.base.model, packed),
             nullcontext() if self.is_native else autocast(self.base.device, self.precision),
         ):

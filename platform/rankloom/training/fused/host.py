@@ -321,8 +321,10 @@ class TrialHost:
 
     def _forward_backward(self, plan: StepPlan) -> None:
         """Add the plan's gradients and losses to the members' sums."""
-        seeds = {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
-        self.sums.add(self._arrange(plan), seeds)
+        self.sums.add(self._arrange(plan), self._dropout_seeds(plan))
+
+    def _dropout_seeds(self, plan: StepPlan) -> dict[int, int]:
+        return {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
 
     def _arrange(self, plan: StepPlan) -> Arranged:
         """Lay the plan's rows out, with each slot's share of the loss (`shares_K`)."""
@@ -336,12 +338,14 @@ class TrialHost:
             shares_K[share.slot] = 1 / member.weight
         arranged = self.forward.arrange(examples, slots)
         arranged.arrays["shares_K"] = shares_K
+        if self.forward.is_one_go:
+            arranged.arrays.update(self.bank.dropout_arrays(self._dropout_seeds(plan)))
         return arranged
 
     def _step_in_one_go(self, plan: StepPlan) -> list[StepReport] | None:
-        """Compute and apply a plan; None where this takes parts: with dropout, or where memory ran out."""
+        """Compute and apply a plan; None where this takes parts: where memory ran out."""
         members = {self._by_slot[share.slot]: len(share.lengths) for share in plan.shares}
-        if not self.forward.is_one_go or any(member.method.dropout for member in members):
+        if not self.forward.is_one_go:
             return None
         stepping = {member.slot: member.factor for member, num_rows in members.items() if member.completes(num_rows)}
         partial = not self.sums.is_empty or len(stepping) < len(members)

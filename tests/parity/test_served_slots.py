@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.config.model import Nf4
+from rankloom.kernels.triton import lora as lora_triton
 from rankloom.models import Base
-from served import load
+from served import completed, engine_on, load, publish, serving, with_peft, write_adapter
 
 LAYER = "model.layers.0"
 Q, K, V = (f"{LAYER}.self_attn.{name}_proj" for name in "qkv")
@@ -84,6 +87,39 @@ def test_rows_of_any_order_and_rank_find_their_adapters_as_the_table_grows(base:
     before = bank.generation
     bank.find_slots(rows)
     assert bank.generation == before
+
+
+def test_the_kernels_give_the_tokens_that_peft_gives(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In triton's interpreter: prompts, then decoding rows, of the base, a LoRA and a DoRA."""
+    calls = Counter[str]()
+    for name in ("lora_shrink", "lora_expand"):
+        kernel = getattr(lora_triton, name)
+
+        def counted(*args: Any, name: str = name, kernel: Any = kernel) -> Any:
+            calls[name] += 1
+            return kernel(*args)
+
+        monkeypatch.setattr(slot_table, name, counted)
+    folders: dict[str | None, Path | None] = {None: None}
+    for kind in ("wide", "dora"):
+        write_adapter(tiny_llama, tmp_path / kind, kind)
+        folders[publish(tmp_path / "registry", tiny_llama, kind, tmp_path / kind)] = tmp_path / kind
+    engine, prompts = engine_on(tiny_llama, tmp_path / "registry"), [[5, 6], [7, 8, 9, 10], [11]]
+
+    async def work() -> list[list[int]]:
+        waiting = [
+            completed(engine, prompt, ref, id=str(ref), max_tokens=3)
+            for ref, prompt in zip(folders, prompts, strict=True)
+        ]
+        return [tokens for _, tokens, _ in await asyncio.gather(*waiting)]
+
+    found = serving(engine, work)
+    assert found == [
+        with_peft(tiny_llama, folder, prompt, 3) for folder, prompt in zip(folders.values(), prompts, strict=True)
+    ]
+    assert calls["lora_shrink"] == calls["lora_expand"] > 0
 
 
 def test_no_weight_is_held_twice(base: Base) -> None:

@@ -54,19 +54,12 @@ def test_an_operation_of_several_launches_counts_as_often(launches: Any, monkeyp
     assert count.launches == {"rms_norm_forward": 3}  # and nothing of its reference
 
 
-def test_launches_are_counted_a_layer() -> None:
-    found = json.loads(run("launches.py", "--layers", "2", "--json").splitlines()[-1])
+def test_a_step_on_a_gpu_takes_few_launches_a_layer() -> None:
+    found = json.loads(run("launches.py", "--json").splitlines()[-1])
     assert set(found) == {"train_lora", "train_dora", "decode_16_adapters"}
-    assert 0 < found["decode_16_adapters"] < found["train_lora"] < found["train_dora"]
-
-
-def test_a_layer_of_a_decode_step_takes_few_launches_whatever_the_ranks(launches: Any) -> None:
-    with kernels.everywhere():
-        few, many = (launches.count_decode_step(layers, 16) for layers in (1, 3))
-    a_layer = (many.total() - few.total()) / 2
-    assert many["lora_shrink"] == many["lora_expand"] == 3 * 4  # q with k and v, o, gate with up, down
-    assert a_layer <= 20
-    assert few.total() + 15 * a_layer <= 16 * 30
+    assert 0 < found["train_lora"] <= 130
+    assert found["train_lora"] < found["train_dora"] <= 200
+    assert 0 < found["decode_16_adapters"] <= 30
 
 
 def test_the_gpus_benchmark_runs_dry_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,19 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
+from rankloom import kernels
 from rankloom.banks.groups import PADDED
 from rankloom.config import TrialConfig, parse
 from rankloom.data import Cursor, load_data
 from rankloom.errors import TrialError
+from rankloom.kernels.cross_entropy import MOST_LOGITS
 from rankloom.models import load_base, load_tokenizer
+from rankloom.models.load import DTYPES
 from rankloom.training import memory
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_shape
-from rankloom.training.memory_plan import FP32, LASTING, HostSize, Shape, fit_host, run_bytes
+from rankloom.training.memory_plan import CHUNKS, FP32, LASTING, ROUNDED, HostSize, Shape, fit_host, run_bytes
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
@@ -93,6 +96,45 @@ def test_a_hosts_forecast_is_its_peak(
     forecast = replace(size, token_budget=plan.num_tokens).bytes(read_shape(base, data))
     accumulated = FP32 * 4 * read_shape(base, data).adapter_numbers(rank, dora=kind == "dora")
     assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)  # no step was under way
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "rank", "batch_size"),
+    [("bf16", "lora", 8, 8), ("bf16", "lora", 128, 2), ("bf16", "dora", 8, 8), ("fp32", "lora", 8, 8)],
+)
+def test_a_hosts_forecast_is_its_peak_on_the_fast_path(
+    dtype: str, kind: str, rank: int, batch_size: int, tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=1,
+        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    trial = trial_of(
+        tmp_path, method={"type": kind, "rank": rank}, optim={"batch_size": batch_size},
+        data={"max_train_rows": 64, "template": "plain"},
+    )  # fmt: skip
+    data, dora, precision = load_data(trial.data, load_tokenizer(trial.model)), kind == "dora", DTYPES[dtype]
+    hosts: list[TrialHost] = []
+
+    def open_host() -> None:
+        host = TrialHost(
+            base, data, num_slots=4, max_rank=rank, token_budget=10**6, with_magnitudes=dora, precision=precision
+        )
+        hosts.append(host)
+        for k in range(4):
+            host.admit(f"t{k}", trial)
+        host.step()
+
+    with kernels.everywhere():  # one head: the reference of attention keeps each head's scores, which no kernel does
+        base = load_base(trial.model, trial.quantization, device=CPU, dtype=precision)
+        peak, shape = peak_bytes(open_host), read_shape(base, data)
+    assert shape.fast is not None
+    assert hosts[0].last_plan is not None
+    forecast = HostSize(4, rank, hosts[0].last_plan.num_tokens, dora).bytes(shape)
+    accumulated = FP32 * 4 * shape.adapter_numbers(rank, dora=dora)
+    assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "dora", "adalora", "lisa", "galore"])
@@ -196,6 +238,29 @@ def test_copies_in_the_type_of_the_arithmetic_are_counted() -> None:
     assert WANTED.bytes(low) == (LASTING * FP32 + 2) * numbers + tokens
     assert WANTED.room(low, WANTED.bytes(low)) == 4096
     assert WANTED.bytes(SHAPE) == LASTING * FP32 * numbers + 2 * tokens  # in fp32 there are none
+
+
+def test_a_graphs_memory_is_beside_that_of_a_step_that_is_not_recorded() -> None:
+    eager = replace(SHAPE, fast=1.0)
+    graphs = replace(eager, recorded=True)
+    longer = replace(WANTED, token_budget=int(ROUNDED * 4096))
+    lasting = LASTING * FP32 * 8 * SHAPE.adapter_numbers(64, dora=False)
+    shadows = lasting / LASTING
+    assert WANTED.bytes(graphs) - WANTED.bytes(eager) == longer.bytes(eager) - lasting - shadows
+    for shape in (eager, graphs):
+        size = fit_host(WANTED, shape, ranks=[64], longest=100, available=0.6 * WANTED.bytes(graphs))
+        assert size.bytes(shape) <= 0.6 * WANTED.bytes(graphs)
+        larger = replace(size, token_budget=size.token_budget + 1)
+        assert size == WANTED or larger.bytes(shape) > 0.6 * WANTED.bytes(graphs)
+
+
+def test_logits_in_chunks_have_a_bound() -> None:
+    shape = replace(SHAPE, fast=1.0, vocabulary=100_000, predicted_share=1.0)
+    without = replace(shape, vocabulary=0)
+    logits = [
+        size.bytes(shape) - size.bytes(without) for size in (replace(WANTED, token_budget=t) for t in (10**4, 10**5))
+    ]
+    assert logits[0] == logits[1] == CHUNKS * MOST_LOGITS * FP32
 
 
 def test_padding_on_a_gpu_is_counted() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rankloom import kernels
+from rankloom.banks.bank import FAST_DTYPES
 from rankloom.config.method import Targets
 from rankloom.data import TaskData
 from rankloom.models import Base, find_decoder_layers, find_experts, find_target_linears, linear_widths
@@ -16,8 +18,10 @@ from rankloom.training.memory_plan import Shape
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
 """Activation functions that transformers computes in several steps; the backward pass keeps each step's result."""
-ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT = 1.2, 2.0
-"""Measured; see `memory_plan.Shape.activations`."""
+ACTIVATIONS, ACTIVATIONS_WRITTEN_OUT, ACTIVATIONS_FUSED = 1.2, 2.0, 0.88
+"""Measured; see `memory_plan.Shape.activations`. Fused: what the fast path keeps for the backward pass."""
+LAYERS_PASSING = 2
+"""Layers whose activations are as large as what a layer's backward pass allocates for itself."""
 MEMORY_INFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -55,17 +59,22 @@ def read_shape(base: Base, data: TaskData, targets: Targets = "all-linear", *, e
     linears = {name: linear_widths(modules[name]) for name in find_target_linears(base.model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
     train = data.report.splits["train"]
+    fast = kernels.use_on(base.device) and base.model.dtype in FAST_DTYPES
+    num_layers = len(find_decoder_layers(base.model))
     act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    kept = ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS_FUSED
     return Shape(
         linears=tuple(linears.values()),
         targets=tuple(linears[name] for name in find_target_linears(base.model, targets)),
-        num_layers=len(find_decoder_layers(base.model)),
+        num_layers=num_layers,
         num_other=sum(p.numel() for p in base.model.parameters() if id(p) not in weights),
         vocabulary=base.model.get_input_embeddings().weight.shape[0],
         activations=ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS,
         predicted_share=train.trained_tokens / train.tokens,
         quantization=base.quantization,
         value_bytes=base.model.get_input_embeddings().weight.element_size(),
-        padded=base.device.type != "cpu",
+        padded=base.device.type != "cpu" and not fast,
+        fast=kept * (1 + LAYERS_PASSING / num_layers) if fast else None,
+        recorded=fast and base.device.type == "cuda",
         experts=tuple((len(p), p.shape[1], p.shape[2]) for p in find_experts(base.model).values()) if experts else (),
     )

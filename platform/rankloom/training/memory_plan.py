@@ -4,16 +4,24 @@ A forecast adds up the memory at the peak of a step: the base at its quantisatio
 gradients and Adam's moments, the activations that the backward pass needs, and the logits. `fit_host` inverts it: the
 largest host for the memory. The factors are measured; `tests/parity/test_memory_plan.py` compares forecasts with
 measured peaks.
+
+On the fast path a host also keeps shadows of its adapters, and graphs their step's memory beside that of steps which
+are not recorded; it makes logits in chunks, and rounds ranks and tokens up. Evaluations keep nothing for a backward
+pass: with their larger budget they stay below a step on models of eight layers or more.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rankloom.banks.bank import RANK_STEP
 from rankloom.banks.groups import PADDED
 from rankloom.config.method import AdapterConfig, FullRankConfig
 from rankloom.errors import TrialError
+from rankloom.kernels.cross_entropy import MOST_LOGITS
+from rankloom.training.fused.device_step import MOST_RECORDED
 
 FP32 = 4
 BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -23,6 +31,12 @@ LOGITS = 3.5
 LASTING, PASSING = 4, 2
 """Number of fp32 copies of a bank's parameters. Lasting: the parameters, two moments, and the accumulated gradient.
 Passing: a new gradient and its stacked copy, after the activations are freed."""
+CHUNKS = 2
+"""Chunks of logits at a time on the fast path: one that is made, and the last one."""
+ROUNDED = 1.125
+"""The most that a recorded step's tokens are rounded up."""
+STAGED = 48
+"""Bytes of a token's indices on the device."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,11 @@ class Shape:
     value_bytes: int
     """Bytes per value that is not quantised."""
     padded: bool = False
-    """Whether slots' tokens are padded to a common length, as on a GPU."""
+    """Whether slots' tokens are padded to a common length, as on a GPU without the fast path."""
+    fast: float | None = None
+    """As `activations`, on the fast path; None: hosts do not take it."""
+    recorded: bool = False
+    """Whether its steps become CUDA graphs."""
     experts: tuple[tuple[int, int, int], ...] = ()
     """(experts, in, out) of each stack of experts' matrices with adapters."""
 
@@ -63,6 +81,15 @@ class Shape:
         widths = self.activations * sum(wide + high for wide, high in self.linears)
         adapters = sum(rank + dora * high for _, high in self.targets)
         return (widths + adapters) * self.value_bytes + LOGITS * FP32 * self.vocabulary * self.predicted_share
+
+    def step_bytes(self, num_tokens: int, rank: int, *, dora: bool) -> float:
+        """Return the bytes of a host's forward and backward."""
+        if self.fast is None:
+            return num_tokens * (self.token_bytes(rank, dora=dora) + self.padding_bytes)
+        widths = self.fast * sum(wide + high for wide, high in self.linears)
+        kept = (widths + dora * sum(high for _, high in self.targets)) * self.value_bytes
+        logits = CHUNKS * min(num_tokens * self.vocabulary * self.predicted_share, MOST_LOGITS)
+        return num_tokens * (kept + rank * FP32 * len(self.targets) + STAGED) + logits * self.value_bytes
 
     @property
     def padding_bytes(self) -> float:
@@ -92,25 +119,31 @@ class HostSize:
 
     def bytes(self, shape: Shape) -> float:
         """Return the peak bytes of a step, the base excluded."""
-        bank = self._bank_bytes(shape)
-        tokens = self._copy_bytes(shape) + self.token_budget * self._token_bytes(shape)
-        return LASTING * bank + max(tokens, PASSING * bank)
+        bank, shadows = self._bank_bytes(shape), self._shadow_bytes(shape)
+        step = max(shadows + self._step_bytes(shape, self.token_budget), PASSING * bank)
+        if shape.recorded:  # graphs keep their memory, while a step of another size is computed beside them
+            most = min(self.token_budget, MOST_RECORDED)
+            step += max(self._step_bytes(shape, int(ROUNDED * most)), PASSING * bank)
+        return LASTING * bank + step
 
     def room(self, shape: Shape, available: float) -> int:
-        """Return the number of tokens that fit beside the bank into `available` bytes."""
-        taken = LASTING * self._bank_bytes(shape) + self._copy_bytes(shape)
-        return int((available - taken) / self._token_bytes(shape))
+        """Return the number of tokens, up to the budget, for which `bytes` fits into `available` bytes."""
+        budgets = range(1, self.token_budget + 1)
+        return bisect_right(budgets, available, key=lambda tokens: replace(self, token_budget=tokens).bytes(shape))
+
+    def _rank(self, shape: Shape) -> int:
+        return -(-self.max_rank // RANK_STEP) * RANK_STEP if shape.fast is not None else self.max_rank
 
     def _bank_bytes(self, shape: Shape) -> float:
-        return FP32 * self.num_slots * shape.adapter_numbers(self.max_rank, dora=self.with_magnitudes)
+        return FP32 * self.num_slots * shape.adapter_numbers(self._rank(shape), dora=self.with_magnitudes)
 
-    def _copy_bytes(self, shape: Shape) -> float:
-        """Return the bytes of A and B cast to the arithmetic's dtype, which every site keeps for the backward pass."""
-        numbers = self.num_slots * shape.adapter_numbers(self.max_rank, dora=False)
-        return numbers * shape.value_bytes if shape.value_bytes < FP32 else 0
+    def _shadow_bytes(self, shape: Shape) -> float:
+        """Return the bytes of A and B in the arithmetic's dtype: shadows, or what every site keeps for its backward."""
+        numbers = self.num_slots * shape.adapter_numbers(self._rank(shape), dora=False)
+        return numbers * shape.value_bytes if shape.fast is not None or shape.value_bytes < FP32 else 0
 
-    def _token_bytes(self, shape: Shape) -> float:
-        return shape.token_bytes(self.max_rank, dora=self.with_magnitudes) + shape.padding_bytes
+    def _step_bytes(self, shape: Shape, num_tokens: int) -> float:
+        return shape.step_bytes(num_tokens, self._rank(shape), dora=self.with_magnitudes)
 
 
 def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, available: float) -> HostSize:
@@ -128,7 +161,8 @@ def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: i
         for num_slots in range(wanted.num_slots, 0, -1):
             least = replace(wanted, num_slots=num_slots, max_rank=rank, token_budget=longest)
             if least.bytes(shape) <= available:
-                return replace(least, token_budget=min(wanted.token_budget, least.room(shape, available)))
+                whole = replace(least, token_budget=wanted.token_budget)
+                return replace(least, token_budget=whole.room(shape, available))
     needed = replace(wanted, num_slots=1, max_rank=min(ranks), token_budget=longest).bytes(shape)
     raise TrialError(
         f"not even one slot of rank {min(ranks)} with a row of {longest} tokens fits: it takes {gigabytes(needed)} "

@@ -98,6 +98,8 @@ def test_heavy_imports_would_be_seen() -> None:
         ["train", "--help"],
         ["tune", "--help"],
         ["compare", "--help"],
+        ["data", "--help"],
+        ["report", "--help"],
         ["adapters", "--help"],
         ["schema", "study"],
     ],

@@ -20,11 +20,10 @@ def measure_cost_remotely(trial: TrialConfig, metric: MetricFunction | None = No
     import ray
 
     with cluster.connect(trial.compute.model_copy(update={"num_workers": 1})) as share:
-        task: Any = ray.remote(_measure).options(
+        # a fresh process for each: what one leaves in memory is not the next one's
+        task: Any = ray.remote(max_calls=1, max_retries=0)(_measure).options(
             num_cpus=share.cpus,
             num_gpus=int(share.gpu),
-            max_calls=1,  # a fresh process for each: what one leaves in memory is not the next one's
-            max_retries=0,
             runtime_env={"env_vars": cluster.make_worker_environment(share.cpus, gpu=share.gpu)},
         )
         try:

@@ -131,14 +131,14 @@ class ServedBank:
                     other = self._mixture_at if chooses_experts(module) else self._other_at
                     self._patch(name, module, other(name, module))
 
-    def route(self, shares: Sequence[AdapterShare], *, stack: bool = True) -> TokenOrder:
+    def route(self, shares: Sequence[AdapterShare], *, in_slots: bool = True) -> TokenOrder:
         """Order a forward's tokens, and put its adapters into slots.
 
         Args:
             shares: at most one per adapter, and one for the base.
-            stack: whether to compute adapters in slots; False leaves the slots unchanged.
+            in_slots: whether to compute adapters in slots; False leaves the slots unchanged.
         """
-        slot_of = self._hold(shares) if stack and self._is_fast else {}
+        slot_of = self._hold(shares) if in_slots and self._is_fast else {}
         base = [i for i, share in enumerate(shares) if share.adapter is None]
         order = [*base, *slot_of, *sorted({*range(len(shares))}.difference(base, slot_of))]
         body = self._lay_out([(shares[i].adapter, shares[i].num_tokens, slot_of.get(i)) for i in order])

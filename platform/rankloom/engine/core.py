@@ -323,7 +323,7 @@ class Core:
             self._runner.bank.admit(adapter)
         with torch.inference_mode():
             cache.reserve("probe", len(tokens))
-            logits_MV = self._runner.forward(cache, [SequenceChunk("probe", adapter, 0, tokens)], stack=False)
+            logits_MV = self._runner.forward(cache, [SequenceChunk("probe", adapter, 0, tokens)], in_slots=False)
         return logits_MV[0].to(self._base.model.dtype)
 
 

@@ -51,14 +51,14 @@ class ModelRunner:
         self._model.config._attn_implementation = self._attention_before
 
     @torch.inference_mode()
-    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, stack: bool = True) -> Tensor:
+    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
         """Return the logits [M, V], in fp32, after each chunk that predicts, in the chunks' order.
 
         Args:
             chunks: at most one per sequence; each sequence has its place in the cache.
-            stack: see `ServedBank.route`.
+            in_slots: see `ServedBank.route`.
         """
-        route, ordered = self.order(chunks, stack=stack)
+        route, ordered = self.order(chunks, in_slots=in_slots)
         ids: list[int] = []
         positions: list[int] = []
         last_M, stop = [], 0
@@ -81,7 +81,9 @@ class ModelRunner:
         order = [index_of[chunk.id] for chunk in chunks if chunk.predicts]
         return logits_MV if order == sorted(order) else logits_MV[order]
 
-    def order(self, chunks: Sequence[SequenceChunk], *, stack: bool = True) -> tuple[TokenOrder, list[SequenceChunk]]:
+    def order(
+        self, chunks: Sequence[SequenceChunk], *, in_slots: bool = True
+    ) -> tuple[TokenOrder, list[SequenceChunk]]:
         """Return the chunks in the order that the bank wants their tokens in, and its route for them."""
         members: dict[ServedAdapter | None, list[SequenceChunk]] = {}
         for chunk in chunks:
@@ -90,7 +92,7 @@ class ModelRunner:
             AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.predicts for chunk in own))
             for adapter, own in members.items()
         ]
-        route = self.bank.route(shares, stack=stack)
+        route = self.bank.route(shares, in_slots=in_slots)
         adapters = list(members)
         return route, [chunk for i in route.order for chunk in members[adapters[i]]]
 

@@ -34,7 +34,9 @@ def slot_adamw(
     """
     shape = (data.shape[1], *[1] * (data.dim() - 2))
     factor, lean_1, lean_2, correction, eps, size, keep = (column.view(shape) for column in settings_SK)
-    clipped = (gradient * factor).masked_fill_(factor == 0, 0)
+    clipped, is_idle = gradient * factor, factor == 0
+    if torch._subclasses.fake_tensor.is_fake(is_idle) or is_idle.any():  # one pass more
+        clipped.masked_fill_(is_idle, 0)
     first.lerp_(clipped, lean_1)
     second.lerp_(clipped.square_(), lean_2)
     update = torch.sqrt(second, out=clipped).mul_(correction).add_(eps)  # in place: fresh pages are slow

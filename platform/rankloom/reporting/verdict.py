@@ -1,17 +1,19 @@
 """Verdicts: whether one result on the test rows is better than another, or a tie. A tie is never called a win.
 
 Both results come from one set of rows, whose single answers are not kept. So the interval of the difference is that of
-two independent samples, which is wider than that of a paired test: a win by it is a win by that too.
+two independent samples, which is wider than that of a paired test.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, sqrt
 from typing import Literal
 
 from rankloom.registry.scorecard import Measures, MetricValue, Proportion
 
+Z = 1.959964
+"""Standard deviations that hold 95 % of a normal distribution."""
 Outcome = Literal["better", "worse", "tie", "unknown"]
 
 
@@ -49,7 +51,8 @@ def contrast(ours: Measures, theirs: Measures) -> Contrast:
     for field in ("accuracy", "exact_match"):
         share, base = getattr(ours, field), getattr(theirs, field)
         if share is not None and base is not None:
-            return _contrast_shares(field.replace("_", " "), share, base)
+            spans = _get_wilson_span(share.value, ours.num_rows), _get_wilson_span(base.value, theirs.num_rows)
+            return _contrast_shares(field.replace("_", " "), *spans)
     outcome: Outcome = "tie" if ours.loss == theirs.loss else "unknown"
     return Contrast(
         measure="loss", ours=f"{ours.loss:.4f}", theirs=f"{theirs.loss:.4f}", difference="", outcome=outcome
@@ -79,6 +82,13 @@ def _contrast_metrics(ours: MetricValue, theirs: MetricValue) -> Contrast:
     change = f"a difference of {ours.value - theirs.value:+.4g} [{low:+.4g}, {high:+.4g}]"
     outcome = _decide(low, high) if ours.best == "max" else _decide(-high, -low)
     return Contrast(**texts, difference=change, outcome=outcome)
+
+
+def _get_wilson_span(share: float, num_rows: int) -> Proportion:
+    """Return a share with Wilson's interval, which also a share of 0 or 1 of few rows has."""
+    middle = (share + Z**2 / (2 * num_rows)) / (1 + Z**2 / num_rows)
+    half = Z * sqrt(share * (1 - share) / num_rows + Z**2 / (4 * num_rows**2)) / (1 + Z**2 / num_rows)
+    return Proportion(value=share, low=middle - half, high=middle + half)
 
 
 def _get_interval(ours: Proportion, theirs: Proportion) -> tuple[float, float]:

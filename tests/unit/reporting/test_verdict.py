@@ -31,10 +31,14 @@ def test_more_rows_make_a_win_of_a_tie() -> None:
 
 
 def test_the_interval_is_newcombes() -> None:
-    # his example: 56 of 70 against 48 of 80, with Wilson's intervals as in his paper (Newcombe 1998, table II)
-    ours = of(56, 70, accuracy={"value": 0.8, "low": 0.6917, "high": 0.8769})
-    theirs = of(48, 80, accuracy={"value": 0.6, "low": 0.4904, "high": 0.7003})
-    assert contrast(ours, theirs).difference == "a difference of +20.0 points [+5.2, +33.4]"
+    # the first example of Newcombe (1998), his method 10: 56 of 70 against 48 of 80, [0.0524, 0.3339]
+    assert contrast(of(56, 70), of(48, 80)).difference == "a difference of +20.0 points [+5.2, +33.4]"
+
+
+def test_a_perfect_score_on_few_rows_is_not_certain() -> None:
+    certain = {"value": 1.0, "low": 1.0, "high": 1.0}  # as a bootstrap has it
+    assert contrast(of(5, 5, accuracy=certain), of(4, 5)).outcome == "tie"
+    assert contrast(of(10, 10, accuracy=certain), of(7, 10)).outcome == "tie"
 
 
 def test_a_metric_that_is_best_at_its_minimum() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from answers import RECIPES, served, trial_of
 from rankloom import kernels
 from rankloom.adapters.weights import load_adapter
 from rankloom.banks.bank import AdapterBank, SlotSpec
@@ -20,9 +20,8 @@ from rankloom.banks.grouped import scale_rows, scale_rows_reference
 from rankloom.banks.groups import Groups
 from rankloom.banks.served_adapter import ServedAdapter, fold
 from rankloom.banks.served_bank import AdapterShare, ServedBank
-from rankloom.config import TrialConfig, parse
 from rankloom.config.model import ModelConfig, NoQuantization
-from rankloom.data import TaskData, load_data
+from rankloom.data import load_data
 from rankloom.errors import TrialError
 from rankloom.evals.loss import compute_token_loss
 from rankloom.events import Event
@@ -35,63 +34,9 @@ from rankloom.training.precision import autocast, load_trial_base
 from rankloom.training.publish import check_export
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
-from served import completed, engine_on, serving, write_adapter
+from served import write_adapter
 
 CPU = torch.device("cpu")
-RECIPES: dict[str, dict[str, Any]] = {
-    "lora": {"method": {"type": "lora"}},
-    "lora-pissa": {"method": {"type": "lora", "init": "pissa"}},
-    "lora-olora": {"method": {"type": "lora", "init": "olora"}},
-    "loraplus": {"method": {"type": "lora"}, "optim": {"loraplus_ratio": 4}},
-    "qlora": {"method": {"type": "lora"}, "quantization": "nf4"},
-    "int8": {"method": {"type": "lora"}, "quantization": "int8"},
-    "dora": {"method": {"type": "dora"}},
-    "qdora": {"method": {"type": "dora"}, "quantization": "nf4"},
-    "adalora": {"method": {"type": "adalora", "interval": 1, "initial_rank": 12, "target_rank": 8}},
-    "full": {"method": {"type": "full", "extract_rank": 64}},
-    "galore": {"method": {"type": "galore", "rank": 32, "extract_rank": 64}},
-    "lisa": {"method": {"type": "lisa", "num_layers": 2, "extract_rank": 64}},
-}
-ANSWERS = {
-    "lost my card": "card_lost",
-    "show my balance": "check_balance",
-    "send money": "transfer",
-    "sun or rain": "no",
-}
-
-
-def trial_of(model: Path, root: Path, recipe: dict[str, Any]) -> TrialConfig:
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in ANSWERS.items()]
-    file = root / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    tree = {
-        "name": "low",
-        "model": {"id": str(model)},
-        "data": {"train": str(file), "validation": str(file), "test": str(file)},
-        "budget": {"steps": 40},
-        "eval": {"every": 20, "latency": False},
-        "compute": {"num_workers": 0, "precision": "bf16"},
-        "output": {"root": str(root)},
-    }
-    return parse(
-        TrialConfig, tree | recipe | {"optim": {"learning_rate": 1e-2, "batch_size": 4} | recipe.get("optim", {})}
-    )
-
-
-def served(trial: TrialConfig, registry: Path, data: TaskData) -> list[list[int]]:
-    """What the engine generates for the test rows, without the token that ends it."""
-    base = load_base(trial.model, trial.quantization, device=CPU, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
-    engine = engine_on(base, registry)
-
-    async def work() -> list[list[int]]:
-        found = []
-        for i, row in enumerate(data.test):
-            prompt = row.input_ids[: row.prompt_length]
-            _, tokens, _ = await completed(engine, prompt, "low@1", id=str(i), max_tokens=8, ignore_eos=True)
-            found.append(tokens[: len(row.input_ids) - row.prompt_length])
-        return found
-
-    return serving(engine, work)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -106,7 +51,7 @@ def test_every_recipe_in_bf16_is_served_as_it_was_scored(
     assert [measures.exact_match and measures.exact_match.value for measures in (card.base, card.result)] == [0, 1]
     data = load_data(trial.data, load_tokenizer(trial.model))
     expected = [row.input_ids[row.prompt_length :] for row in data.test]  # which is what was scored: all are right
-    assert served(trial, tmp_path / "registry", data) == expected
+    assert served(trial, tmp_path / "registry", data, CPU) == expected
 
 
 def test_a_host_in_bf16_trains_and_exports_what_dedicated_runs_do(tiny_llama: Path, tmp_path: Path) -> None:

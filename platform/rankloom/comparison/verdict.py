@@ -21,7 +21,9 @@ def write_verdict(result: CompareResult) -> tuple[str, ...]:
     if tied := [method for method in others if _is_tied(leader, method)]:
         sentences.append(_state_cheapest([leader, *tied]))
     if below := _find_at_base(result, scored):
-        sentences.append(f"The interval of {_join_names(below)} overlaps that of the untuned base.")
+        many = len(below) > 1
+        which = f"intervals of {_join_names(below)} overlap" if many else f"interval of {_join_names(below)} overlaps"
+        sentences.append(f"The {which} that of the untuned base.")
     if len(leader.seeds) == 1:
         sentences.append("With one seed, a difference may be one between two runs; give more seeds to compare methods.")
     return tuple(sentence for sentence in sentences if sentence)
@@ -42,12 +44,10 @@ def _state_leader(result: CompareResult, leader: MethodResult, others: Sequence[
 
 def _state_extent(result: CompareResult, scored: Sequence[MethodResult]) -> str:
     """Say what the statement rests on."""
-    seeds = max(len(method.seeds) for method in scored)
-    real = sum(test.is_real for test in result.tests)
-    return (
-        f"This rests on {seeds} seed{'s' * (seeds > 1)} and {result.num_rows} test rows; of {len(result.tests)} pairs "
-        f"of methods {real} differ, at 5 % after Holm's correction."
-    )
+    seeds, pairs = max(len(method.seeds) for method in scored), len(result.tests)
+    real, rests = sum(test.is_real for test in result.tests), f"{seeds} seed{'s' * (seeds > 1)}"
+    counted = f"{real} of {pairs} pairs of methods differ" if pairs != 1 else f"{real or 'no'} pair of methods differs"
+    return f"This rests on {rests} and {result.num_rows} test rows; {counted}, at 5 % after Holm's correction."
 
 
 def _state_cheapest(tied: Sequence[MethodResult]) -> str:

@@ -53,7 +53,7 @@ def test_a_tie_is_not_called_a_win(left: Callable) -> None:
     first, *others = result.verdict
     assert first.startswith("dora leads on the validation rows: accuracy ")
     assert first.endswith("There lora is not told apart from it, so this is a tie. It is better than full.")
-    assert "3 seeds and 60 test rows; of 3 pairs of methods 2 differ" in others[0]
+    assert "3 seeds and 60 test rows; 2 of 3 pairs of methods differ" in others[0]
     assert any(text == "Of the tied methods lora takes the least memory (10 MB) and trains fastest (100 tokens/s)."
                for text in others)  # fmt: skip
     assert "is better than every" not in " ".join(result.verdict)

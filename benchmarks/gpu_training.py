@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_baselines import DTYPE, NUM_PROCESSES, PeftTrial, graphed, mps, processes_at_once
@@ -14,6 +13,7 @@ from gpu_bench import Bench
 from random_models import random_base, random_data, random_trial
 from torch import Tensor, nn
 
+from rankloom.banks.bank import AdapterBank
 from rankloom.config import StudyConfig, TrialConfig, parse
 from rankloom.data import TaskData, load_data
 from rankloom.errors import ModelError
@@ -124,8 +124,7 @@ def train_8b(bench: Bench) -> None:
 def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
     """Return the forward and the activations' backward of a base without adapters, on packed rows."""
     rows = random_data(BARE_LENGTH, BARE_LENGTH, num_rows=max(1, num_tokens // BARE_LENGTH)).train
-    no_bank: Any = None
-    forward = FusedForward(base, no_bank, DTYPE)
+    forward = FusedForward(base, AdapterBank(base.model, [], 1, 8, with_magnitudes=False), DTYPE)
     packed = pack([Example.of(row) for row in rows], forward.attention, pad_id=base.pad_id, device=base.device)
 
     def differentiable(_: nn.Module, __: object, embedded: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def test_heavy_imports_would_be_seen() -> None:
         ["train", "--help"],
         ["tune", "--help"],
         ["compare", "--help"],
+        ["plan", "--help"],
         ["data", "--help"],
         ["report", "--help"],
         ["adapters", "--help"],
@@ -139,6 +140,7 @@ def test_validation_agrees_with_compatible(method: str, quantization: str, ratio
 def test_every_method_says_what_it_keeps_in_memory(method: str) -> None:
     class Shape:
         linears, targets, num_layers, num_other, num_weights = ((8, 8), (8, 32)), ((8, 8),), 2, 100, 420
+        num_stacked = 0
 
         def adapter_numbers(self, rank: int, *, dora: bool) -> int:
             return sum(rank * (wide + high) + dora * high for wide, high in self.targets)

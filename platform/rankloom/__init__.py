@@ -90,6 +90,8 @@ if TYPE_CHECKING:
     from rankloom.launch.results import EvaluationResult as EvaluationResult
     from rankloom.launch.results import TrialResult as TrialResult
     from rankloom.launch.trainer import train as train
+    from rankloom.planning.plan import Plan as Plan
+    from rankloom.planning.plan import plan as plan
     from rankloom.registry.record import Record as Record
     from rankloom.registry.scorecard import Measures as Measures
     from rankloom.registry.scorecard import Scorecard as Scorecard
@@ -132,6 +134,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "launch.evaluation": ("evaluate",),
     "launch.results": ("EvaluationResult", "TrialResult"),
     "launch.trainer": ("train",),
+    "planning.plan": ("Plan", "plan"),
     "registry.record": ("Record",),
     "registry.scorecard": ("Measures", "Scorecard"),
     "registry.store": ("Registry",),

@@ -16,21 +16,29 @@ from torch.profiler import ProfilerActivity, profile
 from rankloom import kernels
 from rankloom.banks.groups import PADDED
 from rankloom.config import TrialConfig, parse
-from rankloom.data import Cursor, load_data
+from rankloom.data import load_data
 from rankloom.errors import TrialError
 from rankloom.kernels.cross_entropy import MOST_LOGITS
 from rankloom.models import load_base, load_tokenizer
 from rankloom.models.load import DTYPES
+from rankloom.planning.forecast import read_outline_shape
+from rankloom.planning.outline import open_outline
+from rankloom.planning.plan import plan_trials
+from rankloom.planning.rows import read_row_sizes
 from rankloom.training import memory
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_shape
-from rankloom.training.memory_plan import CHUNKS, FP32, LASTING, ROUNDED, HostSize, Shape, fit_host, run_bytes
+from rankloom.training.memory_plan import CHUNKS, FP32, LASTING, ROUNDED, HostSize, Shape, fit_host, forecast_run
+from rankloom.training.method_cost import measure_cost
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
 CPU = torch.device("cpu")
 TOLERANCE = 0.25
+"""Of hosts."""
+WITHIN = 0.1
+"""Of dedicated runs."""
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -137,23 +145,53 @@ def test_a_hosts_forecast_is_its_peak_on_the_fast_path(
     assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "dora", "adalora", "lisa", "galore"])
-def test_a_runs_forecast_is_its_peak(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
-    trial = trial_of(tiny_llama, method={"type": kind} | ({"num_layers": 1} if kind == "lisa" else {}))
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": {"type": "full"}},
+    "lora": {"method": {"type": "lora", "rank": 8}},
+    "qlora": {"method": {"type": "lora", "rank": 8}, "quantization": "nf4"},
+    "dora": {"method": {"type": "dora", "rank": 8}},
+    "qdora": {"method": {"type": "dora", "rank": 8}, "quantization": "nf4"},
+    "lora+": {"optim": {"batch_size": 16, "loraplus_ratio": 16}},
+    "qlora with lora+": {"optim": {"batch_size": 16, "loraplus_ratio": 16}, "quantization": "nf4"},
+    "adalora": {"method": {"type": "adalora"}},
+    "galore": {"method": {"type": "galore", "rank": 16}},
+    "lisa": {"method": {"type": "lisa", "num_layers": 1}},
+}
+
+
+def check_run(trial: TrialConfig) -> None:
+    """Hold each part of a run's forecast to what its steps were measured to take."""
+    measured = measure_cost(trial)
+    (planned,) = plan_trials([trial], [], trial.name).own
+    forecast = planned.memory
+    assert planned.trained == pytest.approx(measured.trainable_parameters, rel=WITHIN)
+    assert forecast.weights == pytest.approx(measured.weight_bytes, rel=WITHIN)
+    assert forecast.gradients == pytest.approx(measured.gradient_bytes, rel=WITHIN)
+    assert forecast.optimizer == pytest.approx(measured.optimizer_bytes, rel=WITHIN)
+    assert forecast.peak == pytest.approx(measured.peak_bytes, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_runs_forecast_is_its_peak(name: str, precision: str, tiny_llama: Path) -> None:
+    check_run(trial_of(tiny_llama, **METHODS[name], compute={"device": "cpu", "precision": precision}))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_model_without_weights_has_the_shape_of_the_loaded_one(quantization: str, tiny_llama: Path) -> None:
+    trial = trial_of(tiny_llama, quantization=quantization)
+    base = load_base(trial.model, trial.quantization, device=CPU)
     data = load_data(trial.data, load_tokenizer(trial.model))
-    loops: list[TrainingLoop] = []
+    model = open_outline(trial.model, trial.quantization)
+    assert read_outline_shape(model, trial, read_row_sizes(trial), CPU) == read_shape(base, data)
 
-    def begin() -> None:
-        base = load_base(trial.model, trial.quantization, device=CPU)
-        loops.append(TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU)))
-        for _ in range(3):
-            loops[0].step()
 
-    peak = peak_bytes(begin)
-    shape = read_shape(load_base(trial.model, trial.quantization, device=CPU), data)
-    cursor = Cursor(data.train.lengths, 16, seed=trial.seed, group_by_length=True)
-    tokens = max(16 * int(data.train.lengths[cursor.next()].max()) for _ in range(3))
-    assert run_bytes(shape, trial.method, tokens) == pytest.approx(peak, rel=TOLERANCE)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_runs_forecast_is_its_peak_on_smollm2(name: str) -> None:
+    settings = METHODS[name]
+    optim = settings.get("optim", {}) | {"batch_size": 4}
+    check_run(trial_of(Path("builtin:smollm2"), **settings | {"optim": optim, "budget": {"steps": 9}}))
 
 
 def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
@@ -169,7 +207,7 @@ def test_adapted_experts_are_in_the_forecast(tmp_path: Path, make_tokenizer: Cal
         data = load_data(trial.data, load_tokenizer(trial.model))
         base = load_base(trial.model, trial.quantization, device=CPU)
         shape = read_shape(base, data, experts=experts)
-        forecasts.append(run_bytes(shape, trial.method, 32))
+        forecasts.append(forecast_run(shape, trial.method, 32).peak)
 
         def begin(trial: TrialConfig = trial, data: Any = data, base: Any = base) -> None:
             loop = TrainingLoop(trial, base, data, LocalSession(tmp_path, device=CPU))

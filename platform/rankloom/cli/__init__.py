@@ -20,6 +20,7 @@ from rankloom.cli.data import data as data_command
 from rankloom.cli.doctor import doctor as doctor_command
 from rankloom.cli.evaluate import evaluate as evaluate_command
 from rankloom.cli.keys import app as keys_app
+from rankloom.cli.plan import plan as plan_command
 from rankloom.cli.report import report as report_command
 from rankloom.cli.schema import schema as schema_command
 from rankloom.cli.serve import serve as serve_command
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command("doctor")(doctor_command)
 app.command("schema")(schema_command)
 app.command("data")(data_command)
+app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("tune")(tune_command)
 app.command("compare")(compare_command)

@@ -28,8 +28,17 @@ class ModelShape(Protocol):
     def num_weights(self) -> int:
         """All parameters of the base."""
 
+    @property
+    def num_stacked(self) -> int:
+        """Parameters of experts that are stacks of matrices; they count as others, and no method trains them whole."""
+
     def adapter_numbers(self, rank: int, *, dora: bool) -> int:
         """Numbers of A and B at this rank on all targets; with `dora` of the magnitudes too."""
+
+
+THROUGH_ADAPTERS, THROUGH_TRAINED, THROUGH_FROZEN = 0.8, 0.92, 0.58
+"""What a layer keeps for its backward pass, relative to a host's, measured: one with adapters, one whose weights train,
+and a frozen one between those."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +56,38 @@ class TrainedNumbers:
     """Ranks of the adapters that tokens go through; 0: none."""
     dora: bool = False
     """Whether the adapters have magnitudes."""
+    activations: float = THROUGH_ADAPTERS
+    """What the layers keep for the backward pass, relative to a host's."""
+    mixed_inputs: float = 0.0
+    """Copies of each target's input, in the lower type, that adapters keep under autocast."""
 
 
-def adapter_terms(shape: ModelShape, rank: int, *, dora: bool = False, moments: int = 2) -> TrainedNumbers:
+def adapter_terms(
+    shape: ModelShape, rank: int, *, dora: bool = False, moments: int = 2, mixed_inputs: float = 0.0
+) -> TrainedNumbers:
     """Return the terms of adapters on a frozen base.
 
     Args:
         moments: numbers that last for each that trains; 2 with AdamW.
+        mixed_inputs: as in `TrainedNumbers`.
     """
     numbers = shape.adapter_numbers(rank, dora=dora)
-    return TrainedNumbers(numbers, numbers, moments * numbers, rank=rank, dora=dora)
+    return TrainedNumbers(numbers, numbers, moments * numbers, rank=rank, dora=dora, mixed_inputs=mixed_inputs)
 
 
-def full_terms(shape: ModelShape, *, gradients: float | None = None, moments: float | None = None) -> TrainedNumbers:
-    """Return the terms of a method that trains the base's own weights; by default AdamW on all."""
-    whole = shape.num_weights
+def full_terms(
+    shape: ModelShape,
+    *,
+    gradients: float | None = None,
+    moments: float | None = None,
+    activations: float = THROUGH_TRAINED,
+) -> TrainedNumbers:
+    """Return the terms of a method that trains the base's own weights; by default AdamW on all but stacked experts."""
+    trained = shape.num_weights - shape.num_stacked
     return TrainedNumbers(
-        whole,
-        whole if gradients is None else gradients,
-        2 * whole if moments is None else moments,
+        shape.num_weights,
+        trained if gradients is None else gradients,
+        2 * trained if moments is None else moments,
         on_frozen=False,
+        activations=activations,
     )

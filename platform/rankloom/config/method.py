@@ -12,7 +12,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen, OpenUnion
 from rankloom.config.compatible import COMPATIBLE, Compatibility
-from rankloom.config.memory import ModelShape, TrainedNumbers, adapter_terms, full_terms
+from rankloom.config.memory import (
+    THROUGH_FROZEN,
+    THROUGH_TRAINED,
+    ModelShape,
+    TrainedNumbers,
+    adapter_terms,
+    full_terms,
+)
 from rankloom.config.plugins import load_external_methods
 from rankloom.errors import ConfigError
 
@@ -137,7 +144,7 @@ class AdaLoraConfig(AdapterConfig):
 
     def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: beside Adam's moments, PEFT's three averages of each importance."""
-        return adapter_terms(shape, self.initial_rank, moments=5)
+        return adapter_terms(shape, self.initial_rank, moments=5, mixed_inputs=1.2)
 
 
 class FullRankConfig(MethodConfig):
@@ -176,8 +183,9 @@ class GaLoreConfig(FullRankConfig):
         """Return what the method keeps in memory: moments in the projection, few gradients if layerwise."""
         projected = sum(2 * min(self.rank, *each) * max(each) for each in shape.linears)
         projections = sum(min(self.rank, *each) * min(each) for each in shape.linears)
-        moments = (projected + 2 * shape.num_other) / (4 if self.optimizer == "adamw8bit" else 1)
-        largest = max(shape.num_other, *(wide * high for wide, high in shape.linears))
+        other = shape.num_other - shape.num_stacked
+        moments = (projected + 2 * other) / (4 if self.optimizer == "adamw8bit" else 1)
+        largest = max(other, *(wide * high for wide, high in shape.linears))
         return full_terms(shape, gradients=largest if self.layerwise else None, moments=moments + projections)
 
 
@@ -193,8 +201,10 @@ class LisaConfig(FullRankConfig):
     def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: gradients and moments of the layers that train."""
         linear = shape.num_weights - shape.num_other
-        active = shape.num_other + linear * min(1.0, self.num_layers / shape.num_layers)
-        return full_terms(shape, gradients=active, moments=2 * active)
+        share = min(1.0, self.num_layers / shape.num_layers)
+        active = shape.num_other - shape.num_stacked + linear * share
+        kept = share * THROUGH_TRAINED + (1 - share) * THROUGH_FROZEN
+        return full_terms(shape, gradients=active, moments=2 * active, activations=kept)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise ConfigError if the model has too few layers."""

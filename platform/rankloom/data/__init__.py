@@ -5,7 +5,7 @@ into tokens (through template.py and encode.py, which serving uses too), split.p
 problems, rows.py keeps the result on disk, batching.py makes batches for the loop.
 """
 
-from rankloom.data.batching import Batch, Cursor, collate
+from rankloom.data.batching import Batch, Cursor, collate, find_longest_batch
 from rankloom.data.check import DataReport, SplitReport
 from rankloom.data.load import TaskData, check_heads, load_data
 from rankloom.data.render import Row
@@ -23,5 +23,6 @@ __all__ = [
     "check_heads",
     "check_sources",
     "collate",
+    "find_longest_batch",
     "load_data",
 ]

@@ -133,3 +133,17 @@ class Cursor:
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+
+def find_longest_batch(cursor: Cursor, num_batches: int) -> tuple[dict[str, int], int]:
+    """Return where the longest of a cursor's first batches is, as `load_state_dict` takes it, and its tokens.
+
+    Tokens include padding. The cursor itself stays where it is.
+    """
+    ahead = Cursor(cursor.lengths, cursor.batch_size, seed=cursor.seed, group_by_length=cursor.group_by_length)
+    longest, found = 0, ahead.state_dict()
+    for _ in range(num_batches):
+        state, rows = ahead.state_dict(), ahead.next()
+        if (size := len(rows) * int(cursor.lengths[rows].max())) > longest:
+            longest, found = size, state
+    return found, longest

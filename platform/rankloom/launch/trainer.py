@@ -119,9 +119,11 @@ def train_trial(
     Registry(trial.output.registry_root)  # find a wrong URL before the training
     run = RunFolder(trial)
     if run.decide_run(trial, resume=resume) != "finished" and study is None:  # a refusal leaves no trace
+        from rankloom.planning.gate import announce_plan
         from rankloom.training.preflight import preflight
 
         preflight([trial], metric)
+        announce_plan([trial], trial.name, on_event)
     with run.lock():
         work = Work(train=train, study=study, metric=metric)
         return _fit(trial, run, work, on_event, stop or threading.Event(), resume=resume)

@@ -216,8 +216,11 @@ def load_outline(config: ModelConfig, *, dtype: torch.dtype) -> Base:
     return _make_base(config, folder, mark, model, "none", torch.device("meta"))
 
 
-def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedModel:
+def load_shell(config: ModelConfig, quantization: Quantization, *, config_alone: bool = False) -> PreTrainedModel:
     """Load only the model, without weights, on the meta device, with the checks of `load_base` that read config.json.
+
+    Args:
+        config_alone: whether a folder without weight files will do.
 
     Raises:
         ModelError: the model is missing, unreadable or not a causal language model.
@@ -226,7 +229,7 @@ def load_shell(config: ModelConfig, quantization: Quantization) -> PreTrainedMod
     folder = locate_folder(config, weights=False)
     shape = _read_shape(folder, config.id)
     choose_quantization(shape, quantization, torch.float32, config.id)
-    if is_on_hub(config):
+    if is_on_hub(config) or config_alone:
         return _build_on_meta(folder, config.id, shape, torch.float32)
     check_codes(folder, shape, config.id)
     names = [file.name for file in list_weight_files(folder)]

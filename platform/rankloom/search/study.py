@@ -132,19 +132,25 @@ def run_study(
     own: OwnSearch = NOTHING_HANDED_OVER,
     metric: MetricFunction | None = None,
     end: End = finish,
+    announces: bool = True,
 ) -> StudyResult:
     """Run a study as `tune` does, for it and for a comparison.
 
     Args:
         end: What to do with the trials when the search is done; what it returns is a part of the result.
+        announces: Whether to report what the study will take; a comparison reports it for all of its studies.
     """
     study = resolve_study_paths(study)
     folder = get_study_folder(study)
     if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock
+        from rankloom.planning.gate import announce_plan
+        from rankloom.planning.plan import list_trials
         from rankloom.training.preflight import preflight
 
         for note in preflight(study.members(), metric):
             on_event(WarningRaised(note))
+        if announces:
+            announce_plan(list_trials(study), study.name, on_event, fused=True)
     with lock_folder(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), own, end, resume=resume, metric=metric)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from rankloom import kernels
 from rankloom.banks.bank import FAST_DTYPES
@@ -48,33 +49,74 @@ def read_free_bytes(device: torch.device) -> float | None:
     return free
 
 
-def read_shape(base: Base, data: TaskData, targets: Targets = "all-linear", *, experts: bool = False) -> Shape:
+def read_shape(
+    base: Base,
+    data: TaskData,
+    targets: Targets = "all-linear",
+    *,
+    experts: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Shape:
     """Return the shape of a loaded base for `memory_plan.py`.
 
     Args:
         targets: the linear layers that adapters are on.
         experts: whether adapters are on experts too.
+        dtype: type of the arithmetic, where it differs from the weights'; None: theirs.
     """
-    modules, config = dict(base.model.named_modules()), base.model.config.get_text_config()
-    linears = {name: linear_widths(modules[name]) for name in find_target_linears(base.model, "all-linear")}
-    weights = {id(modules[name].weight) for name in linears}
     train = data.report.splits["train"]
-    fast = kernels.use_on(base.device) and base.model.dtype in FAST_DTYPES
-    num_layers = len(find_decoder_layers(base.model))
-    act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-    kept = ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS_FUSED
-    return Shape(
-        linears=tuple(linears.values()),
-        targets=tuple(linears[name] for name in find_target_linears(base.model, targets)),
-        num_layers=num_layers,
-        num_other=sum(p.numel() for p in base.model.parameters() if id(p) not in weights),
-        vocabulary=base.model.get_input_embeddings().weight.shape[0],
-        activations=ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS,
+    return describe_model(
+        base.model,
+        targets,
+        experts=experts,
         predicted_share=train.trained_tokens / train.tokens,
         quantization=base.quantization,
-        value_bytes=base.model.get_input_embeddings().weight.element_size(),
-        padded=base.device.type != "cpu" and not fast,
+        dtype=dtype or base.model.get_input_embeddings().weight.dtype,
+        device=base.device,
+    )
+
+
+def describe_model(
+    model: PreTrainedModel,
+    targets: Targets,
+    *,
+    experts: bool,
+    predicted_share: float,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Shape:
+    """Return the shape of a model, which may be without weights on the meta device.
+
+    Args:
+        predicted_share: share of the data's tokens that carry loss.
+        quantization: how its linear layers are, or will be, quantised.
+        dtype: type of its other weights; for a method that trains them, of the arithmetic.
+        device: where it computes, or will.
+    """
+    modules, config = dict(model.named_modules()), model.config.get_text_config()
+    linears = {name: linear_widths(modules[name]) for name in find_target_linears(model, "all-linear")}
+    weights = {id(modules[name].weight) for name in linears}
+    fast = kernels.use_on(device) and dtype in FAST_DTYPES
+    num_layers, stacks = len(find_decoder_layers(model)), tuple(find_experts(model).values())
+    act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    kept = ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS_FUSED
+    head = model.get_output_embeddings()
+    return Shape(
+        linears=tuple(linears.values()),
+        targets=tuple(linears[name] for name in find_target_linears(model, targets)),
+        num_layers=num_layers,
+        num_other=sum(p.numel() for p in model.parameters() if id(p) not in weights),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        activations=ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS,
+        predicted_share=predicted_share,
+        quantization=quantization,
+        value_bytes=dtype.itemsize,
+        padded=device.type != "cpu" and not fast,
         fast=kept * (1 + LAYERS_PASSING / num_layers) if fast else None,
-        recorded=fast and base.device.type == "cuda",
-        experts=tuple((len(p), p.shape[1], p.shape[2]) for p in find_experts(base.model).values()) if experts else (),
+        recorded=fast and device.type == "cuda",
+        experts=tuple((len(p), p.shape[1], p.shape[2]) for p in stacks) if experts else (),
+        num_stacked=sum(p.numel() for p in stacks),
+        routed=(getattr(config, "num_experts_per_tok", None) or 0) * sum(p.shape[1] + p.shape[2] for p in stacks),
+        num_head=head.weight.numel() if head is not None else 0,
     )

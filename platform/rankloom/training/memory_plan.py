@@ -28,6 +28,14 @@ BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per quantised weight. nf4: 4 bits, an 8-bit scale per 64 weights, an fp32 one per 256 of those."""
 LOGITS = 3.5
 """Number of fp32 copies of the logits while the loss and its gradient are computed."""
+OUTPUTS_OF_DORA = 2
+"""Outputs that each target of a dedicated DoRA run keeps beside those of LoRA."""
+MIXED = 1.4
+"""What a dedicated run keeps under autocast, relative to its lower type alone: norms, for one, keep fp32."""
+PASSING_LAYER = 0.8
+"""What the backward pass of the widest layer holds in passing in fp32, relative to its inputs and outputs."""
+LOGITS_OF_RUN = 3
+"""Number of fp32 copies of a dedicated run's logits: their logarithms, and two gradients."""
 LASTING, PASSING = 4, 2
 """Number of fp32 copies of a bank's parameters. Lasting: the parameters, two moments, and the accumulated gradient.
 Passing: a new gradient and its stacked copy, after the activations are freed."""
@@ -66,6 +74,12 @@ class Shape:
     """Whether its steps become CUDA graphs."""
     experts: tuple[tuple[int, int, int], ...] = ()
     """(experts, in, out) of each stack of experts' matrices with adapters."""
+    num_stacked: int = 0
+    """Number of parameters of all stacks of experts' matrices, which `num_other` includes; no quantisation does."""
+    routed: int = 0
+    """Inputs and outputs of the stacked experts that a token passes through, all layers together."""
+    num_head: int = 0
+    """Number of parameters of the output embedding, whose gradient is the first of a backward pass."""
 
     @property
     def num_weights(self) -> int:
@@ -171,19 +185,70 @@ def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: i
     )
 
 
-def run_bytes(shape: Shape, method: AdapterConfig | FullRankConfig, batch_tokens: int, *, num_shards: int = 1) -> float:
-    """Return the peak bytes of a step in a dedicated run, base included.
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes of a dedicated run on one worker, by part; gradients come as activations go, so `peak` is not their sum."""
+
+    weights: float
+    """The base, and what the method trains beside it."""
+    gradients: float
+    optimizer: float
+    """Moments, and whatever else the method keeps from step to step."""
+    activations: float
+    """What the backward pass needs of a micro-batch."""
+    logits: float
+    workspace: float
+    """What the backward pass of a layer, and of the head, holds in passing."""
+    peak: float
+    """The most at any moment of a step."""
+
+
+def forecast_run(
+    shape: Shape,
+    method: AdapterConfig | FullRankConfig,
+    batch_tokens: int,
+    *,
+    num_workers: int = 1,
+    accumulates: bool = False,
+    recomputes: bool = False,
+    on_gpu: bool = False,
+) -> RunMemory:
+    """Forecast the memory of a dedicated run's step, base included.
 
     Args:
-        batch_tokens: tokens of a worker's largest micro-batch, padding included; 0 with activation checkpointing.
-        num_shards: number of workers that the weights are sharded over.
+        batch_tokens: tokens of a worker's largest micro-batch, padding included.
+        num_workers: number of workers; FSDP shards weights, gradients and moments over them, DDP keeps a second copy of
+            the gradients to exchange.
+        accumulates: whether gradients of one micro-batch wait for the next one.
+        recomputes: whether layers are recomputed in the backward pass (activation checkpointing).
+        on_gpu: whether AdamW steps all parameters at once, as torch does on CUDA, with a temporary of their size.
     """
     kept = method.trained_numbers(shape)
-    tokens = batch_tokens * shape.token_bytes(kept.rank, dora=kept.dora)
-    if batch_tokens:  # with checkpointing, experts are recomputed layer by layer
-        tokens += shape.adapted_bytes
-    lasting = (shape.base_bytes if kept.on_frozen else 0) + FP32 * (kept.weights + kept.moments)
-    return lasting / num_shards + max(tokens, FP32 * kept.gradients / num_shards)
+    is_mixed = shape.value_bytes < FP32
+    scale = shape.activations * kept.activations * (MIXED if is_mixed else 1.0)
+    widest = max((wide + high for wide, high in shape.linears), default=0)
+    adapted = 0.0
+    for wide, high in shape.targets if kept.rank else ():
+        adapted += kept.rank + kept.dora * OUTPUTS_OF_DORA * high + is_mixed * kept.mixed_inputs * wide
+    layers = scale * (sum(wide + high for wide, high in shape.linears) + shape.routed) + adapted
+    activations = batch_tokens * layers * shape.value_bytes + (shape.adapted_bytes if kept.rank else 0)
+    casts = is_mixed * shape.value_bytes * kept.weights  # autocast's copies of fp32 weights, kept until the backward
+    if recomputes:  # a layer's input is kept, and one layer at a time is whole
+        inputs = shape.num_layers * shape.linears[0][0] * batch_tokens * shape.value_bytes if shape.linears else 0
+        activations = inputs + activations / shape.num_layers
+    activations += casts
+    logits = LOGITS_OF_RUN * FP32 * batch_tokens * shape.predicted_share * shape.vocabulary
+    trains_head = not kept.on_frozen
+    workspace = PASSING_LAYER * widest * batch_tokens * FP32 + trains_head * FP32 * shape.num_head
+    is_sharded = method.row.parallel == "fsdp"
+    shards = num_workers if is_sharded else 1
+    gradients, optimizer = FP32 * kept.gradients / shards, FP32 * kept.moments / shards
+    weights = ((shape.base_bytes if kept.on_frozen else 0) + FP32 * kept.weights) / shards
+    exchanged = gradients if num_workers > 1 and not is_sharded else 0.0
+    passing = activations + logits + workspace
+    most = max(passing + accumulates * gradients, (1 + on_gpu) * gradients)
+    peak = weights + optimizer + exchanged + most
+    return RunMemory(weights, gradients, optimizer, activations, logits, workspace + exchanged, peak)
 
 
 def gigabytes(size: float) -> str:

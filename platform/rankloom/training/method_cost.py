@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from rankloom.config import TrialConfig
-from rankloom.data import Cursor, load_data
+from rankloom.data import find_longest_batch, load_data
 from rankloom.errors import TrialError
 from rankloom.evals.costs import count_weight_bytes
 from rankloom.evals.own_metric import MetricFunction
@@ -66,7 +66,7 @@ def measure_cost(trial: TrialConfig, metric: MetricFunction | None = None) -> Me
             for _ in range(num_steps):
                 loop.step()
             timed = list(speeds)
-            loop.cursor.load_state_dict(_find_longest_batch(loop))
+            loop.cursor.load_state_dict(find_longest_batch(loop.cursor, loop.num_steps)[0])
             probe.step()
         except torch.OutOfMemoryError:
             raise TrialError(
@@ -179,15 +179,3 @@ def _walk_tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple)):
         for each in tree:
             yield from _walk_tensors(each)
-
-
-def _find_longest_batch(loop: TrainingLoop) -> dict[str, int]:
-    """Return the cursor's state before the batch of the budget that has the most tokens, padding included."""
-    mine = loop.cursor
-    cursor = Cursor(mine.lengths, mine.batch_size, seed=mine.seed, group_by_length=mine.group_by_length)
-    longest, found = -1, cursor.state_dict()
-    for _ in range(loop.num_steps):
-        state, rows = cursor.state_dict(), cursor.next()
-        if (size := len(rows) * int(mine.lengths[rows].max())) > longest:
-            longest, found = size, state
-    return found

@@ -35,7 +35,7 @@ from rankloom.registry.scorecard import Extraction, Measures
 from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_free_bytes, read_shape
-from rankloom.training.memory_plan import gigabytes, run_bytes
+from rankloom.training.memory_plan import forecast_run, gigabytes
 from rankloom.training.precision import (
     autocast,
     check_lengths,
@@ -157,12 +157,21 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
     if free is None:
         return
     targets = getattr(trial.method, "target_modules", "all-linear")
-    shape = read_shape(base, data, targets, experts=bool(getattr(trial.method, "experts", None)))
+    dtype = choose_precision(trial, session.device) if get_method_class(trial.method).trains_base else None
+    shape = read_shape(base, data, targets, experts=bool(getattr(trial.method, "experts", None)), dtype=dtype)
     rows = -(-trial.optim.batch_size // (trial.optim.accumulation * session.world_size))
-    tokens = 0 if trial.compute.activation_checkpointing else rows * int(data.train.lengths.min())
     shards = session.world_size if trial.method.row.parallel == "fsdp" else 1
     loaded = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    needed = run_bytes(shape, trial.method, tokens, num_shards=shards) - loaded / shards
+    forecast = forecast_run(
+        shape,
+        trial.method,
+        rows * int(data.train.lengths.min()),
+        num_workers=session.world_size,
+        accumulates=trial.optim.accumulation > 1,
+        recomputes=trial.compute.activation_checkpointing,
+        on_gpu=session.device.type == "cuda",
+    )
+    needed = forecast.peak - loaded / shards
     if needed > free:
         raise TrialError(
             f"method.type={trial.method.type} takes {gigabytes(needed)} beside the base, and {gigabytes(free)} are "

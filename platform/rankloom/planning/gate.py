@@ -1,0 +1,115 @@
+"""Before a run: three lines on what it will take, and a refusal of what can't fit, before Ray starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from rankloom.config.study import is_fusable
+from rankloom.config.trial import TrialConfig
+from rankloom.errors import ConfigError
+from rankloom.events import OnEvent, PhaseStarted
+from rankloom.planning.forecast import MethodPlan
+from rankloom.planning.plan import Plan, find_smaller, plan_trials
+from rankloom.training.memory_plan import gigabytes
+
+CERTAIN = 0.9
+"""The share of a forecast that a run takes at least; tests hold forecasts to 10 %."""
+
+
+def announce_plan(trials: Sequence[TrialConfig], name: str, tell: OnEvent, *, fused: bool = False) -> None:
+    """Report what trials of one model will take, in three lines, and refuse those that can't fit.
+
+    Where `RAY_ADDRESS` names a cluster, the memory of its workers is unknown here; they check it themselves.
+
+    Args:
+        fused: whether those that can share a base will; a host is made as small as memory needs.
+
+    Raises:
+        ConfigError: a trial needs more memory than there is.
+    """
+    is_elsewhere = bool(os.environ.get("RAY_ADDRESS"))
+    for group in _group_by_model(trials):
+        planned = plan_trials(group, [], name)
+        for line in format_plan(planned, memory_known=not is_elsewhere):
+            tell(PhaseStarted("plan", line))
+        if not is_elsewhere:
+            for trial, method in zip(group, planned.own, strict=True):
+                _check(trial, method, planned, fused=fused and is_fusable(trial))
+
+
+def _group_by_model(trials: Iterable[TrialConfig]) -> list[list[TrialConfig]]:
+    groups: dict[str, list[TrialConfig]] = {}
+    for trial in trials:
+        groups.setdefault(repr([trial.model, trial.data, trial.compute]), []).append(trial)
+    return list(groups.values())
+
+
+def _check(trial: TrialConfig, method: MethodPlan, planned: Plan, *, fused: bool) -> None:
+    available = planned.available
+    if available is None:
+        return
+    if fused and method.members != 0:
+        return
+    if not fused and CERTAIN * method.memory.peak <= available:
+        return
+    smaller = find_smaller(trial, available, planned.num_workers)
+    advice = f"set {smaller}, with which it fits" if smaller else "take a smaller model or a larger device"
+    field = f"method.type={trial.method.type}, quantization={trial.quantization.type}"
+    if not fused and method.largest_batch:
+        field, advice = (
+            f"optim.batch_size={trial.optim.batch_size}",
+            f"set optim.batch_size={method.largest_batch} or {advice}",
+        )
+    raise ConfigError(
+        f"{field}: {method.label} needs {gigabytes(method.memory.peak)} on the {planned.device}, and "
+        f"{gigabytes(available)} are free for each worker; {advice}"
+    )
+
+
+def format_plan(planned: Plan, *, memory_known: bool = True) -> list[str]:
+    """Return three lines on a plan's own methods: the model, the memory of the largest, the time."""
+    total = sum(planned.parameters.values())
+    largest = max(planned.own, key=lambda each: each.memory.peak)
+    trained = ", ".join(f"{each.label} trains {each.trained / 1e6:.3g} M" for each in planned.own[:3])
+    more = f" and {len(planned.own) - 3} more methods" if len(planned.own) > 3 else ""
+    memory = largest.memory
+    parts = (
+        f"weights {gigabytes(memory.weights)}, optimiser {gigabytes(memory.optimizer)}, gradients "
+        f"{gigabytes(memory.gradients)}, activations {gigabytes(memory.activations)}, logits {gigabytes(memory.logits)}"
+    )
+    return [
+        f"model   {planned.model}: {total / 1e6:,.4g} M parameters; {trained}{more}",
+        f"memory  {largest.label}: {gigabytes(memory.peak)} at the peak of a worker ({parts}); "
+        + (_describe_fit(largest, planned.available) if memory_known else "the cluster's workers check what they have"),
+        f"time    {_describe_time(planned, largest)}",
+    ]
+
+
+def _describe_fit(method: MethodPlan, available: float | None) -> str:
+    if available is None:
+        return "the device's memory is unknown here"
+    fused = f", {method.members} such trials on one base" if method.members else ""
+    fits = "it fits" if method.fits else "it does not fit"
+    return f"{gigabytes(available)} are free: {fits}; largest batch_size {method.largest_batch}{fused}"
+
+
+def _describe_time(planned: Plan, method: MethodPlan) -> str:
+    steps = planned.rows.num_steps
+    if method.speed is None:
+        return f"no measured row for {method.label} on {planned.device}; rankloom plan --calibrate measures it"
+    if method.seconds is None or steps is None:
+        return f"{method.label}: {method.speed.tokens_per_s:.3g} tokens/s by {method.speed.source}"
+    cost = "" if method.cost is None else f", costs {method.cost:.2f}"
+    return (
+        f"{method.label}: about {format_seconds(method.seconds)} for {steps} steps{cost}, at "
+        f"{method.speed.tokens_per_s:.3g} tokens/s by {method.speed.source}"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration in the unit that suits it."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

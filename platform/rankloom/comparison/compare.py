@@ -55,6 +55,7 @@ from rankloom.search.study_files import JOURNAL
 COMPARE, COSTS, RESULT = "compare.yaml", "costs.json", "result.json"
 MAY_CHANGE = (
     "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s",
+    "trial.compute.price_per_hour",
 )  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config."""
 

@@ -123,6 +123,8 @@ class ComputeConfig(Frozen):
     """Recompute activations in the backward pass, which saves memory and takes about half as much time again."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts from the last checkpoint after the death of a worker."""
+    price_per_hour: Annotated[float, Field(gt=0)] | None = None
+    """Price of one worker's device for an hour, for the cost that a plan reports; null: no cost."""
 
 
 class OutputConfig(Frozen):

@@ -63,6 +63,9 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
     settings = resolve_base(settings, Registry(settings.registry or get_registry_root()))
     own = starts_ray()
     _check(settings, own=own)
+    from rankloom.planning.endpoint import announce_endpoint  # imports torch: after the checks
+
+    announce_endpoint(settings, on_event)
     with ExitStack() as stack:
         stack.enter_context(_set_environment(PROXY))  # where this starts Ray
         nodes = stack.enter_context(attach())

@@ -88,7 +88,7 @@ def plan(
         num_workers: Number of devices in place of `compute.num_workers`.
         memory: Memory of each device, in bytes or as text such as `16GB`; None: what is free here.
         prefer: Recommend a method that fits: by accuracy, memory or speed.
-        price_per_hour: Price of one device for an hour.
+        price_per_hour: Price of one device for an hour, in place of `compute.price_per_hour`.
         calibrate: Measure the speed on this device, in about ten seconds; False: take it from the measured rows.
 
     Raises:
@@ -137,7 +137,7 @@ def plan_trials(
     methods = tuple(
         plan_method(
             trial, shape, rows, available=available, num_workers=workers, on_gpu=device.type == "cuda",
-            speed=speeds.get(name_recipe(trial)), price_per_hour=price_per_hour,
+            speed=speeds.get(name_recipe(trial)), price_per_hour=price_per_hour or trial.compute.price_per_hour,
         )
         for trial, shape in zip((*own, *others), shapes, strict=True)
     )  # fmt: skip

@@ -11,10 +11,8 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import Cursor, check_sources, find_longest_batch, load_data
 from rankloom.errors import DataError, ModelError
 from rankloom.models import load_tokenizer, locate_folder
+from rankloom.training.preflight import READ_BYTES
 from rankloom.training.schedule import num_steps
-
-READ_BYTES = 50_000_000
-"""Data up to this size is read, which takes seconds."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from rankloom.training.resume_check import find_study_warning
 
 MAY_CHANGE = (
     "trial.tracking.", "hosts.num_slots", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s",
-    "hosts.lease_s", "final.",
+    "hosts.lease_s", "final.", "trial.compute.price_per_hour",
 )  # fmt: skip
 """Settings (by prefix) that `--resume` takes from the new config; Ray Tune's saved state depends on the rest."""
 

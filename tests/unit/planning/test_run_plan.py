@@ -12,14 +12,19 @@ import pytest
 import torch
 
 import rankloom as rl
+from rankloom.cli import main
 from rankloom.config import TrialConfig, parse
+from rankloom.config.model import NoQuantization
 from rankloom.errors import ConfigError
 from rankloom.events import Event, PhaseStarted
+from rankloom.models import load_base
 from rankloom.planning import gate
+from rankloom.planning.endpoint import announce_endpoint, count_cache_bytes
 from rankloom.planning.forecast import name_recipe
 from rankloom.planning.gate import announce_plan
 from rankloom.planning.plan import find_smaller, parse_bytes, plan
 from rankloom.planning.speed import find_speed, read_measured_rows
+from rankloom.training.memory_plan import gigabytes
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -222,6 +227,46 @@ def test_a_run_that_can_not_fit_starts_nothing(
     with pytest.raises(ConfigError, match=r"method\.type=lora"):
         rl.tune(study)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_endpoint_is_planned_and_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = rl.ServeConfig(base=str(tiny_llama), adapters=[], engine={"kv_cache_tokens": 1000}, replicas={"gpus": 0})
+    events: list[Event] = []
+    announce_endpoint(config, events.append)
+    model, memory, load = (event.message for event in events if isinstance(event, PhaseStarted))
+    assert "parameters" in model
+    assert "for 1,000 tokens" in memory
+    assert "16 sequences" in load
+    base = load_base(config.base, NoQuantization(), device=torch.device("cpu"))
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    assert f"weights {gigabytes(weights)}" in memory
+    cache = base.model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert 10 * count_cache_bytes(base.model, torch.float32) == kept
+    monkeypatch.setattr("rankloom.planning.plan.read_free_bytes", lambda _: weights / 2)
+    with pytest.raises(ConfigError, match=r"base=.*: the weights take .* set quantization=nf4, replicas\.min=1"):
+        announce_endpoint(config, events.append)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_prints_a_row_for_each_method(
+    as_json: bool, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "trial.yaml"
+    config.write_text(f"name: t\nmodel: {tiny_llama}\ncompute: {{device: cpu, price_per_hour: 3.0}}\n")
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(config), "--memory", "8GB", "--prefer", "speed", *(["--json"] if as_json else [])])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    if as_json:
+        planned = json.loads(text)
+        assert [each["label"] for each in planned["methods"]] == TEN
+        assert planned["methods"][0]["cost"] == pytest.approx(planned["methods"][0]["seconds"] / 3600 * 3)
+    else:
+        assert text.startswith("model ")
+        assert all(f"\n{label} " in text for label in TEN)
+        assert "\ntake    lora-plus: " in text
 
 
 def test_names_of_recipes() -> None:

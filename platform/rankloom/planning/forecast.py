@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from rankloom.config.method import AdapterConfig
 from rankloom.config.study import is_fusable
 from rankloom.config.trial import TrialConfig
-from rankloom.methods import get_method_class
 from rankloom.models import choose_auto_dtype, resolve_dtype
 from rankloom.planning.rows import RowSizes
 from rankloom.planning.speed import Speed
@@ -54,17 +53,21 @@ def name_recipe(trial: TrialConfig) -> str:
     )
 
 
+def trains_base(trial: TrialConfig) -> bool:
+    """Return whether the base's own weights train; the table knows it without the methods' libraries."""
+    return trial.method.row.servable == "extracted"
+
+
 def read_outline_shape(model: PreTrainedModel, trial: TrialConfig, rows: RowSizes, device: torch.device) -> Shape:
     """Return the shape that a trial's base will have, loaded on a device."""
     precision = resolve_dtype(trial.compute.precision, choose_auto_dtype(device))
-    trains_base = get_method_class(trial.method).trains_base
     return describe_model(
         model,
         getattr(trial.method, "target_modules", "all-linear"),
         experts=bool(getattr(trial.method, "experts", None)),
         predicted_share=rows.predicted_share,
         quantization=trial.quantization.type,
-        dtype=precision if trains_base else resolve_dtype(trial.model.dtype, precision),
+        dtype=precision if trains_base(trial) else resolve_dtype(trial.model.dtype, precision),
         device=device,
     )
 

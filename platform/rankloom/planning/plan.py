@@ -22,9 +22,8 @@ from rankloom.config.paths import resolve_paths
 from rankloom.config.recipes import copy_recipe
 from rankloom.config.space import merge
 from rankloom.errors import ConfigError
-from rankloom.methods import get_method_class
 from rankloom.models.device import choose_device
-from rankloom.planning.forecast import MethodPlan, name_recipe, plan_method, read_outline_shape
+from rankloom.planning.forecast import MethodPlan, name_recipe, plan_method, read_outline_shape, trains_base
 from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.recommend import Preference, Recommendation, recommend
 from rankloom.planning.rows import RowSizes, read_row_sizes
@@ -266,9 +265,7 @@ def _find_speeds(
     first = trials[0]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     by_kind = {
-        trains_base: calibrate(
-            open_outline(first.model, first.quantization), trains_base=trains_base, device=device, dtype=dtype
-        )
-        for trains_base in {get_method_class(each.method).trains_base for each in trials}
+        whole: calibrate(open_outline(first.model, first.quantization), trains_base=whole, device=device, dtype=dtype)
+        for whole in {trains_base(each) for each in trials}
     }
-    return {name_recipe(each): by_kind[get_method_class(each.method).trains_base] for each in trials}
+    return {name_recipe(each): by_kind[trains_base(each)] for each in trials}

@@ -246,7 +246,8 @@ def forecast_run(
     weights = ((shape.base_bytes if kept.on_frozen else 0) + FP32 * kept.weights) / shards
     exchanged = gradients if num_workers > 1 and not is_sharded else 0.0
     passing = activations + logits + workspace
-    most = max(passing + accumulates * gradients, (1 + on_gpu) * gradients)
+    stepping = (1 + on_gpu) * gradients + trains_head * 2 * FP32 * shape.num_head  # Adam's denominator and update
+    most = max(passing + accumulates * gradients, stepping)
     peak = weights + optimizer + exchanged + most
     return RunMemory(weights, gradients, optimizer, activations, logits, workspace + exchanged, peak)
 

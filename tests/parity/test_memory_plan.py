@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
 from rankloom import kernels
 from rankloom.banks.groups import PADDED
@@ -30,7 +29,7 @@ from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_shape
 from rankloom.training.memory_plan import CHUNKS, FP32, LASTING, ROUNDED, HostSize, Shape, fit_host, forecast_run
-from rankloom.training.method_cost import measure_cost
+from rankloom.training.method_cost import measure_cost, measure_peak
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
@@ -44,14 +43,7 @@ WITHIN = 0.1
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most that torch holds, of what it allocates meanwhile."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    now = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return measure_peak(call, CPU)
 
 
 def trial_of(model: Path, **changed: Any) -> TrialConfig:

@@ -99,7 +99,7 @@ class _MemoryProbe:
         handle = loop.optimizer.register_step_pre_hook(self._take_gradients)
         try:
             with _watch_saved_tensors(_list_storages(loop.module.parameters()), self._take_activations):
-                most = _measure_peak(loop.step, device)
+                most = measure_peak(loop.step, device)
         finally:
             handle.remove()
         self.peak = max(self.peak, most if device.type == "cuda" else before + most)
@@ -143,7 +143,7 @@ def _list_storages(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _measure_peak(call: Callable[[], Any], device: torch.device) -> int:
+def measure_peak(call: Callable[[], Any], device: torch.device) -> int:
     """Return the most bytes that torch holds during a call: on CUDA all, on a CPU those allocated since its start."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

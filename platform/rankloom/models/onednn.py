@@ -34,8 +34,9 @@ class FrozenLinear(nn.Linear):
         if not prefers_onednn(input, self.weight) or self.weight.requires_grad:
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
-            result: Tensor = _Linear.apply(input, self.weight, self.bias)
-            return result
+            # as one matrix: of more dimensions oneDNN returns a view, onto which PEFT's layers could not add in place
+            rows_NO: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+            return rows_NO.view(*input.shape[:-1], -1)
         return linear(input, self.weight, self.bias)
 
 

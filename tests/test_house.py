@@ -82,6 +82,11 @@ def test_module_imports_light(module: str) -> None:
     assert heavy_after(f"import {module}") == "heavy:"
 
 
+def test_a_trial_that_waits_for_its_host_imports_no_torch() -> None:
+    modules = "rankloom.search.trainable, rankloom.hosts.hosts, rankloom.hosts.host_actor"
+    assert "torch" not in heavy_after(f"import {modules}")
+
+
 def test_a_host_trains_without_the_methods_libraries() -> None:
     code = "import sys, rankloom.training.fused.host, rankloom.hosts.host_actor"
     code += "\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"

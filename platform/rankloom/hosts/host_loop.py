@@ -19,7 +19,6 @@ from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
 from rankloom.hosts.membership import BEST, Membership
 from rankloom.hosts.reports import FAILED_LOSS, TrialReport, round_costs
-from rankloom.training.memory_plan import HostSize, fit_host
 
 COST_ROWS = 64
 """Validation rows to choose the prompt for a latency from."""
@@ -274,6 +273,7 @@ def open_host(
     from rankloom.models.device import choose_device
     from rankloom.training.fused.host import TrialHost
     from rankloom.training.memory import read_free_bytes, read_peak_memory_bytes, read_shape
+    from rankloom.training.memory_plan import HostSize, fit_host
     from rankloom.training.precision import check_lengths, choose_precision, load_trial_base
     from rankloom.training.resume_check import Origin, hold_study_to
 

@@ -142,16 +142,20 @@ class Hosts:
         host.trials.add(trial_id)
         return host.handle
 
-    async def any(self, trial: TrialConfig) -> Any:
-        """Return the handle of a running host, to call `work` on; where none runs, start one of this trial's group.
+    async def choose(self, trials: Sequence[TrialConfig]) -> list[Any]:
+        """Return, for each trial, the handle of a host to call `work` on: of its own group, as far as hosts fit.
 
-        Call it after the search: hosts no longer end for lack of trials, since the one that works has none.
+        Call it after the search: hosts no longer end for lack of trials, since those that work have none.
         """
         self._stop_sweeping()
-        if not self._open:
-            self._groups.setdefault(make_host_key(trial), trial)
-            self._start(make_host_key(trial), to_train=False)
-        return self._open[0].handle
+        affordable = max(1, len(self._groups))
+        for trial in trials:
+            key = make_host_key(trial)
+            if len(self._open) < affordable and all(host.key != key for host in self._open):
+                self._groups.setdefault(key, trial)
+                self._start(key, to_train=False)
+        handles = {host.key: host.handle for host in self._open}
+        return [handles.get(make_host_key(trial), self._open[0].handle) for trial in trials]
 
     async def release(self, trial_id: str) -> None:
         """Record that a trial left its host."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig
-from rankloom.config.study import SearchConfig, is_fusable
+from rankloom.config.study import SearchConfig, is_fusable, make_host_key
 from rankloom.errors import RankloomError, TrialError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.hosts.hosts import share_out
@@ -65,16 +66,22 @@ def finish(
         if (best := trial.best(study.search))
     ]
     channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
-
-    host = ray.get(hosts.any.remote(finalists[0].config))
-    scoring = Background(lambda: ray.get(host.work.remote(score_remotely, study.name, work, channel)))
+    groups: dict[str, list[int]] = {}
+    for i, trial in enumerate(finalists):
+        groups.setdefault(make_host_key(trial.config), []).append(i)
+    chosen = ray.get(hosts.choose.remote([finalists[group[0]].config for group in groups.values()]))
+    begun = [
+        host.work.remote(score_remotely, study.name, [work[i] for i in group], channel)
+        for host, group in zip(chosen, groups.values(), strict=True)
+    ]
+    scoring = Background(lambda: ray.get(begun))
     watch(scoring, channel, tell)
     try:
-        scored = scoring.result()
+        scored = dict(zip(chain(*groups.values()), chain(*scoring.result()), strict=True))
     except Exception as error:
         cause = getattr(error, "cause", error)
         raise to_failure(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_build_row(leaderboard, trial, result) for trial, result in zip(finalists, scored, strict=True)]
+    rows = [_build_row(leaderboard, trial, scored[i]) for i, trial in enumerate(finalists)]
     sound = [row for row in rows if row["error"] is None]
     if not sound:
         raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")

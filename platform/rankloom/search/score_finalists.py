@@ -15,7 +15,6 @@ import pyarrow as pa
 from pyarrow import parquet
 from safetensors import safe_open
 
-from rankloom.config.study import make_host_key
 from rankloom.data import TaskData, load_data
 from rankloom.errors import RegistryError, TrialError
 from rankloom.evals.own_metric import MetricFunction
@@ -33,34 +32,30 @@ from rankloom.training.resume_check import Origin, hold_study_to
 
 
 def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) -> list[FinalistScore]:
-    """Score the finalists and publish them.
+    """Score finalists that share a base and data, and publish them.
 
     Args:
         study: the study's name, for the lineage.
     """
-    results: dict[int, FinalistScore] = {}
-    keys = [make_host_key(finalist.trial) for finalist in finalists]
-    for key in dict.fromkeys(keys):
-        mine = [i for i, other in enumerate(keys) if other == key]
-        trial = finalists[mine[0]].trial
-        folder = Path(finalists[mine[0]].folder).parents[1]
-        base = load_trial_base(trial, choose_device(trial.compute.device))
-        data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
-        hold_study_to(folder, trial, Origin.of(data, base))
+    trial = finalists[0].trial
+    folder = Path(finalists[0].folder).parents[1]
+    base = load_trial_base(trial, choose_device(trial.compute.device))
+    data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
+    hold_study_to(folder, trial, Origin.of(data, base))
+    metric = load_study_metric(trial.eval.metric, folder)
+    base_measures = None
+    if trial.eval.base:
         on_event(PhaseStarted("score", "the base"))
-        metric = load_study_metric(trial.eval.metric, folder)
-        base_measures = None
-        if trial.eval.base:
-            base_measures, rows = measure_rows(base.model, base.tokenizer, data, trial.eval, metric)
-            write_rows(get_base_rows_file(folder, trial), rows)
-        for i in mine:
-            name = finalists[i].trial.name
-            on_event(PhaseStarted("score", f"{name} on the test rows"))
-            try:
-                results[i] = _score(study, finalists[i], base, base_measures, data, metric)
-            except TrialError as error:
-                results[i] = FinalistScore(error=str(error))
-    return [results[i] for i in range(len(finalists))]
+        base_measures, rows = measure_rows(base.model, base.tokenizer, data, trial.eval, metric)
+        write_rows(get_base_rows_file(folder, trial), rows)
+    results = []
+    for finalist in finalists:
+        on_event(PhaseStarted("score", f"{finalist.trial.name} on the test rows"))
+        try:
+            results.append(_score(study, finalist, base, base_measures, data, metric))
+        except TrialError as error:
+            results.append(FinalistScore(error=str(error)))
+    return results
 
 
 def _score(

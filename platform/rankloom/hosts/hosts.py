@@ -24,8 +24,6 @@ from rankloom.launch import cluster
 IDLE_S = 30.0
 """Seconds without a trial after which a host ends."""
 SWEEP_EVERY_S = 5.0
-OF_THE_CORES = 0.9
-"""Share of the cores that hosts reserve; the rest is for the trials' own processes, which only wait."""
 POLL_TIMEOUT_S = 0.5
 CLOSE_TIMEOUT_S = 3.0
 
@@ -86,7 +84,7 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
     num_devices = gpus if on_gpu else len(large)
     num_hosts = study.hosts.max_hosts or num_devices
     shared_by = parts * -(-num_hosts // len(large))
-    cpus = OF_THE_CORES * cores / shared_by
+    cpus = cluster.OF_THE_CORES * cores / shared_by
     threads = compute.cpus_per_worker or max(1, int(cores / shared_by))
     memory = min(node.get("memory", math.inf) for node in large) / shared_by
     gpu = int(1e4 * min(1.0, gpus / num_hosts) / max(1, num_groups)) / 1e4 if on_gpu else 0.0

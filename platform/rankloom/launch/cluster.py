@@ -23,6 +23,8 @@ from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import OnEvent, PhaseStarted, WarningRaised
 
 CONNECT_TIMEOUT_S = 5.0
+OF_THE_CORES = 0.95
+"""Share of their cores that workers and hosts reserve; the rest is for a study's trials, which only wait."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable in which Ray passes a job's runtime environment to its driver."""
 
@@ -67,6 +69,11 @@ class WorkerResources:
     @property
     def resources(self) -> dict[str, float]:
         return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        """What Ray sets aside."""
+        return self.resources | {"CPU": OF_THE_CORES * self.cpus}
 
 
 def divide_resources(compute: ComputeConfig, nodes: Sequence[dict[str, float]], *, growing: bool) -> WorkerResources:

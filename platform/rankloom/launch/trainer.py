@@ -217,7 +217,7 @@ def _build_ray_trainer(
     return TorchTrainer(
         each_worker,
         scaling_config=ScalingConfig(
-            num_workers=share.num_workers, use_gpu=share.gpu, resources_per_worker=share.resources
+            num_workers=share.num_workers, use_gpu=share.gpu, resources_per_worker=share.reserved
         ),
         run_config=RunConfig(
             name=trial.name,

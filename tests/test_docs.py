@@ -42,6 +42,16 @@ NEEDED: dict[type[Frozen], dict[str, Any]] = {
 }
 """What a fragment may leave out."""
 LANGUAGES = {"yaml", "json", "csv", "python", "console", "bash", "text", ""}
+FIGURE = re.compile(r"(?<![\w.-])\d[\d.,]*(?: to \d[\d.]*)?(?:x\b| ?%| (?:ms|s|min|KB|MB|GB|tokens/s|points)\b)")
+"""A number with the unit of a measurement."""
+SOURCE = re.compile(r"benchmarks/results/[\w.-]+|tests/[\w/]+\.py|https?://\S+")
+"""Where a figure may come from: a file of measurements, a test that holds it, or a publication."""
+NOT_MEASURED = {
+    "95 %": "the level of an interval",
+    "5 %": "the level of a test",
+    "100 MB": "what Ray lets a job bring along",
+}
+"""Figures that are conventions or limits."""
 
 sys.path.insert(0, str(REPO / "docs"))
 import generate  # noqa: E402
@@ -68,6 +78,48 @@ def blocks(path: Path) -> Iterator[Block]:
 
 
 BLOCKS = [block for path in TEXTS for block in blocks(path)]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A paragraph or a row of a table."""
+
+    path: Path
+    line: int
+    text: str
+    context: str
+    """What may name the source in its place: the paragraphs beside a table, or the row above one of "the same"."""
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(REPO)}:{self.line}"
+
+    @property
+    def figures(self) -> list[str]:
+        """The measured numbers in it, those in code and in the targets of links left out."""
+        found = FIGURE.findall(re.sub(r"`[^`]*`|\]\([^)]*\)", "", self.text))
+        return [figure for figure in found if figure not in NOT_MEASURED]
+
+    @property
+    def sources(self) -> list[str]:
+        return SOURCE.findall(self.text) or SOURCE.findall(self.context)
+
+
+def passages(path: Path) -> Iterator[Passage]:
+    """Yield the paragraphs and the tables' rows of a document."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    tokens = MarkdownIt().enable("table").parse("\n".join(lines))
+    spans = [(token.type, *token.map) for token in tokens if token.map and token.type in ("paragraph_open", "table_open")]
+    for index, (kind, start, end) in enumerate(spans):
+        if kind == "paragraph_open":
+            yield Passage(path, start + 1, "\n".join(lines[start:end]), "")
+            continue
+        beside = [each for each in (*spans[:index][-1:], *spans[index + 1 : index + 2]) if each[0] == "paragraph_open"]
+        around = "\n".join("\n".join(lines[first:last]) for _, first, last in beside)
+        above = ""
+        for number in range(start + 2, end):
+            row = lines[number]
+            yield Passage(path, number + 1, row, above if row.endswith("the same |") else around)
+            above = row if SOURCE.search(row) else above
 
 
 def of(language: str) -> list[Block]:
@@ -211,3 +263,45 @@ def test_files_reference_has_every_event() -> None:
 
     page = generate.pages()["reference/files.md"]
     assert [each.__name__ for each in get_args(Event) if f"| `{each.kind}` | [{each.__name__}]" not in page] == []
+
+
+PASSAGES = [each for path in TEXTS if path.name != "CHANGELOG.md" for each in passages(path) if each.figures]
+
+
+@pytest.mark.parametrize("passage", PASSAGES, ids=str)
+def test_a_figure_names_the_file_that_holds_its_measurement(passage: Passage) -> None:
+    sources = passage.sources
+    assert sources, f"{passage}: {passage.figures} stand there without a file of benchmarks/results"
+    files = [source for source in sources if not source.startswith("http")]
+    assert [file for file in files if not (REPO / file).is_file()] == []
+
+
+def test_figures_are_found(tmp_path: Path) -> None:
+    text = "It is 2.8x faster.\n\n| a | b |\n|---|---|\n| 87 % | `5 %` |\n| x | [2 GB](benchmarks/results/none.md) |\n"
+    (tmp_path / "page.md").write_text(f"{text}| 6 min | the same |\n\nRank 8, 16 steps, a 95 % interval.\n")
+    found = [(each.figures, each.sources) for each in passages(tmp_path / "page.md") if each.figures]
+    file = ["benchmarks/results/none.md"]
+    assert found == [(["2.8x"], []), (["87 %"], []), (["2 GB"], file), (["6 min"], file)]
+    texts = "".join(each.text for path in TEXTS for each in passages(path))
+    assert [figure for figure in NOT_MEASURED if figure not in texts] == []  # an exception that is of no use
+    assert len(PASSAGES) > 30
+
+
+def test_the_migration_path_changes_one_line_at_a_time() -> None:
+    folder = REPO / "configs" / "migration"
+    lines = {path.stem: _read_settings(path) for path in folder.glob("*.yaml")}
+    steps = [
+        ("1-lora", "2-qlora"), ("2-qlora", "3-qlora-lora-plus"), ("3-qlora-lora-plus", "4-dora"), ("1-lora", "4-galore"),
+    ]  # fmt: skip
+    assert {name for step in steps for name in step} == lines.keys()
+    page = (REPO / "docs" / "guide" / "methods.md").read_text(encoding="utf-8")
+    for before, after in steps:
+        changed = [new for old, new in zip(lines[before], lines[after], strict=True) if old != new]
+        assert len(changed) == 1, f"{before} -> {after}"
+        assert re.search(rf"configs/migration/{after}\.yaml`[^|]*\| `{re.escape(changed[0])}` \|", page)
+
+
+def _read_settings(path: Path) -> list[str]:
+    """The lines of a config that are neither a comment nor its name."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith(("#", "name:"))]

@@ -29,6 +29,7 @@ TYPES = [member.model_fields["type"].default for member in get_args(get_args(Met
 QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
 KINDS: dict[str, type[TrialConfig | StudyConfig | CompareConfig | ServeConfig]] = {
     "trials": TrialConfig,
+    "migration": TrialConfig,
     "studies": StudyConfig,
     "compare": CompareConfig,
     "serve": ServeConfig,

@@ -6,6 +6,7 @@ the command line and the settings that they override.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -108,7 +109,8 @@ def passages(path: Path) -> Iterator[Passage]:
     """Yield the paragraphs and the tables' rows of a document."""
     lines = path.read_text(encoding="utf-8").splitlines()
     tokens = MarkdownIt().enable("table").parse("\n".join(lines))
-    spans = [(token.type, *token.map) for token in tokens if token.map and token.type in ("paragraph_open", "table_open")]
+    kinds = ("paragraph_open", "table_open")
+    spans = [(token.type, *token.map) for token in tokens if token.map and token.type in kinds]
     for index, (kind, start, end) in enumerate(spans):
         if kind == "paragraph_open":
             yield Passage(path, start + 1, "\n".join(lines[start:end]), "")
@@ -290,9 +292,8 @@ def test_figures_are_found(tmp_path: Path) -> None:
 def test_the_migration_path_changes_one_line_at_a_time() -> None:
     folder = REPO / "configs" / "migration"
     lines = {path.stem: _read_settings(path) for path in folder.glob("*.yaml")}
-    steps = [
-        ("1-lora", "2-qlora"), ("2-qlora", "3-qlora-lora-plus"), ("3-qlora-lora-plus", "4-dora"), ("1-lora", "4-galore"),
-    ]  # fmt: skip
+    path = ["1-lora", "2-qlora", "3-qlora-lora-plus", "4-dora"]
+    steps = [*itertools.pairwise(path), ("1-lora", "4-galore")]
     assert {name for step in steps for name in step} == lines.keys()
     page = (REPO / "docs" / "guide" / "methods.md").read_text(encoding="utf-8")
     for before, after in steps:

@@ -1,4 +1,4 @@
-"""`rankloom report`: a study or a trial as one HTML file."""
+"""`rankloom report`: a study, a trial or a comparison as one HTML file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import typer
 
 
 def complete_subject(incomplete: str) -> list[str]:
-    """Return the names of studies and runs under the default root."""
+    """Return the names of studies, runs and comparisons under the default root."""
     from rankloom.config.trial import OutputConfig
 
     root = Path(OutputConfig().root).expanduser()
-    names = {folder.name for kind in ("studies", "runs") for folder in root.glob(f"{kind}/*/") if folder.name[0] != "."}
+    kinds = ("studies", "runs", "comparisons")
+    names = {folder.name for kind in kinds for folder in root.glob(f"{kind}/*/") if folder.name[0] != "."}
     return sorted(name for name in names if name.startswith(incomplete))
 
 
@@ -21,7 +22,7 @@ def report(
     subject: Annotated[
         str,
         typer.Argument(
-            help="A study's or a run's folder, or its name under ~/rankloom.",
+            help="The folder of a study, a run or a comparison, or its name under ~/rankloom.",
             metavar="FOLDER|NAME",
             autocompletion=complete_subject,
         ),
@@ -31,11 +32,11 @@ def report(
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Also write each chart to this folder, for slides.")] = None,
 ) -> None:
-    """Write the report of a study or a trial: one HTML file that needs no network.
+    """Write the report of a study, a trial or a comparison: one HTML file that needs no network.
 
     It has the result in a sentence, test scores, leaderboard, learning curves, the knobs' importance and effect,
-    parallel coordinates, costs, the timeline of the hosts, the data with its loss masks, and the command to repeat it.
-    What is not finished is reported as far as it is.
+    parallel coordinates, costs, the timeline of the hosts, the data with its loss masks, and the command to repeat it;
+    of a comparison the table, the tests and the verdict. What is not finished is reported as far as it is.
 
     Examples:
 

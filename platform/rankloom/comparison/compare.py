@@ -26,6 +26,8 @@ from rankloom.comparison.analysis import build_result
 from rankloom.comparison.export import export
 from rankloom.comparison.results import CompareResult
 from rankloom.comparison.studies import (
+    COMPARE,
+    RESULT,
     build_rates_study,
     build_seeds_study,
     choose_names_of_best,
@@ -52,7 +54,7 @@ from rankloom.search.results import StudyResult
 from rankloom.search.study import get_study_folder, has_begun, run_study
 from rankloom.search.study_files import JOURNAL
 
-COMPARE, COSTS, RESULT = "compare.yaml", "costs.json", "result.json"
+COSTS = "costs.json"
 MAY_CHANGE = (
     "trial.tracking.", "hosts.run_ahead", "hosts.token_budget", "hosts.checkpoint_every_s", "hosts.lease_s",
     "trial.compute.price_per_hour",

@@ -12,7 +12,7 @@ from typing import Any
 from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
 from rankloom.comparison.table import build_cost_rows, build_quality_rows, build_records
-from rankloom.reporting.html import render
+from rankloom.pages.html import render
 
 
 def export(result: CompareResult, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of a comparison: its result as one HTML file, of the pieces that `rankloom.reporting` draws."""
+"""The page of a comparison: its result as pieces that `rankloom.pages` draws."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from rankloom.comparison.results import CompareResult, Estimate, MethodResult
 from rankloom.comparison.table import build_cost_rows, build_quality_rows, format_estimate
-from rankloom.reporting.charts import CHOSEN, COLOURS
-from rankloom.reporting.pieces import Block, Cell, Chart, Line, Listing, Note, Page, Section, Table
+from rankloom.pages.pieces import CHOSEN, COLOURS, Block, Cell, Chart, Line, Listing, Note, Page, Section, Table
 
 MEMORY = {
     "weight_bytes": "weights",

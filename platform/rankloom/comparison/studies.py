@@ -15,7 +15,8 @@ from rankloom.config.compare import CompareConfig, MethodChoice
 from rankloom.config.space import Tree, merge
 from rankloom.search.leaderboard import Leaderboard, TrialState, rank
 
-COMPARISONS = "comparisons"
+COMPARISONS, COMPARE, RESULT = "comparisons", "compare.yaml", "result.json"
+"""The folder of all comparisons, and in that of one its config and, once it is done, its result."""
 
 
 def get_comparison_folder(comparison: CompareConfig) -> Path:

@@ -10,15 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite, log
 from typing import Any
 
-from rankloom.reporting.pieces import Chart
+from rankloom.pages.pieces import CHOSEN, COLOURS, Chart
 from rankloom.reporting.trials import Axis, Goal, ReportedTrial, Stay, format_knob
 
 Spec = dict[str, Any]
 
-COLOURS = ("#3a7bd5", "#d97706", "#1f9d6b", "#c2478f", "#7a68d8", "#8b8f9a", "#b4532a", "#1797a6")
-"""Distinguishable with the common colour blindnesses, and legible on white and on black."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-CHOSEN = "chosen === '' || datum.trial === chosen"
 NUM_POINTS = 1000
 """Most points of a run's line: a browser draws no more than its pixels."""
 LOG_FROM = 30.0

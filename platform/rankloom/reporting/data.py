@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import RankloomError
+from rankloom.pages.pieces import Block, Cell, ExampleRows, Facts, Line, Note, Page, Section, Table
 from rankloom.reporting.charts import draw_labels, draw_lengths
-from rankloom.reporting.pieces import Block, Cell, ExampleRows, Facts, Line, Note, Page, Section, Table
 
 if TYPE_CHECKING:
     from rankloom.data.check import SplitReport

@@ -12,10 +12,10 @@ from rankloom.errors import RankloomError
 from rankloom.events import Evaluated, StepFinished, WarningRaised, read_events
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import EVENTS, RESULT, TRIAL
+from rankloom.pages.pieces import Block, Cell, Facts, Line, Listing, Note, Page, Section, Table
 from rankloom.registry.card import list_scorecard_rows
 from rankloom.reporting.charts import draw_series
 from rankloom.reporting.data import make_data_section, read_digests
-from rankloom.reporting.pieces import Block, Cell, Facts, Line, Listing, Note, Page, Section, Table
 from rankloom.reporting.verdict import contrast
 from rankloom.training.resume_check import ORIGIN
 

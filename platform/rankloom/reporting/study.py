@@ -13,6 +13,7 @@ from rankloom.config.metric import HANDED_OVER
 from rankloom.config.space import Choice, Knob, LogUniform
 from rankloom.config.study import OwnSchedulerConfig
 from rankloom.errors import RankloomError
+from rankloom.pages.pieces import Block, Facts, Listing, Note, Page, Section
 from rankloom.reporting.charts import (
     draw_curves,
     draw_effect,
@@ -23,7 +24,6 @@ from rankloom.reporting.charts import (
 )
 from rankloom.reporting.data import make_data_section, read_digests
 from rankloom.reporting.importance import MIN_TRIALS, measure_importances
-from rankloom.reporting.pieces import Block, Facts, Listing, Note, Page, Section
 from rankloom.reporting.tables import build_leaderboard, build_test_scores
 from rankloom.reporting.trials import Axis, Goal, ReportedTrial, Stay, format_knob
 from rankloom.reporting.verdict import contrast

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rankloom.pages.pieces import Cell, Line, Table
 from rankloom.registry.scorecard import Measures, Scorecard
-from rankloom.reporting.pieces import Cell, Line, Table
 from rankloom.reporting.trials import Goal, ReportedTrial
 from rankloom.reporting.verdict import contrast
 

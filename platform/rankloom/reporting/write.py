@@ -1,19 +1,21 @@
-"""`report`: find a trial or a study, and write its report."""
+"""`report`: find a trial, a study or a comparison, and write its report."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankloom.comparison.studies import COMPARE, COMPARISONS
 from rankloom.config.trial import OutputConfig
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.launch.run_folder import TRIAL
+from rankloom.pages.html import render
+from rankloom.pages.pieces import Page
+from rankloom.pages.png import write_pngs
+from rankloom.reporting.comparison import make_comparison_page
 from rankloom.reporting.data import make_data_page
-from rankloom.reporting.html import render
-from rankloom.reporting.pieces import Page
-from rankloom.reporting.png import write_pngs
 from rankloom.reporting.run import make_run_page
 from rankloom.reporting.study import make_study_page
 from rankloom.search.study_files import STUDY
@@ -23,20 +25,24 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 """Name of a report in the folder of what it reports on."""
-KINDS = {"studies": STUDY, "runs": TRIAL}
-"""Subfolder of `output.root` -> the file that tells a folder in it."""
+KINDS: dict[str, tuple[str, Callable[[Path], Page]]] = {
+    "studies": (STUDY, make_study_page),
+    "runs": (TRIAL, make_run_page),
+    COMPARISONS: (COMPARE, make_comparison_page),
+}
+"""Subfolder of `output.root` -> the file that tells a folder in it, and what makes its page."""
 
 
 def report(subject: str | Path, *, output: str | Path | None = None, png: str | Path | None = None) -> Path:
-    """Write the report of a study or a trial: one HTML file that opens without a network.
+    """Write the report of a study, a trial or a comparison: one HTML file that opens without a network.
 
     It shows the result in a sentence, the scores on the test rows, the leaderboard, learning curves, the importance and
     effect of each knob, parallel coordinates, quality against cost, the timeline of the hosts, the data with example
-    rows, the environment, and the command to repeat it. A study or a run that is not finished is reported as far as it
-    is.
+    rows, the environment, and the command to repeat it; of a comparison its table, its tests and its verdict. What is
+    not finished is reported as far as it is.
 
     Args:
-        subject: The folder of a study or a run, or its name under `~/rankloom`.
+        subject: The folder of a study, a run or a comparison, or its name under `~/rankloom`.
         output: The file to write; None: report.html in the subject's folder.
         png: A folder to write each chart to as a PNG, for slides.
 
@@ -44,7 +50,7 @@ def report(subject: str | Path, *, output: str | Path | None = None, png: str | 
         The file.
 
     Raises:
-        ConfigError: There is no such study or run.
+        ConfigError: There is no such study, run or comparison.
         RankloomError: Its files can't be read, or the report can't be written.
 
     Examples:
@@ -53,7 +59,7 @@ def report(subject: str | Path, *, output: str | Path | None = None, png: str | 
         PosixPath('report.html')
     """
     folder = find_folder(str(subject))
-    page = make_study_page(folder) if (folder / STUDY).is_file() else make_run_page(folder)
+    page = next(make_page(folder) for file, make_page in KINDS.values() if (folder / file).is_file())
     if png is not None:
         write_pngs(page, Path(png).expanduser())
     return _write(page, Path(output).expanduser() if output is not None else folder / REPORT)
@@ -65,30 +71,31 @@ def write_data_page(checks: Sequence[DataCheck], output: Path) -> Path:
 
 
 def find_folder(subject: str) -> Path:
-    """Return the folder of a study or a run that a path or a name means.
+    """Return the folder of a study, a run or a comparison that a path or a name means.
 
     Raises:
-        ConfigError: there is none, or both a study and a run have this name.
+        ConfigError: there is none, or more than one of them has this name.
     """
     folder = Path(subject).expanduser().absolute()
-    if any((folder / file).is_file() for file in KINDS.values()):
+    if any((folder / file).is_file() for file, _ in KINDS.values()):
         return folder
     root = Path(OutputConfig().root).expanduser()
-    places = {place.parent for kind, file in KINDS.items() for place in (root / kind).glob(f"*/{file}")}
+    places = {place.parent for kind, (file, _) in KINDS.items() for place in (root / kind).glob(f"*/{file}")}
     found = sorted(place for place in places if place.name == subject)
     if len(found) == 1:
         return found[0]
     if found:
         raise ConfigError(
-            f"{subject}: a study and a run have this name; give the folder, {' or '.join(map(str, found))}"
+            f"{subject}: {len(found)} folders have this name; give one of them, {' or '.join(map(str, found))}"
         )
     near = difflib.get_close_matches(subject, sorted({place.name for place in places}), n=1)
     if folder.is_dir():
-        raise ConfigError(f"{subject} holds neither a {STUDY} nor a {TRIAL}; give the folder of a study or of a run")
+        files = ", ".join(file for file, _ in KINDS.values())
+        raise ConfigError(f"{subject} holds none of {files}; give the folder of a study, a run or a comparison")
     if "://" in subject:
         raise ConfigError(f"{subject}: a report reads local folders; copy the run here first")
-    hint = f"did you mean {near[0]!r}?" if near else f"expected a folder, or a name in {root}/studies or {root}/runs"
-    raise ConfigError(f"{subject}: no such study or run; {hint}")
+    hint = f"did you mean {near[0]!r}?" if near else f"expected a folder, or a name in {root}/{', '.join(KINDS)}"
+    raise ConfigError(f"{subject}: no such study, run or comparison; {hint}")
 
 
 def _write(page: Page, output: Path) -> Path:

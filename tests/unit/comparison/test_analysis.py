@@ -15,8 +15,9 @@ from rankloom.comparison.export import export
 from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
 from rankloom.errors import TrialError
-from rankloom.reporting.html import render
-from rankloom.reporting.png import write_pngs
+from rankloom.pages.html import render
+from rankloom.pages.png import write_pngs
+from rankloom.reporting.comparison import make_comparison_page
 from rankloom.search.finalists import get_rows_file
 
 
@@ -121,6 +122,7 @@ def test_the_files_say_what_the_result_says(left: Callable, tmp_path: Path) -> N
     result = left({"lora": [0.9, 0.88], "dora": [0.92, 0.9]}).result()
     export(result, tmp_path)
     assert CompareResult.model_validate_json((tmp_path / "result.json").read_text()) == result
+    assert make_comparison_page(tmp_path) == make_page(result)
     rows = pq.read_table(tmp_path / "table.parquet").to_pylist()
     assert [row["name"] for row in rows] == ["dora", "lora", "base"]
     assert rows[0]["accuracy"] == result.methods[0].accuracy.value

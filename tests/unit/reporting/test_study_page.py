@@ -14,10 +14,10 @@ import vl_convert
 from made_study import make_study
 from rankloom.config.space import Choice, RandInt
 from rankloom.errors import RankloomError
+from rankloom.pages.html import render, size_chart
+from rankloom.pages.pieces import Chart, Page, Table
 from rankloom.reporting.charts import draw_series
-from rankloom.reporting.html import render, size_chart
 from rankloom.reporting.importance import measure_importances
-from rankloom.reporting.pieces import Chart, Page, Table
 from rankloom.reporting.study import _join, list_stays, make_axis, make_study_page, read_study
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import rankloom as rl
 from made_study import make_study
 from rankloom.cli import main
 from rankloom.cli.report import complete_subject
+from rankloom.config import CompareConfig, dump, parse
+from rankloom.reporting.comparison import make_comparison_page
 from rankloom.reporting.run import make_run_page
 from rankloom.reporting.write import find_folder
 
@@ -46,8 +50,8 @@ def test_a_study_is_found_by_name_and_by_folder(home: Path, capsys: pytest.Captu
 
 def test_what_can_not_be_reported_is_refused_in_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for subject, told in (
-        ("tickes", "no such study or run; did you mean 'tickets'?"),
-        (str(home), "holds neither a study.yaml nor a trial.yaml"),
+        ("tickes", "no such study, run or comparison; did you mean 'tickets'?"),
+        (str(home), "holds none of study.yaml, trial.yaml, compare.yaml"),
         ("s3://bucket/runs/x", "a report reads local folders"),
     ):
         assert run("report", subject) == 2
@@ -61,7 +65,7 @@ def test_what_can_not_be_reported_is_refused_in_a_line(home: Path, capsys: pytes
     run_folder.mkdir(parents=True)
     (run_folder / "trial.yaml").write_text("name: tickets\n")
     assert run("report", "tickets") == 2
-    assert "a study and a run have this name" in capsys.readouterr().err
+    assert "2 folders have this name" in capsys.readouterr().err
 
 
 def test_a_trials_page_has_its_scores_and_curves(last_version: Path) -> None:
@@ -79,3 +83,19 @@ def test_a_trial_that_was_stopped_is_reported_as_far_as_it_is(last_version: Path
     page = make_run_page(last_version / "runs" / "stopped")
     assert "not finished" in page.summary[0]
     assert "curves" in [section.id for section in page.sections]
+
+
+def test_a_comparison_is_found_and_shows_the_study_that_it_is_in(home: Path) -> None:
+    folder = home / "rankloom" / "comparisons" / "methods"
+    folder.mkdir(parents=True)
+    (folder / "compare.yaml").write_text(yaml.safe_dump(dump(parse(CompareConfig, {"name": "methods"}))))
+    assert complete_subject("m") == ["methods"]
+    assert rl.report("methods").read_text().count("No trial has begun yet.") == 1
+    make_study(folder / "studies" / "methods", done=False)
+    page = make_comparison_page(folder)
+    assert page.title == "methods"
+    assert page.summary[0].startswith("The comparison is not finished")
+    assert {"leaderboard", "curves"} <= {section.id for section in page.sections}
+    assert find_folder("tickets").parent.name == "studies"
+    shutil.copytree(folder, folder.with_name("tickets"))
+    assert run("report", "tickets") == 2  # a study has the name too

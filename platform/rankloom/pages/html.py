@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import rankloom
-from rankloom.reporting.pieces import Chart, Page
+from rankloom.pages.pieces import Chart, Page
 
 THEME: dict[str, Any] = {
     "background": None,
@@ -66,4 +66,4 @@ def _hash(script: str) -> str:
 
 
 def _read_asset(name: str) -> str:
-    return files("rankloom.reporting").joinpath("assets", name).read_text(encoding="utf-8")
+    return files("rankloom.pages").joinpath("assets", name).read_text(encoding="utf-8")

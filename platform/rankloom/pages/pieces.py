@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 if TYPE_CHECKING:
     from rankloom.data.preview import RowPreview
 
+COLOURS = ("#3a7bd5", "#d97706", "#1f9d6b", "#c2478f", "#7a68d8", "#8b8f9a", "#b4532a", "#1797a6")
+"""Distinguishable with the common colour blindnesses, and legible on white and on black."""
+CHOSEN = "chosen === '' || datum.trial === chosen"
+"""Vega's expression for a chart's trial that is chosen, or where none is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:

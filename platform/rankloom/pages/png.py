@@ -8,8 +8,8 @@ from typing import Any
 import vl_convert
 
 from rankloom.errors import RankloomError
-from rankloom.reporting.html import THEME
-from rankloom.reporting.pieces import Chart, Page
+from rankloom.pages.html import THEME
+from rankloom.pages.pieces import Chart, Page
 
 WIDTH = 800
 """Pixels of a plot without axes, before `SCALE`."""

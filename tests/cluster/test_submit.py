@@ -105,6 +105,27 @@ def test_a_study_is_submitted_and_goes_on_as_one(dashboard: str, tiny_trial: Mak
 
 
 @pytest.mark.slow
+def test_a_comparison_is_submitted_and_ends_with_its_table(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
+    trial = {key: value for key, value in tiny_trial().items() if key not in ("name", "method")}
+    comparison = {"name": "cmp", "trial": trial, "methods": ["lora", "galore"], "seeds": [0, 1]}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    command = ["-m", "rankloom.cli", "submit", "compare", "compare.yaml", "--address", dashboard, "--follow"]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "out" / "comparisons" / "cmp"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["verdict"][0] in done.stdout
+    assert [method["seeds"] for method in result["methods"]] == [[0, 1]] * 2
+    assert all(method["cost"]["peak_bytes"] for method in result["methods"])
+    assert (folder / "report.html").is_file()
+    assert Registry(tmp_path / "out" / "registry").verify("cmp-galore@1").servable == "extracted"
+
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "comparison 'cmp' exists" in again.stdout
+
+
+@pytest.mark.slow
 def test_ray_job_submit_of_a_study_from_the_source_tree(dashboard: str, tiny_trial: Make, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_of(tiny_trial(), algorithm="grid")))
     submit_with_ray(dashboard, "jobs/tune.py", str(tmp_path / "study.yaml"), "search.num_trials=2", "--json")

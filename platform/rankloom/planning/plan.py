@@ -23,7 +23,14 @@ from rankloom.config.recipes import copy_recipe
 from rankloom.config.space import merge
 from rankloom.errors import ConfigError
 from rankloom.models.device import choose_device
-from rankloom.planning.forecast import MethodPlan, name_recipe, plan_method, read_outline_shape, trains_base
+from rankloom.planning.forecast import (
+    MethodPlan,
+    forecast_memory,
+    name_recipe,
+    plan_method,
+    read_outline_shape,
+    trains_base,
+)
 from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.recommend import Preference, Recommendation, recommend
 from rankloom.planning.rows import RowSizes, read_row_sizes
@@ -209,6 +216,8 @@ def find_available(device: torch.device, num_workers: int) -> float | None:
 
 def find_smaller(trial: TrialConfig, available: float, num_workers: int) -> str | None:
     """Return the first change of settings with which a trial fits, as `key=value`; None if none is enough."""
+    device, rows = _choose_planned_device(trial.compute.device), read_row_sizes(trial)
+    model = open_outline(trial.model, trial.quantization)
     qlora = {"method": {"type": "lora"}, "quantization": "nf4"}
     for change, text in (
         (TRIED[0], "optim.accumulation=4"),
@@ -220,8 +229,9 @@ def find_smaller(trial: TrialConfig, available: float, num_workers: int) -> str 
     ):
         changed = _change(trial, change)
         if changed is not None:
-            planned = plan_trials([changed], [], trial.name, num_workers=num_workers, available=available)
-            if planned.own[0].fits:
+            shape = read_outline_shape(model, changed, rows, device)
+            memory = forecast_memory(changed, shape, rows, num_workers=num_workers, on_gpu=device.type == "cuda")
+            if memory.peak <= available:
                 return text
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -92,6 +93,14 @@ def test_a_host_trains_without_the_methods_libraries() -> None:
     code = "import sys, rankloom.training.fused.host, rankloom.hosts.host_actor"
     code += "\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
     assert run_python(code).strip() == "set()"
+
+
+def test_a_plan_imports_no_library_of_data_methods_or_clusters(tmp_path: Path) -> None:
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 400}
+    (tmp_path / "config.json").write_text(json.dumps(model | size))
+    plan = f"import rankloom as rl\nrl.plan({{'name': 't', 'model': {str(tmp_path)!r}}})"
+    assert heavy_after(plan) == "heavy: torch transformers"
 
 
 def test_heavy_imports_would_be_seen() -> None:

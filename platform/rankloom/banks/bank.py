@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from rankloom import kernels
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
+from rankloom.banks.groups import RANK_STEP
 from rankloom.banks.ragged import SlotNoise
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.kernels.ragged import ragged_bounds
@@ -41,11 +42,6 @@ __all__ = ["AdaptedLinear", "AdapterBank", "SlotSpec"]
 
 SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 """Suffixes of the tensors' names in a PEFT folder."""
-
-FAST_DTYPES = (torch.bfloat16, torch.float32)
-"""Dtypes of a base on which the fast path computes."""
-RANK_STEP = 8
-"""What the fast path rounds the rank of its stacks up to, for aligned rows."""
 
 
 class AdapterBank:
@@ -74,7 +70,7 @@ class AdapterBank:
             if name not in modules or not is_linear(modules[name]):
                 raise IncompatibleError(f"targets: {name} is not a linear layer of this {type(model).__name__}")
         wanted = set(targets)
-        fast = model.dtype if kernels.use_on(model.device) and model.dtype in FAST_DTYPES else None
+        fast = model.dtype if kernels.use_on(model.device) and model.dtype in kernels.FAST_DTYPES else None
         stored_rank = max_rank if fast is None else -(-max_rank // RANK_STEP) * RANK_STEP
         self.sites: dict[str, AdaptedLinear] = {
             name: AdaptedLinear(name, module, num_slots, stored_rank, with_magnitudes=with_magnitudes, fast=fast)

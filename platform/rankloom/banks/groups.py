@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RANK_STEP = 8
+"""What the fast path rounds the rank of a bank's stacks up to, for aligned rows."""
 PADDED = 3
 """On a GPU, the most positions that a host computes in its banks' products for one token, padding included."""
 

@@ -10,9 +10,10 @@ from rankloom.data.check import DataReport, SplitReport
 from rankloom.data.load import TaskData, check_heads, load_data
 from rankloom.data.render import Row
 from rankloom.data.rows import Rows
-from rankloom.data.sources import check_sources
+from rankloom.data.sources import READ_BYTES, check_sources
 
 __all__ = [
+    "READ_BYTES",
     "Batch",
     "Cursor",
     "DataReport",

@@ -41,6 +41,8 @@ DEFAULT_SPLITS: dict[Role, str] = {"train": "train", "validation": "validation",
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors that mean: the source is fine, but its copy can't be written."""
+READ_BYTES = 50_000_000
+"""Data up to this size is read completely before a run, which takes seconds."""
 CHANGE_MARKS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "updated")
 """Names that filesystems use for a mark that changes with a file's contents."""
 

@@ -22,6 +22,8 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+FAST_DTYPES = (torch.bfloat16, torch.float32)
+"""Dtypes of a base on which the fast path computes."""
 LAUNCHES: dict[str, int] = {}
 """Op -> number of kernels that one call launches on CUDA, where that is not 1."""
 

@@ -55,4 +55,4 @@ def build_method(trial: TrialConfig, num_steps: int) -> Method:  # type: ignore[
     return get_method_class(trial.method)(trial.method, seed=trial.seed, num_steps=num_steps)
 
 
-__all__ = ["METHODS", "Method", "build_method", "method_class"]
+__all__ = ["METHODS", "Method", "build_method", "get_method_class"]

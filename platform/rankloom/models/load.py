@@ -42,7 +42,6 @@ from rankloom.models.checkpoints import (
     take_first_line,
 )
 from rankloom.models.folder import is_on_hub, locate_folder
-from rankloom.models.fused import fuse
 from rankloom.models.onednn import use_onednn
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
@@ -97,6 +96,8 @@ def load_base(
     model.requires_grad_(False).eval()
     use_onednn(model)
     if kernels.use_on(device):
+        from rankloom.models.fused import fuse  # only GPUs need it, and it imports Llama's code
+
         fuse(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

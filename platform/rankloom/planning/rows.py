@@ -8,10 +8,8 @@ import numpy as np
 
 from rankloom.config.model import ModelConfig
 from rankloom.config.trial import TrialConfig
-from rankloom.data import Cursor, check_sources, find_longest_batch, load_data
 from rankloom.errors import DataError, ModelError
 from rankloom.models import load_tokenizer, locate_folder
-from rankloom.training.preflight import READ_BYTES
 from rankloom.training.schedule import num_steps
 
 
@@ -35,12 +33,16 @@ class RowSizes:
 
 def read_row_sizes(trial: TrialConfig) -> RowSizes:
     """Return the sizes of a trial's training rows, or the largest that they can have."""
+    if not _has_tokenizer(trial.model):
+        return assume_row_sizes(trial)
+    from rankloom.data import READ_BYTES, Cursor, check_sources, find_longest_batch, load_data  # a second, with pandas
+
     try:
         size = check_sources(trial.data, trial.eval.retention)
-        if size is None or size > READ_BYTES or not _has_tokenizer(trial.model):
+        if size is None or size > READ_BYTES:
             return assume_row_sizes(trial)
         data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
-    except (DataError, ModelError):  # a config without its data or tokenizer can be planned too
+    except (DataError, ModelError):  # a config without its data can be planned too
         return assume_row_sizes(trial)
     optim, lengths = trial.optim, np.asarray(data.train.lengths)
     cursor = Cursor(lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from rankloom import kernels
-from rankloom.banks.bank import FAST_DTYPES
 from rankloom.config.method import Targets
-from rankloom.data import TaskData
 from rankloom.models import Base, find_decoder_layers, find_experts, find_target_linears, linear_widths
 from rankloom.models.device import free_cuda_bytes
 from rankloom.training.memory_plan import Shape
+
+if TYPE_CHECKING:
+    from rankloom.data import TaskData
 
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu", "gelu_accurate"}
 """Activation functions that transformers computes in several steps; the backward pass keeps each step's result."""
@@ -97,7 +99,7 @@ def describe_model(
     modules, config = dict(model.named_modules()), model.config.get_text_config()
     linears = {name: linear_widths(modules[name]) for name in find_target_linears(model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
-    fast = kernels.use_on(device) and dtype in FAST_DTYPES
+    fast = kernels.use_on(device) and dtype in kernels.FAST_DTYPES
     num_layers, stacks = len(find_decoder_layers(model)), tuple(find_experts(model).values())
     act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     kept = ACTIVATIONS_WRITTEN_OUT if act in WRITTEN_OUT else ACTIVATIONS_FUSED

@@ -16,12 +16,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rankloom.banks.bank import RANK_STEP
-from rankloom.banks.groups import PADDED
+from rankloom.banks.groups import PADDED, RANK_STEP
 from rankloom.config.method import AdapterConfig, FullRankConfig
 from rankloom.errors import TrialError
 from rankloom.kernels.cross_entropy import MOST_LOGITS
-from rankloom.training.fused.device_step import MOST_RECORDED
+from rankloom.training.fused.plan import MOST_RECORDED
 
 FP32 = 4
 BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}

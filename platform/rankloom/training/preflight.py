@@ -10,13 +10,11 @@ from collections.abc import Iterable
 
 from rankloom.config import TrialConfig
 from rankloom.config.method import AdapterConfig, LisaConfig
-from rankloom.data import check_heads, check_sources, load_data
+from rankloom.data import READ_BYTES, check_heads, check_sources, load_data
 from rankloom.evals.own_metric import MetricFunction, load_metric
 from rankloom.evals.score import check_metric
 from rankloom.models import check_experts, find_decoder_layers, find_target_linears, load_shell, load_tokenizer
 
-READ_BYTES = 50_000_000
-"""Data up to this size is read completely, which takes seconds."""
 HEAD_ROWS = 100
 """Rows of each source that are checked where the data is larger, or of unknown size."""
 

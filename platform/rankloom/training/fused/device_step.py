@@ -21,10 +21,8 @@ from rankloom.models.device import free_cuda_bytes
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.optim import SlotAdamW
 from rankloom.training.fused.packing import Arranged
+from rankloom.training.fused.plan import MOST_RECORDED
 from rankloom.training.fused.staging import buffer_size, upload
-
-MOST_RECORDED = 2**15
-"""Most tokens of a step that a graph holds: the device takes longer over more tokens than Python does to launch."""
 
 
 class DeviceStep:

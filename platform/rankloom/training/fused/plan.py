@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_RECORDED = 2**15
+"""Most tokens of a step that a graph holds: the device takes longer over more tokens than Python does to launch."""
+
 
 @dataclass(frozen=True)
 class PendingBatch:

@@ -48,7 +48,7 @@ def train(
     return losses + [found.loss for _, found in sorted(host.evaluate().items())], host
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_members_train_as_on_the_plain_path(
     quantization: str, device: torch.device, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

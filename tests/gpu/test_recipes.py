@@ -16,19 +16,19 @@ from rankloom.registry.scorecard import Scorecard
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
+QUANTIZED: dict[str, dict[str, Any]] = {"int8-dora": {"method": {"type": "dora"}, "quantization": "int8"}}
 ON_CUDA: dict[str, dict[str, Any]] = {
-    "int8-dora": {"method": {"type": "dora"}, "quantization": "int8"},
     "galore8bit": {"method": {"type": "galore", "rank": 32, "extract_rank": 64, "optimizer": "adamw8bit"}},
 }
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *ON_CUDA])
+@pytest.mark.parametrize("name", [*RECIPES, *QUANTIZED, *ON_CUDA])
 def test_every_recipe_is_served_as_it_was_scored(
     name: str, device: torch.device, tiny_llama: Path, tmp_path: Path
 ) -> None:
     if name in ON_CUDA and device.type == "cpu":
         pytest.skip("bitsandbytes computes it on CUDA alone")
-    recipe = (RECIPES | ON_CUDA)[name]
+    recipe = (RECIPES | QUANTIZED | ON_CUDA)[name]
     trial = trial_of(tiny_llama, tmp_path, recipe)
     result = run_trial(trial, LocalSession(tmp_path / "run", device=device))
     Registry(tmp_path / "registry").verify("low@1")

@@ -61,8 +61,6 @@ def results(
 def test_the_fast_path_gives_the_plain_ones_results(
     kind: str, architecture: str, quantization: str, dtype: torch.dtype, tiny_model: Callable[..., Path]
 ) -> None:
-    if quantization == "int8" and kind != "lora":
-        pytest.skip("int8 weights can't be read on a CPU")
     if architecture == "gpt2" and quantization != "none":
         pytest.skip("transformers quantises no Conv1D")
     kinds = {"lora": (False,) * 5, "dora": (True,) * 5, "mixed": (True, False, False, True, True)}[kind]

@@ -136,7 +136,7 @@ def assert_same_function(trial: TrialConfig, one: Path, other: Path) -> None:
     torch.testing.assert_close(found[0], found[1], atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_members_equal_their_dedicated_runs(quantization: str, tiny_llama: Path, solo: Any, tmp_path: Path) -> None:
     trials = trials_of(tiny_llama, quantization=quantization)
     host = host_of(trials["plain"])

@@ -39,10 +39,11 @@ MEMBERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def trial_of(model: Path, name: str, **method: Any) -> TrialConfig:
+def trial_of(model: Path, name: str, quantization: str = "none", **method: Any) -> TrialConfig:
     tree: dict[str, Any] = {
         "name": "one-go",
         "model": {"id": str(model)},
+        "quantization": quantization,
         "data": {"max_train_rows": 64},
         "budget": {"steps": 100},
         "eval": {"every": 10, "max_rows": 16},
@@ -52,8 +53,8 @@ def trial_of(model: Path, name: str, **method: Any) -> TrialConfig:
     return parse(TrialConfig, tree | {"method": member["method"] | method, "optim": optim})
 
 
-def host_of(model: Path, *, num_slots: int = 5) -> TrialHost:
-    trial = trial_of(model, "plain")
+def host_of(model: Path, quantization: str = "none", *, num_slots: int = 5) -> TrialHost:
+    trial = trial_of(model, "plain", quantization)
     base = load_base(trial.model, trial.quantization, device=CPU)
     data = load_data(trial.data, load_tokenizer(trial.model))
     return TrialHost(base, data, num_slots=num_slots, max_rank=8, token_budget=100_000, with_magnitudes=True)
@@ -62,17 +63,17 @@ def host_of(model: Path, *, num_slots: int = 5) -> TrialHost:
 class Pair:
     """The same members in a host that steps in one go, with graphs, and in a plain one."""
 
-    def __init__(self, model: Path) -> None:
-        self.model, self.plain = model, host_of(model)
+    def __init__(self, model: Path, quantization: str = "none") -> None:
+        self.model, self.quantization, self.plain = model, quantization, host_of(model, quantization)
         with kernels.everywhere():
-            self.fast = host_of(model)
+            self.fast = host_of(model, quantization)
         assert self.fast.forward.is_one_go
         assert not self.plain.forward.is_one_go
         self.fast.sums.graphs.is_on = True
 
     def admit(self, *names: str, **method: Any) -> None:
         for name in names:
-            trial = trial_of(self.model, name, **method)
+            trial = trial_of(self.model, name, self.quantization, **method)
             self.plain.admit(name, trial)
             with kernels.everywhere():
                 self.fast.admit(name, trial)
@@ -104,8 +105,9 @@ def _graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_graphs(monkeypatch)
 
 
-def test_members_join_leave_and_accumulate_in_replays(tiny_llama: Path) -> None:
-    hosts = Pair(tiny_llama)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_members_join_leave_and_accumulate_in_replays(quantization: str, tiny_llama: Path) -> None:
+    hosts = Pair(tiny_llama, quantization)
     hosts.admit("plain", "plus")
     hosts.step(12)
     recorded, replays = hosts.fast.sums.graphs.num_recorded, hosts.num_replays

@@ -21,9 +21,10 @@ from rankloom.banks import slot_table
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 from rankloom.banks.served_bank import AdapterShare, ServedBank
-from rankloom.config.model import Nf4
+from rankloom.banks.slot_table import forecast_table_bytes
+from rankloom.config.model import Int8, Nf4, Quantization
 from rankloom.kernels.triton import lora as lora_triton
-from rankloom.models import Base
+from rankloom.models import Base, find_target_linears, linear_widths
 from served import completed, engine_on, load, publish, serving, with_peft, write_adapter
 
 LAYER = "model.layers.0"
@@ -137,6 +138,18 @@ def test_no_weight_is_held_twice(base: Base) -> None:
     assert [adapter.num_bytes for adapter in adapters] == sizes
 
 
+@pytest.mark.parametrize(("num", "rank"), [(3, 8), (9, 8), (5, 40)])
+def test_a_table_is_as_large_as_its_forecast(num: int, rank: int, base: Base) -> None:
+    bank = ServedBank(base.model)
+    names = find_target_linears(base.model, "all-linear")
+    held = [adapter_on(base, names, rank) for _ in range(num)]
+    bank.find_slots(held)
+    table = bank._table
+    found = sum(rows.a_PXI.nbytes + rows.b_XO.nbytes for rows in table.rows.values())
+    widths = [linear_widths(base.model.get_submodule(name)) for name in names]
+    assert found == forecast_table_bytes(widths, num, rank, value_bytes=base.model.dtype.itemsize)
+
+
 def test_the_slot_of_an_adapter_that_is_gone_is_anothers(base: Base) -> None:
     bank, x_NI = ServedBank(base.model), torch.randn(2, 64)
     first, kept = adapter_on(base, [Q], 20), adapter_on(base, [Q], 3, seed=1)
@@ -174,15 +187,16 @@ def test_what_is_more_than_linears_is_not_computed_by_rows_alone(base: Base) -> 
     assert bank.find_slots([None, own]) is None
 
 
-def test_linears_that_are_not_plain_are_put_side_by_side(tiny_llama: Path) -> None:
-    base = load(tiny_llama, Nf4())
+@pytest.mark.parametrize("quantization", [Nf4(), Int8()], ids=["nf4", "int8"])
+def test_quantised_linears_are_one_product(quantization: Quantization, tiny_llama: Path) -> None:
+    base = load(tiny_llama, quantization)
     bank, x_NI = ServedBank(base.model), torch.randn(2, 64, dtype=base.model.dtype)
     adapter = adapter_on(base, [Q, V], 8)
     plain = [base.model.get_submodule(name)(x_NI[None])[0] for name in (Q, K, V)]
     for name, y_NO in zip((Q, K, V), plain, strict=True):
         if name in adapter.linears:
             adapter.linears[name].add_to(y_NO[1:], x_NI[1:])
-        torch.testing.assert_close(outputs(bank, base, [None, adapter], name, x_NI), y_NO, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(outputs(bank, base, [None, adapter], name, x_NI), y_NO, atol=1e-4, rtol=1e-4)
 
 
 def test_biases_of_a_group_are_merged_too() -> None:

@@ -87,17 +87,19 @@ def load_adapter(base_model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     _check_modules(base_model, config, folder)
     _check_parameters(base_model, config, folder)
     _check_ranks(config, shapes, folder)
+    # for DoRA's norms, PEFT registers int8 weights of a CPU again, which the meta device would take
+    on_meta = not (config.use_dora and base_model.device.type == "cpu" and hasattr(base_model, "is_loaded_in_8bit"))
     with warnings.catch_warnings():  # PEFT warns of tied embeddings and of biases; `extract.py` accounts for both
         warnings.simplefilter("ignore")
         try:
             with use_exact_module_names():
-                model = peft.PeftModel(base_model, config, low_cpu_mem_usage=True)
+                model = peft.PeftModel(base_model, config, low_cpu_mem_usage=on_meta)
         except (ValueError, TypeError) as error:  # PEFT's refusals for this kind of base
             raise RegistryError(f"{folder}: PEFT can't put it onto the base: {error}") from None
         try:
             _check_shapes(get_peft_model_state_dict(model, save_embedding_layers=False), shapes, folder)
             tensors = _read_tensors(base_model, folder)
-            set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+            set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=on_meta)
             # PEFT has rounded LoRA to the base's type while it left the meta device: set it again, in fp32
             cast_adapter_dtype(model, "default")
             set_peft_model_state_dict(model, tensors)

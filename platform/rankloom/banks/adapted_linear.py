@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
 from rankloom.models import find_target_linears, linear_widths
 from rankloom.models.onednn import FrozenLinear
+from rankloom.models.quantized import is_quantized, read_weight
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class AdaptedLinear:
         """The rank of each slot's adapter; 0 where it is not DoRA."""
         self.scales = [0.0] * num_slots
         self._squares_O: Tensor | None = None
-        self.slots = None if fast is None else SlotTensors(self.a_KRI, self.b_KOR, fast)
+        is_known = self.is_plain or is_quantized(module)
+        self.slots = SlotTensors(self.a_KRI, self.b_KOR, fast) if fast is not None and is_known else None
+        """None: the fast path is not used here; it needs a linear whose product is one with `dense_weight`."""
 
     @property
     def weight_OI(self) -> Tensor:
@@ -112,19 +115,6 @@ class AdaptedLinear:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(self.module, Conv1D) else weight
-
-    @property
-    def has_dense_weight(self) -> bool:
-        """Whether the linear's product is one with `dense_weight`, to rounding; int8 products are others."""
-        return self.is_plain or self.is_4bit
-
-    @property
-    def is_4bit(self) -> bool:
-        return getattr(self.module.weight, "quant_state", None) is not None
-
-    @property
-    def is_int8_on_cpu(self) -> bool:
-        return hasattr(self.module.weight, "SCB") and self.a_KRI.device.type == "cpu"
 
     @property
     def bias_O(self) -> Tensor | None:
@@ -195,21 +185,9 @@ class AdaptedLinear:
             self._squares_O = torch.linalg.vector_norm(dense_OI, dim=1, dtype=torch.float32).square()
         return self._squares_O
 
-    @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return W [O, I], dequantised."""
-        if self.is_plain:
-            return self.weight_OI.to(dtype)
-        if self.is_4bit:
-            from bitsandbytes.functional import dequantize_4bit  # slow to import, and most bases are plain
-
-            weight: Any = self.module.weight
-            nf4_OI: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-            return nf4_OI.to(dtype)
-        from peft.utils.integrations import dequantize_module_weight
-
-        dense_OI: Tensor = dequantize_module_weight(self.module)
-        return dense_OI.to(dtype)
+        return read_weight(self.module, dtype)
 
 
 @dataclass(frozen=True)
@@ -279,11 +257,10 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
 
 
 def _is_fast(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> bool:
-    """Return whether a site's tokens take the fast path: where all is of one dtype, and W is at hand if it drops x."""
+    """Return whether a site's tokens take the fast path: where all is of one dtype."""
     return (
         site.slots is not None
         and route.bounds is not None
-        and (route.noise is None or not route.noise.scales_base or site.has_dense_weight)
         and x.dtype == site.slots.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )

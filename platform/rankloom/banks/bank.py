@@ -319,11 +319,6 @@ class AdapterBank:
             raise IncompatibleError(f"{outside[0]} is not a site of this bank; open one with targets that cover it")
         if spec.dora and not self.with_magnitudes:
             raise IncompatibleError("this bank has no magnitudes, which DoRA trains; open one with them")
-        if spec.dora and any(site.is_int8_on_cpu for site in self._sites_of(spec)):
-            raise IncompatibleError(
-                "quantization=int8 with method.type=dora needs CUDA: reading int8 weights for DoRA's norms on a CPU "
-                "destroys their scales; use quantization: nf4 or none"
-            )
 
     def _check_tensors(
         self, spec: SlotSpec, ranks: Mapping[str, int], tensors: Mapping[str, Tensor], folder: Path

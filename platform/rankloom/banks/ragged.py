@@ -18,7 +18,6 @@ from rankloom.kernels.ragged import (
     dora_scale,
     ragged_dropout,
     ragged_expand,
-    ragged_expand_onto,
     ragged_expand_scaled,
     ragged_gradients,
     ragged_scale_backward,
@@ -60,13 +59,12 @@ def ragged_linear(
         noise: None: without dropout.
     """
     magnitude_KO = site.m_KO if any(site.dora_ranks) else None
-    onto = None if site.has_dense_weight else site.base(x)
-    y_NO: Tensor = _Linear.apply(x, onto, site.a_KRI, site.b_KOR, magnitude_KO, site, slots, bounds, noise)
+    y_NO: Tensor = _Linear.apply(x, site.a_KRI, site.b_KOR, magnitude_KO, site, slots, bounds, noise)
     return y_NO.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
-    """W x, or `onto` where another kernel has computed that, and the low-rank product; with DoRA's scale and dropout.
+    """W x and the low-rank product, with DoRA's scale and dropout.
 
     Dropout is drawn again in the backward pass, which is cheaper than to keep what it leaves.
     """
@@ -75,7 +73,6 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        onto: Tensor | None,
         a_KRI: Tensor,  # noqa: ARG004  # read from the shadows; the gradients are these parameters'
         b_KOR: Tensor,  # noqa: ARG004
         magnitude_KO: Tensor | None,
@@ -87,28 +84,20 @@ class _Linear(torch.autograd.Function):
         x_NI, low_b_KRO = _rows(x), slots.b_KOR.mT
         dropped_NI = _drop(x_NI, site, noise, bounds)
         h = ragged_shrink(dropped_NI, slots.a_KRI, slots.scale_K, bounds)
-        y_NO = None if onto is None else _rows(onto)
+        weight_OI = site.dense_weight(slots.dtype)
         kept: list[Tensor] = []
-        ctx.has_base = y_NO is None
-        weight_OI = site.dense_weight(slots.dtype) if y_NO is None or magnitude_KO is not None else None
         if magnitude_KO is not None:
-            assert weight_OI is not None
             scale_KO, inverse_KO = dora_scale(
                 weight_OI, site.squares_O, slots.a_KRI, slots.b_KOR, slots.scale_K, magnitude_KO, slots.is_dora_K
             )
-            inside = y_NO is not None
             apart = noise is not None and noise.scales_base
-            y_NO = (dropped_NI if apart else x_NI) @ weight_OI.T if y_NO is None else y_NO.clone()
-            result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, inside, bounds)
+            y_NO = (dropped_NI if apart else x_NI) @ weight_OI.T
+            result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, bounds)
             if apart:
                 result_NO.addmm_(x_NI - dropped_NI, weight_OI.T)
             kept = [y_NO, scale_KO, inverse_KO]
-        elif y_NO is None:
-            assert weight_OI is not None
-            result_NO = ragged_expand(h, low_b_KRO, site.bias_O, bounds).addmm_(x_NI, weight_OI.T)
         else:
-            result_NO = y_NO.clone()
-            ragged_expand_onto(result_NO, h, low_b_KRO, bounds)
+            result_NO = ragged_expand(h, low_b_KRO, site.bias_O, bounds).addmm_(x_NI, weight_OI.T)
         ctx.save_for_backward(x, h, bounds, *kept)
         ctx.site, ctx.slots, ctx.noise = site, slots, noise
         return result_NO
@@ -130,11 +119,8 @@ class _Linear(torch.autograd.Function):
                 dx_NI.addmm_(scaled_NO - dy_NO, site.dense_weight(slots.dtype))
                 scaled_NO = dy_NO
             dx_NI = _drop(dx_NI, site, noise, bounds)
-            if ctx.has_base:
-                dx_NI.addmm_(scaled_NO, site.dense_weight(slots.dtype))
-            dx = dx_NI.view(x.shape)
-        donto = scaled_NO.view(*x.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        return dx, donto, da_KRI, db_KOR, dmagnitude_KO, None, None, None, None
+            dx = dx_NI.addmm_(scaled_NO, site.dense_weight(slots.dtype)).view(x.shape)
+        return dx, da_KRI, db_KOR, dmagnitude_KO, None, None, None, None
 
 
 def _drop(x_NI: Tensor, site: AdaptedLinear, noise: SlotNoise | None, bounds: Tensor) -> Tensor:

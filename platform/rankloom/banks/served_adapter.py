@@ -17,15 +17,14 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankloom.adapters.patterns import lora_scaling
 from rankloom.adapters.weights import find_adapted_experts, read_adapter
 from rankloom.errors import RegistryError
 from rankloom.models import chooses_experts, is_linear, linear_widths
+from rankloom.models.quantized import read_weight
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
 
@@ -253,13 +252,7 @@ class _Reader:
 
     def _norms(self, module: nn.Module, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """[O]: of the rows of W + BA; a row that is zero has norm 1, for its magnitude has nothing to scale."""
-        if hasattr(module.weight, "SCB") and a_RI.device.type == "cpu":
-            raise RegistryError(
-                f"{self.folder}: a DoRA on an int8 base can't be served on a CPU: reading int8 weights for its norms "
-                f"destroys their scales; use quantization: nf4 or none"
-            )
-        weight = dequantize_module_weight(module).float()
-        dense_OI = weight.T if isinstance(module, Conv1D) else weight
+        dense_OI = read_weight(module, torch.float32)
         norms_O = torch.linalg.vector_norm(torch.addmm(dense_OI, b_OR, a_RI), dim=1)
         return norms_O.masked_fill_(norms_O == 0, 1)
 

@@ -32,6 +32,8 @@ FEW = 2
 """Most tokens of an adapter for which each token is a block of its own."""
 BLOCK = 16
 """Tokens of a block otherwise, as many as a tensor core takes."""
+FEWEST = 64
+"""Slots that a table begins with, and rows of A and B beside the one that is zero; doubled as needed."""
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class SlotTable:
         """By the group's index; only groups that an adapter was on have any."""
         self._groups, self._like = groups, like
         self._first_linear = [0, *accumulate(len(group.names) for group in groups)]
-        self._size = _Size(slots=64, rows=64, vectors=0)
+        self._size = _Size(slots=FEWEST, rows=1 + FEWEST, vectors=0)
         self._slots_LK4 = like.new_zeros(self._first_linear[-1], self._size.slots, 4, dtype=torch.int32)
         self._slot_of: WeakKeyDictionary[ServedAdapter, int] = WeakKeyDictionary()
         self._spans: dict[int, tuple[range, range]] = {}
@@ -236,6 +238,19 @@ class SlotTable:
         columns = [_columns(adapter.linears.get(name), rows, vectors) for name in names]
         self._slots_LK4[:, slot] = torch.tensor(columns, dtype=torch.int32).to(self._like.device)
         adapter.linears.update(places)
+
+
+def forecast_table_bytes(widths: Iterable[tuple[int, int]], num_adapters: int, rank: int, *, value_bytes: int) -> int:
+    """Return the bytes of a table that has so many adapters without DoRA, all of one rank.
+
+    Args:
+        widths: inputs and outputs of the linears that they are on.
+        value_bytes: of a value of A and B.
+    """
+    rows = 1 + FEWEST
+    while rows < 1 + num_adapters * rank:
+        rows *= 2
+    return sum(rows * (num_in + num_out) * value_bytes for num_in, num_out in widths)
 
 
 def _columns(own: Factors | None, rows: range, vectors: range) -> tuple[int, int, int, int]:

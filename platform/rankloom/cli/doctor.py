@@ -135,6 +135,31 @@ def _check_bitsandbytes() -> Iterator[Check]:
         yield Check("nf4", "warning", f"4-bit quantisation fails, so no QLoRA: {type(error).__name__}: {error}")
 
 
+def _show_defaults() -> Iterator[Check]:
+    """Report what settings that go by the device become here."""
+    from rankloom.config.engine import EngineConfig
+    from rankloom.config.study import HostsConfig
+
+    try:
+        from rankloom.engine.kv_cache import CPU_PREFIX_TOKENS, CPU_TOKENS, GPU_PREFIX_SHARE, GPU_SHARE
+        from rankloom.models import choose_auto_dtype
+        from rankloom.models.device import choose_device
+        from rankloom.training.precision import describe_precision
+    except ImportError:
+        return  # reported above
+    device, hosts, engine = choose_device("auto"), HostsConfig(), EngineConfig()
+    on_gpu = device.type == "cuda"
+    slots, tokens = hosts.count_slots(sys.maxsize, on_gpu=on_gpu), hosts.count_tokens(on_gpu=on_gpu)
+    precision = describe_precision(choose_auto_dtype(device))
+    yield Check("training", "ok", f"{precision}; a host: up to {slots} slots, {tokens:,} tokens a step")
+    steps = f"{engine.num_seqs(on_gpu=on_gpu)} sequences, {engine.num_tokens(on_gpu=on_gpu):,} tokens a step"
+    sizes = [f"{num:,} tokens" for num in (CPU_TOKENS, CPU_PREFIX_TOKENS)]
+    if on_gpu:
+        steps = f"a GPU each replica; {steps}"
+        sizes = [f"{share:.0%} of the memory beside the base" for share in (GPU_SHARE, GPU_PREFIX_SHARE)]
+    yield Check("serving", "ok", f"{precision}; {steps}; KV cache {sizes[0]}, prefixes {sizes[1]}")
+
+
 def _check_ray() -> Iterator[Check]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -205,6 +230,6 @@ def _check_registry(root: str) -> Iterator[Check]:
 
 
 _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    _check_python, _check_packages, _check_machine, _check_attention, _check_bitsandbytes, _check_ray,
+    _check_python, _check_packages, _check_machine, _check_attention, _check_bitsandbytes, _show_defaults, _check_ray,
     _check_demo_model, _check_vllm, _check_disk,
 )  # fmt: skip

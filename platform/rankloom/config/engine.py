@@ -41,8 +41,9 @@ class EngineConfig(Frozen):
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens in one step; null: 512 on a CPU, 2048 on a GPU. A longer prompt is split over several steps, so that
     other requests keep streaming."""
-    prefix_cache_tokens: Annotated[int, Field(ge=0)] = 8192
-    """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none."""
+    prefix_cache_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none; null: 8192 on a CPU,
+    on a GPU as many as fit in a tenth of the memory that the base leaves, at most 65536."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_queue: Annotated[int, Field(ge=0)] = 256

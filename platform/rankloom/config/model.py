@@ -38,7 +38,8 @@ class NoQuantization(Frozen):
 
 
 class Int8(Frozen):
-    """LLM.int8() through bitsandbytes (arXiv 2208.07339); also for checkpoints stored in it."""
+    """Weights in 8 bits with a scale for each row, by bitsandbytes (LLM.int8(), arXiv 2208.07339); also for checkpoints
+    stored in it. Activations keep their type."""
 
     type: Literal["int8"] = "int8"
 

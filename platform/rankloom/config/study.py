@@ -390,7 +390,7 @@ def is_fusable(trial: TrialConfig) -> bool:
     plain = plain and not getattr(method, "experts", None)
     # each member would need its own gradient scaler and its own recomputed activations
     shared = trial.compute.precision != "fp16" and not trial.compute.activation_checkpointing
-    return method.row.fusable and plain and shared and trial.quantization.type != "int8"
+    return method.row.fusable and plain and shared
 
 
 def make_host_key(trial: TrialConfig) -> str:

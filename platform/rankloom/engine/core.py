@@ -15,14 +15,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.config.engine import EngineConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import EngineLoader
 from rankloom.engine.attention import SequenceChunk
-from rankloom.engine.kv_cache import KvCache, bucket_width, choose_capacity
+from rankloom.engine.kv_cache import KvCache, bucket_width, choose_capacity, choose_prefix_capacity, find_longest
 from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.open_predictor import open_predictor
 from rankloom.engine.predictor import StepResult
@@ -33,7 +32,7 @@ from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget,
 from rankloom.engine.sequence import RunningSequence
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
 from rankloom.models import Base
-from rankloom.models.device import is_lost
+from rankloom.models.device import free_cuda_bytes, is_lost
 from rankloom.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -69,17 +68,19 @@ class Core:
         Raises:
             ModelError: the base's architecture can't be served.
         """
-        self._base, self._config = base, config
+        self._base = base
         self._runner = ModelRunner(base.model, pack=config.pack_weights)
         on_gpu = base.device.type != "cpu"
         self.num_seqs, self._num_tokens = config.num_seqs(on_gpu=on_gpu), config.num_tokens(on_gpu=on_gpu)
-        longest = _longest(base.model)
-        wanted = config.kv_cache_tokens or choose_capacity(self._runner.shape, self.num_seqs, longest)
+        longest, shape = find_longest(base.model), self._runner.shape
+        free = free_cuda_bytes(base.device) if base.device.type == "cuda" else None
+        kept = config.prefix_cache_tokens
+        self._prefixes = PrefixTree(choose_prefix_capacity(shape, free) if kept is None else kept)
+        wanted = config.kv_cache_tokens or choose_capacity(shape, free, self.num_seqs, longest)
         self._cache, self._predictor = open_predictor(self._runner, wanted, longest, self.num_seqs, config)
         self.cache_tokens = self._cache.capacity
         self.context = min(self._cache.longest, longest or self._cache.longest)
         """The most tokens of a sequence."""
-        self._prefixes = PrefixTree(config.prefix_cache_tokens)
         loader = EngineLoader(base, registry, self._logits_alone)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
         self._deliver = deliver
@@ -120,7 +121,7 @@ class Core:
             running=len(self._running),
             waiting=len(self._waiting),
             cache_tokens=self._cache.held + self._prefixes.num_tokens,
-            cache_capacity=self.cache_tokens + self._config.prefix_cache_tokens,
+            cache_capacity=self.cache_tokens + self._prefixes.capacity,
             adapter_loads=self.adapters.num_loads,
             adapter_evictions=self.adapters.num_evictions,
             adapter_failures=self.adapters.num_failures,
@@ -281,7 +282,7 @@ class Core:
 
         Several completions of one prompt come at once, as do requests with one system prompt: it is computed once.
         """
-        if not self._config.prefix_cache_tokens:
+        if not self._prefixes.capacity:
             return set()
         leading = {sequence.beginning for sequence in self._running.values() if sequence.cached < sequence.num_prompt}
         followers = set()
@@ -305,7 +306,7 @@ class Core:
             self._counters.cached_tokens += length
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:
-        if self._config.prefix_cache_tokens:
+        if self._prefixes.capacity:
             read = partial(self._cache.read, sequence.request.id)
             try:
                 self._prefixes.insert(sequence.owner, sequence.tokens[: sequence.cached], read)
@@ -325,16 +326,6 @@ class Core:
             cache.reserve("probe", len(tokens))
             logits_MV = self._runner.forward(cache, [SequenceChunk("probe", adapter, 0, tokens)], in_slots=False)
         return logits_MV[0].to(self._base.model.dtype)
-
-
-def _longest(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the base has positions for; None: any number."""
-    shape = model.config.get_text_config()
-    known = [getattr(shape, "max_position_embeddings", None)]
-    rope = getattr(shape, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # which changes the angles of a whole step beyond this length
-        known.append(rope["original_max_position_embeddings"])
-    return min(filter(None, known), default=None)
 
 
 def _out_of_memory(sequence: RunningSequence) -> OverloadedError:

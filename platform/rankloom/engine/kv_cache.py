@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from rankloom.models.device import free_cuda_bytes
+from transformers import PreTrainedModel
 
 NARROWEST = 256
 """Width of the first bucket, in tokens."""
-CPU_TOKENS = 16384
-"""Capacity of a cache on a CPU, in tokens."""
-GPU_SHARE = 0.5
-"""The cache's share of the GPU memory that the base leaves; the rest is for adapters, prefixes and activations."""
+CPU_TOKENS, CPU_PREFIX_TOKENS = 16384, 8192
+"""Capacity of a cache, and of the prefixes kept beside it, on a CPU, in tokens."""
+GPU_SHARE, GPU_PREFIX_SHARE = 0.5, 0.1
+"""Their shares of the GPU memory that the base leaves; the rest is for adapters and activations."""
+MOST_PREFIX_TOKENS = 65536
+"""More are not kept by default: finding the prefix to drop takes the longer, the more there are."""
 
 
 def bucket_width(length: int) -> int:
@@ -46,17 +47,35 @@ class HeadShape:
         return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
 
 
-def choose_capacity(shape: HeadShape, num_seqs: int, longest: int | None) -> int:
-    """Return the capacity, in tokens, of a cache in the device's free memory.
+def choose_capacity(shape: HeadShape, free: float | None, num_seqs: int, longest: int | None) -> int:
+    """Return the capacity, in tokens, of a cache.
 
     Args:
+        free: bytes of GPU memory that the base leaves; None: on a CPU.
         longest: the most tokens of a sequence; None: any number.
     """
-    if shape.device.type != "cuda":
+    if free is None:
         return CPU_TOKENS
-    tokens = int(GPU_SHARE * free_cuda_bytes(shape.device)) // shape.bytes_per_token
+    tokens = int(GPU_SHARE * free) // shape.bytes_per_token
     most = num_seqs * bucket_width(longest) if longest else tokens
     return max(NARROWEST, min(tokens, most))
+
+
+def choose_prefix_capacity(shape: HeadShape, free: float | None) -> int:
+    """Return the number of tokens of earlier sequences to keep; `free` as in `choose_capacity`."""
+    if free is None:
+        return CPU_PREFIX_TOKENS
+    return min(MOST_PREFIX_TOKENS, int(GPU_PREFIX_SHARE * free) // shape.bytes_per_token)
+
+
+def find_longest(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the base has positions for; None: any number."""
+    shape = model.config.get_text_config()
+    known = [getattr(shape, "max_position_embeddings", None)]
+    rope = getattr(shape, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # which changes the angles of a whole step beyond this length
+        known.append(rope["original_max_position_embeddings"])
+    return min(filter(None, known), default=None)
 
 
 class KvBucket:

@@ -52,12 +52,6 @@ def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, boun
     return (y_ND if bias_D is None else y_ND + bias_D.float()).to(factor_KRD.dtype)
 
 
-@op(mutates=("y_ND",))
-def ragged_expand_onto(y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> None:
-    """Add h factor to y in place."""
-    y_ND.copy_(y_ND.float() + _expand(h_SNR, factor_KRD, bounds))
-
-
 @op(mutates=("y_NO",))
 def ragged_expand_scaled(
     y_NO: Tensor,
@@ -65,23 +59,18 @@ def ragged_expand_scaled(
     factor_KRO: Tensor,
     scale_KO: Tensor,
     bias_O: Tensor | None,
-    inside: bool,
     bounds: Tensor,
 ) -> Tensor:
     """Return scale · (y + h factor) + bias [N, O]; y becomes y + h factor. It is DoRA's forward pass.
 
     Args:
         scale_KO: in fp32; nobody's tokens have a scale of 1.
-        inside: whether y contains the bias, which is then taken out of it first.
     """
-    bias_O = None if bias_O is None else bias_O.float()
     sum_NO = y_NO.float() + _expand(h_SNR, factor_KRO, bounds)
-    if bias_O is not None and inside:
-        sum_NO -= bias_O
     y_NO.copy_(sum_NO)
     for slot, span in _spans(bounds):
         sum_NO[span] *= scale_KO[slot]
-    return (sum_NO if bias_O is None else sum_NO + bias_O).to(y_NO.dtype)
+    return (sum_NO if bias_O is None else sum_NO + bias_O.float()).to(y_NO.dtype)
 
 
 @op()

@@ -92,11 +92,3 @@ class Dora(Lora):
     """LoRA with `use_dora`: equal hooks, and one more trained vector per layer."""
 
     use_dora = True
-
-    def attach(self, base: Base) -> nn.Module:
-        if base.quantization == "int8" and base.device.type == "cpu":
-            raise IncompatibleError(
-                "quantization=int8 with method.type=dora needs CUDA: on a CPU, PEFT destroys the scales of the int8 "
-                "weights when it reads them for DoRA's norms; use quantization: nf4 or none"
-            )
-        return super().attach(base)

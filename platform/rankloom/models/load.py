@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MethodType
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +42,7 @@ from rankloom.models.checkpoints import (
 )
 from rankloom.models.folder import is_on_hub, locate_folder
 from rankloom.models.onednn import use_onednn
+from rankloom.models.quantized import replace_int8_forwards
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")
 """Ends of the names of architectures with a head other than a language model's."""
@@ -105,7 +105,7 @@ def load_base(
             # (bf16 constants and arithmetic), and without a gradient to the input, so that training would break
             module.support_avx512bf16_for_cpu = False
     if isinstance(quantization, Int8):
-        _multiply_rows(model)
+        replace_int8_forwards(model)
     if _sees_ahead(model):
         raise _make_not_causal_error(config.id, type(model).__name__)
     return _make_base(config, folder, mark, model, quantization.type, device)
@@ -123,19 +123,6 @@ def _make_base(
         quantization=quantization,
         device=device,
     )
-
-
-def _multiply_rows(model: PreTrainedModel) -> None:
-    """Flatten inputs of bitsandbytes' int8 layers: they take three dimensions, and DeepSeek-V3's latents have four."""
-    from bitsandbytes.nn import Linear8bitLt  # slow to import, and most bases are plain
-
-    def forward(layer: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = type(layer).forward(layer, x.flatten(0, -2))
-        return y.unflatten(0, x.shape[:-1])
-
-    for module in model.modules():
-        if isinstance(module, Linear8bitLt):
-            module.forward = MethodType(forward, module)
 
 
 def detect_quantization(config: ModelConfig) -> Quantization:

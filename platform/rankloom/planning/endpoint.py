@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from rankloom.config.engine import VllmConfig
+from rankloom import kernels
+from rankloom.banks.slot_table import forecast_table_bytes
+from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
-from rankloom.engine.kv_cache import CPU_TOKENS, GPU_SHARE
+from rankloom.engine.kv_cache import HeadShape, choose_capacity, choose_prefix_capacity, find_longest
 from rankloom.errors import ConfigError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.models import choose_auto_dtype, resolve_dtype
@@ -19,6 +22,11 @@ from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.plan import find_available
 from rankloom.training.memory import describe_model
 from rankloom.training.memory_plan import gigabytes
+
+RANK = 16
+"""The rank of the adapters in a forecast; what they take is in proportion to it."""
+MERGED = 4 / 64 - 1 / 64 - 4 / (64 * 256)
+"""Bytes of an NF4 weight's scales in fp32, in which a GPU's merged weights keep them, above those of `memory_plan`."""
 
 
 def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
@@ -30,50 +38,107 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
         config: with its base.
 
     Raises:
-        ConfigError: the weights of the replicas that always run need more memory than there is.
+        ConfigError: what the replicas that always run hold from their start needs more memory than there is.
     """
     if isinstance(config.engine, VllmConfig) or config.base is None:
         return
-    quantization = config.quantization or NoQuantization()
+    quantization = (config.quantization or NoQuantization()).type
     device = choose_device("cpu" if config.replicas.gpus == 0 else "auto")
-    dtype = resolve_dtype(config.base.dtype, choose_auto_dtype(device))
-    model = open_outline(config.base, quantization)
-    weights = describe_model(
-        model, "all-linear", experts=False, predicted_share=0.0, quantization=quantization.type, dtype=dtype,
-        device=device,
-    ).base_bytes  # fmt: skip
+    model = open_outline(config.base, config.quantization or NoQuantization())
     available = None if os.environ.get("RAY_ADDRESS") else find_available(device, config.replicas.min)
-    per_token = count_cache_bytes(model, dtype)
-    tokens = config.engine.kv_cache_tokens or _choose_tokens(device, available, weights, per_token)
-    cache = "" if tokens is None else f", KV cache {gigabytes(tokens * per_token)} for {tokens:,} tokens when full"
+    memory = forecast_replica(config, model, device, available)
     have = "the cluster's machines are unknown here" if available is None else f"{gigabytes(available)} are free"
     total = sum(count_parameters(model).values())
     for line in (
-        f"model   {config.base.id}: {total / 1e6:,.4g} M parameters, quantization {quantization.type}",
-        f"memory  each of {config.replicas.min} replica(s): weights {gigabytes(weights)}{cache}; {have} for each",
+        f"model   {config.base.id}: {total / 1e6:,.4g} M parameters, quantization {quantization}",
+        f"memory  each of {config.replicas.min} replica(s): {memory.describe()}; {have} for each",
         f"load    {config.engine.num_seqs(on_gpu=device.type == 'cuda')} sequences at once in a replica, "
         f"{config.engine.max_cpu_loras} adapters in memory",
     ):
         tell(PhaseStarted("plan", line))
-    if available is not None and weights > available:
-        hint = "quantization=nf4, " if quantization.type == "none" else ""
+    if available is None:
+        return
+    if memory.weights > available:
+        hint = "quantization=nf4, " if quantization == "none" else ""
         raise ConfigError(
-            f"base={config.base.id}, quantization={quantization.type}: the weights take {gigabytes(weights)} in each "
+            f"base={config.base.id}, quantization={quantization}: the weights take {gigabytes(memory.weights)} in each "
             f"of {config.replicas.min} replica(s), and {gigabytes(available)} are free for each on the {device.type}; "
             f"set {hint}replicas.min=1 or a smaller base"
         )
+    if device.type == "cuda" and memory.weights + memory.cache > available:
+        raise ConfigError(
+            f"engine.kv_cache_tokens={config.engine.kv_cache_tokens}: takes {gigabytes(memory.cache)} at the start, "
+            f"and {gigabytes(available - memory.weights)} are free beside the base; set fewer, or null for what fits"
+        )
 
 
-def count_cache_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Return the bytes of the keys and values of a token."""
+@dataclass(frozen=True)
+class ReplicaMemory:
+    """What a replica holds when it is full."""
+
+    weights: float
+    """In bytes."""
+    cache_tokens: int | None
+    """Those of the KV cache; None: unknown here, as they follow from the device's memory."""
+    prefix_tokens: int | None
+    bytes_per_token: int
+    adapters: float
+    """In bytes, of `num_adapters` of rank `RANK` on all linears."""
+    num_adapters: int
+
+    @property
+    def cache(self) -> float:
+        """Bytes of the KV cache; 0 where they are unknown."""
+        return (self.cache_tokens or 0) * self.bytes_per_token
+
+    def describe(self) -> str:
+        """Return its parts, for users."""
+        parts = [f"weights {gigabytes(self.weights)}"]
+        if self.cache_tokens:
+            parts.append(f"KV cache {gigabytes(self.cache)} for {self.cache_tokens:,} tokens when full")
+        if self.prefix_tokens:
+            parts.append(
+                f"prefixes {gigabytes(self.prefix_tokens * self.bytes_per_token)} for {self.prefix_tokens:,} tokens"
+            )
+        return ", ".join([*parts, f"adapters {gigabytes(self.adapters)} for {self.num_adapters} of rank {RANK}"])
+
+
+def forecast_replica(
+    config: ServeConfig, model: PreTrainedModel, device: torch.device, available: float | None
+) -> ReplicaMemory:
+    """Forecast the memory of a replica of the bank engine.
+
+    Args:
+        config: with its base.
+        model: the base, which may be without weights.
+        available: bytes; None: unknown.
+    """
+    assert config.base is not None
+    assert isinstance(config.engine, EngineConfig)
+    engine, is_fast = config.engine, kernels.use_on(device)
+    quantization = (config.quantization or NoQuantization()).type
+    dtype = resolve_dtype(config.base.dtype, choose_auto_dtype(device))
+    shape = describe_model(
+        model, "all-linear", experts=False, predicted_share=0.0, quantization=quantization, dtype=dtype, device=device
+    )
+    weights = shape.base_bytes + (is_fast and quantization == "nf4") * MERGED * (shape.num_weights - shape.num_other)
+    heads, tokens, kept = describe_heads(model, dtype, device), engine.kv_cache_tokens, engine.prefix_cache_tokens
+    if available is not None or device.type == "cpu":
+        free = None if device.type == "cpu" else max(0.0, (available or 0.0) - weights)
+        num_seqs = engine.num_seqs(on_gpu=device.type == "cuda")
+        tokens = tokens or choose_capacity(heads, free, num_seqs, find_longest(model))
+        kept = choose_prefix_capacity(heads, free) if kept is None else kept
+    num_adapters = engine.max_cpu_loras
+    if is_fast:
+        adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
+    else:
+        adapters = num_adapters * shape.adapter_numbers(RANK, dora=False) * torch.float32.itemsize
+    return ReplicaMemory(weights, tokens, kept, heads.bytes_per_token, adapters, num_adapters)
+
+
+def describe_heads(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> HeadShape:
+    """Return what a model keeps of each token, by its config."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
-
-
-def _choose_tokens(device: torch.device, available: float | None, weights: float, per_token: int) -> int | None:
-    """Return the cache's default size, as `engine.kv_cache` chooses it."""
-    if device.type == "cpu":
-        return CPU_TOKENS
-    return None if available is None else int(GPU_SHARE * max(0.0, available - weights)) // per_token
+    return HeadShape(config.num_hidden_layers, heads, width, dtype, device)

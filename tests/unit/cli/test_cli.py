@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rankloom.cli import main
 from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step
@@ -120,9 +121,16 @@ def test_doctor_finds_what_tests_need_and_names_a_broken_registry(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--json"])
-    found = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}
+    checks = json.loads(capsys.readouterr().out)
+    found = {check["name"]: check["status"] for check in checks}
     assert caught.value.code == 0
     assert {found[name] for name in ("python", "torch", "ray", "registry")} == {"ok"}
+    told = {check["name"]: check["detail"] for check in checks}
+    if not torch.cuda.is_available():
+        assert told["training"] == "fp32; a host: up to 8 slots, 8,192 tokens a step"
+        assert told["serving"] == (
+            "fp32; 16 sequences, 512 tokens a step; KV cache 16,384 tokens, prefixes 8,192 tokens"
+        )
 
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(SystemExit) as caught:

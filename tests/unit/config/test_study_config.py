@@ -114,7 +114,7 @@ def test_a_branch_where_nothing_is_possible_is_refused_one_with_something_is_not
 def test_what_shares_a_host() -> None:
     config = study(
         space=[
-            {"method": {"type": "lora", "rank": 4}, "quantization": {"choice": ["none", "nf4"]}},
+            {"method": {"type": "lora", "rank": 4}, "quantization": {"choice": ["none", "nf4", "int8"]}},
             {"method": {"type": "dora"}, "optim": {"batch_size": {"choice": [1, 2]}}},
             {"method": {"type": "lora", "init": "pissa"}},
             {"method": {"type": "lisa"}},
@@ -122,7 +122,7 @@ def test_what_shares_a_host() -> None:
         ]
     )
     members = list(config.members())
-    assert len({make_host_key(trial) for trial in members}) == 2
+    assert len({make_host_key(trial) for trial in members}) == 3
     assert {trial.method.type for trial in members if is_fusable(trial)} == {"lora", "dora"}
     assert not is_fusable(config.resolve({"branch": 2}))
     assert not is_fusable(config.resolve({"branch": 4}))

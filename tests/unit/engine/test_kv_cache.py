@@ -7,10 +7,21 @@ import random
 import pytest
 import torch
 
-from rankloom.engine.kv_cache import CPU_TOKENS, NARROWEST, HeadShape, KvCache, bucket_width, choose_capacity
+from rankloom.engine.kv_cache import (
+    CPU_PREFIX_TOKENS,
+    CPU_TOKENS,
+    MOST_PREFIX_TOKENS,
+    NARROWEST,
+    HeadShape,
+    KvCache,
+    bucket_width,
+    choose_capacity,
+    choose_prefix_capacity,
+)
 from rankloom.engine.kv_pool import KvPool
 from rankloom.engine.prefix import PrefixTree
 from rankloom.errors import ConfigError
+from rankloom.models.device import free_cuda_bytes
 
 SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -162,5 +173,8 @@ def test_the_cache_is_as_large_as_the_memory_beside_the_base(
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {None: part}.__getitem__)  # takes no "cuda"
     shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
     assert shape.bytes_per_token == 100_000
-    assert choose_capacity(shape, 8, longest) == tokens
-    assert choose_capacity(SHAPE, 8, longest) == CPU_TOKENS
+    free = free_cuda_bytes(shape.device)
+    assert choose_capacity(shape, free, 8, longest) == tokens
+    assert choose_capacity(SHAPE, None, 8, longest) == CPU_TOKENS
+    assert choose_prefix_capacity(shape, free) == min(MOST_PREFIX_TOKENS, int(free / 10) // 100_000)
+    assert choose_prefix_capacity(SHAPE, None) == CPU_PREFIX_TOKENS

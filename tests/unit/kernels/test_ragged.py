@@ -63,10 +63,6 @@ def test_products_equal_their_references(counts: tuple[int, ...], width: int, ra
         for bias in (None, drawn(width, dtype=dtype, seed=4)):
             args = (h, factor, bias, bounds)
             assert_equal(kernels.ragged_expand(*args), ragged.ragged_expand(*args), dtype)
-        mine, theirs = x.clone(), x.clone()
-        kernels.ragged_expand_onto(mine, h, factor, bounds)
-        ragged.ragged_expand_onto(theirs, h, factor, bounds)
-        assert_equal(mine, theirs, dtype)
     args = (drawn(2, sum(counts), rank), x, h, drawn(sum(counts), 150, dtype=dtype, seed=5), bounds)
     for left, right in zip(kernels.ragged_gradients(*args), ragged.ragged_gradients(*args), strict=True):
         assert_equal(left, right, dtype)
@@ -74,17 +70,15 @@ def test_products_equal_their_references(counts: tuple[int, ...], width: int, ra
 
 @DTYPES
 @COUNTS
-@pytest.mark.parametrize(("biased", "inside"), [(False, False), (True, False), (True, True)])
-def test_scaled_products_equal_their_references(
-    counts: tuple[int, ...], biased: bool, inside: bool, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_scaled_products_equal_their_references(counts: tuple[int, ...], biased: bool, dtype: torch.dtype) -> None:
     width, rank, bounds = 200, 8, bounds_of(counts)
     h, b = drawn(2, sum(counts), rank), drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
     bias = drawn(width, dtype=dtype, seed=4) if biased else None
     scale, weight = 1 + 0.1 * drawn(NUM_SLOTS, width, seed=5), drawn(NUM_SLOTS, width, seed=6)
     mine, theirs = (drawn(sum(counts), width, dtype=dtype) for _ in range(2))
-    found = kernels.ragged_expand_scaled(mine, h, b.mT, scale, bias, inside, bounds)
-    assert_equal(found, ragged.ragged_expand_scaled(theirs, h, b.mT, scale, bias, inside, bounds), dtype)
+    found = kernels.ragged_expand_scaled(mine, h, b.mT, scale, bias, bounds)
+    assert_equal(found, ragged.ragged_expand_scaled(theirs, h, b.mT, scale, bias, bounds), dtype)
     assert_equal(mine, theirs, dtype)
     args = (drawn(sum(counts), width, dtype=dtype, seed=7), mine, scale, weight, bounds)
     for left, right in zip(kernels.ragged_scale_backward(*args), ragged.ragged_scale_backward(*args), strict=True):
@@ -168,8 +162,7 @@ def test_ops_have_shapes_without_values() -> None:
         bounds = ragged.ragged_bounds(torch.empty(10, dtype=torch.int64), 4)
         h = ragged.ragged_shrink(x, a, scale, bounds)
         y = ragged.ragged_expand(h, b.mT, None, bounds)
-        ragged.ragged_expand_onto(y, h, b.mT, bounds)
-        result = ragged.ragged_expand_scaled(y, h, b.mT, vectors, None, False, bounds)
+        result = ragged.ragged_expand_scaled(y, h, b.mT, vectors, None, bounds)
         dy, dscale = ragged.ragged_scale_backward(result, y, vectors, vectors, bounds)
         da, db = ragged.ragged_gradients(h, x, h, dy, bounds)
         weight = torch.empty(64, 32, dtype=torch.bfloat16)
@@ -192,11 +185,10 @@ def launch_all() -> None:
             h = kernels.ragged_shrink(x, factor, scale, bounds)
             kernels.ragged_expand(h, factor, None, bounds)
             kernels.ragged_expand(h, factor, x[0], bounds)
-            kernels.ragged_expand_onto(x, h, factor, bounds)
         kernels.ragged_gradients(h, x, h, x, bounds)
         kernels.ragged_dropout(x, torch.empty(num_slots, dtype=torch.int32), scale, 3, bounds)
-        for bias, inside in ((None, False), (x[0], True)):
-            kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, inside, bounds)
+        for bias in (None, x[0]):
+            kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, bounds)
         kernels.ragged_scale_backward(x, x, vectors, vectors, bounds)
         weight = torch.empty(width, width, dtype=dtype)
         kernels.dora_scale(weight, vectors[0], a, b, scale, vectors, torch.zeros(num_slots, dtype=torch.bool))

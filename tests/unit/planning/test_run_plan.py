@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ import rankloom as rl
 from rankloom.cli import main
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import NoQuantization
+from rankloom.engine.kv_cache import MOST_PREFIX_TOKENS
 from rankloom.errors import ConfigError
 from rankloom.events import Event, PhaseStarted
 from rankloom.models import load_base
 from rankloom.planning import gate
-from rankloom.planning.endpoint import announce_endpoint, count_cache_bytes
+from rankloom.planning.endpoint import announce_endpoint, describe_heads, forecast_replica
 from rankloom.planning.forecast import name_recipe
 from rankloom.planning.gate import announce_plan
+from rankloom.planning.outline import open_outline
 from rankloom.planning.plan import find_smaller, parse_bytes, plan
 from rankloom.planning.speed import find_speed, read_measured_rows
 from rankloom.training.memory_plan import gigabytes
@@ -243,10 +246,31 @@ def test_an_endpoint_is_planned_and_refused(tiny_llama: Path, monkeypatch: pytes
     assert f"weights {gigabytes(weights)}" in memory
     cache = base.model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert 10 * count_cache_bytes(base.model, torch.float32) == kept
+    assert 10 * describe_heads(base.model, torch.float32, base.device).bytes_per_token == kept
+    assert re.search(r"prefixes .* for 8,192 tokens, adapters .* for 64 of rank 16", memory)
     monkeypatch.setattr("rankloom.planning.plan.read_free_bytes", lambda _: weights / 2)
     with pytest.raises(ConfigError, match=r"base=.*: the weights take .* set quantization=nf4, replicas\.min=1"):
         announce_endpoint(config, events.append)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_replica_on_a_gpu_is_planned(quantization: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, events = torch.device("cuda"), list[Any]()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("rankloom.planning.endpoint.choose_device", lambda _: gpu)
+    monkeypatch.setattr("rankloom.planning.endpoint.find_available", lambda *_: 1e9)
+    monkeypatch.setattr("rankloom.kernels._has_triton", lambda: True)
+    config = rl.ServeConfig(base=str(tiny_llama), adapters=[], quantization=quantization)
+    announce_endpoint(config, events.append)
+    assert config.base is not None
+    planned = forecast_replica(config, open_outline(config.base, NoQuantization()), gpu, 1e9)
+    heads, engine = planned.bytes_per_token, config.engine
+    assert planned.prefix_tokens == MOST_PREFIX_TOKENS
+    assert planned.cache_tokens == min(engine.num_seqs(on_gpu=True) * 512, int((1e9 - planned.weights) / 2) // heads)
+    assert planned.describe() in events[1].message
+    large = config.model_copy(update={"engine": engine.model_copy(update={"kv_cache_tokens": int(2e9) // heads})})
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_tokens=\d+: takes 2 GB at the start"):
+        announce_endpoint(large, events.append)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

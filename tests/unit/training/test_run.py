@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rankloom.config import COMPATIBLE, TrialConfig, parse
-from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RegistryError, TrialError
+from rankloom.errors import ConfigError, DataError, ModelError, RegistryError, TrialError
 from rankloom.evals.own_metric import Prediction
 from rankloom.events import Evaluated, Event
 from rankloom.registry import Registry
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 8, "extract_rank": 16},
     "lisa": {"num_layers": 1, "extract_rank": 16},
 }
-BASES = [(m, q) for m, row in COMPATIBLE.items() for q in sorted(row.quantization) if (m, q) != ("dora", "int8")]
+BASES = [(m, q) for m, row in COMPATIBLE.items() for q in sorted(row.quantization)]
 
 
 def trial_of(model: Path, root: Path, method: str = "lora", **sections: Any) -> TrialConfig:
@@ -75,11 +75,6 @@ def test_every_method_on_every_base_leaves_a_verified_record(
     if quantization == "none":
         loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), result["adapter"])
         assert loaded.peft_config["default"].peft_type == "LORA"
-
-
-def test_dora_on_int8_is_refused_on_a_cpu(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match=r"int8.*needs CUDA"):
-        run(trial_of(tiny_llama, tmp_path, "dora", quantization="int8"), tmp_path)
 
 
 def test_extraction_at_full_rank_scores_as_the_trained_weights(tiny_llama: Path, tmp_path: Path) -> None:

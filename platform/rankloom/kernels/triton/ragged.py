@@ -80,8 +80,7 @@ def _expand(
     y, h, factor, scale, bias, bounds, out,
     y_n, h_s, f_k, f_r, f_d, width, rank,
     NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SUMMANDS: tl.constexpr, ONTO: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, INSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SUMMANDS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
     if slot > NUM_SLOTS:
@@ -98,18 +97,13 @@ def _expand(
             at = factor + slot.to(tl.int64) * f_k + r[:, None] * f_r + d.to(tl.int64)[None, :] * f_d
             right = tl.load(at, mask=(r < rank)[:, None] & inside, other=0.0)
             total = _dot(left.to(right.dtype), right, total, PRECISION)
-    if ONTO:
-        total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
-    if BIASED:
-        shift = tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-        if INSIDE:
-            total -= shift
     if SCALED:
+        total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
         tl.store(y_at, total.to(y.dtype.element_ty), mask=here & inside)
         if has_slot:
             total *= tl.load(scale + slot.to(tl.int64) * width + d, mask=d < width, other=1.0)[None, :]
     if BIASED:
-        total += shift
+        total += tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
     out_at = y_at if not SCALED else out + n.to(tl.int64)[:, None] * width + d[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=here & inside)
 
@@ -281,12 +275,8 @@ def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Ten
 def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, bounds: Tensor) -> Tensor:
     shape = h_SNR.shape[1], factor_KRD.shape[2]
     y_ND = torch.empty(shape, dtype=factor_KRD.dtype, device=h_SNR.device)
-    _launch_expand(y_ND, h_SNR, factor_KRD, None, bias_D, y_ND, bounds, onto=False)
+    _launch_expand(y_ND, h_SNR, factor_KRD, None, bias_D, y_ND, bounds)
     return y_ND
-
-
-def ragged_expand_onto(y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> None:
-    _launch_expand(y_ND, h_SNR, factor_KRD, None, None, y_ND, bounds, onto=True)
 
 
 def ragged_expand_scaled(
@@ -295,17 +285,16 @@ def ragged_expand_scaled(
     factor_KRO: Tensor,
     scale_KO: Tensor,
     bias_O: Tensor | None,
-    inside: bool,
     bounds: Tensor,
 ) -> Tensor:
     out_NO = torch.empty(y_NO.shape, dtype=y_NO.dtype, device=y_NO.device)
-    _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, bounds, onto=True, inside=inside)
+    _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, bounds)
     return out_NO
 
 
 def _launch_expand(
     y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, scale_KD: Tensor | None, bias_D: Tensor | None, out_ND: Tensor,
-    bounds: Tensor, *, onto: bool, inside: bool = False,
+    bounds: Tensor,
 ) -> None:  # fmt: skip
     (num_slots, rank, width), tokens = factor_KRD.shape, _tokens(y_ND)
     grid = _num_tiles(y_ND, num_slots, tokens), triton.cdiv(width, 128)
@@ -313,7 +302,7 @@ def _launch_expand(
         y_ND, h_SNR, factor_KRD, y_ND if scale_KD is None else scale_KD, y_ND if bias_D is None else bias_D, bounds,
         out_ND, y_ND.stride(0), h_SNR.stride(0), *factor_KRD.stride(), width, rank,
         num_slots, _groups(num_slots), tokens, _ranks(rank), 128,
-        len(h_SNR), onto, scale_KD is not None, bias_D is not None, inside, _precision(factor_KRD),
+        len(h_SNR), scale_KD is not None, bias_D is not None, _precision(factor_KRD),
     )  # fmt: skip
 
 

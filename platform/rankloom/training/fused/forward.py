@@ -40,8 +40,7 @@ class FusedForward:
         dtypes = {p.dtype for p in base.model.parameters() if p.is_floating_point()}
         self.is_native = use_on(base.device) and dtypes == {precision}
         """Whether the base's arithmetic has the precision without autocast, which would look for casts at each call."""
-        # int8 products look for outliers on the host
-        is_ragged = all(site.slots is not None and site.has_dense_weight for site in bank.sites.values())
+        is_ragged = all(site.slots is not None for site in bank.sites.values())
         self.is_one_go = self.is_native and is_ragged and self.attention == "rows"
         """Whether a forward depends on its rows' sizes alone, and on tensors, so that a graph can hold it."""
         self.chunked = use_on(base.device) and self._head_is_all()

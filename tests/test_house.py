@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -56,9 +57,17 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def heavy_after(code: str) -> str:
-    """The heavy packages that a fresh interpreter has imported after `code`."""
-    return run_python(f"{code}\nimport sys\nprint('heavy:', *sorted(set({HEAVY}) & set(sys.modules)))").splitlines()[-1]
+def heavy_after(*steps: str, heavy: Sequence[str] = HEAVY) -> dict[str, list[str]]:
+    """The heavy packages that a fresh interpreter has after each of these steps, taken in turn, where it has any."""
+    code = f"""
+import contextlib, io, sys
+for step in {steps}:
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(step, {{}})
+    print(*sorted({{*{heavy}}} & {{*sys.modules}}))
+"""
+    lines = run_python(code).splitlines()
+    return {step: line.split() for step, line in zip(steps, lines, strict=True) if line}
 
 
 def test_platform_is_the_standard_librarys() -> None:
@@ -69,30 +78,29 @@ def test_platform_is_the_standard_librarys() -> None:
     assert Path(ours) == PACKAGE / "__init__.py"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "rankloom",
-        "rankloom.config",
-        "rankloom.registry",
-        "rankloom.paths",
-        "rankloom.registry.scorecard",
-        "rankloom.engine.protocol",
-    ],
-)
-def test_module_imports_light(module: str) -> None:
-    assert heavy_after(f"import {module}") == "heavy:"
+def test_modules_import_light() -> None:
+    modules = ("", ".config", ".registry", ".paths", ".registry.scorecard", ".engine.protocol")
+    steps = [f"import rankloom{module}" for module in modules]
+    assert heavy_after(*steps) == {}
 
 
-def test_a_trial_that_waits_for_its_host_imports_no_torch() -> None:
-    modules = "rankloom.search.trainable, rankloom.hosts.hosts, rankloom.hosts.host_actor"
-    assert "torch" not in heavy_after(f"import {modules}")
+def test_the_cli_answers_without_heavy_imports() -> None:
+    commands = (
+        *("", "train", "tune", "compare", "serve", "evaluate", "submit train", "plan", "data", "report", "doctor"),
+        *("schema", "adapters", "keys"),
+    )
+    run_main = "from rankloom.cli import main\ntry:\n    main({})\nexcept SystemExit as end:\n    assert not end.code"
+    steps = [run_main.format(arguments.split()) for arguments in (*(f"{c} --help" for c in commands), "schema study")]
+    assert heavy_after(*steps, heavy=[*HEAVY, "pyarrow"]) == {}
 
 
-def test_a_host_trains_without_the_methods_libraries() -> None:
-    code = "import sys, rankloom.training.fused.host, rankloom.hosts.host_actor"
-    code += "\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
-    assert run_python(code).strip() == "set()"
+def test_a_trial_waits_without_torch_and_a_host_trains_without_the_methods_libraries() -> None:
+    waits = "import rankloom.search.trainable, rankloom.hosts.hosts, rankloom.hosts.host_actor"
+    trains = "import rankloom.training.fused.host"
+    found = heavy_after(waits, trains)
+    assert "torch" not in found[waits]
+    assert "torch" in found[trains]  # what is heavy would be seen
+    assert not {"peft", "bitsandbytes"} & {*found[trains]}
 
 
 def test_a_plan_imports_no_library_of_data_methods_or_clusters(tmp_path: Path) -> None:
@@ -100,30 +108,7 @@ def test_a_plan_imports_no_library_of_data_methods_or_clusters(tmp_path: Path) -
     model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 400}
     (tmp_path / "config.json").write_text(json.dumps(model | size))
     plan = f"import rankloom as rl\nrl.plan({{'name': 't', 'model': {str(tmp_path)!r}}})"
-    assert heavy_after(plan) == "heavy: torch transformers"
-
-
-def test_heavy_imports_would_be_seen() -> None:
-    assert "torch" in heavy_after("import rankloom.models")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["tune", "--help"],
-        ["compare", "--help"],
-        ["plan", "--help"],
-        ["data", "--help"],
-        ["report", "--help"],
-        ["adapters", "--help"],
-        ["schema", "study"],
-    ],
-)
-def test_cli_answers_without_heavy_imports(arguments: list[str]) -> None:
-    run_main = f"import sys\nsys.argv = ['rankloom', *{arguments}]\nfrom rankloom.cli import main\n"
-    assert heavy_after(run_main + "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code") == "heavy:"
+    assert heavy_after(plan) == {plan: ["torch", "transformers"]}
 
 
 def test_compatible_covers_the_methods() -> None:

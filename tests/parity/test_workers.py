@@ -110,7 +110,7 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
 def trained(
     tiny_llama: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Number of workers -> the folder with all methods' runs; the processes start once."""
+    """Number of workers -> the folder with all methods' runs; the second of two is a process of its own."""
     mixture = tiny_model("mixture")
     pairs = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": f"yes {n}"}) + "\n" for n in range(60)))
@@ -127,7 +127,11 @@ def trained(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     train_all(0, 1, port, trials, roots[1])
-    mp.spawn(train_all, (2, port, trials, roots[2]), nprocs=2)
+    second = mp.get_context("spawn").Process(target=train_all, args=(1, 2, port, trials, roots[2]))
+    second.start()
+    train_all(0, 2, port, trials, roots[2])
+    second.join()
+    assert second.exitcode == 0
     return roots
 
 

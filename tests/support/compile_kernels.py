@@ -1,4 +1,4 @@
-"""Run as a script, with the name of a test module: calls each `launch_*` of it while triton compiles for an H100.
+"""Run as a script, with the names of test modules: calls each `launch_*` of them while triton compiles for an H100.
 
 No GPU is needed: kernels are compiled by ptxas, in the variants that their launchers ask for, and not run.
 """
@@ -6,10 +6,11 @@ No GPU is needed: kernels are compiled by ptxas, in the variants that their laun
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+import traceback
 from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -28,7 +29,8 @@ class _H100:
         return 0
 
 
-def main(module: str) -> None:
+def main(modules: list[str]) -> None:
+    """Print, for each module, the number of kernels that compiled, or the trace of the first that did not."""
     run, num_kernels = JITFunction.run, 0
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,11 +40,18 @@ def main(module: str) -> None:
 
     driver.set_active(_H100())
     JITFunction.run = compile_only
-    for name, launch in vars(importlib.import_module(module)).items():
-        if name.startswith("launch_"):
-            launch()
-    print(f"{num_kernels} kernels compiled by triton {triton.__version__}")
+    found: dict[str, int | str] = {}
+    for module in modules:
+        num_kernels = 0
+        try:
+            for name, launch in vars(importlib.import_module(module)).items():
+                if name.startswith("launch_"):
+                    launch()
+            found[module] = num_kernels
+        except Exception:
+            found[module] = traceback.format_exc()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,34 @@ from rankloom import kernels
 from rankloom.kernels import norms
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+Run = Callable[..., str]
 
 
-def run(script: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent / "platform")}
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process import the benchmarks, which may change torch's threads."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import launches
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a benchmark with a command line's arguments and returns what it prints."""
 
-    return launches
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        assert not importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def launches() -> Any:
+    return importlib.import_module("launches")
 
 
 def test_what_launches_nothing_is_not_counted(launches: Any) -> None:
@@ -54,27 +66,25 @@ def test_an_operation_of_several_launches_counts_as_often(launches: Any, monkeyp
     assert count.launches == {"rms_norm_forward": 3}  # and nothing of its reference
 
 
-def test_a_step_on_a_gpu_takes_few_launches_a_layer() -> None:
-    found = json.loads(run("launches.py", "--json").splitlines()[-1])
+def test_a_step_on_a_gpu_takes_few_launches_a_layer(run: Run) -> None:
+    found = json.loads(run("launches", "--json").splitlines()[-1])
     assert set(found) == {"train_lora", "train_dora", "decode_16_adapters"}
     assert 0 < found["train_lora"] <= 130
     assert found["train_lora"] < found["train_dora"] <= 200
     assert 0 < found["decode_16_adapters"] <= 30
 
 
-def test_the_gpus_benchmark_runs_dry_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_benchmark_runs_dry_and_continues(run: Run, tmp_path: Path) -> None:
     def rows() -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
-    run("gpu.py", "--dry", "--out", str(tmp_path), "floors", "study")
+    run("gpu", "--dry", "--out", str(tmp_path), "floors", "study")
     before = rows()
     assert [row["section"] for row in before if "done_s" in row] == ["floors", "study"]
-    run("gpu.py", "--dry", "--out", str(tmp_path))
+    run("gpu", "--dry", "--out", str(tmp_path))
     assert rows()[: len(before)] == before
     assert not {"floors", "study"} & {row["section"] for row in rows()[len(before) :]}
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from gpu_bench import GOALS
-
-    assert {row["goal"] for row in rows() if "goal" in row} == {goal for goal in GOALS if "memory" not in goal}
+    goals = importlib.import_module("gpu_bench").GOALS
+    assert {row["goal"] for row in rows() if "goal" in row} == {goal for goal in goals if "memory" not in goal}
     table = (tmp_path / "table.md").read_text()
-    assert all(goal.what in table for goal in GOALS.values())
+    assert all(goal.what in table for goal in goals.values())

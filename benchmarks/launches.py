@@ -90,10 +90,10 @@ def count_decode_step(num_layers: int, num_adapters: int) -> Counter[str]:
     step = Core.step
 
     def counted(core: Core) -> bool:
-        before = core.stats().generated_tokens
+        before = core.get_stats().generated_tokens
         with LaunchCount() as count:
             worked = step(core)
-        if core.stats().generated_tokens - before == num_adapters:
+        if core.get_stats().generated_tokens - before == num_adapters:
             steps.append(count.launches)
         return worked
 

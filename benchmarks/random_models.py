@@ -20,7 +20,7 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import Row, TaskData
 from rankloom.engine import core
 from rankloom.engine.adapter_cache.loading import EngineLoader
-from rankloom.models import Base, find_target_linears, linear_widths
+from rankloom.models import Base, find_target_linears, get_linear_widths
 from rankloom.models.fused import fuse
 
 TINY = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024)
@@ -148,7 +148,7 @@ def _random_adapter(base: Base, rank: int, *, dora: bool, seed: int) -> ServedAd
 
     linears = {}
     for name in find_target_linears(model, "all-linear"):
-        wide, high = linear_widths(model.get_submodule(name))
+        wide, high = get_linear_widths(model.get_submodule(name))
         a_RI, b_RO = normal(rank, wide).to(model.dtype), normal(rank, high).to(model.dtype)
         linears[name] = Factors(a_RI, b_RO, 1 + normal(high) if dora else None, None)
     return ServedAdapter(linears, {}, {})

@@ -96,7 +96,7 @@ class Engine:
         sampling = Sampling(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
         async def one(i: int) -> int:
-            prompt = tuple(self.engine.tokens(prompts[i]))
+            prompt = tuple(self.engine.tokenize(prompts[i]))
             request = Request(str(i), self.refs[i] if adapted else None, prompt, sampling)
             return sum([len(delta.tokens) async for delta in self.engine.generate(request)])
 

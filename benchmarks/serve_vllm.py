@@ -31,7 +31,7 @@ from rankloom.config.model import ModelConfig, NoQuantization
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.protocol import Engine, Request, Sampling
 from rankloom.engine.vllm.engine import VllmEngine
-from rankloom.engine.vllm.server import completion
+from rankloom.engine.vllm.server import make_completion_body
 from rankloom.models import load_base, load_outline
 from rankloom.registry import Registry
 
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 def requests(engine: Engine, prompts: Sequence[str], refs: Sequence[str | None], num_tokens: int) -> list[Request]:
     sampling = Sampling(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     pairs = zip(prompts, refs, strict=False)
-    return [Request(str(i), ref, tuple(engine.tokens(prompt)), sampling) for i, (prompt, ref) in enumerate(pairs)]
+    return [Request(str(i), ref, tuple(engine.tokenize(prompt)), sampling) for i, (prompt, ref) in enumerate(pairs)]
 
 
 async def streamed(engine: Engine, work: Sequence[Request]) -> list[list[int]]:
@@ -55,7 +55,7 @@ async def whole(engine: VllmEngine, work: Sequence[Request]) -> list[list[int]]:
     server = engine._server
 
     async def one(request: Request) -> list[int]:
-        body = completion(request, request.adapter or server.base, frozenset()) | {"stream": False}
+        body = make_completion_body(request, request.adapter or server.base, frozenset()) | {"stream": False}
         del body["stream_options"]
         async with server._http.post("/v1/completions", json=body) as answer:
             tokens: list[int] = (await answer.json())["choices"][0]["token_ids"]

@@ -333,7 +333,7 @@ def _exposition() -> str:
     metrics = Metrics()
     metrics.count_request("bank", "live", "ok", tokens={"completion": 1}, first_s=0.1, token_s=0.1)
     metrics.refused.labels("429").inc()
-    metrics.replica("r", Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0)), 1)
+    metrics.record_replica("r", Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0)), 1)
     return metrics.expose().decode()
 
 

@@ -142,10 +142,10 @@ def test_every_method_says_what_it_keeps_in_memory(method: str) -> None:
         linears, targets, num_layers, num_other, num_weights = ((8, 8), (8, 32)), ((8, 8),), 2, 100, 420
         num_stacked = 0
 
-        def adapter_numbers(self, rank: int, *, dora: bool) -> int:
+        def count_adapter_numbers(self, rank: int, *, dora: bool) -> int:
             return sum(rank * (wide + high) + dora * high for wide, high in self.targets)
 
-    kept = parse(TrialConfig, {"name": "t", "method": {"type": method}}).method.trained_numbers(Shape())
+    kept = parse(TrialConfig, {"name": "t", "method": {"type": method}}).method.count_trained(Shape())
     trains_base = COMPATIBLE[method].servable == "extracted"
     assert kept.on_frozen == (not trains_base) == (kept.rank > 0)
     assert (kept.weights == Shape.num_weights) == trains_base

@@ -190,7 +190,7 @@ class CurvePoint:
     latency_ms: float | None = None
     """Milliseconds per generated token with the adapter; None: not measured."""
 
-    def value(self, key: str) -> float:
+    def get_value(self, key: str) -> float:
         """Return the value that trials are compared by: the field `key` (`search.key`), else the loss."""
         value: float | None = getattr(self, key)
         return self.loss if value is None else value
@@ -323,13 +323,43 @@ class StudyProgress(_Printable):
     """Tokens that the trials were trained on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalistScored:
+    """One of a study's best trials, scored on the test rows."""
+
+    trial: str
+    """Its id, unique in the study."""
+    name: str
+    """Its config's name."""
+    method: str
+    """Its method with its base's quantisation."""
+    step: int | None
+    """Optimiser steps made at its best evaluation."""
+    scorecard: dict[str, Any] | None
+    """`rankloom.registry.scorecard.Scorecard` as plain data; None where `error` gives the reason."""
+    published: list[str]
+    """The versions that it was published as, such as `tickets@1`."""
+    error: str | None = None
+    """Why it could not be scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyFinished(_Printable):
     """A study's search is done, and its best trials are scored and published."""
 
     kind: ClassVar[str] = "study_done"
-    result: dict[str, Any]
-    """What the study's result.json holds."""
+    name: str
+    """The study's name."""
+    study: str
+    """The study's folder, with its result.json."""
+    winner: FinalistScored | None
+    """The best trial on the validation rows; None where the finalists are not scored, as in a search for rates."""
+    finalists: list[FinalistScored]
+    """All scored trials, the best on the validation rows first."""
+    registry: str | None = None
+    """The registry with the published adapters."""
+    beats_baseline: bool | None = None
+    """Whether the winner's value on the test rows is better than the baseline's; None where they are the same trial."""
 
 
 Event: TypeAlias = (
@@ -371,6 +401,8 @@ def from_dict(tree: dict[str, Any]) -> Event:
     kind = tree.get("event")
     if kind not in KINDS:
         raise RankloomError(f"event={kind!r}: unknown kind of event; known are {', '.join(KINDS)}")
+    if kind == StudyFinished.kind and "result" in tree:
+        tree = _lift_result(tree["result"])
     try:
         return _build_adapter(kind).validate_python(tree)
     except ValidationError as error:
@@ -404,6 +436,16 @@ def read_timed_events(file: Path) -> Iterator[tuple[float | None, Event]]:
             yield tree.get("time"), from_dict(tree)
         except RankloomError as error:
             raise RankloomError(f"{file}: line {number}: {error}") from None
+
+
+def _lift_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `StudyFinished` of rankloom 0.2, which held the content of result.json."""
+
+    def lift(trial: dict[str, Any]) -> dict[str, Any]:
+        return trial | {"step": trial["validation"]["step"]}
+
+    winner, finalists = result.get("winner"), result.get("finalists", [])
+    return result | {"winner": winner and lift(winner), "finalists": [lift(trial) for trial in finalists]}
 
 
 @cache

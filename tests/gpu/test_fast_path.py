@@ -70,7 +70,7 @@ def test_a_step_that_returns_is_recorded(cuda: torch.device, tiny_llama: Path, t
 def test_values_that_are_not_finite_stay_in_their_slot(device: torch.device, tiny_llama: Path, tmp_path: Path) -> None:
     expected, _ = train(tiny_llama, tmp_path, device, "none", 5)
     _, host = train(tiny_llama, tmp_path, device, "none", 2)
-    host.bank.sites[next(iter(host.bank.sites))].parts(1)["a"].fill_(torch.inf)
+    host.bank.sites[next(iter(host.bank.sites))].get_parts(1)["a"].fill_(torch.inf)
     host.bank.sites[next(iter(host.bank.sites))].update_shadows(1)
     reports = {report.name: report for _ in range(3) for report in host.step()}
     assert reports["trial-1"].error is not None

@@ -58,7 +58,7 @@ def test_a_hosts_peak_is_within_its_forecast(kind: str, cuda: torch.device, mode
     for _ in range(6):
         host.step()
     assert host.last_plan is not None
-    forecast = HostSize(16, 16, host.last_plan.num_tokens, kind == "dora").bytes(shape)
+    forecast = HostSize(16, 16, host.last_plan.num_tokens, kind == "dora").count_bytes(shape)
     peak = torch.cuda.max_memory_allocated() - before - base
     assert peak <= (1 + TOLERANCE) * forecast
     assert peak >= 0.5 * forecast  # it counts the gradients of a step in parts, and two steps at once, at their most
@@ -83,7 +83,7 @@ def test_a_step_that_runs_out_of_memory_is_computed_in_parts(
     host, shape = open_host(model, tmp_path, cuda, "lora")
     host.step()
     assert host.last_plan is not None
-    needed = shape.step_bytes(host.last_plan.num_tokens, 16, dora=False)
+    needed = shape.count_step_bytes(host.last_plan.num_tokens, 16, dora=False)
     host.sums.graphs.clear()
     little_memory(0.6 * needed)
     for _ in range(4):

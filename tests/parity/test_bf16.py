@@ -144,7 +144,7 @@ def test_a_host_sees_magnitudes_below_a_step_of_bf16(dropout: float, low_base: B
     bank = AdapterBank(low_base.model, [name], 2, 4, with_magnitudes=True)
     for slot in range(2):
         bank.attach(slot, SlotSpec(rank=4, alpha=8, dora=True, dropout=dropout, targets=(name,), seed=slot))
-        bank.sites[name].parts(slot)["b"].normal_(generator=torch.Generator().manual_seed(0))
+        bank.sites[name].get_parts(slot)["b"].normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 400, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     m_KO = bank.sites[name].m_KO
     assert m_KO is not None
@@ -153,7 +153,7 @@ def test_a_host_sees_magnitudes_below_a_step_of_bf16(dropout: float, low_base: B
         slots_N = torch.tensor([0] * 100 + [1] * 300)
         with (
             torch.no_grad(),
-            bank.routed(slots_N, [100, 300], dropout_seeds={0: 1, 1: 2}),
+            bank.apply_route(slots_N, [100, 300], dropout_seeds={0: 1, 1: 2}),
             autocast(CPU, torch.bfloat16),
         ):
             return low_base.model.get_submodule(name)(x)
@@ -187,7 +187,7 @@ def test_the_engine_sees_magnitudes_below_a_step_of_bf16(
             way == "compiled",
             way == "in slots",
         )
-        with torch.no_grad(), bank.routed(route):
+        with torch.no_grad(), bank.apply_route(route):
             found.append(low_base.model.get_submodule(name)(x))
     bank.remove()
     assert effect(found[1], found[0]) == pytest.approx(FACTOR - 1, rel=0.5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rankloom.banks import compiled
-from rankloom.banks.compiled import KernelInput, addresses
+from rankloom.banks.compiled import KernelInput, build_addresses
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 SITE = "layer.q_proj"
@@ -30,7 +30,7 @@ def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifte
 
 def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[ServedAdapter], stops: np.ndarray) -> None:
     """The compiled way, on the second of two linears."""
-    table_SK5 = np.stack([addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
+    table_SK5 = np.stack([build_addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
     sizes_S2 = np.array([(1, 1), (x_NI.shape[1], y_NO.shape[1])])
     shares = KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sizes_S2)
     shares.add_to(y_NO, x_NI, 1)
@@ -105,5 +105,5 @@ def test_calls_from_several_python_threads_do_not_mix() -> None:
 
 def test_another_openmp_than_libgomp_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    monkeypatch.setattr(compiled, "kernel", compiled.kernel.__wrapped__)
+    monkeypatch.setattr(compiled, "load_kernel", compiled.load_kernel.__wrapped__)
     both(torch.randn(20, 96), torch.randn(20, 64), [folded(3, 96, 64), folded(8, 96, 64)], [7, 8], num_base=3)

@@ -114,7 +114,7 @@ def test_a_host_trains_saves_and_takes_members_back(gpu: torch.device, tiny_llam
     slot = host.members["two"].slot
     with (
         torch.no_grad(),
-        host.bank.routed(torch.full((4,), slot, device=gpu), [4 * (k == slot) for k in range(4)]),
+        host.bank.apply_route(torch.full((4,), slot, device=gpu), [4 * (k == slot) for k in range(4)]),
     ):
         trained = base.model(tokens).logits
     host.bank.read(slot, tmp_path / "folder")

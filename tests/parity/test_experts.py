@@ -21,7 +21,7 @@ from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.extract import extract_adapter
 from rankloom.adapters.probe import compute_last_logits, verify_probe
 from rankloom.adapters.weights import load_adapter
-from rankloom.banks.plain_lora import more_than_lora
+from rankloom.banks.plain_lora import list_more_than_lora
 from rankloom.banks.served_adapter import fold
 from rankloom.config import TrialConfig, parse
 from rankloom.data import load_data
@@ -117,7 +117,7 @@ def test_adapted_experts_are_published_read_back_and_merged(
     base = load_base(trial.model, trial.quantization, device=CPU).model
     stacks = {name: parameter.clone() for name, parameter in find_experts(base).items()}
     plain = compute_last_logits(base, ids)
-    assert more_than_lora(base, folder) == ["a LoRA on experts"]
+    assert list_more_than_lora(base, folder) == ["a LoRA on experts"]
     adapted = compute_last_logits(load_adapter(base, folder), ids)
     assert (adapted - plain).abs().max() > 1e-2
 

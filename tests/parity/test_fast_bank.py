@@ -38,7 +38,7 @@ def results(
     generator = torch.Generator().manual_seed(0)
     for slot, (rank, dora) in enumerate(zip(RANKS, kinds, strict=True)):
         bank.attach(slot, SlotSpec(rank, 2 * rank, dora=dora, targets=tuple(narrow if slot == 2 else names), seed=slot))
-        state = bank.state(slot)
+        state = bank.get_state(slot)
         for name, values in state.items():
             noise = torch.randn(values.shape, generator=generator)
             state[name] = values * (1 + 0.05 * noise) if name.endswith(".m") else values + 0.05 * noise
@@ -47,7 +47,7 @@ def results(
     ids = torch.randint(0, 300, (1, len(slots_N)), generator=generator)
     parameters = [p for site in bank.sites.values() for p in (site.a_KRI, site.b_KOR, site.m_KO) if p is not None]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not kernels.use_on(model.device)):
-        with bank.routed(slots_N, COUNTS):
+        with bank.apply_route(slots_N, COUNTS):
             logits = model(input_ids=ids, use_cache=False).logits.float()
         weights = torch.randn(logits.shape, generator=generator)
         gradients = torch.autograd.grad((logits * weights).sum(), parameters)
@@ -87,11 +87,11 @@ def test_dropout_on_the_fast_path_gives_the_plain_gradients_of_its_masks(
         for slot in (0, 2):
             bank.attach(slot, SlotSpec(8, 16, dora=dora, dropout=0.3 * (slot == 2), targets=tuple(names), seed=slot))
             bank.load_state(slot, {k: v + 0.1 * torch.cos(torch.arange(v.numel()).view(v.shape)) for k, v in
-                                   bank.state(slot).items()})  # fmt: skip
+                                   bank.get_state(slot).items()})  # fmt: skip
         slots_N = torch.arange(-1, NUM_SLOTS).repeat_interleave(torch.tensor([3, 6, 0, 11, 0, 0]))
         ids = torch.arange(len(slots_N))[None]
         parameters = [p for site in bank.sites.values() for p in (site.a_KRI, site.b_KOR, site.m_KO) if p is not None]
-        with bank.routed(slots_N, (6, 0, 11, 0, 0), dropout_seeds={0: 4, 2: 5}):
+        with bank.apply_route(slots_N, (6, 0, 11, 0, 0), dropout_seeds={0: 4, 2: 5}):
             logits = model(input_ids=ids, use_cache=False).logits
         return [logits.detach(), *torch.autograd.grad(logits.square().mean(), parameters)]
 
@@ -106,7 +106,7 @@ def test_dropout_on_the_fast_path_gives_the_plain_gradients_of_its_masks(
     with kernels.everywhere():
         found = result()
     forward = iter(masks[:4])
-    monkeypatch.setattr(adapted_linear, "_dropout_mask", lambda x, *_: next(forward).view(x.shape))
+    monkeypatch.setattr(adapted_linear, "_draw_mask", lambda x, *_: next(forward).view(x.shape))
     expected = result()
     assert 0.1 < (masks[0] == 0).float().mean() < 0.3
     for mine, own in zip(found, expected, strict=True):
@@ -120,7 +120,7 @@ def test_the_fast_path_rounds_ranks_up(tiny_llama: Path) -> None:
         bank.attach(0, SlotSpec(12, 12, targets=tuple(bank.sites)))
     site = next(iter(bank.sites.values()))
     assert site.a_KRI.shape[1] == 16
-    assert {values.shape[name.endswith(".b")] for name, values in bank.state(0).items()} == {12}
+    assert {values.shape[name.endswith(".b")] for name, values in bank.get_state(0).items()} == {12}
 
 
 MEMBERS: tuple[dict[str, object], ...] = (

@@ -18,7 +18,7 @@ from rankloom.banks.grouped import (
     SlotBySlot,
     Stacked,
     Way,
-    fastest,
+    choose_way,
     grouped_linear,
     grouped_lora,
     grouped_lora_reference,
@@ -231,4 +231,4 @@ def test_both_ways_are_in_use_on_a_cpu() -> None:
         ([16, 16, 16, 16], 576, Stacked), ([128] * 4, 576, Stacked),
     ):  # fmt: skip
         groups = Groups(counts, [4] * 4)
-        assert isinstance(fastest(torch.empty(groups.num_tokens, num_in), b_KOR, groups), way), counts
+        assert isinstance(choose_way(torch.empty(groups.num_tokens, num_in), b_KOR, groups), way), counts

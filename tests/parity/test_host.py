@@ -16,10 +16,10 @@ from rankloom.config import TrialConfig, parse
 from rankloom.data import TaskData, load_data
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.own_metric import Prediction
-from rankloom.evals.score import predict, validate, validation_rows
+from rankloom.evals.score import predict, select_validation_rows, validate
 from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
-from rankloom.training.fused.attention import logits
+from rankloom.training.fused.attention import compute_logits
 from rankloom.training.fused.host import StepReport, TrialHost
 from rankloom.training.fused.plan import StepPlan
 from rankloom.training.loop import TrainingLoop
@@ -97,7 +97,7 @@ def losses_of(host: TrialHost, steps: int = 10_000) -> dict[str, list[float]]:
 
 
 def weights_of(host: TrialHost, name: str) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in host.bank.state(host.members[name].slot).items()}
+    return {key: value.clone() for key, value in host.bank.get_state(host.members[name].slot).items()}
 
 
 @pytest.fixture(scope="module")
@@ -373,9 +373,9 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_in_parts(
         sizes.append(sum(packed.sizes))
         if sizes[-1] > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return logits(model, packed)
+        return compute_logits(model, packed)
 
-    monkeypatch.setattr("rankloom.training.fused.forward.logits", limited)
+    monkeypatch.setattr("rankloom.training.fused.forward.compute_logits", limited)
     for name, found in host.evaluate().items():
         assert found.loss == pytest.approx(whole[name].loss, rel=1e-5)
     assert 0 < sum(size > 150 for size in sizes) <= 4
@@ -408,7 +408,7 @@ def test_own_metric_sees_what_each_member_alone_predicts(labelled: bool, tiny_ll
         host.export(name, tmp_path / name)
         base, rows = opened(trial)
         model = load_adapter(base.model, tmp_path / name)
-        expected.append(predict(model, base.tokenizer, validation_rows(rows, 16), rows, batch_size=32))
+        expected.append(predict(model, base.tokenizer, select_validation_rows(rows, 16), rows, batch_size=32))
     assert asked == expected
     assert asked[0] != asked[1]
 

@@ -93,8 +93,8 @@ def test_a_hosts_forecast_is_its_peak(
     peak = peak_bytes(open_host)
     plan = host[0].last_plan
     assert plan is not None
-    forecast = replace(size, token_budget=plan.num_tokens).bytes(read_shape(base, data))
-    accumulated = FP32 * 4 * read_shape(base, data).adapter_numbers(rank, dora=kind == "dora")
+    forecast = replace(size, token_budget=plan.num_tokens).count_bytes(read_shape(base, data))
+    accumulated = FP32 * 4 * read_shape(base, data).count_adapter_numbers(rank, dora=kind == "dora")
     assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)  # no step was under way
 
 
@@ -132,8 +132,8 @@ def test_a_hosts_forecast_is_its_peak_on_the_fast_path(
         peak, shape = peak_bytes(open_host), read_shape(base, data)
     assert shape.fast is not None
     assert hosts[0].last_plan is not None
-    forecast = HostSize(4, rank, hosts[0].last_plan.num_tokens, dora).bytes(shape)
-    accumulated = FP32 * 4 * shape.adapter_numbers(rank, dora=dora)
+    forecast = HostSize(4, rank, hosts[0].last_plan.num_tokens, dora).count_bytes(shape)
+    accumulated = FP32 * 4 * shape.count_adapter_numbers(rank, dora=dora)
     assert forecast - accumulated == pytest.approx(peak, rel=TOLERANCE)
 
 
@@ -244,10 +244,10 @@ WANTED = HostSize(num_slots=8, max_rank=64, token_budget=4096, with_magnitudes=F
 def test_what_there_is_room_for() -> None:
     def fitted(available: float, *ranks: int) -> tuple[int, int, int]:
         size = fit_host(WANTED, SHAPE, ranks=ranks, longest=100, available=available)
-        assert size.bytes(SHAPE) <= available
+        assert size.count_bytes(SHAPE) <= available
         return size.num_slots, size.max_rank, size.token_budget
 
-    whole = WANTED.bytes(SHAPE)
+    whole = WANTED.count_bytes(SHAPE)
     assert fitted(whole, 8, 64) == (8, 64, 4096)
     slots, rank, tokens = fitted(0.6 * whole, 8, 64)
     assert (slots, rank) == (8, 64)
@@ -263,40 +263,41 @@ def test_what_there_is_room_for() -> None:
 
 def test_copies_in_the_type_of_the_arithmetic_are_counted() -> None:
     low = replace(SHAPE, value_bytes=2)
-    numbers = WANTED.num_slots * SHAPE.adapter_numbers(64, dora=False)
-    tokens = 4096 * low.token_bytes(64, dora=False)
-    assert WANTED.bytes(low) == (LASTING * FP32 + 2) * numbers + tokens
-    assert WANTED.room(low, WANTED.bytes(low)) == 4096
-    assert WANTED.bytes(SHAPE) == LASTING * FP32 * numbers + 2 * tokens  # in fp32 there are none
+    numbers = WANTED.num_slots * SHAPE.count_adapter_numbers(64, dora=False)
+    tokens = 4096 * low.count_token_bytes(64, dora=False)
+    assert WANTED.count_bytes(low) == (LASTING * FP32 + 2) * numbers + tokens
+    assert WANTED.find_room(low, WANTED.count_bytes(low)) == 4096
+    assert WANTED.count_bytes(SHAPE) == LASTING * FP32 * numbers + 2 * tokens  # in fp32 there are none
 
 
 def test_a_graphs_memory_is_beside_that_of_a_step_that_is_not_recorded() -> None:
     eager = replace(SHAPE, fast=1.0)
     graphs = replace(eager, recorded=True)
     longer = replace(WANTED, token_budget=int(ROUNDED * 4096))
-    lasting = LASTING * FP32 * 8 * SHAPE.adapter_numbers(64, dora=False)
+    lasting = LASTING * FP32 * 8 * SHAPE.count_adapter_numbers(64, dora=False)
     shadows = lasting / LASTING
-    assert WANTED.bytes(graphs) - WANTED.bytes(eager) == longer.bytes(eager) - lasting - shadows
+    assert WANTED.count_bytes(graphs) - WANTED.count_bytes(eager) == longer.count_bytes(eager) - lasting - shadows
     for shape in (eager, graphs):
-        size = fit_host(WANTED, shape, ranks=[64], longest=100, available=0.6 * WANTED.bytes(graphs))
-        assert size.bytes(shape) <= 0.6 * WANTED.bytes(graphs)
+        size = fit_host(WANTED, shape, ranks=[64], longest=100, available=0.6 * WANTED.count_bytes(graphs))
+        assert size.count_bytes(shape) <= 0.6 * WANTED.count_bytes(graphs)
         larger = replace(size, token_budget=size.token_budget + 1)
-        assert size == WANTED or larger.bytes(shape) > 0.6 * WANTED.bytes(graphs)
+        assert size == WANTED or larger.count_bytes(shape) > 0.6 * WANTED.count_bytes(graphs)
 
 
 def test_logits_in_chunks_have_a_bound() -> None:
     shape = replace(SHAPE, fast=1.0, vocabulary=100_000, predicted_share=1.0)
     without = replace(shape, vocabulary=0)
     logits = [
-        size.bytes(shape) - size.bytes(without) for size in (replace(WANTED, token_budget=t) for t in (10**4, 10**5))
+        size.count_bytes(shape) - size.count_bytes(without)
+        for size in (replace(WANTED, token_budget=t) for t in (10**4, 10**5))
     ]
     assert logits[0] == logits[1] == CHUNKS * MOST_LOGITS * FP32
 
 
 def test_padding_on_a_gpu_is_counted() -> None:
     padded = replace(SHAPE, padded=True)
-    assert WANTED.bytes(padded) - WANTED.bytes(SHAPE) == 4096 * PADDED * 3 * 1000 * 4
-    available = WANTED.bytes(SHAPE)
+    assert WANTED.count_bytes(padded) - WANTED.count_bytes(SHAPE) == 4096 * PADDED * 3 * 1000 * 4
+    available = WANTED.count_bytes(SHAPE)
     tokens = [
         fit_host(WANTED, shape, ranks=[64], longest=100, available=available).token_budget for shape in (SHAPE, padded)
     ]

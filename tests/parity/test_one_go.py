@@ -121,7 +121,7 @@ def test_members_join_leave_and_accumulate_in_replays(quantization: str, tiny_ll
     hosts.step(24)
     assert hosts.fast.sums.graphs.is_on
     for name in hosts.plain.members:
-        plain, fast = (host.bank.state(host.members[name].slot) for host in (hosts.plain, hosts.fast))
+        plain, fast = (host.bank.get_state(host.members[name].slot) for host in (hosts.plain, hosts.fast))
         for key, value in plain.items():
             torch.testing.assert_close(fast[key], value, rtol=1e-2, atol=2e-4, msg=key)
 
@@ -185,7 +185,7 @@ def test_running_out_of_memory_ends_as_in_parts(
 ) -> None:
     hosts = Pair(tiny_llama)
     hosts.admit("plain", "plus")
-    whole, room = DeviceStep._gradients_of, [10_000]
+    whole, room = DeviceStep._compute_gradients, [10_000]
     calls: list[int] = []
 
     def limited(self: DeviceStep, arranged: Arranged, *args: Any) -> Any:
@@ -194,7 +194,7 @@ def test_running_out_of_memory_ends_as_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, arranged, *args)
 
-    monkeypatch.setattr(DeviceStep, "_gradients_of", limited)
+    monkeypatch.setattr(DeviceStep, "_compute_gradients", limited)
     hosts.step(8 if recording else 0)
     assert bool(hosts.num_replays) == recording
     hosts.fast.sums.graphs._recordings.clear()  # so that sizes are recorded again
@@ -240,7 +240,7 @@ def test_sizes_are_rounded_without_a_change(tiny_llama: Path) -> None:
         fast = host_of(tiny_llama)
     examples = [host._example(row) for row in range(11)]
     arranged = fast.forward.arrange(examples, sorted(row % 3 for row in range(11)))
-    rounded = arranged.rounded(5)
+    rounded = arranged.round_sizes(5)
     idle = rounded.num_tokens - arranged.num_tokens
     assert 0 < idle <= arranged.num_tokens // 8 + 1
     starts = rounded.arrays["starts_B1"]

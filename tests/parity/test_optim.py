@@ -83,9 +83,9 @@ def test_who_does_not_step_keeps_every_bit() -> None:
     for slot, optim in SETTINGS.items():
         optimizer.assign(slot, optim)
     stepped(optimizer, gradients(0, fused), {0: 1.0, 1: 1.0, 3: 1.0})
-    before = {**optimizer.state(1, RANK), **{p.name: p.parameter.detach()[1].clone() for p in fused}}
+    before = {**optimizer.get_state(1, RANK), **{p.name: p.parameter.detach()[1].clone() for p in fused}}
     stepped(optimizer, gradients(1, fused), {0: 1.0, 3: 0.5})
-    after = {**optimizer.state(1, RANK), **{p.name: p.parameter.detach()[1] for p in fused}}
+    after = {**optimizer.get_state(1, RANK), **{p.name: p.parameter.detach()[1] for p in fused}}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -125,13 +125,13 @@ def test_state_moves_between_slots_and_clearing_forgets() -> None:
         stepped(first, gradients(step, one), {1: 1.0})
     second.assign(0, SETTINGS[1])
     stepped(second, gradients(9, two), {0: 1.0})
-    second.load_state(0, RANK, first.state(1, RANK))
-    for name, value in first.state(1, RANK).items():
-        assert torch.equal(value, second.state(0, RANK)[name])
+    second.load_state(0, RANK, first.get_state(1, RANK))
+    for name, value in first.get_state(1, RANK).items():
+        assert torch.equal(value, second.get_state(0, RANK)[name])
     second.copy(0, 3)
     assert second.counts == [3, 0, 0, 3]
-    assert torch.equal(second.state(3, RANK)["second.p.b"], first.state(1, RANK)["second.p.b"])
+    assert torch.equal(second.get_state(3, RANK)["second.p.b"], first.get_state(1, RANK)["second.p.b"])
     second.clear(0)
-    assert not any(value.any() for value in second.state(0, RANK).values())
-    assert second.state(0, 2)["first.q.a"].shape == (2, 7)
-    assert second.state(0, 2)["first.q.b"].shape == (6, 2)
+    assert not any(value.any() for value in second.get_state(0, RANK).values())
+    assert second.get_state(0, 2)["first.q.a"].shape == (2, 7)
+    assert second.get_state(0, 2)["first.q.b"].shape == (6, 2)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from rankloom import kernels
-from rankloom.training.fused.attention import choose_attention, logits, packed_attention_on
+from rankloom.training.fused.attention import choose_attention, compute_logits, use_packed_attention
 from rankloom.training.fused.packing import Attention, Example, lay_out, pack
 
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def result_of(
     weight = next(p for n, p in model.named_parameters() if "q_proj.weight" in n or "c_attn.weight" in n)
     weight.requires_grad_(True)
     packed = pack(examples, attention, pad_id=0, device=CPU)
-    with packed_attention_on(model, packed):
-        logits_MV = logits(model, packed)
+    with use_packed_attention(model, packed):
+        logits_MV = compute_logits(model, packed)
         loss = (F.cross_entropy(logits_MV, packed.targets_M, reduction="none") * packed.weights_M).sum()
         (gradient,) = torch.autograd.grad(loss, [weight])
     weight.requires_grad_(False)
@@ -110,9 +110,9 @@ def test_values_of_one_row_never_reach_another(attention: Attention, tiny_llama:
     for value in (1.0, float("nan")):
         with torch.no_grad():
             model.get_input_embeddings().weight[spoilt] = value
-            with packed_attention_on(model, packed):
+            with use_packed_attention(model, packed):
                 model.lm_head.weight = torch.nn.Parameter(torch.ones_like(model.lm_head.weight), requires_grad=False)
-                runs.append(logits(model, packed).split(packed.num_predicted))
+                runs.append(compute_logits(model, packed).split(packed.num_predicted))
     for e in kept:
         assert torch.equal(runs[0][e], runs[1][e])
     assert runs[1][1].isnan().any()

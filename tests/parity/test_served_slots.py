@@ -24,7 +24,7 @@ from rankloom.banks.served_bank import AdapterShare, ServedBank
 from rankloom.banks.slot_table import forecast_table_bytes
 from rankloom.config.model import Int8, Nf4, Quantization
 from rankloom.kernels.triton import lora as lora_triton
-from rankloom.models import Base, find_target_linears, linear_widths
+from rankloom.models import Base, find_target_linears, get_linear_widths
 from served import completed, engine_on, load, publish, serving, with_peft, write_adapter
 
 LAYER = "model.layers.0"
@@ -58,7 +58,7 @@ def outputs(bank: ServedBank, base: Base, adapters: list[ServedAdapter | None], 
     """[N, O], with an adapter a row."""
     slots = bank.find_slots(adapters)
     assert slots is not None
-    with torch.no_grad(), bank.routed(bank.route_rows(torch.tensor(slots, dtype=torch.int32))):
+    with torch.no_grad(), bank.apply_route(bank.route_rows(torch.tensor(slots, dtype=torch.int32))):
         y_1NO: Tensor = base.model.get_submodule(name)(x_NI[None])
     return y_1NO[0]
 
@@ -146,7 +146,7 @@ def test_a_table_is_as_large_as_its_forecast(num: int, rank: int, base: Base) ->
     bank.find_slots(held)
     table = bank._table
     found = sum(rows.a_PXI.nbytes + rows.b_XO.nbytes for rows in table.rows.values())
-    widths = [linear_widths(base.model.get_submodule(name)) for name in names]
+    widths = [get_linear_widths(base.model.get_submodule(name)) for name in names]
     assert found == forecast_table_bytes(widths, num, rank, value_bytes=base.model.dtype.itemsize)
 
 
@@ -204,9 +204,9 @@ def test_biases_of_a_group_are_merged_too() -> None:
     x_NI = torch.randn(3, 8)
     plain = torch.cat([linear(x_NI) for linear in linears.values()], -1)
     group = LinearGroup(linears)
-    torch.testing.assert_close(group.base(x_NI), plain)
+    torch.testing.assert_close(group.compute_base(x_NI), plain)
     torch.testing.assert_close(torch.cat([linear(x_NI) for linear in linears.values()], -1), plain)
-    assert group.outputs(1) == slice(6, 10)
+    assert group.get_outputs(1) == slice(6, 10)
 
 
 def test_in_a_graph_shrink_runs_beside_the_base(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

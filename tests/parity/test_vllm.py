@@ -86,7 +86,7 @@ numbers = iter(range(10**6))
 
 def request(engine: Engine, adapter: str | None, **sampling: Any) -> AsyncIterator[Delta]:
     settings = GREEDY.model_copy(update=sampling)
-    return engine.generate(Request(f"r{next(numbers)}", adapter, tuple(engine.tokens(PROMPT)), settings))
+    return engine.generate(Request(f"r{next(numbers)}", adapter, tuple(engine.tokenize(PROMPT)), settings))
 
 
 async def completed(engine: Engine, adapter: str | None, **sampling: Any) -> tuple[str, list[int], list[Delta]]:
@@ -101,7 +101,7 @@ def test_a_mixed_batch_gives_the_tokens_and_likelihoods_of_the_bank_and_of_peft(
 
     vllm, bank = sides.on_both(all_at_once)
     assert [found[:2] for found in vllm] == [found[:2] for found in bank]
-    prompt = sides.vllm.tokens(PROMPT)
+    prompt = sides.vllm.tokenize(PROMPT)
     for kind, (_, tokens, deltas), (_, _, ours) in zip([None, *SERVED], vllm, bank, strict=True):
         folder = None if kind is None else sides.folders[kind]
         assert tokens == with_peft(sides.base, folder, prompt, GREEDY.max_tokens), kind
@@ -151,7 +151,7 @@ def test_a_seed_repeats(sides: Sides) -> None:
 def test_a_prompt_is_computed_once(sides: Sides) -> None:
     async def twice() -> int:
         for _ in range(2):
-            long = tuple(sides.vllm.tokens(PROMPT)) * 20
+            long = tuple(sides.vllm.tokenize(PROMPT)) * 20
             deltas = [d async for d in sides.vllm.generate(Request("long", None, long, GREEDY))]
         return deltas[-1].cached_tokens
 
@@ -190,7 +190,7 @@ def test_a_client_that_goes_ends_its_request_there(sides: Sides) -> None:
 
     sides.run(leave())
     assert sides.vllm._server.gauges["vllm:generation_tokens_total"] < 5000
-    assert sides.vllm.stats().running == 0
+    assert sides.vllm.get_stats().running == 0
 
 
 def test_evicted_adapters_are_unloaded_there(sides: Sides, tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_evicted_adapters_are_unloaded_there(sides: Sides, tmp_path: Path) -> No
     for number in range(3):
         write_adapter(sides.base, tmp_path / f"more{number}", "lora", seed=10 + number)
         more.append(publish(sides.registry, load(sides.base), f"more{number}", tmp_path / f"more{number}"))
-    evicted = sides.vllm.stats().adapter_evictions
+    evicted = sides.vllm.get_stats().adapter_evictions
     for ref in (*more, *(sides.refs[kind] for kind in SERVED)):
         sides.run(completed(sides.vllm, ref))
-    assert sides.vllm.stats().adapter_evictions >= evicted + 3
-    resident = {each.ref for each in sides.vllm.resident()}
+    assert sides.vllm.get_stats().adapter_evictions >= evicted + 3
+    resident = {each.ref for each in sides.vllm.list_resident()}
     assert len(resident) == RESIDENT
 
     async def known() -> set[str]:

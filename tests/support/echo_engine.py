@@ -31,13 +31,13 @@ class EchoEngine:
 
     async def close(self) -> None: ...
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if messages[-1]["role"] != "user":
             raise RequestError("The conversation must end with the user.")
-        return self.tokens("".join(f"{m['role']}={m['content']};" for m in messages))
+        return self.tokenize("".join(f"{m['role']}={m['content']};" for m in messages))
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         asked = request.sampling
@@ -91,8 +91,8 @@ class EchoEngine:
     async def unpin(self, ref: str) -> None:
         self.pinned.remove(ref)
 
-    def resident(self) -> tuple[Resident, ...]:
+    def list_resident(self) -> tuple[Resident, ...]:
         return tuple(Resident(ref, True, 0, 1) for ref in self.pinned)
 
-    def stats(self) -> Stats:
+    def get_stats(self) -> Stats:
         return Stats(len(self.under_way), *[0] * 11)

@@ -107,7 +107,7 @@ def _result(leaderboard: Leaderboard, folder: Path, winner_right: int) -> dict[s
     rows = []
     for trial in finalists:
         right = winner_right if trial is finalists[0] else 100
-        best = trial.best(leaderboard.study.search)
+        best = trial.find_best(leaderboard.study.search)
         assert best is not None
         rows.append({
             "trial": trial.id, "number": trial.number, "name": trial.config.name, "method": trial.method,

@@ -19,6 +19,7 @@ from rankloom.events import (
     DataLoaded,
     Evaluated,
     Event,
+    FinalistScored,
     HostStatus,
     LeaderboardRow,
     PhaseStarted,
@@ -44,6 +45,9 @@ STEP = StepFinished(
 )  # fmt: skip
 HOST = HostStatus(label="host-1", num_slots=4, members=3, training=2, waiting=1, occupancy=0.5, tokens=9, train_s=2.0)
 ROW = LeaderboardRow(name="s-0001", method="lora", settings="rank 4", status="running", value=0.5, percent=25.0)
+BEST = FinalistScored(
+    trial="t1", name="s-0001", method="lora", step=9, scorecard={"result": {"loss": 0.5}}, published=["s@1"]
+)  # fmt: skip
 EXAMPLES: list[Event] = [
     PhaseStarted("data", "reading rows.csv"),
     WarningRaised("the chat template rewrites history"),
@@ -60,7 +64,9 @@ EXAMPLES: list[Event] = [
         rungs=[(10.0, 2)], best=[ROW], tokens=9, share=0.25, hosts=[HOST], elapsed_s=1.5,
     ),
     StudyProgress(step=1, best=None, tokens=9),
-    StudyFinished({"status": "done", "winner": {"name": "s-0001"}}),
+    StudyFinished(
+        name="s", study="/studies/s", winner=BEST, finalists=[BEST], registry="/registry", beats_baseline=True
+    ),
 ]  # fmt: skip
 
 
@@ -103,6 +109,18 @@ def test_lines_of_the_last_version_and_fields_of_a_later_one_are_read(tmp_path: 
     old = to_dict(STEP) | {"time": 1.0}
     file.write_text(f'{json.dumps(old)}\n{{"event": "st\n{json.dumps(old | {"v": 1, "field_of_tomorrow": [1]})}\n')
     assert list(read_events(file)) == [STEP, STEP]
+
+
+def test_a_finished_study_of_the_last_version_is_read() -> None:
+    row = {
+        "trial": "t1", "number": 1, "name": "s-0001", "method": "lora", "point": {}, "published": ["s@1"],
+        "validation": {"loss": 0.4, "step": 9}, "scorecard": {"result": {"loss": 0.5}}, "error": None,
+    }  # fmt: skip
+    result = {"status": "done", "name": "s", "study": "/studies/s", "tokens": 9, "registry": "/registry"}
+    result |= {"beats_baseline": True, "winner": row, "finalists": [row]}
+    assert from_dict({"event": "study_done", "v": 1, "result": result}) == EXAMPLES[-1]
+    ranked = from_dict({"event": "study_done", "result": {"name": "s", "study": "/studies/s"}})
+    assert ranked == StudyFinished(name="s", study="/studies/s", winner=None, finalists=[])
 
 
 @pytest.mark.parametrize(

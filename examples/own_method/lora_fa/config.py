@@ -23,8 +23,8 @@ class LoraFaConfig(AdapterConfig):
     )
     implementation: ClassVar[str] = "lora_fa.method:LoraFa"
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return the terms of LoRA, with gradients and moments of B alone."""
-        both = shape.adapter_numbers(self.rank, dora=False)
+        both = shape.count_adapter_numbers(self.rank, dora=False)
         b = sum(self.rank * out for _, out in shape.targets)
         return TrainedNumbers(both, b, 2 * b, rank=self.rank)

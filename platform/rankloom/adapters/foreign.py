@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import ByModule, lora_scaling, match_whole, resolve_patterns
+from rankloom.adapters.patterns import ByModule, compute_lora_scaling, match_whole, resolve_patterns
 from rankloom.adapters.weights import find_adapted_experts
 from rankloom.errors import RegistryError
-from rankloom.models import is_linear, linear_widths
+from rankloom.models import get_linear_widths, is_linear
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS, find_files, read_config
 
 _INSTEAD = "train a LoRA or DoRA without it, or merge it into its base with PEFT and serve that"
@@ -317,7 +317,7 @@ class _Adapter:
             self._check_shapes(layer, parts, rank)
             if self._settings.moves_base and layer not in self._places and is_linear(self._modules[layer]):
                 parts, rank, alpha = self._undo_base_change(
-                    layer, parts, lora_scaling(alpha, rank, self._settings.use_rslora)
+                    layer, parts, compute_lora_scaling(alpha, rank, self._settings.use_rslora)
                 )
             ranks[layer], alphas[layer] = rank, alpha
             place = self._places.get(layer, layer)
@@ -350,7 +350,7 @@ class _Adapter:
             if getattr(self._modules[layer.rpartition(".")[0]], "is_transposed", False):
                 num_in, num_out = num_out, num_in
         elif is_linear(module):
-            num_in, num_out = linear_widths(module)
+            num_in, num_out = get_linear_widths(module)
             if self._settings.moves_base:  # PEFT can take no more than W's rank out of it
                 rank = min(rank, num_in, num_out)
         else:

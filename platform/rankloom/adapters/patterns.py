@@ -77,6 +77,6 @@ def _matches(expression: regex.Pattern[str], name: str) -> bool:
         raise ValueError(f"{expression.pattern!r:.80} takes longer than {TIMEOUT_S:g} s to match {name}") from None
 
 
-def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
+def compute_lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """Return PEFT's factor of B·A: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     return alpha / (math.sqrt(rank) if rslora else rank)

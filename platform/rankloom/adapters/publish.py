@@ -102,7 +102,7 @@ def _stage_foreign(folder: Path, staged: Path, name: str, base_id: str | None, o
         trial={"name": name, "model": {"id": base_id}, "quantization": base.quantization},
         data_fingerprint=None,
         scorecard=None,
-        versions=Versions.here(),
+        versions=Versions.from_installed(),
     )
 
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankloom.adapters.patterns import lora_scaling
+from rankloom.adapters.patterns import compute_lora_scaling
 from rankloom.banks.grouped import grouped_linear, grouped_lora, scale_rows
 from rankloom.banks.groups import Groups
 from rankloom.banks.ragged import SlotNoise, SlotTensors, ragged_linear
 from rankloom.config.method import DoraConfig, LoraConfig
 from rankloom.errors import IncompatibleError
-from rankloom.models import find_target_linears, linear_widths
+from rankloom.models import find_target_linears, get_linear_widths
 from rankloom.models.onednn import FrozenLinear
 from rankloom.models.quantized import is_quantized, read_weight
 
@@ -39,14 +39,14 @@ class SlotSpec:
     dora: bool = False
     init: Literal["default", "gaussian"] = "default"
     dropout: float = 0.0
-    """Probability, on the adapter's input; it acts where `routed` has a seed for the slot."""
+    """Probability, on the adapter's input; it acts where `apply_route` has a seed for the slot."""
     targets: tuple[str, ...] = ()
     """Full names of the linears that it adapts."""
     seed: int = 0
     """Seed of the initial A, which equals PEFT's after `torch.manual_seed(seed)`."""
 
     @classmethod
-    def of(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
+    def from_method(cls, method: LoraConfig | DoraConfig, model: PreTrainedModel, seed: int) -> SlotSpec:
         """Resolve a method's settings on a model.
 
         Raises:
@@ -70,7 +70,7 @@ class SlotSpec:
 
     @property
     def scaling(self) -> float:
-        return lora_scaling(self.alpha, self.rank, self.rslora)
+        return compute_lora_scaling(self.alpha, self.rank, self.rslora)
 
 
 class AdaptedLinear:
@@ -92,7 +92,7 @@ class AdaptedLinear:
         """What its dropout on the fast path differs by from other sites'."""
         self.base: Callable[[Tensor], Tensor] = module.forward
         """The linear's own forward."""
-        self.num_in, self.num_out = linear_widths(module)
+        self.num_in, self.num_out = get_linear_widths(module)
         self.is_plain = type(module) in (nn.Linear, FrozenLinear, Conv1D) and "forward" not in vars(module)
         """Whether W is a plain tensor, neither quantised nor in a special kernel's layout."""
         device = module.get_parameter("weight").device
@@ -122,7 +122,7 @@ class AdaptedLinear:
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
-    def parts(self, slot: int) -> dict[str, Tensor]:
+    def get_parts(self, slot: int) -> dict[str, Tensor]:
         """Return views of a slot's values, without padding."""
         rank = self.ranks[slot]
         found = {"a": self.a_KRI.data[slot, :rank], "b": self.b_KOR.data[slot, :, :rank]}
@@ -150,16 +150,16 @@ class AdaptedLinear:
         self.update_shadows(slot)
 
     @torch.no_grad()
-    def row_norms(self, groups: Groups) -> Tensor:
+    def compute_row_norms(self, groups: Groups) -> Tensor:
         """Return [K, O]: the norms that divide the active slots' magnitudes; 1 for the other slots."""
         assert self.m_KO is not None
-        slots = groups.index(self.m_KO.device)
+        slots = groups.get_index(self.m_KO.device)
         norm_KO = torch.ones_like(self.m_KO)
-        norm_KO[slots] = self.norms(slots, groups.rank, groups.scales(self.scales, norm_KO)[:, :, 0])
+        norm_KO[slots] = self.compute_norms(slots, groups.rank, groups.get_scales(self.scales, norm_KO)[:, :, 0])
         return norm_KO
 
     @torch.no_grad()
-    def norms(self, slots: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
+    def compute_norms(self, slots: slice | Tensor, rank: int, scale_C1: Tensor) -> Tensor:
         """Return [C, O]: the norms of the rows of W + s B A for some slots, without computing B A.
 
         |w + s d|^2 = |w|^2 + 2 s <w, d> + s^2 |d|^2 with d a row of B A, so that <w, d> is the row product of B and
@@ -169,7 +169,7 @@ class AdaptedLinear:
             rank: the largest rank among these slots.
             scale_C1: s of each slot.
         """
-        dense_OI = self.dense_weight(torch.float32)
+        dense_OI = self.get_dense_weight(torch.float32)
         a_CRI, b_COR = self.a_KRI[slots, :rank], self.b_KOR[slots, :, :rank]
         across_OCR = (dense_OI @ a_CRI.flatten(0, 1).T).view(self.num_out, -1, rank)
         across_CO = (across_OCR.transpose(0, 1) * b_COR).sum(-1)
@@ -181,11 +181,11 @@ class AdaptedLinear:
     def squares_O(self) -> Tensor:
         """The square of each row's norm of W, in fp32."""
         if self._squares_O is None:
-            dense_OI = self.weight_OI if self.is_plain else self.dense_weight(torch.float32)
+            dense_OI = self.weight_OI if self.is_plain else self.get_dense_weight(torch.float32)
             self._squares_O = torch.linalg.vector_norm(dense_OI, dim=1, dtype=torch.float32).square()
         return self._squares_O
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+    def get_dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return W [O, I], dequantised."""
         return read_weight(self.module, dtype)
 
@@ -207,7 +207,7 @@ class TokenRouting:
     noise: SlotNoise | None = None
     """What `dropout` says, for the fast path."""
 
-    def among(self, ranks: Sequence[int]) -> Groups:
+    def get_groups(self, ranks: Sequence[int]) -> Groups:
         """Return the groups of tokens for a layer, given the slots' ranks there."""
         key = tuple(ranks)
         if key not in self.groups:
@@ -215,21 +215,21 @@ class TokenRouting:
         return self.groups[key]
 
 
-def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
+def apply_adapters(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
     """Compute a linear with each token's adapter."""
     if _is_fast(site, route, x):
         assert site.slots is not None
         assert route.bounds is not None
         return ragged_linear(site, site.slots, x, route.bounds, route.noise) if any(site.ranks) else site.base(x)
-    groups = route.among(site.ranks)
+    groups = route.get_groups(site.ranks)
     if not groups.slots:
         return site.base(x)
-    assert x.numel() == groups.num_tokens * site.num_in, "the input does not have the tokens of `routed`"
+    assert x.numel() == groups.num_tokens * site.num_in, "the input does not have the tokens of `apply_route`"
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     a_KRI, b_KOR = site.a_KRI.to(dtype), site.b_KOR.to(dtype)
-    magnified = route.among(site.dora_ranks)
+    magnified = route.get_groups(site.dora_ranks)
     dropped = [slot for slot in groups.slots if slot in route.dropout]
     # DoRA's factors are close to 1, so rounding before them would hide their effect: keep W x + B A x in fp32, as PEFT
     precise = bool(magnified.slots) and dtype != torch.float32
@@ -244,14 +244,14 @@ def adapted(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> Tensor:
         base = base.float() if precise else base
         onto, x_dropped = base, x
         if dropped:
-            x_dropped = x * _dropout_mask(x, dropped, groups, route)
+            x_dropped = x * _draw_mask(x, dropped, groups, route)
             if recomputed := [slot for slot in dropped if slot in magnified.slots]:
                 onto, restore_NO = _recompute_base(site, base, x_dropped, recomputed, groups)
         y = grouped_lora(onto, x_dropped.to(dtype), a_KRI, b_KOR, site.scales, groups)
     if magnified.slots:
         assert site.m_KO is not None
         with torch.autocast(kind, enabled=False):
-            factor_KO = site.m_KO / site.row_norms(magnified)  # norms get no gradient: DoRA, section 4.3
+            factor_KO = site.m_KO / site.compute_row_norms(magnified)  # norms get no gradient: DoRA, section 4.3
         y = scale_rows(y, factor_KO, site.bias_O, magnified, dtype=dtype if precise else None)
     return y if restore_NO is None else y + restore_NO.view(y.shape).to(y.dtype)
 
@@ -266,7 +266,7 @@ def _is_fast(site: AdaptedLinear, route: TokenRouting, x: Tensor) -> bool:
     )
 
 
-def _dropout_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: TokenRouting) -> Tensor:
+def _draw_mask(x: Tensor, dropped: Sequence[int], groups: Groups, route: TokenRouting) -> Tensor:
     mask = torch.ones_like(x)
     mask_NI = mask.view(-1, x.shape[-1])
     for slot in dropped:
@@ -293,7 +293,7 @@ def _recompute_base(
     return onto, torch.zeros_like(base_NO).index_copy(0, tokens_M, difference_MO)
 
 
-def drawn_as_by_peft(spec: SlotSpec, num_in: int, num_out: int, generator: torch.Generator) -> Tensor:
+def draw_like_peft(spec: SlotSpec, num_in: int, num_out: int, generator: torch.Generator) -> Tensor:
     """Return [R, I], the initial A as PEFT draws it: two linear layers draw their weights, then A is drawn again."""
     a_RI = torch.empty(spec.rank, num_in)
     nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)

@@ -2,8 +2,8 @@
 
 At each target linear an `AdaptedLinear` holds A, B and the DoRA magnitudes of all slots, in one tensor each. A slot
 with a lower rank than the bank's, or with fewer target linears, is padded with zeros, whose gradients are exactly
-zero. The bank replaces its linears' `forward`; outside `routed` and `alone` the base computes as without a bank. The
-bank knows neither the trials in its slots nor how they are trained.
+zero. The bank replaces its linears' `forward`; outside `apply_route` and `use_slot` the base computes as without a
+bank. The bank knows neither the trials in its slots nor how they are trained.
 
 A slot's results depend on its own values alone, so that neighbours may be attached, detached and diverge.
 
@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankloom import kernels
-from rankloom.adapters.patterns import lora_scaling
-from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, adapted, drawn_as_by_peft
+from rankloom.adapters.patterns import compute_lora_scaling
+from rankloom.banks.adapted_linear import AdaptedLinear, SlotSpec, TokenRouting, apply_adapters, draw_like_peft
 from rankloom.banks.groups import RANK_STEP
 from rankloom.banks.ragged import SlotNoise
 from rankloom.errors import IncompatibleError, RegistryError
@@ -79,10 +79,10 @@ class AdapterBank:
         }
         self.specs: dict[int, SlotSpec] = {}
         self._route: Callable[[int], TokenRouting] | None = None
-        """Return the routing of a forward, given its number of tokens; None outside `routed` and `alone`."""
+        """Return the routing of a forward, given its number of tokens; None outside `apply_route` and `use_slot`."""
         self._forwards = {name: vars(site.module).get("forward") for name, site in self.sites.items()}
         for site in self.sites.values():
-            site.module.forward = self._forward_at(site)
+            site.module.forward = self._make_forward(site)
 
     def remove(self) -> None:
         """Restore the model's own forwards."""
@@ -104,10 +104,10 @@ class AdapterBank:
         self.detach(slot)
         self.specs[slot] = spec
         generator = torch.Generator().manual_seed(spec.seed)
-        for site in self._sites_of(spec):
+        for site in self._list_sites(spec):
             site.assign(slot, spec.rank, spec.scaling, dora=spec.dora)
-            parts = site.parts(slot)
-            parts["a"].copy_(drawn_as_by_peft(spec, site.num_in, site.num_out, generator))
+            parts = site.get_parts(slot)
+            parts["a"].copy_(draw_like_peft(spec, site.num_in, site.num_out, generator))
             if "m" in parts:  # B is zero, so that W + s B A is W
                 parts["m"].copy_(site.squares_O.masked_fill(site.squares_O == 0, 1).sqrt())
             site.update_shadows(slot)
@@ -119,7 +119,7 @@ class AdapterBank:
             site.clear(slot)
 
     @contextmanager
-    def routed(
+    def apply_route(
         self,
         slots_N: Tensor,
         counts_K: Sequence[int],
@@ -133,7 +133,7 @@ class AdapterBank:
             slots_N: each token's slot, ascending; -1: no adapter, the base alone.
             counts_K: number of tokens of each slot.
             dropout_seeds: slot -> seed of its dropout in this forward; slots without a seed have no dropout.
-            noise: for the fast path, `dropout_arrays` on the device; None: they are made of `dropout_seeds`.
+            noise: for the fast path, `make_dropout_arrays` on the device; None: they are made of `dropout_seeds`.
         """
         counts_K = tuple(map(int, counts_K))
         dropout = {
@@ -141,33 +141,33 @@ class AdapterBank:
             for slot, seed in (dropout_seeds or {}).items()
             if slot in self.specs and self.specs[slot].dropout
         }
-        start, bounds = len(slots_N) - sum(counts_K), self._bounds(slots_N)
+        start, bounds = len(slots_N) - sum(counts_K), self._make_bounds(slots_N)
         if dropout and bounds is not None and noise is None:
-            seed_K, rate_K = map(torch.from_numpy, self.dropout_arrays(dropout_seeds or {}).values())
+            seed_K, rate_K = map(torch.from_numpy, self.make_dropout_arrays(dropout_seeds or {}).values())
             noise = seed_K.to(slots_N.device), rate_K.to(slots_N.device)
         slot_noise = None if noise is None else SlotNoise(*noise, self.has_dropout_in_dora)
         route = TokenRouting(counts_K, start, dropout, {}, bounds, slot_noise)
-        with self._routing(lambda _: route):
+        with self._use_route(lambda _: route):
             yield
 
     @contextmanager
-    def alone(self, slot: int) -> Iterator[None]:
+    def use_slot(self, slot: int) -> Iterator[None]:
         """Apply one slot's adapter to all tokens of any forward inside the context."""
 
         @lru_cache(1)
         def route(num_tokens: int) -> TokenRouting:
             counts_K = tuple(num_tokens * (k == slot) for k in range(self.num_slots))
             slots_N = torch.full((num_tokens,), slot, device=self.model.device)
-            return TokenRouting(counts_K, 0, {}, {}, self._bounds(slots_N))
+            return TokenRouting(counts_K, 0, {}, {}, self._make_bounds(slots_N))
 
-        with self._routing(route):
+        with self._use_route(route):
             yield
 
-    def _bounds(self, slots_N: Tensor) -> Tensor | None:
+    def _make_bounds(self, slots_N: Tensor) -> Tensor | None:
         return ragged_bounds(slots_N, self.num_slots) if kernels.use_on(slots_N.device) else None
 
-    def dropout_arrays(self, seeds: Mapping[int, int]) -> dict[str, np.ndarray]:
-        """Return each slot's seed and rate, `seed_K` and `rate_K`, for `routed`; nothing where no adapter has dropout.
+    def make_dropout_arrays(self, seeds: Mapping[int, int]) -> dict[str, np.ndarray]:
+        """Return each slot's seed and rate, `seed_K` and `rate_K`, for `apply_route`; {} where no adapter has dropout.
 
         Args:
             seeds: slot -> seed of its dropout in a forward; slots without a seed have no dropout.
@@ -187,29 +187,29 @@ class AdapterBank:
         return any(spec.dora and spec.dropout > 0 for spec in self.specs.values())
 
     @contextmanager
-    def _routing(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:
+    def _use_route(self, route: Callable[[int], TokenRouting]) -> Iterator[None]:
         self._route = route
         try:
             yield
         finally:
             self._route = None
 
-    def views(self, slot: int) -> dict[str, Tensor]:
+    def get_views(self, slot: int) -> dict[str, Tensor]:
         """Return views of a slot's values without padding: `<site>.a`, `<site>.b` and, for DoRA, `<site>.m`."""
         return {
             f"{site.name}.{part}": values
-            for site in self._sites_of(self.specs[slot])
-            for part, values in site.parts(slot).items()
+            for site in self._list_sites(self.specs[slot])
+            for part, values in site.get_parts(slot).items()
         }
 
-    def state(self, slot: int) -> dict[str, Tensor]:
-        """Return copies of a slot's `views` on the CPU."""
-        return {name: values.to("cpu", copy=True) for name, values in self.views(slot).items()}
+    def get_state(self, slot: int) -> dict[str, Tensor]:
+        """Return copies of a slot's `get_views` on the CPU."""
+        return {name: values.to("cpu", copy=True) for name, values in self.get_views(slot).items()}
 
     def load_state(self, slot: int, state: Mapping[str, Tensor]) -> None:
-        """Set an attached slot's values from what `state` returned."""
-        for site in self._sites_of(self.specs[slot]):
-            for part, values in site.parts(slot).items():
+        """Set an attached slot's values from what `get_state` returned."""
+        for site in self._list_sites(self.specs[slot]):
+            for part, values in site.get_parts(slot).items():
                 values.copy_(state[f"{site.name}.{part}"])
             site.update_shadows(slot)
 
@@ -223,21 +223,21 @@ class AdapterBank:
         shapes = [(set(spec.targets), spec.rank, spec.dora) for spec in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise IncompatibleError(f"slot {source} holds {theirs}, which can't be copied onto slot {target}: {mine}")
-        for site in self._sites_of(theirs):
-            for part, values in site.parts(source).items():
-                site.parts(target)[part].copy_(values)
+        for site in self._list_sites(theirs):
+            for part, values in site.get_parts(source).items():
+                site.get_parts(target)[part].copy_(values)
             site.update_shadows(target)
 
     def write(self, slot: int, folder: Path, base_id: str, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a slot's adapter as a PEFT folder, without padding.
 
         Args:
-            state: the slot's `state`, where the caller has it.
+            state: the slot's `get_state`, where the caller has it.
 
         Raises:
             RegistryError: the folder can't be written.
         """
-        spec, sites = self.specs[slot], self._sites_of(self.specs[slot])
+        spec, sites = self.specs[slot], self._list_sites(self.specs[slot])
         others = [site for site in sites if site.ranks[slot] != spec.rank or site.scales[slot] != spec.scaling]
         config = {  # PEFT's own format without defaults; importing PEFT for it would take seconds
             "peft_type": "LORA",
@@ -250,14 +250,16 @@ class AdapterBank:
             "use_dora": spec.dora,
             "bias": "none",
             "init_lora_weights": True if spec.init == "default" else spec.init,
-            "target_modules": self._short(spec.targets),
+            "target_modules": self._shorten(spec.targets),
             "rank_pattern": {site.name: site.ranks[slot] for site in others},
-            "alpha_pattern": {site.name: _alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others},
+            "alpha_pattern": {
+                site.name: _compute_alpha(site.scales[slot], site.ranks[slot], spec.rslora) for site in others
+            },
             "fan_in_fan_out": any(isinstance(site.module, Conv1D) for site in sites),
             "inference_mode": True,
         }
         tensors = {}
-        for key, values in (self.state(slot) if state is None else state).items():
+        for key, values in (self.get_state(slot) if state is None else state).items():
             name, part = key.rsplit(".", 1)
             tensors[f"{PREFIX}{name}.{SUFFIXES[part]}"] = values.contiguous()
         try:
@@ -301,14 +303,14 @@ class AdapterBank:
         self._check_tensors(spec, ranks, tensors, folder)
         self.detach(slot)
         self.specs[slot] = spec
-        for site in self._sites_of(spec):
+        for site in self._list_sites(spec):
             rank = ranks[site.name]
-            site.assign(slot, rank, lora_scaling(alphas[site.name], rank, spec.rslora), dora=spec.dora)
-            for part, values in site.parts(slot).items():
+            site.assign(slot, rank, compute_lora_scaling(alphas[site.name], rank, spec.rslora), dora=spec.dora)
+            for part, values in site.get_parts(slot).items():
                 values.copy_(tensors[f"{PREFIX}{site.name}.{SUFFIXES[part]}"])
             site.update_shadows(slot)
 
-    def _sites_of(self, spec: SlotSpec) -> list[AdaptedLinear]:
+    def _list_sites(self, spec: SlotSpec) -> list[AdaptedLinear]:
         targets = set(spec.targets)
         return [site for name, site in self.sites.items() if name in targets]
 
@@ -324,7 +326,7 @@ class AdapterBank:
         self, spec: SlotSpec, ranks: Mapping[str, int], tensors: Mapping[str, Tensor], folder: Path
     ) -> None:
         expected: dict[str, tuple[int, ...]] = {}
-        for site in self._sites_of(spec):
+        for site in self._list_sites(spec):
             rank = ranks[site.name]
             shapes: dict[str, tuple[int, ...]] = {"a": (rank, site.num_in), "b": (site.num_out, rank)}
             if spec.dora:
@@ -341,20 +343,20 @@ class AdapterBank:
         if unexpected := sorted(tensors.keys() - expected.keys()):
             raise RegistryError(f"{folder / WEIGHTS}: tensor {unexpected[0]} has no place in this bank")
 
-    def _short(self, targets: Sequence[str]) -> list[str]:
+    def _shorten(self, targets: Sequence[str]) -> list[str]:
         """Return short names (`q_proj`) where they select exactly the targets, else full names."""
         short = {name.rsplit(".", 1)[-1] for name in targets}
         matched = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short}
         return sorted(short) if matched == set(targets) else sorted(targets)
 
-    def _forward_at(self, site: AdaptedLinear) -> Callable[[Tensor], Tensor]:
+    def _make_forward(self, site: AdaptedLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if self._route is None:
                 return site.base(x)
-            return adapted(site, self._route(x.numel() // site.num_in), x)
+            return apply_adapters(site, self._route(x.numel() // site.num_in), x)
 
         return forward
 
 
-def _alpha(scaling: float, rank: int, rslora: bool) -> float:
+def _compute_alpha(scaling: float, rank: int, rslora: bool) -> float:
     return scaling * (math.sqrt(rank) if rslora else rank)

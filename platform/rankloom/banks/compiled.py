@@ -46,7 +46,7 @@ class KernelInput:
     ) -> None:
         """
         Args:
-            table_SK5: the `addresses` of each adapter on each linear layer.
+            table_SK5: the `build_addresses` of each adapter on each linear layer.
             spans_K2: each adapter's first token, and the one after its last; ascending.
             sizes_S2: I and O of each linear layer.
         """
@@ -54,7 +54,7 @@ class KernelInput:
         assert spans_K2.flags.c_contiguous
         assert table_SK5.dtype == spans_K2.dtype == np.int64
         self._held = adapters, table_SK5, spans_K2  # the calls have their addresses
-        self._run, num_tokens, most = kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
+        self._run, num_tokens, most = load_kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
         each = max(1, num_tokens // (PARTS * most))
         self._num_threads = min(most, -(-num_tokens // each))
         self._calls_SC = np.zeros((len(table_SK5), TAKEN + 1), np.int64)
@@ -80,19 +80,19 @@ class KernelInput:
         self._run(self._first + site * self._stride, self._num_threads)
 
 
-def addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
-    """[S, 5]: an adapter's part of a table, for the linears of these names."""
-    return np.array([_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
+def build_addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
+    """Return an adapter's part of a table [S, 5], for the linears of these names."""
+    return np.array([_list_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
 
 
 @cache
-def kernel() -> Callable[[int, int], None]:
+def load_kernel() -> Callable[[int, int], None]:
     """Return the compiled launcher `launch(call_address, num_threads)`. Compiling takes seconds when not cached."""
     signature = types.void(types.CPointer(types.int64))
     try:
-        part = cfunc(signature, cache=True)(_part)
+        part = cfunc(signature, cache=True)(_compute_part)
     except RuntimeError:  # nowhere to write: every process compiles
-        part = cfunc(signature)(_part)
+        part = cfunc(signature)(_compute_part)
     try:
         region = ctypes.CDLL(None).GOMP_parallel  # torch made its own known to the process
     except (AttributeError, OSError, TypeError):  # another OpenMP, or none
@@ -102,7 +102,7 @@ def kernel() -> Callable[[int, int], None]:
     return lambda call, num_threads: region(address, call, num_threads, 0)
 
 
-def _addresses(factors: Factors | None) -> list[int]:
+def _list_addresses(factors: Factors | None) -> list[int]:
     if factors is None:
         return [0] * 5
     tensors = factors.a_RI, factors.b_RO, factors.factor_O, factors.shift_O
@@ -111,20 +111,20 @@ def _addresses(factors: Factors | None) -> list[int]:
     return [a, b, factors.rank, factor, shift]
 
 
-def _pointer_to(kind: Any) -> Any:
-    """For numba: how an address becomes a pointer."""
+def _make_cast(kind: Any) -> Any:
+    """Return an intrinsic of numba that makes a pointer of an address."""
 
-    def pointer(_typing: Any, _address: Any) -> Any:
+    def cast(_typing: Any, _address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
         return types.CPointer(kind)(types.int64), generate
 
-    return intrinsic(pointer)
+    return intrinsic(cast)
 
 
-def _next(_typing: Any, _call: Any) -> Any:
-    """For numba: counts a call's TAKEN up, and returns what it was; no two threads get the same."""
+def _take_next(_typing: Any, _call: Any) -> Any:
+    """Count a call's TAKEN up in numba, and return what it was; no two threads get the same."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         taken = builder.gep(arguments[0], [context.get_constant(types.intp, TAKEN)])
@@ -133,13 +133,13 @@ def _next(_typing: Any, _call: Any) -> Any:
     return types.int64(types.CPointer(types.int64)), generate
 
 
-_floats_at: Any = _pointer_to(types.float32)
-_ints_at: Any = _pointer_to(types.int64)
-_take: Any = intrinsic(_next)
+_floats_at: Any = _make_cast(types.float32)
+_ints_at: Any = _make_cast(types.int64)
+_take: Any = intrinsic(_take_next)
 
 
-def _part(call: Any) -> None:
-    """One thread's part of a call."""
+def _compute_part(call: Any) -> None:
+    """Compute one thread's part of a call."""
     c = carray(call, TAKEN + 1)
     num_tokens, each = c[NUM_TOKENS], c[EACH]
     x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
@@ -159,7 +159,7 @@ def _part(call: Any) -> None:
 def _add(
     x: np.ndarray, y: np.ndarray, table: np.ndarray, spans: np.ndarray, h: np.ndarray, first: int, last: int
 ) -> None:
-    """The tokens from `first` up to `last`."""
+    """Add the adapters of the tokens from `first` up to `last`."""
     for k in range(len(spans)):
         start, stop, rank = max(spans[k, 0], first), min(spans[k, 1], last), table[k, RANK]
         if start >= stop:
@@ -170,11 +170,11 @@ def _add(
             h[:, rank : rank + 3] = 0
             fours = start + (stop - start) // 4 * 4
             for t in range(start, fours, 4):
-                _down_four(x[t : t + 4], a, h)
-                _up_four(y[t : t + 4], b, h)
+                _shrink_four(x[t : t + 4], a, h)
+                _expand_four(y[t : t + 4], b, h)
             for t in range(fours, stop):
-                _down_one(x[t], a, h[0])
-                _up_one(y[t], b, h[0])
+                _shrink_one(x[t], a, h[0])
+                _expand_one(y[t], b, h[0])
         if table[k, FACTOR] != 0:
             factor = carray(_floats_at(table[k, FACTOR]), y.shape[1])
             for t in range(start, stop):
@@ -186,7 +186,7 @@ def _add(
 
 
 @njit(fastmath=MATH, nogil=True)
-def _down_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
+def _shrink_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
     last = len(a) - 1
     for r in range(0, len(a), 4):
         r1, r2, r3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
@@ -201,7 +201,7 @@ def _down_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
 
 
 @njit(fastmath=MATH, nogil=True)
-def _up_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
+def _expand_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
     last = len(b) - 1
     for r in range(0, len(b), 4):
         b0, b1, b2, b3 = b[r], b[min(r + 1, last)], b[min(r + 2, last)], b[min(r + 3, last)]
@@ -211,7 +211,7 @@ def _up_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
 
 
 @njit(fastmath=MATH, nogil=True)
-def _down_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
+def _shrink_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
     x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
     for r in range(0, len(a), 2):
         other = min(r + 1, len(a) - 1)
@@ -231,7 +231,7 @@ def _down_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
 
 
 @njit(fastmath=MATH, nogil=True)
-def _up_four(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
+def _expand_four(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
     for r in range(0, len(b), 2):
         p, q = b[r], b[min(r + 1, len(b) - 1)]

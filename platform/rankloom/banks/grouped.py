@@ -2,8 +2,9 @@
 
 `grouped_lora_reference` defines the product. `grouped_lora` (added to an existing result) and `grouped_linear` (with
 the frozen linear layer before it) compute it with gradients, in the way that was measured to be the fastest
-(`fastest`): slot by slot on views of the tokens, or in batched products with each slot's tokens padded to the largest
-count. `scale_rows` is DoRA's part. On CUDA, `ragged.py` computes all of this in few launches; this is its reference.
+(`choose_way`): slot by slot on views of the tokens, or in batched products with each slot's tokens padded to the
+largest count. `scale_rows` is DoRA's part. On CUDA, `ragged.py` computes all of this in few launches; this is its
+reference.
 
 No value of one slot, not even inf or nan, reaches another slot's tokens or gradients: padding repeats a slot's own last
 token, and no product runs over the tokens of two slots.
@@ -56,7 +57,7 @@ def grouped_lora(
     """
     if not groups.slots:
         return onto
-    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or fastest(x, b_KOR, groups))
+    result: Tensor = _Onto.apply(onto, x, a_KRI, b_KOR, scale_K, groups, way or choose_way(x, b_KOR, groups))
     return result
 
 
@@ -73,12 +74,12 @@ def grouped_linear(
     """Apply a frozen linear layer and the product, all of one dtype; keeps x once, and sums its gradient in place."""
     if not groups.slots:
         return F.linear(x, weight_OI, bias_O)
-    way = way or fastest(x, b_KOR, groups)
+    way = way or choose_way(x, b_KOR, groups)
     y_NO: Tensor = _Linear.apply(x, weight_OI, bias_O, a_KRI, b_KOR, scale_K, groups, way)
     return y_NO.view(*x.shape[:-1], -1)  # here, because models may not change in place a view that a Function made
 
 
-def fastest(x: Tensor, b_KOR: Tensor, groups: Groups) -> Way:
+def choose_way(x: Tensor, b_KOR: Tensor, groups: Groups) -> Way:
     """Return the way that was measured to be the fastest for products of this size."""
     if x.device.type != "cpu" or groups.is_even:  # nothing is padded
         return Stacked()
@@ -97,13 +98,13 @@ class Stacks(NamedTuple):
 
 
 class Way(Protocol):
-    """One way to compute the product; a class, since `gradients` must suit what its own `add` keeps."""
+    """One way to compute the product; a class, since `compute_gradients` must suit what its own `add` keeps."""
 
     def add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks) -> list[Tensor]:
-        """Add the product to y in place; returns what `gradients` needs."""
+        """Add the product to y in place; returns what `compute_gradients` needs."""
         ...
 
-    def gradients(
+    def compute_gradients(
         self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, kept: list[Tensor], dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of A and B; add that of x to `dx_NI`."""
@@ -129,7 +130,7 @@ class SlotBySlot:
             kept.append(h_TR)
         return kept
 
-    def gradients(
+    def compute_gradients(
         self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, kept: list[Tensor], dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         a_KRI, b_KOR, scale_K, groups = stacks
@@ -154,56 +155,56 @@ class Stacked:
     """
 
     def add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks) -> list[Tensor]:
-        return [self._add(y_NO, x_NI, stacks, part) for part in stacks.groups.parts]
+        return [self._add_part(y_NO, x_NI, stacks, part) for part in stacks.groups.parts]
 
-    def gradients(
+    def compute_gradients(
         self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, kept: list[Tensor], dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         groups = stacks.groups
         parts = [
-            self._gradients(dy_NO, x_NI, stacks, part, h_CTR, dx_NI)
+            self._compute_part_gradients(dy_NO, x_NI, stacks, part, h_CTR, dx_NI)
             for part, h_CTR in zip(groups.parts, kept, strict=True)
         ]
         if parts[0][0].shape == stacks.a_KRI.shape:
             return parts[0]
         da_KRI, db_KOR = torch.zeros_like(stacks.a_KRI), torch.zeros_like(stacks.b_KOR)
         for part, (da_CRI, db_COR) in zip(groups.parts, parts, strict=True):
-            slots = part.index(x_NI.device)
+            slots = part.get_index(x_NI.device)
             da_KRI[slots, : part.rank], db_KOR[slots, :, : part.rank] = da_CRI, db_COR
         return da_KRI, db_KOR
 
-    def _add(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks, groups: Groups) -> Tensor:
+    def _add_part(self, y_NO: Tensor, x_NI: Tensor, stacks: Stacks, groups: Groups) -> Tensor:
         """Add one part of the slots; returns its h."""
-        a_CRI, b_COR = _at_work(stacks, groups)
-        h_CTR = torch.bmm(_stacked(x_NI, groups), a_CRI.mT)
+        a_CRI, b_COR = _select_stacks(stacks, groups)
+        h_CTR = torch.bmm(_stack(x_NI, groups), a_CRI.mT)
         if stacks.scale_K is not None:
-            h_CTR.mul_(groups.scales(stacks.scale_K, x_NI))
+            h_CTR.mul_(groups.get_scales(stacks.scale_K, x_NI))
         if not groups.is_even:  # padding repeats tokens, which must not count in B's gradient
-            h_CTR.masked_fill_(groups.padding(x_NI.device), 0)
+            h_CTR.masked_fill_(groups.get_padding(x_NI.device), 0)
         _add_bmm(y_NO, h_CTR, b_COR.mT, groups)
         return h_CTR
 
-    def _gradients(
+    def _compute_part_gradients(
         self, dy_NO: Tensor, x_NI: Tensor, stacks: Stacks, groups: Groups, h_CTR: Tensor, dx_NI: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients for one part of the slots, of its slots at work alone."""
-        a_CRI, b_COR = _at_work(stacks, groups)
-        dy_CTO = _stacked(dy_NO, groups)
+        a_CRI, b_COR = _select_stacks(stacks, groups)
+        dy_CTO = _stack(dy_NO, groups)
         dh_CTR = torch.bmm(dy_CTO, b_COR)
         if stacks.scale_K is not None:
-            dh_CTR.mul_(groups.scales(stacks.scale_K, x_NI))
+            dh_CTR.mul_(groups.get_scales(stacks.scale_K, x_NI))
         if not groups.is_even:
-            dh_CTR.masked_fill_(groups.padding(x_NI.device), 0)
-        da_CRI = torch.bmm(dh_CTR.mT, _stacked(x_NI, groups))
+            dh_CTR.masked_fill_(groups.get_padding(x_NI.device), 0)
+        da_CRI = torch.bmm(dh_CTR.mT, _stack(x_NI, groups))
         db_COR = torch.bmm(dy_CTO.mT, h_CTR)
         if dx_NI is not None:
             _add_bmm(dx_NI, dh_CTR, a_CRI, groups)
         return da_CRI, db_COR
 
 
-def _at_work(stacks: Stacks, groups: Groups) -> tuple[Tensor, Tensor]:
+def _select_stacks(stacks: Stacks, groups: Groups) -> tuple[Tensor, Tensor]:
     """Return A [C, R, I] and B [C, O, R] of the slots at work, up to their largest rank; views of adjacent slots."""
-    slots = groups.index(stacks.a_KRI.device)
+    slots = groups.get_index(stacks.a_KRI.device)
     return stacks.a_KRI[slots, : groups.rank], stacks.b_KOR[slots, :, : groups.rank]
 
 
@@ -219,7 +220,7 @@ class _Onto(torch.autograd.Function):
         groups: Groups,
         way: Way,
     ) -> Tensor:
-        kept = way.add(onto.view(-1, onto.shape[-1]), _rows(x), Stacks(a_KRI, b_KOR, scale_K, groups))
+        kept = way.add(onto.view(-1, onto.shape[-1]), _flatten(x), Stacks(a_KRI, b_KOR, scale_K, groups))
         ctx.mark_dirty(onto)
         ctx.save_for_backward(x, a_KRI, b_KOR, *kept)
         ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
@@ -228,10 +229,10 @@ class _Onto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a_KRI, b_KOR, *kept = ctx.saved_tensors
-        dx_NI = torch.zeros_like(_rows(x)) if ctx.needs_input_grad[1] else None
-        dy_NO = _rows(dy).to(x.dtype)
+        dx_NI = torch.zeros_like(_flatten(x)) if ctx.needs_input_grad[1] else None
+        dy_NO = _flatten(dy).to(x.dtype)
         stacks = Stacks(a_KRI, b_KOR, ctx.scale_K, ctx.groups)
-        da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), stacks, kept, dx_NI)
+        da_KRI, db_KOR = ctx.way.compute_gradients(dy_NO, _flatten(x), stacks, kept, dx_NI)
         return dy, None if dx_NI is None else dx_NI.view(x.shape), da_KRI, db_KOR, None, None, None
 
 
@@ -248,8 +249,8 @@ class _Linear(torch.autograd.Function):
         groups: Groups,
         way: Way,
     ) -> Tensor:
-        y_NO = onednn.linear(_rows(x), weight_OI, bias_O)
-        kept = way.add(y_NO, _rows(x), Stacks(a_KRI, b_KOR, scale_K, groups))
+        y_NO = onednn.linear(_flatten(x), weight_OI, bias_O)
+        kept = way.add(y_NO, _flatten(x), Stacks(a_KRI, b_KOR, scale_K, groups))
         ctx.save_for_backward(x, weight_OI, a_KRI, b_KOR, *kept)
         ctx.scale_K, ctx.groups, ctx.way = scale_K, groups, way
         return y_NO
@@ -259,34 +260,34 @@ class _Linear(torch.autograd.Function):
         x, weight_OI, a_KRI, b_KOR, *kept = ctx.saved_tensors
         dx_NI = onednn.multiply(dy_NO, weight_OI) if ctx.needs_input_grad[0] else None
         stacks = Stacks(a_KRI, b_KOR, ctx.scale_K, ctx.groups)
-        da_KRI, db_KOR = ctx.way.gradients(dy_NO, _rows(x), stacks, kept, dx_NI)
+        da_KRI, db_KOR = ctx.way.compute_gradients(dy_NO, _flatten(x), stacks, kept, dx_NI)
         dx = None if dx_NI is None else dx_NI.view(x.shape)
         return dx, None, None, da_KRI, db_KOR, None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _stacked(x_ND: Tensor, groups: Groups) -> Tensor:
-    """[C, T, D]."""
+def _stack(x_ND: Tensor, groups: Groups) -> Tensor:
+    """Return the slots' tokens [C, T, D]."""
     if groups.is_even:
         assert groups.whole is not None
         return x_ND[groups.whole].view(len(groups.slots), groups.most, -1)
-    return x_ND.index_select(0, groups.places(x_ND.device)).view(len(groups.slots), groups.most, -1)
+    return x_ND.index_select(0, groups.get_places(x_ND.device)).view(len(groups.slots), groups.most, -1)
 
 
 def _add_bmm(y_ND: Tensor, left_CTR: Tensor, right_CRD: Tensor, groups: Groups) -> None:
     """Add left · right to the tokens of the slots at work."""
     if groups.is_even and y_ND.dtype == left_CTR.dtype:
-        _stacked(y_ND, groups).baddbmm_(left_CTR, right_CRD)
+        _stack(y_ND, groups).baddbmm_(left_CTR, right_CRD)
         return
     product_PD = torch.bmm(left_CTR, right_CRD).flatten(0, 1)
-    product_ND = product_PD.index_select(0, groups.places_of_tokens(y_ND.device))
+    product_ND = product_PD.index_select(0, groups.get_token_places(y_ND.device))
     if groups.whole is not None:
         y_ND[groups.whole] += product_ND
     else:
-        y_ND.index_add_(0, groups.tokens(y_ND.device), product_ND.to(y_ND.dtype))
+        y_ND.index_add_(0, groups.get_tokens(y_ND.device), product_ND.to(y_ND.dtype))
 
 
 def scale_rows_reference(y_NO: Tensor, factor_KO: Tensor, bias_O: Tensor | None, groups: Groups) -> Tensor:
@@ -338,7 +339,7 @@ class _ScaleRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y.to(dtype), factor_KO, bias_O)
         ctx.dtype, ctx.groups, ctx.by_slot = y.dtype, groups, by_slot
-        result_NO = _rows(y).to(factor_KO.dtype, copy=True)
+        result_NO = _flatten(y).to(factor_KO.dtype, copy=True)
         scale_spans(result_NO, factor_KO, groups, by_slot)
         if bias_O is not None:
             shift_spans(result_NO, bias_O * (1 - factor_KO), groups, by_slot)
@@ -348,9 +349,9 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         y, factor_KO, bias_O = ctx.saved_tensors
         dy_NO = dy_NO.to(factor_KO.dtype, copy=True)
-        dfactor_KO = _sums(dy_NO * _rows(y), factor_KO, ctx.groups, ctx.by_slot)
+        dfactor_KO = _sum_spans(dy_NO * _flatten(y), factor_KO, ctx.groups, ctx.by_slot)
         if bias_O is not None:
-            dfactor_KO -= _sums(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
+            dfactor_KO -= _sum_spans(dy_NO, factor_KO, ctx.groups, ctx.by_slot) * bias_O
         scale_spans(dy_NO, factor_KO, ctx.groups, ctx.by_slot)
         return dy_NO.to(ctx.dtype).view(y.shape), dfactor_KO, None, None, None, None
 
@@ -358,34 +359,34 @@ class _ScaleRows(torch.autograd.Function):
 def scale_spans(y_NO: Tensor, factor_KO: Tensor, groups: Groups, by_slot: bool) -> None:
     """Multiply the tokens of the slots at work by their slot's factor, in place."""
     if groups.is_even:
-        _stacked(y_NO, groups).mul_(factor_KO[groups.index(y_NO.device)][:, None])
+        _stack(y_NO, groups).mul_(factor_KO[groups.get_index(y_NO.device)][:, None])
     elif by_slot:
         for slot, span in groups.spans.items():
             y_NO[span] *= factor_KO[slot]
     else:
-        y_NO.mul_(F.pad(factor_KO, (0, 0, 0, 1), value=1).index_select(0, groups.owners(y_NO.device)))
+        y_NO.mul_(F.pad(factor_KO, (0, 0, 0, 1), value=1).index_select(0, groups.get_owners(y_NO.device)))
 
 
 def shift_spans(y_NO: Tensor, shift_KO: Tensor, groups: Groups, by_slot: bool) -> None:
     """Add their slot's shift to the tokens of the slots at work, in place."""
     if groups.is_even:
-        _stacked(y_NO, groups).add_(shift_KO[groups.index(y_NO.device)][:, None])
+        _stack(y_NO, groups).add_(shift_KO[groups.get_index(y_NO.device)][:, None])
     elif by_slot:
         for slot, span in groups.spans.items():
             y_NO[span] += shift_KO[slot]
     else:
-        y_NO.add_(F.pad(shift_KO, (0, 0, 0, 1)).index_select(0, groups.owners(y_NO.device)))
+        y_NO.add_(F.pad(shift_KO, (0, 0, 0, 1)).index_select(0, groups.get_owners(y_NO.device)))
 
 
-def _sums(y_NO: Tensor, like_KO: Tensor, groups: Groups, by_slot: bool) -> Tensor:
-    """[K, O]: each slot's sum over its tokens."""
+def _sum_spans(y_NO: Tensor, like_KO: Tensor, groups: Groups, by_slot: bool) -> Tensor:
+    """Return each slot's sum over its tokens [K, O]."""
     found_KO = torch.zeros_like(like_KO)
     if groups.is_even or not by_slot:
         for part in groups.parts:
-            y_CTO = _stacked(y_NO, part)
+            y_CTO = _stack(y_NO, part)
             if not part.is_even:
-                y_CTO = y_CTO.masked_fill(part.padding(y_NO.device), 0)
-            found_KO[part.index(y_NO.device)] = y_CTO.sum(1, dtype=like_KO.dtype)
+                y_CTO = y_CTO.masked_fill(part.get_padding(y_NO.device), 0)
+            found_KO[part.get_index(y_NO.device)] = y_CTO.sum(1, dtype=like_KO.dtype)
     else:
         for slot, span in groups.spans.items():
             torch.sum(y_NO[span], 0, dtype=like_KO.dtype, out=found_KO[slot])

@@ -74,26 +74,26 @@ class Groups:
         ranks_of = [[rank if slot in part else 0 for slot, rank in enumerate(self.ranks)] for part in parts]
         return [Groups(self.counts, ranks, start=self.start) for ranks in ranks_of]
 
-    def index(self, device: torch.device) -> slice | Tensor:
+    def get_index(self, device: torch.device) -> slice | Tensor:
         """Return an index of the slots at work: a slice, and so a view, where they are adjacent."""
         first, last = self.slots[0], self.slots[-1]
         if last - first + 1 == len(self.slots):
             return slice(first, last + 1)
-        return self._on(device, "index", lambda: torch.tensor(self.slots))
+        return self._cache(device, "index", lambda: torch.tensor(self.slots))
 
-    def places(self, device: torch.device) -> Tensor:
+    def get_places(self, device: torch.device) -> Tensor:
         """Return the token [P] at each place of [C, T]; on padding, the slot's own last one."""
-        return self._on(device, "places", lambda: self._places_CT().flatten())
+        return self._cache(device, "places", lambda: self._make_places_CT().flatten())
 
-    def tokens(self, device: torch.device) -> Tensor:
+    def get_tokens(self, device: torch.device) -> Tensor:
         """Return the tokens of the slots at work."""
-        return self._on(device, "tokens", lambda: self._places_CT()[~self._padding_CT()])
+        return self._cache(device, "tokens", lambda: self._make_places_CT()[~self._make_padding_CT()])
 
-    def places_of_tokens(self, device: torch.device) -> Tensor:
+    def get_token_places(self, device: torch.device) -> Tensor:
         """Return the place in P of each token of the slots at work."""
-        return self._on(device, "places_of_tokens", lambda: torch.nonzero(~self._padding_CT().flatten()).flatten())
+        return self._cache(device, "token_places", lambda: torch.nonzero(~self._make_padding_CT().flatten()).flatten())
 
-    def owners(self, device: torch.device) -> Tensor:
+    def get_owners(self, device: torch.device) -> Tensor:
         """Return each token's slot [N]; K, one past the last, where that slot is not at work."""
 
         def make() -> Tensor:
@@ -102,31 +102,31 @@ class Groups:
                 owners_N[span] = slot
             return owners_N
 
-        return self._on(device, "owners", make)
+        return self._cache(device, "owners", make)
 
-    def padding(self, device: torch.device) -> Tensor:
+    def get_padding(self, device: torch.device) -> Tensor:
         """Return which places are padding [C, T, 1]."""
-        return self._on(device, "padding", lambda: self._padding_CT()[..., None])
+        return self._cache(device, "padding", lambda: self._make_padding_CT()[..., None])
 
-    def scales(self, scale_K: Sequence[float], like: Tensor) -> Tensor:
+    def get_scales(self, scale_K: Sequence[float], like: Tensor) -> Tensor:
         """Return the scales of the slots at work [C, 1, 1], in the dtype and on the device of `like`."""
         scale_C = tuple(scale_K[slot] for slot in self.slots)
-        return self._on(
+        return self._cache(
             like.device, (like.dtype, scale_C), lambda: torch.tensor(scale_C, dtype=like.dtype)[:, None, None]
         )
 
-    def _on(self, device: torch.device, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _cache(self, device: torch.device, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """Make a tensor once for all layers, which mostly need the same."""
         if (device, key) not in self._tensors:
             self._tensors[device, key] = make().to(device, non_blocking=True)
         return self._tensors[device, key]
 
-    def _places_CT(self) -> Tensor:
+    def _make_places_CT(self) -> Tensor:
         starts_C = torch.tensor([span.start for span in self.spans.values()])
-        return starts_C[:, None] + torch.minimum(torch.arange(self.most), self._counts_C1() - 1)
+        return starts_C[:, None] + torch.minimum(torch.arange(self.most), self._make_counts_C1() - 1)
 
-    def _padding_CT(self) -> Tensor:
-        return torch.arange(self.most) >= self._counts_C1()
+    def _make_padding_CT(self) -> Tensor:
+        return torch.arange(self.most) >= self._make_counts_C1()
 
-    def _counts_C1(self) -> Tensor:
+    def _make_counts_C1(self) -> Tensor:
         return torch.tensor([[self.counts[slot]] for slot in self.slots])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankloom.models import linear_widths
+from rankloom.models import get_linear_widths
 from rankloom.models.onednn import FrozenLinear
 from rankloom.models.quantized import is_quantized, merge_quantized, merge_tensors
 
@@ -30,19 +30,19 @@ class LinearGroup:
         """
         self.names = tuple(linears)
         self.modules = tuple(linears.values())
-        self.widths = [linear_widths(module)[1] for module in self.modules]
-        self.num_in = linear_widths(self.modules[0])[0]
+        self.widths = [get_linear_widths(module)[1] for module in self.modules]
+        self.num_in = get_linear_widths(self.modules[0])[0]
         self._forwards = [module.forward for module in self.modules]
         self._merged = _merge(self.modules) if len(self.modules) > 1 else None
 
-    def base(self, x: Tensor) -> Tensor:
+    def compute_base(self, x: Tensor) -> Tensor:
         """Return the base's results [..., O], side by side."""
         if self._merged is not None:
             return self._merged(x)
         results = [forward(x) for forward in self._forwards]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
 
-    def outputs(self, part: int) -> slice:
+    def get_outputs(self, part: int) -> slice:
         """Return where a linear's outputs are in O."""
         start = sum(self.widths[:part])
         return slice(start, start + self.widths[part])

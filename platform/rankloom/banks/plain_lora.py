@@ -21,8 +21,8 @@ from rankloom.errors import RegistryError
 from rankloom.registry.checks import PREFIX, WEIGHTS
 
 
-def more_than_lora(model: PreTrainedModel, folder: Path) -> list[str]:
-    """What a PEFT folder has beside LoRA on linear layers, in words; nothing: `fold` and `write_plain` are exact.
+def list_more_than_lora(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Return, in words, what a PEFT folder has beside LoRA on linear layers; []: `fold` and `write_plain` are exact.
 
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit.

@@ -81,10 +81,10 @@ class _Linear(torch.autograd.Function):
         bounds: Tensor,
         noise: SlotNoise | None,
     ) -> Tensor:
-        x_NI, low_b_KRO = _rows(x), slots.b_KOR.mT
+        x_NI, low_b_KRO = _flatten(x), slots.b_KOR.mT
         dropped_NI = _drop(x_NI, site, noise, bounds)
         h = ragged_shrink(dropped_NI, slots.a_KRI, slots.scale_K, bounds)
-        weight_OI = site.dense_weight(slots.dtype)
+        weight_OI = site.get_dense_weight(slots.dtype)
         kept: list[Tensor] = []
         if magnitude_KO is not None:
             scale_KO, inverse_KO = dora_scale(
@@ -105,7 +105,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x, h, bounds, *kept = ctx.saved_tensors
-        site, slots, noise, x_NI, dy_NO = ctx.site, ctx.slots, ctx.noise, _rows(x), _rows(dy_NO)
+        site, slots, noise, x_NI, dy_NO = ctx.site, ctx.slots, ctx.noise, _flatten(x), _flatten(dy_NO)
         scaled_NO, dmagnitude_KO = dy_NO, None
         if kept:
             y_NO, scale_KO, inverse_KO = kept
@@ -116,10 +116,10 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_NI = ragged_expand(dh, slots.a_KRI, None, bounds)
             if kept and noise is not None and noise.scales_base:
-                dx_NI.addmm_(scaled_NO - dy_NO, site.dense_weight(slots.dtype))
+                dx_NI.addmm_(scaled_NO - dy_NO, site.get_dense_weight(slots.dtype))
                 scaled_NO = dy_NO
             dx_NI = _drop(dx_NI, site, noise, bounds)
-            dx = dx_NI.addmm_(scaled_NO, site.dense_weight(slots.dtype)).view(x.shape)
+            dx = dx_NI.addmm_(scaled_NO, site.get_dense_weight(slots.dtype)).view(x.shape)
         return dx, da_KRI, db_KOR, dmagnitude_KO, None, None, None, None
 
 
@@ -127,6 +127,6 @@ def _drop(x_NI: Tensor, site: AdaptedLinear, noise: SlotNoise | None, bounds: Te
     return x_NI if noise is None else ragged_dropout(x_NI, noise.seed_K, noise.rate_K, site.salt, bounds)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten(x: Tensor) -> Tensor:
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.adapters.patterns import lora_scaling
+from rankloom.adapters.patterns import compute_lora_scaling
 from rankloom.adapters.weights import find_adapted_experts, read_adapter
 from rankloom.errors import RegistryError
-from rankloom.models import chooses_experts, is_linear, linear_widths
+from rankloom.models import chooses_experts, get_linear_widths, is_linear
 from rankloom.models.quantized import read_weight
 from rankloom.registry.checks import CONFIG, PREFIX, WEIGHTS
 
@@ -61,7 +61,7 @@ class Factors:
     def rank(self) -> int:
         return self.a_RI.shape[0]
 
-    def tensors(self) -> Iterator[Tensor]:
+    def list_tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.a_RI, self.b_RO, self.factor_O, self.shift_O) if t is not None)
 
 
@@ -83,8 +83,8 @@ class ExpertFactors:
     products: Mapping[str, tuple[Tensor, Tensor]]
     """[experts, rows of W, R] and [experts, R, columns of W], with the scaling in them."""
 
-    def on(self, module: nn.Module) -> nn.Module:
-        """The module with these sums in place of its own stacks, and all else of it shared."""
+    def apply_to(self, module: nn.Module) -> nn.Module:
+        """Return a module with these sums in place of its own stacks, and all else of it shared."""
         adapted = copy.copy(module)
         vars(adapted).pop("forward", None)  # a bank may have put its own there
         adapted._parameters = dict(module._parameters)
@@ -93,7 +93,7 @@ class ExpertFactors:
             adapted._parameters[key] = torch.baddbmm(weight, left, right)  # type: ignore[assignment]
         return adapted
 
-    def tensors(self) -> Iterator[Tensor]:
+    def list_tensors(self) -> Iterator[Tensor]:
         for product in self.products.values():
             yield from product
 
@@ -120,9 +120,9 @@ class ServedAdapter:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [t for factors in self.linears.values() for t in factors.tensors()]
+        tensors = [t for factors in self.linears.values() for t in factors.list_tensors()]
         tensors += [t for factors in self.embeddings.values() for t in (factors.a_VR, factors.b_RE)]
-        tensors += [t for factors in self.experts.values() for t in factors.tensors()]
+        tensors += [t for factors in self.experts.values() for t in factors.list_tensors()]
         tensors += [t for module in self.whole.values() for t in module.state_dict().values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -141,15 +141,15 @@ def fold(model: PreTrainedModel, folder: Path) -> ServedAdapter:
     stacks = find_adapted_experts(model, config.target_parameters)
     for name, module in model.named_modules():
         if name in stacks:
-            experts[name] = reader.experts(name, module, stacks[name])
+            experts[name] = reader.fold_experts(name, module, stacks[name])
         elif _is_kept(name, config.modules_to_save):
-            whole[name] = reader.module(name, module)
+            whole[name] = reader.copy_module(name, module)
         elif not f".{name}".endswith(ends):
             continue
         elif is_linear(module):
-            linears[name] = reader.linear(name, module)
+            linears[name] = reader.fold_linear(name, module)
         else:
-            embeddings[name] = reader.embedding(name, module)
+            embeddings[name] = reader.fold_embedding(name, module)
     if reader.tensors:
         raise RegistryError(
             f"{folder / WEIGHTS}: tensor {min(reader.tensors)} has no place in the base with this {CONFIG}"
@@ -170,42 +170,44 @@ class _Reader:
     config: peft.LoraConfig
     tensors: dict[str, Tensor]
 
-    def linear(self, name: str, module: nn.Module) -> Factors:
-        rank, scaling = self._settings(name)
-        num_in, num_out = linear_widths(module)
+    def fold_linear(self, name: str, module: nn.Module) -> Factors:
+        rank, scaling = self._get_settings(name)
+        num_in, num_out = get_linear_widths(module)
         a_RI = self._take(f"{name}.lora_A.weight", (rank, num_in))
         b_OR = self._take(f"{name}.lora_B.weight", (num_out, rank)) * scaling
         factor_O = shift_O = None
         if self.config.lora_bias:  # PEFT has it with LoRA alone
             shift_O = self._take(f"{name}.lora_B.bias", (num_out,)) * scaling
         if self.config.use_dora:
-            factor_O = self._take(f"{name}.lora_magnitude_vector", (num_out,)).float() / self._norms(module, a_RI, b_OR)
+            factor_O = self._take(f"{name}.lora_magnitude_vector", (num_out,)).float() / self._compute_norms(
+                module, a_RI, b_OR
+            )
             bias_O = module.bias
             if isinstance(bias_O, Tensor):  # the base's own, which DoRA leaves as it is
                 shift_O = bias_O * (1 - factor_O)
         return Factors(
-            self._ready(a_RI),
-            self._ready(b_OR.T),
-            None if factor_O is None else self._ready(factor_O, torch.float32),
-            None if shift_O is None else self._ready(shift_O, torch.float32),
+            self._lay_out(a_RI),
+            self._lay_out(b_OR.T),
+            None if factor_O is None else self._lay_out(factor_O, torch.float32),
+            None if shift_O is None else self._lay_out(shift_O, torch.float32),
         )
 
-    def embedding(self, name: str, module: nn.Module) -> EmbeddingFactors:
+    def fold_embedding(self, name: str, module: nn.Module) -> EmbeddingFactors:
         if self.config.use_dora:
             raise RegistryError(
                 f"{self.folder / CONFIG}: use_dora on the embedding {name} can't be served; train without it"
             )
-        rank, scaling = self._settings(name)
+        rank, scaling = self._get_settings(name)
         vocabulary, width = module.weight.shape  # type: ignore[misc]
         a_RV = self._take(f"{name}.lora_embedding_A", (rank, int(vocabulary)))
         b_ER = self._take(f"{name}.lora_embedding_B", (int(width), rank)) * scaling
-        return EmbeddingFactors(self._ready(a_RV.T), self._ready(b_ER.T))
+        return EmbeddingFactors(self._lay_out(a_RV.T), self._lay_out(b_ER.T))
 
-    def experts(self, name: str, module: nn.Module, keys: list[str]) -> ExpertFactors:
+    def fold_experts(self, name: str, module: nn.Module, keys: list[str]) -> ExpertFactors:
         self._check_order(name, module)
         products = {}
         for i, key in enumerate(keys):
-            rank, scaling = self._settings(f"{name}.{key}")
+            rank, scaling = self._get_settings(f"{name}.{key}")
             count, rows, columns = module.get_parameter(key).shape
             turned = getattr(module, "is_transposed", False)  # [experts, in, out]
             num_in, num_out = (rows, columns) if turned else (columns, rows)
@@ -214,7 +216,7 @@ class _Reader:
             b_OX = self._take(f"{wrapped}.lora_B.weight", (num_out, rank * count))
             b_EOR = b_OX.view(num_out, rank, count).permute(2, 0, 1) * scaling
             left, right = (a_ERI.mT, b_EOR.mT) if turned else (b_EOR, a_ERI)
-            products[key] = self._ready(left), self._ready(right)
+            products[key] = self._lay_out(left), self._lay_out(right)
         return ExpertFactors(products)
 
     def _check_order(self, name: str, module: nn.Module) -> None:
@@ -225,7 +227,7 @@ class _Reader:
                 f"adapters export --format merged"
             )
 
-    def module(self, name: str, module: nn.Module) -> nn.Module:
+    def copy_module(self, name: str, module: nn.Module) -> nn.Module:
         self._check_order(name, module)
         state = {key: self._take(f"{name}.{key}", tuple(value.shape)) for key, value in module.state_dict().items()}
         own = copy.deepcopy(module)
@@ -233,10 +235,10 @@ class _Reader:
         own.load_state_dict(state)
         return own.requires_grad_(False)
 
-    def _settings(self, name: str) -> tuple[int, float]:
+    def _get_settings(self, name: str) -> tuple[int, float]:
         rank = self.config.rank_pattern.get(name, self.config.r)
         alpha = self.config.alpha_pattern.get(name, self.config.lora_alpha)
-        return int(rank), lora_scaling(alpha, int(rank), self.config.use_rslora)
+        return int(rank), compute_lora_scaling(alpha, int(rank), self.config.use_rslora)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.pop(f"{PREFIX}{name}", None)
@@ -250,13 +252,13 @@ class _Reader:
             )
         return tensor
 
-    def _norms(self, module: nn.Module, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """[O]: of the rows of W + BA; a row that is zero has norm 1, for its magnitude has nothing to scale."""
+    def _compute_norms(self, module: nn.Module, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """Return the norms [O] of the rows of W + BA; a zero row has norm 1, as its magnitude scales nothing."""
         dense_OI = read_weight(module, torch.float32)
         norms_O = torch.linalg.vector_norm(torch.addmm(dense_OI, b_OR, a_RI), dim=1)
         return norms_O.masked_fill_(norms_O == 0, 1)
 
-    def _ready(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy laid out as the products read it; files may be mapped. `dtype`: None: the base's activations'."""
+    def _lay_out(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a copy laid out as the products read it; files may be mapped. dtype None: the base's activations'."""
         dtype = dtype or self.model.dtype
         return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format).copy_(tensor)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.banks.compiled import KernelInput, addresses, kernel
+from rankloom.banks.compiled import KernelInput, build_addresses, load_kernel
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.slot_table import SlotTable, SlotTokens
 from rankloom.kernels import use_on
-from rankloom.models import chooses_experts, find_shared_inputs, is_linear, linear_widths
+from rankloom.models import chooses_experts, find_shared_inputs, get_linear_widths, is_linear
 from rankloom.models.onednn import pack
 
 NO_SLOT = -1
@@ -69,7 +69,7 @@ class TokenOrder:
 
 
 class ServedBank:
-    """Replaces the `forward` of a base's linears; outside `routed` they compute as without a bank.
+    """Replaces the `forward` of a base's linears; outside `apply_route` they compute as without a bank.
 
     One thread puts adapters into slots and runs forwards with them; other threads may run forwards with loose adapters
     at the same time.
@@ -91,8 +91,8 @@ class ServedBank:
         self._is_fast = use_on(self._device)
         self.compiles = self._device.type == "cpu" and not self._is_fast
         if self.compiles:
-            kernel()
-            self._sizes_S2 = np.array([linear_widths(module) for module in self._sites.values()])
+            load_kernel()
+            self._sizes_S2 = np.array([get_linear_widths(module) for module in self._sites.values()])
         together = find_shared_inputs(model) if self._is_fast else []
         in_groups = {name for names in together for name in names}
         alone = [[name] for name in self._sites if name not in in_groups]
@@ -102,7 +102,11 @@ class ServedBank:
         for index, group in enumerate(groups):
             for part, (name, module) in enumerate(zip(group.names, group.modules, strict=True)):
                 is_alone = len(group.names) == 1
-                forward = self._linear_at(index, group) if is_alone else self._member_at(index, group, part)
+                forward = (
+                    self._make_linear_forward(index, group)
+                    if is_alone
+                    else self._make_member_forward(index, group, part)
+                )
                 self._patch(name, module, forward)
 
     @property
@@ -124,11 +128,11 @@ class ServedBank:
         with self._lock:
             if self.compiles:
                 adapter.linears.update({name: own.to(torch.float32) for name, own in adapter.linears.items()})
-                self._addresses[adapter] = addresses(adapter, list(self._sites))
+                self._addresses[adapter] = build_addresses(adapter, list(self._sites))
             for name in (*adapter.embeddings, *adapter.whole, *adapter.experts):
                 if name not in self._patched:
                     module = self._model.get_submodule(name)
-                    other = self._mixture_at if chooses_experts(module) else self._other_at
+                    other = self._make_mixture_forward if chooses_experts(module) else self._make_other_forward
                     self._patch(name, module, other(name, module))
 
     def route(self, shares: Sequence[AdapterShare], *, in_slots: bool = True) -> TokenOrder:
@@ -162,11 +166,11 @@ class ServedBank:
         """
         if slot_N is None:
             return TokenOrder((), _Layout(), _Layout())
-        layout = _Layout(slots=SlotTokens.of_rows(slot_N))
+        layout = _Layout(slots=SlotTokens.from_rows(slot_N))
         return TokenOrder(tuple(range(len(slot_N))), layout, layout)
 
     @contextmanager
-    def routed(self, route: TokenOrder) -> Iterator[None]:
+    def apply_route(self, route: TokenOrder) -> Iterator[None]:
         """Apply a route to this thread's forwards inside the context."""
         self._local.route, self._local.results = route, {}
         try:
@@ -174,7 +178,7 @@ class ServedBank:
         finally:
             self._local.route, self._local.results = None, {}
 
-    def _layout(self, module: nn.Module) -> _Layout | None:
+    def _get_layout(self, module: nn.Module) -> _Layout | None:
         route: TokenOrder | None = getattr(self._local, "route", None)
         if route is None:
             return None
@@ -200,11 +204,11 @@ class ServedBank:
         slots = None
         if any(slot is not None and count for _, count, slot in counted):
             counts = [(NO_SLOT if slot is None else slot, count) for _, count, slot in counted]
-            slots = SlotTokens.of_counts(counts, self._device)
+            slots = SlotTokens.from_counts(counts, self._device)
         layout = _Layout(tuple(loose), slots, tuple(whole))
-        return self._compiled(layout) if self.compiles else layout
+        return self._compile(layout) if self.compiles else layout
 
-    def _compiled(self, layout: _Layout) -> _Layout:
+    def _compile(self, layout: _Layout) -> _Layout:
         """Return the layout with its loose adapters as compiled ones."""
         if not layout.loose:
             return layout
@@ -217,12 +221,12 @@ class ServedBank:
         self._patched[name] = (module, vars(module).get("forward"))
         module.forward = forward
 
-    def _linear_at(self, index: int, group: LinearGroup) -> Callable[[Tensor], Tensor]:
+    def _make_linear_forward(self, index: int, group: LinearGroup) -> Callable[[Tensor], Tensor]:
         (module,) = group.modules
         base = (pack(module) if self._pack else None) or module.forward
 
         def forward(x: Tensor) -> Tensor:
-            layout = self._layout(module)
+            layout = self._get_layout(module)
             if layout is None:
                 return base(x)
             if layout.slots:
@@ -237,18 +241,18 @@ class ServedBank:
 
         return forward
 
-    def _member_at(self, index: int, group: LinearGroup, part: int) -> Callable[[Tensor], Tensor]:
+    def _make_member_forward(self, index: int, group: LinearGroup, part: int) -> Callable[[Tensor], Tensor]:
         """Return the forward of one of several linears: the first to be called computes them all."""
         module = group.modules[part]
         own = module.forward
 
         def forward(x: Tensor) -> Tensor:
-            layout = self._layout(module)
+            layout = self._get_layout(module)
             if layout is None:
                 return own(x)
             results: dict[int, tuple[Tensor, dict[int, Tensor]]] = self._local.results
             if index not in results or results[index][0] is not x or part not in results[index][1]:
-                y = self._compute(index, group, group.base, x, layout)
+                y = self._compute(index, group, group.compute_base, x, layout)
                 results[index] = x, dict(enumerate(y.split(group.widths, -1)))
             return results[index][1].pop(part)
 
@@ -285,12 +289,12 @@ class ServedBank:
     def _is_recorded(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _other_at(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+    def _make_other_forward(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         base = module.forward
 
         def forward(x: Tensor) -> Tensor:
             y: Tensor = base(x)
-            layout = self._layout(module)
+            layout = self._get_layout(module)
             for adapter, span in layout.whole if layout else ():
                 if factors := adapter.embeddings.get(name):
                     factors.add_to(y[0, span], x[0, span])
@@ -300,19 +304,19 @@ class ServedBank:
 
         return forward
 
-    def _mixture_at(self, name: str, module: nn.Module) -> Callable[..., Any]:
+    def _make_mixture_forward(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """Return the forward of a router or of experts; all inputs and outputs are [N, .] or [1, N, .]."""
         base = module.forward
 
         def forward(*given: Tensor) -> Any:
             found = base(*given)
-            layout = self._layout(module)
+            layout = self._get_layout(module)
             for adapter, span in layout.whole if layout else ():
                 factors = adapter.experts.get(name)
-                if (own := factors.on(module) if factors else adapter.whole.get(name)) is not None:
-                    theirs = own(*(_tokens(each)[span] for each in given))
-                    for y, y_own in zip(_all(found), _all(theirs), strict=True):
-                        _tokens(y)[span] = y_own
+                if (own := factors.apply_to(module) if factors else adapter.whole.get(name)) is not None:
+                    theirs = own(*(_drop_batch(each)[span] for each in given))
+                    for y, y_own in zip(_as_tuple(found), _as_tuple(theirs), strict=True):
+                        _drop_batch(y)[span] = y_own
             return found
 
         return forward
@@ -326,15 +330,15 @@ def _add_alone(group: LinearGroup, y: Tensor, x: Tensor, layout: _Layout) -> Non
     for part, name in enumerate(group.names):
         for adapter, span in layout.loose:
             if factors := adapter.linears.get(name):
-                factors.add_to(y_NO[span, group.outputs(part)], x_NI[span])
+                factors.add_to(y_NO[span, group.get_outputs(part)], x_NI[span])
         for adapter, span in layout.whole:
             if own := adapter.whole.get(name):
-                y_NO[span, group.outputs(part)] = own(x_NI[span])
+                y_NO[span, group.get_outputs(part)] = own(x_NI[span])
 
 
-def _tokens(x: Tensor) -> Tensor:
+def _drop_batch(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
-def _all(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)

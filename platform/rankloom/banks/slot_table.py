@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import Factors, ServedAdapter
-from rankloom.kernels.lora import lora_expand, lora_shrink, num_splits
+from rankloom.kernels.lora import count_splits, lora_expand, lora_shrink
 from rankloom.models.device import free_cuda_bytes
 
 RANK_STEP = 16
@@ -45,7 +45,7 @@ class _Size(NamedTuple):
     rows: int
     vectors: int
 
-    def at_least(self, other: _Size) -> _Size:
+    def extend_to(self, other: _Size) -> _Size:
         return _Size(*map(max, self, other))
 
 
@@ -66,16 +66,16 @@ class GroupRows:
 
     def grow(self, size: _Size) -> None:
         """Make room, one tensor after the other; what is there keeps its place."""
-        self.a_PXI = _grown(self.a_PXI, 1, size.rows)
-        self.b_XO = _grown(self.b_XO, 0, size.rows)
-        self.vectors_VO = _grown(self.vectors_VO, 0, size.vectors)
+        self.a_PXI = _enlarge(self.a_PXI, 1, size.rows)
+        self.b_XO = _enlarge(self.b_XO, 0, size.rows)
+        self.vectors_VO = _enlarge(self.vectors_VO, 0, size.vectors)
 
-    def places(self, adapter: ServedAdapter, rows: range, vectors: range) -> dict[str, Factors]:
+    def get_places(self, adapter: ServedAdapter, rows: range, vectors: range) -> dict[str, Factors]:
         """Return an adapter's places on these linears, as views."""
         found = {}
         for part, name in enumerate(self.group.names):
             if (own := adapter.linears.get(name)) is not None:
-                span, outputs = slice(rows.start, rows.start + own.rank), self.group.outputs(part)
+                span, outputs = slice(rows.start, rows.start + own.rank), self.group.get_outputs(part)
                 found[name] = Factors(
                     self.a_PXI[part, span],
                     self.b_XO[span, outputs],
@@ -94,12 +94,12 @@ class SlotTokens:
     block: int
 
     @classmethod
-    def of_rows(cls, slot_N: Tensor) -> SlotTokens:
+    def from_rows(cls, slot_N: Tensor) -> SlotTokens:
         """Return the blocks of single tokens, whose slots are on the device already, as int32."""
         return cls(slot_N, torch.arange(len(slot_N) + 1, dtype=torch.int32, device=slot_N.device), 1)
 
     @classmethod
-    def of_counts(cls, counts: Sequence[tuple[int, int]], device: torch.device) -> SlotTokens:
+    def from_counts(cls, counts: Sequence[tuple[int, int]], device: torch.device) -> SlotTokens:
         """Return the blocks of tokens that are sorted by slot.
 
         Args:
@@ -149,7 +149,7 @@ class SlotTable:
 
     def shrink(self, rows: GroupRows, x_NI: Tensor, tokens: SlotTokens) -> Tensor:
         """Return x A of each token's adapter, for `expand`."""
-        splits = num_splits(x_NI.shape[1], len(tokens.slot_G))
+        splits = count_splits(x_NI.shape[1], len(tokens.slot_G))
         return lora_shrink(
             x_NI, rows.a_PXI, rows.slots_PK4, tokens.slot_G, tokens.start_G1, tokens.block, self.rank, splits
         )
@@ -171,8 +171,8 @@ class SlotTable:
         if adapter in self._refused:
             return None
         slot = next(slot for slot in range(len(self._spans) + 1) if slot not in self._spans)
-        rows = _first_gap([range(1), *(rows for rows, _ in self._spans.values())], adapter.rank)  # row 0 is zero
-        vectors = _first_gap([vectors for _, vectors in self._spans.values()], _count_vectors(adapter))
+        rows = _find_gap([range(1), *(rows for rows, _ in self._spans.values())], adapter.rank)  # row 0 is zero
+        vectors = _find_gap([vectors for _, vectors in self._spans.values()], _count_vectors(adapter))
         if not self._make_room(adapter, _Size(slot + 1, rows.stop, vectors.stop)):
             self._refused.add(adapter)
             logger.warning("there is no memory for another adapter's slot; it is served, with more launches a step")
@@ -186,7 +186,7 @@ class SlotTable:
         """Grow as an adapter needs it; returns False where memory does not suffice."""
         indices = {i for i, group in enumerate(self._groups) if not adapter.linears.keys().isdisjoint(group.names)}
         rank = -(-adapter.rank // RANK_STEP) * RANK_STEP
-        size = self._size.at_least(needed)
+        size = self._size.extend_to(needed)
         if size == self._size and rank <= self.rank and indices <= self.rows.keys():
             return True
         doubled = _Size(*(num if num == has else max(num, 2 * has) for has, num in zip(self._size, size, strict=True)))
@@ -204,10 +204,10 @@ class SlotTable:
         """Return whether growing leaves half of the free memory to others."""
         if self._like.device.type != "cuda":
             return True
-        more = self._num_bytes(indices, size) - self._num_bytes(self.rows, self._size)
+        more = self._count_bytes(indices, size) - self._count_bytes(self.rows, self._size)
         return more <= free_cuda_bytes(self._like.device) / 2
 
-    def _num_bytes(self, indices: Collection[int], size: _Size) -> int:
+    def _count_bytes(self, indices: Collection[int], size: _Size) -> int:
         total = 0
         for group in (self._groups[index] for index in indices):
             num_out = sum(group.widths)
@@ -217,7 +217,7 @@ class SlotTable:
 
     def _grow(self, indices: Iterable[int], size: _Size) -> None:
         self.generation += 1
-        self._slots_LK4 = _grown(self._slots_LK4, 1, size.slots)
+        self._slots_LK4 = _enlarge(self._slots_LK4, 1, size.slots)
         for index in indices:
             rows = self.rows.setdefault(index, GroupRows(self._groups[index], self._like))
             rows.slots_PK4 = self._slots_LK4[self._first_linear[index] : self._first_linear[index + 1]]
@@ -225,17 +225,17 @@ class SlotTable:
                 rows.grow(size)
             finally:  # the smaller tensors are freed with their last view
                 for adapter, slot in list(self._slot_of.items()):
-                    adapter.linears.update(rows.places(adapter, *self._spans[slot]))
+                    adapter.linears.update(rows.get_places(adapter, *self._spans[slot]))
         self._size = size
 
     def _write(self, adapter: ServedAdapter, slot: int, rows: range, vectors: range) -> None:
         places: dict[str, Factors] = {}
         for group_rows in self.rows.values():
-            places |= group_rows.places(adapter, rows, vectors)
-        targets = [tensor for place in places.values() for tensor in place.tensors()]
-        torch._foreach_copy_(targets, [tensor for name in places for tensor in adapter.linears[name].tensors()])
+            places |= group_rows.get_places(adapter, rows, vectors)
+        targets = [tensor for place in places.values() for tensor in place.list_tensors()]
+        torch._foreach_copy_(targets, [tensor for name in places for tensor in adapter.linears[name].list_tensors()])
         names = [name for group in self._groups for name in group.names]
-        columns = [_columns(adapter.linears.get(name), rows, vectors) for name in names]
+        columns = [_make_columns(adapter.linears.get(name), rows, vectors) for name in names]
         self._slots_LK4[:, slot] = torch.tensor(columns, dtype=torch.int32).to(self._like.device)
         adapter.linears.update(places)
 
@@ -253,7 +253,7 @@ def forecast_table_bytes(widths: Iterable[tuple[int, int]], num_adapters: int, r
     return sum(rows * (num_in + num_out) * value_bytes for num_in, num_out in widths)
 
 
-def _columns(own: Factors | None, rows: range, vectors: range) -> tuple[int, int, int, int]:
+def _make_columns(own: Factors | None, rows: range, vectors: range) -> tuple[int, int, int, int]:
     """Return an adapter's entry on one linear, in the order of `kernels.lora.FIRST` and those after it."""
     if own is None:
         return 0, 0, -1, -1
@@ -267,7 +267,7 @@ def _count_vectors(adapter: ServedAdapter) -> int:
     return any(own.factor_O is not None for own in factors) + any(own.shift_O is not None for own in factors)
 
 
-def _first_gap(taken: Iterable[range], count: int) -> range:
+def _find_gap(taken: Iterable[range], count: int) -> range:
     """Return the first `count` numbers in a row that are not taken."""
     start = 0
     for span in sorted(taken, key=lambda span: span.start):
@@ -277,7 +277,7 @@ def _first_gap(taken: Iterable[range], count: int) -> range:
     return range(start, start + count)
 
 
-def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:
+def _enlarge(tensor: Tensor, dim: int, size: int) -> Tensor:
     if tensor.shape[dim] >= size:
         return tensor
     larger = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])

@@ -152,7 +152,8 @@ def _show_defaults() -> Iterator[Check]:
     slots, tokens = hosts.count_slots(sys.maxsize, on_gpu=on_gpu), hosts.count_tokens(on_gpu=on_gpu)
     precision = describe_precision(choose_auto_dtype(device))
     yield Check("training", "ok", f"{precision}; a host: up to {slots} slots, {tokens:,} tokens a step")
-    steps = f"{engine.num_seqs(on_gpu=on_gpu)} sequences, {engine.num_tokens(on_gpu=on_gpu):,} tokens a step"
+    num_seqs, num_tokens = engine.resolve_num_seqs(on_gpu=on_gpu), engine.resolve_num_tokens(on_gpu=on_gpu)
+    steps = f"{num_seqs} sequences, {num_tokens:,} tokens a step"
     sizes = [f"{num:,} tokens" for num in (CPU_TOKENS, CPU_PREFIX_TOKENS)]
     if on_gpu:
         steps = f"a GPU each replica; {steps}"

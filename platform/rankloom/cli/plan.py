@@ -82,7 +82,7 @@ def _print(planned: Plan) -> None:
 
 def _format_row(method: MethodPlan) -> tuple[str, ...]:
     from rankloom.planning.gate import format_seconds
-    from rankloom.training.memory_plan import gigabytes
+    from rankloom.training.memory_plan import format_gb
 
     memory = method.memory
     sizes = (
@@ -91,7 +91,7 @@ def _format_row(method: MethodPlan) -> tuple[str, ...]:
     return (
         method.label,
         f"{method.trained / 1e6:,.4g} M",
-        *(gigabytes(size) for size in sizes),
+        *(format_gb(size) for size in sizes),
         {None: "", True: "yes", False: "no"}[method.fits],
         "" if method.largest_batch is None else str(method.largest_batch),
         "" if method.members is None else str(method.members),

@@ -139,7 +139,7 @@ def build_result_rows(result: StudyResult) -> list[tuple[str, ...]]:
     baseline = result.baseline and result.baseline.trial
     for row in result.finalists:
         metric = next((name for name in ("metric", "accuracy") if getattr(row.validation, name) is not None), "loss")
-        test, loss = tested(row.scorecard.result) if row.scorecard else (row.error or "", "")
+        test, loss = format_measures(row.scorecard.result) if row.scorecard else (row.error or "", "")
         name = row.name + (" (baseline)" if row.trial == baseline else "")
         validation = getattr(row.validation, metric)
         measured = format_costs(row) if front else ()
@@ -148,11 +148,11 @@ def build_result_rows(result: StudyResult) -> list[tuple[str, ...]]:
         )
     base = next((row.scorecard.base for row in result.finalists if row.scorecard), None)
     if base is not None:
-        rows.append(("base, untuned", "", "", *tested(base), *("" for _ in costs), ""))
+        rows.append(("base, untuned", "", "", *format_measures(base), *("" for _ in costs), ""))
     return rows
 
 
-def tested(measures: Measures) -> tuple[str, str]:
+def format_measures(measures: Measures) -> tuple[str, str]:
     """Return the accuracy or exact match on the test rows, and the loss."""
     share = measures.accuracy or measures.exact_match
     return format_interval(share) if share else "", f"{measures.loss:.4f}"
@@ -182,7 +182,7 @@ def format_result(result: StudyResult, config: str, overrides: Sequence[str] = (
     baseline = result.baseline
     if winner.scorecard and baseline and baseline.scorecard and baseline.trial != winner.trial:
         verdict = contrast(winner.scorecard.result, baseline.scorecard.result)
-        lines.append(f"test     {verdict.sentence('the winner', f'the baseline {baseline.name}')}")
+        lines.append(f"test     {verdict.make_sentence('the winner', f'the baseline {baseline.name}')}")
     lines += [f"study    {result.folder}", f"trials   {result.results}"]
     if winner.adapter and result.registry:
         lines.append(f"next     rankloom adapters promote {winner.adapter} --registry {shlex.quote(result.registry)}")

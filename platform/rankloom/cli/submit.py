@@ -49,7 +49,7 @@ def submit_train(
 
     rankloom submit train trial.yaml --working-dir . --address http://head:8265
     """
-    _submit("train", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+    _submit("train", config, overrides, address, follow, working_dir, resume=resume)
 
 
 @app.command("tune", epilog=_NOTE)
@@ -67,7 +67,7 @@ def submit_tune(
 
     Example: rankloom submit tune study.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
     """
-    _submit("tune", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+    _submit("tune", config, overrides, address, follow, working_dir, resume=resume)
 
 
 @app.command("compare", epilog=_NOTE)
@@ -83,7 +83,7 @@ def submit_compare(
 
     Example: rankloom submit compare compare.yaml trial.output.root=/shared/rankloom --address http://head:8265 --follow
     """
-    _submit("compare", config, overrides or [], ["--resume"] if resume else [], address, follow, working_dir)
+    _submit("compare", config, overrides, address, follow, working_dir, resume=resume)
 
 
 @app.command("evaluate", epilog=_NOTE)
@@ -102,34 +102,33 @@ def submit_evaluate(
     Example: rankloom submit evaluate bank-intents-lora --registry s3://bucket/rankloom/registry --address
     http://head:8265 --follow
     """
-    options = ["--registry", registry] if registry else []
-    _submit("evaluate", subject, overrides or [], options, address, follow, working_dir)
+    _submit("evaluate", subject, overrides, address, follow, working_dir, registry=registry)
 
 
 def _submit(
     verb: str,
     subject: str,
-    overrides: list[str],
-    options: list[str],
+    overrides: list[str] | None,
     address: str,
     follow: bool,
     working_dir: Path | None,
+    *,
+    resume: bool = False,
+    registry: str | None = None,
 ) -> None:
     from rankloom.config import CompareConfig, StudyConfig, TrialConfig, load
     from rankloom.config.paths import list_local_inputs
     from rankloom.launch.submit import CONFIG_FILE, is_open, submit
 
-    shipped = None
+    overrides, shipped = overrides or [], None
+    options = [*(["--resume"] if resume else []), *(["--registry", registry] if registry else [])]
     if verb != "evaluate" or is_config_file(subject):
         path = find_config(subject)
-        config: CompareConfig | StudyConfig | TrialConfig
-        match verb:
-            case "tune":
-                config = load(StudyConfig, path, overrides)
-            case "compare":
-                config = load(CompareConfig, path, overrides)
-            case _:
-                config = load(TrialConfig, path, overrides)
+        kinds: dict[str, type[CompareConfig | StudyConfig | TrialConfig]] = {
+            "tune": StudyConfig,
+            "compare": CompareConfig,
+        }
+        config = load(kinds.get(verb, TrialConfig), path, overrides)
         if working_dir is None:
             for setting, place in list_local_inputs(config):
                 typer.secho(

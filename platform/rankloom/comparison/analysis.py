@@ -109,7 +109,7 @@ def _list_ids(seeds: Sequence[ScoredSeed]) -> set[str]:
 
 def _average_validation(trials: Sequence[TrialState], leaderboard: Leaderboard) -> float | None:
     search = leaderboard.study.search
-    values = [best.value(search.key) for trial in trials if (best := trial.best(search)) is not None]
+    values = [best.get_value(search.key) for trial in trials if (best := trial.find_best(search)) is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -111,13 +111,9 @@ def compare(
     comparison = _use_python(coerce(CompareConfig, comparison), metric, data)
     folder = get_comparison_folder(comparison)
     if not _is_finished(comparison, folder, resume=resume):
-        from rankloom.planning.gate import announce_plan
-        from rankloom.planning.plan import list_trials
-        from rankloom.training.preflight import preflight
+        from rankloom.planning.gate import vet_trials
 
-        for note in preflight(_list_trials(comparison), metric):
-            on_event(WarningRaised(note))
-        announce_plan(list_trials(comparison), comparison.name, on_event, fused=True)
+        vet_trials(_list_trials(comparison), comparison.name, on_event, metric, fused=True)
     with lock_folder(folder, "comparison"):
         if _is_finished(comparison, folder, resume=resume):
             return CompareResult.model_validate_json((folder / RESULT).read_bytes())
@@ -174,8 +170,8 @@ def _train(
         on_event=tell,
         stop=stop,
         metric=metric,
-        end=(lambda *_: {}) if rank_only else end,
-        announces=False,
+        end=(lambda *_: None) if rank_only else end,
+        vetted=True,
     )
 
 

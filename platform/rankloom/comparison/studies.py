@@ -74,7 +74,9 @@ def rank_methods(comparison: CompareConfig, leaderboard: Leaderboard) -> list[st
     search, places = leaderboard.study.search, {}
     for label, trials in group_by_method(comparison, leaderboard).items():
         candidates = {trial.id for trial in leaderboard.list_candidates()}
-        best = [rank(point, search) for t in trials if t.id in candidates and (point := t.best(search)) is not None]
+        best = [
+            rank(point, search) for t in trials if t.id in candidates and (point := t.find_best(search)) is not None
+        ]
         if best:
             means = tuple(sum(values) / len(best) for values in zip(*best, strict=True))
             places[label] = (-len(best), *means)

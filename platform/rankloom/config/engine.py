@@ -66,11 +66,11 @@ class EngineConfig(Frozen):
             )
         return self
 
-    def num_seqs(self, *, on_gpu: bool) -> int:
+    def resolve_num_seqs(self, *, on_gpu: bool) -> int:
         """Return `max_num_seqs`, or the default that null stands for."""
-        return self.max_num_seqs or min(64 if on_gpu else 16, self.num_tokens(on_gpu=on_gpu))
+        return self.max_num_seqs or min(64 if on_gpu else 16, self.resolve_num_tokens(on_gpu=on_gpu))
 
-    def num_tokens(self, *, on_gpu: bool) -> int:
+    def resolve_num_tokens(self, *, on_gpu: bool) -> int:
         """Return `max_num_batched_tokens`, or the default that null stands for, which every sequence has one of."""
         return self.max_num_batched_tokens or max(2048 if on_gpu else 512, self.max_num_seqs or 0)
 
@@ -138,7 +138,7 @@ class VllmConfig(Frozen):
                 raise ConfigError(f"args: rankloom sets {name} itself; use the engine's other settings")
         return self
 
-    def num_seqs(self, *, on_gpu: bool) -> int:
+    def resolve_num_seqs(self, *, on_gpu: bool) -> int:
         """Return `max_num_seqs`, or the default that null stands for."""
         return self.max_num_seqs or (256 if on_gpu else 16)
 

@@ -32,8 +32,8 @@ class ModelShape(Protocol):
     def num_stacked(self) -> int:
         """Parameters of experts that are stacks of matrices; they count as others, and no method trains them whole."""
 
-    def adapter_numbers(self, rank: int, *, dora: bool) -> int:
-        """Numbers of A and B at this rank on all targets; with `dora` of the magnitudes too."""
+    def count_adapter_numbers(self, rank: int, *, dora: bool) -> int:
+        """Return the numbers of A and B at this rank on all targets; with `dora` of the magnitudes too."""
 
 
 THROUGH_ADAPTERS, THROUGH_TRAINED, THROUGH_FROZEN = 0.8, 0.92, 0.58
@@ -62,27 +62,27 @@ class TrainedNumbers:
     """Copies of each target's input, in the lower type, that adapters keep under autocast."""
 
 
-def adapter_terms(
+def count_adapter_terms(
     shape: ModelShape, rank: int, *, dora: bool = False, moments: int = 2, mixed_inputs: float = 0.0
 ) -> TrainedNumbers:
-    """Return the terms of adapters on a frozen base.
+    """Count the terms of adapters on a frozen base.
 
     Args:
         moments: numbers that last for each that trains; 2 with AdamW.
         mixed_inputs: as in `TrainedNumbers`.
     """
-    numbers = shape.adapter_numbers(rank, dora=dora)
+    numbers = shape.count_adapter_numbers(rank, dora=dora)
     return TrainedNumbers(numbers, numbers, moments * numbers, rank=rank, dora=dora, mixed_inputs=mixed_inputs)
 
 
-def full_terms(
+def count_full_terms(
     shape: ModelShape,
     *,
     gradients: float | None = None,
     moments: float | None = None,
     activations: float = THROUGH_TRAINED,
 ) -> TrainedNumbers:
-    """Return the terms of a method that trains the base's own weights; by default AdamW on all but stacked experts."""
+    """Count the terms of a method that trains the base's own weights; by default AdamW on all but stacked experts."""
     trained = shape.num_weights - shape.num_stacked
     return TrainedNumbers(
         shape.num_weights,

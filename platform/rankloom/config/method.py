@@ -17,8 +17,8 @@ from rankloom.config.memory import (
     THROUGH_TRAINED,
     ModelShape,
     TrainedNumbers,
-    adapter_terms,
-    full_terms,
+    count_adapter_terms,
+    count_full_terms,
 )
 from rankloom.config.plugins import load_external_methods
 from rankloom.errors import ConfigError
@@ -68,9 +68,9 @@ class AdapterConfig(MethodConfig):
     false: leave them as they are; null: leave them, with a note. It matters where experts are stacked matrices, which
     `target_modules` can't name."""
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory; a method that keeps more than AdamW's moments overrides it."""
-        return adapter_terms(shape, int(getattr(self, "rank", self.default_rank)))
+        return count_adapter_terms(shape, int(getattr(self, "rank", self.default_rank)))
 
 
 class LoraConfig(AdapterConfig):
@@ -97,9 +97,9 @@ class DoraConfig(AdapterConfig):
     init: Literal["default", "gaussian"] = "default"
     """Initialisation of A and B."""
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory."""
-        return adapter_terms(shape, self.rank, dora=True)
+        return count_adapter_terms(shape, self.rank, dora=True)
 
 
 class AdaLoraConfig(AdapterConfig):
@@ -142,9 +142,9 @@ class AdaLoraConfig(AdapterConfig):
             )
         return warmup, final
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: beside Adam's moments, PEFT's three averages of each importance."""
-        return adapter_terms(shape, self.initial_rank, moments=5, mixed_inputs=1.2)
+        return count_adapter_terms(shape, self.initial_rank, moments=5, mixed_inputs=1.2)
 
 
 class FullRankConfig(MethodConfig):
@@ -153,9 +153,9 @@ class FullRankConfig(MethodConfig):
     extract_rank: Rank = 64
     """Rank at which the change of the weights is published as an adapter (truncated SVD)."""
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory; one that keeps less than AdamW on all weights overrides it."""
-        return full_terms(shape)
+        return count_full_terms(shape)
 
 
 class FullConfig(FullRankConfig):
@@ -179,14 +179,14 @@ class GaLoreConfig(FullRankConfig):
     layerwise: bool = False
     """Update each weight during the backward pass and free its gradient at once."""
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: moments in the projection, few gradients if layerwise."""
         projected = sum(2 * min(self.rank, *each) * max(each) for each in shape.linears)
         projections = sum(min(self.rank, *each) * min(each) for each in shape.linears)
         other = shape.num_other - shape.num_stacked
         moments = (projected + 2 * other) / (4 if self.optimizer == "adamw8bit" else 1)
         largest = max(other, *(wide * high for wide, high in shape.linears))
-        return full_terms(shape, gradients=largest if self.layerwise else None, moments=moments + projections)
+        return count_full_terms(shape, gradients=largest if self.layerwise else None, moments=moments + projections)
 
 
 class LisaConfig(FullRankConfig):
@@ -198,13 +198,13 @@ class LisaConfig(FullRankConfig):
     interval: Annotated[int, Field(ge=1)] = 20
     """Steps between two draws."""
 
-    def trained_numbers(self, shape: ModelShape) -> TrainedNumbers:
+    def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: gradients and moments of the layers that train."""
         linear = shape.num_weights - shape.num_other
         share = min(1.0, self.num_layers / shape.num_layers)
         active = shape.num_other - shape.num_stacked + linear * share
         kept = share * THROUGH_TRAINED + (1 - share) * THROUGH_FROZEN
-        return full_terms(shape, gradients=active, moments=2 * active, activations=kept)
+        return count_full_terms(shape, gradients=active, moments=2 * active, activations=kept)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise ConfigError if the model has too few layers."""

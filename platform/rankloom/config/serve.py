@@ -122,7 +122,7 @@ class RouteConfig(Frozen):
             raise ConfigError("sticky needs a split or a canary; with `to`, all requests go to one adapter")
         return self
 
-    def refs(self) -> list[str]:
+    def list_refs(self) -> list[str]:
         """Return every adapter that a request may go to."""
         ruled = [rule.to for rule in self.rules]
         one = [*([self.to] if self.to else []), *(self.split or ()), *([self.canary.adapter] if self.canary else [])]

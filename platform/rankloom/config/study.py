@@ -304,7 +304,7 @@ class StudyConfig(Frozen):
         """
         if "warm_start" in point:
             at = int(point["warm_start"])
-            fragment = self._fragment(point)
+            fragment = self._get_fragment(point)
             origin = f"search.warm_start[{at}]" if self.search.warm_start else "trial"
         else:
             branch = int(point["branch"])
@@ -320,16 +320,16 @@ class StudyConfig(Frozen):
 
     def get_label(self, point: Point) -> str | None:
         """Return the name that a point's branch or warm start was given; None: its method stands for it."""
-        name: str | None = self._fragment(point).get("name")
+        name: str | None = self._get_fragment(point).get("name")
         return name
 
-    def _fragment(self, point: Point) -> Tree:
+    def _get_fragment(self, point: Point) -> Tree:
         """Return the branch or the warm start that a point is of."""
         if "warm_start" not in point:
             return self.space[int(point["branch"])]
         return self.search.warm_start[int(point["warm_start"])] if self.search.warm_start else {}
 
-    def members(self) -> Iterator[TrialConfig]:
+    def probe_trials(self) -> Iterator[TrialConfig]:
         """Yield trials with each end of each knob; they decide the size and the number of hosts."""
         for index in range(self.num_warm_starts):
             yield self.resolve({"warm_start": index})

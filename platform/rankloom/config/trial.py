@@ -98,7 +98,7 @@ class EvalConfig(Frozen):
     """Measure generation latency and throughput."""
 
     @model_validator(mode="after")
-    def _mode_is_the_metrics(self) -> EvalConfig:
+    def _check_mode(self) -> EvalConfig:
         check_mode(self.metric, self.mode)
         return self
 

@@ -93,13 +93,13 @@ class Part:
     unread: tuple[str, ...] = ()
     """Columns of the source that the format does not read."""
 
-    def column(self, name: str) -> pa.ChunkedArray:
+    def get_column(self, name: str) -> pa.ChunkedArray:
         return self.rendered.data.column(name).take(pa.array(self.kept))
 
     @property
     def trained_tokens(self) -> int:
         """Number of tokens that carry loss."""
-        return int(pc.sum(pc.list_flatten(self.column("loss_weights"))).as_py() or 0)
+        return int(pc.sum(pc.list_flatten(self.get_column("loss_weights"))).as_py() or 0)
 
     def pick(self, kept: np.ndarray) -> Part:
         """Return a smaller selection; dropped rows stay counted in the whole."""
@@ -146,7 +146,7 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
         limit: `data.max_length`, which the warnings name.
     """
     splits = {name: _split_report(part, labels is not None and name != "retention") for name, part in parts.items()}
-    overlaps = {name: _overlap(parts["train"], parts[name]) for name in ("validation", "test")}
+    overlaps = {name: _find_overlap(parts["train"], parts[name]) for name in ("validation", "test")}
     warnings = [line for name, split in splits.items() for line in _split_warnings(name, split, limit)]
     for name, part in parts.items():
         if part.unread:
@@ -172,8 +172,8 @@ def build_report(parts: Mapping[str, Part], format: str, labels: Mapping[str, An
 
 def _split_report(part: Part, labelled: bool) -> SplitReport:
     lengths = measure_lists(part.rendered, "input_ids")[part.kept]
-    chunk, whole_rows = part.column("chunk").to_numpy(), part.column("row_digest").to_pylist()
-    prompts = part.column("prompt_digest").to_pylist()
+    chunk, whole_rows = part.get_column("chunk").to_numpy(), part.get_column("row_digest").to_pylist()
+    prompts = part.get_column("prompt_digest").to_pylist()
     continued = np.append(chunk[1:] > 0, False)  # a chunk is followed by the rest of its text
     first = np.flatnonzero(chunk == 0)
     seen = Counter(whole_rows[i] for i in first)
@@ -189,13 +189,13 @@ def _split_report(part: Part, labelled: bool) -> SplitReport:
         max_length=int(lengths.max()),
         empty=part.empty,
         over_long=part.over_long,
-        truncated=int((part.column("status").to_numpy() == TRUNCATED).sum()),
+        truncated=int((part.get_column("status").to_numpy() == TRUNCATED).sum()),
         chunks=int(((chunk > 0) | continued).sum()),
         duplicates=sum(count - 1 for count in seen.values()),
         conflicts=sum(len(completions[prompts[i]]) > 1 for i in first),
-        skipped_turns=int(part.column("skipped_turns").to_numpy().sum()),
-        notes=dict(Counter(note for each in part.column("notes").to_pylist() for note in each.splitlines())),
-        labels=dict(sorted(Counter(part.column("completion").to_pylist()).items())) if labelled else None,
+        skipped_turns=int(part.get_column("skipped_turns").to_numpy().sum()),
+        notes=dict(Counter(note for each in part.get_column("notes").to_pylist() for note in each.splitlines())),
+        labels=dict(sorted(Counter(part.get_column("completion").to_pylist()).items())) if labelled else None,
     )
 
 
@@ -223,8 +223,8 @@ def _group_alike(labels: Mapping[str, Any]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _overlap(train: Part, other: Part) -> Overlap:
-    known = set(train.column("prompt_digest").to_pylist())
-    shared = [i for i, prompt in enumerate(other.column("prompt_digest").to_pylist()) if prompt in known]
-    previews = other.column("preview").take(pa.array(shared[:NUM_EXAMPLES], pa.int64())).to_pylist()
+def _find_overlap(train: Part, other: Part) -> Overlap:
+    known = set(train.get_column("prompt_digest").to_pylist())
+    shared = [i for i, prompt in enumerate(other.get_column("prompt_digest").to_pylist()) if prompt in known]
+    previews = other.get_column("preview").take(pa.array(shared[:NUM_EXAMPLES], pa.int64())).to_pylist()
     return Overlap(rows=len(shared), examples=previews)

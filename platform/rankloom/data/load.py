@@ -117,7 +117,7 @@ def check_heads(
         located = {role: locate(source, role) for role, source in resolve_sources(config, retention).items()}
         heads: dict[Role, datasets.Dataset] = {}
         for role, source in located.items():
-            head = source.head(num_rows)
+            head = source.try_read_head(num_rows)
             if head is None or (role != "retention" and not _has_optional(head, config)):
                 return False
             heads[role] = head
@@ -253,7 +253,7 @@ _RETENTION: dict[str, Any] = {
 
 
 def _split(whole: Part, fractions: Mapping[str, float], config: DataConfig) -> dict[str, Part]:
-    digests, chunks = whole.column("prompt_digest").to_pylist(), whole.column("chunk").to_pylist()
+    digests, chunks = whole.get_column("prompt_digest").to_pylist(), whole.get_column("chunk").to_pylist()
     texts = [digest for digest, chunk in zip(digests, chunks, strict=True) if chunk == 0]
     try:
         chosen = split_off(texts, fractions, config.split_seed, field=whole.field)

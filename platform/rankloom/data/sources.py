@@ -1,8 +1,8 @@
 """Finds and reads rows: of the built-in set, of the hub, or of files on any fsspec filesystem.
 
 `locate` finds a source; `Located.key` identifies its contents without parsing a row, `Located.read` reads it through
-the `datasets` builders, `Located.head` reads only its first rows; `pick_columns` determines the format and renames.
-Rendering begins in render.py.
+the `datasets` builders, `Located.try_read_head` reads only its first rows; `pick_columns` determines the format and
+renames. Rendering begins in render.py.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Located:
         """A hash that changes with the contents, computed by reading the files; DataError if they can't be read."""
         return self.make_key()
 
-    def head(self, num_rows: int) -> datasets.Dataset | None:
+    def try_read_head(self, num_rows: int) -> datasets.Dataset | None:
         """Read the first rows, and little more of the source; None if that can't be done, though `read` may succeed.
 
         Raises:
@@ -148,17 +148,17 @@ def pick_columns(
         if name not in names:
             raise DataError(f"data.columns: {role}: no column {name!r}{_make_hint(name, names)}; {there}")
 
-    def column_of(role: str) -> str:
+    def find_column(role: str) -> str:
         others = (name for name in ALIASES.get(role, ()) if name in names and role not in names)
         return columns.get(role) or next(others, role)
 
     if format == "auto":
         if located.field != FIELDS["retention"]:
-            _check_spelling(names, columns, column_of, located.field)
+            _check_spelling(names, columns, find_column, located.field)
         fitting = [
             f
             for f, roles in COLUMNS.items()
-            if set(columns) <= {*roles, *OPTIONAL[f]} and all(column_of(role) in names for role in roles)
+            if set(columns) <= {*roles, *OPTIONAL[f]} and all(find_column(role) in names for role in roles)
         ]
         if not fitting:
             needs = "; ".join(f"{f}: {', '.join(roles)}" for f, roles in COLUMNS.items())
@@ -171,8 +171,8 @@ def pick_columns(
             f"data.columns: {unused[0]!r} is not read by the format {format}, which reads "
             f"{', '.join([*roles, *optional])}; remove it"
         )
-    roles = (*roles, *(role for role in optional if column_of(role) in names))
-    wanted = {column_of(role): role for role in roles}
+    roles = (*roles, *(role for role in optional if find_column(role) in names))
+    wanted = {find_column(role): role for role in roles}
     if missing := [name for name in wanted if name not in names]:
         near = _make_hint(missing[0], names)
         spare = next((name for name in names if name not in wanted), None)
@@ -187,16 +187,18 @@ def pick_columns(
     return kept.rename_columns({name: role for name, role in wanted.items() if name != role}), format
 
 
-def _check_spelling(names: list[str], columns: Mapping[str, str], column_of: Callable[[str], str], field: str) -> None:
+def _check_spelling(
+    names: list[str], columns: Mapping[str, str], find_column: Callable[[str], str], field: str
+) -> None:
     """Raise DataError if names differ only in capitals or spaces from those that a format would read."""
     roles = {role: role for table in (COLUMNS, OPTIONAL) for each in table.values() for role in each}
     roles |= {alias: role for role, aliases in ALIASES.items() for alias in aliases}
-    nearly = {role: name for name in names if (role := roles.get(name.strip().lower())) and name != column_of(role)}
+    nearly = {role: name for name in names if (role := roles.get(name.strip().lower())) and name != find_column(role)}
     for format, required in COLUMNS.items():
         read = (*required, *OPTIONAL[format])
-        if not set(columns) <= set(read) or not all(column_of(r) in names or r in nearly for r in required):
+        if not set(columns) <= set(read) or not all(find_column(r) in names or r in nearly for r in required):
             continue
-        if unlike := [f"{r}: {nearly[r]!r}" for r in read if r in nearly and column_of(r) not in names]:
+        if unlike := [f"{r}: {nearly[r]!r}" for r in read if r in nearly and find_column(r) not in names]:
             raise DataError(
                 f"{field}: the format {format} would read these columns without the capitals or spaces in their names; "
                 f"rename with data.columns={{{', '.join(unlike)}}}, or set data.format"
@@ -241,7 +243,7 @@ def _locate_hub(source: Source, role: Role) -> Located:
     load = partial(datasets.load_dataset, source.path, name=source.subset, split=split, revision=source.revision)
 
     @cache
-    def whole() -> datasets.Dataset:
+    def load_whole() -> datasets.Dataset:
         try:
             return load()
         except Exception as error:  # the hub client and the builders raise a dozen unrelated kinds
@@ -250,15 +252,15 @@ def _locate_hub(source: Source, role: Role) -> Located:
                 f"{explain(error)}; check the spelling, split, subset and revision, the network, and HF_TOKEN if gated"
             ) from None
 
-    def head(num_rows: int) -> datasets.Dataset:
+    def read_first(num_rows: int) -> datasets.Dataset:
         stream = load(streaming=True)
         table = next(stream.with_format("arrow").iter(num_rows))
         return datasets.Dataset(InMemoryTable(table), datasets.DatasetInfo(features=stream.features))
 
     def make_key() -> str:
-        return f"hub:{whole()._fingerprint}"  # follows the commit, configuration and split
+        return f"hub:{load_whole()._fingerprint}"  # follows the commit, configuration and split
 
-    return Located(field, source.path, make_key, lambda _: whole(), head)
+    return Located(field, source.path, make_key, lambda _: load_whole(), read_first)
 
 
 def _is_file(path: str) -> bool:
@@ -303,7 +305,7 @@ def _locate_files(path: str, field: str) -> Located:
             raise DataError(f"{field}: {path!r} can't be read: {explain(error)}") from None
         return hashlib.sha256("\n".join([builder, *marks]).encode()).hexdigest()
 
-    def head(num_rows: int) -> datasets.Dataset:
+    def read_first(num_rows: int) -> datasets.Dataset:
         if 0 in sizes:
             raise DataError(f"{paths[sizes.index(0)]} is empty")
         return read_head([OpenFile(filesystem, p) for p in paths], builder, num_rows)
@@ -311,7 +313,7 @@ def _locate_files(path: str, field: str) -> Located:
     def read(scratch: Path) -> datasets.Dataset:
         return _read(filesystem, paths, builder, scratch, field)
 
-    return Located(field, path, make_key, read, head, None if None in sizes else sum(sizes))
+    return Located(field, path, make_key, read, read_first, None if None in sizes else sum(sizes))
 
 
 def _open_filesystem(path: str, field: str) -> tuple[fsspec.AbstractFileSystem, str]:

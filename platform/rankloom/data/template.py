@@ -1,7 +1,8 @@
 """A chat template that must show all it is given: no message's text is lost on the way to the prompt.
 
 Templates differ in what they take: a text or a list of parts as content, a system message or none, a call's arguments
-as a mapping or as JSON. `ChatTemplate.form` finds the form that shows every message, for training and serving alike.
+as a mapping or as JSON. `ChatTemplate.find_form` returns the form that shows every message, in training
+and serving alike.
 """
 
 from __future__ import annotations
@@ -79,18 +80,18 @@ class ChatTemplate:
         self._takes_system = any(self._probe(talk, Form(parts), mark) for parts in self._parts)
         self._calls = self._find_form_of_calls(Form(self._parts[0]))
 
-    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
+    def render_prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the prompt for the assistant's next turn.
 
         Raises:
             TemplateError: the template refuses the messages, or leaves out the text of one.
         """
-        text = self.render(messages, self.form(messages, tools), tools=tools, ask=True)
+        text = self.render(messages, self.find_form(messages, tools), tools=tools, ask=True)
         if (lost := _find_lost(messages, text)) is not None:
             raise _make_left_out_error(messages, lost)
         return text
 
-    def form(self, messages: Sequence[Message], tools: Any = None) -> Form:
+    def find_form(self, messages: Sequence[Message], tools: Any = None) -> Form:
         """Return the form that shows all of such messages; it depends on their roles and keys, not on their texts.
 
         Raises:

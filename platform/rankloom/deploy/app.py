@@ -124,7 +124,7 @@ class Ingress:
     async def note(self, replica: str, stats: Stats, resident: int) -> None:
         """Record what a replica reports about itself."""
         if self._gateway is not None:
-            self._gateway.metrics.replica(replica, stats, resident)
+            self._gateway.metrics.record_replica(replica, stats, resident)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -141,7 +141,7 @@ def build_application(config: ServeConfig) -> serve.Application:
     config = resolve_paths(config)  # Serve's processes have a folder of their own
     config = resolve_gpus(resolve_base(config, Registry(config.registry or get_registry_root())))
     replicas, tree = config.replicas, dump(config)
-    rows = config.engine.num_seqs(on_gpu=bool(replicas.gpus))
+    rows = config.engine.resolve_num_seqs(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         scaling = {

@@ -62,7 +62,7 @@ class AuthMiddleware:
                 raise _make_too_large_error(most)
         except WireError as error:
             self._on_refusal(error.status)
-            await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
+            await JSONResponse(error.make_body(), error.status, error.make_headers())(scope, receive, send)
             return
         await self._app(scope, _LimitedBody(receive, most), send)
 

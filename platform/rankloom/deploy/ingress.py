@@ -198,7 +198,7 @@ def _make_job(gateway: Gateway, request: Request, body: ChatRequest | Completion
     """Make a job of a body. Raises WireError where the body asks for more than the limits."""
     key = _get_caller(request).key
     tenant = None if key is None or gateway.config.auth.share_prefixes else key.id
-    return body.job(uuid.uuid4().hex, gateway.config.limits, tenant)
+    return body.make_job(uuid.uuid4().hex, gateway.config.limits, tenant)
 
 
 def _make_routing_request(request: Request, id: str, body: ChatRequest | CompletionRequest) -> RoutingRequest:
@@ -215,7 +215,7 @@ async def _handle_invalid_path(_: Request, error: Exception) -> JSONResponse:
 
 async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return JSONResponse(WireError(error.status_code, str(error.detail)).body(), error.status_code, error.headers)
+    return JSONResponse(WireError(error.status_code, str(error.detail)).make_body(), error.status_code, error.headers)
 
 
 async def _handle_failure(request: Request, error: Exception) -> JSONResponse:
@@ -270,7 +270,7 @@ def _cache_by_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> C
     latest: tuple[Any, asyncio.Future[bytes]] | None = None
 
     def describe_all(gateway: Gateway) -> bytes:
-        return ", ".join(json.dumps(describe(gateway, name)) for name in gateway.catalogue.models()).encode()
+        return ", ".join(json.dumps(describe(gateway, name)) for name in gateway.catalogue.list_models()).encode()
 
     async def get(gateway: Gateway) -> bytes:
         nonlocal latest
@@ -340,7 +340,7 @@ def _respond_json(body: bytes) -> Response:
 
 
 def _respond_error(error: WireError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers())
+    return JSONResponse(error.make_body(), error.status, error.make_headers())
 
 
 def _respond_failure(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
@@ -362,10 +362,10 @@ def _log_failure(request: Request, error: Exception) -> None:
 def _respond_whole(response: ResponseBuilder, headers: dict[str, str]) -> Response:
     """Return a response that is not streamed. A large one is sent in parts, between which other requests continue."""
     if response.length < LARGE:
-        return Response("".join(response.body()), headers=headers, media_type="application/json")
+        return Response("".join(response.iter_body()), headers=headers, media_type="application/json")
 
     async def parts() -> AsyncIterator[str]:
-        for part in response.body():
+        for part in response.iter_body():
             yield part
 
     return StreamingResponse(parts(), headers=headers, media_type="application/json")
@@ -377,7 +377,7 @@ async def _stream_events(
     """Yield the events of a stream. A late error is an event too, because the status was sent long before."""
     try:
         async for progress in in_flight:
-            chunks = [format_event(chunk) for chunk in response.chunks(progress)]
+            chunks = [format_event(chunk) for chunk in response.make_chunks(progress)]
             if chunks:
                 yield b"".join(chunks)
         yield (format_event(response.make_usage_chunk()) if usage else b"") + DONE
@@ -385,7 +385,7 @@ async def _stream_events(
         mapped = to_wire_error(error)
         if mapped.status == 500:
             _log_failure(request, error)
-        yield format_event(mapped.body())
+        yield format_event(mapped.make_body())
 
 
 class _EventStream(StreamingResponse):

@@ -135,7 +135,9 @@ class Replica:
             await asyncio.sleep(NOTE_S)
             passed_s += NOTE_S
             with contextlib.suppress(Exception):  # it may be starting, or ending
-                await ingress.note.remote(context.replica_tag, self._engine.stats(), len(self._engine.resident()))
+                await ingress.note.remote(
+                    context.replica_tag, self._engine.get_stats(), len(self._engine.list_resident())
+                )
             if self._config.pinned and passed_s >= self._config.refresh_s:
                 passed_s = 0.0
                 await self._pin()

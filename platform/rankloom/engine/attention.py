@@ -92,7 +92,7 @@ class SequenceLayout:
     def attend(
         self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, scaling: float | None
     ) -> Tensor:
-        layer = layer_of(module)
+        layer = get_layer(module)
         query_NHE, key_NHE, value_NHE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
         result_NHE = query_NHE.new_empty(query_NHE.shape)
         for part in self.parts:
@@ -128,7 +128,7 @@ def lay_out(cache: KvCache, chunks: Sequence[SequenceChunk]) -> SequenceLayout:
         total += chunk.count
     by_bucket: dict[int, list[tuple[SequenceChunk, int, int]]] = {}
     for chunk, start in zip(chunks, starts, strict=True):
-        bucket, place = cache.at(chunk.id)
+        bucket, place = cache.locate(chunk.id)
         by_bucket.setdefault(bucket.width, []).append((chunk, start, place))
 
     def tensor(values: list[int]) -> Tensor:
@@ -141,12 +141,12 @@ def lay_out(cache: KvCache, chunks: Sequence[SequenceChunk]) -> SequenceLayout:
         positions = [chunk.start + i for chunk, _, _ in members for i in range(chunk.count)]
         single = [(chunk, start, place) for chunk, start, place in members if chunk.count == 1]
         longer = [
-            (place, slice(start, start + c.count), c.start + c.count, _mask(c, device))
+            (place, slice(start, start + c.count), c.start + c.count, _make_mask(c, device))
             for c, start, place in members
             if c.count > 1
         ]
         bucket = cache.buckets[width]
-        decoding = _decoding(bucket, single, total, device) if single else None
+        decoding = _arrange_decoding(bucket, single, total, device) if single else None
         whole = len(by_bucket) == 1
         parts.append(
             _Part(bucket, None if whole else tensor(tokens), tensor(places), tensor(positions), decoding, tuple(longer))
@@ -154,7 +154,7 @@ def lay_out(cache: KvCache, chunks: Sequence[SequenceChunk]) -> SequenceLayout:
     return SequenceLayout(tuple(parts))
 
 
-def _decoding(
+def _arrange_decoding(
     bucket: KvBucket, single: list[tuple[SequenceChunk, int, int]], num_tokens: int, device: torch.device
 ) -> _Decoding:
     num_places = max(place for _, _, place in single) + 1
@@ -174,14 +174,14 @@ def _decoding(
     )
 
 
-def _mask(chunk: SequenceChunk, device: torch.device) -> Tensor | None:
+def _make_mask(chunk: SequenceChunk, device: torch.device) -> Tensor | None:
     if chunk.start == 0:
         return None
     query_P = torch.arange(chunk.start, chunk.start + chunk.count, device=device)
     return (torch.arange(chunk.start + chunk.count, device=device) <= query_P[:, None])[None, None]
 
 
-def layer_of(module: nn.Module) -> int:
+def get_layer(module: nn.Module) -> int:
     layer = module.layer_idx
     assert isinstance(layer, int)
     return layer
@@ -211,7 +211,10 @@ _UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias")
 def _decode(
     query_NHE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor, decoding: _Decoding, scaling: float | None
 ) -> Tensor:
-    """[R, H, E]. The query heads of one key head share one product, so that keys and values are not repeated."""
+    """Return the attention of single tokens [R, H, E].
+
+    The query heads of one key head share one product, so that keys and values are not repeated.
+    """
     query_RHE = query_NHE if decoding.token_R is None else query_NHE[decoding.token_R]
     num_places, num_heads, width = query_RHE.shape
     longest = decoding.mask_R11T.shape[-1]

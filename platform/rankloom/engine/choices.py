@@ -9,11 +9,11 @@ from rankloom.errors import DataError, RequestError
 from rankloom.evals.labels import LabelTrie, Node
 
 
-def choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
-    """Raises RequestError where two become the same tokens."""
+def build_choice_tree(choices: Sequence[str], prompts: Prompts) -> LabelTrie:
+    """Return the tree of some texts' tokens. Raises RequestError where two become the same tokens."""
     try:
         # with the end of the turn, so that no choice's tokens begin another's
-        return LabelTrie({text: prompts.completion(text) for text in choices})
+        return LabelTrie({text: prompts.tokenize_completion(text) for text in choices})
     except DataError as error:
         raise RequestError(f"choices: {error}") from None
 
@@ -40,7 +40,7 @@ class ChoiceState:
             self._node, self._at = self._node.children[token], 0
         self._at += 1
 
-    def rest(self) -> list[int]:
+    def take_forced(self) -> list[int]:
         """Return the tokens that follow without an alternative, except the end of the turn, and advance past them."""
         tokens, self._at = self._node.tokens[self._at :], len(self._node.tokens)
         return tokens[:-1] if self.is_over else tokens

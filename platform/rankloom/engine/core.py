@@ -21,7 +21,7 @@ from rankloom.config.engine import EngineConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import EngineLoader
 from rankloom.engine.attention import SequenceChunk
-from rankloom.engine.kv_cache import KvCache, bucket_width, choose_capacity, choose_prefix_capacity, find_longest
+from rankloom.engine.kv_cache import KvCache, choose_bucket_width, choose_capacity, choose_prefix_capacity, find_longest
 from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.open_predictor import open_predictor
 from rankloom.engine.predictor import StepResult
@@ -71,7 +71,8 @@ class Core:
         self._base = base
         self._runner = ModelRunner(base.model, pack=config.pack_weights)
         on_gpu = base.device.type != "cpu"
-        self.num_seqs, self._num_tokens = config.num_seqs(on_gpu=on_gpu), config.num_tokens(on_gpu=on_gpu)
+        self.num_seqs = config.resolve_num_seqs(on_gpu=on_gpu)
+        self._num_tokens = config.resolve_num_tokens(on_gpu=on_gpu)
         longest, shape = find_longest(base.model), self._runner.shape
         free = free_cuda_bytes(base.device) if base.device.type == "cuda" else None
         kept = config.prefix_cache_tokens
@@ -81,7 +82,7 @@ class Core:
         self.cache_tokens = self._cache.capacity
         self.context = min(self._cache.longest, longest or self._cache.longest)
         """The most tokens of a sequence."""
-        loader = EngineLoader(base, registry, self._logits_alone)
+        loader = EngineLoader(base, registry, self._compute_logits)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
         self._deliver = deliver
         self._unsent: list[RunningSequence] = []
@@ -94,7 +95,7 @@ class Core:
     def enter(self, sequence: RunningSequence) -> None:
         """Queue a new sequence."""
         adapter = sequence.request.adapter
-        if adapter is not None and (refusal := self.adapters.refusal(adapter)) is not None:
+        if adapter is not None and (refusal := self.adapters.get_refusal(adapter)) is not None:
             sequence.ended = True
             sequence.stream.fail(refusal)
             return
@@ -115,8 +116,8 @@ class Core:
         self.adapters.close(error)
         self._runner.close()
 
-    def stats(self) -> Stats:
-        """Thread-safe."""
+    def get_stats(self) -> Stats:
+        """Return the counters. Thread-safe."""
         return Stats(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -158,20 +159,20 @@ class Core:
         if not self._running:
             self._cache.capacity = self.cache_tokens  # the sequences that lacked memory have ended
         budget = StepBudget(self.num_seqs, self._cache.capacity, self._num_tokens)
-        followers = self._followers()
-        running = [self._state_of(sequence) for sequence in self._running.values()]
-        waiting = [self._state_of(s, ready=s not in followers) for s in self._waiting.values()]
-        change = change_batch(running, waiting, budget, self._cache.room_for)
+        followers = self._find_followers()
+        running = [self._get_state(sequence) for sequence in self._running.values()]
+        waiting = [self._get_state(s, ready=s not in followers) for s in self._waiting.values()]
+        change = change_batch(running, waiting, budget, self._cache.compute_room)
         for id in change.preempted:
             self._keep_prefix(self._running[id])
             self._preempt(self._running[id])
         for id in change.admitted:
             sequence = self._running[id] = self._waiting.pop(id)
-            sequence.adapter = self._adapter_of(sequence)
+            sequence.adapter = self._get_adapter(sequence)
             if not self._reserve(sequence):
                 break
             self._reuse_prefix(sequence)
-        return schedule([self._state_of(sequence) for sequence in self._running.values()], budget)
+        return schedule([self._get_state(sequence) for sequence in self._running.values()], budget)
 
     def _compute(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], StepResult | None]:
         """Run the chunks that memory suffices for; returns them, and their result; None: there are none."""
@@ -182,14 +183,14 @@ class Core:
                 SequenceChunk(c.id, sequence.adapter, c.start, sequence.tokens[c.start : c.start + c.count], c.predicts)
                 for c, sequence in zip(chunks, sequences, strict=True)
             ]
-            inputs = [s.sampling_input() for c, s in zip(chunks, sequences, strict=True) if c.predicts]
+            inputs = [s.make_sampling_input() for c, s in zip(chunks, sequences, strict=True) if c.predicts]
             try:
                 return chunks, self._predictor.predict(batch, inputs)
             except torch.OutOfMemoryError:
                 pass  # the memory of the forward is freed once this block is left
             self._prefixes.clear()
             if len(chunks) == chunks[0].count == 1:
-                self._end(sequences[0], _out_of_memory(sequences[0]))
+                self._end(sequences[0], _make_memory_error(sequences[0]))
                 break
             chunks = halve(chunks)
         return (), None
@@ -205,7 +206,7 @@ class Core:
                 self._prefixes.clear()
         others = [other for other in self._running if other != id and other in self._cache]
         if not others:
-            self._end(sequence, _out_of_memory(sequence))
+            self._end(sequence, _make_memory_error(sequence))
             return False
         self._preempt(sequence)
         self._cache.capacity = self._cache.held  # until they have ended
@@ -273,11 +274,11 @@ class Core:
         if error is not None:
             sequence.stream.fail(error)
 
-    def _state_of(self, sequence: RunningSequence, *, ready: bool = True) -> SequenceState:
+    def _get_state(self, sequence: RunningSequence, *, ready: bool = True) -> SequenceState:
         ready = ready and (sequence.request.adapter is None or self.adapters.get(sequence.request.adapter) is not None)
         return SequenceState(sequence.request.id, sequence.arrival, len(sequence.tokens), sequence.cached, ready)
 
-    def _followers(self) -> set[RunningSequence]:
+    def _find_followers(self) -> set[RunningSequence]:
         """Find the waiting sequences that share their beginning with an earlier one that has yet to compute it.
 
         Several completions of one prompt come at once, as do requests with one system prompt: it is computed once.
@@ -293,7 +294,7 @@ class Core:
                 leading.add(sequence.beginning)
         return followers
 
-    def _adapter_of(self, sequence: RunningSequence) -> ServedAdapter | None:
+    def _get_adapter(self, sequence: RunningSequence) -> ServedAdapter | None:
         return None if sequence.request.adapter is None else self.adapters.get(sequence.request.adapter)
 
     def _reuse_prefix(self, sequence: RunningSequence) -> None:
@@ -317,9 +318,9 @@ class Core:
         for sequence in [sequence for sequence in self._waiting.values() if sequence.request.adapter == ref]:
             self._end(sequence, error)
 
-    def _logits_alone(self, adapter: ServedAdapter | None, tokens: list[int]) -> Tensor:
+    def _compute_logits(self, adapter: ServedAdapter | None, tokens: list[int]) -> Tensor:
         """Return the logits [V] after `tokens`. Thread-safe: it has a cache of its own."""
-        cache = KvCache(self._runner.shape, bucket_width(len(tokens)))
+        cache = KvCache(self._runner.shape, choose_bucket_width(len(tokens)))
         if adapter is not None:
             self._runner.bank.admit(adapter)
         with torch.inference_mode():
@@ -328,5 +329,5 @@ class Core:
         return logits_MV[0].to(self._base.model.dtype)
 
 
-def _out_of_memory(sequence: RunningSequence) -> OverloadedError:
+def _make_memory_error(sequence: RunningSequence) -> OverloadedError:
     return OverloadedError(f"there is no memory for a request of {len(sequence.tokens)} tokens now; try again later")

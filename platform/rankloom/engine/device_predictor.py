@@ -22,7 +22,7 @@ from torch import Tensor
 from rankloom.banks.served_bank import NO_SLOT
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
-from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, num_pages
+from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, count_pages
 from rankloom.engine.model_runner import PROBES, ModelRunner
 from rankloom.engine.paged_attention import PagedChunks, PagedRows
 from rankloom.engine.protocol import Sampling
@@ -33,15 +33,15 @@ from rankloom.engine.sampling import (
     SampledToken,
     SamplingColumns,
     SamplingInput,
+    compute_probabilities,
     cuts,
     draw_any,
     draw_candidate,
     needs_logits,
-    probabilities,
     sample_tokens,
 )
-from rankloom.engine.staging import StagedTensors
 from rankloom.kernels.graphs import GraphCache
+from rankloom.models.staging import StagedTensors
 
 Draw = Literal["likeliest", "any", "candidate"]
 """How a step's tokens are drawn: each the likeliest; from all tokens; from those that top-k and top-p leave."""
@@ -62,7 +62,7 @@ class DevicePredictor:
             context: the most tokens of a sequence.
         """
         self._runner, self._pool = runner, pool
-        device, rows, pages = pool.shape.device, round_rows(num_seqs), num_pages(context)
+        device, rows, pages = pool.shape.device, round_rows(num_seqs), count_pages(context)
         self.graphs = GraphCache(device, MOST_GRAPHS)
         self._generation = runner.bank.generation
         settings = dict.fromkeys(("temperature", "min_p", "top_p"), (torch.float32, (rows, 1)))
@@ -145,7 +145,7 @@ class DevicePredictor:
         route = self._runner.bank.route_rows(slots_R)
         layout = PagedRows(self._pool, of["table"][:rows], of["length"][:rows])
         logits_RV = self._runner.compute(route, of["ids"][:rows], of["positions"][:rows], layout, None)
-        return logits_RV, _draw_tokens(logits_RV, _columns(of, rows), draw)
+        return logits_RV, _draw_tokens(logits_RV, _make_columns(of, rows), draw)
 
     def _prefill(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
         """Compute a step with any chunks."""
@@ -162,7 +162,7 @@ class DevicePredictor:
         _fill(host["token_R"], [starts[i] for i in singles])
         token_C = [token for i in longer for token in range(starts[i], stops[i])]
         _fill(host["token_C"], token_C)
-        _fill(host["place_C"], [place for i in longer for place in self._places(ordered[i])])
+        _fill(host["place_C"], [place for i in longer for place in self._locate(ordered[i])])
         _fill(host["starts"], [0, *accumulate(ordered[i].count for i in longer)])
         self._write_rows(host, "", [ordered[i] for i in singles], len(singles))
         self._write_rows(host, "chunk_", [ordered[i] for i in longer], len(longer))
@@ -175,7 +175,7 @@ class DevicePredictor:
         rows = PagedRows(self._pool, of["table"][: len(singles)], of["length"][: len(singles)])
         layout: Any = rows
         if longer:
-            most = max(num_pages(ordered[i].start + ordered[i].count) for i in longer)
+            most = max(count_pages(ordered[i].start + ordered[i].count) for i in longer)
             layout = PagedChunks(
                 self._pool,
                 rows if singles else None,
@@ -191,20 +191,20 @@ class DevicePredictor:
         logits_MV = self._runner.compute(route, of["ids"][:num_tokens], of["positions"][:num_tokens], layout, kept_M)
         if not predicting:
             return _DeviceResult(logits_MV, logits_MV.new_empty(0), (), ())
-        tokens_M = _draw_tokens(logits_MV, _columns(of, len(predicting)), _choose_draw(inputs))
+        tokens_M = _draw_tokens(logits_MV, _make_columns(of, len(predicting)), _choose_draw(inputs))
         return _DeviceResult(logits_MV, tokens_M, order, inputs)
 
-    def _write_rows(self, host: dict[str, Any], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
+    def _write_rows(self, host: dict[str, np.ndarray], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
         table, length = host[f"{prefix}table"], host[f"{prefix}length"]
         for row, chunk in enumerate(chunks):
-            pages = self._pool.pages(chunk.id)
+            pages = self._pool.get_pages(chunk.id)
             table[row, : len(pages)] = pages
             length[row] = chunk.start + chunk.count
         table[len(chunks) : rows, 0] = NOBODYS
         length[len(chunks) : rows] = 1
 
-    def _places(self, chunk: SequenceChunk) -> list[int]:
-        pages = self._pool.pages(chunk.id)
+    def _locate(self, chunk: SequenceChunk) -> list[int]:
+        pages = self._pool.get_pages(chunk.id)
         return [pages[at // PAGE] * PAGE + at % PAGE for at in range(chunk.start, chunk.start + chunk.count)]
 
 
@@ -252,14 +252,14 @@ def _fill(array: Any, values: Sequence[int]) -> None:
     array[: len(values)] = values
 
 
-def _write_settings(host: dict[str, Any], inputs: Sequence[SamplingInput], rows: int) -> None:
+def _write_settings(host: dict[str, np.ndarray], inputs: Sequence[SamplingInput], rows: int) -> None:
     for name, neutral in (("temperature", 0), ("min_p", 0), ("top_k", 0), ("top_p", 1)):
         host[name][: len(inputs), 0] = [getattr(item.sampling, name) for item in inputs]
         host[name][len(inputs) : rows] = neutral
     host["chance"][: len(inputs), 0] = [item.chance for item in inputs]
 
 
-def _columns(of: dict[str, Tensor], rows: int) -> SamplingColumns:
+def _make_columns(of: dict[str, Tensor], rows: int) -> SamplingColumns:
     return SamplingColumns(*(of[name][:rows] for name in ("temperature", "min_p", "top_k", "top_p", "chance")))
 
 
@@ -274,7 +274,7 @@ def _draw_tokens(logits_MV: Tensor, columns: SamplingColumns, draw: Draw) -> Ten
     if draw != "likeliest":
         is_cold_M = columns.temperature[:, 0] < COLDEST
         columns = replace(columns, temperature=columns.temperature.clamp_min(COLDEST))
-        probs_MV = probabilities(logits_MV, columns, min_p=True)
+        probs_MV = compute_probabilities(logits_MV, columns, min_p=True)
         if draw == "any":
             drawn_M = draw_any(probs_MV, columns)
         else:

@@ -62,7 +62,7 @@ class ServingEngine(EngineFrontend):
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
-            guide = await self._guides.of(request)
+            guide = await self._guides.make_guide(request)
             self._admission.refuse_if_stopping()  # meanwhile
             sequence = RunningSequence(
                 request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context
@@ -84,14 +84,14 @@ class ServingEngine(EngineFrontend):
     async def unpin(self, ref: str) -> None:
         self._inbox.put(partial(self._core.adapters.unpin, ref))
 
-    def resident(self) -> tuple[Resident, ...]:
+    def list_resident(self) -> tuple[Resident, ...]:
         return self._core.adapters.list_resident()
 
-    def stats(self) -> Stats:
-        return self._core.stats()
+    def get_stats(self) -> Stats:
+        return self._core.get_stats()
 
     def _run(self) -> None:
-        """The engine's thread."""
+        """Compute steps until the engine closes, in a thread of its own."""
         try:
             with torch.inference_mode():
                 while not self._admission.stopping:

@@ -26,11 +26,11 @@ class EngineFrontend:
     def base_id(self) -> str:
         return self._base.id
 
-    def tokens(self, text: str) -> list[int]:
-        return self._prompts.tokens(text)
+    def tokenize(self, text: str) -> list[int]:
+        return self._prompts.tokenize(text)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self._prompts.chat(messages)
+        return self._prompts.tokenize_chat(messages)
 
 
 def count_vocabulary(base: Base) -> int:

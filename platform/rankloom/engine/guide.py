@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from functools import partial
 from weakref import WeakValueDictionary
 
-from rankloom.engine.choices import choice_tree
+from rankloom.engine.choices import build_choice_tree
 from rankloom.engine.jobs import AT_ONCE
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import Request, Sampling
@@ -18,10 +18,10 @@ from rankloom.engine.text import Stops
 
 
 class Guide:
-    """Raises RequestError where two choices become the same tokens."""
+    """Make what constrains a request. Raises RequestError where two choices become the same tokens."""
 
     def __init__(self, sampling: Sampling, prompts: Prompts) -> None:
-        self.tree = None if sampling.choices is None else choice_tree(sampling.choices, prompts)
+        self.tree = None if sampling.choices is None else build_choice_tree(sampling.choices, prompts)
         self.stops = Stops(sampling.stop)
 
 
@@ -33,8 +33,8 @@ class Guides:
         self._made: WeakValueDictionary[Hashable, Guide] = WeakValueDictionary()
         self._making: dict[Hashable, asyncio.Task[Guide]] = {}
 
-    async def of(self, request: Request) -> Guide:
-        """Raises RequestError where two choices become the same tokens."""
+    async def make_guide(self, request: Request) -> Guide:
+        """Make what constrains a request. Raises RequestError where two choices become the same tokens."""
         sampling = request.sampling
         key = (request.tenant, sampling.choices, sampling.stop)
         if (guide := self._made.get(key)) is not None:

@@ -78,16 +78,16 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
         ContextError: a prompt is too long. And whatever `Engine.generate` raises.
     """
     room = min(engine.context, job.context or engine.context)
-    if sum(map(_size, job.prompts)) > AT_ONCE:  # a long prompt must not hold up the event loop
-        prompts = await asyncio.to_thread(lambda: [_tokens(engine, prompt) for prompt in job.prompts])
+    if sum(map(_count_characters, job.prompts)) > AT_ONCE:  # a long prompt must not hold up the event loop
+        prompts = await asyncio.to_thread(lambda: [_tokenize(engine, prompt) for prompt in job.prompts])
     else:
-        prompts = [_tokens(engine, prompt) for prompt in job.prompts]
+        prompts = [_tokenize(engine, prompt) for prompt in job.prompts]
     requests: list[Request] = []
     drawn: Counter[tuple[int, ...]] = Counter()
     for tokens in prompts:
         limited = _fit(job, len(tokens), room)
         for number in range(drawn[tokens], drawn[tokens] + job.n):
-            sampling = _with_seed(limited, number)
+            sampling = _set_seed(limited, number)
             requests.append(Request(f"{job.id}-{len(requests)}", job.adapter, tokens, sampling, job.tenant))
         drawn[tokens] += job.n
     total = sum(map(len, prompts))
@@ -107,10 +107,10 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
     try:
         while left:
             items = [await arrived.get()]
-            size = _weight(items[0])
+            size = _weigh(items[0])
             while not arrived.empty() and size < MOST:
                 items.append(arrived.get_nowait())
-                size += _weight(items[-1])
+                size += _weigh(items[-1])
             if not arrived.empty():  # let others run: for a client that reads late, all the rest is here at once
                 await asyncio.sleep(0)
             left -= items.count(None)
@@ -126,25 +126,25 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _tokens(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+def _tokenize(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
     if isinstance(prompt, ChatPrompt):
         named = [dict(zip(("role", "content", "name"), message, strict=False)) for message in prompt.messages]
         return tuple(engine.render_chat(named))
-    return tuple(engine.tokens(prompt)) if isinstance(prompt, str) else prompt
+    return tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
 
 
-def _weight(item: tuple[int, Delta] | BaseException | None) -> int:
+def _weigh(item: tuple[int, Delta] | BaseException | None) -> int:
     return max(1, len(item[1].logprobs)) if isinstance(item, tuple) else 1
 
 
-def _size(prompt: Prompt) -> int:
+def _count_characters(prompt: Prompt) -> int:
     """Return the number of characters to tokenise, about."""
     if isinstance(prompt, ChatPrompt):
         return sum(64 + sum(map(len, message)) for message in prompt.messages)
     return len(prompt) if isinstance(prompt, str) else 0
 
 
-def _with_seed(sampling: Sampling, number: int) -> Sampling:
+def _set_seed(sampling: Sampling, number: int) -> Sampling:
     """Return the sampling of a prompt's number-th completion; each completion has a seed of its own."""
     if sampling.seed is None:
         return sampling

@@ -27,7 +27,7 @@ MOST_PREFIX_TOKENS = 65536
 """More are not kept by default: finding the prefix to drop takes the longer, the more there are."""
 
 
-def bucket_width(length: int) -> int:
+def choose_bucket_width(length: int) -> int:
     """Return the width of the bucket for a sequence of this many tokens."""
     return max(NARROWEST, 1 << (length - 1).bit_length())
 
@@ -57,7 +57,7 @@ def choose_capacity(shape: HeadShape, free: float | None, num_seqs: int, longest
     if free is None:
         return CPU_TOKENS
     tokens = int(GPU_SHARE * free) // shape.bytes_per_token
-    most = num_seqs * bucket_width(longest) if longest else tokens
+    most = num_seqs * choose_bucket_width(longest) if longest else tokens
     return max(NARROWEST, min(tokens, most))
 
 
@@ -108,11 +108,11 @@ class KvBucket:
                     grown[:kept] = before[:kept]
                     layers[i] = grown
         finally:
-            least = min(map(len, self.blocks()))
+            least = min(map(len, self.list_blocks()))
             for layers in (self.keys_RHTE, self.values_RHTE):
                 layers[:] = [block[:least] for block in layers]
 
-    def blocks(self) -> Sequence[Tensor]:
+    def list_blocks(self) -> Sequence[Tensor]:
         return (*self.keys_RHTE, *self.values_RHTE)
 
 
@@ -142,11 +142,11 @@ class KvCache:
         return 1 << (self.capacity.bit_length() - 1)
 
     @staticmethod
-    def room_for(length: int) -> int:
+    def compute_room(length: int) -> int:
         """Return the tokens that a sequence of this length takes."""
-        return bucket_width(length)
+        return choose_bucket_width(length)
 
-    def at(self, id: str) -> tuple[KvBucket, int]:
+    def locate(self, id: str) -> tuple[KvBucket, int]:
         """Return a sequence's bucket and its place there."""
         bucket = self.buckets[self._widths[id]]
         return bucket, bucket.ids.index(id)
@@ -157,7 +157,7 @@ class KvCache:
         Raises:
             torch.OutOfMemoryError: the device has no memory for it; every sequence keeps its place.
         """
-        width, before = bucket_width(length), self._widths.get(id)
+        width, before = choose_bucket_width(length), self._widths.get(id)
         if before is not None and before >= width:
             return
         bucket = self.buckets.setdefault(width, KvBucket(self.shape, width))
@@ -165,8 +165,8 @@ class KvCache:
             self._extend(bucket)
         place = len(bucket.ids)
         if before is not None:
-            old, old_place = self.at(id)
-            for target, source in zip(bucket.blocks(), old.blocks(), strict=True):
+            old, old_place = self.locate(id)
+            for target, source in zip(bucket.list_blocks(), old.list_blocks(), strict=True):
                 target[place, :, :before] = source[old_place]
             self.remove(id)
         bucket.ids.append(id)
@@ -174,10 +174,10 @@ class KvCache:
 
     def remove(self, id: str) -> None:
         """Remove a sequence; the bucket's last one takes its place."""
-        bucket, place = self.at(id)
+        bucket, place = self.locate(id)
         last = len(bucket.ids) - 1
         if place != last:
-            for block in bucket.blocks():
+            for block in bucket.list_blocks():
                 block[place] = block[last]
             bucket.ids[place] = bucket.ids[last]
         bucket.ids.pop()
@@ -185,35 +185,35 @@ class KvCache:
 
     def read(self, id: str, start: int, stop: int) -> Tensor:
         """Copy a span of a sequence's keys and values: [2, L, H, t, E]."""
-        bucket, place = self.at(id)
-        spans = [block[place, :, start:stop] for block in bucket.blocks()]
+        bucket, place = self.locate(id)
+        spans = [block[place, :, start:stop] for block in bucket.list_blocks()]
         return torch.stack(spans).unflatten(0, (2, -1))
 
     def write(self, id: str, start: int, values: Tensor) -> None:
         """Write what `read` returned, from `start`."""
-        bucket, place = self.at(id)
-        for block, span in zip(bucket.blocks(), values.flatten(0, 1), strict=True):
+        bucket, place = self.locate(id)
+        for block, span in zip(bucket.list_blocks(), values.flatten(0, 1), strict=True):
             block[place, :, start : start + span.shape[1]] = span
 
     def _extend(self, bucket: KvBucket) -> None:
         """Double the places, or add as many as the budget allows once other buckets have given up unused ones."""
         wanted = max(4, 2 * bucket.num_places)
-        if self._allocated() + (wanted - bucket.num_places) * bucket.width > self.capacity:
-            self._give_up_unused(bucket)
-            spare = (self.capacity - self._allocated()) // bucket.width
+        if self._count_allocated() + (wanted - bucket.num_places) * bucket.width > self.capacity:
+            self._drop_unused(bucket)
+            spare = (self.capacity - self._count_allocated()) // bucket.width
             wanted = min(wanted, bucket.num_places + max(1, spare))
         try:
             bucket.resize(wanted)
         except torch.OutOfMemoryError:
-            self._give_up_unused(bucket)
+            self._drop_unused(bucket)
             bucket.resize(bucket.num_places + 1)
 
-    def _give_up_unused(self, but: KvBucket) -> None:
+    def _drop_unused(self, but: KvBucket) -> None:
         for width, other in list(self.buckets.items()):
             if other is not but and not other.ids:
                 del self.buckets[width]
             elif other is not but:
                 other.resize(len(other.ids))
 
-    def _allocated(self) -> int:
+    def _count_allocated(self) -> int:
         return sum(bucket.num_places * width for width, bucket in self.buckets.items())

@@ -43,7 +43,7 @@ class KvPool:
             # zeros: what is masked is still multiplied, and must be finite
             self.blocks_2LSTHE = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         except torch.OutOfMemoryError:
-            raise ConfigError(_too_large(shape, self.size)) from None
+            raise ConfigError(_explain_too_large(shape, self.size)) from None
         self._free = list(range(num_pages, NOBODYS, -1))
         self._pages: dict[str, list[int]] = {}
 
@@ -61,15 +61,15 @@ class KvPool:
         return self.size
 
     @staticmethod
-    def room_for(length: int) -> int:
+    def compute_room(length: int) -> int:
         """Return the tokens that a sequence of this length takes."""
-        return num_pages(length) * PAGE
+        return count_pages(length) * PAGE
 
-    def pages(self, id: str) -> list[int]:
+    def get_pages(self, id: str) -> list[int]:
         """Return a sequence's pages, in order."""
         return self._pages[id]
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+    def get_layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the keys and the values of a layer [S, T, H, E]."""
         keys_STHE, values_STHE = self.blocks_2LSTHE[:, index]
         return keys_STHE, values_STHE
@@ -80,7 +80,7 @@ class KvPool:
         Raises:
             torch.OutOfMemoryError: there are too few; every sequence keeps its pages.
         """
-        missing = num_pages(length) - len(self._pages.get(id, ()))
+        missing = count_pages(length) - len(self._pages.get(id, ()))
         if missing > len(self._free):
             raise torch.OutOfMemoryError(f"the KV cache has {len(self._free)} free pages, but {missing} are needed")
         pages = self._pages.setdefault(id, [])
@@ -92,28 +92,28 @@ class KvPool:
 
     def read(self, id: str, start: int, stop: int) -> Tensor:
         """Copy a span of a sequence's keys and values: [2, L, H, t, E]."""
-        return self._tokens().index_select(2, self._places(id, range(start, stop))).transpose(2, 3)
+        return self._flatten_pages().index_select(2, self._locate(id, range(start, stop))).transpose(2, 3)
 
     def write(self, id: str, start: int, values: Tensor) -> None:
         """Write what `read` returned, from `start`."""
-        places_t = self._places(id, range(start, start + values.shape[3]))
-        self._tokens().index_copy_(2, places_t, values.transpose(2, 3))
+        places_t = self._locate(id, range(start, start + values.shape[3]))
+        self._flatten_pages().index_copy_(2, places_t, values.transpose(2, 3))
 
-    def _tokens(self) -> Tensor:
+    def _flatten_pages(self) -> Tensor:
         return self.blocks_2LSTHE.flatten(2, 3)
 
-    def _places(self, id: str, positions: Iterable[int]) -> Tensor:
+    def _locate(self, id: str, positions: Iterable[int]) -> Tensor:
         pages = self._pages[id]
         places = [pages[position // PAGE] * PAGE + position % PAGE for position in positions]
         return torch.tensor(places, device=self.shape.device)
 
 
-def num_pages(length: int) -> int:
+def count_pages(length: int) -> int:
     """Return the pages of a sequence of this many tokens."""
     return -(-length // PAGE)
 
 
-def _too_large(shape: HeadShape, num_tokens: int) -> str:
+def _explain_too_large(shape: HeadShape, num_tokens: int) -> str:
     gib = 1 << 30
     needed, free = num_tokens * shape.bytes_per_token / gib, free_cuda_bytes(shape.device) / gib
     return (

@@ -33,8 +33,8 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
         self._model = model
-        self.shape = _head_shape(model)
-        expected = [_plain_logits(model, tokens) for tokens in PROBES]
+        self.shape = _read_head_shape(model)
+        expected = [_compute_plain_logits(model, tokens) for tokens in PROBES]
         self.bank = ServedBank(model, pack=pack)
         self._attention_before = model.config._attn_implementation
         model.config._attn_implementation = ATTENTION
@@ -104,7 +104,7 @@ class ModelRunner:
         Args:
             route: of the tokens, which are in its order.
         """
-        with self.bank.routed(route):
+        with self.bank.apply_route(route):
             logits_1MV: Tensor = self._model(
                 input_ids=ids_N[None],
                 position_ids=positions_N[None],
@@ -130,12 +130,12 @@ class ModelRunner:
         except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             self.close()
             why = str(error) if isinstance(error, ModelError) else "its attention can't be replaced by the engine's"
-            raise _refusal(self._model, why) from error
+            raise _explain_refusal(self._model, why) from error
         for ours, own in zip(found, expected, strict=True):
             if not (ours - own).abs().max() <= self.tolerance * own.abs().max():
                 self.close()
                 differ = float((ours - own).abs().max())
-                raise _refusal(
+                raise _explain_refusal(
                     self._model,
                     f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})",
                 )
@@ -145,7 +145,7 @@ PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
 """Token ids that every vocabulary has."""
 
 
-def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
+def _explain_refusal(model: PreTrainedModel, reason: str) -> ModelError:
     return ModelError(
         f"{type(model).__name__} can't be served by the engine bank: {reason}; serve it with engine.type=vllm, or "
         f"write base and adapter as one model (rankloom adapters export --format merged) and serve that elsewhere"
@@ -153,14 +153,14 @@ def _refusal(model: PreTrainedModel, reason: str) -> ModelError:
 
 
 @torch.no_grad()
-def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+def _compute_plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     ids_BT = torch.tensor([tokens], device=next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1].float()
     return logits
 
 
 @torch.no_grad()
-def _head_shape(model: PreTrainedModel) -> HeadShape:
+def _read_head_shape(model: PreTrainedModel) -> HeadShape:
     device = next(model.parameters()).device
     cache = DynamicCache(config=model.config)
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
@@ -169,7 +169,7 @@ def _head_shape(model: PreTrainedModel) -> HeadShape:
     types |= {"sliding_attention" for at in layers if getattr(at, "is_sliding", False)}
     shapes = {tuple(x.shape) for at in layers if type(at) is DynamicLayer for x in (at.keys, at.values)}
     if types != {"full_attention"} or len(shapes) != 1 or not all(type(at) is DynamicLayer for at in layers):
-        raise _refusal(
+        raise _explain_refusal(
             model,
             f"its layers ({', '.join(sorted(types))}) don't each keep all keys and values of the same shape, as this "
             f"engine's cache does",

@@ -31,7 +31,7 @@ def open_predictor(
         pool = KvPool(runner.shape, cache_tokens)
         context = min(pool.longest, longest or pool.longest)
         fast = DevicePredictor(
-            runner, pool, num_seqs, config.num_tokens(on_gpu=runner.shape.device.type != "cpu"), context
+            runner, pool, num_seqs, config.resolve_num_tokens(on_gpu=runner.shape.device.type != "cpu"), context
         )
         if _works(fast):
             return pool, fast

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rankloom.engine.attention import layer_of
+from rankloom.engine.attention import get_layer
 from rankloom.engine.kv_pool import KvPool
 from rankloom.kernels.attention import chunk_attention, decode_attention
 
@@ -29,7 +29,7 @@ class PagedRows:
     ) -> Tensor:
         query_RHE, key_RhE, value_RhE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
         scale = query_RHE.shape[-1] ** -0.5 if scaling is None else scaling
-        pages = self.pool.layer(layer_of(module))
+        pages = self.pool.get_layer(get_layer(module))
         return decode_attention(query_RHE, key_RhE, value_RhE, *pages, self.table_RP, self.length_R, scale)
 
 
@@ -57,7 +57,7 @@ class PagedChunks:
     ) -> Tensor:
         query_NHE, key_NhE, value_NhE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
         scale = query_NHE.shape[-1] ** -0.5 if scaling is None else scaling
-        keys_SThE, values_SThE = self.pool.layer(layer_of(module))
+        keys_SThE, values_SThE = self.pool.get_layer(get_layer(module))
         if self.rows is None:
             query_CHE, key_ChE, value_ChE = query_NHE, key_NhE, value_NhE
         else:

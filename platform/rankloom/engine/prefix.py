@@ -69,7 +69,7 @@ class PrefixTree:
         above.children[node.tokens[0]] = node
         self.num_tokens += len(node.tokens)
         while self.num_tokens > self.capacity:
-            self._drop(min(self._leaves(), key=lambda leaf: leaf.used))
+            self._drop(min(self._list_leaves(), key=lambda leaf: leaf.used))
 
     def clear(self) -> None:
         """Drop everything."""
@@ -103,7 +103,7 @@ class PrefixTree:
         upper.children[node.tokens[0]] = node
         return upper
 
-    def _leaves(self) -> Iterator[_Node]:
+    def _list_leaves(self) -> Iterator[_Node]:
         nodes = [child for root in self._roots.values() for child in root.children.values()]
         while nodes:
             node = nodes.pop()

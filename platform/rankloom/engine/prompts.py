@@ -27,7 +27,7 @@ class Prompts:
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
         self._encoder = Encoder(tokenizer, split_special_tokens and self._template is not None)
         own = getattr(model.generation_config, "eos_token_id", None)
-        self.turn_end = self._template_end() or int(tokenizer.eos_token_id)
+        self.turn_end = self._find_template_end() or int(tokenizer.eos_token_id)
         """The token after an assistant's turn."""
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
@@ -35,24 +35,24 @@ class Prompts:
         with suppress(RequestError):  # builds the tables for special tokens in texts now, not during a request
             self._encode(self._encoder.mark(str(tokenizer.eos_token)))
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text that begins a prompt; special tokens in it count as such."""
         ids = self._encode(text)
         bos = self._encoder.bos
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
-    def completion(self, text: str) -> list[int]:
+    def tokenize_completion(self, text: str) -> list[int]:
         """Return the token ids of a text that follows a prompt, with the end of the turn."""
         return [*self._encode(self._encoder.mark(text), rest=True), self.turn_end]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to the assistant's turn. Raises RequestError where it can't be."""
         if self._template is None:
             raise RequestError("messages: the base's tokenizer has no chat template; ask for a completion of a prompt")
         if not messages:
             raise RequestError("messages: empty; give at least one")
         try:
-            text = self._template.prompt([self._encoder.mark(dict(message)) for message in messages])
+            text = self._template.render_prompt([self._encoder.mark(dict(message)) for message in messages])
         except TemplateError as error:  # which may quote a text: whoever knew a mark could write special tokens
             raise RequestError(f"messages: {self._encoder.unmark(str(error))}") from None
         return self._encode(text)
@@ -64,13 +64,13 @@ class Prompts:
             raise RequestError(f"The text can't be tokenised: {error}") from None
         return ids
 
-    def _template_end(self) -> int | None:
-        """The last special token that the chat template puts after an assistant's turn, if it does."""
+    def _find_template_end(self) -> int | None:
+        """Return the last special token that the chat template puts after an assistant's turn, if it does."""
         if self._template is None:
             return None
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            text = self._template.render(turn, self._template.form(turn[:1]))
+            text = self._template.render(turn, self._template.find_form(turn[:1]))
         except TemplateError:
             return None
         (ids,) = self._encoder.encode([text.rstrip()])

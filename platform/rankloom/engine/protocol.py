@@ -141,7 +141,7 @@ class Stats:
 class Engine(Protocol):
     """One base with the adapters of a registry on it.
 
-    Call its methods on one event loop; `tokens` and `render_chat`, which take longer for longer texts, on any thread.
+    Call its methods on one event loop; `tokenize` and `render_chat`, which take longer for longer texts, on any thread.
     """
 
     @property
@@ -167,7 +167,7 @@ class Engine(Protocol):
         """Stop the engine; requests in flight get an OverloadedError. To drain, wait for them first."""
         ...
 
-    def tokens(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text that begins a prompt, as in training."""
         ...
 
@@ -204,8 +204,8 @@ class Engine(Protocol):
         """Allow a pinned adapter to be evicted. Does nothing for one that is not pinned."""
         ...
 
-    def resident(self) -> tuple[Resident, ...]:
-        """The adapters in memory, the most recently used last."""
+    def list_resident(self) -> tuple[Resident, ...]:
+        """Return the adapters in memory, the most recently used last."""
         ...
 
-    def stats(self) -> Stats: ...
+    def get_stats(self) -> Stats: ...

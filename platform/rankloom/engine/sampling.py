@@ -53,7 +53,7 @@ def sample_tokens(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> list[Sa
         logits_MV: in fp32, within `LARGEST`; not changed.
     """
     adjusted_MV = _adjust(logits_MV, inputs)
-    tokens = _likeliest(adjusted_MV)
+    tokens = _list_likeliest(adjusted_MV)
     drawn = [m for m, item in enumerate(inputs) if item.sampling.temperature >= COLDEST]
     if drawn:
         drawn_MV = adjusted_MV if len(drawn) == len(inputs) else adjusted_MV[drawn]
@@ -62,7 +62,7 @@ def sample_tokens(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> list[Sa
     return [_describe(logits_V, token, item) for logits_V, token, item in zip(logits_MV, tokens, inputs, strict=True)]
 
 
-def _likeliest(logits_MV: Tensor) -> list[int]:
+def _list_likeliest(logits_MV: Tensor) -> list[int]:
     if logits_MV.device.type == "cpu":  # numpy's argmax is 25 times as fast there
         return logits_MV.numpy().argmax(-1).tolist()
     found: list[int] = logits_MV.argmax(-1).tolist()
@@ -122,7 +122,7 @@ class SamplingColumns:
     """In fp64."""
 
     @staticmethod
-    def of(inputs: Sequence[SamplingInput], device: torch.device) -> SamplingColumns:
+    def from_inputs(inputs: Sequence[SamplingInput], device: torch.device) -> SamplingColumns:
         def column(values: list[float], dtype: torch.dtype | None = None) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
@@ -137,8 +137,8 @@ class SamplingColumns:
 
 
 def _draw(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> list[int]:
-    settings, columns = [item.sampling for item in inputs], SamplingColumns.of(inputs, logits_MV.device)
-    probs_MV = probabilities(logits_MV, columns, min_p=any(s.min_p for s in settings))
+    settings, columns = [item.sampling for item in inputs], SamplingColumns.from_inputs(inputs, logits_MV.device)
+    probs_MV = compute_probabilities(logits_MV, columns, min_p=any(s.min_p for s in settings))
     if not any(cuts(s) for s in settings):
         return draw_any(probs_MV, columns).tolist()
     vocabulary, some_are_free = probs_MV.shape[1], not all(cuts(s) for s in settings)
@@ -154,7 +154,7 @@ def cuts(sampling: Sampling) -> bool:
     return bool(sampling.top_k) or sampling.top_p < 1
 
 
-def probabilities(logits_MV: Tensor, columns: SamplingColumns, *, min_p: bool) -> Tensor:
+def compute_probabilities(logits_MV: Tensor, columns: SamplingColumns, *, min_p: bool) -> Tensor:
     """Return the probabilities, or with `min_p` what it leaves of them, before top-k and top-p."""
     probs_MV = (logits_MV / columns.temperature).softmax(-1)
     if min_p:

@@ -60,7 +60,7 @@ class RunningSequence:
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
-    def sampling_input(self) -> SamplingInput:
+    def make_sampling_input(self) -> SamplingInput:
         """Return what sampling its next token needs."""
         if self._chance is None:
             self._chance = self._random.random()
@@ -76,7 +76,7 @@ class RunningSequence:
             if (
                 self.request.sampling.logprobs is None
             ):  # tokens without an alternative need no forward, unless it is to give logprobs
-                new += self._choice.rest()
+                new += self._choice.take_forced()
             is_over = self._choice.is_over
         kept = new[: self._limit - len(self.tokens)]
         self.tokens += kept
@@ -97,7 +97,7 @@ class RunningSequence:
                 text += self._transcript.finish()
             if self._transcript.stopped:
                 finish = "stop"
-            logprobs = self._transcript.logprobs(last=finish is not None)
+            logprobs = self._transcript.take_logprobs(last=finish is not None)
             self.stream.send(Delta(text, tuple(kept), logprobs, finish, self.num_reused))
             if finish is not None:
                 return True

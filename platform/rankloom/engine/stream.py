@@ -33,7 +33,7 @@ class Mailbox:
             self._call_soon(_deliver, outgoing)
 
     def wait_for_turn(self) -> None:
-        """Until what the event loop has ready now is done: requests that came together have all been sent by then."""
+        """Wait until what the event loop has ready now is done: requests that came together are all sent by then."""
         done = threading.Event()
         if self._call_soon(done.set):
             done.wait(TURN_S)

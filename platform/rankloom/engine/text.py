@@ -20,36 +20,36 @@ class Decoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-        self._special = frozenset(token for token in known if not self.text([token]))
+        self._special = frozenset(token for token in known if not self.decode([token]))
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self._known: dict[tuple[int, bool], bytes] = {}
 
-    def text(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def name(self, token: int) -> str:
+    def get_name(self, token: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token))
 
     def is_special(self, token: int) -> bool:
-        """Whether texts do not show this token."""
+        """Return whether texts do not show this token."""
         return token in self._special
 
-    def piece(self, token: int, *, at_start: bool = False) -> bytes:
+    def get_piece(self, token: int, *, at_start: bool = False) -> bytes:
         """Return the bytes that a token adds to a text: of a character that is split over tokens, its part.
 
         Args:
             at_start: nothing precedes it; many tokenizers omit a word's space there.
         """
         if (token, at_start) not in self._known:
-            self._known[token, at_start] = self._found(token, [] if at_start else self._anchor)
+            self._known[token, at_start] = self._find_piece(token, [] if at_start else self._anchor)
         return self._known[token, at_start]
 
-    def _found(self, token: int, before: list[int]) -> bytes:
-        text = self.text([*before, token])[len(self.text(before)) :]
+    def _find_piece(self, token: int, before: list[int]) -> bytes:
+        text = self.decode([*before, token])[len(self.decode(before)) :]
         if UNFINISHED not in text:
             return text.encode()
-        name = self.name(token)
+        name = self.get_name(token)
         if name.startswith("<0x") and name.endswith(">"):  # SentencePiece's bytes
             return bytes([int(name[3:-1], 16)])
         if all(character in self._bytes for character in name):  # byte-level BPE's
@@ -104,7 +104,7 @@ class TextStream:
         self._ids = [token for token in prompt[-CONTEXT:] if not decoder.is_special(token)]
         self._start, self._done = 0, len(self._ids)
         """Tokens from `_start` are decoded together; the text of those up to `_done` is certain."""
-        self._before = decoder.text(self._ids)
+        self._before = decoder.decode(self._ids)
         """The text from `_start` to `_done`."""
         self._state, self._held = 0, ""
         self.grown = ""
@@ -124,14 +124,14 @@ class TextStream:
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens, and return the text that has become certain."""
         self._ids += [token for token in tokens if not self._decoder.is_special(token)]
-        self.grown = self._decoder.text(self._ids[self._start :])[len(self._before) :]
+        self.grown = self._decoder.decode(self._ids[self._start :])[len(self._before) :]
         self._num_waiting += 1
         self.is_whole = self._ends_whole()
-        return self._settled() if self.is_whole else ""
+        return self._settle() if self.is_whole else ""
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        text = "" if self.is_whole or self.stopped else self._settled()
+        text = "" if self.is_whole or self.stopped else self._settle()
         self.is_whole = True
         rest, self._held = self._held, ""
         return text + rest
@@ -140,17 +140,17 @@ class TextStream:
         if not self.grown.endswith(UNFINISHED) or self._num_waiting >= LONGEST:
             return True
         new, at_start = self._ids[self._done :], not self._before
-        pieces = [self._decoder.piece(token, at_start=at_start and not at) for at, token in enumerate(new)]
+        pieces = [self._decoder.get_piece(token, at_start=at_start and not at) for at, token in enumerate(new)]
         return b"".join(pieces) == self.grown.encode()  # that character itself, not a half of another
 
-    def _settled(self) -> str:
+    def _settle(self) -> str:
         self._num_waiting = 0
         if self._done < len(self._ids):
             self._start, self._done = self._done, len(self._ids)
-            self._before = self._decoder.text(self._ids[self._start :])
-        return self._certain(self.grown)
+            self._before = self._decoder.decode(self._ids[self._start :])
+        return self._take_certain(self.grown)
 
-    def _certain(self, new: str) -> str:
+    def _take_certain(self, new: str) -> str:
         text = self._held + new
         for at, letter in enumerate(new, len(self._held) + 1):
             self._state = self._stops.step(self._state, letter)

@@ -49,13 +49,13 @@ class Transcript:
         for each in chosen:
             before = 0 if self._text.is_whole else len(self._text.grown)
             self._open.append((each, self._text.at_start, before))
-            text += self._text.push(self._kept([each.token]))
+            text += self._text.push(self._drop_ends([each.token]))
             if self._text.is_whole:
                 self._place()
             if self.stopped:
                 break
         if not chosen:
-            text = self._text.push(self._kept(tokens))
+            text = self._text.push(self._drop_ends(tokens))
         self._given += len(text)
         return text
 
@@ -66,7 +66,7 @@ class Transcript:
         self._given += len(text)
         return text
 
-    def logprobs(self, *, last: bool = False) -> tuple[TokenLogprobs, ...]:
+    def take_logprobs(self, *, last: bool = False) -> tuple[TokenLogprobs, ...]:
         """Return the logprobs whose text was returned since the last call.
 
         Args:
@@ -79,12 +79,12 @@ class Transcript:
                 if not last or start >= self._given:
                     break
                 kept = entry.chosen.piece.decode("utf-8", "replace")[: self._given - start].encode()
-                entry = _with_piece(entry, kept)
+                entry = _replace_piece(entry, kept)
             self._placed.pop(0)
             found.append(entry)
         return tuple(found)
 
-    def _kept(self, tokens: Sequence[int]) -> list[int]:
+    def _drop_ends(self, tokens: Sequence[int]) -> list[int]:
         return [token for token in tokens if token not in self._ends]
 
     def _place(self) -> None:
@@ -92,7 +92,7 @@ class Transcript:
         if not self._open:
             return
         grown = self._text.grown
-        pieces = [self._piece(each.token, at_start) for each, at_start, _ in self._open]
+        pieces = [self._get_piece(each.token, at_start) for each, at_start, _ in self._open]
         if b"".join(pieces).decode("utf-8", "replace") == grown:
             place = TextOffset()
             spans = [place.take(piece) for piece in pieces]
@@ -103,23 +103,25 @@ class Transcript:
         for (each, at_start, _), piece, (start, end) in zip(self._open, pieces, spans, strict=True):
             assert each.logprob is not None
             top = tuple(
-                self._likelihood(token, logprob, piece if token == each.token else self._piece(token, at_start))
+                self._make_likelihood(
+                    token, logprob, piece if token == each.token else self._get_piece(token, at_start)
+                )
                 for token, logprob in each.top
             )
-            entry = TokenLogprobs(self._likelihood(each.token, each.logprob, piece), top)
+            entry = TokenLogprobs(self._make_likelihood(each.token, each.logprob, piece), top)
             self._placed.append((self._length + start, self._length + end, entry))
         self._length += len(grown)
         self._open = []
 
-    def _piece(self, token: int, at_start: bool) -> bytes:
-        return b"" if token in self._ends else self._decoder.piece(token, at_start=at_start)
+    def _get_piece(self, token: int, at_start: bool) -> bytes:
+        return b"" if token in self._ends else self._decoder.get_piece(token, at_start=at_start)
 
-    def _likelihood(self, token: int, logprob: float, piece: bytes) -> Likelihood:
+    def _make_likelihood(self, token: int, logprob: float, piece: bytes) -> Likelihood:
         silent = token in self._ends or self._decoder.is_special(token)
-        return Likelihood(token, logprob, piece, self._decoder.name(token) if silent else None)
+        return Likelihood(token, logprob, piece, self._decoder.get_name(token) if silent else None)
 
 
-def _with_piece(entry: TokenLogprobs, piece: bytes) -> TokenLogprobs:
+def _replace_piece(entry: TokenLogprobs, piece: bytes) -> TokenLogprobs:
     """Replace the chosen token's piece, also where the token is among the likeliest."""
     chosen = entry.chosen.token
     top = tuple(replace(each, piece=piece) if each.token == chosen else each for each in entry.top)

@@ -27,7 +27,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def device_of(model: nn.Module) -> torch.device:
+def get_device(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next(model.parameters()).device
 
@@ -87,7 +87,7 @@ def cut_prompt(row: Row, model: PreTrainedModel, room: int) -> list[int]:
 def supports_cache(model: PreTrainedModel) -> bool:
     """Return whether the model can continue from a cache; some models without attention layers can't."""
     try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device_of(model)), use_cache=True)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=get_device(model)), use_cache=True)
     except ValueError:
         return False
     return True

@@ -11,7 +11,9 @@ from rankloom.data.render import Row
 from rankloom.evals.latency import decode_ms
 
 
-def measure_costs(model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: Collection[str]) -> dict[str, Any]:
+def measure_costs(
+    model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: Collection[str]
+) -> dict[str, float | None]:
     """Measure the costs in `names` of a base with an adapter.
 
     Args:
@@ -20,7 +22,7 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], *, pad_id: int, names: 
     Returns:
         Name -> value; `latency_ms` is None if the model keeps no KV cache.
     """
-    costs: dict[str, Any] = {}
+    costs: dict[str, float | None] = {}
     if "memory_bytes" in names:
         costs["memory_bytes"] = count_weight_bytes(model)
     if "latency_ms" in names:

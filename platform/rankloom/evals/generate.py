@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rankloom.data.render import Row
 from rankloom.evals.batches import (
     cut_prompt,
-    device_of,
+    get_device,
     pad_left,
     supports_cache,
     supports_left_padding,
@@ -56,7 +56,7 @@ def generate_completions(
     Args:
         lockstep: decode until all workers of a sharded model are done; each must have an equal number of batches.
     """
-    bare, device = unwrap(model), device_of(model)
+    bare, device = unwrap(model), get_device(model)
     ends = end_ids(tokenizer, rows)
     limit = max(len(row.input_ids) - row.prompt_length for row in rows) + ROOM
     batch_size = batch_size if supports_left_padding(bare) else 1

@@ -24,7 +24,7 @@ from rankloom.errors import DataError
 from rankloom.evals.batches import (
     count_positions,
     cut_prompt,
-    device_of,
+    get_device,
     pad_left,
     supports_left_padding,
     unwrap,
@@ -118,7 +118,7 @@ def predict_labels(
 def _predict_batch(
     model: PreTrainedModel, prompts: list[list[int]], trie: LabelTrie, pad_id: int, lockstep: bool
 ) -> list[str]:
-    device = device_of(model)
+    device = get_device(model)
     labels = [trie.root.label] * len(prompts)
     active = list(range(len(prompts))) if trie.num_decisions else []
     nodes, feed = [trie.root] * len(active), [prompt + trie.root.tokens for prompt in prompts]
@@ -168,7 +168,7 @@ def _predict_batch(
 
 def _run_idle_forward(model: PreTrainedModel, pad_id: int) -> None:
     """Run a forward only to take part in a sharded model's communication, so that other workers do not wait."""
-    model(input_ids=torch.tensor([[pad_id]], device=device_of(model)), use_cache=False)
+    model(input_ids=torch.tensor([[pad_id]], device=get_device(model)), use_cache=False)
 
 
 def _caches_each_token(model: PreTrainedModel, length: int) -> bool:

@@ -15,7 +15,7 @@ from rankloom.data.render import Row
 from rankloom.evals.batches import (
     count_positions,
     cut_prompt,
-    device_of,
+    get_device,
     pad_left,
     supports_cache,
     unwrap,
@@ -69,7 +69,7 @@ def _time_steps(model: PreTrainedModel, sequences: list[list[int]], pad_id: int)
     """Return the seconds of each decode step after the warm-up, past any end token; None without a KV cache."""
     if not supports_cache(model):
         return None
-    device = device_of(model)
+    device = get_device(model)
     prompts = pad_left(sequences, pad_id, device)
     ids_BT, mask_BT, cache = prompts.input_ids_BT, prompts.attention_mask_BT, None
     times = []

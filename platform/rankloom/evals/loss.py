@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from rankloom.data.batching import Batch, collate
 from rankloom.data.render import Row
 from rankloom.errors import DataError, ModelError
-from rankloom.evals.batches import device_of, unwrap, use_evaluation_mode
+from rankloom.evals.batches import get_device, unwrap, use_evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _compute_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Ten
     rows_N, positions_N = (weights_BT > 0).nonzero(as_tuple=True)  # position t predicts token t + 1
     targets_N = batch.input_ids_BT[rows_N, positions_N + 1]
     weights_N = weights_BT[rows_N, positions_N].float()
-    device = device_of(model)
+    device = get_device(model)
     ids_BT, rows_N, positions_N, targets_N, weights_N = (
         tensor.to(device, non_blocking=True)
         for tensor in (batch.input_ids_BT, rows_N, positions_N, targets_N, weights_N)

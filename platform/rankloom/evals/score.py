@@ -92,9 +92,9 @@ def measure_rows(
         truths, texts = [each.reference for each in predictions], [each.prediction for each in predictions]
         scores = [replace(row, reference=t, prediction=p) for row, t, p in zip(scores, truths, texts, strict=True)]
         if data.labels is None:
-            exact_match = _share_of_equal(truths, texts)
+            exact_match = _measure_equal(truths, texts)
         else:
-            accuracy, f1 = _share_of_equal(truths, texts), compute_macro_f1(truths, texts)
+            accuracy, f1 = _measure_equal(truths, texts), compute_macro_f1(truths, texts)
         if own is not None:
             values = compute_metric_values(own, config, predictions)
             metric = summarize_metric(values, config)
@@ -127,7 +127,7 @@ def _check_prompts(data: TaskData) -> None:
         )
 
 
-def validation_rows(data: TaskData, limit: int | None) -> Rows:
+def select_validation_rows(data: TaskData, limit: int | None) -> Rows:
     """Return the validation rows of every evaluation, at most `limit` (`eval.max_rows`)."""
     return data.validation if limit is None else data.validation.select(limit, seed=SEED)
 
@@ -177,7 +177,7 @@ def check_metric(
     )
 
 
-def _share_of_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
+def _measure_equal(truths: Sequence[str], predictions: Sequence[str]) -> Proportion:
     return bootstrap_proportion([t == p for t, p in zip(truths, predictions, strict=True)])
 
 

@@ -156,7 +156,7 @@ class Gateway:
 
     def _read_registry_secret(self) -> bytes:
         try:
-            return self._registry.secret()
+            return self._registry.get_secret()
         except RegistryError as error:
             logger.warning("sticky routes will draw anew at the next start: %s", error)
             return secrets.token_bytes(32)
@@ -165,7 +165,11 @@ class Gateway:
         if self.config.adapters == "all":
             return None
         loaded = (target.ref or "" for target in self._loaded.values())
-        refs = [*self.config.adapters, *loaded, *(ref for route in self.config.routes.values() for ref in route.refs())]
+        refs = [
+            *self.config.adapters,
+            *loaded,
+            *(ref for route in self.config.routes.values() for ref in route.list_refs()),
+        ]
         return [ref.partition("@")[0] for ref in refs if ref != BASE]
 
     def _update_catalogue(self) -> None:

@@ -86,7 +86,7 @@ class Metrics:
             self._live["requests"] += 1
             self._live["completion_tokens"] += tokens["completion"]
 
-    def replica(self, name: str, stats: Stats, resident: int) -> None:
+    def record_replica(self, name: str, stats: Stats, resident: int) -> None:
         """Record a replica's own figures."""
         self._replicas.latest[name] = (time.monotonic(), asdict(stats) | {"resident": resident})
 

@@ -23,7 +23,7 @@ def pace_job() -> CompletionJob:
 
 
 async def measure_token_seconds(request: InFlightRequest) -> float | None:
-    """Mean seconds between tokens, so without queue and prompt; None where all came at once."""
+    """Return the mean seconds between tokens, so without queue and prompt; None where all came at once."""
     begun = last = time.monotonic()
     counts = []
     async for progress in request:

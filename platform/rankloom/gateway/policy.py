@@ -50,7 +50,7 @@ class AdapterVersions:
     """Ascending, at least one."""
     aliases: Mapping[str, int] = field(default_factory=dict)
 
-    def version(self, selector: str | None) -> int | None:
+    def find_version(self, selector: str | None) -> int | None:
         """Return the version that a selector means, or None. Without a selector: the champion, else the latest."""
         if selector == LATEST or (selector is None and CHAMPION not in self.aliases):
             return self.versions[-1]
@@ -80,7 +80,7 @@ class Catalogue:
         is_path = self.base.startswith(("/", "~", ".")) or self.base.count("/") > 1
         return BASE if is_path else self.base
 
-    def models(self) -> list[str]:
+    def list_models(self) -> list[str]:
         """List the names to show: the base, routes, then adapters."""
         refs = self.adapters if self.offered is None else [r for r in self.offered if self.find(r)]
         return list(dict.fromkeys([self.public_base, *self.routes, *self.loaded, *(r for r in refs if r != BASE)]))
@@ -91,7 +91,7 @@ class Catalogue:
             return Target()
         name, _, selector = ref.partition("@")
         adapter = self.adapters.get(name)
-        version = adapter.version(selector or None) if adapter else None
+        version = adapter.find_version(selector or None) if adapter else None
         return None if version is None else Target(name, version)
 
     def resolve(self, model: str) -> Target | None:
@@ -113,7 +113,7 @@ class Catalogue:
         target = self.find(model)
         return target if target in [self.find(ref) for ref in of_name] else None
 
-    def near(self, model: str) -> list[str]:
+    def find_near(self, model: str) -> list[str]:
         """Return names similar to an unknown one; only its neighbours in the alphabet are compared."""
         at = bisect.bisect(self._alphabet, model)
         return difflib.get_close_matches(model[:128], self._alphabet[max(0, at - NEAR) : at + NEAR], n=3, cutoff=0.5)
@@ -128,7 +128,7 @@ class Catalogue:
 
     @cached_property
     def _alphabet(self) -> list[str]:
-        return sorted(self.models())
+        return sorted(self.list_models())
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def decide_route(request: RoutingRequest, catalogue: Catalogue) -> Decision:
     if route is None:
         target = catalogue.resolve(request.model)
         if target is None:
-            raise AdapterNotFoundError(_explain_unknown(request.model, catalogue.near(request.model)))
+            raise AdapterNotFoundError(_explain_unknown(request.model, catalogue.find_near(request.model)))
         return Decision((target,))
     first, arm = _choose_first_target(request, route, catalogue)
     wanted = [first, *(catalogue.find(ref) for ref in route.fallback)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import itertools
 import os
@@ -22,13 +23,12 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import RankloomError, TrialError
-from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostStats, describe_host, open_host
+from rankloom.hosts.host_loop import BankShape, HostDevice, HostLoop, HostReport, HostStats, describe_host, open_host
 from rankloom.hosts.membership import Files, Membership, read_files
 from rankloom.hosts.reports import TrialReport
 from rankloom.hosts.slots import Candidate, assign_slots
@@ -73,7 +73,7 @@ class HostActor:
         # one thread for all computing: a device library's handles, workspaces and plans belong to a thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rankloom-host")
 
-    async def ready(self) -> str:
+    async def wait_until_ready(self) -> str:
         """Wait until the base is loaded; return the host's label.
 
         Raises:
@@ -105,7 +105,7 @@ class HostActor:
         Raises:
             RankloomError: the data or the model can't be loaded.
         """
-        await self.ready()
+        await self.wait_until_ready()
         member = Membership(
             Candidate(key, self._order, accepted=n, made=n), trial, self._scratch / key,
             Path(best_folder) if best_folder else None, heard_at=time.monotonic(),
@@ -149,7 +149,7 @@ class HostActor:
             await asyncio.to_thread(member.publish_best, after + 1)
         return report
 
-    async def snapshot(self, key: str, n: int) -> Files:
+    async def get_snapshot(self, key: str, n: int) -> Files:
         """Return the files that a member needs to continue from report n; empty for n = 0.
 
         Raises:
@@ -159,7 +159,7 @@ class HostActor:
         if n and not member.has(n):
             raise KeyError(key)
         member.heard_at = time.monotonic()
-        return await asyncio.to_thread(read_files, member.snapshot(n)) if n else {}
+        return await asyncio.to_thread(read_files, member.get_folder(n)) if n else {}
 
     async def leave(self, key: str) -> None:
         """End a membership; an unknown key does nothing."""
@@ -190,19 +190,20 @@ class HostActor:
         self._members.clear()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def stats(self) -> dict[str, Any]:
+    def get_stats(self) -> HostReport:
         """Return the host's counters and its members' current states."""
         candidates = [member.candidate for member in self._members.values()]
         run_ahead = self._study.hosts.run_ahead
-        return asdict(self._work) | {
-            "label": self._label,
-            "members": len(candidates),
-            "seated": sum(candidate.seated for candidate in candidates),
-            "training": sum(candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
-            "waiting": sum(not candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
-            "num_slots": self._num_slots,
-            "occupancy": self._work.filled / max(1, self._work.steps),
-        }
+        return HostReport(
+            **copy.deepcopy(vars(self._work)),
+            label=self._label,
+            members=len(candidates),
+            seated=sum(candidate.seated for candidate in candidates),
+            training=sum(candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
+            waiting=sum(not candidate.seated and candidate.wants(run_ahead) for candidate in candidates),
+            num_slots=self._num_slots,
+            occupancy=self._work.filled / max(1, self._work.steps),
+        )
 
     @property
     def _num_slots(self) -> int:

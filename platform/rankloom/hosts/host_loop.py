@@ -13,12 +13,15 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankloom.config import StudyConfig, TrialConfig
 from rankloom.errors import ConfigError, RankloomError, RegistryError, TrialError
 from rankloom.hosts.membership import BEST, Membership
 from rankloom.hosts.reports import FAILED_LOSS, TrialReport, round_costs
+
+if TYPE_CHECKING:
+    from rankloom.training.fused.validation import Evaluation
 
 COST_ROWS = 64
 """Validation rows to choose the prompt for a latency from."""
@@ -97,6 +100,22 @@ class HostStats:
                 seat.end = time.time()
 
 
+@dataclass(kw_only=True)
+class HostReport(HostStats):
+    """A host's counters, and the states of its members now."""
+
+    label: str
+    members: int
+    seated: int
+    training: int
+    """Members that train now."""
+    waiting: int
+    """Members that wait for a slot."""
+    num_slots: int
+    occupancy: float
+    """Mean share of the slots that trained, 0 to 1."""
+
+
 class HostLoop:
     """Moves, trains and reports on the members of an open host."""
 
@@ -164,7 +183,7 @@ class HostLoop:
         started = time.monotonic()
         self._work.memory_bytes = read_peak_memory_bytes(self.host.base.device)
         sound = [member for member in members if member.failure is None]
-        scores: dict[str, Any] = {}
+        scores: dict[str, Evaluation] = {}
         try:
             scores = self.host.evaluate([member.key for member in sound])
         except TrialError as error:  # a row too long for the memory, or the user's metric, fails all of them
@@ -176,7 +195,7 @@ class HostLoop:
                 member.failure = f"the validation loss is not finite at step {member.step}; lower optim.learning_rate"
                 member.failure += f" ({rate:g})"
         evaluated = time.monotonic()
-        with _snapshot_errors(), ThreadPoolExecutor(1, thread_name_prefix="rankloom-snapshots") as writer:
+        with _translate_errors(), ThreadPoolExecutor(1, thread_name_prefix="rankloom-snapshots") as writer:
             self._written.clear()
             reports = [self._report(member, scores.get(member.key), writer) for member in members]
             for written in self._written:
@@ -188,11 +207,12 @@ class HostLoop:
         self._work.save_s += time.monotonic() - evaluated
         return reports
 
-    def _report(self, member: Membership, scores: Any, writer: Executor) -> TrialReport:
+    def _report(self, member: Membership, scores: Evaluation | None, writer: Executor) -> TrialReport:
         if member.failure is not None:
             member.candidate.seated = member.key in self.host.members
             failed = member.report(0, FAILED_LOSS, 0.0, -self._search.sign * FAILED_LOSS)
             return replace(failed, best_value=None, done=True, error=member.failure)
+        assert scores is not None
         value, sign = getattr(scores, self._search.key), self._search.sign
         best = member.best_value is None or sign * value > sign * member.best_value
         member.best_value = value if best else member.best_value
@@ -207,7 +227,7 @@ class HostLoop:
         """Have the member's snapshot written, while the device gets the next one ready."""
         if len(self._written) > 1:
             self._written[-2].result()  # at most two snapshots are in memory
-        folder = member.snapshot(n)
+        folder = member.get_folder(n)
         folder.mkdir(parents=True)
         snapshot = self.host.snapshot(member.key)
 
@@ -244,7 +264,7 @@ def describe_host(host: Any) -> str:
 
 
 @contextmanager
-def _snapshot_errors() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, TrialError, RegistryError) as error:  # would fail every trial
@@ -285,7 +305,7 @@ def open_host(
     base = load_trial_base(trial, place)
     check_lengths(data, base)
     if folder is not None:
-        hold_study_to(folder, trial, Origin.of(data, base))
+        hold_study_to(folder, trial, Origin.collect(data, base))
     if place.type == "cuda":
         mine = torch.cuda.mem_get_info(place)[1] * device.gpus - torch.cuda.memory_allocated(place)
         free = min(read_free_bytes(place) or 0.0, mine)

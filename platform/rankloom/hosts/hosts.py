@@ -18,7 +18,7 @@ from rankloom.config import StudyConfig, TrialConfig
 from rankloom.config.study import is_fusable, make_host_key
 from rankloom.errors import ConfigError
 from rankloom.hosts.host_actor import HostActor
-from rankloom.hosts.host_loop import BankShape, HostDevice
+from rankloom.hosts.host_loop import BankShape, HostDevice, HostReport
 from rankloom.launch import cluster
 
 IDLE_S = 30.0
@@ -31,7 +31,7 @@ CLOSE_TIMEOUT_S = 3.0
 def group_trials(study: StudyConfig) -> dict[str, TrialConfig]:
     """Return `make_host_key` -> a trial with that key. Trials with one key can share a base and data set."""
     found: dict[str, TrialConfig] = {}
-    for trial in study.members():
+    for trial in study.probe_trials():
         if is_fusable(trial):
             found.setdefault(make_host_key(trial), trial)
     return found
@@ -39,7 +39,7 @@ def group_trials(study: StudyConfig) -> dict[str, TrialConfig]:
 
 def size_bank(study: StudyConfig, num_slots: int) -> BankShape:
     """Return slots of the ranks in the search space (a range counts by its ends), and for DoRA if the space has it."""
-    fusable = [trial for trial in study.members() if is_fusable(trial)]
+    fusable = [trial for trial in study.probe_trials() if is_fusable(trial)]
     ranks = {int(trial.method.rank) for trial in fusable} or {1}  # type: ignore[union-attr]
     if study.hosts.max_rank:
         ranks = {min(rank, study.hosts.max_rank) for rank in (*ranks, study.hosts.max_rank)}
@@ -72,7 +72,7 @@ def share_out(study: StudyConfig, nodes: Sequence[dict[str, float]]) -> HostPlan
     """
     compute = study.baseline.compute
     num_groups = len(group_trials(study))
-    parts = max(1, num_groups + any(not is_fusable(trial) for trial in study.members()))
+    parts = max(1, num_groups + any(not is_fusable(trial) for trial in study.probe_trials()))
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if compute.device == "cuda" and not gpus:
         raise ConfigError("compute.device=cuda: this cluster has no GPU; set trial.compute.device=cpu, or auto")
@@ -159,7 +159,7 @@ class Hosts:
         """Record that a trial left its host."""
         self._release(trial_id)
 
-    async def gone(self, trial_id: str) -> None:
+    async def drop_lost(self, trial_id: str) -> None:
         """Drop a trial's host, which died for good, and divide the cluster again, which may have shrunk.
 
         The host's trials ask for another host.
@@ -176,9 +176,9 @@ class Hosts:
         self._stop_sweeping()
         await asyncio.gather(*map(self._end, self._open))
 
-    async def stats(self) -> list[dict[str, Any]]:
-        """Return the `stats` of each host that answers; a host that loads or is down does not."""
-        asked = [asyncio.wrap_future(host.handle.stats.remote().future()) for host in self._open]
+    async def get_stats(self) -> list[HostReport]:
+        """Return the `get_stats` of each host that answers; a host that loads or is down does not."""
+        asked = [asyncio.wrap_future(host.handle.get_stats.remote().future()) for host in self._open]
         if not asked:
             return []
         done, _ = await asyncio.wait(asked, timeout=POLL_TIMEOUT_S)
@@ -212,7 +212,7 @@ class Hosts:
             .remote(self._study, self._groups[key], self._bank, device, label, folder=self._folder)
         )
         if to_train:
-            handle.ready.remote()  # load now, before the first trial joins
+            handle.wait_until_ready.remote()  # load now, before the first trial joins
         self._open.append(RunningHost(key, label, handle))
         return self._open[-1]
 

@@ -75,25 +75,25 @@ class Membership:
     def start(self) -> Path | None:
         """The snapshot of the last report, to admit it from; None before the first report."""
         made = self.candidate.made
-        return self.snapshot(made) if made and self.has(made) else None
+        return self.get_folder(made) if made and self.has(made) else None
 
-    def snapshot(self, n: int) -> Path:
+    def get_folder(self, n: int) -> Path:
         return self.folder / str(n)
 
     def has(self, n: int) -> bool:
         """Return whether the snapshot of report n exists and is complete."""
-        return (self.snapshot(n) / META).is_file()
+        return (self.get_folder(n) / META).is_file()
 
     def take(self, n: int, files: Files | None) -> None:
         """Replace all snapshots by the given one of report n; None: by none."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if files:
-            write_files(self.snapshot(n), files)
+            write_files(self.get_folder(n), files)
 
     def keep(self, n: int) -> None:
         """Remove all snapshots but one: a dead host made the others ahead of the driver, perhaps partially."""
         for other in self.folder.iterdir() if self.folder.is_dir() else ():
-            if other != self.snapshot(n):
+            if other != self.get_folder(n):
                 shutil.rmtree(other)
 
     def accept(self, n: int) -> None:
@@ -103,12 +103,12 @@ class Membership:
         self.candidate.accepted = n
         for earlier in [each for each in self.reports if each < n]:
             del self.reports[earlier]
-            shutil.rmtree(self.snapshot(earlier), ignore_errors=True)
+            shutil.rmtree(self.get_folder(earlier), ignore_errors=True)
 
     def save(self, n: int) -> None:
         """Complete the snapshot of report n."""
         meta = {name: getattr(self, name) for name in BEGINNING} | {"trial": self.trial_id}
-        (self.snapshot(n) / META).write_text(json.dumps(meta))  # last: a snapshot without it is incomplete
+        (self.get_folder(n) / META).write_text(json.dumps(meta))  # last: a snapshot without it is incomplete
 
     def rewind(self) -> None:
         """Reset the progress to the last snapshot's."""
@@ -137,14 +137,14 @@ class Membership:
             train_s=self.train_s,
             best_value=self.best_value,
         )
-        return report.with_costs(self.costs)
+        return report.add_costs(self.costs)
 
     def publish_best(self, n: int) -> None:
         """Replace the adapter in `best_folder` by that of report n. A second call for the same report does nothing.
 
         A reader may find no adapter for a moment, but never a partial one.
         """
-        source, target = self.snapshot(n) / BEST, self.best_folder
+        source, target = self.get_folder(n) / BEST, self.best_folder
         if target is None or not source.is_dir():
             return
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rankloom.events import CurvePoint
 
@@ -27,13 +26,13 @@ class TrialReport(CurvePoint):
     fatal: bool = False
     """Whether the error comes from the data, the base or the cluster, and would fail every trial of the study."""
 
-    def with_costs(self, costs: Mapping[str, float]) -> TrialReport:
+    def add_costs(self, costs: Mapping[str, float]) -> TrialReport:
         """Return the report with the adapter's serving costs, where they were measured."""
         memory_bytes, latency_ms = (costs.get(name) for name in ("memory_bytes", "latency_ms"))
         return replace(self, memory_bytes=memory_bytes, latency_ms=latency_ms)
 
 
-def round_costs(measured: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+def round_costs(measured: Mapping[str, float | None], names: Iterable[str]) -> dict[str, float]:
     """Return the costs for comparing trials: a latency has two digits, because repeated timings differ by more."""
-    costs = {name: float(measured[name]) for name in names if measured[name] is not None}
+    costs = {name: float(value) for name in names if (value := measured[name]) is not None}
     return {name: float(f"{value:.2g}") if name == "latency_ms" else value for name, value in costs.items()}

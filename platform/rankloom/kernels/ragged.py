@@ -40,7 +40,7 @@ def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Ten
         scale_K: in fp32.
     """
     h_NR = x_ND.new_zeros(len(x_ND), factor_KRD.shape[1], dtype=torch.float32)
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         h_NR[span] = (x_ND[span].float() @ factor_KRD[slot].float().T) * scale_K[slot]
     return h_NR.unsqueeze(0)
 
@@ -68,7 +68,7 @@ def ragged_expand_scaled(
     """
     sum_NO = y_NO.float() + _expand(h_SNR, factor_KRO, bounds)
     y_NO.copy_(sum_NO)
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         sum_NO[span] *= scale_KO[slot]
     return (sum_NO if bias_O is None else sum_NO + bias_O.float()).to(y_NO.dtype)
 
@@ -84,7 +84,7 @@ def ragged_scale_backward(
         weight_KO: in fp32, the gradient of the scale with respect to the result's.
     """
     scaled_NO, sums_KO = dy_NO.to(torch.float32, copy=True), torch.zeros_like(scale_KO)
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         sums_KO[slot] = (dy_NO[span].float() * y_NO[span].float()).sum(0)
         scaled_NO[span] = scaled_NO[span] * scale_KO[slot]
     return scaled_NO.to(dy_NO.dtype), sums_KO * weight_KO
@@ -98,7 +98,7 @@ def ragged_gradients(
     dh_NR, h_NR = (h.sum(0).to(x_NI.dtype).float() for h in (dh_SNR, h_SNR))
     da_KRI = h_NR.new_zeros(len(bounds) - 3, h_NR.shape[1], x_NI.shape[1])
     db_KOR = h_NR.new_zeros(len(bounds) - 3, dy_NO.shape[1], h_NR.shape[1])
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         da_KRI[slot] = dh_NR[span].T @ x_NI[span].float()
         db_KOR[slot] = dy_NO[span].float().T @ h_NR[span]
     return da_KRI, db_KOR
@@ -117,7 +117,7 @@ def ragged_dropout(x_ND: Tensor, seed_K: Tensor, rate_K: Tensor, salt: int, boun
     """
     result_ND = x_ND.clone()
     place_D = torch.arange(x_ND.shape[1], device=x_ND.device)
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         place_TD = torch.arange(span.stop - span.start, device=x_ND.device)[:, None] * x_ND.shape[1] + place_D
         key = _mix(seed_K[slot].long() & MASK) ^ _mix(torch.tensor(salt, device=x_ND.device))
         drawn_TD = (_mix((place_TD & MASK) ^ _mix(key)) >> 8).float() * 2**-24
@@ -171,12 +171,12 @@ def _expand(h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> Tensor:
     """Return h factor [N, D] in fp32."""
     h_NR = h_SNR.sum(0).to(factor_KRD.dtype).float()
     y_ND = h_NR.new_zeros(len(h_NR), factor_KRD.shape[2])
-    for slot, span in _spans(bounds):
+    for slot, span in _list_spans(bounds):
         y_ND[span] = h_NR[span] @ factor_KRD[slot].float()
     return y_ND
 
 
-def _spans(bounds: Tensor) -> list[tuple[int, slice]]:
+def _list_spans(bounds: Tensor) -> list[tuple[int, slice]]:
     """Return the tokens of each slot that has some; none where tensors have shapes alone."""
     if bounds.is_meta or torch._subclasses.fake_tensor.is_fake(bounds):
         return []

@@ -123,7 +123,7 @@ def _load(cls: type[ConfigT], given: str | Path | Mapping[str, Any], overrides: 
 def _list_distinct(study: StudyConfig) -> Iterator[TrialConfig]:
     """Yield a trial for each model, data set and retention set of a study."""
     seen = set()
-    for trial in study.members():
+    for trial in study.probe_trials():
         key = repr([trial.model, trial.data, trial.eval.retention])
         if key not in seen:
             seen.add(key)
@@ -132,8 +132,8 @@ def _list_distinct(study: StudyConfig) -> Iterator[TrialConfig]:
 
 def _check(trial: TrialConfig, name: str, num_examples: int) -> DataCheck:
     from rankloom.data import load_data
+    from rankloom.data.conversation import uses_chat_template
     from rankloom.data.preview import preview_rows
-    from rankloom.data.render import uses_chat_template
     from rankloom.models import load_tokenizer
     from rankloom.training.resume_check import digest_data
 

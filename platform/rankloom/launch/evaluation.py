@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -27,6 +27,9 @@ from rankloom.launch.results import EvaluationResult
 from rankloom.paths import get_registry_root
 from rankloom.registry import Record, Registry
 from rankloom.registry.checks import RECORD
+
+if TYPE_CHECKING:
+    from rankloom.training.run import ScoreOutcome
 
 
 def evaluate(
@@ -65,7 +68,7 @@ def evaluate(
     trial, adapter = resolve_subject(subject, registry or get_registry_root(), overrides, has_rows=data is not None)
     trial = use_trial_rows(trial, data, "test")
     scored = score_adapter(trial, adapter, metric=metric, registry=registry or get_registry_root(), on_event=on_event)
-    return EvaluationResult.model_validate(scored | {"adapter": adapter})
+    return EvaluationResult.model_validate({**scored, "adapter": adapter})
 
 
 def resolve_subject(
@@ -116,7 +119,7 @@ def score_adapter(
     registry: str,
     on_event: OnEvent = lambda _: None,
     metric: MetricFunction | None = None,
-) -> dict[str, Any]:
+) -> ScoreOutcome:
     """Score an adapter (a ref or a PEFT folder; None: the base alone) by a trial, here or in one Ray worker."""
     trial, registry = resolve_paths(use_trial_metric(trial, metric)), resolve_path(registry)
     adapter = None if adapter is None else resolve_path(adapter, or_id=True)
@@ -149,7 +152,7 @@ def score_adapter(
         if failure is not None:
             raise _to_one_line(failure) from None
         try:
-            scored: dict[str, Any] = waiting.result()
+            scored: ScoreOutcome = waiting.result()
         except ray.exceptions.RayError as error:
             raise _to_one_line(to_failure(error)) from None
         return scored
@@ -185,7 +188,7 @@ def score(
     device: Any,
     on_event: OnEvent,
     metric: MetricFunction | None = None,
-) -> dict[str, Any]:
+) -> ScoreOutcome:
     """Score in this process."""
     from rankloom.training.run import evaluate as score_adapter
     from rankloom.training.session import LocalSession

@@ -6,15 +6,19 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankloom.config import TrialConfig
 from rankloom.errors import TrialError
 from rankloom.events import Event
 from rankloom.launch.failures import to_failure
+
+if TYPE_CHECKING:
+    from rankloom.launch.trainer import Work
+    from rankloom.training.run import TrialOutcome
 
 PUSH_EVERY_S = 0.2
 ASK_EVERY_S = 0.2
@@ -23,7 +27,7 @@ LEAVE_TOGETHER_S = 10.0
 CHECKPOINT = "checkpoint-{step:08d}-{nonce}"
 
 
-def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Mapping[str, Any]) -> dict[str, Any] | None:
+def run_on_worker(trial: TrialConfig, channel: Any, cpus: int, work: Work) -> TrialOutcome | None:
     """Run a trial on a Ray Train worker; rank 0 returns the result, or None after an error, which the channel holds.
 
     Args:
@@ -101,14 +105,14 @@ class RayTrainSession:
         return self._stop
 
     @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
+    def open_latest_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
         with _open_checkpoint(ray.train.get_checkpoint()) as folder:
             yield folder
 
     @contextmanager
-    def best_checkpoint(self) -> Iterator[Path | None]:
+    def open_best_checkpoint(self) -> Iterator[Path | None]:
         import ray.train
 
         reported = ray.train.get_all_reported_checkpoints()  # waits for reports in progress

@@ -116,11 +116,11 @@ class RunFolder:
     def abandon(self) -> None:
         """Clean up after an error: a run without a checkpoint leaves only the error's trace."""
         with self._translate_write_errors():
-            folders = self._storage.folders("")
-            if any(name.startswith("checkpoint-") for name in folders) or self._storage.folders(CHECKPOINTS):
+            folders = self._storage.list_folders("")
+            if any(name.startswith("checkpoint-") for name in folders) or self._storage.list_folders(CHECKPOINTS):
                 return
-            curves = [f"{CURVES}/{name}" for name in self._storage.files(CURVES)] if CURVES in folders else []
-            events = [name for name in self._storage.files("") if name.startswith(EVENTS)]
+            curves = [f"{CURVES}/{name}" for name in self._storage.list_files(CURVES)] if CURVES in folders else []
+            events = [name for name in self._storage.list_files("") if name.startswith(EVENTS)]
             for name in (*curves, *events, RAYS, ID, TRIAL):
                 self._storage.delete(name)
             for place in (self.local / CURVES, self.local / CHECKPOINTS, self.local) if self.local else ():
@@ -132,7 +132,7 @@ class RunFolder:
         """The run's unique id; a later run of the same name has another."""
         return self._storage.read(ID).decode()
 
-    def result(self) -> TrialResult:
+    def read_result(self) -> TrialResult:
         """Return what `train` returned when the run was done."""
         try:
             result = TrialResult.model_validate_json(self._storage.read(RESULT))
@@ -150,7 +150,7 @@ class RunFolder:
         return f"{self.path}/{name}"
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def open_scratch(self) -> Iterator[Path]:
         """Yield a local folder for files that grow; for an object store they are copied to the run at the end."""
         if self.local:
             yield self.local
@@ -177,7 +177,7 @@ class RunFolder:
         """Return whether the folder holds files, none of them rankloom's."""
         if self._storage.exist([ID])[0] or (self.local and not self.local.is_dir()):
             return False
-        return bool(self._storage.folders("") or set(self._storage.files("")) - {ERROR})
+        return bool(self._storage.list_folders("") or set(self._storage.list_files("")) - {ERROR})
 
     def _read_trial(self) -> dict[str, Any] | None:
         with self._translate_write_errors():

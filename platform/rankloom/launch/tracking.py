@@ -103,7 +103,7 @@ def track_run(trial: TrialConfig, run: RunFolder) -> Iterator[OnEvent]:
     Raises:
         TrialError: the run's folder can't be written. ConfigError: a configured tracker does not open.
     """
-    with run.scratch() as folder:
+    with run.open_scratch() as folder:
         try:
             local: list[Tracker] = [Jsonl(folder / EVENTS), TensorBoard(folder / CURVES)]
         except OSError as error:

@@ -15,7 +15,7 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from rankloom.config import TrialConfig, coerce
 from rankloom.config.paths import resolve_paths
@@ -30,6 +30,9 @@ from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
+
+if TYPE_CHECKING:
+    from rankloom.training.run import TrialOutcome
 
 
 class Work(TypedDict):
@@ -119,11 +122,9 @@ def train_trial(
     Registry(trial.output.registry_root)  # find a wrong URL before the training
     run = RunFolder(trial)
     if run.decide_run(trial, resume=resume) != "finished" and study is None:  # a refusal leaves no trace
-        from rankloom.planning.gate import announce_plan
-        from rankloom.training.preflight import preflight
+        from rankloom.planning.gate import vet_trials
 
-        preflight([trial], metric)
-        announce_plan([trial], trial.name, on_event)
+        vet_trials([trial], trial.name, on_event, metric)
     with run.lock():
         work = Work(train=train, study=study, metric=metric)
         return _fit(trial, run, work, on_event, stop or threading.Event(), resume=resume)
@@ -139,7 +140,7 @@ def _fit(
     resume: bool,
 ) -> TrialResult:
     if run.decide_run(trial, resume=resume) == "finished":
-        return run.result()
+        return run.read_result()
     run.begin(trial)
     try:
         with tracking.track_run(trial, run) as track:
@@ -150,7 +151,7 @@ def _fit(
 
             launch = _run_here if trial.compute.num_workers == 0 else _on_ray
             outcome = launch(trial, run, work, tell, stop)
-            result = TrialResult.model_validate(outcome | {"run": run.path})
+            result = TrialResult.model_validate({**outcome, "run": run.path})
             if result.status == "done":
                 run.write(RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
             tell(RunFinished(**result.to_dict()))
@@ -160,7 +161,7 @@ def _fit(
         raise
 
 
-def _run_here(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> dict[str, Any]:
+def _run_here(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> TrialOutcome:
     try:
         import torch
 
@@ -172,12 +173,14 @@ def _run_here(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, sto
             torch.set_num_threads(trial.compute.cpus_per_worker)
         assert run.local is not None
         session = LocalSession(run.local, device=choose_device(trial.compute.device), on_event=tell, stop=stop)
-        return run_trial(trial, session, **work)
+        outcome = run_trial(trial, session, **work)
+        assert outcome is not None  # of rank 0
+        return outcome
     except Exception as error:
         _raise(to_failure(error), run)
 
 
-def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> dict[str, Any]:
+def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop: threading.Event) -> TrialOutcome:
     cluster.announce(tell)
     with cluster.connect(trial.compute) as share:
         import ray
@@ -193,7 +196,7 @@ def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop:
         if failure is not None:
             _raise(failure, run)
         try:
-            outcome: dict[str, Any] = fitting.result().return_value
+            outcome: TrialOutcome = fitting.result().return_value
         except TrainingFailedError as error:
             _raise(to_training_failure(error, trial), run)
         except Exception as error:
@@ -211,7 +214,7 @@ def _build_ray_trainer(
 
     cpus = share.cpus
 
-    def each_worker() -> dict[str, Any] | None:
+    def each_worker() -> TrialOutcome | None:
         return run_on_worker(trial, channel, cpus, work)
 
     return TorchTrainer(

@@ -48,7 +48,7 @@ class AdaLora(Method[AdaLoraConfig]):
         self._allocator, self._device = model.base_model.rankallocator, base.device
         return model
 
-    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+    def compute_penalty(self, model: nn.Module) -> torch.Tensor | None:
         if self.config.orthogonal_weight == 0:
             return None
         norms = []
@@ -64,7 +64,7 @@ class AdaLora(Method[AdaLoraConfig]):
                 parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr, operator]
 
-    def state(self) -> State:
+    def get_state(self) -> State:
         scores = {name: dict(getattr(self._allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
         return {"scores": scores, "rank_pattern": self._peft.rank_pattern}
 

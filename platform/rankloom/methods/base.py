@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ State = dict[str, Any]
 class Method(ABC, Generic[ConfigT]):
     """One method of one trial. Call `attach` first; `model` below is always the module that it returned.
 
-    Invariant: training changes only the weights named by `trained(model)`, `state` and the optimiser's state, so that
+    Invariant: training changes only the weights of `get_trained(model)`, its own state and the optimiser's, so that
     these three restore a run.
     """
 
@@ -60,31 +60,39 @@ class Method(ABC, Generic[ConfigT]):
         """Prepare step `step` (from 0); return True if the set of trainable parameters changed."""
         return False
 
-    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+    def compute_penalty(self, model: nn.Module) -> torch.Tensor | None:
         """Return a term to add to each step's loss, if any."""
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Finish optimiser step `step` (from 0), while the gradients still exist."""
 
-    def state(self) -> State:
+    def get_state(self) -> State:
         """Return the method's own state: tensors and plain data that a weights-only load accepts."""
         return {}
 
     def load_state(self, state: State) -> None:
-        """Restore the result of `state`."""
+        """Restore the result of `get_state`."""
 
-    def optimizer_state(self, optimizer: Optimizer) -> State:
+    def get_optimizer_state(self, optimizer: Optimizer) -> State:
         """Return the optimiser's state as tensors and plain data."""
         return optimizer.state_dict()
 
     def load_optimizer_state(self, optimizer: Optimizer, state: State) -> None:
-        """Restore the result of `optimizer_state`."""
+        """Restore the result of `get_optimizer_state`."""
         optimizer.load_state_dict(state)
 
 
-def make_adam_settings(optim: OptimConfig) -> dict[str, Any]:
-    """Return AdamW's keyword arguments."""
+class AdamSettings(TypedDict):
+    """AdamW's keyword arguments."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+
+def make_adam_settings(optim: OptimConfig) -> AdamSettings:
+    """Return AdamW's keyword arguments by a trial's settings."""
     return {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
 
 

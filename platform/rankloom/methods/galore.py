@@ -110,7 +110,7 @@ class GaLore(BaseTraining[GaLoreConfig]):
                 parameter.register_post_accumulate_grad_hook(lambda p: _step_alone(optimizer, p))
         return optimizer
 
-    def optimizer_state(self, optimizer: Optimizer) -> State:
+    def get_optimizer_state(self, optimizer: Optimizer) -> State:
         assert isinstance(optimizer, Projected)
         bases = {
             i: optimizer.projectors[p].ortho_matrix for i, p in enumerate(self._projected) if p in optimizer.projectors

@@ -32,29 +32,29 @@ def fuse(model: PreTrainedModel) -> None:
     for module in model.modules():
         forward = type(module).forward
         if _is_same(forward, llama.LlamaRMSNorm.forward):
-            module.forward = MethodType(_norm, module)
+            module.forward = MethodType(_forward_norm, module)
         elif _is_same(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
-            module.forward = MethodType(_mlp, module)
+            module.forward = MethodType(_forward_mlp, module)
         elif _is_same(forward, llama.LlamaDecoderLayer.forward):
-            module.forward = MethodType(_layer, module)
+            module.forward = MethodType(_forward_layer, module)
         elif _rotates(forward):
-            module.forward = MethodType(_with_rotary(forward), module)
+            module.forward = MethodType(_fuse_rotary(forward), module)
 
 
-def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
-    weight = _frozen_weight(norm)
+def _forward_norm(norm: Any, hidden_states: Tensor) -> Tensor:
+    weight = _get_frozen_weight(norm)
     if weight is None:
         plain: Tensor = type(norm).forward(norm, hidden_states)
         return plain
     return rms_norm(hidden_states, weight, norm.variance_epsilon)
 
 
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
+def _forward_mlp(mlp: Any, x: Tensor) -> Tensor:
     y: Tensor = mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
     return y
 
 
-def _layer(
+def _forward_layer(
     layer: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
@@ -74,7 +74,7 @@ def _layer(
         **kwargs,
     )
     norm = layer.post_attention_layernorm
-    weight = _frozen_weight(norm)
+    weight = _get_frozen_weight(norm)
     if weight is None:
         total = hidden_states + attended
         normed = norm(total)
@@ -84,17 +84,17 @@ def _layer(
     return result
 
 
-def _frozen_weight(norm: Any) -> Tensor | None:
+def _get_frozen_weight(norm: Any) -> Tensor | None:
     """Return the weight of a norm that is fused and does not train."""
     forward = vars(norm).get("forward")
-    if getattr(forward, "__func__", None) is not _norm or norm.weight.requires_grad:
+    if getattr(forward, "__func__", None) is not _forward_norm or norm.weight.requires_grad:
         return None
     weight: Tensor = norm.weight
     return weight
 
 
 @cache
-def _with_rotary(forward: FunctionType) -> FunctionType:
+def _fuse_rotary(forward: FunctionType) -> FunctionType:
     """Return an attention's forward with the fused rotation in place of the one that it calls by name."""
     own = inspect.unwrap(forward)
     names = own.__globals__ | {ROTARY: rotary}
@@ -112,10 +112,10 @@ def _rotates(forward: FunctionType) -> bool:
 
 @cache
 def _is_same(function: Callable[..., Any], reference: Callable[..., Any]) -> bool:
-    return function is reference or _code(function) == _code(reference)
+    return function is reference or _read_code(function) == _read_code(reference)
 
 
-def _code(function: Callable[..., Any]) -> str:
+def _read_code(function: Callable[..., Any]) -> str:
     """Return a function's body and the names of its arguments, without types and documentation."""
     try:
         source = inspect.getsource(inspect.unwrap(function))

@@ -36,7 +36,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def linear_widths(linear: nn.Module) -> tuple[int, int]:
+def get_linear_widths(linear: nn.Module) -> tuple[int, int]:
     """Return a linear layer's (inputs, outputs), quantised or not."""
     if isinstance(linear, Conv1D):
         num_in, num_out = linear.weight.shape

@@ -21,7 +21,7 @@ from rankloom.models.device import choose_device
 from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.plan import find_available
 from rankloom.training.memory import describe_model
-from rankloom.training.memory_plan import gigabytes
+from rankloom.training.memory_plan import format_gb
 
 RANK = 16
 """The rank of the adapters in a forecast; what they take is in proportion to it."""
@@ -47,12 +47,12 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
     model = open_outline(config.base, config.quantization or NoQuantization())
     available = None if os.environ.get("RAY_ADDRESS") else find_available(device, config.replicas.min)
     memory = forecast_replica(config, model, device, available)
-    have = "the cluster's machines are unknown here" if available is None else f"{gigabytes(available)} are free"
+    have = "the cluster's machines are unknown here" if available is None else f"{format_gb(available)} are free"
     total = sum(count_parameters(model).values())
     for line in (
         f"model   {config.base.id}: {total / 1e6:,.4g} M parameters, quantization {quantization}",
         f"memory  each of {config.replicas.min} replica(s): {memory.describe()}; {have} for each",
-        f"load    {config.engine.num_seqs(on_gpu=device.type == 'cuda')} sequences at once in a replica, "
+        f"load    {config.engine.resolve_num_seqs(on_gpu=device.type == 'cuda')} sequences at once in a replica, "
         f"{config.engine.max_cpu_loras} adapters in memory",
     ):
         tell(PhaseStarted("plan", line))
@@ -61,14 +61,14 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
     if memory.weights > available:
         hint = "quantization=nf4, " if quantization == "none" else ""
         raise ConfigError(
-            f"base={config.base.id}, quantization={quantization}: the weights take {gigabytes(memory.weights)} in each "
-            f"of {config.replicas.min} replica(s), and {gigabytes(available)} are free for each on the {device.type}; "
+            f"base={config.base.id}, quantization={quantization}: the weights take {format_gb(memory.weights)} in each "
+            f"of {config.replicas.min} replica(s), and {format_gb(available)} are free for each on the {device.type}; "
             f"set {hint}replicas.min=1 or a smaller base"
         )
     if device.type == "cuda" and memory.weights + memory.cache > available:
         raise ConfigError(
-            f"engine.kv_cache_tokens={config.engine.kv_cache_tokens}: takes {gigabytes(memory.cache)} at the start, "
-            f"and {gigabytes(available - memory.weights)} are free beside the base; set fewer, or null for what fits"
+            f"engine.kv_cache_tokens={config.engine.kv_cache_tokens}: takes {format_gb(memory.cache)} at the start, "
+            f"and {format_gb(available - memory.weights)} are free beside the base; set fewer, or null for what fits"
         )
 
 
@@ -93,14 +93,14 @@ class ReplicaMemory:
 
     def describe(self) -> str:
         """Return its parts, for users."""
-        parts = [f"weights {gigabytes(self.weights)}"]
+        parts = [f"weights {format_gb(self.weights)}"]
         if self.cache_tokens:
-            parts.append(f"KV cache {gigabytes(self.cache)} for {self.cache_tokens:,} tokens when full")
+            parts.append(f"KV cache {format_gb(self.cache)} for {self.cache_tokens:,} tokens when full")
         if self.prefix_tokens:
             parts.append(
-                f"prefixes {gigabytes(self.prefix_tokens * self.bytes_per_token)} for {self.prefix_tokens:,} tokens"
+                f"prefixes {format_gb(self.prefix_tokens * self.bytes_per_token)} for {self.prefix_tokens:,} tokens"
             )
-        return ", ".join([*parts, f"adapters {gigabytes(self.adapters)} for {self.num_adapters} of rank {RANK}"])
+        return ", ".join([*parts, f"adapters {format_gb(self.adapters)} for {self.num_adapters} of rank {RANK}"])
 
 
 def forecast_replica(
@@ -125,14 +125,14 @@ def forecast_replica(
     heads, tokens, kept = describe_heads(model, dtype, device), engine.kv_cache_tokens, engine.prefix_cache_tokens
     if available is not None or device.type == "cpu":
         free = None if device.type == "cpu" else max(0.0, (available or 0.0) - weights)
-        num_seqs = engine.num_seqs(on_gpu=device.type == "cuda")
+        num_seqs = engine.resolve_num_seqs(on_gpu=device.type == "cuda")
         tokens = tokens or choose_capacity(heads, free, num_seqs, find_longest(model))
         kept = choose_prefix_capacity(heads, free) if kept is None else kept
     num_adapters = engine.max_cpu_loras
     if is_fast:
         adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
     else:
-        adapters = num_adapters * shape.adapter_numbers(RANK, dora=False) * torch.float32.itemsize
+        adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * torch.float32.itemsize
     return ReplicaMemory(weights, tokens, kept, heads.bytes_per_token, adapters, num_adapters)
 
 

@@ -104,7 +104,7 @@ def count_members(trial: TrialConfig, shape: Shape, rows: RowSizes, available: f
 
     def need(num_slots: int) -> float:
         host = HostSize(num_slots, rank, rows.longest, with_magnitudes=trial.method.type == "dora")
-        return shape.base_bytes + host.bytes(shape)
+        return shape.base_bytes + host.count_bytes(shape)
 
     return _find_most(need, MOST_MEMBERS, available)
 
@@ -137,7 +137,7 @@ def plan_method(
         seconds = rows.num_steps * rows.step_tokens / (speed.tokens_per_s * num_workers)
     return MethodPlan(
         label=name_recipe(trial),
-        trained=int(trial.method.trained_numbers(shape).gradients),
+        trained=int(trial.method.count_trained(shape).gradients),
         memory=memory,
         fits=None if available is None else memory.peak <= available,
         largest_batch=None if available is None else _find_most(need, MOST_ROWS, available),

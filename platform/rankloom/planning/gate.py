@@ -1,4 +1,4 @@
-"""Before a run: three lines on what it will take, and a refusal of what can't fit, before Ray starts."""
+"""Before a run, and before Ray starts: three lines on what it will take, and a refusal of what can't work or fit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,39 @@ from collections.abc import Iterable, Sequence
 from rankloom.config.study import is_fusable
 from rankloom.config.trial import TrialConfig
 from rankloom.errors import ConfigError
-from rankloom.events import OnEvent, PhaseStarted
+from rankloom.evals.own_metric import MetricFunction
+from rankloom.events import OnEvent, PhaseStarted, WarningRaised
 from rankloom.planning.forecast import MethodPlan
-from rankloom.planning.plan import Plan, find_smaller, plan_trials
-from rankloom.training.memory_plan import gigabytes
+from rankloom.planning.plan import Plan, find_smaller, pick_largest, plan_trials
+from rankloom.training.memory_plan import format_gb
+from rankloom.training.preflight import preflight
 
 CERTAIN = 0.9
 """The share of a forecast that a run takes at least; tests hold forecasts to 10 %."""
+
+
+def vet_trials(
+    trials: Iterable[TrialConfig],
+    name: str,
+    tell: OnEvent,
+    metric: MetricFunction | None = None,
+    *,
+    fused: bool = False,
+) -> None:
+    """Refuse trials that are certain to fail or can't fit, and report in three lines what they will take.
+
+    Args:
+        metric: the user's own metric as a function; None: `eval.metric` names it.
+        fused: whether those that can share a base will; their notes are reported here, as no run of theirs does it.
+
+    Raises:
+        RankloomError: the error that the run itself would raise.
+    """
+    trials = list(trials)
+    notes = preflight(trials, metric)
+    for note in notes if fused else ():
+        tell(WarningRaised(note))
+    announce_plan(pick_largest(trials), name, tell, fused=fused)
 
 
 def announce_plan(trials: Sequence[TrialConfig], name: str, tell: OnEvent, *, fused: bool = False) -> None:
@@ -62,8 +88,8 @@ def _check(trial: TrialConfig, method: MethodPlan, planned: Plan, *, fused: bool
             f"set optim.batch_size={method.largest_batch} or {advice}",
         )
     raise ConfigError(
-        f"{field}: {method.label} needs {gigabytes(method.memory.peak)} on the {planned.device}, and "
-        f"{gigabytes(available)} are free for each worker; {advice}"
+        f"{field}: {method.label} needs {format_gb(method.memory.peak)} on the {planned.device}, and "
+        f"{format_gb(available)} are free for each worker; {advice}"
     )
 
 
@@ -75,12 +101,12 @@ def format_plan(planned: Plan, *, memory_known: bool = True) -> list[str]:
     more = f" and {len(planned.own) - 3} more methods" if len(planned.own) > 3 else ""
     memory = largest.memory
     parts = (
-        f"weights {gigabytes(memory.weights)}, optimiser {gigabytes(memory.optimizer)}, gradients "
-        f"{gigabytes(memory.gradients)}, activations {gigabytes(memory.activations)}, logits {gigabytes(memory.logits)}"
+        f"weights {format_gb(memory.weights)}, optimiser {format_gb(memory.optimizer)}, gradients "
+        f"{format_gb(memory.gradients)}, activations {format_gb(memory.activations)}, logits {format_gb(memory.logits)}"
     )
     return [
         f"model   {planned.model}: {total / 1e6:,.4g} M parameters; {trained}{more}",
-        f"memory  {largest.label}: {gigabytes(memory.peak)} at the peak of a worker ({parts}); "
+        f"memory  {largest.label}: {format_gb(memory.peak)} at the peak of a worker ({parts}); "
         + (_describe_fit(largest, planned.available) if memory_known else "the cluster's workers check what they have"),
         f"time    {_describe_time(planned, largest)}",
     ]
@@ -91,7 +117,7 @@ def _describe_fit(method: MethodPlan, available: float | None) -> str:
         return "the device's memory is unknown here"
     fused = f", {method.members} such trials on one base" if method.members else ""
     fits = "it fits" if method.fits else "it does not fit"
-    return f"{gigabytes(available)} are free: {fits}; largest batch_size {method.largest_batch}{fused}"
+    return f"{format_gb(available)} are free: {fits}; largest batch_size {method.largest_batch}{fused}"
 
 
 def _describe_time(planned: Plan, method: MethodPlan) -> str:

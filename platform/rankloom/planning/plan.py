@@ -179,9 +179,12 @@ def list_trials(config: AnyConfig) -> list[TrialConfig]:
         return [config]
     if isinstance(config, CompareConfig):
         seed = config.seeds[0]
-        trials: Iterable[TrialConfig] = [config.resolve(each, seed, each.learning_rate) for each in config.methods]
-    else:
-        trials = config.members()
+        return pick_largest(config.resolve(each, seed, each.learning_rate) for each in config.methods)
+    return pick_largest(config.probe_trials())
+
+
+def pick_largest(trials: Iterable[TrialConfig]) -> list[TrialConfig]:
+    """Return of each recipe the trial with the highest rank."""
     largest: dict[str, TrialConfig] = {}
     for trial in trials:
         known = largest.setdefault(name_recipe(trial), trial)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Literal
 
 from rankloom.planning.forecast import MethodPlan
-from rankloom.training.memory_plan import gigabytes
+from rankloom.training.memory_plan import format_gb
 
 Preference = Literal["accuracy", "memory", "speed"]
 IN_4_BITS = (
@@ -38,11 +38,11 @@ def recommend(methods: Sequence[MethodPlan], prefer: Preference) -> Recommendati
     fitting = [method for method in methods if method.fits is not False]
     if not fitting:
         least = min(methods, key=lambda each: each.memory.peak)
-        need = f"{least.label} takes the least, {gigabytes(least.memory.peak)}"
+        need = f"{least.label} takes the least, {format_gb(least.memory.peak)}"
         return Recommendation(None, (f"no method fits; {need}",), ())
     if prefer == "memory":
         best = min(fitting, key=lambda each: each.memory.peak)
-        return Recommendation(best.label, (f"its peak of {gigabytes(best.memory.peak)} is the lowest",), ())
+        return Recommendation(best.label, (f"its peak of {format_gb(best.memory.peak)} is the lowest",), ())
     if prefer == "speed":
         timed = [(each.speed, each) for each in fitting if each.speed is not None]
         if not timed:
@@ -62,7 +62,7 @@ def _recommend_accurate(fitting: Sequence[MethodPlan]) -> Recommendation:
         return Recommendation(None, ("no packaged row has the accuracy of a method that fits",), ())
     label, row = max(ranked, key=lambda pair: (not pair[0].startswith("q"), float(pair[1]["accuracy"])))
     best = next(each for each in fitting if each.label == label)
-    reasons = [f"it fits with a peak of {gigabytes(best.memory.peak)}"]
+    reasons = [f"it fits with a peak of {format_gb(best.memory.peak)}"]
     reasons.append(
         f"{float(row['accuracy']):.1%} is the best of the rows' methods that fit, by one seed: close to a tie"
     )

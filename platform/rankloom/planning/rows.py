@@ -10,7 +10,7 @@ from rankloom.config.model import ModelConfig
 from rankloom.config.trial import TrialConfig
 from rankloom.errors import DataError, ModelError
 from rankloom.models import load_tokenizer, locate_folder
-from rankloom.training.schedule import num_steps
+from rankloom.training.schedule import count_steps
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_row_sizes(trial: TrialConfig) -> RowSizes:
         return assume_row_sizes(trial)
     optim, lengths = trial.optim, np.asarray(data.train.lengths)
     cursor = Cursor(lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
-    steps = num_steps(trial, cursor.batches_per_epoch)
+    steps = count_steps(trial, cursor.batches_per_epoch)
     train = data.report.splits["train"]
     _, longest = find_longest_batch(cursor, steps)
     return RowSizes(

@@ -55,7 +55,7 @@ def list_scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
         rows.append((f"energy kept at rank {cut.rank}", f"{100 * cut.energy:.1f} %", ""))
         rows.append(("loss of the trained weights", f"{cut.trained.loss:.4f}", ""))
         if cut.trained.accuracy:
-            rows.append(("accuracy of the trained weights", _share(cut.trained.accuracy), ""))
+            rows.append(("accuracy of the trained weights", _format_proportion(cut.trained.accuracy), ""))
     rows += [
         ("trainable parameters", f"{scorecard.trainable_parameters:,}", ""),
         ("adapter size", _format_megabytes(scorecard.adapter_bytes), ""),
@@ -77,7 +77,7 @@ def measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str
     ]
 
 
-def _share(share: Proportion) -> str:
+def _format_proportion(share: Proportion) -> str:
     return f"{100 * share.value:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
@@ -94,9 +94,9 @@ _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "num_rows": ("test rows", str),
     "loss": ("loss", "{:.4f}".format),
     "perplexity": ("perplexity", "{:.3f}".format),
-    "accuracy": ("accuracy [95 %]", _share),
+    "accuracy": ("accuracy [95 %]", _format_proportion),
     "macro_f1": ("macro F1", "{:.3f}".format),
-    "exact_match": ("exact match [95 %]", _share),
+    "exact_match": ("exact match [95 %]", _format_proportion),
     "metric": ("own metric [95 %]", _format_metric),
     "retention_loss": ("retention loss", "{:.4f}".format),
     "latency_ms": ("decode latency, ms per token", "{:.1f}".format),

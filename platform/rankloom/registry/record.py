@@ -52,11 +52,11 @@ class Versions(_Plain):
     peft: str
 
     @classmethod
-    def here(cls) -> Versions:
+    def from_installed(cls) -> Versions:
         """Return the installed versions."""
         return cls(rankloom=rankloom.__version__, **{each: version(each) for each in ("torch", "transformers", "peft")})
 
-    def changes(self, since: Versions) -> list[str]:
+    def list_changes(self, since: Versions) -> list[str]:
         """Return `torch 2.12 -> 2.13` for each library that differs from `since`."""
         then = since.model_dump()
         return [f"{name} {then[name]} -> {now}" for name, now in self.model_dump().items() if then[name] != now]

@@ -44,10 +44,10 @@ _HIDDEN = (_STAGED, _CLAIM, ".writing-", ".lock")
 class Storage(Protocol):
     """Operations on a registry's files; paths are relative to its root, with `/`."""
 
-    def folders(self, path: str) -> list[str]:
+    def list_folders(self, path: str) -> list[str]:
         """Return the names of the folders in `path`; none if it does not exist."""
 
-    def files(self, path: str) -> list[str]:
+    def list_files(self, path: str) -> list[str]:
         """Return the names of the files in `path`, without those that the storage itself keeps there."""
 
     def exist(self, paths: list[str]) -> list[bool]: ...
@@ -64,7 +64,7 @@ class Storage(Protocol):
     def lock(self, name: str) -> AbstractContextManager[object]:
         """Lock `name` while its versions or aliases change."""
 
-    def staging(self, name: str) -> AbstractContextManager[Path]:
+    def stage(self, name: str) -> AbstractContextManager[Path]:
         """Provide an empty local folder to prepare a version in; call it under the lock."""
 
     def commit(self, staged: Path, name: str, number: int) -> bool:
@@ -102,14 +102,14 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def folders(self, path: str) -> list[str]:
+    def list_folders(self, path: str) -> list[str]:
         try:
             with os.scandir(self.root / path) as entries:
                 return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return []
 
-    def files(self, path: str) -> list[str]:
+    def list_files(self, path: str) -> list[str]:
         return [entry.name for entry in (self.root / path).iterdir() if not entry.name.startswith(_HIDDEN)]
 
     def exist(self, paths: list[str]) -> list[bool]:
@@ -148,7 +148,7 @@ class LocalStorage:
             yield
 
     @contextmanager
-    def staging(self, name: str) -> Iterator[Path]:
+    def stage(self, name: str) -> Iterator[Path]:
         staged = self.root / name / f"{_STAGED}{uuid.uuid4().hex}"
         try:
             staged.mkdir()
@@ -178,13 +178,13 @@ class ObjectStorage:
         self._fs = fs.SubTreeFileSystem(root, filesystem)
         self._whole, self._bucket = filesystem, root.split("/")[0]
 
-    def folders(self, path: str) -> list[str]:
+    def list_folders(self, path: str) -> list[str]:
         names = [info.base_name for info in self._list(path) if info.type == fs.FileType.Directory]
         if not names and not path:
             self._check_bucket()
         return names
 
-    def files(self, path: str) -> list[str]:
+    def list_files(self, path: str) -> list[str]:
         names = [info.base_name for info in self._list(path) if info.type != fs.FileType.Directory]
         return [name for name in names if not name.startswith(_HIDDEN)]
 
@@ -211,7 +211,7 @@ class ObjectStorage:
         return nullcontext()
 
     @contextmanager
-    def staging(self, name: str) -> Iterator[Path]:
+    def stage(self, name: str) -> Iterator[Path]:
         self._drop_abandoned(name)
         with tempfile.TemporaryDirectory(prefix="rankloom-") as folder:
             yield Path(folder)

@@ -28,9 +28,9 @@ def measure_importances(leaderboard: Leaderboard) -> dict[str, float]:
         study = optuna.create_study()
         for trial in leaderboard.rank_trials():
             params, distributions = list_parameters(config, trial.point)
-            best = trial.best(config.search)
+            best = trial.find_best(config.search)
             if params and best is not None:
-                value = -config.search.sign * best.value(config.search.key)
+                value = -config.search.sign * best.get_value(config.search.key)
                 values.add(value)
                 with suppress(ValueError):  # outside the space, where population based training has brought it
                     study.add_trial(optuna.trial.create_trial(value=value, params=params, distributions=distributions))

@@ -78,7 +78,7 @@ def _summarize(trial: TrialConfig, result: TrialResult | None, steps: dict[int, 
     if score.base is None:
         yield f"{trial.name} has a loss of {score.result.loss:.4f} on {score.result.num_rows:,} test rows."
     else:
-        yield contrast(score.result, score.base).sentence(trial.name, "the untuned base")
+        yield contrast(score.result, score.base).make_sentence(trial.name, "the untuned base")
     yield f"It made {score.steps:,} steps in {score.train_s:,.0f} s and trains {score.trainable_parameters:,} numbers."
 
 

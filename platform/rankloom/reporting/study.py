@@ -108,8 +108,8 @@ def read_study(folder: Path) -> ReportedStudy:
 
 def _report_trial(trial: TrialState, leaderboard: Leaderboard, result: StudyResult | None) -> ReportedTrial:
     search = leaderboard.study.search
-    best = trial.best(search)
-    value = best.value(search.key) if best else None
+    best = trial.find_best(search)
+    value = best.get_value(search.key) if best else None
     scored = next((row for row in result.finalists if row.trial == trial.id), None) if result else None
     return ReportedTrial(
         name=trial.config.name,
@@ -155,10 +155,10 @@ def _summarize(study: ReportedStudy) -> Iterator[str]:
         yield chosen
     elif baseline.score is not None:
         verdict = contrast(winner.score.result, baseline.score.result)
-        yield verdict.sentence(f"The winner {winner.name} ({winner.group})", f"the baseline {baseline.name}")
+        yield verdict.make_sentence(f"The winner {winner.name} ({winner.group})", f"the baseline {baseline.name}")
         yield chosen
     if winner.score is not None and winner.score.base is not None:
-        yield contrast(winner.score.result, winner.score.base).sentence("The winner", "the untuned base")
+        yield contrast(winner.score.result, winner.score.base).make_sentence("The winner", "the untuned base")
 
 
 def _make_sections(study: ReportedStudy) -> Iterator[Section]:

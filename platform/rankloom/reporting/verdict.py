@@ -30,7 +30,7 @@ class Contrast:
     outcome: Outcome
     """unknown: the values differ, but no interval says whether by more than chance."""
 
-    def sentence(self, subject: str, other: str) -> str:
+    def make_sentence(self, subject: str, other: str) -> str:
         """Return the verdict in a sentence."""
         values = f"{self.measure} {self.ours} against {self.theirs}"
         if self.outcome == "tie":

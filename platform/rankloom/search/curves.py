@@ -65,8 +65,8 @@ class _Curves:
     def take(self, event: Event) -> None:
         """Queue the events to plot; do not wait for a tracker."""
         match event:
-            case StudyFinished(result):
-                self._take_result(result)
+            case StudyFinished():
+                self._take_result(event)
             case TrialStarted(trial=trial_id):
                 self._run_later(self._write, self._get_subject(trial_id), event)
             case TrialEvaluated(trial=trial_id):
@@ -87,14 +87,14 @@ class _Curves:
         for trackers in self._open.values():
             trackers.close(self._status)
 
-    def _take_result(self, result: dict[str, Any]) -> None:
+    def _take_result(self, finished: StudyFinished) -> None:
         """Write the finalists' scorecards; the winner's is the study's too."""
-        for row in result["finalists"]:
-            subject = self._get_subject(row["trial"])
-            event = RunFinished(status="done", steps=row["validation"]["step"], scorecard=row["scorecard"])
+        for finalist in finished.finalists:
+            subject = self._get_subject(finalist.trial)
+            event = RunFinished(status="done", steps=finalist.step or 0, scorecard=finalist.scorecard)
             self._run_later(self._write, subject, event)
             self._run_later(self._end, subject, "done")
-        winner = result["winner"]["scorecard"]
+        winner = None if finished.winner is None else finished.winner.scorecard
         ended = RunFinished(status="done", steps=self._get_progress().step, scorecard=winner)
         self._run_later(self._write, self._own, ended)
         self._status = "done"
@@ -102,9 +102,11 @@ class _Curves:
     def _get_progress(self) -> StudyProgress:
         """Return the best so far, against the trials that have ended."""
         search, ranking = self._leaderboard.study.search, self._leaderboard.rank_trials()
-        best = ranking[0].best(search) if ranking else None
+        best = ranking[0].find_best(search) if ranking else None
         ended = sum(trial.status != "running" for trial in self._leaderboard.trials.values())
-        return StudyProgress(step=ended, best=best.value(search.key) if best else None, tokens=self._leaderboard.tokens)
+        return StudyProgress(
+            step=ended, best=best.get_value(search.key) if best else None, tokens=self._leaderboard.tokens
+        )
 
     def _get_subject(self, trial_id: str) -> Subject:
         config = self._leaderboard.trials[trial_id].config

@@ -172,7 +172,7 @@ class DedicatedBackend:
         if self._last is None:
             raise TrialError(f"{self._trial.name}: it ended without an evaluation")
         ended = replace(self._last, n=n + 1, percent=100.0, train_s=scorecard.train_s, done=True, finished=True)
-        return ended.with_costs(costs)
+        return ended.add_costs(costs)
 
     def _keep(self, outcome: TrialResult) -> None:
         staged = self._best_folder.with_name(f".staged-{self._best_folder.name}")

@@ -48,7 +48,7 @@ class FusedBackend:
         return report
 
     def save(self, n: int, folder: Path) -> None:
-        files = self._files if self._host is None else self._ask("snapshot", n)
+        files = self._files if self._host is None else self._ask("get_snapshot", n)
         write_files(folder, files or {})
 
     def load(self, n: int, folder: Path) -> None:
@@ -95,5 +95,5 @@ class FusedBackend:
                 if isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
                     time.sleep(0.5)
                     continue
-                ray.get(self._hosts.gone.remote(self._trial_id))
+                ray.get(self._hosts.drop_lost.remote(self._trial_id))
             raise LostError(f"{self._trial.name}: the host is gone, with its state of this trial")

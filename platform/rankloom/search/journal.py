@@ -28,6 +28,7 @@ from rankloom.events import (
     TrialStatus,
     to_line,
 )
+from rankloom.hosts.host_loop import HostReport
 from rankloom.search.leaderboard import Leaderboard
 
 STATUS_EVERY_S = 1.0
@@ -54,7 +55,8 @@ class Journal(tune.Callback):  # type: ignore[misc]
         """An error of the study, not of a trial: the data or the base can't be loaded."""
         self.interrupted = False
         self._stopped = False
-        self.host_stats: dict[str, dict[str, Any]] = {}
+        self.host_stats: dict[str, HostReport] = {}
+        """By the host's label."""
         self._folder = path.parent
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._tell, self._hosts, self._stop = tell, hosts, stop
@@ -123,12 +125,13 @@ class Journal(tune.Callback):  # type: ignore[misc]
         unfinished = any(status not in ("TERMINATED", "ERROR") for status in self._statuses.values())
         self.interrupted = unfinished or self._stopped  # all may have ended before the next trial starts
 
-    def take_stats(self, stats: list[dict[str, Any]]) -> None:
+    def take_stats(self, stats: list[HostReport]) -> None:
         """Take the hosts' counters; a host that was given back keeps its last ones."""
         for each in stats:
-            if each["size"] and not self.host_stats.get(each["label"], {}).get("size"):
-                self._tell(PhaseStarted("launch", f"{each['label']}: {each['size']}"))
-        self.host_stats |= {each["label"]: each for each in stats}
+            before = self.host_stats.get(each.label)
+            if each.size and not (before and before.size):
+                self._tell(PhaseStarted("launch", f"{each.label}: {each.size}"))
+            self.host_stats[each.label] = each
 
     def close(self) -> None:
         self._file.close()
@@ -154,7 +157,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
             return
         self._told_at = time.monotonic()
         if self._stats is None:
-            self._stats = self._hosts.stats.remote()
+            self._stats = self._hosts.get_stats.remote()
         self.tell_status()
 
     def tell_status(self) -> None:
@@ -163,5 +166,5 @@ class Journal(tune.Callback):  # type: ignore[misc]
         done = self.leaderboard.share_done - self._share_before
         eta = elapsed / done * (1 - self.leaderboard.share_done) if done > 0 else None
         names = [each.name for each in fields(HostStatus)]
-        hosts = [HostStatus(**{name: stats[name] for name in names}) for stats in self.host_stats.values()]
-        self._tell(replace(self.leaderboard.status(), hosts=hosts, elapsed_s=elapsed, eta_s=eta))
+        hosts = [HostStatus(**{name: getattr(stats, name) for name in names}) for stats in self.host_stats.values()]
+        self._tell(replace(self.leaderboard.build_status(), hosts=hosts, elapsed_s=elapsed, eta_s=eta))

@@ -67,14 +67,14 @@ class TrialState:
     def last(self) -> CurvePoint | None:
         return self.curve[max(self.curve)] if self.curve else None
 
-    def best(self, search: SearchConfig) -> CurvePoint | None:
+    def find_best(self, search: SearchConfig) -> CurvePoint | None:
         """Return its best report; of equal ones the one with the lower loss, then the earlier."""
         return min(self.reports, key=lambda point: (*rank(point, search), point.step), default=None)
 
 
 def rank(point: CurvePoint, search: SearchConfig) -> tuple[float, float]:
     """Return a sort key that puts the best report first."""
-    return (-search.sign * point.value(search.key), point.loss)
+    return (-search.sign * point.get_value(search.key), point.loss)
 
 
 class Leaderboard:
@@ -120,7 +120,7 @@ class Leaderboard:
     def rank_trials(self) -> list[TrialState]:
         """Return the trials with a report, the best by validation first; a failed trial's best report counts too."""
         search = self.study.search
-        scored = [(trial, best) for trial in self.trials.values() if (best := trial.best(search)) is not None]
+        scored = [(trial, best) for trial in self.trials.values() if (best := trial.find_best(search)) is not None]
         return [trial for trial, best in sorted(scored, key=lambda pair: (*rank(pair[1], search), pair[0].number))]
 
     def list_candidates(self) -> list[TrialState]:
@@ -143,7 +143,7 @@ class Leaderboard:
             return []
         measured, values = [], []
         for trial in self.list_candidates():
-            best = trial.best(search)
+            best = trial.find_best(search)
             if best is not None and trial.costs.keys() >= set(search.objectives):
                 measured.append(trial)
                 values.append((rank(best, search)[0], *(trial.costs[name] for name in search.objectives)))
@@ -188,7 +188,7 @@ class Leaderboard:
                 rung *= scheduler.reduction_factor
         return found
 
-    def status(self) -> StudyStatus:
+    def build_status(self) -> StudyStatus:
         """Return the study's status, without the hosts and the time."""
         search = self.study.search
         top = [
@@ -197,11 +197,11 @@ class Leaderboard:
                 method=trial.method,
                 settings=format_settings(trial),
                 status=trial.status,
-                value=best.value(search.key),
+                value=best.get_value(search.key),
                 percent=last.percent,
             )
             for trial in self.rank_trials()[:NUM_SHOWN]
-            if (best := trial.best(search)) and (last := trial.last)
+            if (best := trial.find_best(search)) and (last := trial.last)
         ]
         return StudyStatus(
             metric=search.metric,
@@ -245,7 +245,7 @@ def build_rows(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """Return one row per trial, for results.parquet."""
     found, front = [], {trial.id for trial in leaderboard.find_front()}
     for trial in sorted(leaderboard.trials.values(), key=lambda t: t.number):
-        best, last = trial.best(leaderboard.study.search), trial.last
+        best, last = trial.find_best(leaderboard.study.search), trial.last
         found.append(
             {
                 "number": trial.number,

@@ -92,7 +92,7 @@ def _freeze(study: StudyConfig, trial: TrialState, start: float | None, end: flo
     content: dict[str, Any] = {
         "state": state,
         "values": values if state in (State.COMPLETE, State.PRUNED) else None,
-        "intermediate_values": {each.step: each.value(search.key) for each in trial.reports},
+        "intermediate_values": {each.step: each.get_value(search.key) for each in trial.reports},
         "user_attrs": {
             "name": trial.config.name,
             "method": trial.method,
@@ -115,10 +115,10 @@ def _freeze(study: StudyConfig, trial: TrialState, start: float | None, end: flo
 
 def list_values(trial: TrialState, study: StudyConfig) -> list[float] | None:
     """Return a trial's best value and its costs; None where one of them was not measured."""
-    best = trial.best(study.search)
+    best = trial.find_best(study.search)
     if best is None or not trial.costs.keys() >= set(study.search.objectives):
         return None
-    return [best.value(study.search.key), *(trial.costs[name] for name in study.search.objectives)]
+    return [best.get_value(study.search.key), *(trial.costs[name] for name in study.search.objectives)]
 
 
 def list_parameters(study: StudyConfig, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:

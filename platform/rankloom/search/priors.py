@@ -55,7 +55,8 @@ class Priors:
 
     @classmethod
     def gather(cls, study: StudyConfig) -> Priors:
-        """
+        """Gather a study's priors.
+
         Raises:
             ConfigError: one of `search.priors` is not a study.
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,27 @@ from rankloom.search.dedicated import ADAPTERS, build_dedicated_run, read_own_sc
 from rankloom.search.finalists import Finalist, FinalistScore
 from rankloom.search.journal import Journal
 from rankloom.search.leaderboard import Leaderboard, TrialState
+from rankloom.search.results import ScoredTrial, ValidationScore
 
 Naming = Callable[[TrialState, Leaderboard], list[str]]
 """Returns the names to publish a finalist under."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyEnd:
+    """The fields of a `StudyResult` that the scored finalists decide."""
+
+    winner: ScoredTrial
+    front: tuple[ScoredTrial, ...]
+    baseline: ScoredTrial | None
+    finalists: tuple[ScoredTrial, ...]
+    registry: str
+    beats_baseline: bool | None
+
+
 def finish(
     study: StudyConfig, folder: Path, journal: Journal, hosts: Any, tell: OnEvent, *, naming: Naming | None = None
-) -> dict[str, Any]:
+) -> StudyEnd:
     """Score the finalists on the test rows and publish the winners.
 
     Args:
@@ -50,7 +64,7 @@ def finish(
             cpus = share_out(study, cluster.list_alive_nodes()).dedicated_cpus
             with suppress(RankloomError):  # without an adapter, the scoring reports why
                 build_dedicated_run(study, trial.config, trial.id, folder, cpus).finish()
-    memory = max((stats["memory_bytes"] for stats in journal.host_stats.values()), default=0)
+    memory = max((stats.memory_bytes for stats in journal.host_stats.values()), default=0)
     work = [
         Finalist(
             trial=trial.config,
@@ -63,7 +77,7 @@ def finish(
             own_run=read_own_scorecard(trial.config, trial.id, folder),
         )
         for trial in finalists
-        if (best := trial.best(study.search))
+        if (best := trial.find_best(study.search))
     ]
     channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
     groups: dict[str, list[int]] = {}
@@ -81,20 +95,20 @@ def finish(
     except Exception as error:
         cause = getattr(error, "cause", error)
         raise to_failure(cause if isinstance(cause, Exception) else error).error from None
-    rows = [_build_row(leaderboard, trial, scored[i]) for i, trial in enumerate(finalists)]
-    sound = [row for row in rows if row["error"] is None]
+    rows = tuple(_build_row(leaderboard, trial, scored[i]) for i, trial in enumerate(finalists))
+    sound = [row for row in rows if row.error is None]
     if not sound:
-        raise TrialError(f"none of the best trials could be scored: {rows[0]['error']}")
+        raise TrialError(f"none of the best trials could be scored: {rows[0].error}")
     winner, first = sound[0], leaderboard.baseline
-    baseline = next((row for row in sound if first is not None and row["trial"] == first.id), None)
-    return {
-        "winner": winner,
-        "front": [row for row in sound if row["on_front"]],
-        "baseline": baseline,
-        "finalists": rows,
-        "registry": study.baseline.output.registry_root,
-        "beats_baseline": beats(winner, baseline, study.search),
-    }
+    baseline = next((row for row in sound if first is not None and row.trial == first.id), None)
+    return StudyEnd(
+        winner=winner,
+        front=tuple(row for row in sound if row.on_front),
+        baseline=baseline,
+        finalists=rows,
+        registry=study.baseline.output.registry_root,
+        beats_baseline=is_better(winner, baseline, study.search),
+    )
 
 
 def score_remotely(study: str, work: list[Finalist], channel: Any) -> list[FinalistScore]:
@@ -117,31 +131,38 @@ def choose_names(trial: TrialState, leaderboard: Leaderboard) -> list[str]:
     return names
 
 
-def beats(winner: dict[str, Any], baseline: dict[str, Any] | None, search: SearchConfig) -> bool | None:
+def is_better(winner: ScoredTrial, baseline: ScoredTrial | None, search: SearchConfig) -> bool | None:
     """Return whether the winner is better on the test rows than the baseline, a trial without a search.
 
     None if they are the same trial, or if the baseline failed.
     """
-    if baseline is None or baseline["trial"] == winner["trial"]:
+    if baseline is None or baseline.trial == winner.trial:
         return None
-    ours, theirs = winner["scorecard"]["result"], baseline["scorecard"]["result"]
-    if search.key != "loss" and ours[search.key] and theirs[search.key]:
-        return bool(search.sign * ours[search.key]["value"] > search.sign * theirs[search.key]["value"])
-    return bool(ours["loss"] < theirs["loss"])
+    assert winner.scorecard is not None
+    assert baseline.scorecard is not None
+    ours, theirs = winner.scorecard.result, baseline.scorecard.result
+    if search.key != "loss" and (mine := getattr(ours, search.key)) and (other := getattr(theirs, search.key)):
+        return bool(search.sign * mine.value > search.sign * other.value)
+    return ours.loss < theirs.loss
 
 
-def _build_row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore) -> dict[str, Any]:
-    best = trial.best(leaderboard.study.search)
-    return {
-        "trial": trial.id,
-        "number": trial.number,
-        "name": trial.config.name,
-        "method": trial.method,
-        "point": trial.point,
-        "validation": {name: best and getattr(best, name) for name in ("loss", "accuracy", "metric", "step")},
-        "costs": trial.costs,
-        "on_front": trial in leaderboard.find_front(),
-        "scorecard": score.scorecard and score.scorecard.model_dump(),
-        "published": score.published,
-        "error": score.error,
-    }
+def _build_row(leaderboard: Leaderboard, trial: TrialState, score: FinalistScore) -> ScoredTrial:
+    best = trial.find_best(leaderboard.study.search)
+    return ScoredTrial(
+        trial=trial.id,
+        number=trial.number,
+        name=trial.config.name,
+        method=trial.method,
+        point=trial.point,
+        validation=ValidationScore(
+            loss=best and best.loss,
+            accuracy=best and best.accuracy,
+            metric=best and best.metric,
+            step=best and best.step,
+        ),
+        costs=trial.costs,
+        on_front=trial in leaderboard.find_front(),
+        scorecard=score.scorecard,
+        published=tuple(score.published),
+        error=score.error,
+    )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from rankloom.events import FinalistScored, StudyFinished
 from rankloom.launch.results import Result, render_html_table, summarize
 from rankloom.registry.scorecard import Scorecard
 
@@ -50,6 +51,17 @@ class ScoredTrial(Result):
     def adapter(self) -> str | None:
         """The first of its published versions."""
         return self.published[0] if self.published else None
+
+    def to_event(self) -> FinalistScored:
+        return FinalistScored(
+            trial=self.trial,
+            name=self.name,
+            method=self.method,
+            step=self.validation.step,
+            scorecard=None if self.scorecard is None else self.scorecard.model_dump(mode="json"),
+            published=list(self.published),
+            error=self.error,
+        )
 
     def __repr__(self) -> str:
         measures = summarize(self.scorecard.result, self.scorecard.base) if self.scorecard else self.error
@@ -102,6 +114,17 @@ class StudyResult(Result):
         import pandas
 
         return pandas.read_parquet(self.results)
+
+    def to_event(self) -> StudyFinished:
+        """Return the event that reports this result."""
+        return StudyFinished(
+            name=self.name,
+            study=self.folder,
+            winner=None if self.winner is None else self.winner.to_event(),
+            finalists=[trial.to_event() for trial in self.finalists],
+            registry=self.registry,
+            beats_baseline=self.beats_baseline,
+        )
 
     def __repr__(self) -> str:
         counted = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)

@@ -41,7 +41,7 @@ def score_finalists(study: str, finalists: list[Finalist], on_event: OnEvent) ->
     folder = Path(finalists[0].folder).parents[1]
     base = load_trial_base(trial, choose_device(trial.compute.device))
     data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
-    hold_study_to(folder, trial, Origin.of(data, base))
+    hold_study_to(folder, trial, Origin.collect(data, base))
     metric = load_study_metric(trial.eval.metric, folder)
     base_measures = None
     if trial.eval.base:

@@ -20,6 +20,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from rankloom.config.paths import resolve_paths
 from rankloom.config.study import is_fusable
 from rankloom.errors import ConfigError, TrialError
 from rankloom.evals.own_metric import MetricFunction
-from rankloom.events import Event, OnEvent, PhaseStarted, StudyFinished, WarningRaised
+from rankloom.events import Event, OnEvent, PhaseStarted, WarningRaised
 from rankloom.launch import cluster, tracking
 from rankloom.launch.handed_over import keep_metric, use_study_metric, use_study_rows
 from rankloom.launch.run_folder import ID, find_changes, lock_folder
@@ -43,7 +44,7 @@ from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.optuna_storage import write_optuna
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.priors import Priors
-from rankloom.search.publish_best import finish
+from rankloom.search.publish_best import StudyEnd, finish
 from rankloom.search.results import StudyResult
 from rankloom.search.study_files import JOURNAL, KNOWN, OPTUNA, RESULT, RESULTS, STUDY
 from rankloom.search.tuning import run_hosts, search
@@ -57,7 +58,7 @@ MAY_CHANGE = (
 
 NOTHING_HANDED_OVER = OwnSearch()
 Decision = Literal["start", "resume", "finished"]
-End = Callable[[StudyConfig, Path, Journal, Any, OnEvent], dict[str, Any]]
+End = Callable[[StudyConfig, Path, Journal, Any, OnEvent], StudyEnd | None]
 """Ends a study: gets it with its folder, its journal, the actor of its hosts and the function that takes events."""
 
 
@@ -132,25 +133,21 @@ def run_study(
     own: OwnSearch = NOTHING_HANDED_OVER,
     metric: MetricFunction | None = None,
     end: End = finish,
-    announces: bool = True,
+    vetted: bool = False,
 ) -> StudyResult:
     """Run a study as `tune` does, for it and for a comparison.
 
     Args:
-        end: What to do with the trials when the search is done; what it returns is a part of the result.
-        announces: Whether to report what the study will take; a comparison reports it for all of its studies.
+        end: What to do with the trials when the search is done; what it returns is a part of the result, if it does.
+        vetted: Whether its trials were checked, as a comparison does it for all of its studies.
     """
     study = resolve_study_paths(study)
     folder = get_study_folder(study)
-    if decide_study(study, folder, resume=resume) != "finished":  # a refusal leaves no trace, not even a lock
-        from rankloom.planning.gate import announce_plan
-        from rankloom.planning.plan import list_trials
-        from rankloom.training.preflight import preflight
+    decision = decide_study(study, folder, resume=resume)  # a refusal leaves no trace, not even a lock
+    if decision != "finished" and not vetted:
+        from rankloom.planning.gate import vet_trials
 
-        for note in preflight(study.members(), metric):
-            on_event(WarningRaised(note))
-        if announces:
-            announce_plan(list_trials(study), study.name, on_event, fused=True)
+        vet_trials(study.probe_trials(), study.name, on_event, metric, fused=True)
     with lock_folder(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), own, end, resume=resume, metric=metric)
@@ -192,10 +189,10 @@ def _run(
             track(event)
             on_event(event)
 
-        result = StudyResult.model_validate(_search(study, priors, leaderboard, folder, tell, stop, own, end))
+        result = _search(study, priors, leaderboard, folder, tell, stop, own, end)
         if result.status == "done":
             _replace(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
-            tell(StudyFinished(result.to_dict()))
+            tell(result.to_event())
         return result
 
 
@@ -208,7 +205,7 @@ def _search(
     stop: threading.Event,
     own: OwnSearch,
     end: End,
-) -> dict[str, Any]:
+) -> StudyResult:
     cluster.announce(tell)
     with (
         cluster.connect(study.baseline.compute.model_copy(update={"num_workers": 1})),
@@ -217,25 +214,27 @@ def _search(
         journal = search(study, priors.points, leaderboard, folder, hosts, tell, stop, own)
         write_results(leaderboard, folder / RESULTS)
         write_optuna(leaderboard, folder / JOURNAL, folder / OPTUNA)
-        outcome = {
-            "name": study.name,
-            "study": str(folder),
-            "results": str(folder / RESULTS),
-            "counts": leaderboard.count_by_status(),
-            "num_refused": leaderboard.num_refused,
-            "priors": priors.counts,
-            "tokens": leaderboard.tokens,
-            "hosts": list(journal.host_stats.values()),
-        }
+        result = StudyResult(
+            status="interrupted",
+            name=study.name,
+            folder=str(folder),
+            results=str(folder / RESULTS),
+            counts=leaderboard.count_by_status(),
+            num_refused=leaderboard.num_refused,
+            priors=priors.counts,
+            tokens=leaderboard.tokens,
+            hosts=tuple(map(asdict, journal.host_stats.values())),
+        )
         if journal.interrupted:
-            return {"status": "interrupted"} | outcome
+            return result
         if not leaderboard.choose_finalists():
             reasons = sorted({trial.error or "without a report" for trial in leaderboard.trials.values()})
             raise TrialError(f"every trial of study {study.name!r} failed: {reasons[0] if reasons else 'none began'}")
         try:
-            return {"status": "done"} | outcome | end(study, folder, journal, hosts, tell)
+            ended = end(study, folder, journal, hosts, tell)
         except KeyboardInterrupt:  # Ray Tune, which handles Ctrl-C while it runs, is done
-            return {"status": "interrupted"} | outcome
+            return result
+        return result.model_copy(update={"status": "done"} | (vars(ended) if ended is not None else {}))
 
 
 def _read_id(folder: Path) -> str:
@@ -321,13 +320,13 @@ def _check(study: StudyConfig, priors: Priors, own: OwnSearch) -> None:
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.tune_searcher import StudySearcher
 
-    for trial in study.members():
+    for trial in study.probe_trials():
         tracking.check(trial)
         Registry(trial.output.registry_root)
     build_scheduler(study, own)
     StudySearcher(study, priors.points, own)
     if study.is_population:
-        for trial in study.members():
+        for trial in study.probe_trials():
             if not is_fusable(trial):
                 raise ConfigError(
                     f"scheduler.type={study.scheduler.type} copies weights between members of hosts, which method.type="

@@ -85,12 +85,12 @@ def search(
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         # a trial that can't be fused drives a Ray Train run, which needs its own process
-        with share_one_actor() if all(map(is_fusable, study.members())) else nullcontext():
+        with share_one_actor() if all(map(is_fusable, study.probe_trials())) else nullcontext():
             _tune(study, priors, folder, hosts, journal, own)
         if journal.fatal is not None:
             raise TrialError(journal.fatal)
         journal.reconcile()
-        journal.take_stats(ray.get(hosts.stats.remote()))
+        journal.take_stats(ray.get(hosts.get_stats.remote()))
         journal.tell_status()
     except RankloomError:
         raise
@@ -166,7 +166,7 @@ def count_live(study: StudyConfig, hosts_per_group: int, num_slots: int) -> int:
     slots = max(1, hosts_per_group * len(group_trials(study)) * num_slots)
     if study.hosts.num_waiting is not None:
         waiting = study.hosts.num_waiting
-    elif not all(map(is_fusable, study.members())):  # each trial is then one process or more
+    elif not all(map(is_fusable, study.probe_trials())):  # each trial is then one process or more
         waiting = -(-slots // 2)
     elif isinstance(study.scheduler, (HyperBandConfig, PbtConfig, OwnSchedulerConfig)):
         waiting = study.num_trials

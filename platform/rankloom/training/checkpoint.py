@@ -39,8 +39,8 @@ def save(
     """
     weights = {name: unshard(p.detach()).contiguous() for name, p in method.get_trained(model).items()}
     state = {
-        "optimizer": unshard_tree(method.optimizer_state(optimizer)),
-        "method": method.state(),
+        "optimizer": unshard_tree(method.get_optimizer_state(optimizer)),
+        "method": method.get_state(),
         "progress": progress,
         "rng": get_random_state(),
     }

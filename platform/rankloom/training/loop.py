@@ -25,7 +25,7 @@ from rankloom.data import Batch, Cursor, TaskData, collate
 from rankloom.errors import TrialError
 from rankloom.evals.loss import compute_labelled_loss
 from rankloom.evals.own_metric import MetricFunction, compute
-from rankloom.evals.score import Validation, validate, validation_rows
+from rankloom.evals.score import Validation, select_validation_rows, validate
 from rankloom.events import Evaluated, RunResumed, StepFinished, WarningRaised
 from rankloom.methods import build_method
 from rankloom.models import Base
@@ -34,7 +34,7 @@ from rankloom.training.memory import read_peak_memory_bytes
 from rankloom.training.parallel import Workers, clip, reshard
 from rankloom.training.precision import autocast
 from rankloom.training.resume_check import Origin
-from rankloom.training.schedule import DIVERGED, num_steps, schedule
+from rankloom.training.schedule import DIVERGED, count_steps, schedule
 from rankloom.training.session import Session
 
 UNSCORED = -1e9
@@ -83,12 +83,12 @@ class TrainingLoop:
         """
         self.metric = metric
         self.trial, self.base, self.data, self.session, self.precision = trial, base, data, session, precision
-        self.validation = validation_rows(data, trial.eval.max_rows)
+        self.validation = select_validation_rows(data, trial.eval.max_rows)
         optim = trial.optim
         self.cursor = Cursor(
             data.train.lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length
         )
-        self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
+        self.num_steps = count_steps(trial, self.cursor.batches_per_epoch)
         self.workers = Workers(session.rank, session.world_size, session.device, trial.method.row.parallel, precision)
         torch.manual_seed(trial.seed)
         self.method = build_method(trial, self.num_steps)
@@ -102,7 +102,7 @@ class TrainingLoop:
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=precision == torch.float16)
         self.progress = LoopProgress()
         self.saved_step: int | None = None
-        self.origin = Origin.of(data, base)
+        self.origin = Origin.collect(data, base)
         self._restore()
 
     def run(self) -> bool:
@@ -130,7 +130,7 @@ class TrainingLoop:
 
     def load_best(self) -> None:
         """Load the best checkpoint's weights."""
-        with self.session.best_checkpoint() as folder:
+        with self.session.open_best_checkpoint() as folder:
             if folder is not None:
                 checkpoint.load_weights(folder, self.module, self.method)
 
@@ -253,7 +253,7 @@ class TrainingLoop:
                     micro_sum, _ = compute_labelled_loss(self.model, batch)
                     # the workers' gradients are averaged, but `weight` counts the tokens of all of them
                     loss = micro_sum * (self.workers.world_size / weight)
-                    if last and (penalty := self.method.penalty(self.module)) is not None:
+                    if last and (penalty := self.method.compute_penalty(self.module)) is not None:
                         loss = loss + penalty
                 self.scaler.scale(loss).backward()
             loss_sum += float(micro_sum.detach())
@@ -275,7 +275,7 @@ class TrainingLoop:
         return norm
 
     def _restore(self) -> None:
-        with self.session.latest_checkpoint() as folder:
+        with self.session.open_latest_checkpoint() as folder:
             if folder is not None:
                 if changed := self.origin.check(folder, self.trial):
                     self.session.emit(WarningRaised(changed))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rankloom import kernels
 from rankloom.config.method import Targets
-from rankloom.models import Base, find_decoder_layers, find_experts, find_target_linears, linear_widths
+from rankloom.models import Base, find_decoder_layers, find_experts, find_target_linears, get_linear_widths
 from rankloom.models.device import free_cuda_bytes
 from rankloom.training.memory_plan import Shape
 
@@ -97,7 +97,7 @@ def describe_model(
         device: where it computes, or will.
     """
     modules, config = dict(model.named_modules()), model.config.get_text_config()
-    linears = {name: linear_widths(modules[name]) for name in find_target_linears(model, "all-linear")}
+    linears = {name: get_linear_widths(modules[name]) for name in find_target_linears(model, "all-linear")}
     weights = {id(modules[name].weight) for name in linears}
     fast = kernels.use_on(device) and dtype in kernels.FAST_DTYPES
     num_layers, stacks = len(find_decoder_layers(model)), tuple(find_experts(model).values())

@@ -89,16 +89,16 @@ class Shape:
         linear = BYTES_A_WEIGHT.get(self.quantization, self.value_bytes)
         return (self.num_weights - self.num_other) * linear + self.num_other * self.value_bytes
 
-    def token_bytes(self, rank: int, *, dora: bool) -> float:
+    def count_token_bytes(self, rank: int, *, dora: bool) -> float:
         """Return the bytes per token of a forward and backward through adapters of a rank."""
         widths = self.activations * sum(wide + high for wide, high in self.linears)
         adapters = sum(rank + dora * high for _, high in self.targets)
         return (widths + adapters) * self.value_bytes + LOGITS * FP32 * self.vocabulary * self.predicted_share
 
-    def step_bytes(self, num_tokens: int, rank: int, *, dora: bool) -> float:
+    def count_step_bytes(self, num_tokens: int, rank: int, *, dora: bool) -> float:
         """Return the bytes of a host's forward and backward."""
         if self.fast is None:
-            return num_tokens * (self.token_bytes(rank, dora=dora) + self.padding_bytes)
+            return num_tokens * (self.count_token_bytes(rank, dora=dora) + self.padding_bytes)
         widths = self.fast * sum(wide + high for wide, high in self.linears)
         kept = (widths + dora * sum(high for _, high in self.targets)) * self.value_bytes
         logits = CHUNKS * min(num_tokens * self.vocabulary * self.predicted_share, MOST_LOGITS)
@@ -110,7 +110,7 @@ class Shape:
         widest = max(wide + high + max(wide, high) for wide, high in self.targets)
         return self.padded * PADDED * widest * self.value_bytes
 
-    def adapter_numbers(self, rank: int, *, dora: bool) -> int:
+    def count_adapter_numbers(self, rank: int, *, dora: bool) -> int:
         stacks = sum(count * rank * (wide + high) for count, wide, high in self.experts)
         return sum(rank * (wide + high) + dora * high for wide, high in self.targets) + stacks
 
@@ -130,33 +130,35 @@ class HostSize:
     token_budget: int
     with_magnitudes: bool
 
-    def bytes(self, shape: Shape) -> float:
+    def count_bytes(self, shape: Shape) -> float:
         """Return the peak bytes of a step, the base excluded."""
-        bank, shadows = self._bank_bytes(shape), self._shadow_bytes(shape)
-        step = max(shadows + self._step_bytes(shape, self.token_budget), PASSING * bank)
+        bank, shadows = self._count_bank_bytes(shape), self._count_shadow_bytes(shape)
+        step = max(shadows + self._count_step_bytes(shape, self.token_budget), PASSING * bank)
         if shape.recorded:  # graphs keep their memory, while a step of another size is computed beside them
             most = min(self.token_budget, MOST_RECORDED)
-            step += max(self._step_bytes(shape, int(ROUNDED * most)), PASSING * bank)
+            step += max(self._count_step_bytes(shape, int(ROUNDED * most)), PASSING * bank)
         return LASTING * bank + step
 
-    def room(self, shape: Shape, available: float) -> int:
-        """Return the number of tokens, up to the budget, for which `bytes` fits into `available` bytes."""
+    def find_room(self, shape: Shape, available: float) -> int:
+        """Return the number of tokens, up to the budget, for which `count_bytes` fits into `available` bytes."""
         budgets = range(1, self.token_budget + 1)
-        return bisect_right(budgets, available, key=lambda tokens: replace(self, token_budget=tokens).bytes(shape))
+        return bisect_right(
+            budgets, available, key=lambda tokens: replace(self, token_budget=tokens).count_bytes(shape)
+        )
 
-    def _rank(self, shape: Shape) -> int:
+    def _round_rank(self, shape: Shape) -> int:
         return -(-self.max_rank // RANK_STEP) * RANK_STEP if shape.fast is not None else self.max_rank
 
-    def _bank_bytes(self, shape: Shape) -> float:
-        return FP32 * self.num_slots * shape.adapter_numbers(self._rank(shape), dora=self.with_magnitudes)
+    def _count_bank_bytes(self, shape: Shape) -> float:
+        return FP32 * self.num_slots * shape.count_adapter_numbers(self._round_rank(shape), dora=self.with_magnitudes)
 
-    def _shadow_bytes(self, shape: Shape) -> float:
+    def _count_shadow_bytes(self, shape: Shape) -> float:
         """Return the bytes of A and B in the arithmetic's dtype: shadows, or what every site keeps for its backward."""
-        numbers = self.num_slots * shape.adapter_numbers(self._rank(shape), dora=False)
+        numbers = self.num_slots * shape.count_adapter_numbers(self._round_rank(shape), dora=False)
         return numbers * shape.value_bytes if shape.fast is not None or shape.value_bytes < FP32 else 0
 
-    def _step_bytes(self, shape: Shape, num_tokens: int) -> float:
-        return shape.step_bytes(num_tokens, self._rank(shape), dora=self.with_magnitudes)
+    def _count_step_bytes(self, shape: Shape, num_tokens: int) -> float:
+        return shape.count_step_bytes(num_tokens, self._round_rank(shape), dora=self.with_magnitudes)
 
 
 def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: int, available: float) -> HostSize:
@@ -173,13 +175,13 @@ def fit_host(wanted: HostSize, shape: Shape, *, ranks: Sequence[int], longest: i
     for rank in sorted(ranks, reverse=True):
         for num_slots in range(wanted.num_slots, 0, -1):
             least = replace(wanted, num_slots=num_slots, max_rank=rank, token_budget=longest)
-            if least.bytes(shape) <= available:
+            if least.count_bytes(shape) <= available:
                 whole = replace(least, token_budget=wanted.token_budget)
-                return replace(least, token_budget=whole.room(shape, available))
-    needed = replace(wanted, num_slots=1, max_rank=min(ranks), token_budget=longest).bytes(shape)
+                return replace(least, token_budget=whole.find_room(shape, available))
+    needed = replace(wanted, num_slots=1, max_rank=min(ranks), token_budget=longest).count_bytes(shape)
     raise TrialError(
-        f"not even one slot of rank {min(ranks)} with a row of {longest} tokens fits: it takes {gigabytes(needed)} "
-        f"beside the base, and {gigabytes(available)} are free; lower data.max_length or method.rank, use "
+        f"not even one slot of rank {min(ranks)} with a row of {longest} tokens fits: it takes {format_gb(needed)} "
+        f"beside the base, and {format_gb(available)} are free; lower data.max_length or method.rank, use "
         f"quantization: nf4, or a larger device"
     )
 
@@ -222,7 +224,7 @@ def forecast_run(
         recomputes: whether layers are recomputed in the backward pass (activation checkpointing).
         on_gpu: whether AdamW steps all parameters at once, as torch does on CUDA, with a temporary of their size.
     """
-    kept = method.trained_numbers(shape)
+    kept = method.count_trained(shape)
     is_mixed = shape.value_bytes < FP32
     scale = shape.activations * kept.activations * (MIXED if is_mixed else 1.0)
     widest = max((wide + high for wide, high in shape.linears), default=0)
@@ -251,6 +253,6 @@ def forecast_run(
     return RunMemory(weights, gradients, optimizer, activations, logits, workspace + exchanged, peak)
 
 
-def gigabytes(size: float) -> str:
+def format_gb(size: float) -> str:
     """Format bytes as GB, to three digits."""
     return f"{size / 1e9:.3g} GB"

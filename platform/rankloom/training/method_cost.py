@@ -163,7 +163,7 @@ def measure_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 def _count_state_bytes(loop: TrainingLoop) -> int:
     """Return the bytes of the optimiser's and the method's tensors, each counted once."""
-    state = [loop.method.optimizer_state(loop.optimizer), loop.method.state()]
+    state = [loop.method.get_optimizer_state(loop.optimizer), loop.method.get_state()]
     storages = {
         each.data_ptr(): each.nbytes() for each in (tensor.untyped_storage() for tensor in _walk_tensors(state))
     }

@@ -154,7 +154,7 @@ def publish(
         data_fingerprint=data.fingerprint,
         scorecard=scorecard,
         lineage=Lineage(run=trial.name, study=study),
-        versions=Versions.here(),
+        versions=Versions.from_installed(),
     )
     registry = Registry(trial.output.registry_root)
     return [registry.publish_once(name, folder, draft) for name in names]

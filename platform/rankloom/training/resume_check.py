@@ -44,8 +44,8 @@ class Origin(BaseModel):
     """The libraries' versions."""
 
     @classmethod
-    def of(cls, data: TaskData, base: Base) -> Origin:
-        """Return the origin of a training on `data` and `base`, with the installed libraries."""
+    def collect(cls, data: TaskData, base: Base) -> Origin:
+        """Collect the origin of a training on `data` and `base`, with the installed libraries."""
         config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
         config = json.dumps(
             {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}, sort_keys=True
@@ -54,7 +54,7 @@ class Origin(BaseModel):
             data=digest_data(data),
             base=base.fingerprint,
             config=f"sha256:{hashlib.sha256(config.encode()).hexdigest()}",
-            versions=Versions.here(),
+            versions=Versions.from_installed(),
         )
 
     def write(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class Origin(BaseModel):
             raise RankloomError(
                 f"{folder / ORIGIN} is damaged: {str(error).splitlines()[0]}; start again with name=..."
             ) from None
-        changed = ", ".join(self.versions.changes(then.versions))
+        changed = ", ".join(self.versions.list_changes(then.versions))
         for kind, what, before, now in (
             (
                 DataError,
@@ -136,7 +136,7 @@ def find_study_warning(study: Path) -> str | None:
     """Return a warning for the user where libraries have changed since the study began, else None."""
     for file in (study / ORIGINS).glob(f"*/{ORIGIN}"):
         then = Origin.model_validate_json(file.read_bytes()).versions
-        return _make_warning(", ".join(Versions.here().changes(then)))
+        return _make_warning(", ".join(Versions.from_installed().list_changes(then)))
     return None
 
 

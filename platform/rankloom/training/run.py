@@ -11,7 +11,7 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required, TypedDict
 
 from pydantic import ValidationError
 from torch import nn
@@ -35,7 +35,7 @@ from rankloom.registry.scorecard import Extraction, Measures
 from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_free_bytes, read_shape
-from rankloom.training.memory_plan import forecast_run, gigabytes
+from rankloom.training.memory_plan import forecast_run, format_gb
 from rankloom.training.precision import (
     autocast,
     check_lengths,
@@ -48,6 +48,32 @@ from rankloom.training.resume_check import Origin, hold_study_to
 from rankloom.training.session import Session
 
 
+class TrialOutcome(TypedDict, total=False):
+    """The result of a trial as plain data, which crosses processes; from `scorecard` on, of one that is done."""
+
+    status: Required[Literal["done", "interrupted"]]
+    name: Required[str]
+    steps: Required[int]
+    scorecard: dict[str, Any]
+    memory_bytes: int
+    """Bytes of the base's weights with the adapter."""
+    version: int
+    """This and the next two: where it was published."""
+    registry: str
+    adapter: str
+    """The version's folder or URL."""
+
+
+class ScoreOutcome(TypedDict):
+    """The measures of an adapter beside its base's, as plain data."""
+
+    status: Literal["done"]
+    name: str
+    result: dict[str, Any] | None
+    """None: the base alone was scored."""
+    base: dict[str, Any]
+
+
 def run_trial(
     trial: TrialConfig,
     session: Session,
@@ -55,16 +81,13 @@ def run_trial(
     train: bool = True,
     study: Path | None = None,
     metric: MetricFunction | None = None,
-) -> dict[str, Any]:
-    """Train, export, score and publish a trial; every worker calls, rank 0 returns the result as plain data.
+) -> TrialOutcome | None:
+    """Train, export, score and publish a trial; every worker calls, rank 0 returns the result.
 
     Args:
         train: False: skip training and finish an interrupted run with its best checkpoint.
         study: the folder of the trial's study, whose data and base must not change; None: no study.
         metric: the user's own metric as a function; None: `eval.metric` names it.
-
-    Returns:
-        status (done or interrupted), name, version, adapter (its folder), scorecard, steps; empty on other ranks.
 
     Raises:
         DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
@@ -79,7 +102,7 @@ def run_trial(
     base = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base)
     check_lengths(data, base)
     if study is not None:
-        hold_study_to(study, trial, Origin.of(data, base))
+        hold_study_to(study, trial, Origin.collect(data, base))
     _check_memory(trial, data, base, session)
     _report_phase(session, "train", f"{trial.method.type} on {session.world_size} worker(s), {session.device}")
     loop = TrainingLoop(trial, base, data, session, choose_precision(trial, session.device), metric)
@@ -92,21 +115,18 @@ def run_trial(
         return {"status": "interrupted", "name": trial.name, "steps": loop.progress.step}
     module = _load_unsharded(trial, loop, session)
     if session.rank != 0:
-        return {}
+        return None
     return _finish(trial, session, loop, module, base, data)
 
 
 def evaluate(
     trial: TrialConfig, adapter: Path | None, session: Session, metric: MetricFunction | None = None
-) -> dict[str, Any]:
+) -> ScoreOutcome:
     """Score a PEFT folder and its base on the trial's test rows.
 
     Args:
         adapter: the PEFT folder; None: score the base alone.
         metric: the user's own metric as a function; None: `eval.metric` names it.
-
-    Returns:
-        status, name, result (the adapter's measures, None without one) and base (the base's measures).
 
     Raises:
         DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
@@ -174,7 +194,7 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
     needed = forecast.peak - loaded / shards
     if needed > free:
         raise TrialError(
-            f"method.type={trial.method.type} takes {gigabytes(needed)} beside the base, and {gigabytes(free)} are "
+            f"method.type={trial.method.type} takes {format_gb(needed)} beside the base, and {format_gb(free)} are "
             f"free on {session.device}; lower optim.batch_size or the method's rank, raise optim.accumulation, set "
             f"compute.activation_checkpointing, or use lora with quantization: nf4"
         )
@@ -182,7 +202,7 @@ def _check_memory(trial: TrialConfig, data: TaskData, base: Base, session: Sessi
 
 def _finish(
     trial: TrialConfig, session: Session, loop: TrainingLoop, module: nn.Module, base: Base, data: TaskData
-) -> dict[str, Any]:
+) -> TrialOutcome:
     """Export, read back, score and publish; only rank 0 calls."""
     extracted = trial.method.row.servable == "extracted"
     with tempfile.TemporaryDirectory() as scratch:
@@ -227,7 +247,7 @@ def _finish(
             trained_logits=None if extracted else trained_logits,
             metric=loop.metric,
         )
-        outcome = {
+        outcome: TrialOutcome = {
             "status": "done",
             "name": trial.name,
             "steps": progress.step,
@@ -238,7 +258,8 @@ def _finish(
             _report_phase(session, "publish", "into the registry")
             root = trial.output.registry_root
             (record,) = publish(folder, [trial.name], fresh, data, trial, scored.scorecard)
-            outcome |= {"version": record.version, "registry": root, "adapter": f"{root}/{trial.name}/{record.version}"}
+            outcome["version"], outcome["registry"] = record.version, root
+            outcome["adapter"] = f"{root}/{trial.name}/{record.version}"
     return outcome
 
 
@@ -246,7 +267,7 @@ def _load_unsharded(trial: TrialConfig, loop: TrainingLoop, session: Session) ->
     """Return the trained module on one device; rank 0 reads sharded weights back from the best checkpoint."""
     if not isinstance(loop.module, FSDPModule):
         return loop.module
-    with session.best_checkpoint() as folder:
+    with session.open_best_checkpoint() as folder:
         if session.rank != 0 or folder is None:
             return loop.module
         model = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base).model

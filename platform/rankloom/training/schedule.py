@@ -14,7 +14,7 @@ DIVERGED = (
 """The error of a trial whose loss or gradient is not finite."""
 
 
-def num_steps(trial: TrialConfig, batches_per_epoch: int) -> int:
+def count_steps(trial: TrialConfig, batches_per_epoch: int) -> int:
     """Return the number of optimiser steps in a trial's budget."""
     return trial.budget.steps or math.ceil((trial.budget.epochs or DEFAULT_EPOCHS) * batches_per_epoch)
 

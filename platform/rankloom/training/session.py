@@ -31,10 +31,10 @@ class Session(Protocol):
     def emit(self, event: Event) -> None:
         """Report an event to the user; only rank 0's events are shown."""
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+    def open_latest_checkpoint(self) -> AbstractContextManager[Path | None]:
         """Yield the folder of the newest checkpoint, or None before the first."""
 
-    def best_checkpoint(self) -> AbstractContextManager[Path | None]:
+    def open_best_checkpoint(self) -> AbstractContextManager[Path | None]:
         """Yield the folder of the checkpoint with the highest score, or None before the first."""
 
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
@@ -76,12 +76,12 @@ class LocalSession:
         return self._stop.is_set()
 
     @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        yield max(self._scores(), key=lambda p: int(p.name), default=None)
+    def open_latest_checkpoint(self) -> Iterator[Path | None]:
+        yield max(self._read_scores(), key=lambda p: int(p.name), default=None)
 
     @contextmanager
-    def best_checkpoint(self) -> Iterator[Path | None]:
-        scores = self._scores()
+    def open_best_checkpoint(self) -> Iterator[Path | None]:
+        scores = self._read_scores()
         yield max(scores, key=lambda p: (scores[p], -int(p.name)), default=None)
 
     def save_checkpoint(self, folder: Path | None, metrics: dict[str, float]) -> None:
@@ -103,12 +103,12 @@ class LocalSession:
                 f"could not write the checkpoint {target}: {reason}; earlier checkpoints are intact: make room, and "
                 f"--resume continues from the latest"
             ) from None
-        with self.latest_checkpoint() as latest, self.best_checkpoint() as best:
-            for old in self._scores():
+        with self.open_latest_checkpoint() as latest, self.open_best_checkpoint() as best:
+            for old in self._read_scores():
                 if old not in (latest, best):
                     shutil.rmtree(old)
 
-    def _scores(self) -> dict[Path, float]:
+    def _read_scores(self) -> dict[Path, float]:
         finished = (p for p in self._folder.iterdir() if p.name.isdigit() and (p / "metrics.json").is_file())
         return {p: self._score(p / "metrics.json") for p in finished}
 

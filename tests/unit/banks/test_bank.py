@@ -50,7 +50,7 @@ def specs_of(base: Base, architecture: str) -> list[SlotSpec]:
         LoraConfig(rank=2, alpha=16, rslora=True, init="gaussian", target_modules=ATTENTION[architecture]),
         DoraConfig(rank=3, alpha=4, target_modules=ATTENTION[architecture]),
     ]
-    return [SlotSpec.of(method, base.model, seed) for seed, method in enumerate(methods)]
+    return [SlotSpec.from_method(method, base.model, seed) for seed, method in enumerate(methods)]
 
 
 def bank_of(base: Base, *, num_slots: int = 4, max_rank: int = 8, with_magnitudes: bool = True) -> AdapterBank:
@@ -61,7 +61,7 @@ def bank_of(base: Base, *, num_slots: int = 4, max_rank: int = 8, with_magnitude
 def moved(bank: AdapterBank, slot: int) -> None:
     """Away from the initial values, where B is zero and DoRA's factors are one."""
     generator = torch.Generator().manual_seed(100 + slot)
-    state = bank.state(slot)
+    state = bank.get_state(slot)
     for values in state.values():
         values.add_(torch.randn(values.shape, generator=generator) * 0.05)
     bank.load_state(slot, state)
@@ -123,7 +123,7 @@ def test_initial_values_are_those_of_peft(architecture: str, quantization: str, 
         )  # fmt: skip
         torch.manual_seed(spec.seed)
         expected = peft_parameters(peft.get_peft_model(base.model, config))
-        found = bank.state(slot)
+        found = bank.get_state(slot)
         assert found.keys() == expected.keys()
         for name, values in found.items():
             if name.endswith(".m"):  # the norms are reached on another way
@@ -145,7 +145,7 @@ def test_mixed_rows_are_what_peft_gives_each(
         moved(bank, slot)
         bank.write(slot, tmp_path / str(slot), "base")
     ids_BT, slots_N, counts_K = rows_of(rows, first=first)
-    with bank.routed(slots_N, counts_K):
+    with bank.apply_route(slots_N, counts_K):
         logits_BTV = base.model(input_ids=ids_BT).logits
         logits_BTV.float().log_softmax(-1).select(-1, 3).sum().backward()
     plain = open_base(architecture, quantization)
@@ -197,10 +197,10 @@ def test_dropout_is_that_of_peft(architecture: str, quantization: str, open_base
         bank.write(slot, tmp_path / str(slot), "base")
     rows = [2, 2, 1, 3]
     ids_BT, slots_N, counts_K = rows_of(rows)
-    with bank.routed(slots_N, counts_K, dropout_seeds=dict.fromkeys(range(4), 11)):
+    with bank.apply_route(slots_N, counts_K, dropout_seeds=dict.fromkeys(range(4), 11)):
         logits_BTV = base.model(input_ids=ids_BT).logits
         logits_BTV.float().log_softmax(-1).select(-1, 3).sum().backward()
-    with torch.no_grad(), bank.routed(slots_N, counts_K):
+    with torch.no_grad(), bank.apply_route(slots_N, counts_K):
         quiet_BTV = base.model(input_ids=ids_BT).logits
     torch.testing.assert_close(parted(quiet_BTV, rows, 0), parted(logits_BTV, rows, 0), atol=1e-5, rtol=1e-5)
     plain = open_base(architecture, quantization)
@@ -234,7 +234,7 @@ def test_a_members_dropout_depends_on_its_own_seed_alone(open_base: Opener) -> N
         ids_BT = torch.arange(sum(rows) * LENGTH).view(-1, LENGTH) % 50
         ids_BT[sum(rows[:1]) : sum(rows[:2])] = torch.arange(2 * LENGTH).view(2, LENGTH)
         _, slots_N, counts_K = rows_of(rows)
-        with torch.no_grad(), bank.routed(slots_N, counts_K, dropout_seeds=seeds):
+        with torch.no_grad(), bank.apply_route(slots_N, counts_K, dropout_seeds=seeds):
             return parted(base.model(input_ids=ids_BT).logits, rows, 1)
 
     found = logits_of_slot_1([2, 2, 2, 2], {0: 1, 1: 2, 2: 3, 3: 4})
@@ -256,7 +256,7 @@ def test_bf16(stored: torch.dtype, autocast: bool, open_base: Opener, tmp_path: 
         bank.attach(slot, spec)
         moved(bank, slot)
         bank.write(slot, tmp_path / str(slot), "base")
-    with bank.routed(slots_N, counts_K), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with bank.apply_route(slots_N, counts_K), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits_BTV = base.model(input_ids=ids_BT).logits
         logits_BTV.float().log_softmax(-1).select(-1, 3).sum().backward()
     for slot in range(4):
@@ -291,17 +291,17 @@ def test_folders_go_both_ways(architecture: str, quantization: str, open_base: O
         with torch.no_grad():
             expected_BTV = model(input_ids=ids_BT).logits
         model.unload()
-        before = bank.state(slot)
+        before = bank.get_state(slot)
         bank.detach(slot)
         bank.read(slot, tmp_path / str(slot))
         assert replace(bank.specs[slot], init=spec.init, seed=spec.seed) == replace(
             spec, targets=bank.specs[slot].targets
         )
-        after = bank.state(slot)
+        after = bank.get_state(slot)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         slots_N = torch.full((2 * LENGTH,), slot)
-        with torch.no_grad(), bank.routed(slots_N, [2 * LENGTH * (k == slot) for k in range(4)]):
+        with torch.no_grad(), bank.apply_route(slots_N, [2 * LENGTH * (k == slot) for k in range(4)]):
             found_BTV = base.model(input_ids=ids_BT).logits
         torch.testing.assert_close(found_BTV, expected_BTV, atol=1e-4, rtol=1e-4)
 
@@ -326,7 +326,7 @@ def test_a_folder_with_ranks_of_each_layer(rslora: bool, open_base: Opener, tmp_
     bank.read(1, tmp_path / "ours")
     for slot in (1, 2):
         counts_K = [2 * LENGTH if k == slot else 0 for k in range(4)]
-        with torch.no_grad(), bank.routed(torch.full((2 * LENGTH,), slot), counts_K):
+        with torch.no_grad(), bank.apply_route(torch.full((2 * LENGTH,), slot), counts_K):
             torch.testing.assert_close(base.model(input_ids=ids_BT).logits, expected_BTV, atol=1e-4, rtol=1e-4)
     bank.copy(2, 1)
     assert bank.sites["model.layers.0.self_attn.q_proj"].ranks[1] == 7
@@ -345,7 +345,7 @@ def test_slots_come_and_go_in_place(open_base: Opener) -> None:
     bank.attach(0, first)
     bank.attach(1, second)
     moved(bank, 1)
-    kept = bank.state(0)
+    kept = bank.get_state(0)
     bank.attach(1, replace(first, rank=2, targets=first.targets[:3]))
     for name, site in bank.sites.items():
         assert not site.a_KRI[1, 2:].any()
@@ -354,12 +354,12 @@ def test_slots_come_and_go_in_place(open_base: Opener) -> None:
     bank.detach(1)
     assert not any(p[1].any() for p in parameters)
     assert [p.data_ptr() for p in parameters] == places
-    assert all(torch.equal(values, kept[name]) for name, values in bank.state(0).items())
-    with torch.no_grad():  # outside `routed`, and in it for rows of no slot or of an empty one
+    assert all(torch.equal(values, kept[name]) for name, values in bank.get_state(0).items())
+    with torch.no_grad():  # outside `apply_route`, and in it for rows of no slot or of an empty one
         assert torch.equal(base.model(input_ids=ids_BT).logits, alone_BTV)
         for slot in (-1, 1):
             counts_K = [0, 2 * LENGTH if slot == 1 else 0]
-            with bank.routed(torch.full((2 * LENGTH,), slot), counts_K):
+            with bank.apply_route(torch.full((2 * LENGTH,), slot), counts_K):
                 assert torch.equal(base.model(input_ids=ids_BT).logits, alone_BTV)
     assert set(base.model.state_dict()) == before
     bank.remove()
@@ -377,14 +377,14 @@ def test_values_are_copied_and_scalings_are_not(open_base: Opener) -> None:
     bank.attach(2, lora)
     moved(bank, 0)
     bank.copy(0, 1)
-    source, target = bank.state(0), bank.state(1)
+    source, target = bank.get_state(0), bank.get_state(1)
     assert all(torch.equal(source[name], target[name]) for name in source)
     assert {site.scales[1] for site in bank.sites.values()} == {4.0}
     with pytest.raises(IncompatibleError, match="can't be copied onto slot 2"):
         bank.copy(0, 2)
     bank.load_state(0, {name: values + 1 for name, values in source.items()})
-    assert all(torch.equal(values, source[name] + 1) for name, values in bank.state(0).items())
-    assert all(torch.equal(target[name], values) for name, values in bank.state(1).items())
+    assert all(torch.equal(values, source[name] + 1) for name, values in bank.get_state(0).items())
+    assert all(torch.equal(target[name], values) for name, values in bank.get_state(1).items())
 
 
 def test_a_zero_row_of_the_base_is_no_nan(open_base: Opener) -> None:
@@ -393,7 +393,7 @@ def test_a_zero_row_of_the_base_is_no_nan(open_base: Opener) -> None:
         base.model.get_submodule("model.layers.0.mlp.up_proj").weight[3] = 0
     bank = bank_of(base, num_slots=1)
     bank.attach(0, specs_of(base, "llama")[1])
-    with bank.routed(torch.zeros(LENGTH, dtype=torch.long), [LENGTH]):
+    with bank.apply_route(torch.zeros(LENGTH, dtype=torch.long), [LENGTH]):
         base.model(input_ids=torch.arange(LENGTH)[None]).logits.sum().backward()
     for site in bank.sites.values():
         for stack in (site.a_KRI, site.b_KOR, site.m_KO):
@@ -417,7 +417,7 @@ def test_what_does_not_fit_is_refused(open_base: Opener) -> None:
             bank.attach(0, replace(spec, **change))  # type: ignore[arg-type]
         assert not bank.specs
     with pytest.raises(IncompatibleError, match=r"method\.init: pissa can't be used in a bank"):
-        SlotSpec.of(LoraConfig(init="pissa"), base.model, 0)
+        SlotSpec.from_method(LoraConfig(init="pissa"), base.model, 0)
 
 
 @pytest.fixture
@@ -449,13 +449,13 @@ def test_a_folder_that_does_not_fit_is_refused(
     change: dict[str, Any], message: str, written: tuple[AdapterBank, Path]
 ) -> None:
     bank, folder = written
-    before, spec = bank.state(1), bank.specs[1]
+    before, spec = bank.get_state(1), bank.specs[1]
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(RegistryError, match=message):
         bank.read(1, folder)
     assert bank.specs[1] == spec
-    assert all(torch.equal(values, before[name]) for name, values in bank.state(1).items())
+    assert all(torch.equal(values, before[name]) for name, values in bank.get_state(1).items())
 
 
 def test_a_folder_with_other_tensors_is_refused(written: tuple[AdapterBank, Path]) -> None:

@@ -106,7 +106,7 @@ def test_rows_go_by_the_device_unless_told() -> None:
         (EngineConfig(), 16, 64), (EngineConfig(max_num_seqs=5), 5, 5), (EngineConfig(max_num_batched_tokens=8), 8, 8),
         (VllmConfig(), 16, 256), (VllmConfig(max_num_seqs=5), 5, 5),
     ):  # fmt: skip
-        assert (engine.num_seqs(on_gpu=False), engine.num_seqs(on_gpu=True)) == (on_cpu, on_gpu)
+        assert (engine.resolve_num_seqs(on_gpu=False), engine.resolve_num_seqs(on_gpu=True)) == (on_cpu, on_gpu)
 
 
 def test_short_forms_on_a_command_line(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_what_shares_a_host() -> None:
             {"method": {"experts": True}},
         ]
     )
-    members = list(config.members())
+    members = list(config.probe_trials())
     assert len({make_host_key(trial) for trial in members}) == 3
     assert {trial.method.type for trial in members if is_fusable(trial)} == {"lora", "dora"}
     assert not is_fusable(config.resolve({"branch": 2}))

@@ -235,7 +235,7 @@ def test_a_hub_set_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.Monk
     located = locate(Source(path="somebody/intents"), "train")
     assert located.read(tmp_path).to_list() == [{"text": "hello", "label": 1}]
     assert located.key == locate(Source(path="somebody/intents"), "train").key
-    head = located.head(5)
+    head = located.try_read_head(5)
     assert head is not None
     assert (head.to_list(), head.features) == ([{"text": "hello", "label": 1}], features)
     with pytest.raises(DataError, match="split 'test'"):

@@ -101,8 +101,8 @@ def test_rows_that_outgrow_the_pool_wait_and_come_out_the_same(tiny_llama: Path,
     narrow = engine_on(tiny_llama, registry, kv_cache_tokens=3 * PAGE, prefix_cache_tokens=1024)
     assert isinstance(narrow._core._cache, KvPool)
     assert [tokens for _, tokens, _ in answers(narrow, jobs)] == [tokens for _, tokens, _ in roomy]
-    assert narrow.stats().preemptions > 0
-    assert narrow.stats().prompt_tokens == sum(map(len, prompts))  # what was kept is not computed again
+    assert narrow.get_stats().preemptions > 0
+    assert narrow.get_stats().prompt_tokens == sum(map(len, prompts))  # what was kept is not computed again
 
 
 @pytest.mark.usefixtures("fast")

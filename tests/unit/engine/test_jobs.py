@@ -117,7 +117,7 @@ def test_what_has_come_by_then_comes_together() -> None:
 def test_a_template_is_given_the_names_of_who_speaks() -> None:
     class Naming(EchoEngine):
         def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-            return self.tokens(";".join(message.get("name", "-") for message in messages))
+            return self.tokenize(";".join(message.get("name", "-") for message in messages))
 
     talk = ChatPrompt((("user", "hi", "ann"), ("assistant", "yes"), ("user", "go on", "bob")))
     assert asyncio.run(done(Naming(), talk)) == {0: "a@1|ann;-;bob|"}

@@ -14,7 +14,7 @@ from rankloom.engine.kv_cache import (
     NARROWEST,
     HeadShape,
     KvCache,
-    bucket_width,
+    choose_bucket_width,
     choose_capacity,
     choose_prefix_capacity,
 )
@@ -57,7 +57,7 @@ def test_rows_keep_their_values_whoever_comes_and_goes(kind: type[KvCache] | typ
             assert name not in cache
         for name, expected in rows.items():
             assert torch.equal(cache.read(name, 0, expected.shape[-2]), expected)
-        assert cache.held == sum(cache.room_for(v.shape[-2]) for v in rows.values()) <= cache.capacity
+        assert cache.held == sum(cache.compute_room(v.shape[-2]) for v in rows.values()) <= cache.capacity
 
 
 def test_allocation_stays_within_the_capacity() -> None:
@@ -76,14 +76,20 @@ def test_allocation_stays_within_the_capacity() -> None:
 
 def test_a_pool_gives_every_page_once_and_refuses_more() -> None:
     pool = KvPool(SHAPE, 5 * NARROWEST + 7)
-    assert (pool.capacity, pool.longest, pool.room_for(257)) == (5 * NARROWEST, 5 * NARROWEST, 2 * NARROWEST)
+    assert (pool.capacity, pool.longest, pool.compute_room(257)) == (5 * NARROWEST, 5 * NARROWEST, 2 * NARROWEST)
     before = pool.blocks_2LSTHE.data_ptr()
     pool.reserve("a", 2 * NARROWEST + 1)
     pool.reserve("b", 2 * NARROWEST)
-    assert sorted(pool.pages("a") + pool.pages("b")) == [1, 2, 3, 4, 5]  # the first is for rows without a sequence
+    assert sorted(pool.get_pages("a") + pool.get_pages("b")) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # the first is for rows without a sequence
     with pytest.raises(torch.OutOfMemoryError, match="0 free pages, but 1 are needed"):
         pool.reserve("b", 2 * NARROWEST + 1)
-    assert len(pool.pages("b")) == 2
+    assert len(pool.get_pages("b")) == 2
     with pytest.raises(torch.OutOfMemoryError):
         pool.reserve("c", 1)
     assert "c" not in pool
@@ -104,7 +110,7 @@ def test_a_pool_that_does_not_fit_is_a_setting_to_change(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("length", "width"), [(1, 256), (256, 256), (257, 512), (513, 1024)])
 def test_shelf_width(length: int, width: int) -> None:
-    assert bucket_width(length) == width
+    assert choose_bucket_width(length) == width
 
 
 def kept(tree: PrefixTree, key: str | None, tokens: list[int]) -> torch.Tensor:

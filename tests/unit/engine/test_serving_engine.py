@@ -86,7 +86,7 @@ def test_a_prefix_is_reused_by_the_same_version_alone(tiny_llama: Path, registry
         assert other == with_adapter("lora", [*LONG, 9, 8])
         for ref in (None, "dora@1"):
             assert (await completed(engine, [*LONG, 5], ref))[2][-1].cached_tokens == 0
-        assert engine.stats().cached_tokens == 100
+        assert engine.get_stats().cached_tokens == 100
 
     def with_adapter(name: str, prompt: list[int]) -> list[int]:
         return with_peft(tiny_llama, registry / name / "1", prompt, GREEDY.max_tokens)
@@ -142,7 +142,7 @@ def test_requests_that_come_at_once_begin_in_one_step(tiny_llama: Path, registry
             await asyncio.sleep(0.2)  # until it has nothing to do
             jobs = [collect(engine, Request(f"{turn}-{i}", None, (5, 6, 7 + i), short)) for i in range(6)]
             await asyncio.gather(*jobs)
-            assert engine.stats().steps == turn
+            assert engine.get_stats().steps == turn
 
     serving(engine, work)
 
@@ -159,7 +159,7 @@ def test_a_prompt_that_comes_several_times_at_once_is_computed_once(tiny_llama: 
         assert all(tokens == found[4][1] for _, tokens, _ in found[4:])
 
     serving(engine, work)
-    assert engine.stats().prompt_tokens == 2 * 100 + 6
+    assert engine.get_stats().prompt_tokens == 2 * 100 + 6
 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 4096])
@@ -177,7 +177,7 @@ def test_rows_that_outgrow_the_cache_wait_and_come_out_the_same(
     refs = [None, "lora@1", "lora@1", "dora@1"]
     found = serving(engine, work)
 
-    assert engine.stats().preemptions > 0
+    assert engine.get_stats().preemptions > 0
     for prompt, ref, (_, tokens, _) in zip(prompts, refs, found, strict=True):
         folder = None if ref is None else registry / ref.split("@")[0] / "1"
         assert tokens == with_peft(tiny_llama, folder, prompt, 40)
@@ -190,18 +190,18 @@ def test_a_client_that_goes_frees_its_place(tiny_llama: Path, registry: Path) ->
         settings = GREEDY.model_copy(update={"max_tokens": 400})
         stream = engine.generate(Request("a", "lora@1", (5, 6), settings))
         await anext(stream)
-        assert engine.stats().running == 1
+        assert engine.get_stats().running == 1
         await stream.aclose()
         task = asyncio.create_task(collect(engine, Request("b", "dora@1", (5, 6), settings)))
         await asyncio.sleep(0.05)
         task.cancel()
-        while engine.stats().running or engine.stats().waiting:
+        while engine.get_stats().running or engine.get_stats().waiting:
             await asyncio.sleep(0.01)
         assert (await completed(engine, [5, 6], id="a"))[1]
-        assert all(adapter.num_running == 0 for adapter in engine.resident())
+        assert all(adapter.num_running == 0 for adapter in engine.list_resident())
 
     serving(engine, work)
-    assert engine.stats().generated_tokens < 400
+    assert engine.get_stats().generated_tokens < 400
 
 
 def test_a_seed_gives_the_same_alone_and_in_company(tiny_llama: Path, registry: Path) -> None:
@@ -302,10 +302,10 @@ def test_more_adapters_than_places(tiny_llama: Path, registry: Path) -> None:
         for i, (_, tokens, _) in enumerate(await asyncio.gather(*jobs)):
             folder = registry / names[i % 3] / "1"
             assert tokens == with_peft(tiny_llama, folder, [5, 6, 7, i], GREEDY.max_tokens)
-        assert len(engine.resident()) == 1
+        assert len(engine.list_resident()) == 1
 
     serving(engine, work)
-    assert engine.stats().adapter_evictions >= 2
+    assert engine.get_stats().adapter_evictions >= 2
 
 
 def test_a_pinned_adapter_stays(tiny_llama: Path, registry: Path) -> None:
@@ -315,8 +315,8 @@ def test_a_pinned_adapter_stays(tiny_llama: Path, registry: Path) -> None:
         await engine.pin("lora@1")
         for ref in ("dora@1", "third@1", "dora@1"):
             await completed(engine, [5, 6], ref)
-        assert [(r.ref, r.pinned) for r in engine.resident()] == [("lora@1", True), ("dora@1", False)]
-        assert all(r.bytes > 1000 for r in engine.resident())
+        assert [(r.ref, r.pinned) for r in engine.list_resident()] == [("lora@1", True), ("dora@1", False)]
+        assert all(r.bytes > 1000 for r in engine.list_resident())
         await engine.pin("third@1")
         with pytest.raises(OverloadedError, match="unpin another"):
             await engine.pin("dora@1")
@@ -362,7 +362,7 @@ def test_a_bad_adapter_fails_its_own_requests_alone(tiny_model: Callable[..., Pa
     ):
         assert isinstance(error, kind)
         assert match in str(error)
-    assert engine.stats().adapter_failures == 6
+    assert engine.get_stats().adapter_failures == 6
 
 
 def test_a_refused_version_is_not_fetched_again_at_once(tiny_llama: Path, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_refused_version_is_not_fetched_again_at_once(tiny_llama: Path, tmp_pa
         assert str(tmp_path) not in messages[0]
 
     serving(engine, work)
-    assert engine.stats().adapter_failures < 5  # after a second it is tried again
+    assert engine.get_stats().adapter_failures < 5  # after a second it is tried again
 
 
 @pytest.mark.parametrize(
@@ -525,7 +525,7 @@ def test_a_thousand_registered_adapters_take_the_memory_of_a_few(tiny_llama: Pat
             sizes.append(resident_mb())
 
     serving(engine, work, limit_s=300)
-    assert engine.stats().adapter_loads == 1000
-    assert len(engine.resident()) == 8
+    assert engine.get_stats().adapter_loads == 1000
+    assert len(engine.list_resident()) == 8
     # after the first 200 nothing grows but what the allocator keeps
     assert sizes[-1] - sizes[10] < 0.05 * sizes[10]

@@ -59,7 +59,7 @@ def test_a_bucket_that_can_not_grow_is_as_before(fits: Any, lasts: int) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         cache.reserve("new", 20)
     assert "new" not in cache
-    assert {len(block) for block in cache.buckets[NARROWEST].blocks()} == {4}
+    assert {len(block) for block in cache.buckets[NARROWEST].list_blocks()} == {4}
     fits(lambda _: True)
     cache.reserve("new", 20)
     cache.write("new", 0, torch.full((2, 3, 1, 20, 3), 9.0))
@@ -86,7 +86,7 @@ def test_a_row_without_memory_waits_for_others(tiny_llama: Path, nothing: Path, 
         return await asyncio.gather(*(completed(engine, prompt, id=str(prompt)) for prompt in prompts))
 
     found = serving(engine, work)
-    assert engine.stats().preemptions > 0
+    assert engine.get_stats().preemptions > 0
     for prompt, (_, tokens, _) in zip(prompts, found, strict=True):
         assert tokens == with_peft(tiny_llama, None, prompt, 12)
 
@@ -206,7 +206,7 @@ def test_an_adapter_that_finds_no_room_in_the_table_is_served_without_a_slot(
         refs.append(publish(nothing, tiny_llama, name, tmp_path / name))
     with kernels.everywhere():
         engine = engine_on(tiny_llama, nothing)
-    count, grown = itertools.count(), slot_table._grown
+    count, grown = itertools.count(), slot_table._enlarge
 
     def short(*args: Any) -> torch.Tensor:
         if next(count) >= lasts:
@@ -215,7 +215,7 @@ def test_an_adapter_that_finds_no_room_in_the_table_is_served_without_a_slot(
 
     async def work() -> None:
         await asyncio.gather(*map(engine.pin, refs))
-        monkeypatch.setattr(slot_table, "_grown", short)
+        monkeypatch.setattr(slot_table, "_enlarge", short)
         found = await asyncio.gather(*(completed(engine, [5, 6], ref, id=ref) for ref in refs))
         assert next(count) > lasts
         for name, (_, tokens, _) in zip(("one", "two"), found, strict=True):

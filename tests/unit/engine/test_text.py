@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.data.encode import Encoder
-from rankloom.engine.choices import ChoiceState, choice_tree
+from rankloom.engine.choices import ChoiceState, build_choice_tree
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.text import LONGEST, Decoder, Stops, TextStream
 from rankloom.errors import RequestError
@@ -97,7 +97,7 @@ def _name(byte: int) -> str:
 
 
 def test_pieces_are_bytes_that_make_up_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    pieces, text = Decoder(tokenizer).piece, "größe 日本 ok"
+    pieces, text = Decoder(tokenizer).get_piece, "größe 日本 ok"
     assert b"".join(pieces(token) for token in ids(tokenizer, text)).decode() == text
 
 
@@ -122,7 +122,7 @@ def prompts(tiny_llama: Path) -> Prompts:
 def test_a_conversation_is_rendered_as_training_renders_it(
     prompts: Prompts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    found = tokenizer.decode(prompts.chat([{"role": "user", "content": "my card"}]))
+    found = tokenizer.decode(prompts.tokenize_chat([{"role": "user", "content": "my card"}]))
     assert found == "<|user|>my card<|end|>\n<|assistant|>"
     assert prompts.turn_end == tokenizer.convert_tokens_to_ids("<|end|>")
 
@@ -130,32 +130,32 @@ def test_a_conversation_is_rendered_as_training_renders_it(
 def test_without_a_template_a_conversation_is_refused(tiny_model: Callable[..., Path]) -> None:
     base = load(tiny_model("llama", chat=False))
     with pytest.raises(RequestError, match="no chat template"):
-        Prompts(base.tokenizer, base.model).chat([{"role": "user", "content": "a"}])
+        Prompts(base.tokenizer, base.model).tokenize_chat([{"role": "user", "content": "a"}])
 
 
 def test_a_choice_is_walked_to_its_end(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
     choices = ["card_lost", "card_found", "transfer", "card"]
     for wanted in choices:
-        choice, tokens = ChoiceState(choice_tree(choices, prompts)), []
-        target = prompts.completion(wanted)
+        choice, tokens = ChoiceState(build_choice_tree(choices, prompts)), []
+        target = prompts.tokenize_completion(wanted)
         while not choice.is_over:
             assert target[len(tokens)] in choice.allowed
             tokens.append(target[len(tokens)])
             choice.advance(tokens[-1])
-            tokens += choice.rest()
+            tokens += choice.take_forced()
         assert tokenizer.decode(tokens, skip_special_tokens=True) == wanted
 
 
 def test_a_choice_of_thousands_of_tokens(prompts: Prompts) -> None:
     long = "".join("^~"[i % 7 // 6] for i in range(4096))
-    choice, target = ChoiceState(choice_tree([long, "short"], prompts)), prompts.completion(long)
+    choice, target = ChoiceState(build_choice_tree([long, "short"], prompts)), prompts.tokenize_completion(long)
     assert len(target) > 1000  # a call for each would be too deep
     choice.advance(target[0])
-    assert choice.rest() == target[1:-1]
+    assert choice.take_forced() == target[1:-1]
     assert choice.is_over
 
 
 def test_choices_that_are_one_are_refused(prompts: Prompts) -> None:
-    assert ChoiceState(choice_tree(["a", "a"], prompts)).allowed  # the same twice is one
+    assert ChoiceState(build_choice_tree(["a", "a"], prompts)).allowed  # the same twice is one
     with pytest.raises(RequestError, match="choices"):
-        choice_tree([], prompts)
+        build_choice_tree([], prompts)

@@ -64,7 +64,7 @@ def deltas(
         last = transcript.stopped or number == len(tokens)
         if last:
             text += transcript.finish()
-        found.append(Delta(text, (token,), transcript.logprobs(last=last), "stop" if last else None))
+        found.append(Delta(text, (token,), transcript.take_logprobs(last=last), "stop" if last else None))
         if last:
             break
     return found
@@ -118,8 +118,8 @@ def answers(kind: Any, found: list[Delta]) -> tuple[dict[str, Any], list[dict[st
     for delta in found:
         progress = JobProgress(1, ((0, delta),))
         whole.add(progress)
-        chunks += [chunk["choices"][0] for chunk in streamed.chunks(progress)]
-    return json.loads("".join(whole.body()))["choices"][0], chunks
+        chunks += [chunk["choices"][0] for chunk in streamed.make_chunks(progress)]
+    return json.loads("".join(whole.iter_body()))["choices"][0], chunks
 
 
 def test_completions_tell_where_each_token_is(tokenizer: PreTrainedTokenizerBase) -> None:

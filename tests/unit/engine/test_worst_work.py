@@ -115,8 +115,8 @@ def test_the_worst_work_holds_up_no_other(tiny_llama: Path, tmp_path: Path, name
 def test_choices_are_made_a_tree_once_for_all_completions(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, made, grow = engine_on(tiny_llama, tmp_path), [], rankloom.engine.guide.choice_tree
-    monkeypatch.setattr(rankloom.engine.guide, "choice_tree", lambda *given: made.append(1) or grow(*given))
+    engine, made, grow = engine_on(tiny_llama, tmp_path), [], rankloom.engine.guide.build_choice_tree
+    monkeypatch.setattr(rankloom.engine.guide, "build_choice_tree", lambda *given: made.append(1) or grow(*given))
 
     async def ask() -> None:
         for choices in (("card", "transfer"), tuple(CHOICES)):
@@ -141,7 +141,7 @@ def test_choices_that_are_refused_after_their_client_has_gone_are_not_logged(
         time.sleep(0.2)
         raise RequestError("choices: secret")
 
-    monkeypatch.setattr(rankloom.engine.guide, "choice_tree", refused)
+    monkeypatch.setattr(rankloom.engine.guide, "build_choice_tree", refused)
 
     async def ask() -> None:
         asked = Sampling(choices=tuple(CHOICES))
@@ -166,7 +166,7 @@ def test_a_client_that_reads_late_does_not_get_all_at_once(tiny_llama: Path, tmp
         async for progress in run(engine, CompletionJob("w", None, ("hi",), sampling, n=16, max_tokens=40)):
             counts.append(len(progress.deltas))
             if len(counts) == 1:
-                while engine.stats().running:
+                while engine.get_stats().running:
                     await asyncio.sleep(0.01)
 
     serving(engine, ask)

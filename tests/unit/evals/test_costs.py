@@ -30,7 +30,7 @@ def test_costs_are_measured_on_a_copy_beside_the_bank(
     base = load_base(ModelConfig(id=str(tiny_model("llama"))), quantization, device=CPU, dtype=torch.float32)
     before = count_weight_bytes(base.model)
     bank = AdapterBank(base.model, find_target_linears(base.model, "all-linear"), 2, 8, with_magnitudes=True)
-    bank.attach(0, SlotSpec.of(method, base.model, seed=0))
+    bank.attach(0, SlotSpec.from_method(method, base.model, seed=0))
     for site in bank.sites.values():
         torch.nn.init.normal_(site.b_KOR.data[0, :, :4], std=0.1)
     bank.write(0, tmp_path, base.id)

@@ -100,8 +100,8 @@ def test_only_what_is_offered_can_be_asked_for(offered: tuple[str, ...], model: 
 
 def test_models_are_listed_without_what_is_missing() -> None:
     known = catalogue(("bank@canary", "bank@gone", "nope"), front={"to": "bank"})
-    assert known.models() == ["org/base", "front", "mine", "bank@canary"]
-    assert catalogue().models() == ["org/base", "mine", "bank", "faq"]
+    assert known.list_models() == ["org/base", "front", "mine", "bank@canary"]
+    assert catalogue().list_models() == ["org/base", "mine", "bank", "faq"]
 
 
 def test_a_split_follows_its_weights() -> None:
@@ -150,7 +150,7 @@ def test_who_does_not_know_the_secret_can_not_pick_a_side() -> None:
 @pytest.mark.parametrize(("base", "shown"), [("/srv/models/llama", "base"), ("~/llama", "base"), ("org/m", "org/m")])
 def test_a_base_in_a_folder_is_told_without_its_path(base: str, shown: str) -> None:
     known = replace(catalogue(), base=base)
-    assert (known.public_base, known.models()[0]) == (shown, shown)
+    assert (known.public_base, known.list_models()[0]) == (shown, shown)
     for name in (base, "base"):
         assert decide_route(RoutingRequest(name, "r"), known) == Decision((Target(),))
     with pytest.raises(AdapterNotFoundError) as caught:

@@ -223,9 +223,9 @@ def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callabl
         actor = make()
         await asyncio.gather(*(join(actor, f"t{i}#a") for i in range(6)))
         reports = await asyncio.gather(*(whole(actor, f"t{i}#a") for i in range(6)))
-        while actor.stats()["members"]:
+        while actor.get_stats().members:
             await asyncio.sleep(0.01)
-        return reports, actor.stats(), actor._runner.host
+        return reports, actor.get_stats(), actor._runner.host
 
     found, stats, host = asyncio.run(main())
     for reports in found:
@@ -236,16 +236,16 @@ def test_six_members_share_two_slots_and_each_gets_all_its_reports(make: Callabl
         assert [r.loss for r in reports] == [1 / 3, 1 / 6, 1 / 9, 1 / 12]
     assert host.most == 2
     assert not host.members
-    seats = stats["seats"]
-    assert {seat["trial"] for seat in seats} == {f"t{i}" for i in range(6)}
-    assert {seat["slot"] for seat in seats} == {0, 1}
+    seats = stats.seats
+    assert {seat.trial for seat in seats} == {f"t{i}" for i in range(6)}
+    assert {seat.slot for seat in seats} == {0, 1}
     for slot in (0, 1):  # one after the other, and all have left
-        mine = [seat for seat in seats if seat["slot"] == slot]
-        assert all(one["start"] <= one["end"] <= other["start"] for one, other in pairwise(mine))
-        assert mine[-1]["end"] is not None
-    assert stats["tokens"] == 6 * 120
-    assert stats["occupancy"] > 0.85
-    assert stats["members"] == 0
+        mine = [seat for seat in seats if seat.slot == slot]
+        assert all(one.start <= (one.end or 0) <= other.start for one, other in pairwise(mine))
+        assert mine[-1].end is not None
+    assert stats.tokens == 6 * 120
+    assert stats.occupancy > 0.85
+    assert stats.members == 0
 
 
 def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report_told(
@@ -257,15 +257,15 @@ def test_a_member_runs_ahead_only_to_its_bound_and_its_snapshot_is_of_the_report
         first = await actor.advance("t#a", 0)
         await asyncio.sleep(0.3)
         assert actor._members["t#a"].candidate.made == 2  # one more than was told
-        assert (await actor.snapshot("t#a", first.n))["step"] == b"3"
+        assert (await actor.get_snapshot("t#a", first.n))["step"] == b"3"
         assert (await actor.advance("t#a", 0)).step == 3  # asked twice, answered twice
         second = await actor.advance("t#a", 1)
         await asyncio.sleep(0.3)
-        files = await actor.snapshot("t#a", second.n)
+        files = await actor.get_snapshot("t#a", second.n)
         assert files["step"] == b"6"
-        assert await actor.snapshot("t#a", 0) == {}
+        assert await actor.get_snapshot("t#a", 0) == {}
         with pytest.raises(KeyError):  # there is none: an empty one would be taken for the beginning
-            await actor.snapshot("t#a", 9)
+            await actor.get_snapshot("t#a", 9)
         # another trial takes its place over, as population based training does
         await join(actor, "u#a", files=files, n=2)
         third = await actor.advance("u#a", 2)
@@ -334,7 +334,7 @@ def test_a_member_that_nobody_asks_for_loses_its_place(make: Callable[..., HostA
         await join(actor, "dead#a")
         await actor.advance("dead#a", 0)
         await asyncio.sleep(2)
-        assert actor.stats()["members"] == 0
+        assert actor.get_stats().members == 0
         assert not list((tmp_path / "scratch").iterdir())
         with pytest.raises(KeyError):
             await actor.advance("dead#a", 1)
@@ -532,6 +532,6 @@ def test_a_rank_that_there_is_no_memory_for_is_refused_and_the_others_train(tiny
         assert [r.step for r in narrow] == [2, 4]
         nothing = actor(read_peak_memory_bytes(device) + 1e4)
         with pytest.raises(TrialError, match=r"not even one slot of rank 4 .* lower data\.max_length or method\.rank"):
-            await nothing.ready()
+            await nothing.wait_until_ready()
 
     asyncio.run(main())

@@ -13,7 +13,7 @@ import pytest
 from rankloom.cli import main
 from rankloom.config.engine import VllmConfig
 from rankloom.config.trial import ComputeConfig
-from rankloom.engine.vllm.server import environment as vllm_environment
+from rankloom.engine.vllm.server import make_environment as vllm_environment
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import Event
 from rankloom.launch.cluster import (

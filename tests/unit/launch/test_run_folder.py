@@ -86,7 +86,7 @@ def test_a_finished_run_is_only_gone_on_with_for_a_larger_budget(tmp_path: Path)
     result = {"status": "done", "name": "run", "steps": 3, "run": run.path}
     run.write(RESULT, json.dumps(result))
     assert run.decide_run(trial, resume=True) == "finished"
-    assert run.result().to_dict() == result
+    assert run.read_result().to_dict() == result
     assert run.decide_run(trial_at(tmp_path, budget={"epochs": 9}), resume=True) == "resume"
 
 

@@ -46,7 +46,7 @@ def steps(trial: TrialConfig, num_steps: int, total: int | None = None):
     optimizer = method.build_optimizer(model, trial.optim)
     for step in range(num_steps):
         method.before_step(model, optimizer, step)
-        penalty = method.penalty(model)
+        penalty = method.compute_penalty(model)
         (loss_of(model, step) + (0 if penalty is None else penalty)).backward()
         optimizer.step()
         method.after_step(model, step)
@@ -190,7 +190,7 @@ def test_galore_layerwise_frees_each_gradient(tiny_llama: Path) -> None:
 def test_galore_resumes_through_a_weights_only_load(tiny_llama: Path, tmp_path: Path) -> None:
     trial = trial_of(tiny_llama, {"type": "galore", "rank": 8, "interval": 10}, learning_rate=1e-3)
     method, model, optimizer, _ = steps(trial, 3)
-    torch.save(method.optimizer_state(optimizer), tmp_path / "state.pt")
+    torch.save(method.get_optimizer_state(optimizer), tmp_path / "state.pt")
     again, twin = build_method(trial, 6), copy.deepcopy(model)
     base = base_of(trial)
     again.attach(base)

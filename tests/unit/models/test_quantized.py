@@ -53,7 +53,7 @@ def test_merged_layers_keep_their_weights(
     weights = [read_weight(linear, torch.float32) for linear in linears.values()]
     expected = torch.cat([linear(x_NI) for linear in linears.values()], -1)
     group = LinearGroup(linears)
-    assert torch.equal(group.base(x_NI), expected)
+    assert torch.equal(group.compute_base(x_NI), expected)
     for linear, weight_OI in zip(linears.values(), weights, strict=True):
         assert torch.equal(read_weight(linear, torch.float32), weight_OI)
     assert torch.equal(torch.cat([linear(x_NI) for linear in linears.values()], -1), expected)
@@ -67,5 +67,5 @@ def test_layers_that_are_quantised_otherwise_are_put_side_by_side(tiny_llama: Pa
     }
     x_NI = torch.randn(5, linears["q_proj"].in_features)
     expected = torch.cat([linear(x_NI) for linear in linears.values()], -1)
-    assert torch.equal(LinearGroup(linears).base(x_NI), expected)
+    assert torch.equal(LinearGroup(linears).compute_base(x_NI), expected)
     assert len({linear.weight.untyped_storage().data_ptr() for linear in linears.values()}) == 2

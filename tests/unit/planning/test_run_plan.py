@@ -27,7 +27,7 @@ from rankloom.planning.gate import announce_plan
 from rankloom.planning.outline import open_outline
 from rankloom.planning.plan import find_smaller, parse_bytes, plan
 from rankloom.planning.speed import find_speed, read_measured_rows
-from rankloom.training.memory_plan import gigabytes
+from rankloom.training.memory_plan import format_gb
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -243,7 +243,7 @@ def test_an_endpoint_is_planned_and_refused(tiny_llama: Path, monkeypatch: pytes
     assert "16 sequences" in load
     base = load_base(config.base, NoQuantization(), device=torch.device("cpu"))
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    assert f"weights {gigabytes(weights)}" in memory
+    assert f"weights {format_gb(weights)}" in memory
     cache = base.model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert 10 * describe_heads(base.model, torch.float32, base.device).bytes_per_token == kept
@@ -266,7 +266,9 @@ def test_a_replica_on_a_gpu_is_planned(quantization: str, tiny_llama: Path, monk
     planned = forecast_replica(config, open_outline(config.base, NoQuantization()), gpu, 1e9)
     heads, engine = planned.bytes_per_token, config.engine
     assert planned.prefix_tokens == MOST_PREFIX_TOKENS
-    assert planned.cache_tokens == min(engine.num_seqs(on_gpu=True) * 512, int((1e9 - planned.weights) / 2) // heads)
+    assert planned.cache_tokens == min(
+        engine.resolve_num_seqs(on_gpu=True) * 512, int((1e9 - planned.weights) / 2) // heads
+    )
     assert planned.describe() in events[1].message
     large = config.model_copy(update={"engine": engine.model_copy(update={"kv_cache_tokens": int(2e9) // heads})})
     with pytest.raises(ConfigError, match=r"engine\.kv_cache_tokens=\d+: takes 2 GB at the start"):

@@ -21,7 +21,7 @@ def of(right: int, num_rows: int = 200, **changed: Any) -> Measures:
 def test_a_difference_within_its_interval_is_a_tie(ours: int, theirs: int, outcome: str) -> None:
     found = contrast(of(ours), of(theirs))
     assert found.outcome == outcome
-    words = found.sentence("A", "B").split()
+    words = found.make_sentence("A", "B").split()
     assert [each for each in ("better", "worse", "tied") if each in words] == [outcome.replace("tie", "tied")]
 
 
@@ -55,5 +55,5 @@ def test_losses_alone_decide_nothing() -> None:
     ours, theirs = of(1, accuracy=None, loss=0.5), of(1, accuracy=None, loss=0.9)
     found = contrast(ours, theirs)
     assert found.outcome == "unknown"
-    assert "may be chance" in found.sentence("A", "B")
+    assert "may be chance" in found.make_sentence("A", "B")
     assert contrast(ours, ours).outcome == "tie"

@@ -11,7 +11,7 @@ import pytest
 
 from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError
-from rankloom.events import Event, StudyFinished, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus
+from rankloom.events import Event, FinalistScored, StudyFinished, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus
 from rankloom.search.curves import track_study
 from rankloom.search.leaderboard import Leaderboard
 
@@ -38,13 +38,13 @@ def end(number: int, status: TrialStatus) -> Event:
 
 
 def done(number: int) -> Event:
-    row = {"trial": f"t{number}", "validation": {"step": 20}, "scorecard": SCORECARD}
-    return StudyFinished({"finalists": [row], "winner": row})
+    best = FinalistScored(trial=f"t{number}", name="s", method="lora", step=20, scorecard=SCORECARD, published=[])
+    return StudyFinished(name="s", study="s", winner=best, finalists=[best])
 
 
 FIRST = [
     begin(0), begin(1), report(0, 1, 3.0), report(1, 1, 2.5), report(0, 2, 2.0), end(1, "stopped"),
-    report(0, 3, 9.0), report(0, 3, 1.5), Leaderboard(study()).status(),
+    report(0, 3, 9.0), report(0, 3, 1.5), Leaderboard(study()).build_status(),
 ]  # fmt: skip
 THEN = [begin(0), report(0, 3, 1.25), report(0, 4, 1.0), end(0, "done"), done(0)]
 

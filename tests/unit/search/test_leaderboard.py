@@ -16,9 +16,10 @@ from rankloom.config.study import SearchConfig
 from rankloom.errors import ConfigError
 from rankloom.events import HostStatus, TrialEnded, TrialEvaluated, TrialStarted, TrialStatus, to_line
 from rankloom.registry import Registry
+from rankloom.registry.scorecard import Measures, Proportion, Scorecard
 from rankloom.search.leaderboard import Leaderboard, format_settings, write_results
-from rankloom.search.publish_best import beats, choose_names
-from rankloom.search.results import StudyResult
+from rankloom.search.publish_best import choose_names, is_better
+from rankloom.search.results import ScoredTrial, StudyResult
 from rankloom.search.study import resolve_study_paths, tune
 
 ACCURACY = SearchConfig(metric="accuracy")
@@ -73,9 +74,9 @@ def filled(metric: str = "accuracy") -> Leaderboard:
 def test_ranking_is_by_each_trials_best_report_and_ties_by_loss() -> None:
     found = filled()
     assert [trial.number for trial in found.rank_trials()] == [3, 1, 2, 0]
-    assert found.trials["t1"].best(ACCURACY) == found.trials["t1"].curve[2]
+    assert found.trials["t1"].find_best(ACCURACY) == found.trials["t1"].curve[2]
     assert [trial.number for trial in filled("loss").rank_trials()] == [3, 1, 2, 0]
-    assert found.trials["t3"].best(SearchConfig()).step == 20  # type: ignore[union-attr]
+    assert found.trials["t3"].find_best(SearchConfig()).step == 20  # type: ignore[union-attr]
 
 
 def test_finalists_are_the_top_k_each_methods_best_and_the_baseline() -> None:
@@ -150,15 +151,16 @@ def test_results_parquet_has_every_config_and_curve(tmp_path: Path) -> None:
 
 
 def test_the_winner_is_compared_with_the_baseline_on_the_test_rows() -> None:
-    def row(trial: str, accuracy: float | None, loss: float) -> dict[str, Any]:
-        share = None if accuracy is None else {"value": accuracy, "low": 0, "high": 1}
-        return {"trial": trial, "scorecard": {"result": {"accuracy": share, "loss": loss}}}
+    def row(trial: str, accuracy: float | None, loss: float) -> ScoredTrial:
+        share = None if accuracy is None else Proportion(value=accuracy, low=0, high=1)
+        measures = Measures(num_rows=9, perplexity=1.0, accuracy=share, loss=loss)
+        return ScoredTrial.model_construct(trial=trial, scorecard=Scorecard.model_construct(result=measures))
 
-    assert beats(row("a", 0.8, 2), row("b", 0.7, 1), ACCURACY) is True
-    assert beats(row("a", 0.7, 1), row("b", 0.7, 2), ACCURACY) is False  # as good is not better
-    assert beats(row("a", None, 1), row("b", None, 2), SearchConfig()) is True
-    assert beats(row("a", 0.8, 2), row("a", 0.8, 2), ACCURACY) is None
-    assert beats(row("a", 0.8, 2), None, ACCURACY) is None
+    assert is_better(row("a", 0.8, 2), row("b", 0.7, 1), ACCURACY) is True
+    assert is_better(row("a", 0.7, 1), row("b", 0.7, 2), ACCURACY) is False  # as good is not better
+    assert is_better(row("a", None, 1), row("b", None, 2), SearchConfig()) is True
+    assert is_better(row("a", 0.8, 2), row("a", 0.8, 2), ACCURACY) is None
+    assert is_better(row("a", 0.8, 2), None, ACCURACY) is None
 
 
 def test_paths_are_absolute_and_the_rest_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ HOST = HostStatus(
 def test_the_status_in_one_line_and_as_a_table() -> None:
     from rich.console import Console
 
-    status = replace(filled().status(), hosts=[HOST], elapsed_s=65, eta_s=130.0)
+    status = replace(filled().build_status(), hosts=[HOST], elapsed_s=65, eta_s=130.0)
     assert study_view.format_status(status) == (
         "3/6 trials (2 running, 1 stopped early, 1 failed); best 70.0 % by s-0003 (lora); "
         "host-1 3/4 slots, 2,500 tokens/s; 1m05s, eta 2m10s"
@@ -217,7 +219,7 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
     assert "s-0003  lora    rank 4    50 %" in text
     assert "host-1 3/4 slots, 2,500 tokens/s, 1 waiting, 93 % full" in text
     assert "rungs   10 %: 4   30 %: 2   90 %: 0" in text
-    fresh = replace(board().status(), elapsed_s=0.1)
+    fresh = replace(board().build_status(), elapsed_s=0.1)
     assert study_view.format_status(fresh) == "0/6 trials (0 running, 0 stopped early, 0 failed); 0s"
     console.print(study_view.build_status_table(fresh))
 
@@ -225,7 +227,7 @@ def test_the_status_in_one_line_and_as_a_table() -> None:
 def test_plain_lines_tell_each_end_and_now_and_then_the_status() -> None:
     written: list[str] = []
     view = study_view.PlainStudyView(written.append)
-    status = replace(filled().status(), hosts=[HOST], elapsed_s=65)
+    status = replace(filled().build_status(), hosts=[HOST], elapsed_s=65)
     view.show(status)
     view.show(status)
     view.show(end(4, "failed", "diverged"))
@@ -285,7 +287,7 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:
     for trial in filled().choose_finalists():
         for name in choose_names(trial, filled()):
-            assert Registry("/nowhere").versions(name) == []
+            assert Registry("/nowhere").list_versions(name) == []
 
 
 def test_a_named_branch_stands_for_its_method() -> None:

@@ -28,7 +28,7 @@ def test_optuna_opens_the_file_with_all_that_the_study_knows(tmp_path: Path) -> 
     assert [direction.name for direction in stored.directions] == ["MINIMIZE"] * 3
     assert stored.metric_names == ["loss", "memory_bytes", "latency_ms"]
     for trial, mine in zip(stored.trials, board.trials.values(), strict=True):
-        best = mine.best(study.search)
+        best = mine.find_best(study.search)
         assert best is not None
         assert trial.values == [best.loss, mine.costs["memory_bytes"], mine.costs["latency_ms"]]
         assert trial.state.name == {"done": "COMPLETE", "stopped": "PRUNED"}[mine.status]

@@ -117,7 +117,7 @@ def test_a_study_is_held_to_its_data_and_bases(make: Callable[..., TrialConfig],
 
     def now() -> Origin:
         base = load_base(trial.model, trial.quantization, device=torch.device("cpu"))
-        return Origin.of(load_data(trial.data, load_tokenizer(trial.model)), base)
+        return Origin.collect(load_data(trial.data, load_tokenizer(trial.model)), base)
 
     hold_study_to(study, trial, now())
     hold_study_to(study, trial, now())

@@ -37,7 +37,7 @@ class AdapterLoader(Protocol[H_co]):
     """Loads adapters into memory; one thread makes both calls."""
 
     def load(self, ref: str) -> H_co:
-        """Raises AdapterNotFoundError, IncompatibleError or RegistryError where it can't be served."""
+        """Load a version. Raises AdapterNotFoundError, IncompatibleError or RegistryError where it can't be served."""
         ...
 
     def forget(self, ref: str) -> None:
@@ -67,7 +67,7 @@ class AdapterCache(Generic[H]):
         self._pins: dict[str, list[Future[None]]] = {}
         self.num_loads = self.num_evictions = self.num_failures = 0
 
-    def refusal(self, ref: str) -> RankloomError | None:
+    def get_refusal(self, ref: str) -> RankloomError | None:
         """Return why a version can't be loaded, if that was found a short while ago."""
         return self._backoff.get(ref, time.monotonic())
 
@@ -78,12 +78,12 @@ class AdapterCache(Generic[H]):
         self._policy.release(ref)
 
     def get(self, ref: str) -> H | None:
-        """The adapter, if it is there."""
+        """Return the adapter, if it is there."""
         return self._policy.get(ref)
 
     def pin(self, ref: str, done: Future[None]) -> None:
         """Load an adapter, unless it is there, and keep it; then resolve `done`."""
-        if (error := self.refusal(ref)) is not None:
+        if (error := self.get_refusal(ref)) is not None:
             _resolve(done, error)
         elif not self._policy.pin(ref):
             capacity = self._policy.capacity
@@ -106,7 +106,7 @@ class AdapterCache(Generic[H]):
 
     def load_next(self) -> None:
         """Begin to load the adapters that have requests and a place."""
-        while (load := self._policy.next_load()) is not None:
+        while (load := self._policy.choose_load()) is not None:
             ref, evicted = load
             if evicted is not None:
                 self.num_evictions += 1
@@ -129,7 +129,7 @@ class AdapterCache(Generic[H]):
             raise error
         pins = self._pins.pop(ref, [])
         if error is None:
-            self._policy.loaded(ref, load.result())
+            self._policy.mark_loaded(ref, load.result())
             self._backoff.clear(ref)
             self.num_loads += 1
             for done in pins:
@@ -142,7 +142,7 @@ class AdapterCache(Generic[H]):
         if not isinstance(error, (AdapterNotFoundError, OverloadedError, ReplicaLostError)):  # it may yet be published
             self._backoff.add(ref, error, time.monotonic())
         self._failed(ref, error)
-        self._policy.failed(ref)
+        self._policy.mark_failed(ref)
         for done in pins:
             _resolve(done, error)
 

@@ -63,7 +63,7 @@ class EvictionPolicy(Generic[A]):
         entry = self.entries.get(ref)
         return entry.adapter if entry else None
 
-    def next_load(self) -> tuple[str, str | None] | None:
+    def choose_load(self) -> tuple[str, str | None] | None:
         """Return the ref to load now and the one to evict for it, or None; the first counts as loading from then on."""
         wanted = [r for r, e in self.entries.items() if e.adapter is None and r not in self._loading]
         if not wanted:
@@ -79,11 +79,11 @@ class EvictionPolicy(Generic[A]):
         self._loading.add(wanted[0])
         return wanted[0], evicted
 
-    def loaded(self, ref: str, adapter: A) -> None:
+    def mark_loaded(self, ref: str, adapter: A) -> None:
         self._loading.discard(ref)
         self.entries[ref].adapter = adapter
 
-    def failed(self, ref: str) -> None:
+    def mark_failed(self, ref: str) -> None:
         """Forget an adapter, even if requests use it."""
         self._loading.discard(ref)
         del self.entries[ref]

@@ -59,7 +59,7 @@ class EngineLoader:
 
 
 def check_base(base: Base, record: Record) -> None:
-    """Raises IncompatibleError where an adapter was tuned on another base."""
+    """Raise IncompatibleError if an adapter was tuned on another base."""
     its = record.base
     if its.fingerprint != base.fingerprint:
         raise IncompatibleError(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from rankloom.adapters.probe import check_top_logprobs, probe_tokens
-from rankloom.banks.plain_lora import more_than_lora, write_plain
+from rankloom.banks.plain_lora import list_more_than_lora, write_plain
 from rankloom.banks.served_adapter import Factors, ServedAdapter, fold
 from rankloom.config.engine import VllmConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
@@ -35,9 +35,9 @@ from rankloom.engine.protocol import Delta, Request, Resident, Stats
 from rankloom.engine.sampling import SampledToken
 from rankloom.engine.text import Stops
 from rankloom.engine.transcript import Transcript
-from rankloom.engine.vllm.server import ZERO, VllmServer, completion, likelihoods
+from rankloom.engine.vllm.server import ZERO, VllmServer, make_completion_body, parse_likelihoods
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
-from rankloom.models import Base, find_target_linears, linear_widths
+from rankloom.models import Base, find_target_linears, get_linear_widths
 from rankloom.registry import Registry
 from rankloom.registry.checks import rename_in_errors
 
@@ -58,10 +58,10 @@ class VllmEngine(EngineFrontend):
         dtype = str(base.model.dtype).removeprefix("torch.")
         on_gpu = gpus > 0 and torch.cuda.is_available()
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
-        super().__init__(base, config, config.num_seqs(on_gpu=on_gpu))
+        super().__init__(base, config, config.resolve_num_seqs(on_gpu=on_gpu))
         self._loader = VllmLoader(base, registry, self._server, config.max_lora_rank)
         self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
-            config.max_cpu_loras, self._loader, self._post, self._failed
+            config.max_cpu_loras, self._loader, self._post, self._fail_arriving
         )
         self._arriving: dict[str, list[asyncio.Future[None]]] = {}
         """Requests that wait for their adapter, by its ref."""
@@ -87,14 +87,14 @@ class VllmEngine(EngineFrontend):
         stopping = OverloadedError(STOPPING)
         self._adapters.close(stopping)
         for ref in list(self._arriving):
-            self._failed(ref, stopping)
+            self._fail_arriving(ref, stopping)
         await self._server.close()
         allow_pauses()
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         with self._admission.take(request, self.context):
-            guide = await self._guides.of(request)  # refuses choices that become the same tokens
-            async with self._holding(request.adapter):
+            guide = await self._guides.make_guide(request)  # refuses choices that become the same tokens
+            async with self._hold(request.adapter):
                 try:
                     async with aclosing(self._complete(request, guide.stops)) as deltas:
                         async for delta in deltas:
@@ -117,10 +117,10 @@ class VllmEngine(EngineFrontend):
         self._adapters.unpin(ref)
         self._adapters.load_next()
 
-    def resident(self) -> tuple[Resident, ...]:
+    def list_resident(self) -> tuple[Resident, ...]:
         return self._adapters.list_resident()
 
-    def stats(self) -> Stats:
+    def get_stats(self) -> Stats:
         gauges, under_way = self._server.gauges, len(self._admission.open)
         running = min(under_way, int(gauges.get("vllm:num_requests_running", 0)))
         capacity = gauges.get("cache_tokens", 0)
@@ -146,11 +146,11 @@ class VllmEngine(EngineFrontend):
         transcript = Transcript(self._decoder, request.prompt, stops, ends)
         last, cached = None, 0
         async with aclosing(
-            self._server.stream(completion(request, request.adapter or self._server.base, ends))
+            self._server.stream(make_completion_body(request, request.adapter or self._server.base, ends))
         ) as chunks:
             async for chunk in chunks:
                 for choice in chunk["choices"]:
-                    delta = _delta(choice, transcript, request.sampling.logprobs)
+                    delta = _make_delta(choice, transcript, request.sampling.logprobs)
                     if delta.finish is None:
                         yield delta
                     else:
@@ -166,12 +166,12 @@ class VllmEngine(EngineFrontend):
         yield replace(last, cached_tokens=cached)
 
     @asynccontextmanager
-    async def _holding(self, ref: str | None) -> AsyncIterator[None]:
+    async def _hold(self, ref: str | None) -> AsyncIterator[None]:
         """Keep an adapter in memory for the duration of the context. Raises as loading it does."""
         if ref is None:
             yield
             return
-        if (refusal := self._adapters.refusal(ref)) is not None:
+        if (refusal := self._adapters.get_refusal(ref)) is not None:
             raise refusal
         self._adapters.ask(ref)
         self._adapters.load_next()
@@ -188,11 +188,11 @@ class VllmEngine(EngineFrontend):
                 self._adapters.load_next()
 
     def _post(self, call: Callable[[], None]) -> None:
-        """Thread-safe."""
+        """Call a function on the event loop. Thread-safe."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._turn, call)
+            self._loop.call_soon_threadsafe(self._run_call, call)
 
-    def _turn(self, call: Callable[[], None]) -> None:
+    def _run_call(self, call: Callable[[], None]) -> None:
         call()
         self._adapters.load_next()
         for ref in [ref for ref in self._arriving if self._adapters.get(ref) is not None]:
@@ -200,13 +200,13 @@ class VllmEngine(EngineFrontend):
                 if not arrival.done():
                     arrival.set_result(None)
 
-    def _failed(self, ref: str, error: RankloomError) -> None:
+    def _fail_arriving(self, ref: str, error: RankloomError) -> None:
         for arrival in self._arriving.pop(ref, ()):
             if not arrival.done():
                 arrival.set_exception(error)
 
 
-def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int | None) -> Delta:
+def _make_delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int | None) -> Delta:
     finish: Literal["stop", "length"] | None = choice["finish_reason"]
     tokens, text = choice["token_ids"] or [], ""
     if finish not in (None, "stop", "length"):
@@ -215,7 +215,7 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
     if num_logprobs is not None:
         named = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
         sampled = [
-            [SampledToken(token, logprob, tuple(likelihoods(top).items())[:num_logprobs])]
+            [SampledToken(token, logprob, tuple(parse_likelihoods(top).items())[:num_logprobs])]
             for token, logprob, top in zip(tokens, named["token_logprobs"], named["top_logprobs"], strict=True)
         ]
     kept: list[int] = []
@@ -228,7 +228,7 @@ def _delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int 
         text += transcript.finish()
     if transcript.stopped:
         finish = "stop"
-    return Delta(text, tuple(kept), transcript.logprobs(last=finish is not None), finish)
+    return Delta(text, tuple(kept), transcript.take_logprobs(last=finish is not None), finish)
 
 
 @dataclass(frozen=True)
@@ -248,13 +248,13 @@ class VllmLoader:
         self._numbers = itertools.count()
 
     def load(self, ref: str) -> VllmAdapter:
-        """Raises as `EngineLoader.load`, and RegistryError where vLLM can't serve it."""
+        """Load a version. Raises as `EngineLoader.load`, and RegistryError where vLLM can't serve it."""
         record = self._registry.get(ref)
         check_base(self._base, record)
         folder = self._server.scratch / f"{next(self._numbers)}"  # a new one each time: vLLM caches by path
         with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", ref):
             fetched = self._registry.fetch(record.ref, Path(scratch) / "adapter")
-            if more := more_than_lora(self._base.model, fetched):
+            if more := list_more_than_lora(self._base.model, fetched):
                 raise RegistryError(
                     f"{ref} has {' and '.join(more)}, but vLLM serves LoRA on linear layers alone; use "
                     f"engine.type=bank, or a base of its own: rankloom adapters export {ref} --format merged"
@@ -277,7 +277,7 @@ class VllmLoader:
     def send_zero(self) -> None:
         """Load an adapter that changes nothing."""
         name = find_target_linears(self._base.model, "all-linear")[0]
-        num_in, num_out = linear_widths(self._base.model.get_submodule(name))
+        num_in, num_out = get_linear_widths(self._base.model.get_submodule(name))
         nothing = Factors(torch.zeros(1, num_in), torch.zeros(1, num_out), None, None)
         write_plain(ServedAdapter({name: nothing}, {}, {}), self._server.scratch / ZERO)
         self._server.load(ZERO, self._server.scratch / ZERO)
@@ -287,7 +287,7 @@ class VllmLoader:
 
     def _probe(self, ref: str, folder: Path) -> None:
         tokens = probe_tokens(folder, count_vocabulary(self._base))
-        found, plain = self._server.likeliest(ref, tokens), self._server.likeliest(self._server.base, tokens)
+        found, plain = self._server.get_likeliest(ref, tokens), self._server.get_likeliest(self._server.base, tokens)
         check_top_logprobs(folder, found, plain, dtype=self._base.model.dtype)
 
     def _drop(self, ref: str, folder: Path) -> None:

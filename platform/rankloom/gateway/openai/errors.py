@@ -39,10 +39,10 @@ class WireError(Exception):
         self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
         self.retry_after_s = retry_after_s
 
-    def body(self) -> dict[str, Any]:
+    def make_body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-    def headers(self) -> dict[str, str]:
+    def make_headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
 
 

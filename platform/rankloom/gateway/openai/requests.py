@@ -45,7 +45,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _given(cls, tree: Any) -> Any:
-        """What is there and not null, with one of the keys that are not known: it tells as much as 100,000."""
+        """Return what is there and not null, with one of the keys that are not known: it tells as much as 100,000."""
         if not isinstance(tree, dict):
             return tree
         given = {key: value for key, value in tree.items() if value is not None}
@@ -255,7 +255,7 @@ class Message(_Body):
     """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
 
     def as_tuple(self) -> tuple[str, str] | tuple[str, str, str]:
-        """(role, text) or (role, text, name) as a chat template knows them."""
+        """Return (role, text) or (role, text, name) as a chat template knows them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         return (role, text) if self.name is None else (role, text, self.name)
@@ -285,7 +285,7 @@ class ChatRequest(_Common):
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
 
-    def job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+    def make_job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise WireError(400, "Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
@@ -327,7 +327,7 @@ class CompletionRequest(_Common):
     """A text, several, or the same as token ids."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+    def make_job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""
         prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if isinstance(prompts[0], int):

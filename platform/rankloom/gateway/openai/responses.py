@@ -55,10 +55,10 @@ class ResponseBuilder:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.length = 0
-        """Characters of `body`, about."""
+        """Characters of `iter_body`, about."""
 
     def add(self, progress: JobProgress) -> None:
-        """Add progress for `body`."""
+        """Add progress for `iter_body`."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
             each.text += delta.text
@@ -77,7 +77,7 @@ class ResponseBuilder:
         each.finish = delta.finish or each.finish
         return each
 
-    def chunks(self, progress: JobProgress) -> Iterator[dict[str, Any]]:
+    def make_chunks(self, progress: JobProgress) -> Iterator[dict[str, Any]]:
         """Make the chunks that a stream sends for new progress."""
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
@@ -95,9 +95,9 @@ class ResponseBuilder:
 
     def make_usage_chunk(self) -> dict[str, Any]:
         """Make the last chunk of a stream with `include_usage`."""
-        return self._make_chunk([]) | {"usage": self.usage()}
+        return self._make_chunk([]) | {"usage": self.count_usage()}
 
-    def body(self) -> Iterator[str]:
+    def iter_body(self) -> Iterator[str]:
         """Yield the body of a response that is not streamed, as JSON in parts."""
         yield json.dumps(self._head)[:-1] + ', "choices": ['
         for index, each in enumerate(self._completions):
@@ -113,9 +113,9 @@ class ResponseBuilder:
             else:
                 yield "null"
             yield "}"
-        yield f'], "usage": {json.dumps(self.usage())}}}'
+        yield f'], "usage": {json.dumps(self.count_usage())}}}'
 
-    def usage(self) -> dict[str, Any]:
+    def count_usage(self) -> dict[str, Any]:
         # further completions of a prompt find it in the cache; what counts is what the first one did
         cached = sum(self._cached.get(index, 0) for index in range(0, len(self._completions), self._n))
         return {

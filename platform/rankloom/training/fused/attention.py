@@ -34,7 +34,7 @@ ROW_TYPES = {"full_attention", "sliding_attention"}
 
 
 @contextmanager
-def packed_attention_on(model: PreTrainedModel, packed: Packed) -> Iterator[None]:
+def use_packed_attention(model: PreTrainedModel, packed: Packed) -> Iterator[None]:
     """Use the attention that `packed` needs inside the context; run the backward pass inside too."""
     before = model.config._attn_implementation
     if packed.layout is not None:
@@ -46,8 +46,8 @@ def packed_attention_on(model: PreTrainedModel, packed: Packed) -> Iterator[None
             model.config._attn_implementation = before
 
 
-def logits(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """Return [M, V], the logits of the predicted tokens alone; call it inside `packed_attention_on`.
+def compute_logits(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """Return [M, V], the logits of the predicted tokens alone; call it inside `use_packed_attention`.
 
     Raises:
         ModelError: the model has no output embedding, or its attention can't take packed rows.
@@ -61,20 +61,20 @@ def logits(model: PreTrainedModel, packed: Packed) -> Tensor:
 
     handle = head.register_forward_pre_hook(select)
     try:
-        logits_1MV: Tensor = model(**_arguments(packed)).logits
+        logits_1MV: Tensor = model(**_make_arguments(packed)).logits
     finally:
         handle.remove()
     return logits_1MV[0]
 
 
-def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """Return [M, D], what the head reads of the predicted tokens; call it inside `packed_attention_on`."""
-    hidden: Tensor = model.base_model(**_arguments(packed)).last_hidden_state
+def compute_hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """Return [M, D], what the head reads of the predicted tokens; call it inside `use_packed_attention`."""
+    hidden: Tensor = model.base_model(**_make_arguments(packed)).last_hidden_state
     selected: Tensor = _Select.apply(hidden.flatten(0, 1), packed.predicting_M)
     return selected
 
 
-def _arguments(packed: Packed) -> dict[str, Any]:
+def _make_arguments(packed: Packed) -> dict[str, Any]:
     extra = {} if packed.layout is None else {"row_layout": packed.layout, "position_ids": packed.position_ids}
     return {"input_ids": packed.input_ids, "use_cache": False, **extra}
 
@@ -92,7 +92,7 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention within each row; transformers calls it inside `packed_attention_on`.
+    """Compute causal attention within each row; transformers calls it inside `use_packed_attention`.
 
     Raises:
         ModelError: the layer needs a mask, dropout, a soft cap or sinks.
@@ -110,7 +110,7 @@ def packed_attention(
     for num_rows, width in row_layout.buckets:
         stop = offset + num_rows * width
         q, k, v = (x[offset:stop].view(num_rows, width, *x.shape[1:]).transpose(1, 2) for x in inputs_PHE)
-        mask = _band(width, sliding_window, q.device) if sliding_window and width > sliding_window else None
+        mask = _make_band(width, sliding_window, q.device) if sliding_window and width > sliding_window else None
         result_BTHE, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)
         results.append(result_BTHE.flatten(0, 1))
         offset = stop
@@ -143,10 +143,10 @@ def _is_equal(model: PreTrainedModel, attention: Attention, pad_id: int) -> bool
     model.eval()
     try:
         with torch.no_grad():
-            expected_MV = logits(model, pack(examples, "padded", pad_id=pad_id, device=device))
+            expected_MV = compute_logits(model, pack(examples, "padded", pad_id=pad_id, device=device))
             packed = pack(examples, attention, pad_id=pad_id, device=device)
-            with packed_attention_on(model, packed):
-                found_MV = logits(model, packed)
+            with use_packed_attention(model, packed):
+                found_MV = compute_logits(model, packed)
     except (ModelError, TypeError, ValueError, RuntimeError):
         return False  # the architecture does not take these arguments, or uses them differently
     finally:
@@ -215,7 +215,7 @@ def _repack(x_P: Tensor, layout: Layout) -> Tensor:
     return x_P if layout.tokens_P is None else _Repack.apply(x_P, layout)
 
 
-def _band(width: int, window: int, device: torch.device) -> Tensor:
+def _make_band(width: int, window: int, device: torch.device) -> Tensor:
     """Return [1, 1, T, T], a mask in which each position sees itself and the `window - 1` positions before it."""
     t = torch.arange(width, device=device)
     distance = t[:, None] - t[None]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rankloom.kernels.graphs import GraphCache
 from rankloom.models.device import free_cuda_bytes
+from rankloom.models.staging import count_bytes, upload
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.optim import SlotAdamW
 from rankloom.training.fused.packing import Arranged
 from rankloom.training.fused.plan import MOST_RECORDED
-from rankloom.training.fused.staging import buffer_size, upload
 
 
 class DeviceStep:
@@ -41,7 +41,7 @@ class DeviceStep:
     def add(self, arranged: Arranged, dropout_seeds: dict[int, int]) -> None:
         """Add rows' gradients and losses to the sums."""
         tensors = upload(arranged.arrays, self.optimizer.device)
-        stacks, losses_K = self._gradients_of(arranged, tensors, dropout_seeds)
+        stacks, losses_K = self._compute_gradients(arranged, tensors, dropout_seeds)
         self._losses_K += losses_K
         if self._stacks is None:
             self._stacks = stacks
@@ -75,18 +75,18 @@ class DeviceStep:
         Raises:
             torch.OutOfMemoryError: nothing has changed, but the graphs are gone.
         """
-        arranged = arranged.rounded(self.optimizer.num_slots)
-        arrays = arranged.arrays | {"settings_2SK": self.optimizer.settings_of(factors)}
+        arranged = arranged.round_sizes(self.optimizer.num_slots)
+        arrays = arranged.arrays | {"settings_2SK": self.optimizer.make_settings(factors)}
         if partial and self._stacks is None:
             self._stacks = self.optimizer.gather([None] * len(self.optimizer.parameters))
-        tensors = upload(arrays, self.optimizer.device, into=self._room_for(arrays))
+        tensors = upload(arrays, self.optimizer.device, into=self._make_room(arrays))
         shapes = tuple(array.shape for array in arrays.values())
-        key = (shapes, arranged.longest, partial, self.forward.adapted_sites())
+        key = (shapes, arranged.longest, partial, self.forward.describe_sites())
         try:
             if key in self.graphs or self._may_record(arranged.num_tokens):
-                result_2K = self.graphs.run(key, lambda: self._whole(arranged, tensors, partial))
+                result_2K = self.graphs.run(key, lambda: self._compute_whole(arranged, tensors, partial))
             else:
-                result_2K = self._whole(arranged, tensors, partial)
+                result_2K = self._compute_whole(arranged, tensors, partial)
         except torch.OutOfMemoryError:
             self.graphs.clear()
             raise
@@ -123,14 +123,14 @@ class DeviceStep:
         most = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         return free_cuda_bytes(device) >= 2 * most
 
-    def _whole(self, arranged: Arranged, tensors: Mapping[str, Tensor], partial: bool) -> Tensor:
+    def _compute_whole(self, arranged: Arranged, tensors: Mapping[str, Tensor], partial: bool) -> Tensor:
         """Return [2, K], losses and norms; nothing in here waits for the device, or comes from the host's memory."""
-        stacks, losses_K = self._gradients_of(arranged, tensors, {})
+        stacks, losses_K = self._compute_gradients(arranged, tensors, {})
         if partial:
             assert self._stacks is not None
             _add(self._stacks, stacks)
             stacks, losses_K = self._stacks, self._losses_K.add_(losses_K)
-        norms_K, settings_2SK = self.optimizer.norms(stacks), tensors["settings_2SK"]
+        norms_K, settings_2SK = self.optimizer.compute_norms(stacks), tensors["settings_2SK"]
         self.optimizer.apply(stacks, settings_2SK, losses_K, norms_K, used=self.optimizer.num_slots)
         result_2K = torch.stack([losses_K, norms_K])
         if partial:
@@ -140,12 +140,12 @@ class DeviceStep:
                 stack.masked_fill_(stepped_K.view(-1, *[1] * (stack.dim() - 2)), 0)
         return result_2K
 
-    def _gradients_of(
+    def _compute_gradients(
         self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int]
     ) -> tuple[list[Tensor], Tensor]:
         """Return the gradients of the sum of the members' mean losses, as stacks, and [K], the sums of their losses."""
-        with self.forward.routed(arranged, tensors, dropout_seeds) as packed:
-            losses_M = self.forward.losses(packed) * packed.weights_M
+        with self.forward.apply_route(arranged, tensors, dropout_seeds) as packed:
+            losses_M = self.forward.compute_losses(packed) * packed.weights_M
             # one sum more, of predictions that are nobody's
             sums_K = losses_M.new_zeros(self.optimizer.num_slots + 1).index_add(0, tensors["slots_M"], losses_M)[:-1]
             loss = (sums_K * tensors["shares_K"]).sum()
@@ -155,8 +155,8 @@ class DeviceStep:
             ]
         return self.optimizer.gather(found), sums_K.detach()
 
-    def _room_for(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
-        size = buffer_size(arrays)
+    def _make_room(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        size = count_bytes(arrays.values())
         if self._buffer is None or len(self._buffer) < size:
             self.graphs.clear()  # they know the old address
             self._buffer = torch.empty(2 * size, dtype=torch.uint8, device=self.optimizer.device)

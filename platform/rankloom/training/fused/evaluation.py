@@ -12,9 +12,9 @@ import torch
 from rankloom.data import Row, TaskData
 from rankloom.errors import TrialError
 from rankloom.evals.labels import LabelTrie
-from rankloom.evals.score import validation_rows
+from rankloom.evals.score import select_validation_rows
+from rankloom.models.staging import upload
 from rankloom.training.fused.forward import FusedForward
-from rankloom.training.fused.staging import upload
 from rankloom.training.fused.validation import Evaluation, EvaluationSums, Question, count
 
 ON_CPU = 1024
@@ -49,11 +49,11 @@ class FusedEvaluator:
         Raises:
             TrialError: a single row does not fit into memory.
         """
-        questions = self._questions(limit) if rows is None else self._make_questions(rows)
+        questions = self._list_questions(limit) if rows is None else self._make_questions(rows)
         tallies = [EvaluationSums() for _ in slots]
         with torch.no_grad():
             self._evaluate(slots, tallies, questions)
-        return [tally.evaluation(self._trie is not None) for tally in tallies]
+        return [tally.summarize(self._trie is not None) for tally in tallies]
 
     def _evaluate(self, slots: list[int], tallies: list[EvaluationSums], questions: list[Question]) -> None:
         """Add every question's result for every slot to `tallies`."""
@@ -69,7 +69,7 @@ class FusedEvaluator:
         examples = [question.example for question in questions]
         try:
             arranged = self.forward.arrange(examples * len(slots), [slot for slot in slots for _ in examples])
-            with self.forward.routed(arranged, upload(arranged.arrays, self.forward.base.device)) as packed:
+            with self.forward.apply_route(arranged, upload(arranged.arrays, self.forward.base.device)) as packed:
                 count(tallies, questions, packed, self.forward.score(packed))
             return
         except torch.OutOfMemoryError:
@@ -79,13 +79,13 @@ class FusedEvaluator:
         self.token_budget = max(1, min(self.token_budget, num_tokens // 2))
         self._evaluate(slots, tallies, questions)
 
-    def _questions(self, limit: int | None) -> list[Question]:
+    def _list_questions(self, limit: int | None) -> list[Question]:
         """Return the first `limit` validation rows as questions; each limit is prepared once."""
         if limit not in self._validation:
-            self._validation[limit] = self._make_questions(validation_rows(self.data, limit))
+            self._validation[limit] = self._make_questions(select_validation_rows(self.data, limit))
         return self._validation[limit]
 
     def _make_questions(self, rows: Sequence[Row]) -> list[Question]:
         """Return rows as questions, the longest first: the batch that needs the most memory then fails first."""
-        questions = [Question.of(row, self._trie, self.data.labels or {}) for row in rows]
+        questions = [Question.from_row(row, self._trie, self.data.labels or {}) for row in rows]
         return sorted(questions, key=lambda question: -len(question.example.ids_T))

@@ -22,7 +22,13 @@ from rankloom.banks.bank import AdapterBank
 from rankloom.kernels import use_on
 from rankloom.kernels.cross_entropy import head_logits, head_losses
 from rankloom.models import Base
-from rankloom.training.fused.attention import choose_attention, hidden_states, is_close, logits, packed_attention_on
+from rankloom.training.fused.attention import (
+    choose_attention,
+    compute_hidden_states,
+    compute_logits,
+    is_close,
+    use_packed_attention,
+)
 from rankloom.training.fused.packing import Arranged, Example, Packed, arrange, pack
 from rankloom.training.precision import autocast
 
@@ -43,7 +49,7 @@ class FusedForward:
         is_ragged = all(site.slots is not None for site in bank.sites.values())
         self.is_one_go = self.is_native and is_ragged and self.attention == "rows"
         """Whether a forward depends on its rows' sizes alone, and on tensors, so that a graph can hold it."""
-        self.chunked = use_on(base.device) and self._head_is_all()
+        self.chunked = use_on(base.device) and self._is_head_all()
         """Whether the head's losses are computed in chunks."""
 
     @property
@@ -62,39 +68,39 @@ class FusedForward:
         arranged.arrays["slots_M"] = np.repeat(slots, arranged.num_predicted)
         return arranged
 
-    def adapted_sites(self) -> tuple[bool, ...]:
+    def describe_sites(self) -> tuple[bool, ...]:
         """Return whether any slot is DoRA with dropout; and for each site, whether any has an adapter, and DoRA."""
         sites = self.bank.sites.values()
         kinds = [kind for site in sites for kind in (any(site.ranks), any(site.dora_ranks))]
         return (self.bank.has_dropout_in_dora, *kinds)
 
     @contextmanager
-    def routed(
+    def apply_route(
         self, arranged: Arranged, tensors: Mapping[str, Tensor], dropout_seeds: dict[int, int] | None = None
     ) -> Iterator[Packed]:
         """Yield the packed rows; inside the context, the base's forward and backward include each slot's adapter."""
         owned_N = arranged.arrays["slots_N"]
         counts_K = np.bincount(owned_N[owned_N >= 0], minlength=self.bank.num_slots).tolist()
-        packed = arranged.on(tensors)
+        packed = arranged.to_packed(tensors)
         noise = (tensors["seed_K"], tensors["rate_K"]) if "seed_K" in tensors else None
         with (
-            self.bank.routed(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds, noise=noise),
-            packed_attention_on(self.base.model, packed),
+            self.bank.apply_route(tensors["slots_N"], counts_K, dropout_seeds=dropout_seeds, noise=noise),
+            use_packed_attention(self.base.model, packed),
             nullcontext() if self.is_native else autocast(self.base.device, self.precision),
         ):
             yield packed
 
-    def losses(self, packed: Packed) -> Tensor:
-        """Return [M], the predicted tokens' cross-entropies in fp32; call it inside `routed`."""
+    def compute_losses(self, packed: Packed) -> Tensor:
+        """Return [M], the predicted tokens' cross-entropies in fp32; call it inside `apply_route`."""
         return self.score(packed).losses_M
 
     def score(self, packed: Packed) -> Scores:
-        """Compute the predicted tokens' losses and logits; call it inside `routed`."""
+        """Compute the predicted tokens' losses and logits; call it inside `apply_route`."""
         if not self.chunked:
-            logits_MV = logits(self.base.model, packed)
+            logits_MV = compute_logits(self.base.model, packed)
             losses_M = F.cross_entropy(logits_MV.float(), packed.targets_M, reduction="none")
             return Scores(losses_M, lambda rows_R, choices_RC: logits_MV[rows_R[:, None], choices_RC])
-        hidden_MD = hidden_states(self.base.model, packed).to(self.precision)
+        hidden_MD = compute_hidden_states(self.base.model, packed).to(self.precision)
         head = self.base.model.get_output_embeddings()
         weight_VD = head.weight.to(self.precision)
         bias_V = None if head.bias is None else head.bias.to(self.precision)
@@ -102,7 +108,7 @@ class FusedForward:
             losses_M = head_losses(hidden_MD, weight_VD, bias_V, packed.targets_M)
         return Scores(losses_M, partial(head_logits, hidden_MD, weight_VD, bias_V))
 
-    def _head_is_all(self) -> bool:
+    def _is_head_all(self) -> bool:
         """Return whether the logits are those of a plain linear head on the hidden states, by a forward."""
         model, head = self.base.model, self.base.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or model.base_model is model:
@@ -110,9 +116,9 @@ class FusedForward:
         ids = np.arange(5) % head.out_features
         example = Example(ids, np.arange(4), np.ones(4, dtype=np.float32))
         packed = pack([example], self.attention, pad_id=self.base.pad_id, device=self.base.device)
-        with torch.no_grad(), packed_attention_on(model, packed):
-            found_MV = F.linear(hidden_states(model, packed), head.weight, head.bias)
-            return is_close(found_MV, logits(model, packed))
+        with torch.no_grad(), use_packed_attention(model, packed):
+            found_MV = F.linear(compute_hidden_states(model, packed), head.weight, head.bias)
+            return is_close(found_MV, compute_logits(model, packed))
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ from rankloom.config.trial import TrialConfig
 from rankloom.data import Row, TaskData
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.evals.own_metric import MetricFunction, compute
-from rankloom.evals.score import predict, validation_rows
+from rankloom.evals.score import predict, select_validation_rows
 from rankloom.models import Base, find_target_linears
 from rankloom.training.fused.device_step import DeviceStep
 from rankloom.training.fused.evaluation import ROW_TOO_LONG, FusedEvaluator
 from rankloom.training.fused.forward import FusedForward
 from rankloom.training.fused.member import Member
-from rankloom.training.fused.optim import SlotAdamW, parameters_of
+from rankloom.training.fused.optim import SlotAdamW, list_parameters
 from rankloom.training.fused.packing import Arranged, Example
 from rankloom.training.fused.plan import StepPlan, plan_step
 from rankloom.training.fused.snapshot import Snapshot
@@ -113,7 +113,7 @@ class TrialHost:
         self.bank = AdapterBank(base.model, names, num_slots, max_rank, with_magnitudes=with_magnitudes)
         self.forward = FusedForward(base, self.bank, precision)
         self.evaluator = FusedEvaluator(self.forward, data, token_budget)
-        self.optimizer = SlotAdamW(parameters_of(self.bank), num_slots)
+        self.optimizer = SlotAdamW(list_parameters(self.bank), num_slots)
         self.sums = DeviceStep(self.forward, self.optimizer)
         self.num_slots = num_slots
         self.members: dict[str, Member] = {}
@@ -121,7 +121,7 @@ class TrialHost:
         """The plan of the last step."""
         self._by_slot: dict[int, Member] = {}
         self._num_plans = 0
-        self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.of(data.train[index]))
+        self._example = lru_cache(KEPT_EXAMPLES)(lambda index: Example.from_row(data.train[index]))
 
     def admit(self, name: str, trial: TrialConfig, checkpoint: Path | None = None) -> None:
         """Give a trial a slot, with a fresh adapter or from a checkpoint.
@@ -152,7 +152,7 @@ class TrialHost:
 
     def evict(self, name: str) -> None:
         """Free a member's slot; an incomplete step is lost."""
-        member = self._member(name)
+        member = self._get_member(name)
         del self.members[name], self._by_slot[member.slot]
         self.sums.clear([member.slot])
         self.optimizer.clear(member.slot)
@@ -189,7 +189,7 @@ class TrialHost:
         Raises:
             TrialError: a single row, or a batch to decode, does not fit into memory, or the user's metric failed.
         """
-        members = [self._member(name) for name in (self.members if names is None else names)]
+        members = [self._get_member(name) for name in (self.members if names is None else names)]
         found: dict[str, Evaluation] = {}
         for limit in {member.trial.eval.max_rows for member in members}:
             group = sorted((m for m in members if m.trial.eval.max_rows == limit), key=lambda m: m.slot)
@@ -197,14 +197,16 @@ class TrialHost:
             found |= {m.name: evaluation for m, evaluation in zip(group, evaluations, strict=True)}
         if self.metric is not None:
             for member in members:
-                found[member.name] = replace(found[member.name], metric=self._own_value(member, rows, self.metric))
+                found[member.name] = replace(
+                    found[member.name], metric=self._compute_own_metric(member, rows, self.metric)
+                )
         return found
 
-    def _own_value(self, member: Member, rows: Sequence[Row] | None, metric: MetricFunction) -> float:
+    def _compute_own_metric(self, member: Member, rows: Sequence[Row] | None, metric: MetricFunction) -> float:
         config = member.trial.eval
-        asked = validation_rows(self.data, config.max_rows) if rows is None else rows
+        asked = select_validation_rows(self.data, config.max_rows) if rows is None else rows
         try:
-            with self.bank.alone(member.slot), autocast(self.base.device, self.precision):
+            with self.bank.use_slot(member.slot), autocast(self.base.device, self.precision):
                 found = predict(self.base.model, self.base.tokenizer, asked, self.data, batch_size=config.batch_size)
         except torch.OutOfMemoryError:
             raise TrialError(
@@ -223,17 +225,17 @@ class TrialHost:
         A member that is admitted from it continues bit for bit; on a GPU, to rounding. Amid a step of several
         micro-batches, it is the state before that step.
         """
-        member = self._member(name)
-        copy = self.optimizer.copy_of(member.slot)
-        views = self.bank.views(member.slot)
+        member = self._get_member(name)
+        copy = self.optimizer.download_slot(member.slot)
+        views = self.bank.get_views(member.slot)
         weights = {part: copy[part][0][tuple(map(slice, view.shape))] for part, view in views.items()}
-        moments = self.optimizer.state(member.slot, member.method.rank, copy)
-        return Snapshot(name, weights, {"member": member.state(), "moments": moments})
+        moments = self.optimizer.get_state(member.slot, member.method.rank, copy)
+        return Snapshot(name, weights, {"member": member.get_state(), "moments": moments})
 
     def copy(self, source: str, target: str) -> None:
         """Continue a member from another's weights, moments and progress, with its own hyperparameters."""
-        theirs, mine = self._member(source), self._member(target)
-        mine.load_state(theirs.state())
+        theirs, mine = self._get_member(source), self._get_member(target)
+        mine.load_state(theirs.get_state())
         self.bank.copy(theirs.slot, mine.slot)
         self.optimizer.copy(theirs.slot, mine.slot)
         self.sums.clear([mine.slot])
@@ -245,7 +247,7 @@ class TrialHost:
             RegistryError: the folder can't be written.
         """
         weights = None if snapshot is None else snapshot.weights
-        self.bank.write(self._member(name).slot, folder, self.base.id, weights)
+        self.bank.write(self._get_member(name).slot, folder, self.base.id, weights)
 
     def _check_trial(self, name: str, trial: TrialConfig) -> SlotSpec:
         """Return the slot's contents; refuse a trial that this host would train unlike its dedicated run."""
@@ -263,7 +265,7 @@ class TrialHost:
         ):  # fmt: skip
             if not sound:
                 raise IncompatibleError(f"{name}: {setting} does not fit this host; allowed: {allowed}")
-        spec = SlotSpec.of(method, self.base.model, trial.seed)
+        spec = SlotSpec.from_method(method, self.base.model, trial.seed)
         if outside := [target for target in spec.targets if target not in self.bank.sites]:
             raise IncompatibleError(
                 f"{name}: method.target_modules: the host's bank does not adapt {outside[0]} and {len(outside) - 1} "
@@ -273,12 +275,12 @@ class TrialHost:
 
     def _plan(self, names: Collection[str]) -> StepPlan | None:
         working = [member for member in self.members.values() if not member.done and member.name in names]
-        return plan_step([m.work(self._example) for m in working], self.token_budget, padded=self.forward.padded)
+        return plan_step([m.draw_batch(self._example) for m in working], self.token_budget, padded=self.forward.padded)
 
     def _compute(self, plan: StepPlan) -> list[StepReport]:
         """Accumulate the plan's gradients, in halves where memory runs out; return reports of members that failed."""
         todo, lost = [plan], []
-        self._try_more()
+        self._raise_budget()
         while todo:
             part = todo.pop()
             try:
@@ -288,9 +290,9 @@ class TrialHost:
                 pass  # the error's traceback holds tensors, which are freed after this block
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
-            halves = part.halves(padded=self.forward.padded)
+            halves = part.split(padded=self.forward.padded)
             if halves is not None:
-                self._ran_out(part.num_tokens)
+                self._lower_budget(part.num_tokens)
                 todo += reversed(halves)
                 continue
             member = self._by_slot[part.shares[0].slot]
@@ -304,16 +306,16 @@ class TrialHost:
         for share in plan.shares:
             if share.slot in self._by_slot:
                 member = self._by_slot[share.slot]
-                member.computed(len(share.lengths))
+                member.count_computed(len(share.lengths))
                 member.last_served = self._num_plans
         self._num_plans += 1
 
-    def _ran_out(self, num_tokens: int) -> None:
+    def _lower_budget(self, num_tokens: int) -> None:
         """Lower the token budget after a forward of `num_tokens` positions ran out of memory."""
         self.token_budget = max(1, min(self.token_budget, num_tokens // 2))
         self._num_sufficient = 0
 
-    def _try_more(self) -> None:
+    def _raise_budget(self) -> None:
         self._num_sufficient += 1
         if self._num_sufficient > TRIED_AGAIN_AFTER:
             self.token_budget = min(2 * self.token_budget, self._most_tokens)
@@ -321,10 +323,10 @@ class TrialHost:
 
     def _forward_backward(self, plan: StepPlan) -> None:
         """Add the plan's gradients and losses to the members' sums."""
-        self.sums.add(self._arrange(plan), self._dropout_seeds(plan))
+        self.sums.add(self._arrange(plan), self._make_dropout_seeds(plan))
 
-    def _dropout_seeds(self, plan: StepPlan) -> dict[int, int]:
-        return {share.slot: self._by_slot[share.slot].dropout_seed(share.start) for share in plan.shares}
+    def _make_dropout_seeds(self, plan: StepPlan) -> dict[int, int]:
+        return {share.slot: self._by_slot[share.slot].make_dropout_seed(share.start) for share in plan.shares}
 
     def _arrange(self, plan: StepPlan) -> Arranged:
         """Lay the plan's rows out, with each slot's share of the loss (`shares_K`)."""
@@ -332,14 +334,14 @@ class TrialHost:
         shares_K = np.zeros(self.num_slots, dtype=np.float32)
         for share in plan.shares:
             member = self._by_slot[share.slot]
-            rows = member.rows(share.start, share.stop)
+            rows = member.get_rows(share.start, share.stop)
             examples += [self._example(row) for row in rows]
             slots += [share.slot] * len(rows)
             shares_K[share.slot] = 1 / member.weight
         arranged = self.forward.arrange(examples, slots)
         arranged.arrays["shares_K"] = shares_K
         if self.forward.is_one_go:
-            arranged.arrays.update(self.bank.dropout_arrays(self._dropout_seeds(plan)))
+            arranged.arrays.update(self.bank.make_dropout_arrays(self._make_dropout_seeds(plan)))
         return arranged
 
     def _step_in_one_go(self, plan: StepPlan) -> list[StepReport] | None:
@@ -361,7 +363,7 @@ class TrialHost:
         except torch.OutOfMemoryError:
             pass  # the error's traceback holds tensors, which are freed after this block
         else:
-            self._try_more()
+            self._raise_budget()
             self._record(plan)
             return self._report(members, stepping, losses, norms)
         torch.cuda.empty_cache()
@@ -389,7 +391,7 @@ class TrialHost:
                 reason = DIVERGED.format(step=member.step + 1, loss=loss, norm=norm, rate=rate)
                 reports.append(self._fail(member, reason, loss))
             elif member.slot in stepping:
-                member.stepped()
+                member.count_step()
                 reports.append(StepReport(member.name, member.step, loss, member.tokens, member.done))
         if not any(member.accumulating for member in self.members.values()):
             self.sums.drop()
@@ -405,7 +407,7 @@ class TrialHost:
         self.bank.load_state(member.slot, snapshot.weights)
         self.optimizer.load_state(member.slot, member.method.rank, snapshot.state["moments"])
 
-    def _member(self, name: str) -> Member:
+    def _get_member(self, name: str) -> Member:
         if name not in self.members:
             raise TrialError(f"{name} is not a member of this host; it has {', '.join(sorted(self.members)) or 'none'}")
         return self.members[name]

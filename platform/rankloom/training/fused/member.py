@@ -6,7 +6,7 @@ Its weights are in the host's bank and its moments in the host's optimiser, both
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -16,14 +16,24 @@ from rankloom.data import Cursor
 from rankloom.errors import IncompatibleError, TrialError
 from rankloom.training.fused.packing import Example
 from rankloom.training.fused.plan import PendingBatch
-from rankloom.training.schedule import num_steps, schedule
+from rankloom.training.schedule import count_steps, schedule
+
+
+class MemberState(TypedDict):
+    """A member's progress as plain data."""
+
+    step: int
+    tokens: int
+    cursor: dict[str, int]
+    adapter: dict[str, str | int | list[str]]
+    """The settings that decide the adapter's shape."""
 
 
 class Member:
     """One trial's progress in its training.
 
-    Invariant: between two of its optimiser steps, its training depends only on `state`, its adapter and its moments.
-    Amid a step (its micro-batches may take several of the host's steps), `state` is the one at the step's start.
+    Invariant: between two of its optimiser steps, its training depends only on its state, its adapter and its moments.
+    Amid a step (its micro-batches may take several of the host's steps), `get_state` returns the one at its start.
     """
 
     def __init__(self, name: str, trial: TrialConfig, slot: int, lengths: np.ndarray) -> None:
@@ -36,7 +46,7 @@ class Member:
         self.method: LoraConfig | DoraConfig = trial.method
         optim = trial.optim
         self.cursor = Cursor(lengths, optim.batch_size, seed=trial.seed, group_by_length=optim.group_by_length)
-        self.num_steps = num_steps(trial, self.cursor.batches_per_epoch)
+        self.num_steps = count_steps(trial, self.cursor.batches_per_epoch)
         self.step = 0
         self.tokens = 0
         """Real tokens read in complete steps."""
@@ -45,7 +55,7 @@ class Member:
         """Rows of the current step that are not computed yet, by micro-batch."""
         self._num_computed = 0
         self._begun_at = self.cursor.state_dict()
-        self._next: tuple[dict[str, Any], list[int]] | None = None
+        self._next: tuple[dict[str, int], list[int]] | None = None
         """The next step's rows, where they are drawn already, after the cursor's state before that."""
         self.weight = 0.0
         """Sum of the loss weights of all tokens in the current step."""
@@ -70,7 +80,7 @@ class Member:
         """The schedule's factor on the learning rate in the current step."""
         return schedule(self.trial.optim, self.step, self.num_steps)
 
-    def work(self, example_of: Callable[[int], Example]) -> PendingBatch:
+    def draw_batch(self, example_of: Callable[[int], Example]) -> PendingBatch:
         """Return the next micro-batch, drawing the next step's rows where the current step is complete."""
         if not self._micro_batches:
             self._begun_at, rows = self._next or (self.cursor.state_dict(), self.cursor.next())
@@ -94,44 +104,44 @@ class Member:
         """Return whether the first `num_rows` rows of the next micro-batch are the last ones of the step."""
         return [len(batch) for batch in self._micro_batches] == [num_rows]
 
-    def rows(self, start: int, stop: int) -> list[int]:
+    def get_rows(self, start: int, stop: int) -> list[int]:
         """Return the indices of rows `start` to `stop` of the next micro-batch."""
         return self._micro_batches[0][start:stop]
 
-    def dropout_seed(self, start: int) -> int:
+    def make_dropout_seed(self, start: int) -> int:
         """Return a seed for the forward that begins at row `start` of the next micro-batch; a repeat gets the same."""
         key = (self.trial.seed, self.step, self._num_computed + start)
         return int(np.random.SeedSequence(key).generate_state(1)[0])
 
-    def computed(self, num_rows: int) -> None:
+    def count_computed(self, num_rows: int) -> None:
         """Record that the first `num_rows` rows of the next micro-batch are computed."""
         self._num_computed += num_rows
         self._micro_batches[0] = self._micro_batches[0][num_rows:]
         if not self._micro_batches[0]:
             self._micro_batches.pop(0)
 
-    def stepped(self) -> None:
+    def count_step(self) -> None:
         """Record that an optimiser step was applied."""
         self.step += 1
         self.tokens += self._step_tokens
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> MemberState:
         """Return progress, data cursor and the adapter's shape as plain data."""
         drawn = self._begun_at if self.amid_step else self._next and self._next[0]
         return {
             "step": self.step,
             "tokens": self.tokens,
             "cursor": drawn or self.cursor.state_dict(),
-            "adapter": self._adapter(),
+            "adapter": self._describe_adapter(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from the `state` of any member; hyperparameters may differ, the adapter's shape may not.
+    def load_state(self, state: MemberState) -> None:
+        """Continue from the state of any member; hyperparameters may differ, the adapter's shape may not.
 
         Raises:
             IncompatibleError: the adapter has another shape. TrialError: it was trained on other rows.
         """
-        for key, value in self._adapter().items():
+        for key, value in self._describe_adapter().items():
             if state["adapter"][key] != value:
                 raise IncompatibleError(
                     f"{self.name}: the checkpoint's adapter has method.{key}={state['adapter'][key]}, the trial "
@@ -155,7 +165,7 @@ class Member:
         self._micro_batches, self._next = [], None
         self.step, self.tokens = state["step"], state["tokens"]
 
-    def _adapter(self) -> dict[str, Any]:
+    def _describe_adapter(self) -> dict[str, str | int | list[str]]:
         targets = self.method.target_modules
         return {
             "type": self.method.type,

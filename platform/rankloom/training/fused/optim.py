@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rankloom.banks.bank import AdapterBank
 from rankloom.config.trial import OptimConfig
 from rankloom.kernels.adamw import IDLE, slot_adamw, slot_squares
-from rankloom.training.fused.staging import download
+from rankloom.models.staging import download
 
 Role = Literal["a", "b", "m"]
 """A, B and DoRA's magnitude. LoRA+ gives the last two the higher rate."""
@@ -67,7 +67,7 @@ class _Group:
     shadow: Tensor | None
 
 
-def parameters_of(bank: AdapterBank) -> list[SlotParameter]:
+def list_parameters(bank: AdapterBank) -> list[SlotParameter]:
     """Return a bank's trainable parameters, site by site."""
     found = []
     for name, site in bank.sites.items():
@@ -96,7 +96,7 @@ class SlotAdamW:
         self.counts = [0] * num_slots
         self.device = self.parameters[0].parameter.device
         self._idle_S1 = torch.tensor(IDLE, device=self.device)[:, None]
-        self._groups = [self._group(members) for members in self._alike()]
+        self._groups = [self._group(members) for members in self._group_alike()]
         self._at = {i: (group, g) for group in self._groups for g, i in enumerate(group.members)}
 
     def assign(self, slot: int, optim: OptimConfig) -> None:
@@ -120,13 +120,13 @@ class SlotAdamW:
         stacks = []
         for group in self._groups:
             stacks.append(
-                torch.stack([self._or_zero(gradients[i], self.parameters[i].parameter) for i in group.members])
+                torch.stack([self._fill_zero(gradients[i], self.parameters[i].parameter) for i in group.members])
             )
             for i in group.members:
                 gradients[i] = None
         return stacks
 
-    def norms(self, stacks: Sequence[Tensor]) -> Tensor:
+    def compute_norms(self, stacks: Sequence[Tensor]) -> Tensor:
         """Return [K], the norm of each slot's whole gradient."""
         return torch.stack([slot_squares(stack) for stack in stacks]).sum(0).sqrt()
 
@@ -138,9 +138,9 @@ class SlotAdamW:
             losses_K: each slot's loss. A slot whose loss or gradient is not finite keeps its state.
             factors: slot -> its schedule's factor on the learning rate; the other slots keep their state.
         """
-        norms_K = self.norms(stacks)
+        norms_K = self.compute_norms(stacks)
         if factors:
-            settings_2SK = torch.from_numpy(self.settings_of(factors)).to(self.device, non_blocking=True)
+            settings_2SK = torch.from_numpy(self.make_settings(factors)).to(self.device, non_blocking=True)
             self.apply(stacks, settings_2SK, losses_K, norms_K, used=max(factors) + 1)
             self.count(factors)
         return norms_K
@@ -150,7 +150,7 @@ class SlotAdamW:
         for slot in slots:
             self.counts[slot] += 1
 
-    def settings_of(self, factors: Mapping[int, float]) -> np.ndarray:
+    def make_settings(self, factors: Mapping[int, float]) -> np.ndarray:
         """Return [2, S, K], the slots' settings for their next step: of A, and of the other roles."""
         columns = [[IDLE] * self.num_slots for _ in range(2)]
         for slot, factor in factors.items():
@@ -187,7 +187,7 @@ class SlotAdamW:
             settings_SK = settings_2SK[int(group.role != "a"), :, :used]
             slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow)
 
-    def copy_of(self, slot: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    def download_slot(self, slot: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return a slot's values and its two moments on the CPU, by the parameter's name, with their padding."""
         stacks = [stack for group in self._groups for stack in (group.data, group.first, group.second)]
         copies = iter(download([stack[:, slot] for stack in stacks]))
@@ -199,15 +199,15 @@ class SlotAdamW:
             found[item.name] = data[g], first[g], second[g]
         return found
 
-    def state(
+    def get_state(
         self, slot: int, rank: int, copy: Mapping[str, tuple[Tensor, Tensor, Tensor]] | None = None
     ) -> dict[str, Tensor]:
         """Return a slot's moments and step count on the CPU, without the padding of its rank.
 
         Args:
-            copy: from `copy_of`, where there is one.
+            copy: from `download_slot`, where there is one.
         """
-        copy = self.copy_of(slot) if copy is None else copy
+        copy = self.download_slot(slot) if copy is None else copy
         found = {"count": torch.tensor(self.counts[slot])}
         for item in self.parameters:
             for kind, moment in zip(("first", "second"), copy[item.name][1:], strict=True):
@@ -215,7 +215,7 @@ class SlotAdamW:
         return found
 
     def load_state(self, slot: int, rank: int, state: Mapping[str, Tensor]) -> None:
-        """Set a slot's moments and step count from what `state` returned."""
+        """Set a slot's moments and step count from what `get_state` returned."""
         self.counts[slot] = int(state["count"])
         for group in self._groups:
             for kind, stack in (("first", group.first), ("second", group.second)):
@@ -232,7 +232,7 @@ class SlotAdamW:
             group.first[:, target] = group.first[:, source]
             group.second[:, target] = group.second[:, source]
 
-    def _alike(self) -> list[list[int]]:
+    def _group_alike(self) -> list[list[int]]:
         """Return the indices of parameters that are stacked together: of one role and shape."""
         found: dict[tuple[Role, torch.Size], list[int]] = defaultdict(list)
         for i, item in enumerate(self.parameters):
@@ -251,7 +251,7 @@ class SlotAdamW:
         shadow = _move_into_stack(shadows) if shadows else None
         return _Group(members, own[0].role, data, torch.zeros_like(data), torch.zeros_like(data), shadow)
 
-    def _or_zero(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    def _fill_zero(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter) if gradient is None else gradient
 
 

@@ -2,7 +2,7 @@
 
 Linear layers, norms and the loss work token by token and see [1, N, D]. Only attention needs to know where rows end;
 `attention.py` has it. `arrange` works on the host; its arrays go to the device in one copy (`upload`), and
-`Arranged.on` makes `Packed` of them.
+`Arranged.to_packed` makes `Packed` of them.
 
 Shapes: N tokens of all rows, B rows (of a bucket), T positions, P positions of all buckets, M predicted tokens.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankloom.data.render import Row
-from rankloom.training.fused.staging import upload
+from rankloom.models.staging import upload
 
 Attention = Literal["rows", "buckets", "padded"]
 """How attention sees the rows: as they lie, in padded batches of similar lengths, or padded from the start."""
@@ -37,7 +37,7 @@ class Example:
     """The loss weight of that next token."""
 
     @classmethod
-    def of(cls, row: Row) -> Example:
+    def from_row(cls, row: Row) -> Example:
         """Convert a row."""
         weights = np.asarray(row.loss_weights, dtype=np.float32)
         predicting = np.flatnonzero(weights[1:] > 0)
@@ -108,7 +108,7 @@ class Arranged:
         """Number of positions, padding included."""
         return int(self.arrays["input_ids"].size)
 
-    def on(self, tensors: Mapping[str, Tensor]) -> Packed:
+    def to_packed(self, tensors: Mapping[str, Tensor]) -> Packed:
         """Return the rows on a device, given their arrays there."""
         layout: Layout | RowLayout | None = None
         if self.attention == "rows":
@@ -126,7 +126,7 @@ class Arranged:
             num_predicted=self.num_predicted,
         )
 
-    def rounded(self, num_slots: int) -> Arranged:
+    def round_sizes(self, num_slots: int) -> Arranged:
         """Return these rows with sizes on a coarse grid, so that a graph of one size holds for many batches.
 
         Tokens that are nobody's come first, in rows of their own. Predictions that count for nothing come last.
@@ -203,7 +203,7 @@ def arrange(examples: Sequence[Example], attention: Attention, *, pad_id: int) -
 def pack(examples: Sequence[Example], attention: Attention, *, pad_id: int, device: torch.device) -> Packed:
     """Lay rows out on a device; see `arrange`."""
     arranged = arrange(examples, attention, pad_id=pad_id)
-    return arranged.on(upload(arranged.arrays, device))
+    return arranged.to_packed(upload(arranged.arrays, device))
 
 
 def lay_out(lengths: np.ndarray) -> tuple[tuple[tuple[int, int], ...], dict[str, np.ndarray]]:

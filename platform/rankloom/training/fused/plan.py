@@ -43,16 +43,16 @@ class StepPlan:
     num_tokens: int
     """Number of positions, padding included where rows are padded."""
 
-    def halves(self, *, padded: bool = False) -> tuple[StepPlan, StepPlan] | None:
+    def split(self, *, padded: bool = False) -> tuple[StepPlan, StepPlan] | None:
         """Return two plans with the same rows in total; None where the plan has only one row."""
         if len(self.shares) > 1:
             cut = len(self.shares) // 2
-            return _plan(self.shares[:cut], padded), _plan(self.shares[cut:], padded)
+            return _make_plan(self.shares[:cut], padded), _make_plan(self.shares[cut:], padded)
         (share,) = self.shares
         cut = len(share.lengths) // 2
         if not cut:
             return None
-        return _plan([_part(share, 0, cut)], padded), _plan([_part(share, cut, len(share.lengths))], padded)
+        return _make_plan([_cut(share, 0, cut)], padded), _make_plan([_cut(share, cut, len(share.lengths))], padded)
 
 
 def plan_step(work: Sequence[PendingBatch], token_budget: int, *, padded: bool = False) -> StepPlan | None:
@@ -71,33 +71,34 @@ def plan_step(work: Sequence[PendingBatch], token_budget: int, *, padded: bool =
     shares: list[BatchSlice] = []
     for item in sorted(work, key=lambda w: (w.last_served, w.slot)):
         whole = BatchSlice(item.slot, 0, len(item.lengths), item.lengths)
-        if num_positions([*shares, whole], padded) <= token_budget:
+        if count_positions([*shares, whole], padded) <= token_budget:
             shares.append(whole)
-        elif num_positions([whole], padded) > token_budget and not shares:
-            shares.append(_part(whole, 0, _num_fitting(item.lengths, token_budget, padded)))
-    return _plan(shares, padded) if shares else None
+        elif count_positions([whole], padded) > token_budget and not shares:
+            shares.append(_cut(whole, 0, _count_fitting(item.lengths, token_budget, padded)))
+    return _make_plan(shares, padded) if shares else None
 
 
-def num_positions(shares: Sequence[BatchSlice], padded: bool) -> int:
+def count_positions(shares: Sequence[BatchSlice], padded: bool) -> int:
     """Return the number of positions that the shares take in one forward."""
     lengths = [length for share in shares for length in share.lengths]
     return len(lengths) * max(lengths) if padded else sum(lengths)
 
 
-def _num_fitting(lengths: tuple[int, ...], token_budget: int, padded: bool) -> int:
+def _count_fitting(lengths: tuple[int, ...], token_budget: int, padded: bool) -> int:
     """Return how many of the first rows fit; at least one."""
     fitting = 1
     while (
-        fitting < len(lengths) and num_positions([BatchSlice(0, 0, 0, lengths[: fitting + 1])], padded) <= token_budget
+        fitting < len(lengths)
+        and count_positions([BatchSlice(0, 0, 0, lengths[: fitting + 1])], padded) <= token_budget
     ):
         fitting += 1
     return fitting
 
 
-def _part(share: BatchSlice, start: int, stop: int) -> BatchSlice:
+def _cut(share: BatchSlice, start: int, stop: int) -> BatchSlice:
     return BatchSlice(share.slot, share.start + start, share.start + stop, share.lengths[start:stop])
 
 
-def _plan(shares: Sequence[BatchSlice], padded: bool) -> StepPlan:
+def _make_plan(shares: Sequence[BatchSlice], padded: bool) -> StepPlan:
     ordered = tuple(sorted(shares, key=lambda share: share.slot))
-    return StepPlan(ordered, num_positions(ordered, padded))
+    return StepPlan(ordered, count_positions(ordered, padded))

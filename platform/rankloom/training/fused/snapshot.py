@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
@@ -14,8 +14,17 @@ from torch import Tensor
 
 from rankloom.errors import TrialError
 from rankloom.training.checkpoint import read_state
+from rankloom.training.fused.member import MemberState
 
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
+
+
+class SnapshotState(TypedDict):
+    """What a snapshot has beside the weights."""
+
+    member: MemberState
+    moments: dict[str, Tensor]
+    """As `SlotAdamW.get_state`."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,8 @@ class Snapshot:
 
     name: str
     weights: Mapping[str, Tensor]
-    """As `AdapterBank.state`."""
-    state: Mapping[str, Any]
-    """`member`: progress and data cursor; `moments`: as `SlotAdamW.state`."""
+    """As `AdapterBank.get_state`."""
+    state: SnapshotState
 
     def write(self, folder: Path) -> None:
         """Write it into an existing folder.
@@ -36,7 +44,7 @@ class Snapshot:
         """
         try:
             save_file({name: values.contiguous() for name, values in self.weights.items()}, folder / WEIGHTS)
-            torch.save(dict(self.state), folder / STATE)
+            torch.save(self.state, folder / STATE)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise TrialError(f"could not write a checkpoint of {self.name} to {folder}: {error}") from None
 
@@ -47,7 +55,7 @@ class Snapshot:
         Raises:
             TrialError: the checkpoint is damaged.
         """
-        state = read_state(folder)
+        state = cast(SnapshotState, read_state(folder))
         try:
             return cls(name, load_file(folder / WEIGHTS), state)
         except (OSError, SafetensorError) as error:

@@ -17,9 +17,9 @@ import torch
 
 from rankloom.data.render import Row
 from rankloom.evals.labels import LabelTrie
+from rankloom.models.staging import upload
 from rankloom.training.fused.forward import Scores
 from rankloom.training.fused.packing import Example, Packed
-from rankloom.training.fused.staging import upload
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Question:
     decision; None: the label is unknown, so the row counts as wrong."""
 
     @classmethod
-    def of(cls, row: Row, trie: LabelTrie | None, labels: dict[str, list[int]]) -> Question:
+    def from_row(cls, row: Row, trie: LabelTrie | None, labels: dict[str, list[int]]) -> Question:
         """Prepare a row; `labels` has each label's tokens, and a `trie` of None is for data without labels."""
-        example = Example.of(row)
+        example = Example.from_row(row)
         if trie is None:
             return cls(example, ())
         if row.completion not in labels:
@@ -71,7 +71,7 @@ class EvaluationSums:
     correct: int = 0
     num_rows: int = 0
 
-    def evaluation(self, labelled: bool) -> Evaluation:
+    def summarize(self, labelled: bool) -> Evaluation:
         return Evaluation(
             self.loss_sum / self.weight, self.correct / self.num_rows if labelled else None, self.num_rows
         )
@@ -87,7 +87,7 @@ def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], pack
     losses_M = scores.losses_M * packed.weights_M
     loss_sums = losses_M.view(len(tallies), -1).double().sum(1).tolist()
     weight = sum(question.example.weight for question in questions)
-    right = _right(len(tallies), questions, scores)
+    right = _find_right(len(tallies), questions, scores)
     for t, tally in enumerate(tallies):
         tally.loss_sum += loss_sums[t]
         tally.weight += weight
@@ -95,7 +95,7 @@ def count(tallies: Sequence[EvaluationSums], questions: Sequence[Question], pack
         tally.num_rows += len(questions)
 
 
-def _right(num_tallies: int, questions: Sequence[Question], scores: Scores) -> np.ndarray:
+def _find_right(num_tallies: int, questions: Sequence[Question], scores: Scores) -> np.ndarray:
     """Return [tallies, questions]: whether the label is predicted."""
     right = np.ones((num_tallies, len(questions)), dtype=bool)
     right[:, [q for q, question in enumerate(questions) if question.decisions is None]] = False

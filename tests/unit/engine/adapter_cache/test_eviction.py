@@ -11,8 +11,8 @@ def loaded(residency: EvictionPolicy[str], *refs: str) -> None:
     """Asks for adapters, loads them and lets them go again."""
     for ref in refs:
         residency.ask(ref)
-        while (load := residency.next_load()) is not None:
-            residency.loaded(load[0], load[0].upper())
+        while (load := residency.choose_load()) is not None:
+            residency.mark_loaded(load[0], load[0].upper())
         residency.release(ref)
 
 
@@ -24,10 +24,10 @@ def test_what_is_asked_for_is_loaded_once() -> None:
     residency = EvictionPolicy[str](2)
     residency.ask("a")
     residency.ask("a")
-    assert residency.next_load() == ("a", None)
-    assert residency.next_load() is None
+    assert residency.choose_load() == ("a", None)
+    assert residency.choose_load() is None
     assert residency.get("a") is None
-    residency.loaded("a", "A")
+    residency.mark_loaded("a", "A")
     assert residency.get("a") == "A"
 
 
@@ -49,12 +49,12 @@ def test_pinned_and_used_ones_stay_and_who_comes_later_waits() -> None:
     assert residency.pin("a")
     residency.ask("b")
     residency.ask("c")
-    assert [residency.next_load(), residency.next_load()] == [("a", None), ("b", None)]
-    residency.loaded("a", "A")
-    residency.loaded("b", "B")
-    assert residency.next_load() is None
+    assert [residency.choose_load(), residency.choose_load()] == [("a", None), ("b", None)]
+    residency.mark_loaded("a", "A")
+    residency.mark_loaded("b", "B")
+    assert residency.choose_load() is None
     residency.release("b")
-    assert residency.next_load() == ("c", "b")
+    assert residency.choose_load() == ("c", "b")
 
 
 def test_no_more_than_all_places_are_pinned() -> None:
@@ -70,19 +70,19 @@ def test_what_nobody_waits_for_any_more_is_not_loaded() -> None:
     residency = EvictionPolicy[str](1)
     residency.ask("a")
     residency.release("a")
-    assert residency.next_load() is None
+    assert residency.choose_load() is None
 
 
 def test_a_failure_is_forgotten_and_its_place_is_free() -> None:
     residency = EvictionPolicy[str](1)
     residency.ask("bad")
-    assert residency.next_load() == ("bad", None)
-    residency.failed("bad")
+    assert residency.choose_load() == ("bad", None)
+    residency.mark_failed("bad")
     residency.release("bad")
     residency.ask("good")
-    assert residency.next_load() == ("good", None)
+    assert residency.choose_load() == ("good", None)
     residency.ask("bad")
-    assert residency.next_load() is None  # the one place is being filled
+    assert residency.choose_load() is None  # the one place is being filled
 
 
 def test_a_refusal_holds_for_twice_as_long_each_time_and_is_forgotten_when_it_loads() -> None:

@@ -23,7 +23,7 @@ from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.protocol import Delta, Engine, Request, Sampling
 from rankloom.engine.vllm import die_with_parent
 from rankloom.engine.vllm.engine import VllmEngine
-from rankloom.engine.vllm.server import arguments, completion, find_vllm
+from rankloom.engine.vllm.server import find_vllm, list_arguments, make_completion_body
 from rankloom.errors import (
     AdapterNotFoundError,
     ConfigError,
@@ -96,7 +96,7 @@ def test_answers_become_deltas(tiny_llama: Path, tmp_path: Path, python: str) ->
         assert deltas[-1].cached_tokens == 2
         text = "".join(d.text for d in deltas)
         assert text == engine._base.tokenizer.decode(tokens)
-        stats = engine.stats()
+        stats = engine.get_stats()
         assert (stats.generated_tokens, stats.prompt_tokens, stats.cached_tokens) == (4, 0, 2)
         assert (stats.running, stats.waiting, stats.cache_tokens, stats.cache_capacity) == (0, 0, 400, 1600)
         tokens, deltas = await completed(engine, stop=(text[2:4],))
@@ -127,12 +127,12 @@ def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, t
     async def work(engine: VllmEngine) -> None:
         found = await asyncio.gather(*(completed(engine, (5, 30), refs[kind], kind) for kind in ("lora", "rslora")))
         assert [tokens[:2] for tokens, _ in found] == [[34, 38], [42, 54]]
-        assert {each.ref for each in engine.resident()} == {refs["lora"], refs["rslora"]}
+        assert {each.ref for each in engine.list_resident()} == {refs["lora"], refs["rslora"]}
         await engine.pin(refs["adalora"])
-        assert (engine.stats().adapter_loads, engine.stats().adapter_evictions) == (3, 1)
+        assert (engine.get_stats().adapter_loads, engine.get_stats().adapter_evictions) == (3, 1)
         async with engine._server._http.get("/v1/models") as answer:
             known = {model["id"] for model in (await answer.json())["data"]}
-        assert known == {"base", "zero", *(each.ref for each in engine.resident())}
+        assert known == {"base", "zero", *(each.ref for each in engine.list_resident())}
         for ref, reason in refused.items():
             with pytest.raises(RegistryError, match=reason):
                 await completed(engine, (5, 30), ref)
@@ -141,7 +141,7 @@ def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, t
         with pytest.raises(RequestError, match="exact version"):
             await completed(engine, (5, 30), "lora@champion")
         assert (await completed(engine, (5, 30), refs["adalora"]))[0][0] == 33
-        assert engine.stats().adapter_failures == len(refused) + 1
+        assert engine.get_stats().adapter_failures == len(refused) + 1
 
     serving(tiny_llama, root, python, work)
 
@@ -184,7 +184,7 @@ def test_what_is_refused_and_what_fails(tiny_llama: Path, tmp_path: Path, python
 
 def test_vllm_is_told_whose_a_prompt_is() -> None:
     for tenant in ("0123abc", None):
-        body = completion(Request("r", None, (5, 30), Sampling(seed=3), tenant), "base", frozenset())
+        body = make_completion_body(Request("r", None, (5, 30), Sampling(seed=3), tenant), "base", frozenset())
         assert (body.get("cache_salt"), body["seed"]) == (tenant, 3)
 
 
@@ -231,11 +231,11 @@ def test_the_server_gets_what_the_config_says(tiny_llama: Path, tmp_path: Path, 
 @pytest.mark.parametrize(("gpus", "share"), [(1, "0.9"), (2, "0.9"), (0.5, "0.45"), (0.25, "0.225")])
 def test_a_server_takes_its_part_of_a_gpu(tmp_path: Path, gpus: float, share: str) -> None:
     config = VllmConfig(args=("--gpu-memory-utilization=0.3",))
-    options = arguments(config, tmp_path, "bfloat16", tmp_path / "socket", on_gpu=True, gpus=gpus)
+    options = list_arguments(config, tmp_path, "bfloat16", tmp_path / "socket", on_gpu=True, gpus=gpus)
     assert f"--gpu-memory-utilization={share}" in options
     assert options[-1] == "--gpu-memory-utilization=0.3"  # whoever sets it has the last word
     assert "--max-num-seqs=256" in options
-    assert not any("gpu" in option for option in arguments(
+    assert not any("gpu" in option for option in list_arguments(
         VllmConfig(), tmp_path, "float32", tmp_path / "socket", on_gpu=False
     ))  # fmt: skip
 

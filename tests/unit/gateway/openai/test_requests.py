@@ -95,7 +95,7 @@ REFUSED: dict[str, list[Any]] = {
 
 def wanted(kind: type[ChatRequest | CompletionRequest], change: dict[str, Any]) -> Sampling:
     start = SAY if kind is ChatRequest else COMPLETE
-    return read(kind, json.dumps(start | change).encode()).job("w", LimitsConfig()).sampling
+    return read(kind, json.dumps(start | change).encode()).make_job("w", LimitsConfig()).sampling
 
 
 def told(kind: type[BaseModel], body: Any) -> str:
@@ -147,7 +147,7 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
     asked["content"][0]["cache_control"] = {"type": "ephemeral"}  # type: ignore[index]
     for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
         body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
-        (talk,) = read(ChatRequest, json.dumps(body).encode()).job("w", LimitsConfig()).prompts
+        (talk,) = read(ChatRequest, json.dumps(body).encode()).make_job("w", LimitsConfig()).prompts
         assert talk.messages == (("user", "aa", "ann"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
 
 

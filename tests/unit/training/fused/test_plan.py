@@ -64,7 +64,7 @@ def test_halves_do_the_same_together() -> None:
     while todo:
         part = todo.pop()
         assert part is not None
-        halves = part.halves()
+        halves = part.split()
         if halves is None:
             (share,) = part.shares
             assert part.num_tokens == sum(share.lengths)

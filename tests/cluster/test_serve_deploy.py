@@ -117,7 +117,7 @@ def test_deployments_change_under_load_without_a_failure(
         deploy("second")  # in the running processes
         until(lambda: adapter_of("faq") == "second")
         assert replicas(url) == {before}
-        deploy("second", engine={"rows": 8, "cache_tokens": 4096})  # others take over
+        deploy("second", engine={"max_num_seqs": 8, "kv_cache_tokens": 4096})  # others take over
         until(lambda: (now := replicas(url)) and before not in now)
         assert adapter_of("faq") == "second"
         assert failures == []

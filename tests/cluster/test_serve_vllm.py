@@ -43,7 +43,7 @@ def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path) -> 
     for kind in ("lora", "dora"):
         write_adapter(base, tmp_path / kind, kind)
         publish(root, load(base), kind, tmp_path / kind)
-    engine = {"type": "vllm", "context": 512, "cache_gib": 0.5, "args": ["--enforce-eager"]}
+    engine = {"type": "vllm", "max_model_len": 512, "kv_cache_gib": 0.5, "args": ["--enforce-eager"]}
     config = {"base": str(base), "registry": str(root), "engine": engine, "pinned": ["lora"]}
     with serve_app(config, free_port()) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

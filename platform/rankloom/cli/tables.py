@@ -10,24 +10,27 @@ from typing import TYPE_CHECKING
 import typer
 
 from rankloom.config.printable import escape_unprintable
-from rankloom.registry.card import list_scorecard_rows, measure_rows
-from rankloom.registry.scorecard import Measures, Scorecard
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from rankloom.launch.results import TrialResult
+    from rankloom.registry.scorecard import Measures, Scorecard
 
 Rows = Sequence[Sequence[str]]
 
 
 def print_scorecard(scorecard: Scorecard) -> None:
     """Print a trained adapter's measures beside its base's."""
+    from rankloom.registry.card import list_scorecard_rows
+
     print_table(("", "adapter", "base"), list_scorecard_rows(scorecard))
 
 
 def print_measures(result: Measures | None, base: Measures) -> None:
     """Print an adapter's measures beside its base's, or the base's alone."""
+    from rankloom.registry.card import measure_rows
+
     if result is None:
         print_table(("", "base"), [row[:2] for row in measure_rows(base, None)])
     else:

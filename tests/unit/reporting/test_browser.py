@@ -37,6 +37,7 @@ def show(page: Page, width: int, scheme: str) -> None:
 
 
 def test_all_charts_are_drawn_and_no_request_leaves_the_page(file: Path, tmp_path: Path) -> None:
+    assert file.stat().st_size < 5e6
     with browser("about:blank", tmp_path) as page:
         open_page(page, file)
         charts = page.value("document.querySelectorAll('.plot').length")

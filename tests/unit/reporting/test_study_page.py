@@ -49,6 +49,7 @@ def test_a_study_has_every_section_and_its_result_in_a_sentence(folder: Path, ti
         page.summary[0],
     )
     html = render(page)
+    assert "accuracy 75.0\u00a0% against" in html  # no line breaks between a number and its unit
     assert f"rankloom tune {folder}/study.yaml name=made-again" in html
     assert "<mark>activate_card&lt;|end|&gt;" in html  # a row with its loss mask
 

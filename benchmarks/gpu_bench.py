@@ -82,6 +82,7 @@ class Bench:
     """When the section's time is over."""
 
     def __post_init__(self) -> None:
+        gc.freeze()  # else each collection between measurements would go through all that is imported
         self.out.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "results.jsonl"
         self.device = torch.device("cpu" if self.dry else "cuda")

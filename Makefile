@@ -43,10 +43,10 @@ demo: $(READY)
 	$(BIN)/rankloom adapters list --registry demo-output/registry
 	$(BIN)/python examples/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
 
-# Tests that start a Ray or measure waits come one after the other; the rest takes a core each.
+# Tests that start a Ray, or measure waits (alone/), come one after the other; the rest takes a core each.
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not cluster and not alone' -n auto --dist loadfile
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m '(cluster or alone) and not slow and not gpu'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' -n auto --dist loadfile --ignore tests/alone
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster tests/alone
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not gpu'

@@ -15,7 +15,6 @@ import pytest
 
 from worst_bodies import CHAT, worst_bodies
 
-pytestmark = pytest.mark.alone
 MOST_S = 0.1
 """The longest that others may wait, beyond what they wait on this machine while nothing happens."""
 TRIES = 10
@@ -102,7 +101,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a real server, in a process of its own."""
     command = [sys.executable, "-c", SERVER, str(tmp_path_factory.mktemp("worst"))]
     with subprocess.Popen(
-        command, cwd=Path(__file__).parents[2] / "support", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=Path(__file__).parents[1] / "support", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdin
         assert server.stdout

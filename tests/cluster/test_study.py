@@ -19,6 +19,7 @@ import pytest
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rankloom.cli.study_view import build_result_rows
@@ -26,6 +27,7 @@ from rankloom.config import StudyConfig, parse
 from rankloom.errors import ConfigError, RankloomError
 from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry import Registry
+from rankloom.registry.checks import WEIGHTS
 from rankloom.reporting.write import report
 from rankloom.search.study import tune
 
@@ -177,7 +179,11 @@ def test_methods_that_share_no_base_are_searched_beside_those_that_do(tiny_study
     assert result.counts == {"running": 0, "done": 3, "stopped": 0, "failed": 0}
     rows = {row["method"]: row for row in pq.read_table(result.results).to_pylist()}
     assert set(rows) == {"lora", "full", "dora"}
-    bases = {row.costs["memory_bytes"] - 4 * row.scorecard.trainable_parameters for row in result.finalists}
+    adapters = {row.trial: load_file(Path(result.folder, "adapters", row.trial, WEIGHTS)) for row in result.finalists}
+    bases = {
+        row.costs["memory_bytes"] - sum(tensor.nbytes for tensor in adapters[row.trial].values())
+        for row in result.finalists
+    }
     assert len(bases) == 1  # measured in a host or at a run's end, it is the same base under each method's adapter
     for row in rows.values():
         assert row["latency_ms"] > 0

@@ -91,8 +91,8 @@ def test_dedicated_trials_that_were_stopped_early_still_leave_their_best_adapter
     assert result.counts == {"running": 0, "done": 1, "stopped": 4, "failed": 0}
     by_method = {row.method: row for row in result.finalists}
     for name in ("full", "galore", "lisa", "adalora"):
-        assert by_method[name]["error"] is None
-        assert by_method[name]["published"] == [f"tiny-{name}@1"]
+        assert by_method[name].error is None
+        assert by_method[name].published == (f"tiny-{name}@1",)
         servable = Registry(result.registry).verify(f"tiny-{name}@1").servable
         assert servable == ("rank pattern" if name == "adalora" else "extracted")
 

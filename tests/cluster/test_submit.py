@@ -88,7 +88,7 @@ def test_a_study_is_submitted_and_goes_on_as_one(dashboard: str, tiny_trial: Mak
     command = ["-m", "rankloom.cli", "submit", "tune", "study.yaml", "--address", dashboard, "--follow"]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning: data.train.path=" in done.stderr
+    assert "warning: trial.data.train.path=" in done.stderr
     assert "winner   tiny-000" in done.stdout
     result = json.loads((tmp_path / "out" / "studies" / "tiny" / "result.json").read_text())
     assert result["counts"] == {"running": 0, "done": 3, "stopped": 0, "failed": 0}

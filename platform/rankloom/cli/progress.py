@@ -57,6 +57,28 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def keep_interrupts(show: OnEvent) -> Iterator[OnEvent]:
+    """Yield `show`, which raises a KeyboardInterrupt that Python dropped, as it does in a fork or a destructor."""
+    interrupted = False
+
+    def interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def show_or_raise(event: Event) -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+        show(event)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield show_or_raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def format_event(event: Event) -> list[str]:
     """Return an event as lines of text; `format_step` formats steps."""
     return [escape_unprintable(line, keep="\n\t") for line in _format_lines(event)]

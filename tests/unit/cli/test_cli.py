@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from rankloom.cli import main
-from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step
+from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step, keep_interrupts
 from rankloom.cli.tables import list_next_steps
 from rankloom.config.files import find_config
 from rankloom.errors import ConfigError
-from rankloom.events import Evaluated, RunResumed, StepFinished
+from rankloom.events import Evaluated, Event, PhaseStarted, RunResumed, StepFinished
 from rankloom.launch.results import TrialResult
 from rankloom.paths import find_shipped_folder
 
@@ -183,3 +184,20 @@ def test_what_to_do_next() -> None:
     assert any("adapters promote x@2 --registry /reg" in line for line in list_next_steps(done))
     elsewhere = done.model_copy(update={"registry": "/a b"})
     assert any("adapters promote x@2 --registry '/a b'" in line for line in list_next_steps(elsewhere))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_comes_where_python_drops_it_is_raised_at_the_next_event() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    seen: list[Event] = []
+    event = PhaseStarted("launch", "connecting to Ray")
+    with keep_interrupts(seen.append) as show:
+        show(event)
+        Dropped()
+        with pytest.raises(KeyboardInterrupt):
+            show(event)
+    assert seen == [event]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -30,8 +30,12 @@ from rankloom.events import (
 )
 from rankloom.hosts.host_loop import HostReport
 from rankloom.search.leaderboard import Leaderboard
+from rankloom.search.saved_state import keep_state
+from rankloom.search.study_files import TUNE
 
 STATUS_EVERY_S = 1.0
+KEEP_EVERY_S = 5.0
+"""Seconds between two copies of Ray Tune's state."""
 ENOUGH = 2**20
 """Bytes that a folder must accept; with less it is full."""
 
@@ -61,7 +65,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._tell, self._hosts, self._stop = tell, hosts, stop
         self._stats: Any = None
-        self._told_at = 0.0
+        self._told_at = self._kept_at = 0.0
         self._began_at, self._share_before = time.monotonic(), leaderboard.share_done
         self._points: dict[str, dict[str, Any]] = {}
         self._trials: list[Any] = []
@@ -146,7 +150,7 @@ class Journal(tune.Callback):  # type: ignore[misc]
         self._tell(named)
 
     def _poll(self) -> None:
-        """Ask the hosts for their counters every second, without waiting for the answer."""
+        """Ask the hosts for their counters every second, without waiting for the answer, and keep Tune's state."""
         import ray
 
         if self._stats is not None and ray.wait([self._stats], timeout=0)[0]:
@@ -156,6 +160,9 @@ class Journal(tune.Callback):  # type: ignore[misc]
         if time.monotonic() - self._told_at < STATUS_EVERY_S:
             return
         self._told_at = time.monotonic()
+        if self._told_at - self._kept_at >= KEEP_EVERY_S:
+            self._kept_at = self._told_at
+            keep_state(self._folder / TUNE)
         if self._stats is None:
             self._stats = self._hosts.get_stats.remote()
         self.tell_status()

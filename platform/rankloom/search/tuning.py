@@ -29,10 +29,8 @@ from rankloom.search.journal import Journal, find_full_disk
 from rankloom.search.leaderboard import Leaderboard
 from rankloom.search.own_search import OwnSearch
 from rankloom.search.samplers import PriorTrial
-from rankloom.search.study_files import JOURNAL
+from rankloom.search.study_files import JOURNAL, TUNE
 
-TUNE = "tune"
-"""Subfolder of the study's folder with Ray Tune's state."""
 TRIAL_CPUS = 0.001
 """Cores reserved for a trial, which only waits for its host."""
 SAVE_EVERY_S = "3"
@@ -111,7 +109,7 @@ def _tune(
 ) -> None:
     from ray import tune
 
-    from rankloom.search.saved_state import alias_moved_module, check_trials
+    from rankloom.search.saved_state import alias_moved_module, check_trials, mend_state
     from rankloom.search.schedulers import build_scheduler
     from rankloom.search.trainable import StudyTrial
     from rankloom.search.tune_searcher import StudySearcher, draw_population
@@ -129,6 +127,7 @@ def _tune(
     searcher = None if is_population else StudySearcher(study, priors, own)
     alias_moved_module()
     try:
+        mend_state(folder / TUNE)
         check_trials(folder / TUNE)
         if searcher is not None and any((folder / TUNE).glob("searcher-state-*")):
             StudySearcher(study, priors, own).restore_from_dir(str(folder / TUNE))

@@ -194,10 +194,11 @@ def test_ctrl_c_that_comes_where_python_drops_it_is_raised_at_the_next_event() -
 
     seen: list[Event] = []
     event = PhaseStarted("launch", "connecting to Ray")
+    before = signal.getsignal(signal.SIGINT)
     with keep_interrupts(seen.append) as show:
         show(event)
         Dropped()
         with pytest.raises(KeyboardInterrupt):
             show(event)
     assert seen == [event]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

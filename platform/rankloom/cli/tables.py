@@ -29,12 +29,12 @@ def print_scorecard(scorecard: Scorecard) -> None:
 
 def print_measures(result: Measures | None, base: Measures) -> None:
     """Print an adapter's measures beside its base's, or the base's alone."""
-    from rankloom.registry.card import measure_rows
+    from rankloom.registry.card import format_measures
 
     if result is None:
-        print_table(("", "base"), [row[:2] for row in measure_rows(base, None)])
+        print_table(("", "base"), [row[:2] for row in format_measures(base, None)])
     else:
-        print_table(("", "adapter", "base"), measure_rows(result, base))
+        print_table(("", "adapter", "base"), format_measures(result, base))
 
 
 def list_next_steps(result: TrialResult) -> list[str]:

@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # In a virtual environment that is not activated, Ray's workers find the tools beside their interpreter.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-units test-cluster test-slow lint format docs wheel setup clean
+.PHONY: demo test test-slow lint format docs wheel setup clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -41,16 +41,10 @@ demo: $(READY)
 	$(BIN)/rankloom adapters list --registry demo-output/registry
 	$(BIN)/python examples/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
 
-# Tests that start a Ray come one after the other, beside the rest, which take a core each. Those in alone/ measure waits.
+# Tests that start a Ray, or measure waits (alone/), come one after the other; the rest takes a core each.
 test: $(READY)
-	$(MAKE) --jobs=2 --output-sync=line test-units test-cluster
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/alone
-
-test-units: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' -n auto --dist loadfile --ignore tests/cluster --ignore tests/alone
-
-test-cluster: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster tests/alone
 
 test-slow: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not gpu'

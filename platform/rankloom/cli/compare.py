@@ -40,12 +40,12 @@ def compare(
     rankloom compare compare.yaml --resume --promote
     """
     import rankloom as rl
-    from rankloom.cli.progress import keep_interrupts
+    from rankloom.cli.progress import interrupt_at_events
     from rankloom.cli.study_view import show_study
 
     comparison = rl.load(rl.CompareConfig, config, overrides or [])
     try:
-        with show_study(on_stderr=as_json) as view, keep_interrupts(view) as show:
+        with show_study(on_stderr=as_json) as view, interrupt_at_events(view) as show:
             result = rl.compare(comparison, resume=resume, on_event=show)
     except KeyboardInterrupt:
         typer.echo("aborted; --resume continues from what was saved", err=True)

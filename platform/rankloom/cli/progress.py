@@ -58,14 +58,19 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def keep_interrupts(show: OnEvent) -> Iterator[OnEvent]:
-    """Yield `show`, which raises a KeyboardInterrupt that Python dropped, as it does in a fork or a destructor."""
+def interrupt_at_events(show: OnEvent) -> Iterator[OnEvent]:
+    """Yield `show`, which raises KeyboardInterrupt at the first event after Ctrl-C; a second Ctrl-C raises it at once.
+
+    Raised anywhere, it may leave a lock of an import or of logging held, on which another thread then waits for ever.
+    """
     interrupted = False
 
     def interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
         nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
         interrupted = True
-        raise KeyboardInterrupt
+        os.write(2, b"\nstopping; press Ctrl-C again to abort now\n")  # as in `stop_on_interrupt`
 
     def show_or_raise(event: Event) -> None:
         if interrupted:

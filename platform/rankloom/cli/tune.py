@@ -22,13 +22,13 @@ def tune(config: StudyFile, overrides: Overrides = None, resume: ResumeStudy = F
     rankloom tune study.yaml --resume
     """
     import rankloom as rl
-    from rankloom.cli.progress import keep_interrupts
+    from rankloom.cli.progress import interrupt_at_events
     from rankloom.cli.study_view import build_result_rows, format_result, show_study
     from rankloom.cli.tables import print_table
 
     study = rl.load(rl.StudyConfig, config, overrides or [])
     try:
-        with show_study(on_stderr=as_json) as view, keep_interrupts(view) as show:
+        with show_study(on_stderr=as_json) as view, interrupt_at_events(view) as show:
             result = rl.tune(study, resume=resume, on_event=show)  # Ray Tune catches the first Ctrl-C itself
     except KeyboardInterrupt:  # before the search began, or the second Ctrl-C
         typer.echo("aborted; --resume continues from what was saved", err=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankloom.cli import main
-from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step, keep_interrupts
+from rankloom.cli.progress import PlainProgress, format_duration, format_event, format_step, interrupt_at_events
 from rankloom.cli.tables import list_next_steps
 from rankloom.config.files import find_config
 from rankloom.errors import ConfigError
@@ -186,19 +186,17 @@ def test_what_to_do_next() -> None:
     assert any("adapters promote x@2 --registry '/a b'" in line for line in list_next_steps(elsewhere))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_that_comes_where_python_drops_it_is_raised_at_the_next_event() -> None:
-    class Dropped:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
+def test_ctrl_c_interrupts_at_the_next_event_and_the_second_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[Event] = []
     event = PhaseStarted("launch", "connecting to Ray")
     before = signal.getsignal(signal.SIGINT)
-    with keep_interrupts(seen.append) as show:
+    with interrupt_at_events(seen.append) as show:
         show(event)
-        Dropped()
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             show(event)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert seen == [event]
+    assert "press Ctrl-C again" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before

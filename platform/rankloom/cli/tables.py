@@ -29,12 +29,12 @@ def print_scorecard(scorecard: Scorecard) -> None:
 
 def print_measures(result: Measures | None, base: Measures) -> None:
     """Print an adapter's measures beside its base's, or the base's alone."""
-    from rankloom.registry.card import format_measures
+    from rankloom.registry.card import list_measure_rows
 
     if result is None:
-        print_table(("", "base"), [row[:2] for row in format_measures(base, None)])
+        print_table(("", "base"), [row[:2] for row in list_measure_rows(base, None)])
     else:
-        print_table(("", "adapter", "base"), format_measures(result, base))
+        print_table(("", "adapter", "base"), list_measure_rows(result, base))
 
 
 def list_next_steps(result: TrialResult) -> list[str]:

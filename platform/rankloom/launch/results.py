@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankloom.registry.card import format_measures, list_scorecard_rows
+from rankloom.registry.card import list_measure_rows, list_scorecard_rows
 from rankloom.registry.scorecard import Measures, Scorecard
 
 
@@ -86,10 +86,10 @@ class EvaluationResult(Result):
 
     def _repr_html_(self) -> str:
         if self.result is None:
-            rows = [row[:2] for row in format_measures(self.base, None)]
+            rows = [row[:2] for row in list_measure_rows(self.base, None)]
             return render_html_table(f"the base of {self.name}", ("", "base"), rows)
         return render_html_table(
-            self.adapter or self.name, ("", "adapter", "base"), format_measures(self.result, self.base)
+            self.adapter or self.name, ("", "adapter", "base"), list_measure_rows(self.result, self.base)
         )
 
 

@@ -50,7 +50,7 @@ def _escape_cell(text: str) -> str:
 def list_scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     """Return (measure, this adapter's value, the base's value) for each measure that was taken."""
     cut = scorecard.extraction
-    rows = format_measures(scorecard.result, scorecard.base)
+    rows = list_measure_rows(scorecard.result, scorecard.base)
     if cut:
         rows.append((f"energy kept at rank {cut.rank}", f"{100 * cut.energy:.1f} %", ""))
         rows.append(("loss of the trained weights", f"{cut.trained.loss:.4f}", ""))
@@ -68,7 +68,7 @@ def list_scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
     return rows
 
 
-def format_measures(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:
+def list_measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:
     """Return (measure, the result's value, the base's value) for each measure of the result."""
     return [
         (label, form(value), _format_base_value(base, field))

@@ -34,9 +34,7 @@ class FrozenLinear(nn.Linear):
         if not prefers_onednn(input, self.weight) or self.weight.requires_grad:
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
-            # as one matrix: of more dimensions oneDNN returns a view, onto which PEFT's layers could not add in place
-            rows_NO: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
-            return rows_NO.view(*input.shape[:-1], -1)
+            return apply_to_rows(_Linear, input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -118,6 +116,15 @@ def multiply(y_NO: Tensor, weight_OI: Tensor) -> Tensor:
         return y_NO @ weight_OI
     result: Tensor = torch.ops.mkldnn._linear_pointwise(y_NO, weight_OI.T, None, "none", [], "")
     return result
+
+
+def apply_to_rows(function: type[torch.autograd.Function], x: Tensor, *arguments: Tensor | None) -> Tensor:
+    """Apply a product to x [..., I] as one matrix, and return [..., O].
+
+    Of more dimensions oneDNN returns a view, and onto a view that a function made PEFT's layers can't add in place.
+    """
+    y_NO: Tensor = function.apply(x.reshape(-1, x.shape[-1]), *arguments)
+    return y_NO.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):

@@ -81,9 +81,7 @@ def multiply_int8(x: Tensor, codes_OI: Tensor, scale_O1: Tensor, bias_O: Tensor 
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     bias_O = None if bias_O is None else bias_O.to(dtype)
-    # as one matrix: of more dimensions the result would be a view, onto which adapters could not add in place
-    y_NO: Tensor = _Int8Linear.apply(x.reshape(-1, x.shape[-1]).to(dtype), codes_OI, scale_O1, bias_O)
-    return y_NO.view(*x.shape[:-1], -1)
+    return onednn.apply_to_rows(_Int8Linear, x.to(dtype), codes_OI, scale_O1, bias_O)
 
 
 class _Int8Linear(torch.autograd.Function):

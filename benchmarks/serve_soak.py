@@ -171,7 +171,7 @@ def soak(url: str, base: str, adapters: Adapters, minutes: float) -> dict[str, A
     for job in jobs:
         job.result()
     told = {name: {"second third": round(b), "last third": round(c)} for name, (b, c) in memory.thirds().items()}
-    versions = sum(len(adapters.registry.list_versions(name)) for name in adapters.registry.list_names())
+    versions = sum(len(adapters.registry.versions(name)) for name in adapters.registry.names())
     return {
         "minutes": minutes, "answered": dict(load.done), "failures": load.failures[:20], "failed": len(load.failures),
         "rounds of changes": changes["rounds"], "versions at the end": versions, "memory_mb": told,

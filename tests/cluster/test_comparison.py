@@ -82,7 +82,7 @@ def test_a_comparison_is_resumed_and_says_what_each_method_does_and_costs(
     assert result.verdict[0] in printed
     assert f"promoted {result.adapter}: champion of" in printed
     registry = rl.Registry(result.registry)
-    assert registry.get_aliases(f"cmp-{result.leader.name}")["champion"] == 1
+    assert registry.aliases(f"cmp-{result.leader.name}")["champion"] == 1
 
 
 def test_a_killed_comparison_keeps_its_learning_rates_and_what_has_ended(

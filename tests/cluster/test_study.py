@@ -89,7 +89,7 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
             record = registry.verify(ref)
             assert (record.lineage.study, record.lineage.run) == ("tiny", row.name)
             assert record.scorecard is not None
-    assert set(registry.list_names()) == {"tiny", "tiny-lora", "tiny-dora"}
+    assert set(registry.names()) == {"tiny", "tiny-lora", "tiny-dora"}
     curves = EventAccumulator(str(Path(result.folder) / "tensorboard" / winner.name)).Reload()
     assert [point.step for point in curves.Scalars("eval/loss")] == [point["step"] for point in best["curve"]]
     assert curves.Scalars("result/loss")[0].value == pytest.approx(winner.scorecard.result.loss)
@@ -256,7 +256,7 @@ def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> 
     assert best["trial"] in front
     assert result.winner.trial == best["trial"]
     registry = Registry(result.registry)
-    assert len(registry.list_versions("tiny-front")) == len(front)
+    assert len(registry.versions("tiny-front")) == len(front)
     table = build_result_rows(result)
     assert table[0][5:8] == ("front", "memory", "latency")
     assert sum(row[5] == "yes" for row in table) == len(front)

@@ -107,7 +107,7 @@ class Endpoint:
 def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1", **config: Any) -> Iterator[Endpoint]:
     """Start an endpoint with `bank` 1 (champion) and 2, `faq` 1, and `alien` 1 on another base; it serves all."""
     registry = Registry(tmp_path / "endpoint-registry")
-    if not registry.list_names():
+    if not registry.names():
         for name in ("bank", "bank", "faq"):
             publish(registry, name, tmp_path / "adapters")
         publish(registry, "alien", tmp_path / "adapters", fingerprint="sha256:" + "1" * 64)

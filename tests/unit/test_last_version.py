@@ -26,7 +26,7 @@ from rankloom.search.tune_searcher import StudySearcher
 
 def test_the_registry_opens(last_version: Path) -> None:
     registry = Registry(str(last_version / "registry"))
-    assert {name: registry.list_versions(name) for name in registry.list_names()} == {"finished": [1, 2]}
+    assert {name: registry.versions(name) for name in registry.names()} == {"finished": [1, 2]}
     for version in (1, 2):
         record = registry.verify(f"finished@{version}")
         assert record.scorecard is not None

@@ -48,7 +48,7 @@ def list_adapters(
 
     registry = _open(root)
     records = registry.list(name)
-    aliases = {each: registry.get_aliases(each) for each in {record.name for record in records}}
+    aliases = {each: registry.aliases(each) for each in {record.name for record in records}}
     pointing = {r.ref: [alias for alias, to in aliases[r.name].items() if to == r.version] for r in records}
     if as_json:
         print_json([_to_plain(record) | {"aliases": pointing[record.ref]} for record in records])
@@ -70,7 +70,7 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
 
     registry = _open(root)
     record = registry.get(ref)
-    aliases = registry.get_aliases(record.name)
+    aliases = registry.aliases(record.name)
     if as_json:
         print_json(_to_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
         return

@@ -22,10 +22,10 @@ def complete_ref(context: typer.Context, incomplete: str) -> list[str]:
     with suppress(RankloomError, ValueError):
         registry = Registry(context.params.get("registry") or get_registry_root())
         name, at, _ = incomplete.partition("@")
-        refs = registry.list_names()
+        refs = registry.names()
         if at:
-            versions = registry.list_versions(name)
-            selectors = (*registry.get_aliases(name), *versions, "latest") if versions else ()
+            versions = registry.versions(name)
+            selectors = (*registry.aliases(name), *versions, "latest") if versions else ()
             refs = [f"{name}@{selector}" for selector in selectors]
         return [ref for ref in refs if ref.startswith(incomplete)]
     return []

@@ -156,7 +156,7 @@ class Gateway:
 
     def _read_registry_secret(self) -> bytes:
         try:
-            return self._registry.get_secret()
+            return self._registry.secret()
         except RegistryError as error:
             logger.warning("sticky routes will draw anew at the next start: %s", error)
             return secrets.token_bytes(32)

@@ -32,7 +32,7 @@ class RegistryView:
         """Read the versions of these adapters, or of all. Blocks meanwhile."""
         found: dict[str, AdapterVersions] = {}
         try:
-            wanted = list(self.registry.list_names()) if names is None else list(dict.fromkeys(names))
+            wanted = list(self.registry.names()) if names is None else list(dict.fromkeys(names))
         except RegistryError as error:
             logger.warning("the adapters stay as they were: %s", error)
             return self._adapters
@@ -52,11 +52,11 @@ class RegistryView:
         return self._records.get(ref)
 
     def _read_versions(self, name: str) -> AdapterVersions | None:
-        versions = [number for number in self.registry.list_versions(name) if self._reads_fitting(f"{name}@{number}")]
+        versions = [number for number in self.registry.versions(name) if self._reads_fitting(f"{name}@{number}")]
         if not versions:
             return None
         return AdapterVersions(
-            tuple(versions), {alias: to for alias, to in self.registry.get_aliases(name).items() if to in versions}
+            tuple(versions), {alias: to for alias, to in self.registry.aliases(name).items() if to in versions}
         )
 
     def _reads_fitting(self, ref: str) -> bool:

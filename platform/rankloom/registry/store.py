@@ -104,13 +104,13 @@ class Registry:
         """
         compared = [field for field in Draft.model_fields if field != "scorecard"]
         weights = describe(read_folder(folder)[WEIGHTS])
-        for record in self.list(name) if self.list_versions(name) else ():
+        for record in self.list(name) if self.versions(name) else ():
             same = all(getattr(record, field) == getattr(draft, field) for field in compared)
             if same and record.files[WEIGHTS] == weights:
                 return record
         return self.publish(name, folder, draft)
 
-    def get_secret(self) -> bytes:
+    def secret(self) -> bytes:
         """Return 32 random bytes, made on first use and equal for every reader of this registry."""
         with self._translate_errors("read its secret"):
             if not self._storage.exist([_SECRET])[0]:
@@ -119,7 +119,7 @@ class Registry:
                         self._storage.write(_SECRET, secrets.token_bytes(32))
             return self._storage.read(_SECRET)
 
-    def list_names(self) -> Sequence[str]:
+    def names(self) -> Sequence[str]:
         """Return every folder that may hold an adapter, without looking inside; fast enough for shell completion."""
         with self._translate_errors("list it"):
             return sorted(name for name in self._storage.list_folders("") if re.fullmatch(NAME_PATTERN, name))
@@ -127,8 +127,8 @@ class Registry:
     def list(self, name: str | None = None) -> Sequence[Record]:
         """Return all versions (of one adapter), by name and number. Unreadable ones are logged and left out."""
         records = []
-        for each in self.list_names() if name is None else [_check_name(name)]:
-            for version in self.list_versions(each):
+        for each in self.names() if name is None else [_check_name(name)]:
+            for version in self.versions(each):
                 try:
                     records.append(self._record(each, version))
                 except AdapterNotFoundError:
@@ -139,7 +139,7 @@ class Registry:
             self._list_existing_versions(name)
         return records
 
-    def list_versions(self, name: str) -> Sequence[int]:
+    def versions(self, name: str) -> Sequence[int]:
         """Return the numbers of `name`'s versions, ascending; empty if there is no such adapter."""
         _check_name(name)
         with self._translate_errors(f"list {name}"):
@@ -151,11 +151,11 @@ class Registry:
         """Return the record of `ref`."""
         return self._record(*self._resolve(ref))
 
-    def get_aliases(self, name: str) -> dict[str, int]:
+    def aliases(self, name: str) -> dict[str, int]:
         """Return alias -> version."""
-        return {alias: moves[-1].version for alias, moves in self.get_history(name).items() if moves}
+        return {alias: moves[-1].version for alias, moves in self.history(name).items() if moves}
 
-    def get_history(self, name: str) -> History:
+    def history(self, name: str) -> History:
         """Return the moves of every alias."""
         path = f"{_check_name(name)}/{_ALIASES}"
         with self._translate_errors(f"read {path}"):
@@ -176,7 +176,7 @@ class Registry:
             self._list_existing_versions(name)  # before the lock makes a folder
             with self._storage.lock(name):
                 name, version = self._resolve(f"{name}@{selector or LATEST}")
-                record, history = self._record(name, version), self.get_history(name)
+                record, history = self._record(name, version), self.history(name)
                 moves = history.get(alias, [])
                 if not moves or moves[-1].version != version:
                     self._write_move(name, history, alias, "promote", version)
@@ -191,7 +191,7 @@ class Registry:
         with self._translate_errors(f"roll {name} back; no alias was moved"):
             self._list_existing_versions(_check_name(name))
             with self._storage.lock(name):
-                history, versions = self.get_history(name), self.list_versions(name)
+                history, versions = self.history(name), self.versions(name)
                 if alias not in history:
                     raise AdapterNotFoundError(f"{name} has no alias {alias!r}; it has {_join(history)}")
                 earlier = [version for version in _list_promotions_in_force(history[alias])[:-1] if version in versions]
@@ -262,7 +262,7 @@ class Registry:
             with self._storage.lock(name):
                 _, version = self._resolve(ref)
                 record = self._record(name, version)
-                pointing = [alias for alias, target in self.get_aliases(name).items() if target == version]
+                pointing = [alias for alias, target in self.aliases(name).items() if target == version]
                 if pointing and not force:
                     raise RegistryError(
                         f"{record.ref} is {_join(pointing)}; promote another version or roll back first, or force it"
@@ -280,9 +280,9 @@ class Registry:
         return [int(number) for number in self._storage.list_folders(name) if _NUMBER.fullmatch(number)]
 
     def _list_existing_versions(self, name: str) -> Sequence[int]:
-        versions = self.list_versions(name)
+        versions = self.versions(name)
         if not versions:
-            known = [each for each in self.list_names() if self.list_versions(each)]
+            known = [each for each in self.names() if self.versions(each)]
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {_join(near, ' or ')}?" if near else f"it holds {_join(known[:10])}"
             raise AdapterNotFoundError(f"no adapter {name!r} in {self.root}; {hint}")
@@ -293,7 +293,7 @@ class Registry:
         versions = self._list_existing_versions(name)
         if selector == LATEST:
             return name, versions[-1]
-        aliases = {} if selector and selector.isdigit() else self.get_aliases(name)
+        aliases = {} if selector and selector.isdigit() else self.aliases(name)
         if selector is None and CHAMPION not in aliases:
             return name, versions[-1]
         if selector is not None and selector.isdigit():

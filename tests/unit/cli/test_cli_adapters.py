@@ -144,11 +144,11 @@ def test_promote_rollback_and_rm(registry: Registry) -> None:
     with pytest.raises(RegistryError, match="bank@2 is champion"):
         run("rm", "bank@2")
     assert json.loads(run("rollback", "bank", "--json").stdout)["version"] == 1
-    assert registry.get_aliases("bank") == {"champion": 1}
+    assert registry.aliases("bank") == {"champion": 1}
     assert run("promote", "bank@2", "--alias", "canary").exit_code == 0
-    assert registry.get_aliases("bank") == {"champion": 1, "canary": 2}
+    assert registry.aliases("bank") == {"champion": 1, "canary": 2}
     assert run("rm", "bank@2", "--force").stdout == "removed bank@2\n"
-    assert registry.list_versions("bank") == [1]
+    assert registry.versions("bank") == [1]
 
 
 def test_promote_the_best(registry: Registry, folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_promote_the_best(registry: Registry, folder: Path) -> None:
     bare = SCORECARD.model_copy(update={"result": MEASURES.model_copy(update={"accuracy": None, "loss": 0.2})})
     registry.publish("bank", folder, draft.model_copy(update={"scorecard": bare}))
     assert json.loads(run("promote", "bank", "--best", "--alias", "canary", "--json").stdout)["version"] == 5
-    assert registry.get_aliases("bank") == {"champion": 4, "canary": 5}
+    assert registry.aliases("bank") == {"champion": 4, "canary": 5}
 
     assert run("promote", "bank@1", "--best").exit_code == 2
     registry.publish("bank", folder, draft.model_copy(update={"data_fingerprint": "sha256:2"}))
@@ -174,7 +174,7 @@ def test_promote_the_best(registry: Registry, folder: Path) -> None:
         run("promote", "unscored", "--best")
     with pytest.raises(AdapterNotFoundError):
         run("promote", "nothing", "--best")
-    assert registry.get_aliases("bank") == {"champion": 4, "canary": 5}
+    assert registry.aliases("bank") == {"champion": 4, "canary": 5}
 
 
 def test_verify_without_a_probe(registry: Registry) -> None:
@@ -260,7 +260,7 @@ def test_a_foreign_folder_of_peft_is_published_verified_and_merged(
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), silent).save_pretrained(tmp_path / "silent")
     with pytest.raises(RegistryError, match=f"{re.escape(str(tmp_path / 'silent'))}: .*does nothing"):
         run("publish", tmp_path / "silent", "--name", "foreign")
-    assert Registry(get_registry_root()).list_versions("foreign") == [1]
+    assert Registry(get_registry_root()).versions("foreign") == [1]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

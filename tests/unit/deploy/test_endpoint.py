@@ -462,7 +462,7 @@ def test_a_canary_that_fails_is_rolled_back_for_good(tmp_path: Path) -> None:
         assert 5 <= statuses.count(422) < 20  # until both had five, and no more
         made.settled()
         assert set(ask(made, "front", count=20)) == {"bank@1"}
-        assert made.registry.get_aliases("bank") == {"champion": 1, "canary": 1}
+        assert made.registry.aliases("bank") == {"champion": 1, "canary": 1}
         time.sleep(0.5)
         made.registry.promote("bank@2", alias="canary")  # a person tries it again
         time.sleep(0.5)
@@ -476,7 +476,7 @@ def test_a_canary_that_does_well_is_promoted(tmp_path: Path) -> None:
         assert set(ask(made, "front", count=60)) == {"bank@1", "bank@2"}
         made.settled()
         time.sleep(0.3)
-        assert made.registry.get_aliases("bank") == {"champion": 2, "canary": 2}
+        assert made.registry.aliases("bank") == {"champion": 2, "canary": 2}
         assert set(ask(made, "front", count=20)) == {"bank@2"}
 
 
@@ -495,13 +495,13 @@ def test_a_canary_does_not_end_for_what_clients_send(tmp_path: Path) -> None:
         assert len(users["2"]) > 5
         made.settled()
         time.sleep(0.3)
-        assert made.registry.get_aliases("bank") == {"champion": 1, "canary": 2}
+        assert made.registry.aliases("bank") == {"champion": 1, "canary": 2}
 
 
 def until_rolled_back(made: Endpoint) -> Iterator[None]:
     """Each turn of a loop that lasts until `bank`'s canary is its old version again."""
     deadline = time.monotonic() + 60
-    while made.registry.get_aliases("bank")["canary"] == 2:
+    while made.registry.aliases("bank")["canary"] == 2:
         assert time.monotonic() < deadline
         yield
 
@@ -544,7 +544,7 @@ def test_a_sticky_user_stays_where_he_was_after_a_restart(tmp_path: Path) -> Non
             seen.append([ask(made, "split", user=f"user {i}") for i in range(20)])
     assert seen[0] == seen[1]
     assert len({*map(str, seen[0])}) == 2
-    assert made.registry.get_secret() == Registry(made.registry.root).get_secret()
+    assert made.registry.secret() == Registry(made.registry.root).secret()
 
 
 def test_a_refusal_tells_no_places_of_this_machine(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_publish_gives_numbers_and_keeps_everything(registry: Registry, adapter:
     assert registry.get("bank").scorecard == SCORECARD
     assert [r.ref for r in registry.list()] == ["bank@1", "bank@2"]
     assert [r.ref for r in registry.list("bank")] == ["bank@1", "bank@2"]
-    assert registry.list_names() == ["bank"]
+    assert registry.names() == ["bank"]
     assert first.created.utcoffset().total_seconds() == 0  # type: ignore[union-attr]
 
 
@@ -151,10 +151,10 @@ def test_publish_gives_numbers_and_keeps_everything(registry: Registry, adapter:
 def test_the_registrys_secret_is_in_no_adapters_way(
     registry: Registry, adapter: Callable[..., Path], first: str
 ) -> None:
-    known = registry.get_secret() if first == "secret" else None
+    known = registry.secret() if first == "secret" else None
     assert registry.publish("secret", adapter(), DRAFT).ref == "secret@1"
-    assert (known or registry.get_secret()) == registry.get_secret()
-    assert registry.list_names() == ["secret"]
+    assert (known or registry.secret()) == registry.secret()
+    assert registry.names() == ["secret"]
 
 
 def test_refs_lead_to_champion_latest_alias_and_number(registry: Registry, adapter: Callable[..., Path]) -> None:
@@ -166,7 +166,7 @@ def test_refs_lead_to_champion_latest_alias_and_number(registry: Registry, adapt
     registry.promote("bank@2", "canary")
     got = {ref: registry.get(ref).version for ref in ("bank", "bank@champion", "bank@canary", "bank@latest", "bank@3")}
     assert got == {"bank": 1, "bank@champion": 1, "bank@canary": 2, "bank@latest": 3, "bank@3": 3}
-    assert registry.get_aliases("bank") == {"champion": 1, "canary": 2}
+    assert registry.aliases("bank") == {"champion": 1, "canary": 2}
     assert registry.promote("bank@canary").version == 2  # an alias can be promoted to another
     assert registry.promote("bank").version == 3  # a bare name is the latest here, not the champion itself
 
@@ -183,7 +183,7 @@ def test_rollback_walks_back_and_history_is_kept(registry: Registry, adapter: Ca
         registry.rollback("bank")
     registry.promote("bank@3")
     assert registry.rollback("bank").version == 1  # where it pointed before that promotion
-    moves = [(move.action, move.version) for move in registry.get_history("bank")["champion"]]
+    moves = [(move.action, move.version) for move in registry.history("bank")["champion"]]
     assert moves == [
         ("promote", 1), ("promote", 2), ("promote", 3), ("rollback", 2), ("rollback", 1),
         ("promote", 3), ("rollback", 1),
@@ -203,7 +203,7 @@ def test_rm_refuses_a_champion_and_never_gives_a_number_again(registry: Registry
     with pytest.raises(RegistryError, match="name the version"):
         registry.rm("bank")
     registry.rm("bank@3")
-    assert registry.list_versions("bank") == [1, 2]
+    assert registry.versions("bank") == [1, 2]
     with pytest.raises(AdapterNotFoundError, match="bank has no version 3; it has 1, 2"):
         registry.get("bank@3")
     assert registry.publish("bank", folder, DRAFT).version == 4
@@ -439,8 +439,8 @@ def test_names_are_confined(tmp_path: Path, adapter: Callable[..., Path], name: 
         lambda: registry.get(name),
         lambda: registry.get(f"{name}@1"),
         lambda: registry.rollback(name),
-        lambda: registry.list_versions(name),
-        lambda: registry.get_history(name),
+        lambda: registry.versions(name),
+        lambda: registry.history(name),
     ):
         with pytest.raises(ConfigError, match=r"adapter name .*: allowed are 1 to 128 lower-case letters") as caught:
             call()
@@ -460,13 +460,13 @@ def test_aliases_are_confined(tmp_path: Path, adapter: Callable[..., Path], alia
     registry.publish("bank", adapter(), DRAFT)
     with pytest.raises(ConfigError, match="alias"):
         registry.promote("bank@1", alias)
-    assert registry.get_aliases("bank") == {}
+    assert registry.aliases("bank") == {}
 
 
 def test_no_adapter_is_called_as_the_base_is(tmp_path: Path, adapter: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="'base': it means the base without an adapter"):
         Registry(tmp_path / "store").publish("base", adapter(), DRAFT)
-    assert not Registry(tmp_path / "store").list_names()
+    assert not Registry(tmp_path / "store").names()
 
 
 def test_what_is_not_there_is_named_with_its_neighbours(registry: Registry, adapter: Callable[..., Path]) -> None:
@@ -483,7 +483,7 @@ def test_what_is_not_there_is_named_with_its_neighbours(registry: Registry, adap
         registry.get("bank-intents@champoin")
     with pytest.raises(AdapterNotFoundError, match="it holds bank-intents"):
         registry.list("zzz")
-    assert registry.list_names() == ["bank-intents"]  # asking for zzz left no folder
+    assert registry.names() == ["bank-intents"]  # asking for zzz left no folder
 
 
 # --- storage that fails
@@ -580,7 +580,7 @@ def test_processes_that_publish_at_once(registry: Registry, adapter: Callable[..
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    versions = registry.list_versions("bank")
+    versions = registry.versions("bank")
     assert len(versions) == 9
     if not registry.root.startswith("s3:"):  # there, two that collide both give way
         assert versions == list(range(1, 10))
@@ -603,7 +603,7 @@ def test_processes_that_promote_at_once(tmp_path: Path, adapter: Callable[..., P
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    moves = registry.get_history("bank")["champion"]
+    moves = registry.history("bank")["champion"]
     assert len(moves) >= 10
     assert all(a.version != b.version and a.at <= b.at for a, b in itertools.pairwise(moves))
     assert registry.get("bank").version == moves[-1].version

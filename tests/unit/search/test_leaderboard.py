@@ -287,7 +287,7 @@ def test_the_result_names_what_to_do_next_and_is_honest_about_the_baseline() -> 
 def test_the_registry_takes_the_names_that_a_study_gives() -> None:
     for trial in filled().choose_finalists():
         for name in choose_names(trial, filled()):
-            assert Registry("/nowhere").list_versions(name) == []
+            assert Registry("/nowhere").versions(name) == []
 
 
 def test_a_named_branch_stands_for_its_method() -> None:

@@ -27,6 +27,7 @@ from rankloom.paths import find_shipped_folder
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "platform" / "rankloom"
 HEAVY = ["torch", "ray", "transformers", "peft", "datasets", "bitsandbytes"]
+RUN_MAIN = "from rankloom.cli import main\ntry:\n    main({})\nexcept SystemExit as end:\n    assert not end.code"
 TYPES = [member.model_fields["type"].default for member in get_args(get_args(Method)[0])]
 QUANTIZATIONS = [member.model_fields["type"].default for member in get_args(get_args(Quantization)[0])]
 KINDS: dict[str, type[TrialConfig | StudyConfig | CompareConfig | ServeConfig]] = {
@@ -89,8 +90,7 @@ def test_the_cli_answers_without_heavy_imports() -> None:
         *("", "train", "tune", "compare", "serve", "evaluate", "submit train", "plan", "data", "report", "doctor"),
         *("schema", "adapters", "keys"),
     )
-    run_main = "from rankloom.cli import main\ntry:\n    main({})\nexcept SystemExit as end:\n    assert not end.code"
-    steps = [run_main.format(arguments.split()) for arguments in (*(f"{c} --help" for c in commands), "schema study")]
+    steps = [RUN_MAIN.format(arguments.split()) for arguments in (*(f"{c} --help" for c in commands), "schema study")]
     assert heavy_after(*steps, heavy=[*HEAVY, "pyarrow"]) == {}
 
 
@@ -107,8 +107,12 @@ def test_a_plan_imports_no_library_of_data_methods_or_clusters(tmp_path: Path) -
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 400}
     (tmp_path / "config.json").write_text(json.dumps(model | size))
-    plan = f"import rankloom as rl\nrl.plan({{'name': 't', 'model': {str(tmp_path)!r}}})"
-    assert heavy_after(plan) == {plan: ["torch", "transformers"]}
+    config = tmp_path / "trial.yaml"
+    config.write_text(f"name: t\nmodel: {tmp_path}\n")
+    call = f"import rankloom as rl\nrl.plan({str(config)!r})"
+    command = RUN_MAIN.format(["plan", str(config)])
+    heavy = [*HEAVY, "pandas", "pyarrow", "sklearn"]
+    assert heavy_after(call, command, heavy=heavy) == {each: ["torch", "transformers"] for each in (call, command)}
 
 
 def test_compatible_covers_the_methods() -> None:

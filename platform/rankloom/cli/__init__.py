@@ -6,6 +6,8 @@ line and an exit code: 0 done, 1 failed, 2 wrong usage or config, 130 interrupte
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -75,6 +77,8 @@ class _Printable(logging.Formatter):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    if arguments is None:
+        atexit.register(gc.freeze)  # the process ends: its last collections would visit every object, for a second
     if logging.lastResort is not None:  # warnings may quote a record
         logging.lastResort.setFormatter(_Printable())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install

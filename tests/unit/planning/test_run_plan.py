@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -284,6 +285,7 @@ def test_the_command_prints_a_row_for_each_method(
     with pytest.raises(SystemExit) as end:
         main(["plan", str(config), "--memory", "8GB", "--prefer", "speed", *(["--json"] if as_json else [])])
     assert end.value.code == 0
+    assert gc.isenabled()
     text = capsys.readouterr().out
     if as_json:
         planned = json.loads(text)

@@ -98,7 +98,7 @@ def test_chunks_in_bf16_are_torchs_own_attention() -> None:
         with Names() as names:
             found = attention_triton.chunk_attention(query, pages, pages, table, length, starts, 30, 0.3)
     assert (found.shape, found.dtype) == (query.shape, torch.bfloat16)
-    assert names.found["_varlen_attn"] == 1
+    assert names.found["_flash_attention_forward"] == 1
     assert names.found["index"] == 2  # keys and values
 
 

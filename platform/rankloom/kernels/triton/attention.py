@@ -1,7 +1,7 @@
 """The ops of `rankloom.kernels.attention`.
 
 Decoding has one program for a sequence, a key head and a split of the sequence's tokens; all query heads of the key
-head share what it reads. A second kernel adds the splits up. Chunks use torch's own variable-length attention.
+head share what it reads. A second kernel adds the splits up. Chunks use torch's flash attention.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from rankloom.kernels.attention import mask_chunks
 
@@ -136,20 +135,10 @@ def chunk_attention(
     num_tokens = table_RP.shape[1] * keys_SThE.shape[1]
     keys, values = (blocks[table_RP].flatten(0, 2) for blocks in (keys_SThE, values_SThE))
     starts_k = torch.arange(0, len(keys) + 1, num_tokens, dtype=torch.int32, device=query_NHE.device)
-    found = varlen_attn(
-        _with_unit_stride(query_NHE),
-        keys,
-        values,
-        starts,
-        starts_k,
-        longest,
-        num_tokens,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=True,
-        seqused_k=length_R.int(),
-    )
-    assert isinstance(found, Tensor)
+    found: Tensor = torch.ops.aten._flash_attention_forward(
+        _with_unit_stride(query_NHE), keys, values, starts, starts_k, longest, num_tokens, 0.0, True, False,
+        scale=scale, window_size_left=-1, window_size_right=0, seqused_k=length_R.int(),
+    )[0]  # fmt: skip
     return found
 
 

@@ -200,12 +200,21 @@ def _read_default_rank(kind: Any) -> int | None:
 
 CROSSED = ("model", "quantization", "data", "compute")
 """Sections that change the base or the data; a study must know all their combinations."""
+KINDS = (
+    *("method", "method.type", "method.target_modules", "method.experts", "method.optimizer", "method.layerwise"),
+    "optim",
+)
+"""Knobs whose values take more or less memory in no order."""
+RISING = ("method.rank", "method.initial_rank", "method.num_layers", "optim.batch_size")
+"""Knobs whose highest value takes most memory."""
+FALLING = ("optim.accumulation",)
+"""Knobs whose lowest value takes most memory."""
 
 
 def probe_knobs(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
     """Yield points with one knob at each of its ends and the others at their first, to find every typo before a run.
 
-    Knobs of `CROSSED` sections take every combination of their ends.
+    Knobs of `CROSSED` sections take every combination of their ends. One of the points needs most memory.
     """
     first = {name: knob.ends()[0] for name, knob in knobs.items()}
     crossed = {name: knob for name, knob in knobs.items() if name.partition(".")[0] in CROSSED}
@@ -214,6 +223,12 @@ def probe_knobs(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:
     for name, knob in knobs.items():
         for value in knob.ends()[1:] if name not in crossed else ():
             yield first | {name: value}
+    heaviest = {name: max(knobs[name].ends(), key=float) for name in RISING if name in knobs}
+    heaviest |= {name: min(knobs[name].ends(), key=float) for name in FALLING if name in knobs}
+    kinds = crossed | {name: knobs[name] for name in KINDS if name in knobs}
+    if heaviest or kinds != crossed:
+        for values in itertools.product(*(knob.ends() for knob in kinds.values())):
+            yield first | heaviest | dict(zip(kinds, values, strict=True))
 
 
 def walk_grid(knobs: Mapping[str, Knob]) -> Iterator[dict[str, Any]]:

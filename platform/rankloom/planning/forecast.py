@@ -13,6 +13,7 @@ from rankloom.config.method import AdapterConfig
 from rankloom.config.study import is_fusable
 from rankloom.config.trial import TrialConfig
 from rankloom.models import choose_auto_dtype, resolve_dtype
+from rankloom.models.device import choose_device
 from rankloom.planning.rows import RowSizes
 from rankloom.planning.speed import Speed
 from rankloom.training.memory import describe_model
@@ -56,6 +57,11 @@ def name_recipe(trial: TrialConfig) -> str:
 def trains_base(trial: TrialConfig) -> bool:
     """Return whether the base's own weights train; the table knows it without the methods' libraries."""
     return trial.method.row.servable == "extracted"
+
+
+def choose_planned_device(wanted: str) -> torch.device:
+    """Return the device of a setting; cuda can be planned for where there is none."""
+    return torch.device("cuda") if wanted == "cuda" else choose_device(wanted)
 
 
 def read_outline_shape(model: PreTrainedModel, trial: TrialConfig, rows: RowSizes, device: torch.device) -> Shape:

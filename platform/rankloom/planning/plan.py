@@ -7,7 +7,7 @@ which tests hold to measured peaks; speed comes from measured rows or from a cal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,17 @@ from rankloom.errors import ConfigError
 from rankloom.models.device import choose_device
 from rankloom.planning.forecast import (
     MethodPlan,
+    choose_planned_device,
     forecast_memory,
     name_recipe,
     plan_method,
     read_outline_shape,
     trains_base,
 )
+from rankloom.planning.heaviest import group_by_model, pick_heaviest
 from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.recommend import Preference, Recommendation, recommend
-from rankloom.planning.rows import RowSizes, read_row_sizes
+from rankloom.planning.rows import RowSizes, read_each_row_sizes, read_row_sizes
 from rankloom.planning.speed import Speed, calibrate, find_speed
 from rankloom.training.memory import read_free_bytes
 
@@ -87,7 +89,8 @@ def plan(
     """Return what a run will take: memory by part, whether it fits, the largest batch, fused members, time and cost.
 
     No weights are loaded and nothing is started. Rows are read where they are here and small; else each counts as
-    `data.max_length` tokens.
+    `data.max_length` tokens. A study is planned by the trials of its space that need most memory, one for each method;
+    of several models by the one that needs most.
 
     Args:
         config: A `TrialConfig`, `StudyConfig` or `CompareConfig`, a dict of its settings, or a YAML file's path.
@@ -110,13 +113,19 @@ def plan(
         True
     """
     found = config if isinstance(config, AnyConfig) else read_config(config)
-    own = [resolve_paths(trial) for trial in list_trials(found)]
-    first = own[0]
-    others = [trial for trial in _list_recipes(first) if name_recipe(trial) not in {name_recipe(each) for each in own}]
-    return plan_trials(
-        own, others, found.name, num_workers=num_workers, available=None if memory is None else parse_bytes(memory),
-        prefer=prefer, price_per_hour=price_per_hour, calibrated=calibrate,
-    )  # fmt: skip
+    available = None if memory is None else parse_bytes(memory)
+    plans = []
+    for group in group_by_model(map(resolve_paths, list_trials(found))):
+        own = pick_heaviest(group)
+        recipes = {name_recipe(trial) for trial in own}
+        plans.append(
+            plan_trials(
+                own, [trial for trial in _list_recipes(own[0]) if name_recipe(trial) not in recipes], found.name,
+                num_workers=num_workers, available=available, prefer=prefer, price_per_hour=price_per_hour,
+                calibrated=calibrate,
+            )
+        )  # fmt: skip
+    return max(plans, key=lambda planned: max(each.memory.peak for each in planned.own))
 
 
 def plan_trials(
@@ -132,20 +141,22 @@ def plan_trials(
 ) -> Plan:
     """Plan the trials of one model and data set, as `plan` does."""
     first = own[0]
-    device = _choose_planned_device(first.compute.device)
+    device = choose_planned_device(first.compute.device)
     workers = num_workers or max(1, first.compute.num_workers)
     model = open_outline(first.model, first.quantization)
-    parameters, rows = count_parameters(model), read_row_sizes(first)
+    parameters = count_parameters(model)
     if available is None:
         available = find_available(device, workers)
-    shapes = [read_outline_shape(model, trial, rows, device) for trial in (*own, *others)]
-    speeds = _find_speeds([*own, *others], device, sum(parameters.values()), calibrated=calibrated)
+    trials = [*own, *others]
+    rows = read_each_row_sizes(trials)
+    shapes = [read_outline_shape(model, trial, sizes, device) for trial, sizes in zip(trials, rows, strict=True)]
+    speeds = _find_speeds(trials, device, sum(parameters.values()), calibrated=calibrated)
     methods = tuple(
         plan_method(
-            trial, shape, rows, available=available, num_workers=workers, on_gpu=device.type == "cuda",
+            trial, shape, sizes, available=available, num_workers=workers, on_gpu=device.type == "cuda",
             speed=speeds.get(name_recipe(trial)), price_per_hour=price_per_hour or trial.compute.price_per_hour,
         )
-        for trial, shape in zip((*own, *others), shapes, strict=True)
+        for trial, shape, sizes in zip(trials, shapes, rows, strict=True)
     )  # fmt: skip
     return Plan(
         name=name,
@@ -154,7 +165,7 @@ def plan_trials(
         device=device.type,
         num_workers=workers,
         available=available,
-        rows=rows,
+        rows=max(rows[: len(own)], key=lambda sizes: sizes.batch_tokens),
         methods=methods,
         num_own=len(own),
         recommendation=None if prefer is None else recommend(methods, prefer),
@@ -174,23 +185,13 @@ def _load(cls: type[ConfigT], given: str | Path | Mapping[str, Any], overrides: 
 
 
 def list_trials(config: AnyConfig) -> list[TrialConfig]:
-    """Return the trials to plan: of each recipe the one with the highest rank."""
+    """Return the trials that a run can have; of a study those at the ends of its knobs."""
     if isinstance(config, TrialConfig):
         return [config]
     if isinstance(config, CompareConfig):
         seed = config.seeds[0]
-        return pick_largest(config.resolve(each, seed, each.learning_rate) for each in config.methods)
-    return pick_largest(config.probe_trials())
-
-
-def pick_largest(trials: Iterable[TrialConfig]) -> list[TrialConfig]:
-    """Return of each recipe the trial with the highest rank."""
-    largest: dict[str, TrialConfig] = {}
-    for trial in trials:
-        known = largest.setdefault(name_recipe(trial), trial)
-        if getattr(trial.method, "rank", 0) > getattr(known.method, "rank", 0):
-            largest[name_recipe(trial)] = trial
-    return list(largest.values())
+        return [config.resolve(each, seed, each.learning_rate) for each in config.methods]
+    return list(config.probe_trials())
 
 
 def parse_bytes(given: str | float) -> float:
@@ -219,7 +220,7 @@ def find_available(device: torch.device, num_workers: int) -> float | None:
 
 def find_smaller(trial: TrialConfig, available: float, num_workers: int) -> str | None:
     """Return the first change of settings with which a trial fits, as `key=value`; None if none is enough."""
-    device, rows = _choose_planned_device(trial.compute.device), read_row_sizes(trial)
+    device, rows = choose_planned_device(trial.compute.device), read_row_sizes(trial)
     model = open_outline(trial.model, trial.quantization)
     qlora = {"method": {"type": "lora"}, "quantization": "nf4"}
     for change, text in (
@@ -261,10 +262,6 @@ def _change(trial: TrialConfig, change: dict[str, Any]) -> TrialConfig | None:
         return parse(TrialConfig, merge(tree, change))
     except ConfigError:  # two settings that exclude each other, such as fp16 weights with full
         return None
-
-
-def _choose_planned_device(wanted: str) -> torch.device:
-    return torch.device("cuda") if wanted == "cuda" else choose_device(wanted)
 
 
 def _find_speeds(

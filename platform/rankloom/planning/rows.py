@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,20 @@ def read_row_sizes(trial: TrialConfig) -> RowSizes:
         step_tokens=float(lengths.sum()) / cursor.batches_per_epoch,
         are_read=True,
     )
+
+
+def read_each_row_sizes(trials: Iterable[TrialConfig]) -> list[RowSizes]:
+    """Return the sizes of each trial's rows, as `read_row_sizes` does; trials with equal batches share one reading."""
+    known: dict[str, RowSizes] = {}
+    sizes = []
+    for trial in trials:
+        optim = trial.optim
+        settings = [trial.model, trial.data, trial.eval.retention, optim.batch_size, optim.group_by_length]
+        key = repr([*settings, trial.seed, trial.budget])
+        if key not in known:
+            known[key] = read_row_sizes(trial)
+        sizes.append(known[key])
+    return sizes
 
 
 def _has_tokenizer(model: ModelConfig) -> bool:

@@ -147,7 +147,8 @@ def run_study(
     if decision != "finished" and not vetted:
         from rankloom.planning.gate import vet_trials
 
-        vet_trials(study.probe_trials(), study.name, on_event, metric, fused=True)
+        searched = {name for knobs in study.knobs for name in knobs}
+        vet_trials(study.probe_trials(), study.name, on_event, metric, fused=True, searched=searched)
     with lock_folder(folder, "study"):
         try:
             return _run(study, folder, on_event, stop or threading.Event(), own, end, resume=resume, metric=metric)

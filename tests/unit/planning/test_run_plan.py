@@ -233,6 +233,45 @@ def test_a_run_that_can_not_fit_starts_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def study_of(model: Path, *space: dict[str, Any], **changed: Any) -> rl.StudyConfig:
+    return parse(rl.StudyConfig, {"name": "s", "trial": {"model": str(model)} | changed, "space": list(space)})
+
+
+def test_a_study_is_planned_by_the_trials_that_need_most(tiny_llama: Path) -> None:
+    batch = {"batch_size": {"choice": [4, 64, 16]}, "accumulation": {"choice": [4, 1]}}
+    methods = {"choice": [{"type": "galore"}, {"type": "full"}]}
+    lora = {"type": "lora", "rank": {"choice": [32, 8]}, "target_modules": {"choice": [["q_proj"], "all-linear"]}}
+    study = study_of(tiny_llama, {"method": methods, "optim": batch}, {"method": lora, "optim": batch})
+    most = {"batch_size": 64}
+    planned = plan(study, memory="16GB").own
+    assert [each.label for each in planned] == ["lora", "galore", "full"]  # the baseline, a warm start, is lora
+    for method, each in zip(({"rank": 32}, {"type": "galore"}, {"type": "full"}), planned, strict=True):
+        (alone,) = plan(trial_of(tiny_llama, method=method, optim=most, compute={}), memory="16GB").own
+        assert each == alone
+
+
+def test_a_study_of_two_models_is_planned_by_the_one_that_needs_most(open_model: Callable[[str], Path]) -> None:
+    small, large = open_model("TinyLlama-1.1B"), open_model("Llama-3-8B")
+    study = study_of(small, {"model": {"choice": [str(large), str(small)]}}, compute={"device": "cuda"})
+    planned = plan(study, memory="80GB")
+    assert planned.model == str(large)
+    events: list[Event] = []
+    announce_plan(list(study.probe_trials()), "s", events.append, fused=True)
+    assert len(events) == 6
+
+
+def test_the_value_of_a_studys_knob_that_can_not_fit_is_named(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    space = {"method": {"type": "full"}, "optim": {"batch_size": {"choice": [4, 512, 8]}}}
+    study = study_of(tiny_llama, space)
+    (own,) = plan(trial_of(tiny_llama, method={"type": "full"}, optim={"batch_size": 8}, compute={}), memory="16GB").own
+    monkeypatch.setattr("rankloom.planning.plan.read_free_bytes", lambda _: 1.5 * own.memory.peak)
+    with pytest.raises(ConfigError, match=r"optim\.batch_size=512: full needs .* leave values above \d+ out of the sp"):
+        rl.tune(study)
+
+
 def test_an_endpoint_is_planned_and_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = rl.ServeConfig(base=str(tiny_llama), adapters=[], engine={"kv_cache_tokens": 1000}, replicas={"gpus": 0})

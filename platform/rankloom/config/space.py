@@ -202,9 +202,9 @@ CROSSED = ("model", "quantization", "data", "compute")
 """Sections that change the base or the data; a study must know all their combinations."""
 KINDS = (
     *("method", "method.type", "method.target_modules", "method.experts", "method.optimizer", "method.layerwise"),
-    "optim",
+    *("optim", "optim.loraplus_ratio"),
 )
-"""Knobs whose values take more or less memory in no order."""
+"""Knobs that change the method, or whose values take more or less memory in no order."""
 RISING = ("method.rank", "method.initial_rank", "method.num_layers", "optim.batch_size")
 """Knobs whose highest value takes most memory."""
 FALLING = ("optim.accumulation",)

@@ -239,13 +239,15 @@ def study_of(model: Path, *space: dict[str, Any], **changed: Any) -> rl.StudyCon
 
 def test_a_study_is_planned_by_the_trials_that_need_most(tiny_llama: Path) -> None:
     batch = {"batch_size": {"choice": [4, 64, 16]}, "accumulation": {"choice": [4, 1]}}
+    plus = {"loraplus_ratio": {"choice": [1, 16]}}
     methods = {"choice": [{"type": "galore"}, {"type": "full"}]}
     lora = {"type": "lora", "rank": {"choice": [32, 8]}, "target_modules": {"choice": [["q_proj"], "all-linear"]}}
-    study = study_of(tiny_llama, {"method": methods, "optim": batch}, {"method": lora, "optim": batch})
+    study = study_of(tiny_llama, {"method": methods, "optim": batch}, {"method": lora, "optim": batch | plus})
     most = {"batch_size": 64}
     planned = plan(study, memory="16GB").own
-    assert [each.label for each in planned] == ["lora", "galore", "full"]  # the baseline, a warm start, is lora
-    for method, each in zip(({"rank": 32}, {"type": "galore"}, {"type": "full"}), planned, strict=True):
+    assert [each.label for each in planned] == ["lora", "galore", "full", "lora-plus"]  # the baseline is lora
+    assert planned[3].trained == planned[0].trained
+    for method, each in zip(({"rank": 32}, {"type": "galore"}, {"type": "full"}), planned[:3], strict=True):
         (alone,) = plan(trial_of(tiny_llama, method=method, optim=most, compute={}), memory="16GB").own
         assert each == alone
 

@@ -1,10 +1,11 @@
-"""Trials under Ray Train: events, a killed worker, a stop and a resume, an error that is nobody's to retry."""
+"""Trials under Ray Train: events, a killed worker, a stop and a resume, a killed driver, an error of the user."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from rankloom.config import TrialConfig, parse
 from rankloom.errors import ConfigError, DataError
 from rankloom.events import Evaluated, Event, PhaseStarted, RunResumed, StepFinished
+from rankloom.launch.orphans import remove_orphaned_groups
 from rankloom.launch.trainer import train_trial
 from rankloom.registry import Registry
 from rankloom.training.preflight import HEAD_ROWS
@@ -94,6 +96,39 @@ def test_stop_resume_and_finish(tiny_trial: Make) -> None:
 
     again = train_trial(parse(TrialConfig, settings | {"budget": {"steps": stopped.steps + 5}}), resume=True)
     assert again == finished
+
+
+def test_what_a_killed_process_reserved_is_free_again() -> None:
+    import ray
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    class Reserver:
+        def reserve(self, cpus: float) -> str:
+            group = placement_group([{"CPU": cpus}])
+            group.wait(1)
+            return str(group.id.hex())
+
+    def start_reserver(cpus: float) -> tuple[Any, str]:
+        actor = ray.remote(Reserver).options(num_cpus=0).remote()
+        return actor, ray.get(actor.reserve.remote(cpus))
+
+    def list_states(*groups: str) -> list[str]:
+        table = placement_group_table()
+        return [table[group]["state"] for group in groups]
+
+    ours = placement_group([{"CPU": 0.1}])
+    (alive, kept), (reserving, reserved), (waiting, awaited) = map(start_reserver, (0.1, 1.8, 1.8))
+    assert list_states(kept, reserved, awaited) == ["CREATED", "CREATED", "PENDING"]
+    ray.kill(reserving)
+    ray.kill(waiting)
+    deadline = time.monotonic() + 60
+    while list_states(reserved, awaited) != ["REMOVED", "REMOVED"]:
+        assert time.monotonic() < deadline
+        remove_orphaned_groups()
+        time.sleep(0.1)
+    assert list_states(ours.id.hex(), kept) == ["CREATED", "CREATED"]
+    remove_placement_group(ours)
+    ray.kill(alive)  # the next run frees what it reserved
 
 
 def test_an_error_of_the_users_is_told_once_and_not_retried(

@@ -20,6 +20,7 @@ from rankloom.errors import ConfigError
 from rankloom.hosts.host_actor import HostActor
 from rankloom.hosts.host_loop import BankShape, HostDevice, HostReport
 from rankloom.launch import cluster
+from rankloom.launch.orphans import remove_orphaned_groups
 
 IDLE_S = 30.0
 """Seconds without a trial after which a host ends."""
@@ -172,9 +173,10 @@ class Hosts:
             self._max_hosts = share_out(self._study, cluster.list_alive_nodes()).hosts_per_group
 
     async def close(self) -> None:
-        """End all hosts."""
+        """End all hosts, and free what killed trials had reserved."""
         self._stop_sweeping()
         await asyncio.gather(*map(self._end, self._open))
+        remove_orphaned_groups()
 
     async def get_stats(self) -> list[HostReport]:
         """Return the `get_stats` of each host that answers; a host that loads or is down does not."""
@@ -228,6 +230,7 @@ class Hosts:
 
     async def _sweep(self) -> None:
         while True:
+            remove_orphaned_groups()  # hosts and trials wait for what they reserve
             await asyncio.sleep(SWEEP_EVERY_S)
             for host in [h for h in self._open if not h.trials and time.monotonic() - h.empty_since > IDLE_S]:
                 self._open.remove(host)

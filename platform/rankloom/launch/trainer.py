@@ -27,6 +27,7 @@ from rankloom.launch.background import Background, watch
 from rankloom.launch.channel import Channel
 from rankloom.launch.failures import Failure, to_failure, to_training_failure
 from rankloom.launch.handed_over import use_trial_metric, use_trial_rows
+from rankloom.launch.orphans import remove_orphaned_groups
 from rankloom.launch.results import TrialResult
 from rankloom.launch.run_folder import ERROR, RESULT, RunFolder
 from rankloom.registry import Registry
@@ -189,6 +190,7 @@ def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop:
         kind = "core(s) and a GPU" if share.gpu else "core(s)"
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell(PhaseStarted("launch", message))
+        remove_orphaned_groups()  # of an earlier attempt, whose process was killed
         channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
         fitting = Background(lambda: _build_ray_trainer(trial, run, work, share, channel).fit())
         watch(fitting, channel, tell, stop)

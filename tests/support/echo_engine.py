@@ -1,12 +1,14 @@
-"""An engine without a model: it answers with the adapter's name and the prompt, one byte per token."""
+"""An engine without a model: it answers with the adapter's name and the prompt, or by a schema; a byte is a token."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from rankloom.engine.protocol import Delta, Likelihood, Request, Resident, Stats, TokenLogprobs
 from rankloom.errors import AdapterNotFoundError, OverloadedError, RegistryError, RequestError
+from schemas import make_instance
 
 
 class EchoEngine:
@@ -52,6 +54,8 @@ class EchoEngine:
         if "bug" in prompt:
             raise ZeroDivisionError("with the secret prompt in it")
         text = asked.choices[-1] if asked.choices else f"{request.adapter or 'base'}|{prompt}|"
+        if asked.grammar is not None and asked.grammar.kind == "json":
+            text = json.dumps(make_instance(json.loads(asked.grammar.text)))
         if "forever" in prompt:
             text *= 1000
         out = text.encode()

@@ -35,6 +35,10 @@ class ChoiceState:
     def is_over(self) -> bool:
         return self._at == len(self._node.tokens) and not self._node.children
 
+    @property
+    def error(self) -> None:
+        return None
+
     def advance(self, token: int) -> None:
         if self._at == len(self._node.tokens):
             self._node, self._at = self._node.children[token], 0

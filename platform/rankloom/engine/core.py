@@ -21,16 +21,18 @@ from rankloom.config.engine import EngineConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import EngineLoader
 from rankloom.engine.attention import SequenceChunk
+from rankloom.engine.frontend import count_vocabulary
 from rankloom.engine.kv_cache import KvCache, choose_bucket_width, choose_capacity, choose_prefix_capacity, find_longest
+from rankloom.engine.masks import Masker
 from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.open_predictor import open_predictor
 from rankloom.engine.predictor import StepResult
 from rankloom.engine.prefix import PrefixTree
 from rankloom.engine.protocol import Stats
-from rankloom.engine.sampling import LARGEST
+from rankloom.engine.sampling import LARGEST, SamplingInput
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, halve, schedule
 from rankloom.engine.sequence import RunningSequence
-from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
+from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError, RequestError
 from rankloom.models import Base
 from rankloom.models.device import free_cuda_bytes, is_lost
 from rankloom.registry import Registry
@@ -84,6 +86,7 @@ class Core:
         """The most tokens of a sequence."""
         loader = EngineLoader(base, registry, self._compute_logits)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
+        self._masker = Masker(count_vocabulary(base))
         self._deliver = deliver
         self._unsent: list[RunningSequence] = []
         """Sequences whose last token was taken, and not sent yet."""
@@ -114,6 +117,7 @@ class Core:
         for sequence in (*self._running.values(), *self._waiting.values()):
             sequence.stream.fail(error)
         self.adapters.close(error)
+        self._masker.close()
         self._runner.close()
 
     def get_stats(self) -> Stats:
@@ -183,9 +187,9 @@ class Core:
                 SequenceChunk(c.id, sequence.adapter, c.start, sequence.tokens[c.start : c.start + c.count], c.predicts)
                 for c, sequence in zip(chunks, sequences, strict=True)
             ]
-            inputs = [s.make_sampling_input() for c, s in zip(chunks, sequences, strict=True) if c.predicts]
+            predicting = [s for c, s in zip(chunks, sequences, strict=True) if c.predicts]
             try:
-                return chunks, self._predictor.predict(batch, inputs)
+                return chunks, self._predictor.predict(batch, self._make_inputs(predicting))
             except torch.OutOfMemoryError:
                 pass  # the memory of the forward is freed once this block is left
             self._prefixes.clear()
@@ -194,6 +198,12 @@ class Core:
                 break
             chunks = halve(chunks)
         return (), None
+
+    def _make_inputs(self, sequences: Sequence[RunningSequence]) -> list[SamplingInput]:
+        """Make what sampling needs; the masks are found while the step is computed."""
+        states = {sequence: sequence.constraint for sequence in sequences if sequence.constraint is not None}
+        masks = dict(zip(states, self._masker.begin(list(states.values())), strict=True))
+        return [sequence.make_sampling_input(masks.get(sequence)) for sequence in sequences]
 
     def _reserve(self, sequence: RunningSequence) -> bool:
         """Reserve a place in the cache for a running sequence. Returns False where it can't run for lack of memory."""
@@ -236,6 +246,9 @@ class Core:
             if token is None:
                 where = sequence.request.adapter or "the base"
                 self._end(sequence, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
+                continue
+            if sequence.constraint is not None and (reason := sequence.constraint.error) is not None:
+                self._end(sequence, RequestError(f"the completion can't continue in its grammar: {reason}"))
                 continue
             self._counters.generated_tokens += 1
             is_over = sequence.take(token)

@@ -2,8 +2,9 @@
 
 What the host decides (tokens, lengths, pages, settings of sampling) goes to the device in one copy, and the tokens come
 back in one. A step in which every sequence has one token has fixed shapes, for a number of rows that is rounded up; it
-is a CUDA graph from its third time on. What sampling on the device can't do, such as guided choices, is done from the
-step's logits as on a CPU.
+is a CUDA graph from its third time on. Constrained rows get their masks, and their tokens, after it; the host finds the
+masks while the graph runs. What sampling on the device can't do, such as penalties, is done from the step's logits as
+on a CPU.
 
 Shapes: R rows, N tokens, M rows that predict, P pages of a row, V vocabulary.
 """
@@ -37,6 +38,7 @@ from rankloom.engine.sampling import (
     cuts,
     draw_any,
     draw_candidate,
+    mask_rows,
     needs_logits,
     sample_tokens,
 )
@@ -136,7 +138,9 @@ class DevicePredictor:
         logits_MV, tokens_M = self.graphs.run(
             (rows, draw, slots_R is None), lambda: self._decode_rows(on_device, slots_R, rows, draw)
         )
-        return _DeviceResult(logits_MV, tokens_M, list(range(len(chunks))), inputs)
+        order = list(range(len(chunks)))
+        tokens_M = _draw_masked_rows(logits_MV, tokens_M, _make_columns(on_device, rows), order, inputs)
+        return _DeviceResult(logits_MV, tokens_M, order, inputs)
 
     def _decode_rows(
         self, of: dict[str, Tensor], slots_R: Tensor | None, rows: int, draw: Draw
@@ -191,7 +195,9 @@ class DevicePredictor:
         logits_MV = self._runner.compute(route, of["ids"][:num_tokens], of["positions"][:num_tokens], layout, kept_M)
         if not predicting:
             return _DeviceResult(logits_MV, logits_MV.new_empty(0), (), ())
-        tokens_M = _draw_tokens(logits_MV, _make_columns(of, len(predicting)), _choose_draw(inputs))
+        columns = _make_columns(of, len(predicting))
+        tokens_M = _draw_tokens(logits_MV, columns, _choose_draw(inputs))
+        tokens_M = _draw_masked_rows(logits_MV, tokens_M, columns, order, inputs)
         return _DeviceResult(logits_MV, tokens_M, order, inputs)
 
     def _write_rows(self, host: dict[str, np.ndarray], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
@@ -264,13 +270,46 @@ def _make_columns(of: dict[str, Tensor], rows: int) -> SamplingColumns:
 
 
 def _choose_draw(inputs: Sequence[SamplingInput]) -> Draw:
-    drawn = [i.sampling for i in inputs if i.sampling.temperature >= COLDEST and not needs_logits(i)]
+    """Return how to draw the tokens of all rows that have no masks."""
+    return _choose_draw_of([i.sampling for i in inputs if i.mask is None and not needs_logits(i)])
+
+
+def _choose_draw_of(settings: Sequence[Sampling]) -> Draw:
+    drawn = [sampling for sampling in settings if sampling.temperature >= COLDEST]
     return "candidate" if any(map(cuts, drawn)) else "any" if drawn else "likeliest"
+
+
+def _draw_masked_rows(
+    logits_RV: Tensor,
+    tokens_R: Tensor,
+    columns: SamplingColumns,
+    rows_M: Sequence[int],
+    inputs: Sequence[SamplingInput],
+) -> Tensor:
+    """Return the tokens with those of the rows that have masks, which this waits for; the device does not.
+
+    Args:
+        rows_M: the row of each input.
+    """
+    masked = {row: item for row, item in zip(rows_M, inputs, strict=True) if item.mask and not needs_logits(item)}
+    if not masked:
+        return tokens_R
+    masks = [item.mask for item in masked.values() if item.mask]
+    logits_GV, rows_G = mask_rows(logits_RV, list(masked), masks)
+    own = SamplingColumns(*(column[rows_G] for column in vars(columns).values()))
+    drawn_G = _draw_sound(logits_GV, own, _choose_draw_of([item.sampling for item in masked.values()]))
+    return tokens_R.index_copy(0, rows_G, drawn_G.where(tokens_R[rows_G] != UNSOUND, UNSOUND))
 
 
 def _draw_tokens(logits_MV: Tensor, columns: SamplingColumns, draw: Draw) -> Tensor:
     """Return a token for each row, `UNSOUND` or `UNCERTAIN` [M]; the host waits for nothing."""
-    tokens_M, is_sound_M = logits_MV.argmax(-1), logits_MV.abs().amax(-1) < LARGEST  # nan is not
+    is_sound_M = logits_MV.abs().amax(-1) < LARGEST  # nan is not
+    return _draw_sound(logits_MV, columns, draw).where(is_sound_M, UNSOUND)
+
+
+def _draw_sound(logits_MV: Tensor, columns: SamplingColumns, draw: Draw) -> Tensor:
+    """Return a token for each row, or `UNCERTAIN` [M]. Some logits may be -inf."""
+    tokens_M = logits_MV.argmax(-1)
     if draw != "likeliest":
         is_cold_M = columns.temperature[:, 0] < COLDEST
         columns = replace(columns, temperature=columns.temperature.clamp_min(COLDEST))
@@ -283,4 +322,4 @@ def _draw_tokens(logits_MV: Tensor, columns: SamplingColumns, draw: Draw) -> Ten
             if num_candidates < probs_MV.shape[1]:
                 drawn_M = drawn_M.where(is_certain_M, UNCERTAIN)
         tokens_M = tokens_M.where(is_cold_M, drawn_M)
-    return tokens_M.where(is_sound_M, UNSOUND)
+    return tokens_M

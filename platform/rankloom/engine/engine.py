@@ -50,6 +50,7 @@ class ServingEngine(EngineFrontend):
 
     async def start(self) -> None:
         self._mailbox.open()
+        await asyncio.to_thread(self._guides.open)
         shorten_pauses()
         self._thread.start()
 
@@ -58,6 +59,7 @@ class ServingEngine(EngineFrontend):
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._guides.close()
         allow_pauses()
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:

@@ -15,6 +15,14 @@ from pydantic import Field
 from rankloom.config.base import Frozen
 
 
+class Grammar(Frozen):
+    """What a completion matches as a whole, unless it is cut."""
+
+    kind: Literal["json", "regex", "grammar"]
+    """A JSON schema, as text; a regular expression; a grammar in Lark's notation or GBNF. (The names are vLLM's.)"""
+    text: str
+
+
 class Sampling(Frozen):
     """How a request's tokens are sampled; sequences of one batch may differ in it."""
 
@@ -43,6 +51,8 @@ class Sampling(Frozen):
     cuts, and of this many of the likeliest tokens; null: none."""
     choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """The completion is one of these texts, whole."""
+    grammar: Grammar | None = None
+    """The completion matches this; not together with `choices`."""
     ignore_eos: bool = False
     """Continue past the end of the turn, up to `max_tokens`; for measurements."""
 
@@ -98,8 +108,8 @@ class Delta:
     """One a token where the request asks for them, as soon as its text is certain. Their pieces, one after the other,
     are the completion; none is of a stop string."""
     finish: Literal["stop", "length"] | None = None
-    """stop: the model ended its turn, or a stop string or a whole choice was reached; length: `max_tokens` or the
-    context was."""
+    """stop: the model ended its turn, or a stop string, a whole choice or the end of a grammar was reached; length:
+    `max_tokens` or the context was."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from the cache; final in the last delta."""
 
@@ -188,7 +198,8 @@ class Engine(Protocol):
         An adapter that is not resident is loaded while other requests continue.
 
         Raises:
-            RequestError: it can't be served here: too long, an unknown token, choices that become the same tokens.
+            RequestError: it can't be served here: too long, an unknown token, choices that become the same tokens, a
+                grammar that can't be honoured.
             AdapterNotFoundError: no such version.
             RegistryError: the adapter is broken, does nothing, or needs a feature that this engine lacks.
             IncompatibleError: the adapter was tuned on another base.

@@ -3,7 +3,7 @@
 In order: penalties, allowed tokens, temperature, min-p, top-k, top-p. Each token takes one random number from the
 sequence's own generator, so that its tokens do not depend on the rest of the batch.
 
-Shapes: M sequences, V vocabulary, K candidates.
+Shapes: M sequences, of which G have masks, W words of 32 bits, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rankloom.engine.masks import TokenMask
 from rankloom.engine.protocol import Sampling
+from rankloom.models.staging import upload
 
 COLDEST = 1e-5
 """Below this temperature sampling is greedy: fp32 does not hold the other tokens' probabilities."""
@@ -33,7 +36,7 @@ class SamplingInput:
     generated: Sequence[int]
     chance: float
     """In [0, 1)."""
-    allowed: Sequence[int] | None = None
+    mask: TokenMask | None = None
     """The tokens to sample from; None: all."""
 
 
@@ -70,27 +73,33 @@ def _list_likeliest(logits_MV: Tensor) -> list[int]:
 
 
 def _adjust(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    changed = [m for m, item in enumerate(inputs) if item.allowed is not None or has_penalty(item.sampling)]
-    if not changed:
+    penalised = [m for m, item in enumerate(inputs) if has_penalty(item.sampling)]
+    masks = {m: item.mask for m, item in enumerate(inputs) if item.mask is not None}
+    if not penalised and not masks:
         return logits_MV
     logits_MV = logits_MV.clone()
-    for m in changed:
-        item, logits_V = inputs[m], logits_MV[m]
-        if has_penalty(item.sampling):
-            _penalise(logits_V, item)
-        if item.allowed is not None:
-            allowed = torch.tensor(list(item.allowed), device=logits_V.device)
-            kept = logits_V[allowed]
-            logits_V.fill_(-torch.inf)
-            logits_V[allowed] = kept
+    for m in penalised:
+        _penalise(logits_MV[m], inputs[m])
+    if masks:
+        masked_GV, rows_G = mask_rows(logits_MV, list(masks), list(masks.values()))
+        logits_MV[rows_G] = masked_GV
     return logits_MV
+
+
+def mask_rows(logits_MV: Tensor, rows: Sequence[int], masks: Sequence[TokenMask]) -> tuple[Tensor, Tensor]:
+    """Return the logits [G, V] of some rows, -inf for the tokens that their masks exclude, and the rows [G]."""
+    arrays = {"bits": np.stack([mask.read() for mask in masks]), "rows": np.array(rows)}
+    on_device = upload(arrays, logits_MV.device)
+    logits_GV, bits_GW = logits_MV[on_device["rows"]], on_device["bits"]
+    places = torch.arange(32, dtype=torch.int32, device=bits_GW.device)
+    is_excluded_GV = ((bits_GW[:, :, None] >> places) & 1).flatten(1)[:, : logits_MV.shape[1]] == 0
+    return logits_GV.masked_fill_(is_excluded_GV, -torch.inf), on_device["rows"]
 
 
 def needs_logits(item: SamplingInput) -> bool:
     """Return whether a sequence needs more than its settings in `SamplingColumns`, or more than `CANDIDATES`."""
     sampling = item.sampling
-    has_list = item.allowed is not None or sampling.logprobs is not None
-    return has_list or has_penalty(sampling) or sampling.top_k > CANDIDATES
+    return sampling.logprobs is not None or has_penalty(sampling) or sampling.top_k > CANDIDATES
 
 
 def has_penalty(sampling: Sampling) -> bool:

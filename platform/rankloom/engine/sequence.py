@@ -6,8 +6,8 @@ import random
 from typing import Literal
 
 from rankloom.banks.served_adapter import ServedAdapter
-from rankloom.engine.choices import ChoiceState
 from rankloom.engine.guide import Guide
+from rankloom.engine.masks import TokenMask
 from rankloom.engine.protocol import Delta, Request
 from rankloom.engine.sampling import SampledToken, SamplingInput
 from rankloom.engine.stream import Stream
@@ -46,9 +46,10 @@ class RunningSequence:
         """Set while it has a place in the batch."""
         self.arrival = -1
         self.ended = False
-        self._ends = frozenset[int]() if request.sampling.ignore_eos else end_ids
         self._guide = guide  # kept here, because `Guides` holds it weakly
-        self._choice = None if guide.tree is None else ChoiceState(guide.tree)
+        self.constraint = guide.make_constraint()
+        """None: every token may come."""
+        self._ends = frozenset[int]() if request.sampling.ignore_eos and self.constraint is None else end_ids
         self._limit = min(self.num_prompt + request.sampling.max_tokens, context)
         self._random = random.Random(request.sampling.seed)
         self._unsent: list[tuple[list[int], SampledToken, Finish | None]] = []
@@ -60,24 +61,26 @@ class RunningSequence:
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
-    def make_sampling_input(self) -> SamplingInput:
-        """Return what sampling its next token needs."""
+    def make_sampling_input(self, mask: TokenMask | None) -> SamplingInput:
+        """Return what sampling its next token needs.
+
+        Args:
+            mask: its constraint's; None: it has none.
+        """
         if self._chance is None:
             self._chance = self._random.random()
-        allowed = None if self._choice is None else self._choice.allowed
-        return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._chance, allowed)
+        return SamplingInput(self.request.sampling, self.request.prompt, self.generated, self._chance, mask)
 
     def take(self, sampled: SampledToken) -> bool:
         """Add the sampled token and those that it implies. Returns True at the end; `send` finds stop strings too."""
         self._chance = None
         new, is_over = [sampled.token], sampled.token in self._ends
-        if self._choice is not None:
-            self._choice.advance(sampled.token)
-            if (
-                self.request.sampling.logprobs is None
-            ):  # tokens without an alternative need no forward, unless it is to give logprobs
-                new += self._choice.take_forced()
-            is_over = self._choice.is_over
+        if self.constraint is not None and not is_over:
+            self.constraint.advance(sampled.token)
+            # tokens without an alternative need no forward, unless it is to give logprobs
+            if self.request.sampling.logprobs is None:
+                new += self.constraint.take_forced()
+            is_over = self.constraint.is_over
         kept = new[: self._limit - len(self.tokens)]
         self.tokens += kept
         finish: Finish | None = None

@@ -10,9 +10,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from endpoint import Endpoint, endpoint, publish
@@ -89,6 +90,15 @@ def test_a_choice_is_constrained(shared: Endpoint) -> None:
     assert answer.choices[0].message.content == "transfer"
 
 
+def test_a_schema_is_constrained(shared: Endpoint) -> None:
+    class Ticket(pydantic.BaseModel):
+        topic: Literal["card", "parcel"]
+        urgent: bool
+
+    answer = shared.client().chat.completions.parse(**SAY, response_format=Ticket)
+    assert answer.choices[0].message.parsed == Ticket(topic="card", urgent=True)
+
+
 def test_models_are_listed_and_described(shared: Endpoint) -> None:
     client = shared.client()
     assert {"org/base", "bank", "faq"} == {model.id for model in client.models.list()}
@@ -149,7 +159,23 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: ", "top_logprobs"),
     ({"logit_bias": {"5": 1.0}}, "logit_bias: ", "logit_bias"),
     ({"tools": [{"type": "function"}]}, "tools: ", "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format: expected", "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "b" * 65_536}}}},
+        "at most 65536 characters",
+        "response_format",
+    ),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "not both",
+        "structured_outputs",
+    ),
+    (
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        "structured_outputs: exactly one of",
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {}}, "structured_outputs: exactly one of", "structured_outputs"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: ", "structured_outputs"),
     ({"temprature": 1}, "temprature: unknown key; did you mean temperature?", "temprature"),
     ({"model": 5}, "model: ", "model"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from rankloom.engine.masks import TokenMask, set_bits
 from rankloom.engine.protocol import Sampling
 from rankloom.engine.sampling import COLDEST, LARGEST, SamplingInput, sample_tokens
 
@@ -17,8 +20,16 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0])
 def turn(
     chance: float = 0.5, prompt: tuple[int, ...] = (), generated: tuple[int, ...] = (), **settings: Any
 ) -> SamplingInput:
-    allowed = settings.pop("allowed", None)
-    return SamplingInput(Sampling(**settings), prompt, generated, chance, allowed)
+    mask = allow(settings.pop("allowed")) if "allowed" in settings else None
+    return SamplingInput(Sampling(**settings), prompt, generated, chance, mask)
+
+
+def allow(allowed: list[int]) -> TokenMask:
+    bits = np.zeros((1, 1), np.int32)
+    set_bits(bits[0], allowed)
+    done: Future[None] = Future()
+    done.set_result(None)
+    return TokenMask(bits, 0, done)
 
 
 def tokens(logits: torch.Tensor, *turns: SamplingInput) -> list[int]:

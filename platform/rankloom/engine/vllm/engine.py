@@ -58,7 +58,7 @@ class VllmEngine(EngineFrontend):
         dtype = str(base.model.dtype).removeprefix("torch.")
         on_gpu = gpus > 0 and torch.cuda.is_available()
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
-        super().__init__(base, config, config.resolve_num_seqs(on_gpu=on_gpu))
+        super().__init__(base, config, config.resolve_num_seqs(on_gpu=on_gpu), follows_grammars=False)
         self._loader = VllmLoader(base, registry, self._server, config.max_lora_rank)
         self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
             config.max_cpu_loras, self._loader, self._post, self._fail_arriving
@@ -89,6 +89,7 @@ class VllmEngine(EngineFrontend):
         for ref in list(self._arriving):
             self._fail_arriving(ref, stopping)
         await self._server.close()
+        self._guides.close()
         allow_pauses()
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
@@ -142,7 +143,8 @@ class VllmEngine(EngineFrontend):
     async def _complete(self, request: Request, stops: Stops) -> AsyncGenerator[Delta, None]:
         """Generate with vLLM. Its usage, which has the number of cached tokens, comes after the last delta."""
         asked = request.sampling
-        ends = frozenset() if asked.ignore_eos and asked.choices is None else self._prompts.end_ids
+        is_free = asked.choices is None and asked.grammar is None
+        ends = frozenset() if asked.ignore_eos and is_free else self._prompts.end_ids
         transcript = Transcript(self._decoder, request.prompt, stops, ends)
         last, cached = None, 0
         async with aclosing(

@@ -153,6 +153,8 @@ def make_completion_body(request: Request, model: str, ends: frozenset[int]) -> 
         body["cache_salt"] = request.tenant
     if asked.choices is not None:
         body["structured_outputs"] = {"choice": asked.choices}
+    if asked.grammar is not None:
+        body["structured_outputs"] = {asked.grammar.kind: asked.grammar.text}
     return body
 
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from rankloom.gateway.openai.body import TAGS
 from rankloom.gateway.openai.errors import WireError
-from rankloom.gateway.openai.requests import TAGS
 
 SMALL = 32 * 1024
 """Bytes of a body that is parsed faster than a thread starts."""
@@ -28,7 +28,6 @@ _INSTEAD = {
     "role function": "no function is called here; put what it returned into a user's message",
     "functions": "no function is called here; describe them in a message",
     "function_call": "no function is called here",
-    "response_format": "structured_outputs.choice holds an answer to given texts",
     "logit_bias": "structured_outputs.choice holds an answer to given texts",
     "reasoning_effort": "ask for it in a message",
     "verbosity": "ask for it in a message",

@@ -9,109 +9,39 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from rankloom.config.serve import LimitsConfig
 from rankloom.config.trial import Name
 from rankloom.engine.jobs import ChatPrompt, CompletionJob, Prompt
 from rankloom.engine.protocol import Sampling
+from rankloom.gateway.openai.body import (
+    LIST,
+    LISTS,
+    TEXT,
+    TOKENS,
+    Body,
+    Text,
+    choose_either,
+    limit_keys,
+    limit_length,
+    tag_one_or_list,
+)
 from rankloom.gateway.openai.errors import WireError
-
-Text = str
-"""Sound Unicode: what is half of a character does not get past the JSON parser."""
-TEXT, LIST, TOKENS, LISTS = TAGS = ("<text>", "<list>", "<tokens>", "<lists>")
-"""Tags of a key's types; they appear in pydantic's locations, but are not keys."""
+from rankloom.gateway.openai.structured import ResponseFormat, StructuredOutputs
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        json_schema_extra={"additionalProperties": {"type": "null"}},
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, tree: Any) -> Any:
-        """Return what is there and not null, with one of the keys that are not known: it tells as much as 100,000."""
-        if not isinstance(tree, dict):
-            return tree
-        given = {key: value for key, value in tree.items() if value is not None}
-        unknown = [key for key in given if key not in cls.__pydantic_fields__]
-        for key in unknown[1:]:
-            del given[key]
-        return given
-
-
-def _limit_keys(most: int) -> BeforeValidator:
-    """Refuse more keys than that; pydantic would look at each value first."""
-
-    def check(tree: Any) -> Any:
-        if isinstance(tree, dict) and len(tree) > most:
-            context = {"max_length": most, "actual_length": len(tree)}
-            raise PydanticCustomError("too_long", "at most {max_length} keys", context)
-        return tree
-
-    return BeforeValidator(check)
-
-
-def _limit_length(most: int) -> AfterValidator:
-    """Refuse texts of more characters than that, all together."""
-
-    def check(texts: list[str]) -> list[str]:
-        if (length := sum(map(len, texts))) > most:
-            context = {"most": most, "length": length}
-            raise PydanticCustomError("long_texts", "at most {most} characters in all, not {length}", context)
-        return texts
-
-    return AfterValidator(check)
-
-
-def _tag_one_or_list(value: Any) -> str | None:
-    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
-
-
-def _choose_either(message: str) -> Discriminator:
-    """Tell a text from a list: only the given type is checked, so that only its mistakes are reported."""
-    return Discriminator(_tag_one_or_list, custom_error_type="no_kind", custom_error_message=message)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     """Send the usage in a chunk of its own at the end."""
     include_obfuscation: Literal[False] | None = None
     continuous_usage_stats: Literal[False] | None = None
 
 
-class StructuredOutputs(_Body):
-    choice: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=4096)]],
-        Field(min_length=1, max_length=1024, fail_fast=True),
-        _limit_length(65_536),
-    ]
-    """The completion is one of these texts, whole (the key is vLLM's)."""
-
-
-class PlainText(_Body):
-    type: Literal["text"]
-
-
-class _AnywaySo(_Body):
+class _AnywaySo(Body):
     """Keys of OpenAI, vLLM and llama.cpp with the values that ask for what is done anyway, or have no effect here."""
 
-    metadata: Annotated[dict[str, Text | None], Field(max_length=16), _limit_keys(16)] | None = None
+    metadata: Annotated[dict[str, Text | None], Field(max_length=16), limit_keys(16)] | None = None
     """Without effect."""
     store: Literal[False] | None = None
     service_tier: Text | None = None
@@ -125,8 +55,7 @@ class _AnywaySo(_Body):
     prompt_cache_retention: Text | None = None
     """Without effect."""
     cache_prompt: Literal[True] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0), _limit_keys(0)] | None = None
-    response_format: PlainText | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0), limit_keys(0)] | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     """As many as `n`: all that are made are answered."""
@@ -148,10 +77,10 @@ _AS_THEY_ARE = (
 """What a request and an engine call alike."""
 _Stop = Annotated[Text, Field(max_length=256)]
 _StopList = Annotated[
-    list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), _limit_length(4096)
+    list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), limit_length(4096)
 ]
 _StopOrList = Annotated[
-    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], _choose_either("expected a text or a list of texts")
+    Annotated[_Stop, Tag(TEXT)] | Annotated[_StopList, Tag(LIST)], choose_either("expected a text or a list of texts")
 ]
 
 
@@ -179,8 +108,9 @@ class _Common(_AnywaySo):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Any whole number of 64 bits, also one below 0."""
     stop: _StopOrList | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    """Not OpenAI's: the completion is one of the texts in `choice`."""
+    """Not OpenAI's: what the completion is to match."""
     ignore_eos: bool | None = None
     """Not OpenAI's: continue up to max_tokens; for measurements."""
     user: Annotated[Text, Field(max_length=512)] | None = None
@@ -212,8 +142,17 @@ class _Common(_AnywaySo):
             seed=None if self.seed is None else self.seed % 2**63,
             stop=tuple(filter(None, stop)),
             logprobs=logprobs,
-            choices=tuple(self.structured_outputs.choice) if self.structured_outputs else None,
+            **self._choose_constraint(),
         )
+
+    def _choose_constraint(self) -> dict[str, Any]:
+        """Return the settings of `Sampling` that constrain the completion. Raises WireError for two constraints."""
+        grammar = None if self.response_format is None else self.response_format.make_grammar()
+        if self.structured_outputs is None:
+            return {"grammar": grammar}
+        if grammar is not None:
+            raise WireError(400, "Give response_format or structured_outputs, not both.", param="structured_outputs")
+        return self.structured_outputs.make_constraint()
 
     def _check(self, limits: LimitsConfig, max_tokens: int | None, prompts: int) -> None:
         if max_tokens is not None and max_tokens > limits.max_tokens:
@@ -224,7 +163,7 @@ class _Common(_AnywaySo):
             raise WireError(400, "best_of: all completions that are made are answered; give n alone.", param="best_of")
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
     text: Text
     cache_control: dict[str, Any] | None = None
@@ -233,7 +172,7 @@ class TextPart(_Body):
     """Without effect."""
 
 
-class Message(_Body):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     name: Annotated[Text, Field(max_length=512)] | None = None
     """The speaker, for chat templates that show it."""
@@ -250,7 +189,7 @@ class Message(_Body):
     content: Annotated[
         Annotated[Text, Tag(TEXT)]
         | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
-        _choose_either("expected a text or a list of parts of type text"),
+        choose_either("expected a text or a list of parts of type text"),
     ]
     """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
 
@@ -303,7 +242,7 @@ def _tag_prompt(value: Any) -> str | None:
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int):
         return TOKENS
-    return LISTS if isinstance(first, list) else _tag_one_or_list(value)
+    return LISTS if isinstance(first, list) else tag_one_or_list(value)
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -339,7 +278,7 @@ class CompletionRequest(_Common):
         return self._make_job(id, limits, tenant, made, self._make_sampling(limits, self.logprobs), most)
 
 
-class AdapterRequest(_Body):
+class AdapterRequest(Body):
     """`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, with vLLM's keys."""
 
     lora_name: Name

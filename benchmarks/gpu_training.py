@@ -20,6 +20,7 @@ from rankloom.errors import ModelError
 from rankloom.hosts.host_loop import HostLoop, HostStats
 from rankloom.hosts.membership import Membership
 from rankloom.hosts.slots import Candidate
+from rankloom.kernels.graphs import GraphCache
 from rankloom.models import Base, load_base
 from rankloom.training.fused.attention import use_packed_attention
 from rankloom.training.fused.forward import FusedForward
@@ -122,7 +123,7 @@ def train_8b(bench: Bench) -> None:
 
 
 def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
-    """Return the forward and the activations' backward of a base without adapters, on packed rows."""
+    """Return the forward and the activations' backward of a base without adapters, on packed rows, in a graph."""
     rows = random_data(BARE_LENGTH, BARE_LENGTH, num_rows=max(1, num_tokens // BARE_LENGTH)).train
     forward = FusedForward(base, AdapterBank(base.model, [], 1, 8, with_magnitudes=False), DTYPE)
     packed = pack([Example.from_row(row) for row in rows], forward.attention, pad_id=base.pad_id, device=base.device)
@@ -132,9 +133,14 @@ def bare_step(base: Base, num_tokens: int) -> Callable[[], int]:
 
     base.model.get_input_embeddings().register_forward_hook(differentiable)
 
-    def step() -> int:
+    def compute() -> None:
         with use_packed_attention(base.model, packed), autocast(base.device, DTYPE):
             forward.compute_losses(packed).mean().backward()
+
+    graphs = GraphCache(base.device)
+
+    def step() -> int:
+        graphs.run("step", compute)
         return int(packed.input_ids.numel())
 
     return step

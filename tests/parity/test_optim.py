@@ -44,7 +44,7 @@ def test_each_slot_is_torchs_adamw(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     optimizer = SlotAdamW(fused, K)
     alone: dict[int, tuple[list[nn.Parameter], torch.optim.AdamW]] = {}
     for slot, optim in SETTINGS.items():
-        optimizer.assign(slot, optim)
+        optimizer.assign(slot, optim, RANK)
         own = [nn.Parameter(p.parameter.detach()[slot].clone()) for p in fused]
         ratio = optim.loraplus_ratio
         groups = [
@@ -81,7 +81,7 @@ def test_who_does_not_step_keeps_every_bit() -> None:
     fused = parameters()
     optimizer = SlotAdamW(fused, K)
     for slot, optim in SETTINGS.items():
-        optimizer.assign(slot, optim)
+        optimizer.assign(slot, optim, RANK)
     stepped(optimizer, gradients(0, fused), {0: 1.0, 1: 1.0, 3: 1.0})
     before = {**optimizer.get_state(1, RANK), **{p.name: p.parameter.detach()[1].clone() for p in fused}}
     stepped(optimizer, gradients(1, fused), {0: 1.0, 3: 0.5})
@@ -92,7 +92,7 @@ def test_who_does_not_step_keeps_every_bit() -> None:
 def test_padding_stays_zero_and_missing_gradients_are_zero() -> None:
     fused = parameters()
     optimizer = SlotAdamW(fused, K)
-    optimizer.assign(0, SETTINGS[3])
+    optimizer.assign(0, SETTINGS[3], 2)
     with torch.no_grad():
         for item in fused:
             if item.role != "m":
@@ -120,10 +120,10 @@ def test_padding_stays_zero_and_missing_gradients_are_zero() -> None:
 def test_state_moves_between_slots_and_clearing_forgets() -> None:
     one, two = parameters(), parameters()
     first, second = SlotAdamW(one, K), SlotAdamW(two, K)
-    first.assign(1, SETTINGS[1])
+    first.assign(1, SETTINGS[1], RANK)
     for step in range(3):
         stepped(first, gradients(step, one), {1: 1.0})
-    second.assign(0, SETTINGS[1])
+    second.assign(0, SETTINGS[1], RANK)
     stepped(second, gradients(9, two), {0: 1.0})
     second.load_state(0, RANK, first.get_state(1, RANK))
     for name, value in first.get_state(1, RANK).items():

@@ -134,7 +134,7 @@ class AdaptedLinear:
         self.ranks[slot], self.dora_ranks[slot] = rank, rank if dora else 0
         self.scales[slot] = scaling
         if self.slots is not None:
-            self.slots.scale_K[slot], self.slots.is_dora_K[slot] = scaling, dora
+            self.slots.scale_K[slot], self.slots.rank_K[slot], self.slots.is_dora_K[slot] = scaling, rank, dora
 
     def update_shadows(self, slot: int) -> None:
         """Copy a slot's values to where the fast path reads them."""

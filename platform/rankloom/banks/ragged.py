@@ -37,6 +37,7 @@ class SlotTensors:
         self.a_KRI, self.b_KOR = a_KRI.detach().to(dtype, copy=True), b_KOR.detach().to(dtype, copy=True)
         """The shadows."""
         self.scale_K = torch.zeros(num_slots, device=device)
+        self.rank_K = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.is_dora_K = torch.zeros(num_slots, dtype=torch.bool, device=device)
 
 
@@ -83,7 +84,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         x_NI, low_b_KRO = _flatten(x), slots.b_KOR.mT
         dropped_NI = _drop(x_NI, site, noise, bounds)
-        h = ragged_shrink(dropped_NI, slots.a_KRI, slots.scale_K, bounds)
+        h = ragged_shrink(dropped_NI, slots.a_KRI, slots.scale_K, slots.rank_K, bounds)
         weight_OI = site.get_dense_weight(slots.dtype)
         kept: list[Tensor] = []
         if magnitude_KO is not None:
@@ -92,12 +93,12 @@ class _Linear(torch.autograd.Function):
             )
             apart = noise is not None and noise.scales_base
             y_NO = (dropped_NI if apart else x_NI) @ weight_OI.T
-            result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, bounds)
+            result_NO = ragged_expand_scaled(y_NO, h, low_b_KRO, scale_KO, site.bias_O, slots.rank_K, bounds)
             if apart:
                 result_NO.addmm_(x_NI - dropped_NI, weight_OI.T)
             kept = [y_NO, scale_KO, inverse_KO]
         else:
-            result_NO = ragged_expand(h, low_b_KRO, site.bias_O, bounds).addmm_(x_NI, weight_OI.T)
+            result_NO = ragged_expand(h, low_b_KRO, site.bias_O, slots.rank_K, bounds).addmm_(x_NI, weight_OI.T)
         ctx.save_for_backward(x, h, bounds, *kept)
         ctx.site, ctx.slots, ctx.noise = site, slots, noise
         return result_NO
@@ -110,11 +111,11 @@ class _Linear(torch.autograd.Function):
         if kept:
             y_NO, scale_KO, inverse_KO = kept
             scaled_NO, dmagnitude_KO = ragged_scale_backward(dy_NO, y_NO, scale_KO, inverse_KO, bounds)
-        dh = ragged_shrink(scaled_NO, slots.b_KOR.mT, slots.scale_K, bounds)
-        da_KRI, db_KOR = ragged_gradients(dh, _drop(x_NI, site, noise, bounds), h, scaled_NO, bounds)
+        dh = ragged_shrink(scaled_NO, slots.b_KOR.mT, slots.scale_K, slots.rank_K, bounds)
+        da_KRI, db_KOR = ragged_gradients(dh, _drop(x_NI, site, noise, bounds), h, scaled_NO, slots.rank_K, bounds)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx_NI = ragged_expand(dh, slots.a_KRI, None, bounds)
+            dx_NI = ragged_expand(dh, slots.a_KRI, None, slots.rank_K, bounds)
             if kept and noise is not None and noise.scales_base:
                 dx_NI.addmm_(scaled_NO - dy_NO, site.get_dense_weight(slots.dtype))
                 scaled_NO = dy_NO

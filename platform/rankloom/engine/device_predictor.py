@@ -63,7 +63,7 @@ class DevicePredictor:
             num_seqs, num_tokens: the most of a step.
             context: the most tokens of a sequence.
         """
-        self._runner, self._pool = runner, pool
+        self._runner, self._pool, self._num_seqs = runner, pool, num_seqs
         device, rows, pages = pool.shape.device, round_rows(num_seqs), count_pages(context)
         self.graphs = GraphCache(device, MOST_GRAPHS)
         self._generation = runner.bank.generation
@@ -92,7 +92,7 @@ class DevicePredictor:
     @torch.inference_mode()
     def agrees(self) -> bool:
         """Return whether its logits are the plain path's: of prompts in two chunks, then token by token, in a graph."""
-        probes = PROBES[: self._pool.size // PAGE]
+        probes = PROBES[: min(self._num_seqs, self._pool.size // PAGE)]
         names, last = [str(i) for i in range(len(probes))], [len(tokens) - 1 for tokens in probes]
         plain = KvCache(self._pool.shape, 1 << 16)
         for name, tokens in zip(names, probes, strict=True):

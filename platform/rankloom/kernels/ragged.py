@@ -4,7 +4,8 @@ Which tokens are whose is data on the device, `bounds`, so that a captured CUDA 
 the first slot's and after the last one's are nobody's: their products are zero. No value of one slot, not even inf or
 nan, reaches the tokens or the gradients of another.
 
-Sums are in fp32. What is multiplied has the dtype of the factors, and results are rounded once.
+Sums are in fp32. What is multiplied has the dtype of the factors, and results are rounded once. Only the first `rank_K`
+(int32) rank rows of each slot are read.
 
 Shapes: N tokens, K slots, R rank, D width of the wide side, O outputs, S summands of a product of rank R.
 """
@@ -32,8 +33,10 @@ def ragged_bounds(slots_N: Tensor, num_slots: int) -> Tensor:
 
 
 @op()
-def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Tensor) -> Tensor:
-    """Return scale · factor x [S, N, R] in fp32, to be summed over S; undefined for nobody's tokens.
+def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, rank_K: Tensor, bounds: Tensor) -> Tensor:
+    """Return scale · factor x [S, N, R] in fp32, to be summed over S.
+
+    It is undefined for nobody's tokens, and beyond a slot's rank.
 
     Args:
         factor_KRD: of any strides.
@@ -41,14 +44,15 @@ def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Ten
     """
     h_NR = x_ND.new_zeros(len(x_ND), factor_KRD.shape[1], dtype=torch.float32)
     for slot, span in _list_spans(bounds):
-        h_NR[span] = (x_ND[span].float() @ factor_KRD[slot].float().T) * scale_K[slot]
+        rank = int(rank_K[slot])
+        h_NR[span, :rank] = (x_ND[span].float() @ factor_KRD[slot, :rank].float().T) * scale_K[slot]
     return h_NR.unsqueeze(0)
 
 
 @op()
-def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, bounds: Tensor) -> Tensor:
+def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, rank_K: Tensor, bounds: Tensor) -> Tensor:
     """Return h factor + bias [N, D] in the factor's dtype; nobody's tokens have the bias alone."""
-    y_ND = _expand(h_SNR, factor_KRD, bounds)
+    y_ND = _expand(h_SNR, factor_KRD, rank_K, bounds)
     return (y_ND if bias_D is None else y_ND + bias_D.float()).to(factor_KRD.dtype)
 
 
@@ -59,6 +63,7 @@ def ragged_expand_scaled(
     factor_KRO: Tensor,
     scale_KO: Tensor,
     bias_O: Tensor | None,
+    rank_K: Tensor,
     bounds: Tensor,
 ) -> Tensor:
     """Return scale · (y + h factor) + bias [N, O]; y becomes y + h factor. It is DoRA's forward pass.
@@ -66,7 +71,7 @@ def ragged_expand_scaled(
     Args:
         scale_KO: in fp32; nobody's tokens have a scale of 1.
     """
-    sum_NO = y_NO.float() + _expand(h_SNR, factor_KRO, bounds)
+    sum_NO = y_NO.float() + _expand(h_SNR, factor_KRO, rank_K, bounds)
     y_NO.copy_(sum_NO)
     for slot, span in _list_spans(bounds):
         sum_NO[span] *= scale_KO[slot]
@@ -92,15 +97,16 @@ def ragged_scale_backward(
 
 @op()
 def ragged_gradients(
-    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, bounds: Tensor
+    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, rank_K: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return dhᵀ x [K, R, I] and dyᵀ h [K, O, R] of each slot's tokens, in fp32; zero for idle slots."""
+    """Return dhᵀ x [K, R, I] and dyᵀ h [K, O, R] of each slot's tokens, in fp32; zero where there are none."""
     dh_NR, h_NR = (h.sum(0).to(x_NI.dtype).float() for h in (dh_SNR, h_SNR))
     da_KRI = h_NR.new_zeros(len(bounds) - 3, h_NR.shape[1], x_NI.shape[1])
     db_KOR = h_NR.new_zeros(len(bounds) - 3, dy_NO.shape[1], h_NR.shape[1])
     for slot, span in _list_spans(bounds):
-        da_KRI[slot] = dh_NR[span].T @ x_NI[span].float()
-        db_KOR[slot] = dy_NO[span].float().T @ h_NR[span]
+        rank = int(rank_K[slot])
+        da_KRI[slot, :rank] = dh_NR[span, :rank].T @ x_NI[span].float()
+        db_KOR[slot, :, :rank] = dy_NO[span].float().T @ h_NR[span, :rank]
     return da_KRI, db_KOR
 
 
@@ -167,12 +173,13 @@ def dora_scale(
     return torch.where(is_dora_K1, magnitude_KO * inverse_KO, 1), torch.where(is_dora_K1, inverse_KO, 0)
 
 
-def _expand(h_SNR: Tensor, factor_KRD: Tensor, bounds: Tensor) -> Tensor:
+def _expand(h_SNR: Tensor, factor_KRD: Tensor, rank_K: Tensor, bounds: Tensor) -> Tensor:
     """Return h factor [N, D] in fp32."""
     h_NR = h_SNR.sum(0).to(factor_KRD.dtype).float()
     y_ND = h_NR.new_zeros(len(h_NR), factor_KRD.shape[2])
     for slot, span in _list_spans(bounds):
-        y_ND[span] = h_NR[span] @ factor_KRD[slot].float()
+        rank = int(rank_K[slot])
+        y_ND[span] = h_NR[span, :rank] @ factor_KRD[slot, :rank].float()
     return y_ND
 
 

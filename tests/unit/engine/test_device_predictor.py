@@ -94,6 +94,12 @@ def test_a_gpus_tokens_are_the_plain_paths(
 
 
 @pytest.mark.usefixtures("fast")
+def test_an_engine_of_one_sequence_at_a_time_is_fast_too(tiny_llama: Path, registry: Path) -> None:
+    engine = engine_on(tiny_llama, registry, max_num_seqs=1)
+    assert isinstance(engine._core._predictor, DevicePredictor)
+
+
+@pytest.mark.usefixtures("fast")
 def test_rows_that_outgrow_the_pool_wait_and_come_out_the_same(tiny_llama: Path, registry: Path) -> None:
     prompts = [[5 + i % 90] * (PAGE - 6 + i) for i in range(4)]
     jobs: list[Any] = [(prompt, None, {"max_tokens": 20}) for prompt in prompts]

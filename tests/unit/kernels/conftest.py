@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import wraps
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -38,5 +39,5 @@ if torch.cuda.is_available():
     for info in pkgutil.iter_modules(families.__path__):
         family = importlib.import_module(f"{families.__name__}.{info.name}")
         for name, function in list(vars(family).items()):
-            if hasattr(torch.ops.rankloom, name):
+            if isfunction(function) and function.__module__ == family.__name__ and not name.startswith("_"):
                 setattr(family, name, _run_on_gpu(function))

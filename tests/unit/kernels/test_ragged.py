@@ -35,6 +35,18 @@ def assert_equal(left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     assert (left - right).abs().max() <= TOLERANCE[dtype] * right.abs().max()
 
 
+def ranks_of(rank: int) -> Tensor:
+    return torch.tensor([rank, max(rank // 5, 1), rank, max(rank // 2, 1)], dtype=torch.int32)
+
+
+def without_padding(h_SNR: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The sum of a product's summands, with zeros where it is undefined."""
+    h_NR, ranks = h_SNR.sum(0), ranks_of(h_SNR.shape[-1])
+    for slot, span in enumerate(torch.arange(sum(counts)).split(counts)[1:-1]):
+        h_NR[span, int(ranks[slot]) :] = 0
+    return h_NR
+
+
 def of_slots(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     return x[..., counts[0] : sum(counts[:-1]), :]
 
@@ -53,17 +65,18 @@ def test_bounds(counts: tuple[int, ...], index: torch.dtype) -> None:
     ("counts", "width", "rank"), [(UNEVEN, 40, 4), (UNEVEN, 530, 24), ((0, 0, 0, 0, 9, 0), 40, 72), (NOBODYS, 40, 4)]
 )
 def test_products_equal_their_references(counts: tuple[int, ...], width: int, rank: int, dtype: torch.dtype) -> None:
-    bounds, scale = bounds_of(counts), drawn(NUM_SLOTS, seed=3)
+    bounds, scale, ranks = bounds_of(counts), drawn(NUM_SLOTS, seed=3), ranks_of(rank)
     x, a = drawn(sum(counts), width, dtype=dtype), drawn(NUM_SLOTS, rank, width, dtype=dtype, seed=1)
     b = drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
     for factor in (a, b.mT):
-        found, h = kernels.ragged_shrink(x, factor, scale, bounds), ragged.ragged_shrink(x, factor, scale, bounds)
+        args = (x, factor, scale, ranks, bounds)
+        found, h = kernels.ragged_shrink(*args), ragged.ragged_shrink(*args)
         if counts != (3, 0, 0, 0, 0, 4):
-            assert_equal(of_slots(found.sum(0), counts), of_slots(h[0], counts), dtype)
+            assert_equal(of_slots(without_padding(found, counts), counts), of_slots(h[0], counts), dtype)
         for bias in (None, drawn(width, dtype=dtype, seed=4)):
-            args = (h, factor, bias, bounds)
+            args = (h, factor, bias, ranks, bounds)
             assert_equal(kernels.ragged_expand(*args), ragged.ragged_expand(*args), dtype)
-    args = (drawn(2, sum(counts), rank), x, h, drawn(sum(counts), 150, dtype=dtype, seed=5), bounds)
+    args = (drawn(2, sum(counts), rank), x, h, drawn(sum(counts), 150, dtype=dtype, seed=5), ranks, bounds)
     for left, right in zip(kernels.ragged_gradients(*args), ragged.ragged_gradients(*args), strict=True):
         assert_equal(left, right, dtype)
 
@@ -72,13 +85,13 @@ def test_products_equal_their_references(counts: tuple[int, ...], width: int, ra
 @COUNTS
 @pytest.mark.parametrize("biased", [False, True])
 def test_scaled_products_equal_their_references(counts: tuple[int, ...], biased: bool, dtype: torch.dtype) -> None:
-    width, rank, bounds = 200, 8, bounds_of(counts)
+    width, rank, bounds, ranks = 200, 8, bounds_of(counts), ranks_of(8)
     h, b = drawn(2, sum(counts), rank), drawn(NUM_SLOTS, width, rank, dtype=dtype, seed=2)
     bias = drawn(width, dtype=dtype, seed=4) if biased else None
     scale, weight = 1 + 0.1 * drawn(NUM_SLOTS, width, seed=5), drawn(NUM_SLOTS, width, seed=6)
     mine, theirs = (drawn(sum(counts), width, dtype=dtype) for _ in range(2))
-    found = kernels.ragged_expand_scaled(mine, h, b.mT, scale, bias, bounds)
-    assert_equal(found, ragged.ragged_expand_scaled(theirs, h, b.mT, scale, bias, bounds), dtype)
+    found = kernels.ragged_expand_scaled(mine, h, b.mT, scale, bias, ranks, bounds)
+    assert_equal(found, ragged.ragged_expand_scaled(theirs, h, b.mT, scale, bias, ranks, bounds), dtype)
     assert_equal(mine, theirs, dtype)
     args = (drawn(sum(counts), width, dtype=dtype, seed=7), mine, scale, weight, bounds)
     for left, right in zip(kernels.ragged_scale_backward(*args), ragged.ragged_scale_backward(*args), strict=True):
@@ -104,11 +117,12 @@ def test_doras_scale_equals_its_reference(rank: int, dtype: torch.dtype) -> None
 
 def test_what_is_not_finite_stays_with_its_slot() -> None:
     counts = (1, 3, 20, 2, 4, 1)
-    bounds, scale = bounds_of(counts), torch.ones(NUM_SLOTS)
+    bounds, scale, ranks = bounds_of(counts), torch.ones(NUM_SLOTS), torch.full((NUM_SLOTS,), 8, dtype=torch.int32)
     x, a = drawn(sum(counts), 32), drawn(NUM_SLOTS, 8, 32, seed=1)
     a[1], x[4] = torch.inf, torch.nan
-    h = kernels.ragged_shrink(x, a, scale, bounds).sum(0, keepdim=True)
-    y, (gradient, _) = kernels.ragged_expand(h, a, None, bounds), kernels.ragged_gradients(h, x, h, x, bounds)
+    h = kernels.ragged_shrink(x, a, scale, ranks, bounds).sum(0, keepdim=True)
+    y = kernels.ragged_expand(h, a, None, ranks, bounds)
+    gradient, _ = kernels.ragged_gradients(h, x, h, x, ranks, bounds)
     others = [*range(4), *range(24, sum(counts))]
     assert y[others].isfinite().all()
     assert not y[4:24].isfinite().any()
@@ -160,11 +174,12 @@ def test_ops_have_shapes_without_values() -> None:
         a, b = torch.empty(4, 8, 32, dtype=torch.bfloat16), torch.empty(4, 64, 8, dtype=torch.bfloat16)
         vectors, scale, x = torch.empty(4, 64), torch.empty(4), torch.empty(10, 32, dtype=torch.bfloat16)
         bounds = ragged.ragged_bounds(torch.empty(10, dtype=torch.int64), 4)
-        h = ragged.ragged_shrink(x, a, scale, bounds)
-        y = ragged.ragged_expand(h, b.mT, None, bounds)
-        result = ragged.ragged_expand_scaled(y, h, b.mT, vectors, None, bounds)
+        ranks = torch.empty(4, dtype=torch.int32)
+        h = ragged.ragged_shrink(x, a, scale, ranks, bounds)
+        y = ragged.ragged_expand(h, b.mT, None, ranks, bounds)
+        result = ragged.ragged_expand_scaled(y, h, b.mT, vectors, None, ranks, bounds)
         dy, dscale = ragged.ragged_scale_backward(result, y, vectors, vectors, bounds)
-        da, db = ragged.ragged_gradients(h, x, h, dy, bounds)
+        da, db = ragged.ragged_gradients(h, x, h, dy, ranks, bounds)
         weight = torch.empty(64, 32, dtype=torch.bfloat16)
         factors = ragged.dora_scale(weight, vectors[0], a, b, scale, vectors, torch.zeros(4, dtype=torch.bool))
     shapes = [tuple(t.shape) for t in (bounds, y, result, dscale, da, db, *factors)]
@@ -180,15 +195,16 @@ def launch_all() -> None:
         x = torch.empty(tokens, width, dtype=dtype)
         a, b = torch.empty(num_slots, rank, width, dtype=dtype), torch.empty(num_slots, width, rank, dtype=dtype)
         scale, vectors = torch.empty(num_slots), torch.empty(num_slots, width)
+        ranks = torch.empty(num_slots, dtype=torch.int32)
         bounds = kernels.ragged_bounds(torch.empty(tokens, dtype=torch.int64), num_slots)
         for factor in (a, b.mT):
-            h = kernels.ragged_shrink(x, factor, scale, bounds)
-            kernels.ragged_expand(h, factor, None, bounds)
-            kernels.ragged_expand(h, factor, x[0], bounds)
-        kernels.ragged_gradients(h, x, h, x, bounds)
-        kernels.ragged_dropout(x, torch.empty(num_slots, dtype=torch.int32), scale, 3, bounds)
+            h = kernels.ragged_shrink(x, factor, scale, ranks, bounds)
+            kernels.ragged_expand(h, factor, None, ranks, bounds)
+            kernels.ragged_expand(h, factor, x[0], ranks, bounds)
+        kernels.ragged_gradients(h, x, h, x, ranks, bounds)
+        kernels.ragged_dropout(x, ranks, scale, 3, bounds)
         for bias in (None, x[0]):
-            kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, bounds)
+            kernels.ragged_expand_scaled(x, h, b.mT, vectors, bias, ranks, bounds)
         kernels.ragged_scale_backward(x, x, vectors, vectors, bounds)
         weight = torch.empty(width, width, dtype=dtype)
         kernels.dora_scale(weight, vectors[0], a, b, scale, vectors, torch.zeros(num_slots, dtype=torch.bool))

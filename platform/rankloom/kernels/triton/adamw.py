@@ -14,14 +14,15 @@ BLOCK = 2048
 def _step(
     data, first, second, gradient, settings, shadow,
     num_slots, size, stride_g, gradient_g, shadow_g, settings_s,
-    block: tl.constexpr, shadowed: tl.constexpr,
+    num_ranks: tl.constexpr, inner: tl.constexpr, block: tl.constexpr, shadowed: tl.constexpr,
 ):  # fmt: skip
     g = (tl.program_id(0) // num_slots).to(tl.int64)
     slot = tl.program_id(0) % num_slots
     factor = tl.load(settings + slot)
     if factor != 0:
         i = tl.program_id(1) * block + tl.arange(0, block)
-        inside = i < size
+        rank = tl.load(settings + slot + 7 * settings_s).to(tl.int32)
+        inside = (i < size) & (i // inner % num_ranks < rank)
         at = slot.to(tl.int64) * size + i
         one = settings + slot
         m = tl.load(first + g * stride_g + at, mask=inside, other=0.0)
@@ -44,7 +45,14 @@ def slot_squares(stack: Tensor) -> Tensor:
 
 
 def slot_adamw(
-    data: Tensor, first: Tensor, second: Tensor, gradient: Tensor, settings_SK: Tensor, shadow: Tensor | None
+    data: Tensor,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    settings_SK: Tensor,
+    shadow: Tensor | None,
+    num_ranks: int,
+    inner: int,
 ) -> None:
     num_groups, num_slots = data.shape[:2]
     size = data[0, 0].numel()
@@ -52,5 +60,5 @@ def slot_adamw(
     _step[(num_groups * num_slots, triton.cdiv(size, BLOCK))](
         data, first, second, gradient, settings_SK, copy,
         num_slots, size, data.stride(0), gradient.stride(0), copy.stride(0), settings_SK.stride(0),
-        block=BLOCK, shadowed=shadow is not None,
+        num_ranks=num_ranks, inner=inner, block=BLOCK, shadowed=shadow is not None,
     )  # fmt: skip

@@ -44,11 +44,12 @@ def lora_expand(
     block: int,
     widths: list[int],
 ) -> None:
-    grid = (len(slot_G), sum(triton.cdiv(width, OUTPUTS) for width in widths))
+    grid, rank = (len(slot_G), sum(triton.cdiv(width, OUTPUTS) for width in widths)), h_SND.shape[-1] // len(widths)
+    ranks = min(max(triton.next_power_of_2(rank), RANKS), 64) if block == 1 else RANKS
     _expand[grid](
         y_NO, h_SND, b_XO, vectors_VO, slots_PK4, slot_G, start_G1,
         y_NO.stride(0), h_SND.stride(0), h_SND.stride(1), b_XO.stride(0), vectors_VO.stride(0), slots_PK4.stride(0),
-        h_SND.shape[-1] // len(widths), tuple(widths), len(h_SND), block, RANKS, OUTPUTS,
+        rank, tuple(widths), len(h_SND), block, ranks, OUTPUTS,
         all(width % 16 == 0 for width in widths), _precision(y_NO),
     )  # fmt: skip
 

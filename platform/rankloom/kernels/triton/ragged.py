@@ -5,15 +5,30 @@ A program takes a tile of one slot's tokens; it finds them in `bounds`, so that 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS = 64
-"""Tokens of a tile."""
-RANKS = 64
-"""Most rank rows that a program takes at once."""
+
+class Tile(NamedTuple):
+    """How a kernel divides its work."""
+
+    tokens: int
+    width: int
+    num_warps: int = 4
+    num_stages: int = 3
+    loops: int = 1
+    """Tiles of the wide side that a program takes one after the other."""
+
+
+SHRINK, EXPAND, GRADIENTS = Tile(64, 128), Tile(64, 128), Tile(32, 128)
+FEW, FEW_TOKENS = 2048, 16
+"""Up to so many tokens, tiles have few, so that more programs share the work."""
+RANKS, FEW_RANKS = 64, 16
+"""Most rank rows that a program takes at once, and those that it takes of a slot with so few."""
 PROGRAMS = 264
 """Programs that fill a GPU: two for each multiprocessor of an H100."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -42,28 +57,49 @@ def _tile(bounds, tile, NUM_SLOTS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: t
 
 @triton.jit
 def _shrink(
-    x, factor, scale, bounds, h,
+    x, factor, scale, ranks, bounds, h,
     x_n, f_k, f_r, f_d, h_s, width, rank, split,
-    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, FEW: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
     if (slot < 0) | (slot >= NUM_SLOTS):
         return
-    n, r = first + tl.arange(0, TOKENS), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    own, begin = tl.load(ranks + slot), tl.program_id(2) * RANKS
+    if begin >= own:
+        return
+    factor += slot.to(tl.int64) * f_k
+    start, end = tl.program_id(1) * split, min((tl.program_id(1) + 1) * split, width)
+    h += tl.program_id(1).to(tl.int64) * h_s
+    rate = tl.load(scale + slot)
+    if own <= FEW:
+        _shrink_tile(
+            x, factor, rate, h, first, stop, begin, own, start, end, x_n, f_r, f_d, rank,
+            TOKENS, FEW, BLOCK, PRECISION,
+        )  # fmt: skip
+    else:
+        _shrink_tile(
+            x, factor, rate, h, first, stop, begin, own, start, end, x_n, f_r, f_d, rank,
+            TOKENS, RANKS, BLOCK, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _shrink_tile(
+    x, factor, rate, h, first, stop, begin, own, start, end, x_n, f_r, f_d, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n, r = first + tl.arange(0, TOKENS), begin + tl.arange(0, RANKS)
     rows = x + n.to(tl.int64)[:, None] * x_n
-    columns = factor + slot.to(tl.int64) * f_k + r[None, :] * f_r
-    here, known = (n < stop)[:, None], (r < rank)[None, :]
+    columns = factor + r[None, :] * f_r
+    here, known = (n < stop)[:, None], (r < own)[None, :]
     total = tl.zeros((TOKENS, RANKS), tl.float32)
-    begin = tl.program_id(1) * split
-    for at in range(begin, min(begin + split, width), BLOCK):
+    for at in range(start, end, BLOCK):
         d = at + tl.arange(0, BLOCK)
-        wide = tl.load(rows + d[None, :], mask=here & (d < width)[None, :], other=0.0)
-        narrow = tl.load(columns + d.to(tl.int64)[:, None] * f_d, mask=known & (d < width)[:, None], other=0.0)
+        wide = tl.load(rows + d[None, :], mask=here & (d < end)[None, :], other=0.0)
+        narrow = tl.load(columns + d.to(tl.int64)[:, None] * f_d, mask=known & (d < end)[:, None], other=0.0)
         total = _dot(wide, narrow, total, PRECISION)
-    total *= tl.load(scale + slot)
-    at = h + tl.program_id(1).to(tl.int64) * h_s + n.to(tl.int64)[:, None] * rank + r[None, :]
-    tl.store(at, total, mask=here & known)
+    tl.store(h + n.to(tl.int64)[:, None] * rank + r[None, :], total * rate, mask=here & known)
 
 
 @triton.jit
@@ -77,35 +113,57 @@ def _sum_parts(h, n, r, here, known, h_s, rank, SUMMANDS: tl.constexpr):
 
 @triton.jit
 def _expand(
-    y, h, factor, scale, bias, bounds, out,
+    y, h, factor, scale, bias, ranks, bounds, out,
     y_n, h_s, f_k, f_r, f_d, width, rank,
-    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SUMMANDS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, FEW: tl.constexpr,
+    BLOCK: tl.constexpr, LOOPS: tl.constexpr, SUMMANDS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, first, stop = _tile(bounds, tl.program_id(0), NUM_SLOTS, TOKENS, GROUPS)
     if slot > NUM_SLOTS:
         return
     has_slot = (slot >= 0) & (slot < NUM_SLOTS)
-    n, d = first + tl.arange(0, TOKENS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here, inside = (n < stop)[:, None], (d < width)[None, :]
-    y_at = y + n.to(tl.int64)[:, None] * y_n + d[None, :]
-    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    n = first + tl.arange(0, TOKENS)
+    here = (n < stop)[:, None]
+    own = 0
     if has_slot:
-        for begin in range(0, rank, RANKS):
-            r = begin + tl.arange(0, RANKS)
-            left = _sum_parts(h, n, r, here, (r < rank)[None, :], h_s, rank, SUMMANDS)
-            at = factor + slot.to(tl.int64) * f_k + r[:, None] * f_r + d.to(tl.int64)[None, :] * f_d
-            right = tl.load(at, mask=(r < rank)[:, None] & inside, other=0.0)
-            total = _dot(left.to(right.dtype), right, total, PRECISION)
-    if SCALED:
-        total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
-        tl.store(y_at, total.to(y.dtype.element_ty), mask=here & inside)
-        if has_slot:
-            total *= tl.load(scale + slot.to(tl.int64) * width + d, mask=d < width, other=1.0)[None, :]
-    if BIASED:
-        total += tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-    out_at = y_at if not SCALED else out + n.to(tl.int64)[:, None] * width + d[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=here & inside)
+        own = tl.load(ranks + slot).to(tl.int32)
+    factor += slot.to(tl.int64) * f_k
+    for block in range(tl.program_id(1) * LOOPS, min((tl.program_id(1) + 1) * LOOPS, tl.cdiv(width, BLOCK))):
+        d = block * BLOCK + tl.arange(0, BLOCK)
+        inside = (d < width)[None, :]
+        y_at = y + n.to(tl.int64)[:, None] * y_n + d[None, :]
+        total = tl.zeros((TOKENS, BLOCK), tl.float32)
+        if own <= FEW:
+            total = _expand_ranks(
+                total, h, factor, n, d, here, inside, 0, own, h_s, f_r, f_d, rank, FEW, SUMMANDS, PRECISION
+            )
+        else:
+            for begin in range(0, own, RANKS):
+                total = _expand_ranks(
+                    total, h, factor, n, d, here, inside, begin, own, h_s, f_r, f_d, rank, RANKS, SUMMANDS, PRECISION
+                )
+        if SCALED:
+            total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
+            tl.store(y_at, total.to(y.dtype.element_ty), mask=here & inside)
+            if has_slot:
+                total *= tl.load(scale + slot.to(tl.int64) * width + d, mask=d < width, other=1.0)[None, :]
+        if BIASED:
+            total += tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        out_at = y_at if not SCALED else out + n.to(tl.int64)[:, None] * width + d[None, :]
+        tl.store(out_at, total.to(out.dtype.element_ty), mask=here & inside)
+
+
+@triton.jit
+def _expand_ranks(
+    total, h, factor, n, d, here, inside, begin, own, h_s, f_r, f_d, rank,
+    RANKS: tl.constexpr, SUMMANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    r = begin + tl.arange(0, RANKS)
+    left = _sum_parts(h, n, r, here, (r < own)[None, :], h_s, rank, SUMMANDS)
+    at = factor + r[:, None] * f_r + d.to(tl.int64)[None, :] * f_d
+    right = tl.load(at, mask=(r < own)[:, None] & inside, other=0.0)
+    return _dot(left.to(right.dtype), right, total, PRECISION)
 
 
 @triton.jit
@@ -142,39 +200,67 @@ def _scale_backward(
 
 @triton.jit
 def _gradient(
-    h, x, gradient, bounds, slot, block,
+    h, x, gradient, ranks, bounds, slot, block,
     h_s, x_n, g_k, g_r, g_d, width, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, SUMMANDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    own, begin, d = tl.load(ranks + slot), tl.program_id(2) * RANKS, block * BLOCK + tl.arange(0, BLOCK)
+    gradient += slot.to(tl.int64) * g_k
+    r = begin + tl.arange(0, RANKS)
+    computed = 0  # what lies beyond is zero
+    if (begin == 0) & (own <= FEW):
+        computed = FEW
+        _gradient_tile(
+            h, x, gradient, bounds, slot, begin, own, d, h_s, x_n, g_r, g_d, width, rank,
+            TOKENS, FEW, BLOCK, SUMMANDS, PRECISION,
+        )  # fmt: skip
+    elif begin < own:
+        computed = begin + RANKS
+        _gradient_tile(
+            h, x, gradient, bounds, slot, begin, own, d, h_s, x_n, g_r, g_d, width, rank,
+            TOKENS, RANKS, BLOCK, SUMMANDS, PRECISION,
+        )  # fmt: skip
+    if computed < min(begin + RANKS, rank):
+        at = gradient + r.to(tl.int64)[:, None] * g_r + d.to(tl.int64)[None, :] * g_d
+        beyond = ((r >= computed) & (r < rank))[:, None] & (d < width)[None, :]
+        tl.store(at, tl.zeros((RANKS, BLOCK), tl.float32), mask=beyond)
+
+
+@triton.jit
+def _gradient_tile(
+    h, x, gradient, bounds, slot, begin, own, d, h_s, x_n, g_r, g_d, width, rank,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SUMMANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d, r = block * BLOCK + tl.arange(0, BLOCK), tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    r = begin + tl.arange(0, RANKS)
     start, stop = tl.load(bounds + slot + 1), tl.load(bounds + slot + 2)
     total = tl.zeros((RANKS, BLOCK), tl.float32)
     for first in range(start, stop, TOKENS):
         n = first + tl.arange(0, TOKENS)
         here = (n < stop)[:, None]
         wide = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=here & (d < width)[None, :], other=0.0)
-        narrow = _sum_parts(h, n, r, here, (r < rank)[None, :], h_s, rank, SUMMANDS)
+        narrow = _sum_parts(h, n, r, here, (r < own)[None, :], h_s, rank, SUMMANDS)
         total = _dot(tl.trans(narrow.to(wide.dtype)), wide, total, PRECISION)
-    at = gradient + slot.to(tl.int64) * g_k + r.to(tl.int64)[:, None] * g_r + d.to(tl.int64)[None, :] * g_d
+    at = gradient + r.to(tl.int64)[:, None] * g_r + d.to(tl.int64)[None, :] * g_d
     tl.store(at, total, mask=(r < rank)[:, None] & (d < width)[None, :])
 
 
 @triton.jit
 def _gradients(
-    dh, x, da, h, dy, db, bounds, dh_s, x_n, num_in, h_s, dy_n, num_out, rank,
-    TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, OF_A: tl.constexpr, OF_B: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dh, x, da, h, dy, db, ranks, bounds, dh_s, x_n, num_in, h_s, dy_n, num_out, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    OF_A: tl.constexpr, OF_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, block, blocks_of_a = tl.program_id(0), tl.program_id(1), tl.cdiv(num_in, BLOCK)
     if block < blocks_of_a:
         _gradient(
-            dh, x, da, bounds, slot, block, dh_s, x_n, rank * num_in, num_in, 1, num_in, rank,
-            TOKENS, RANKS, BLOCK, OF_A, PRECISION,
+            dh, x, da, ranks, bounds, slot, block, dh_s, x_n, rank * num_in, num_in, 1, num_in, rank,
+            TOKENS, RANKS, FEW, BLOCK, OF_A, PRECISION,
         )  # fmt: skip
     else:
         _gradient(
-            h, dy, db, bounds, slot, block - blocks_of_a, h_s, dy_n, rank * num_out, 1, rank, num_out, rank,
-            TOKENS, RANKS, BLOCK, OF_B, PRECISION,
+            h, dy, db, ranks, bounds, slot, block - blocks_of_a, h_s, dy_n, rank * num_out, 1, rank, num_out, rank,
+            TOKENS, RANKS, FEW, BLOCK, OF_B, PRECISION,
         )  # fmt: skip
 
 
@@ -257,25 +343,25 @@ def ragged_bounds(slots_N: Tensor, num_slots: int) -> Tensor:
     return bounds
 
 
-def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, bounds: Tensor) -> Tensor:
-    (num_slots, rank, width), tokens = factor_KRD.shape, _tokens(x_ND)
-    block, ranks = (128 if x_ND.element_size() == 2 else 64), _ranks(rank)
-    tiles, chunks = _num_tiles(x_ND, num_slots, tokens), triton.cdiv(rank, ranks)
-    blocks = triton.cdiv(width, block)
+def ragged_shrink(x_ND: Tensor, factor_KRD: Tensor, scale_K: Tensor, rank_K: Tensor, bounds: Tensor) -> Tensor:
+    (num_slots, rank, width), ranks, tokens = factor_KRD.shape, _ranks(factor_KRD.shape[1]), _tokens(x_ND, SHRINK)
+    block = SHRINK.width if x_ND.element_size() == 2 else SHRINK.width // 2
+    tiles, chunks, blocks = _num_tiles(x_ND, num_slots, tokens), triton.cdiv(rank, ranks), triton.cdiv(width, block)
     splits = _splits(blocks, tiles * chunks)
     h_SNR = torch.empty(splits, len(x_ND), rank, dtype=torch.float32, device=x_ND.device)
     _shrink[(tiles, splits, chunks)](
-        x_ND, factor_KRD, scale_K, bounds, h_SNR,
+        x_ND, factor_KRD, scale_K, rank_K, bounds, h_SNR,
         x_ND.stride(0), *factor_KRD.stride(), h_SNR.stride(0), width, rank, triton.cdiv(blocks, splits) * block,
-        num_slots, _groups(num_slots), tokens, ranks, block, _precision(x_ND),
+        num_slots, _groups(num_slots), tokens, ranks, min(ranks, FEW_RANKS), block, _precision(x_ND),
+        num_warps=SHRINK.num_warps, num_stages=SHRINK.num_stages,
     )  # fmt: skip
     return h_SNR
 
 
-def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, bounds: Tensor) -> Tensor:
+def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, rank_K: Tensor, bounds: Tensor) -> Tensor:
     shape = h_SNR.shape[1], factor_KRD.shape[2]
     y_ND = torch.empty(shape, dtype=factor_KRD.dtype, device=h_SNR.device)
-    _launch_expand(y_ND, h_SNR, factor_KRD, None, bias_D, y_ND, bounds)
+    _launch_expand(y_ND, h_SNR, factor_KRD, None, bias_D, y_ND, rank_K, bounds)
     return y_ND
 
 
@@ -285,24 +371,26 @@ def ragged_expand_scaled(
     factor_KRO: Tensor,
     scale_KO: Tensor,
     bias_O: Tensor | None,
+    rank_K: Tensor,
     bounds: Tensor,
 ) -> Tensor:
     out_NO = torch.empty(y_NO.shape, dtype=y_NO.dtype, device=y_NO.device)
-    _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, bounds)
+    _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, rank_K, bounds)
     return out_NO
 
 
 def _launch_expand(
     y_ND: Tensor, h_SNR: Tensor, factor_KRD: Tensor, scale_KD: Tensor | None, bias_D: Tensor | None, out_ND: Tensor,
-    bounds: Tensor,
+    rank_K: Tensor, bounds: Tensor,
 ) -> None:  # fmt: skip
-    (num_slots, rank, width), tokens = factor_KRD.shape, _tokens(y_ND)
-    grid = _num_tiles(y_ND, num_slots, tokens), triton.cdiv(width, 128)
+    (num_slots, rank, width), ranks, tokens = factor_KRD.shape, _ranks(factor_KRD.shape[1]), _tokens(y_ND, EXPAND)
+    grid = _num_tiles(y_ND, num_slots, tokens), triton.cdiv(width, EXPAND.width * EXPAND.loops)
     _expand[grid](
-        y_ND, h_SNR, factor_KRD, y_ND if scale_KD is None else scale_KD, y_ND if bias_D is None else bias_D, bounds,
-        out_ND, y_ND.stride(0), h_SNR.stride(0), *factor_KRD.stride(), width, rank,
-        num_slots, _groups(num_slots), tokens, _ranks(rank), 128,
+        y_ND, h_SNR, factor_KRD, y_ND if scale_KD is None else scale_KD, y_ND if bias_D is None else bias_D, rank_K,
+        bounds, out_ND, y_ND.stride(0), h_SNR.stride(0), *factor_KRD.stride(), width, rank,
+        num_slots, _groups(num_slots), tokens, ranks, min(ranks, FEW_RANKS), EXPAND.width, EXPAND.loops,
         len(h_SNR), scale_KD is not None, bias_D is not None, _precision(factor_KRD),
+        num_warps=EXPAND.num_warps, num_stages=EXPAND.num_stages,
     )  # fmt: skip
 
 
@@ -318,16 +406,18 @@ def ragged_scale_backward(
 
 
 def ragged_gradients(
-    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, bounds: Tensor
+    dh_SNR: Tensor, x_NI: Tensor, h_SNR: Tensor, dy_NO: Tensor, rank_K: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor]:
     num_slots, rank, num_in, num_out = len(bounds) - 3, h_SNR.shape[2], x_NI.shape[1], dy_NO.shape[1]
     da_KRI = torch.empty(num_slots, rank, num_in, dtype=torch.float32, device=x_NI.device)
     db_KOR = torch.empty(num_slots, num_out, rank, dtype=torch.float32, device=x_NI.device)
-    blocks, ranks = triton.cdiv(num_in, 128) + triton.cdiv(num_out, 128), _ranks(rank)
+    tokens, block, num_warps, num_stages, _ = GRADIENTS
+    blocks, ranks = triton.cdiv(num_in, block) + triton.cdiv(num_out, block), _ranks(rank)
     _gradients[(num_slots, blocks, triton.cdiv(rank, ranks))](
-        dh_SNR, x_NI, da_KRI, h_SNR, dy_NO, db_KOR, bounds,
+        dh_SNR, x_NI, da_KRI, h_SNR, dy_NO, db_KOR, rank_K, bounds,
         dh_SNR.stride(0), x_NI.stride(0), num_in, h_SNR.stride(0), dy_NO.stride(0), num_out, rank,
-        32, ranks, 128, len(dh_SNR), len(h_SNR), _precision(x_NI),
+        tokens, ranks, min(ranks, FEW_RANKS), block, len(dh_SNR), len(h_SNR), _precision(x_NI),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return da_KRI, db_KOR
 
@@ -372,9 +462,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
-def _tokens(x_ND: Tensor) -> int:
-    """Return the tokens of a tile; few where there are few, so that more programs share the work."""
-    return TOKENS if len(x_ND) > TOKENS * 32 else 16
+def _tokens(x_ND: Tensor, tile: Tile) -> int:
+    return tile.tokens if len(x_ND) > FEW else FEW_TOKENS
 
 
 def _num_tiles(x_ND: Tensor, num_slots: int, tokens: int) -> int:

@@ -141,7 +141,7 @@ class TrialHost:
         member = Member(name, trial, slot, self.data.train.lengths)
         member.last_served = self._num_plans - 1
         self.bank.attach(slot, spec)
-        self.optimizer.assign(slot, trial.optim)
+        self.optimizer.assign(slot, trial.optim, spec.rank)
         self.members[name] = self._by_slot[slot] = member
         if checkpoint is not None:
             try:

@@ -66,6 +66,13 @@ class _Group:
     second: Tensor
     shadow: Tensor | None
 
+    @property
+    def rank_axis(self) -> tuple[int, int]:
+        """The size of the rank's axis, and of what lies within it."""
+        if self.role == "m":
+            return 1, 1
+        return (self.data.shape[2], self.data.shape[3]) if self.role == "a" else (self.data.shape[3], 1)
+
 
 def list_parameters(bank: AdapterBank) -> list[SlotParameter]:
     """Return a bank's trainable parameters, site by site."""
@@ -93,16 +100,16 @@ class SlotAdamW:
         self.parameters = list(parameters)
         self.num_slots = num_slots
         self.settings: dict[int, OptimConfig] = {}
-        self.counts = [0] * num_slots
+        self.counts, self.ranks = [0] * num_slots, [0] * num_slots
         self.device = self.parameters[0].parameter.device
         self._idle_S1 = torch.tensor(IDLE, device=self.device)[:, None]
         self._groups = [self._group(members) for members in self._group_alike()]
         self._at = {i: (group, g) for group in self._groups for g, i in enumerate(group.members)}
 
-    def assign(self, slot: int, optim: OptimConfig) -> None:
+    def assign(self, slot: int, optim: OptimConfig, rank: int) -> None:
         """Start a slot with new settings, zero moments and step count 0."""
         self.clear(slot)
-        self.settings[slot] = optim
+        self.settings[slot], self.ranks[slot] = optim, rank
 
     def clear(self, slot: int) -> None:
         """Forget a slot's settings and moments, in place."""
@@ -166,6 +173,7 @@ class SlotAdamW:
                     optim.eps,
                     rate / (1 - beta_1**count),
                     1 - rate * optim.weight_decay,
+                    self.ranks[slot],
                 )
         return np.ascontiguousarray(np.array(columns, dtype=np.float32).transpose(0, 2, 1))
 
@@ -185,7 +193,8 @@ class SlotAdamW:
             data, first, second = (t[:, :used] for t in (group.data, group.first, group.second))
             shadow = None if group.shadow is None else group.shadow[:, :used]
             settings_SK = settings_2SK[int(group.role != "a"), :, :used]
-            slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow)
+            num_ranks, inner = group.rank_axis
+            slot_adamw(data, first, second, gradient[:, :used], settings_SK, shadow, num_ranks, inner)
 
     def download_slot(self, slot: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return a slot's values and its two moments on the CPU, by the parameter's name, with their padding."""

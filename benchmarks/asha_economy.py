@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def run_search(study: StudyConfig) -> dict[str, Any]:
     result = tune(study, on_event=take)
     rows = pq.read_table(result.results).to_pylist()
     best = min((row for row in rows if row["best_loss"] is not None), key=lambda row: row["best_loss"])
-    [host] = result.hosts
+    [report] = result.hosts
+    host = asdict(report)
     del host["first_steps"]
     return {
         "best_loss": best["best_loss"],

@@ -127,9 +127,10 @@ def by_study(spec: dict[str, Any]) -> dict[str, Any]:
                 raise SystemExit(f"{event.name}: {event.error}")
 
     result = tune(study, on_event=take)
-    for host in result.hosts:
+    hosts = [asdict(host) for host in result.hosts]
+    for host in hosts:
         del host["first_steps"]
-    return found | {"hosts": list(result.hosts)}
+    return found | {"hosts": hosts}
 
 
 def by_ray_tune(spec: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def drive(study: dict[str, Any]) -> dict[str, Any]:
                 times["trials"][trial] = time.time()
 
     [host] = tune(parsed, on_event=take).hosts
-    return times | {"first_steps": host["first_steps"], "load_s": host["load_s"], "import_s": host["import_s"]}
+    return times | {"first_steps": host.first_steps, "load_s": host.load_s, "import_s": host.import_s}
 
 
 def row_of(model: str, found: dict[str, Any]) -> list[Any]:

@@ -29,6 +29,7 @@ from rankloom.events import Event, PhaseStarted, TrialEnded, TrialEvaluated, Tri
 from rankloom.registry import Registry
 from rankloom.registry.checks import WEIGHTS
 from rankloom.reporting.write import report
+from rankloom.search.priors import PriorCounts
 from rankloom.search.study import tune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -64,9 +65,9 @@ def test_asha_from_the_config_to_the_registry(tiny_study: Make) -> None:
     assert counts["done"] >= 1
     assert counts["failed"] == counts["running"] == 0
     [host] = result.hosts
-    assert result.tokens <= host["tokens"] < 1.5 * result.tokens  # what was trained ahead in vain is bounded
-    assert len({seat["trial"] for seat in host["seats"]}) == 12
-    assert {seat["slot"] for seat in host["seats"]} <= set(range(host["num_slots"]))
+    assert result.tokens <= host.tokens < 1.5 * result.tokens  # what was trained ahead in vain is bounded
+    assert len({seat.trial for seat in host.seats}) == 12
+    assert {seat.slot for seat in host.seats} <= set(range(host.num_slots))
 
     table = pq.read_table(result.results).to_pylist()
     assert [row["number"] for row in table] == list(range(12))
@@ -265,7 +266,7 @@ def test_several_objectives_and_then_that_study_as_a_prior(tiny_study: Make) -> 
     settings |= {"name": "again", "search": search | {"num_trials": 2, "priors": [result.folder]}}
     again = tune(parse(StudyConfig, settings), on_event=events.append)
     # the baseline, LoRA of rank 16, lies in the space as well
-    assert again.priors == {"told": 8, "skipped": {}}
+    assert again.priors == PriorCounts(told=8, skipped={})
     told = [event.message for event in events if isinstance(event, PhaseStarted) and event.phase == "priors"]
     assert told == ["the searcher knows 8 earlier trials"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from rankloom.config import StudyConfig, dump, parse
 from rankloom.events import TrialEnded, TrialEvaluated, TrialStarted, to_dict
+from rankloom.hosts.host_loop import HostReport, Seat
 from rankloom.search.flat_space import sample
 from rankloom.search.leaderboard import Leaderboard, write_results
 from rankloom.search.optuna_storage import write_optuna
@@ -116,19 +118,19 @@ def _result(leaderboard: Leaderboard, folder: Path, winner_right: int) -> dict[s
             "scorecard": {"result": measures(right, loss=best.loss), "base": base, **COSTS},
             "published": [f"{leaderboard.study.name}@1"] if trial is finalists[0] else [], "error": None,
         })  # fmt: skip
+    starts = {trial.id: BEGIN + 10.0 * (trial.number // 4) for trial in leaderboard.trials.values()}
     seats = [
-        {"trial": trial.id, "slot": trial.number % 4, "start": BEGIN + 10.0 * (trial.number // 4),
-         "end": BEGIN + 10.0 * (trial.number // 4) + 0.9 * len(trial.curve)}
+        Seat(trial.id, trial.number % 4, starts[trial.id], starts[trial.id] + 0.9 * len(trial.curve))
         for trial in leaderboard.trials.values()
-    ]  # fmt: skip
+    ]
     first = next(row for row in rows if row["point"].get("warm_start") == 0)
-    host = {
-        "label": "host-1", "num_slots": 4, "occupancy": 0.9, "tokens": 9000, "train_s": 30.0, "memory_bytes": 4e8,
-        "seats": seats,
-    }  # fmt: skip
+    host = HostReport(
+        label="host-1", num_slots=4, occupancy=0.9, tokens=9000, train_s=30.0, memory_bytes=400_000_000, seats=seats,
+        members=0, seated=0, training=0, waiting=0,
+    )  # fmt: skip
     return {
         "status": "done", "name": leaderboard.study.name, "study": str(folder), "results": str(folder / RESULTS),
         "counts": leaderboard.count_by_status(), "num_refused": 0, "priors": {"told": 0, "skipped": {}},
-        "tokens": leaderboard.tokens, "hosts": [host], "winner": rows[0], "front": [], "baseline": first,
+        "tokens": leaderboard.tokens, "hosts": [asdict(host)], "winner": rows[0], "front": [], "baseline": first,
         "finalists": rows, "registry": str(folder.parent.parent / "registry"), "beats_baseline": True,
     }  # fmt: skip

@@ -275,22 +275,23 @@ def _show_timeline(study: ReportedStudy) -> Iterator[Block]:
 
 def list_stays(study: ReportedStudy) -> Iterator[Stay]:
     """Yield each trial's stays in the slots of hosts, where a finished study recorded them; else from start to end."""
-    seats = [
-        (host["label"], seat) for host in (study.result.hosts if study.result else ()) for seat in host.get("seats", ())
-    ]
+    seats = [(host.label, seat) for host in (study.result.hosts if study.result else ()) for seat in host.seats]
     starts = [start for start, _ in study.times.values() if start is not None]
-    starts += [seat["start"] for _, seat in seats]
+    starts += [seat.start for _, seat in seats]
     ends = [end for _, end in study.times.values() if end is not None]
     if not starts or not ends:
         return
     begin, last, seated = min(starts), max(ends), set()
     for label, seat in seats:
-        state = study.leaderboard.trials.get(seat["trial"])
+        state = study.leaderboard.trials.get(seat.trial)
         if state is not None:
             seated.add(state.id)
-            lane, end = f"{label} slot {seat['slot']}", max(seat["start"], seat["end"] or last)
             yield Stay(
-                lane=lane, trial=state.config.name, group=state.method, start_s=seat["start"] - begin, end_s=end - begin
+                lane=f"{label} slot {seat.slot}",
+                trial=state.config.name,
+                group=state.method,
+                start_s=seat.start - begin,
+                end_s=max(seat.start, seat.end or last) - begin,
             )
     for id, state in study.leaderboard.trials.items():
         start, end = study.times[id]
@@ -316,12 +317,12 @@ def _list_environment(study: ReportedStudy, origins: dict[str, str]) -> Iterator
     for digest in origins:
         yield "rows", digest
     for host in study.result.hosts if study.result else ():
-        speed = host["tokens"] / host["train_s"] if host.get("train_s") else 0.0
+        speed = host.tokens / host.train_s if host.train_s else 0.0
         yield (
-            host["label"],
+            host.label,
             (
-                f"{host['num_slots']} slots, {100 * host['occupancy']:.0f} % full, {speed:,.0f} tokens/s, "
-                f"{host['memory_bytes'] / 1e6:,.0f} MB at its peak"
+                f"{host.num_slots} slots, {100 * host.occupancy:.0f} % full, {speed:,.0f} tokens/s, "
+                f"{host.memory_bytes / 1e6:,.0f} MB at its peak"
             ),
         )
     yield "folder", str(study.folder)

@@ -37,6 +37,15 @@ NOTHING = object()
 
 
 @dataclass(frozen=True)
+class PriorCounts:
+    """How many earlier trials the searcher got, and how many were left out."""
+
+    told: int
+    skipped: dict[str, int]
+    """By reason."""
+
+
+@dataclass(frozen=True)
 class Priors:
     """The points that the searcher begins with."""
 
@@ -50,8 +59,8 @@ class Priors:
         return [*self.priors, *([PriorTrial(self.guess, None)] if self.guess else [])]
 
     @property
-    def counts(self) -> dict[str, Any]:
-        return {"told": len(self.priors), "skipped": self.skipped}
+    def counts(self) -> PriorCounts:
+        return PriorCounts(len(self.priors), self.skipped)
 
     @classmethod
     def gather(cls, study: StudyConfig) -> Priors:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from rankloom.events import FinalistScored, StudyFinished
+from rankloom.hosts.host_loop import HostReport
 from rankloom.launch.results import Result, render_html_table, summarize
 from rankloom.registry.scorecard import Scorecard
+from rankloom.search.priors import PriorCounts
 
 if TYPE_CHECKING:
     import pandas
@@ -83,12 +85,12 @@ class StudyResult(Result):
     """Trials that are running, done, stopped early and failed."""
     num_refused: int
     """Points refused because their settings exclude each other."""
-    priors: dict[str, Any]
-    """Number of earlier trials that the searcher got, and of those left out by reason."""
+    priors: PriorCounts
+    """The earlier trials that the searcher knew."""
     tokens: int
     """Tokens that all trials trained on."""
-    hosts: tuple[dict[str, Any], ...]
-    """Each host's counters."""
+    hosts: tuple[HostReport, ...]
+    """Each host's counters when the search ended."""
     winner: ScoredTrial | None = None
     """The best trial on the validation rows."""
     front: tuple[ScoredTrial, ...] = ()

@@ -20,7 +20,6 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,7 +223,7 @@ def _search(
             num_refused=leaderboard.num_refused,
             priors=priors.counts,
             tokens=leaderboard.tokens,
-            hosts=tuple(map(asdict, journal.host_stats.values())),
+            hosts=tuple(journal.host_stats.values()),
         )
         if journal.interrupted:
             return result

@@ -20,6 +20,7 @@ from rankloom.events import TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.registry.scorecard import Extraction, Measures, MethodCost, Proportion, Scorecard
 from rankloom.search.finalists import get_base_rows_file, get_rows_file
 from rankloom.search.leaderboard import Leaderboard
+from rankloom.search.priors import PriorCounts
 from rankloom.search.results import ScoredTrial, StudyResult, ValidationScore
 from rankloom.search.score_finalists import write_rows
 
@@ -126,8 +127,8 @@ def left(tmp_path: Path) -> Callable[..., Left]:
                 )
             )  # fmt: skip
         trained = StudyResult(
-            status="done", name="cmp", folder=str(folder), results="", counts={}, num_refused=0, priors={}, tokens=1,
-            hosts=(), finalists=tuple(finalists), registry=str(tmp_path / "registry"),
+            status="done", name="cmp", folder=str(folder), results="", counts={}, num_refused=0, tokens=1,
+            priors=PriorCounts(0, {}), hosts=(), finalists=tuple(finalists), registry=str(tmp_path / "registry"),
         )  # fmt: skip
         costs = {name: cost_of(10.0 * (1 + place)) for place, name in enumerate(shares)}
         return Left(comparison, trained, board, costs)

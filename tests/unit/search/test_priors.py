@@ -12,7 +12,7 @@ from rankloom.config import StudyConfig, dump, load, parse
 from rankloom.errors import ConfigError
 from rankloom.events import TrialEnded, TrialEvaluated, TrialStarted
 from rankloom.search.leaderboard import Leaderboard, write_results
-from rankloom.search.priors import Priors, guess_first, locate
+from rankloom.search.priors import PriorCounts, Priors, guess_first, locate
 from rankloom.search.samplers import PriorTrial
 from rankloom.search.tune_searcher import StudySearcher
 
@@ -152,9 +152,8 @@ def test_earlier_trials_of_this_space_are_told_and_others_counted(algorithm: str
     priors = [str(tmp_path / "earlier"), str(tmp_path / "earlier" / "results.parquet")]
     config = study(narrow, LORA, search={"algorithm": algorithm, "priors": priors, "num_trials": 4})
     priors = Priors.gather(config)
-    assert priors.counts == {
-        "told": 4, "skipped": {"not a trial of this space": 4, "failed, or measured otherwise": 2},
-    }  # fmt: skip
+    skipped = {"not a trial of this space": 4, "failed, or measured otherwise": 2}
+    assert priors.counts == PriorCounts(told=4, skipped=skipped)
     baseline = {"method.rank": 16, "method.alpha_over_rank": 2, "optim.learning_rate": 3e-4, "optim.loraplus_ratio": 1}
     assert priors.priors[:2] == [
         PriorTrial({"branch": 1} | baseline, [0.9]),  # a warm start may lie in the space too

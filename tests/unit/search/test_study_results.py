@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from rankloom.hosts.host_loop import HostReport
 from rankloom.search.results import StudyResult
 from scorecards import COSTS
 
@@ -34,10 +36,13 @@ def done(tmp_path: Path) -> dict[str, Any]:
         "trial": "t0", "number": 0, "name": "s-0000", "on_front": False, "scorecard": None, "published": [],
         "error": "<gone>",
     }  # fmt: skip
+    host = HostReport(
+        label="host 0", tokens=1300, num_slots=2, occupancy=1.0, members=0, seated=0, training=0, waiting=0
+    )
     return {
         "status": "done", "name": "s", "study": str(tmp_path), "results": str(tmp_path / "r.parquet"),
         "counts": {"running": 0, "done": 2, "stopped": 0, "failed": 0}, "num_refused": 0,
-        "priors": {"told": 0, "skipped": {}}, "tokens": 1200, "hosts": [{"label": "host 0", "tokens": 1300}],
+        "priors": {"told": 0, "skipped": {}}, "tokens": 1200, "hosts": [asdict(host)],
         "winner": winner, "front": [winner], "baseline": None, "finalists": [winner, broken],
         "registry": "/out/registry", "beats_baseline": None,
     }  # fmt: skip

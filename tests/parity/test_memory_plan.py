@@ -156,6 +156,7 @@ def check_run(trial: TrialConfig) -> None:
     measured = measure_cost(trial)
     (planned,) = plan_trials([trial], [], trial.name).own
     forecast = planned.memory
+    print(f"{planned.label}: {forecast.peak / 1e6:,.1f} MB forecast, {measured.peak_bytes / 1e6:,.1f} MB measured")
     assert planned.trained == pytest.approx(measured.trainable_parameters, rel=WITHIN)
     assert forecast.weights == pytest.approx(measured.weight_bytes, rel=WITHIN)
     assert forecast.gradients == pytest.approx(measured.gradient_bytes, rel=WITHIN)

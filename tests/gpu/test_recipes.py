@@ -12,7 +12,6 @@ from answers import RECIPES, served, trial_of
 from rankloom.data import load_data
 from rankloom.models import load_tokenizer
 from rankloom.registry import Registry
-from rankloom.registry.scorecard import Scorecard
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
 
@@ -32,7 +31,7 @@ def test_every_recipe_is_served_as_it_was_scored(
     trial = trial_of(tiny_llama, tmp_path, recipe)
     result = run_trial(trial, LocalSession(tmp_path / "run", device=device))
     Registry(tmp_path / "registry").verify("low@1")
-    card = Scorecard.model_validate(result["scorecard"])
+    card = result["scorecard"]
     assert card.result.exact_match is not None
     assert card.result.exact_match.value == 1
     data = load_data(trial.data, load_tokenizer(trial.model))

@@ -27,7 +27,6 @@ from rankloom.evals.loss import compute_token_loss
 from rankloom.events import Event
 from rankloom.models import Base, choose_auto_dtype, load_base, load_tokenizer
 from rankloom.registry import Registry
-from rankloom.registry.scorecard import Scorecard
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.precision import autocast, load_trial_base
@@ -46,7 +45,7 @@ def test_every_recipe_in_bf16_is_served_as_it_was_scored(
     trial = trial_of(tiny_llama, tmp_path, recipe)
     result = run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
     Registry(tmp_path / "registry").verify("low@1")
-    card = Scorecard.model_validate(result["scorecard"])
+    card = result["scorecard"]
     assert card.base is not None
     assert [measures.exact_match and measures.exact_match.value for measures in (card.base, card.result)] == [0, 1]
     data = load_data(trial.data, load_tokenizer(trial.model))

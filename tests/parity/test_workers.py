@@ -101,7 +101,7 @@ def train_all(rank: int, world_size: int, port: int, trials: list[TrialConfig], 
         assert bool(result) == (rank == 0)
         if rank == 0:
             torch.save([to_dict(e) for e in events if isinstance(e, StepFinished | Evaluated)], run / "events.pt")
-            (run / "scorecard.json").write_text(json.dumps(result["scorecard"]))
+            (run / "scorecard.json").write_text(result["scorecard"].model_dump_json())
     if world_size > 1:
         dist.destroy_process_group()
 

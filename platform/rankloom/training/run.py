@@ -11,7 +11,7 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Required, TypedDict
+from typing import Literal, Required, TypedDict
 
 from pydantic import ValidationError
 from torch import nn
@@ -31,7 +31,7 @@ from rankloom.models import Base, load_tokenizer
 from rankloom.models.device import describe_device
 from rankloom.registry import Record
 from rankloom.registry.checks import RECORD, check_files
-from rankloom.registry.scorecard import Extraction, Measures
+from rankloom.registry.scorecard import Extraction, Measures, Scorecard
 from rankloom.training import checkpoint
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.memory import read_free_bytes, read_shape
@@ -49,12 +49,12 @@ from rankloom.training.session import Session
 
 
 class TrialOutcome(TypedDict, total=False):
-    """The result of a trial as plain data, which crosses processes; from `scorecard` on, of one that is done."""
+    """The result of a trial, which crosses processes; from `scorecard` on, of one that is done."""
 
     status: Required[Literal["done", "interrupted"]]
     name: Required[str]
     steps: Required[int]
-    scorecard: dict[str, Any]
+    scorecard: Scorecard
     memory_bytes: int
     """Bytes of the base's weights with the adapter."""
     version: int
@@ -65,13 +65,13 @@ class TrialOutcome(TypedDict, total=False):
 
 
 class ScoreOutcome(TypedDict):
-    """The measures of an adapter beside its base's, as plain data."""
+    """The measures of an adapter beside its base's."""
 
     status: Literal["done"]
     name: str
-    result: dict[str, Any] | None
+    result: Measures | None
     """None: the base alone was scored."""
-    base: dict[str, Any]
+    base: Measures
 
 
 def run_trial(
@@ -143,8 +143,8 @@ def evaluate(
     if adapter is not None:
         _check_record(adapter, base)
         _report_phase(session, "score", f"{adapter}")
-        result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric).model_dump()
-    return {"status": "done", "name": trial.name, "result": result, "base": base_measures.model_dump()}
+        result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric)
+    return {"status": "done", "name": trial.name, "result": result, "base": base_measures}
 
 
 def _describe_base(trial: TrialConfig, session: Session) -> str:
@@ -251,7 +251,7 @@ def _finish(
             "status": "done",
             "name": trial.name,
             "steps": progress.step,
-            "scorecard": scored.scorecard.model_dump(),
+            "scorecard": scored.scorecard,
             "memory_bytes": scored.memory_bytes,
         }
         if trial.output.publish:

@@ -18,7 +18,6 @@ from rankloom.errors import ConfigError, DataError, ModelError, RegistryError, T
 from rankloom.evals.own_metric import Prediction
 from rankloom.events import Evaluated, Event
 from rankloom.registry import Registry
-from rankloom.registry.scorecard import Scorecard
 from rankloom.training.run import evaluate, run_trial
 from rankloom.training.session import LocalSession
 
@@ -66,7 +65,7 @@ def test_every_method_on_every_base_leaves_a_verified_record(
     assert record.method == method
     assert record.base.quantization == quantization
     assert record.servable == COMPATIBLE[method].servable
-    card = Scorecard.model_validate(result["scorecard"])
+    card = result["scorecard"]
     assert card.base is not None
     assert card.result.loss < card.base.loss
     assert (card.extraction is not None) == (record.servable == "extracted")
@@ -80,7 +79,7 @@ def test_every_method_on_every_base_leaves_a_verified_record(
 def test_extraction_at_full_rank_scores_as_the_trained_weights(tiny_llama: Path, tmp_path: Path) -> None:
     trial = trial_of(tiny_llama, tmp_path, method="full")
     trial = trial.model_copy(update={"method": trial.method.model_copy(update={"extract_rank": 64})})
-    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    card = run(trial, tmp_path)[0]["scorecard"]
     assert card.extraction is not None
     assert card.extraction.energy == pytest.approx(1, abs=1e-5)
     assert card.result.loss == pytest.approx(card.extraction.trained.loss, rel=1e-4)
@@ -92,13 +91,13 @@ def test_a_tuned_model_can_be_kept_whole(tiny_llama: Path, tmp_path: Path) -> No
     again = trial_of(tmp_path / "runs" / "tiny" / "model", tmp_path)
     session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
     scored = evaluate(again, None, session)
-    assert scored["base"]["loss"] == pytest.approx(result["scorecard"]["extraction"]["trained"]["loss"], rel=1e-4)
+    assert scored["base"].loss == pytest.approx(result["scorecard"].extraction.trained.loss, rel=1e-4)
 
 
 def test_retention_is_measured_beside_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "general.jsonl").write_text('{"text": "the weather is fine today"}\n{"text": "the sun shines"}\n')
     trial = trial_of(tiny_llama, tmp_path, eval={"retention": str(tmp_path / "general.jsonl")})
-    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    card = run(trial, tmp_path)[0]["scorecard"]
     assert card.base is not None
     assert card.result.retention_loss != card.base.retention_loss
     assert card.result.retention_loss is not None
@@ -109,7 +108,7 @@ def test_generated_answers_are_compared_where_there_are_no_labels(tiny_llama: Pa
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "test": None, "max_train_rows": None}
     trial = trial_of(tiny_llama, tmp_path, data=data, budget={"steps": 60}, eval={"every": 60, "latency": True})
-    card = Scorecard.model_validate(run(trial, tmp_path)[0]["scorecard"])
+    card = run(trial, tmp_path)[0]["scorecard"]
     assert card.result.exact_match is not None
     assert card.result.exact_match.low <= card.result.exact_match.value <= card.result.exact_match.high
     assert card.result.exact_match.value > 0.3
@@ -126,7 +125,7 @@ def test_evaluate_reads_the_published_adapter(tiny_llama: Path, tmp_path: Path) 
     result, _ = run(trial, tmp_path)
     session = LocalSession(tmp_path / "again", device=torch.device("cpu"))
     scored = evaluate(trial, Path(result["adapter"]), session)
-    assert scored["result"]["loss"] == pytest.approx(result["scorecard"]["result"]["loss"], rel=1e-5)
+    assert scored["result"].loss == pytest.approx(result["scorecard"].result.loss, rel=1e-5)
 
 
 def test_evaluate_refuses_another_base_and_a_changed_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -191,7 +190,7 @@ def test_own_metric_chooses_the_best_checkpoint_and_is_on_the_scorecard(
     told = [(event.metric, event.best) for event in events if isinstance(event, Evaluated)]
     best = {"max": [False, True, True, False, False], "min": [False, True, False, True, False, False]}[mode]
     assert told == list(zip([0.5, 0.3, 0.9, 0.1, 0.2, 0.2], best, strict=False))
-    card = Scorecard.model_validate(result["scorecard"])
+    card = result["scorecard"]
     assert card.result.metric is not None
     assert (card.result.metric.name, card.result.metric.best) == ("python:own", mode)
     record = Registry(tmp_path / "registry").get("tiny")

@@ -158,14 +158,15 @@ class HostLoop:
             self._work.filled += len(members) / self.host.num_slots
             self._work.train_s += seconds
             for member in members:
-                member.train_s += seconds / len(members)
+                member.progress.train_s += seconds / len(members)
                 member.candidate.at_report = False
             due = []
             for step in steps:
                 member = by_key[step.name]
                 self._work.first_steps.setdefault(member.trial_id, [clock, clock + seconds])
-                self._work.tokens += step.tokens - member.tokens
-                member.tokens, member.train_loss, member.step = step.tokens, step.loss, step.step
+                now = member.progress
+                self._work.tokens += step.tokens - now.tokens
+                now.tokens, now.train_loss, now.step = step.tokens, step.loss, step.step
                 member.failure = step.error
                 if step.error or step.done or step.step % member.trial.eval.every == 0:
                     due.append(member)
@@ -191,8 +192,8 @@ class HostLoop:
                 member.failure = str(error)
         for member in sound:
             if member.key in scores and not math.isfinite(scores[member.key].loss):
-                rate = member.trial.optim.learning_rate
-                member.failure = f"the validation loss is not finite at step {member.step}; lower optim.learning_rate"
+                rate, step = member.trial.optim.learning_rate, member.progress.step
+                member.failure = f"the validation loss is not finite at step {step}; lower optim.learning_rate"
                 member.failure += f" ({rate:g})"
         evaluated = time.monotonic()
         with _translate_errors(), ThreadPoolExecutor(1, thread_name_prefix="rankloom-snapshots") as writer:
@@ -213,12 +214,12 @@ class HostLoop:
             failed = member.report(0, FAILED_LOSS, 0.0, -self._search.sign * FAILED_LOSS)
             return replace(failed, best_value=None, done=True, error=member.failure)
         assert scores is not None
-        value, sign = getattr(scores, self._search.key), self._search.sign
-        best = member.best_value is None or sign * value > sign * member.best_value
-        member.best_value = value if best else member.best_value
-        member.evals_since_best = 0 if best else member.evals_since_best + 1
+        now, value, sign = member.progress, getattr(scores, self._search.key), self._search.sign
+        best = now.best_value is None or sign * value > sign * now.best_value
+        now.best_value = value if best else now.best_value
+        now.evals_since_best = 0 if best else now.evals_since_best + 1
         num_steps, patience = self.host.members[member.key].num_steps, member.trial.eval.patience
-        done = member.step >= num_steps or (patience is not None and member.evals_since_best >= patience)
+        done = now.step >= num_steps or (patience is not None and now.evals_since_best >= patience)
         self._save(member, member.candidate.made + 1, writer, export=best and member.best_folder is not None)
         report = member.report(num_steps, scores.loss, scores.accuracy, scores.metric)
         return replace(report, best=best, done=done, finished=done)
@@ -238,9 +239,9 @@ class HostLoop:
                 self.host.export(member.key, folder / BEST, snapshot)
 
         self._written.append(writer.submit(write))
-        if export and self._search.objectives and not member.costs:
+        if export and self._search.objectives and not member.progress.costs:
             self._written[-1].result()
-            member.costs = self._measure_costs(folder / BEST)
+            member.progress.costs = self._measure_costs(folder / BEST)
 
     def _measure_costs(self, adapter: Path) -> dict[str, float]:
         """Measure the serving costs that are objectives of the study, on prompts from the validation rows."""

@@ -12,9 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rankloom.config import TrialConfig
 from rankloom.hosts.reports import TrialReport
@@ -23,16 +22,22 @@ from rankloom.hosts.slots import Candidate
 Files = dict[str, bytes]
 
 META, BEST = "member.json", "best"
-BEGINNING: dict[str, Any] = {
-    "best_value": None,
-    "evals_since_best": 0,
-    "step": 0,
-    "tokens": 0,
-    "train_s": 0.0,
-    "train_loss": 0.0,
-    "costs": {},
-}
-"""Initial values of the fields in member.json."""
+
+
+@dataclass
+class Progress:
+    """How far a trial has come, as member.json keeps it."""
+
+    best_value: float | None = None
+    """The best value of `search.metric` so far; None before the first."""
+    evals_since_best: int = 0
+    step: int = 0
+    tokens: int = 0
+    train_s: float = 0.0
+    """Its share of the host's training time."""
+    train_loss: float = 0.0
+    costs: dict[str, float] = field(default_factory=dict)
+    """The costs in `search.objectives`, after its first adapter is measured."""
 
 
 @dataclass
@@ -51,15 +56,7 @@ class Membership:
     """Monotonic time of its trial's last call."""
     num_callers: int = 0
     """Calls of its trial that wait for a report."""
-    best_value: float | None = None
-    evals_since_best: int = 0
-    step: int = 0
-    tokens: int = 0
-    train_s: float = 0.0
-    """Its share of the host's training time."""
-    train_loss: float = 0.0
-    costs: dict[str, float] = field(default_factory=dict)
-    """The costs in `search.objectives`, after its first adapter is measured."""
+    progress: Progress = field(default_factory=Progress)
     failure: str | None = None
     """Why it failed; None: it did not."""
 
@@ -107,37 +104,35 @@ class Membership:
 
     def save(self, n: int) -> None:
         """Complete the snapshot of report n."""
-        meta = {name: getattr(self, name) for name in BEGINNING} | {"trial": self.trial_id}
+        meta = asdict(self.progress) | {"trial": self.trial_id}
         (self.get_folder(n) / META).write_text(json.dumps(meta))  # last: a snapshot without it is incomplete
 
     def rewind(self) -> None:
         """Reset the progress to the last snapshot's."""
-        meta = dict(BEGINNING)
+        self.progress = Progress()
         if self.start is not None:
             meta = json.loads((self.start / META).read_text())
-            if meta.pop("trial") != self.trial_id:
-                meta |= {
-                    "best_value": None,
-                    "evals_since_best": 0,
-                }  # another trial's weights: their best adapter is not here
-        for name, value in meta.items():
-            setattr(self, name, value)
+            trial = meta.pop("trial")
+            self.progress = Progress(**meta)
+            if trial != self.trial_id:  # another trial's weights: their best adapter is not here
+                self.progress = replace(self.progress, best_value=None, evals_since_best=0)
 
     def report(self, num_steps: int, loss: float, accuracy: float | None, metric: float | None) -> TrialReport:
         """Return the next report of a trial that continues; `num_steps` is its budget."""
+        now = self.progress
         report = TrialReport(
             n=self.candidate.made + 1,
-            step=self.step,
-            percent=100 * min(1.0, self.step / num_steps) if num_steps else 100.0,
+            step=now.step,
+            percent=100 * min(1.0, now.step / num_steps) if num_steps else 100.0,
             loss=loss,
             accuracy=accuracy,
             metric=metric,
-            train_loss=self.train_loss,
-            tokens=self.tokens,
-            train_s=self.train_s,
-            best_value=self.best_value,
+            train_loss=now.train_loss,
+            tokens=now.tokens,
+            train_s=now.train_s,
+            best_value=now.best_value,
         )
-        return report.add_costs(self.costs)
+        return report.add_costs(now.costs)
 
     def publish_best(self, n: int) -> None:
         """Replace the adapter in `best_folder` by that of report n. A second call for the same report does nothing.

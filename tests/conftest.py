@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # only for the Rays that this run starts and ends
 os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"  # a replica that can't start is started once, not thrice
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less for each run: nothing takes a node away
 os.environ["RAY_memory_usage_threshold"] = "0.99"  # noqa: SIM112  # other work on this machine must not kill a test's workers
 if "RANKLOOM_VLLM_PYTHON" not in os.environ:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only vLLM compiles; bitsandbytes' import would load the compiler

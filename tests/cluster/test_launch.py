@@ -29,7 +29,7 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
     trial = parse(
         TrialConfig,
         tiny_trial(
-            budget={"steps": 160},
+            budget={"steps": 100},
             eval={"every": 20, "latency": False, "max_rows": 8, "max_test_rows": 8},
             compute={"num_workers": 2, "device": "cpu", "cpus_per_worker": 1, "max_failures": 1},
         ),
@@ -48,12 +48,12 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
 
     assert killed
     assert result.status == "done"
-    assert result.steps == 160
+    assert result.steps == 100
     [resumed] = [event.step for event in events if isinstance(event, RunResumed)]
     assert resumed >= 20
     kinds = {event.kind for event in events}
     assert {"phase", "data", "step", "eval", "done"} <= kinds
-    assert {event.step for event in events if isinstance(event, StepFinished)} == set(range(1, 161))
+    assert {event.step for event in events if isinstance(event, StepFinished)} == set(range(1, 101))
     run = Path(result.run)
     assert (run / "events.jsonl").read_text().count('"event": "eval"') == len(
         [e for e in events if isinstance(e, Evaluated)]
@@ -62,7 +62,7 @@ def test_a_killed_worker_costs_one_interval(tiny_trial: Make, processes_named: C
     assert sum(path.is_dir() and path.name.startswith("checkpoint") for path in run.iterdir()) <= 3
     record = Registry(result.registry).verify("tiny@1")
     assert record.scorecard is not None
-    assert record.scorecard.steps == 160
+    assert record.scorecard.steps == 100
 
 
 def test_stop_resume_and_finish(tiny_trial: Make) -> None:

@@ -12,6 +12,7 @@ not retry it.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,6 +191,8 @@ def _on_ray(trial: TrialConfig, run: RunFolder, work: Work, tell: OnEvent, stop:
         kind = "core(s) and a GPU" if share.gpu else "core(s)"
         message = f"starting {share.num_workers} worker(s) with {share.cpus} {kind} each"
         tell(PhaseStarted("launch", message))
+        # a report with a checkpoint waits until Ray looks at the workers again, by default for up to two seconds
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
         remove_orphaned_groups()  # of an earlier attempt, whose process was killed
         channel = ray.remote(Channel).options(**cluster.pin_to_this_node()).remote()
         fitting = Background(lambda: _build_ray_trainer(trial, run, work, share, channel).fit())

@@ -18,6 +18,14 @@ import pytest
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that share a Serve first, then those that share a Ray: each starts once."""
+    needs: dict[Path, set[str]] = {}
+    for item in items:
+        needs.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: ("local_serve" not in needs[item.path], "local_ray" not in needs[item.path]))
+
+
 @pytest.fixture(scope="module")
 def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """Connect this process to its own Ray, which lives on where the next test wants it too: a start takes seconds."""
@@ -29,23 +37,30 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
             address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
         )
     yield
-    items: list[Any] = request.session.items
-    last = max(number for number, item in enumerate(items) if item.path == request.path)
-    if last + 1 == len(items) or "local_ray" not in items[last + 1].fixturenames:
+    if not is_used_next("local_ray", request):
         ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def local_serve(local_ray: None) -> Iterator[None]:  # noqa: ARG001
-    """Start Ray Serve; endpoints of the tests share its controller and proxy."""
+def local_serve(local_ray: None, request: pytest.FixtureRequest) -> Iterator[str]:  # noqa: ARG001
+    """Start Ray Serve, which lives on as its Ray does, and yield its URL; tests share its controller and proxy."""
     from ray import serve
 
-    from rankloom.deploy.run import forget_last_serve
+    from rankloom.deploy.run import _read_url, forget_last_serve
 
     forget_last_serve()
-    serve.start(http_options={"host": "127.0.0.1", "port": free_ports(1)[0]})
-    yield
-    serve.shutdown()
+    if not serve.status().proxies:
+        serve.start(http_options={"host": "127.0.0.1", "port": free_ports(1)[0]})
+    yield _read_url()
+    if not is_used_next("local_serve", request):
+        serve.shutdown()
+
+
+def is_used_next(fixture: str, request: pytest.FixtureRequest) -> bool:
+    """Return whether the test after the last one of this module uses a fixture too."""
+    items: list[Any] = request.session.items
+    last = max(number for number, item in enumerate(items) if item.path == request.path)
+    return last + 1 < len(items) and fixture in items[last + 1].fixturenames
 
 
 @pytest.fixture

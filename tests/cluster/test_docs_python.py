@@ -46,6 +46,7 @@ def test_python_of_a_document_runs(page: Path, tiny_llama: Path, tmp_path: Path)
         for line, code in python_of(page):
             for shown, here in (
                 ("Qwen/Qwen3-0.6B", str(tiny_llama)),
+                ("rl.check_data({", f'rl.check_data({{"model": {str(tiny_llama)!r}, '),
                 ("http://127.0.0.1:8000", made.url),
                 ('budget={"steps": 60}', 'budget={"steps": 6}, compute={"num_workers": 0}'),
                 ('budget={"steps": 10}', 'budget={"steps": 6}, compute={"num_workers": 0}'),

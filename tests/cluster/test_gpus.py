@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 from ray import serve
 
+from rankloom.cli import main
 from rankloom.deploy.app import count_idle_gpus
 from rankloom.launch.cluster import make_worker_environment
 
@@ -43,22 +45,38 @@ def test_a_worker_sees_the_gpus_that_it_has_reserved() -> None:
 
 @pytest.mark.usefixtures("one_gpu")
 def test_replicas_take_idle_gpus_and_keep_them_and_the_command_says_so(
-    tiny_model: Callable[..., Path], tmp_path: Path, processes_named: Callable[[str], list[int]]
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    processes_named: Callable[[str], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [
-        sys.executable, "-m", "rankloom.cli", "serve", str(tmp_path / "serve.yaml"), "port=0", "--detach",
-    ]  # fmt: skip
+    arguments = ["serve", str(tmp_path / "serve.yaml"), "port=0", "--detach"]
     (tmp_path / "serve.yaml").write_text(f"base: {tiny_model('llama')}\nregistry: {tmp_path}\n")
-    environment = os.environ | {"PYTHONPATH": SOURCE, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    monkeypatch.setenv("PYTHONPATH", SOURCE)
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+    def run_apart() -> str:
+        command = [sys.executable, "-m", "rankloom.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def run_here(*change: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([*arguments, *change])
+        told = capsys.readouterr().err
+        assert not exit_.value.code, told
+        return told
+
     try:
-        for change, idle, told in (
-            ([], 0, "replicas.gpus is not set: 1 for each replica; 1 of 1 GPUs are idle"),
-            (["replicas.gpus=0"], 1, "starting; the base is loaded first"),
-            ([], 1, "1 GPU(s) stand idle; set replicas.gpus=1 to use them"),  # it has what it had
+        for run, idle, told in (
+            (run_apart, 0, "replicas.gpus is not set: 1 for each replica; 1 of 1 GPUs are idle"),
+            (partial(run_here, "replicas.gpus=0"), 1, "starting; the base is loaded first"),
+            (run_here, 1, "1 GPU(s) stand idle; set replicas.gpus=1 to use them"),  # it has what it had
         ):
-            done = subprocess.run([*command, *change], env=environment, capture_output=True, text=True, timeout=180)
-            assert done.returncode == 0, done.stderr
-            assert told in done.stderr.splitlines()[:6]  # after three lines on memory
+            assert told in run().splitlines()[:6]  # after three lines on memory
             assert count_idle_gpus() == idle
         pid = processes_named("ServeReplica:rankloom:Replica")[0]
         assert environment_of(pid)["CUDA_VISIBLE_DEVICES"] == ""

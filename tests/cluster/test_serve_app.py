@@ -79,27 +79,17 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...,
 
 
 @contextmanager
-def serve_app(config: dict[str, Any], port: int) -> Iterator[str]:
-    """The application on a local Ray, at a URL."""
-    import ray
+def serve_app(config: dict[str, Any]) -> Iterator[None]:
+    """Run the application on the Serve that runs."""
     from ray import serve
 
     from rankloom.deploy.app import build
 
-    mine = not ray.is_initialized()
-    if mine:
-        source = {"PYTHONPATH": SOURCE}  # where it is not installed
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
-        )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(config))
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
-        serve.shutdown()
-        if mine:
-            ray.shutdown()
+        serve.delete("default")
 
 
 def free_port() -> int:
@@ -120,9 +110,9 @@ def config(registry: Path, tiny_model: Callable[..., Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(config: dict[str, Any], local_ray: None) -> Iterator[str]:  # noqa: ARG001
-    with serve_app(config, free_port()) as url:
-        yield url
+def endpoint(config: dict[str, Any], local_serve: str) -> Iterator[str]:
+    with serve_app(config):
+        yield local_serve
 
 
 def client(url: str) -> OpenAI:

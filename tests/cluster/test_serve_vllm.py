@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from openai import APIError, OpenAI, UnprocessableEntityError
-from test_serve_app import free_port, serve_app
+from test_serve_app import serve_app
 
 from rankloom.config.model import ModelConfig
 from rankloom.engine.vllm import die_with_parent
@@ -38,15 +38,15 @@ def vllm_servers() -> list[int]:
     return found
 
 
-def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path) -> None:
+def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path, local_serve: str) -> None:
     base, root = locate_folder(ModelConfig()), tmp_path / "registry"
     for kind in ("lora", "dora"):
         write_adapter(base, tmp_path / kind, kind)
         publish(root, load(base), kind, tmp_path / kind)
     engine = {"type": "vllm", "max_model_len": 512, "kv_cache_gib": 0.5, "args": ["--enforce-eager"]}
     config = {"base": str(base), "registry": str(root), "engine": engine, "pinned": ["lora"]}
-    with serve_app(config, free_port()) as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with serve_app(config):
+        client = OpenAI(base_url=f"{local_serve}/v1", api_key="none", max_retries=0)
 
         def ask(model: str) -> str:
             answer = client.completions.create(model=model, prompt="A lost card", max_tokens=8, temperature=0)

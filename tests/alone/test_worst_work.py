@@ -15,8 +15,8 @@ import pytest
 
 import rankloom.engine.guide
 from rankloom.engine.engine import ServingEngine
-from rankloom.engine.jobs import ChatPrompt, CompletionJob, run
-from rankloom.engine.protocol import Request, Sampling
+from rankloom.engine.jobs import CompletionJob, run
+from rankloom.engine.protocol import ChatPrompt, Request, Sampling
 from rankloom.errors import RequestError
 from served import GREEDY, engine_on, serving
 
@@ -28,12 +28,17 @@ CHOICES = [f"{number:03}" + "where is the parcel " * 13 for number in range(250)
 STOPS = tuple("a" * 254 + f"{number:02}" for number in range(16))
 HEX = os.urandom(2**20).hex()[: 2 * 2**20 - 200]
 
+
+def talk(*messages: tuple[str, str]) -> ChatPrompt:
+    return ChatPrompt(tuple({"role": role, "content": content} for role, content in messages))
+
+
 WORST = {
     "words": CompletionJob("w", None, ("where is the parcel " * (2**20 // 10),), Sampling()),
     "one word": CompletionJob("w", None, (HEX,), Sampling()),
-    "special tokens": CompletionJob("w", None, (ChatPrompt((("user", "<|end|>" * 290_000),)),), Sampling()),
+    "special tokens": CompletionJob("w", None, (talk(("user", "<|end|>" * 290_000)),), Sampling()),
     "messages": CompletionJob(
-        "w", None, (ChatPrompt((("user", "a"), ("assistant", "b")) * 30_000 + (("user", "a"),)),), Sampling()
+        "w", None, (talk(*[("user", "a"), ("assistant", "b")] * 30_000, ("user", "a")),), Sampling()
     ),
     "choices": CompletionJob("w", None, ("hi",), Sampling(choices=tuple(CHOICES)), n=16, max_tokens=300),
     "choices with logprobs": CompletionJob(

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
-from rankloom.engine.protocol import Delta, Likelihood, Request, Resident, Stats, TokenLogprobs
+from rankloom.engine.protocol import (
+    ChatPrompt,
+    Delta,
+    Grammar,
+    Likelihood,
+    OpenChat,
+    Request,
+    Resident,
+    Stats,
+    TokenLogprobs,
+)
 from rankloom.errors import AdapterNotFoundError, OverloadedError, RegistryError, RequestError
 from schemas import make_instance
 
@@ -36,10 +46,10 @@ class EchoEngine:
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if messages[-1]["role"] != "user":
+    def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
+        if prompt.messages[-1]["role"] != "user":
             raise RequestError("The conversation must end with the user.")
-        return self.tokenize("".join(f"{m['role']}={m['content']};" for m in messages))
+        return OpenChat(self.tokenize("".join(f"{m['role']}={m['content']};" for m in prompt.messages)), grammar)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         asked = request.sampling

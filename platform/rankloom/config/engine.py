@@ -53,6 +53,10 @@ class EngineConfig(Frozen):
     tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
     that the adapters were trained with."""
 
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
+    """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
+    shows."""
+
     pack_weights: bool = True
     """Keep a second copy of the base's linear weights in oneDNN's layout, which is faster for fp32 on AMD processors.
     Elsewhere no copy is made."""
@@ -110,6 +114,9 @@ class VllmConfig(Frozen):
     """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
     tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
     that the adapters were trained with."""
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
+    """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
+    shows."""
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_loras: Annotated[int, Field(ge=1)] = 16

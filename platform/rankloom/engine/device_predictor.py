@@ -38,9 +38,9 @@ from rankloom.engine.sampling import (
     cuts,
     draw_any,
     draw_candidate,
-    mask_rows,
     needs_logits,
     sample_tokens,
+    upload_masks,
 )
 from rankloom.kernels.graphs import GraphCache
 from rankloom.models.staging import StagedTensors
@@ -291,13 +291,13 @@ def _draw_masked_rows(
     Args:
         rows_M: the row of each input.
     """
-    masked = {row: item for row, item in zip(rows_M, inputs, strict=True) if item.mask and not needs_logits(item)}
+    masked = [(row, item) for row, item in zip(rows_M, inputs, strict=True) if item.mask and not needs_logits(item)]
     if not masked:
         return tokens_R
-    masks = [item.mask for item in masked.values() if item.mask]
-    logits_GV, rows_G = mask_rows(logits_RV, list(masked), masks)
+    rows_G, is_excluded_GV = upload_masks({row: item.mask for row, item in masked if item.mask}, logits_RV)
+    logits_GV = logits_RV[rows_G].masked_fill_(is_excluded_GV, -torch.inf)
     own = SamplingColumns(*(column[rows_G] for column in vars(columns).values()))
-    drawn_G = _draw_sound(logits_GV, own, _choose_draw_of([item.sampling for item in masked.values()]))
+    drawn_G = _draw_sound(logits_GV, own, _choose_draw_of([item.sampling for _, item in masked]))
     return tokens_R.index_copy(0, rows_G, drawn_G.where(tokens_R[rows_G] != UNSOUND, UNSOUND))
 
 

@@ -67,7 +67,7 @@ class ServingEngine(EngineFrontend):
             guide = await self._guides.make_guide(request)
             self._admission.refuse_if_stopping()  # meanwhile
             sequence = RunningSequence(
-                request, Stream(self._mailbox), self._decoder, self._prompts.end_ids, guide, self.context
+                request, Stream(self._mailbox), self._get_decoder(request), self._prompts.end_ids, guide, self.context
             )
             self._inbox.put(partial(self._core.enter, sequence))
             try:

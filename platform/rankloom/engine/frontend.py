@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.engine.admission import Admission
+from rankloom.engine.chat.format import ChatFormat
 from rankloom.engine.grammar import Grammars
 from rankloom.engine.guide import Guides
 from rankloom.engine.prompts import Prompts
+from rankloom.engine.protocol import ChatPrompt, Grammar, OpenChat, Request
 from rankloom.engine.text import Decoder
 from rankloom.models import Base
 
@@ -29,6 +29,8 @@ class EngineFrontend:
         vocabulary = count_vocabulary(base)
         grammars = Grammars(base.tokenizer, self._prompts.end_ids, vocabulary) if follows_grammars else None
         self._guides, self._decoder = Guides(self._prompts, grammars), Decoder(base.tokenizer)
+        self._chat = ChatFormat(self._prompts, base.tokenizer, config.tool_call_parser, self._prompts.end_ids)
+        self._chat_decoder = Decoder(base.tokenizer, self._chat.marks)
         self._admission = Admission(num_seqs + config.max_queue, vocabulary)
 
     @property
@@ -38,8 +40,11 @@ class EngineFrontend:
     def tokenize(self, text: str) -> list[int]:
         return self._prompts.tokenize(text)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self._prompts.tokenize_chat(messages)
+    def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
+        return self._chat.open(prompt, grammar)
+
+    def _get_decoder(self, request: Request) -> Decoder:
+        return self._chat_decoder if request.shows_marks else self._decoder
 
 
 def count_vocabulary(base: Base) -> int:

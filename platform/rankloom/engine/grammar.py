@@ -7,6 +7,7 @@ so does each mask. A grammar that reaches a limit fails its own request.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -22,7 +23,12 @@ SPACE = r"( |\n {0,32})?"
 model continue in it for ever."""
 JSON_OPTIONS: Any = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 """They take precedence over a schema's own options: no keyword of it is ignored."""
-NAMES = {"json": "the JSON schema", "regex": "the regular expression", "grammar": "the grammar"}
+NAMES = {
+    "json": "the JSON schema",
+    "regex": "the regular expression",
+    "grammar": "the grammar",
+    "lark": "a schema of the answer or of a tool",
+}
 
 
 class Grammars:
@@ -57,7 +63,10 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} can't be honoured: {_shorten(str(error))}") from None
         if matcher.is_error():
-            raise RequestError(f"{name} can't be honoured: {_shorten(matcher.get_error())}")
+            why = matcher.get_error()
+            if grammar.kind == "lark":  # whose text the client has not written
+                why = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", why.partition("\n")[0])
+            raise RequestError(f"{name} can't be honoured: {_shorten(why)}")
         return matcher
 
 
@@ -93,6 +102,8 @@ class GrammarState:
 
 def _convert(grammar: Grammar) -> str:
     """Return a grammar as llguidance takes it. Raises ValueError."""
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
     if grammar.kind != "json":
         return grammar_from(grammar.kind, grammar.text)
     schema = json.loads(grammar.text)

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from rankloom.engine.protocol import Delta, Engine, Request, Sampling
+from rankloom.engine.chat.reader import ChatReader
+from rankloom.engine.protocol import ChatPrompt, Delta, Engine, OpenChat, Request, Sampling
 from rankloom.errors import RankloomError, RequestError
 
 AT_ONCE = 4096
@@ -26,14 +27,6 @@ class ContextError(RequestError):
 
 class ReplicaLostError(RankloomError, RuntimeError):
     """The process that ran the job is gone."""
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation that the base's chat template turns into a prompt."""
-
-    messages: tuple[tuple[str, str] | tuple[str, str, str], ...]
-    """(role, content) or (role, content, name), oldest first."""
 
 
 Prompt = str | tuple[int, ...] | ChatPrompt
@@ -79,30 +72,32 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
     """
     room = min(engine.context, job.context or engine.context)
     if sum(map(_count_characters, job.prompts)) > AT_ONCE:  # a long prompt must not hold up the event loop
-        prompts = await asyncio.to_thread(lambda: [_tokenize(engine, prompt) for prompt in job.prompts])
+        chats = await asyncio.to_thread(lambda: [_open(engine, prompt, job.sampling) for prompt in job.prompts])
     else:
-        prompts = [_tokenize(engine, prompt) for prompt in job.prompts]
-    requests: list[Request] = []
+        chats = [_open(engine, prompt, job.sampling) for prompt in job.prompts]
+    requests: list[tuple[Request, ChatReader | None]] = []
     drawn: Counter[tuple[int, ...]] = Counter()
-    for tokens in prompts:
-        limited = _fit(job, len(tokens), room)
+    for prompt, chat in zip(job.prompts, chats, strict=True):
+        tokens = tuple(chat.tokens)
+        limited = _fit(job, len(tokens), room).model_copy(update={"grammar": chat.grammar})
         for number in range(drawn[tokens], drawn[tokens] + job.n):
-            sampling = _set_seed(limited, number)
-            requests.append(Request(f"{job.id}-{len(requests)}", job.adapter, tokens, sampling, job.tenant))
+            id, sampling = f"{job.id}-{len(requests)}", _set_seed(limited, number)
+            request = Request(id, job.adapter, tokens, sampling, job.tenant, shows_marks=chat.make_parser is not None)
+            requests.append((request, _make_reader(prompt, chat)))
         drawn[tokens] += job.n
-    total = sum(map(len, prompts))
+    total = sum(len(chat.tokens) for chat in chats)
     arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 
-    async def follow(index: int, request: Request) -> None:
+    async def follow(index: int, request: Request, reader: ChatReader | None) -> None:
         try:
             async for delta in engine.generate(request):
-                arrived.put_nowait((index, delta))
+                arrived.put_nowait((index, delta if reader is None else reader.read(delta)))
         except Exception as error:
             arrived.put_nowait(error)
         else:
             arrived.put_nowait(None)
 
-    tasks = [asyncio.create_task(follow(index, request)) for index, request in enumerate(requests)]
+    tasks = [asyncio.create_task(follow(index, *request)) for index, request in enumerate(requests)]
     left = len(tasks)
     try:
         while left:
@@ -126,11 +121,16 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _tokenize(engine: Engine, prompt: Prompt) -> tuple[int, ...]:
+def _open(engine: Engine, prompt: Prompt, sampling: Sampling) -> OpenChat:
     if isinstance(prompt, ChatPrompt):
-        named = [dict(zip(("role", "content", "name"), message, strict=False)) for message in prompt.messages]
-        return tuple(engine.render_chat(named))
-    return tuple(engine.tokenize(prompt)) if isinstance(prompt, str) else prompt
+        return engine.open_chat(prompt, sampling.grammar)
+    return OpenChat(engine.tokenize(prompt) if isinstance(prompt, str) else list(prompt), sampling.grammar)
+
+
+def _make_reader(prompt: Prompt, chat: OpenChat) -> ChatReader | None:
+    if chat.make_parser is None:
+        return None
+    return ChatReader(chat.make_parser(), parallel=not isinstance(prompt, ChatPrompt) or prompt.parallel)
 
 
 def _weigh(item: tuple[int, Delta] | BaseException | None) -> int:
@@ -140,7 +140,9 @@ def _weigh(item: tuple[int, Delta] | BaseException | None) -> int:
 def _count_characters(prompt: Prompt) -> int:
     """Return the number of characters to tokenise, about."""
     if isinstance(prompt, ChatPrompt):
-        return sum(64 + sum(map(len, message)) for message in prompt.messages)
+        calls = [str(message["tool_calls"]) for message in prompt.messages if "tool_calls" in message]
+        texts = [*(message["content"] for message in prompt.messages), *calls, str(prompt.tools)]
+        return 64 * len(texts) + sum(map(len, texts))
     return len(prompt) if isinstance(prompt, str) else 0
 
 

@@ -33,31 +33,36 @@ class Prompts:
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
         with suppress(RequestError):  # builds the tables for special tokens in texts now, not during a request
-            self._encode(self._encoder.mark(str(tokenizer.eos_token)))
+            self.encode(self._encoder.mark(str(tokenizer.eos_token)))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text that begins a prompt; special tokens in it count as such."""
-        ids = self._encode(text)
+        ids = self.encode(text)
         bos = self._encoder.bos
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
 
     def tokenize_completion(self, text: str) -> list[int]:
         """Return the token ids of a text that follows a prompt, with the end of the turn."""
-        return [*self._encode(self._encoder.mark(text), rest=True), self.turn_end]
+        return [*self.encode(self._encoder.mark(text), rest=True), self.turn_end]
 
     def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to the assistant's turn. Raises RequestError where it can't be."""
+        return self.encode(self.render_chat(messages))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Return a conversation's text, up to the assistant's turn. Raises RequestError where it can't be."""
         if self._template is None:
             raise RequestError("messages: the base's tokenizer has no chat template; ask for a completion of a prompt")
         if not messages:
             raise RequestError("messages: empty; give at least one")
         try:
-            text = self._template.render_prompt([self._encoder.mark(dict(message)) for message in messages])
+            marked = [self._encoder.mark(dict(message)) for message in messages]
+            return self._template.render_prompt(marked, self._encoder.mark([dict(tool) for tool in tools]) or None)
         except TemplateError as error:  # which may quote a text: whoever knew a mark could write special tokens
             raise RequestError(f"messages: {self._encoder.unmark(str(error))}") from None
-        return self._encode(text)
 
-    def _encode(self, text: str, rest: bool = False) -> list[int]:
+    def encode(self, text: str, rest: bool = False) -> list[int]:
+        """Return the token ids of a text. Raises RequestError where a special token can't be told from text."""
         try:
             (ids,) = (self._encoder.encode_rest if rest else self._encoder.encode)([text])
         except ValueError as error:

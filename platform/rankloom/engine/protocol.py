@@ -6,20 +6,22 @@ limits; an engine knows exact versions (`name@3`), whose weights never change.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
 from rankloom.config.base import Frozen
+from rankloom.engine.chat.pieces import Parser
 
 
 class Grammar(Frozen):
     """What a completion matches as a whole, unless it is cut."""
 
-    kind: Literal["json", "regex", "grammar"]
-    """A JSON schema, as text; a regular expression; a grammar in Lark's notation or GBNF. (The names are vLLM's.)"""
+    kind: Literal["json", "regex", "grammar", "lark"]
+    """A JSON schema, as text; a regular expression; a grammar in Lark's notation or GBNF (the names are vLLM's); one of
+    the engine's own in Lark's notation."""
     text: str
 
 
@@ -58,6 +60,32 @@ class Sampling(Frozen):
 
 
 @dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation that the base's chat template turns into a prompt."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """Oldest first: each with `role` and `content`, and perhaps `name`, `tool_calls` (arguments as objects) or
+    `tool_call_id`."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """That the assistant may call, as in OpenAI's requests."""
+    must_call: tuple[str, ...] = ()
+    """Names of tools of which the answer is a call; empty: as the model likes."""
+    parallel: bool = True
+    """Whether an answer may have several calls."""
+
+
+@dataclass(frozen=True)
+class OpenChat:
+    """A conversation as a prompt, and how its answer is read."""
+
+    tokens: list[int]
+    grammar: Grammar | None = None
+    """That the completion follows."""
+    make_parser: Callable[[], Parser] | None = None
+    """Makes a parser for one completion; None: all of it is the answer."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One completion. Several completions of one prompt (`n`) are several requests."""
 
@@ -70,6 +98,8 @@ class Request:
     sampling: Sampling
     tenant: str | None = None
     """The id of the key that it belongs to; requests share cached prefixes within a tenant alone."""
+    shows_marks: bool = False
+    """Whether its text has the special tokens that a parser of chats reads."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +124,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """A part of a call of a tool."""
+
+    index: int
+    """Which of the completion's calls."""
+    id: str | None
+    """With the first part of a call, as is its name."""
+    name: str | None
+    arguments: str
+    """A part of a JSON text."""
+
+
+@dataclass(frozen=True)
 class Delta:
     """What was generated since the delta before. The last one of a completion has `finish`.
 
@@ -107,11 +150,15 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token where the request asks for them, as soon as its text is certain. Their pieces, one after the other,
     are the completion; none is of a stop string."""
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "tool_calls"] | None = None
     """stop: the model ended its turn, or a stop string, a whole choice or the end of a grammar was reached; length:
-    `max_tokens` or the context was."""
+    `max_tokens` or the context was; tool_calls: a turn that has ended with calls."""
     cached_tokens: int = 0
     """Tokens of the prompt that came from the cache; final in the last delta."""
+    thinking: str = ""
+    """What the model thinks before its answer, where a parser of chats splits it off."""
+    calls: tuple[CallDelta, ...] = ()
+    """Of a chat with tools."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +198,7 @@ class Stats:
 class Engine(Protocol):
     """One base with the adapters of a registry on it.
 
-    Call its methods on one event loop; `tokenize` and `render_chat`, which take longer for longer texts, on any thread.
+    Call its methods on one event loop; `tokenize` and `open_chat`, which take longer for longer texts, on any thread.
     """
 
     @property
@@ -181,14 +228,14 @@ class Engine(Protocol):
         """Return the token ids of a text that begins a prompt, as in training."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation by the base's chat template, up to the assistant's turn.
+    def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
+        """Make a prompt of a conversation by the base's chat template, up to the assistant's turn.
 
         Args:
-            messages: each with `role` and `content`, and perhaps a `name`.
+            grammar: that the answer is to follow.
 
         Raises:
-            RequestError: there is no template, or it refuses the conversation.
+            RequestError: there is no template, or it refuses the conversation or shows no tools.
         """
         ...
 

@@ -3,12 +3,12 @@
 In order: penalties, allowed tokens, temperature, min-p, top-k, top-p. Each token takes one random number from the
 sequence's own generator, so that its tokens do not depend on the rest of the batch.
 
-Shapes: M sequences, of which G have masks, W words of 32 bits, V vocabulary, K candidates.
+Shapes: M sequences, of which G have masks, V vocabulary, K candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,19 +81,19 @@ def _adjust(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
     for m in penalised:
         _penalise(logits_MV[m], inputs[m])
     if masks:
-        masked_GV, rows_G = mask_rows(logits_MV, list(masks), list(masks.values()))
-        logits_MV[rows_G] = masked_GV
+        _, is_excluded_GV = upload_masks(masks, logits_MV)
+        for m, is_excluded_V in zip(masks, is_excluded_GV, strict=True):
+            logits_MV[m].masked_fill_(is_excluded_V, -torch.inf)
     return logits_MV
 
 
-def mask_rows(logits_MV: Tensor, rows: Sequence[int], masks: Sequence[TokenMask]) -> tuple[Tensor, Tensor]:
-    """Return the logits [G, V] of some rows, -inf for the tokens that their masks exclude, and the rows [G]."""
-    arrays = {"bits": np.stack([mask.read() for mask in masks]), "rows": np.array(rows)}
-    on_device = upload(arrays, logits_MV.device)
-    logits_GV, bits_GW = logits_MV[on_device["rows"]], on_device["bits"]
-    places = torch.arange(32, dtype=torch.int32, device=bits_GW.device)
-    is_excluded_GV = ((bits_GW[:, :, None] >> places) & 1).flatten(1)[:, : logits_MV.shape[1]] == 0
-    return logits_GV.masked_fill_(is_excluded_GV, -torch.inf), on_device["rows"]
+def upload_masks(masks: Mapping[int, TokenMask], logits_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows [G] of some masks, and which tokens [G, V] these exclude; waits for them, but for no device."""
+    bytes_G4 = np.stack([mask.read() for mask in masks.values()]).view(np.uint8)
+    on_device = upload({"rows": np.array(list(masks)), "bytes": bytes_G4}, logits_MV.device)
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=logits_MV.device)
+    is_excluded_GV = (on_device["bytes"][:, :, None] & places).flatten(1)[:, : logits_MV.shape[1]] == 0
+    return on_device["rows"], is_excluded_GV
 
 
 def needs_logits(item: SamplingInput) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,16 +17,22 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class Decoder:
     """A tokenizer's tokens as text and as bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: Collection[int] = ()) -> None:
+        """
+        Args:
+            shown: special tokens that texts show.
+        """
         self._tokenizer = tokenizer
+        self._skips = True
         known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-        self._special = frozenset(token for token in known if not self.decode([token]))
+        self._special = frozenset(token for token in known if not self.decode([token])) - frozenset(shown)
+        self._skips = not shown  # the special tokens that are not shown are not decoded
         self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self._known: dict[tuple[int, bool], bytes] = {}
 
     def decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skips))
 
     def get_name(self, token: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token))

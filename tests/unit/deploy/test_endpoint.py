@@ -158,7 +158,7 @@ BAD: list[tuple[Any, str, str | None]] = [
     ({"top_logprobs": 2}, "needs logprobs", "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: ", "top_logprobs"),
     ({"logit_bias": {"5": 1.0}}, "logit_bias: ", "logit_bias"),
-    ({"tools": [{"type": "function"}]}, "tools: ", "tools"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function: required", "tools"),
     ({"response_format": {"type": "yaml"}}, "response_format: expected", "response_format"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "b" * 65_536}}}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,13 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import positive_data_acceptance
 
 from endpoint import listening
+from one_engine import OneEngine
 from rankloom.config import parse
-from rankloom.config.engine import EngineConfig
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.ingress import build_api
-from rankloom.engine.engine import ServingEngine
-from rankloom.engine.jobs import CompletionJob, JobProgress, run
-from rankloom.gateway.gateway import Gateway, Served
-from rankloom.models import Base
+from rankloom.gateway.gateway import Gateway
 from rankloom.registry import Registry
 from served import load, publish, write_adapter
-
-
-class OneEngine:
-    """`gateway.Replicas`: an engine in this process, started with the first call."""
-
-    def __init__(self, base: Base, registry: Registry) -> None:
-        self.base = base
-        self.engine = ServingEngine(base, registry, EngineConfig(max_num_seqs=8, max_cpu_loras=2))
-
-    def run(self, work: CompletionJob) -> AsyncIterator[JobProgress]:
-        return run(self.engine, work)
-
-    async def describe(self) -> Served:
-        if not self.engine.alive:
-            await self.engine.start()
-        return Served(self.base.id, self.base.fingerprint, self.base.quantization, self.engine.context)
-
-    async def load(self, ref: str) -> None:
-        await self.engine.pin(ref)
-        await self.engine.unpin(ref)
 
 
 @pytest.fixture(scope="module")

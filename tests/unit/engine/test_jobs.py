@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 
 import pytest
 
 from echo_engine import EchoEngine
-from rankloom.engine.jobs import ChatPrompt, CompletionJob, ContextError, JobProgress, Prompt, run
-from rankloom.engine.protocol import Delta, Engine, Request, Sampling
+from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, Prompt, run
+from rankloom.engine.protocol import ChatPrompt, Delta, Engine, Grammar, OpenChat, Request, Sampling
 from rankloom.errors import RegistryError, RequestError
 
 
@@ -26,7 +26,7 @@ async def done(engine: EchoEngine, *prompts: Prompt, **work: object) -> dict[int
 def test_prompts_times_n_in_order() -> None:
     engine = EchoEngine()
     assert isinstance(engine, Engine)
-    texts = asyncio.run(done(engine, "one", (66, 67), ChatPrompt((("user", "hi"),)), n=2))
+    texts = asyncio.run(done(engine, "one", (66, 67), ChatPrompt(({"role": "user", "content": "hi"},)), n=2))
     expected = ["a@1|one|", "a@1|one|", "a@1|BC|", "a@1|BC|", "a@1|user=hi;|", "a@1|user=hi;|"]
     assert [texts[index] for index in range(6)] == expected
 
@@ -116,8 +116,9 @@ def test_what_has_come_by_then_comes_together() -> None:
 
 def test_a_template_is_given_the_names_of_who_speaks() -> None:
     class Naming(EchoEngine):
-        def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-            return self.tokenize(";".join(message.get("name", "-") for message in messages))
+        def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
+            return OpenChat(self.tokenize(";".join(message.get("name", "-") for message in prompt.messages)))
 
-    talk = ChatPrompt((("user", "hi", "ann"), ("assistant", "yes"), ("user", "go on", "bob")))
+    said = [("user", "hi", "ann"), ("assistant", "yes", None), ("user", "go on", "bob")]
+    talk = ChatPrompt(tuple({"role": r, "content": c} | ({"name": n} if n else {}) for r, c, n in said))
     assert asyncio.run(done(Naming(), talk)) == {0: "a@1|ann;-;bob|"}

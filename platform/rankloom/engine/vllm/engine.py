@@ -145,7 +145,7 @@ class VllmEngine(EngineFrontend):
         asked = request.sampling
         is_free = asked.choices is None and asked.grammar is None
         ends = frozenset() if asked.ignore_eos and is_free else self._prompts.end_ids
-        transcript = Transcript(self._decoder, request.prompt, stops, ends)
+        transcript = Transcript(self._get_decoder(request), request.prompt, stops, ends)
         last, cached = None, 0
         async with aclosing(
             self._server.stream(make_completion_body(request, request.adapter or self._server.base, ends))

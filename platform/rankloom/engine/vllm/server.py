@@ -154,7 +154,8 @@ def make_completion_body(request: Request, model: str, ends: frozenset[int]) -> 
     if asked.choices is not None:
         body["structured_outputs"] = {"choice": asked.choices}
     if asked.grammar is not None:
-        body["structured_outputs"] = {asked.grammar.kind: asked.grammar.text}
+        key = "grammar" if asked.grammar.kind == "lark" else asked.grammar.kind
+        body["structured_outputs"] = {key: asked.grammar.text}
     return body
 
 

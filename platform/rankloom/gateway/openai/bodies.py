@@ -21,13 +21,9 @@ SMALL = 32 * 1024
 MOST_PARTS, MOST_VALUES = 2**16, 2**18
 """Texts, keys, lists and objects of a body; the same with numbers, of which there are more where prompts are tokens."""
 _INSTEAD = {
-    "tools": "no tool is called here; describe them in a message",
-    "tool_choice": "no tool is called here",
-    "tool_calls": "no tool is called here; put them into a message's content",
-    "role tool": "no tool is called here; put what it returned into a user's message",
-    "role function": "no function is called here; put what it returned into a user's message",
-    "functions": "no function is called here; describe them in a message",
-    "function_call": "no function is called here",
+    "role function": "give what it returned in a message of role tool",
+    "functions": "give them as tools",
+    "function_call": "give tool_choice, or in a message tool_calls",
     "logit_bias": "structured_outputs.choice holds an answer to given texts",
     "reasoning_effort": "ask for it in a message",
     "verbosity": "ask for it in a message",
@@ -83,6 +79,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
     """Explain one of pydantic's errors in one line: the key, what is allowed, what was given, what to do."""
     context, value = detail.get("ctx", {}), detail["input"]
     where = [str(part)[:64] for part in detail["loc"] if part not in TAGS]
+    where += [context["key"]] if detail["type"] == "of_key" else []
     key = where[-1] if where else ""
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.7) if len(where) == 1 else []
@@ -95,7 +92,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> WireError:
     return WireError(400, f"{'.'.join(where) or 'body'}: {text}{given}{hint}", param=where[0] if where else None)
 
 
-_WITHOUT_VALUE = {"extra_forbidden", "missing", "too_long", "too_short", "long_texts", "string_too_long"}
+_WITHOUT_VALUE = {"of_key", "extra_forbidden", "missing", "too_long", "too_short", "long_texts", "string_too_long"}
 
 
 def _describe_allowed(kind: str, text: str, context: dict[str, Any]) -> str:

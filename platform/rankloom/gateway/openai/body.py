@@ -61,9 +61,11 @@ def limit_length(most: int) -> AfterValidator:
 
 
 def tag_one_or_list(value: Any) -> str | None:
+    if isinstance(value, Body | dict):
+        return OBJECT
     return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
 def choose_either(message: str) -> Discriminator:
-    """Tell a text from a list: only the given type is checked, so that only its mistakes are reported."""
+    """Tell a text, a list and an object apart: only the given type is checked and its mistakes are reported."""
     return Discriminator(tag_one_or_list, custom_error_type="no_kind", custom_error_message=message)

@@ -13,8 +13,8 @@ from pydantic import Discriminator, Field, Tag
 
 from rankloom.config.serve import LimitsConfig
 from rankloom.config.trial import Name
-from rankloom.engine.jobs import ChatPrompt, CompletionJob, Prompt
-from rankloom.engine.protocol import Sampling
+from rankloom.engine.jobs import CompletionJob, Prompt
+from rankloom.engine.protocol import ChatPrompt, Sampling
 from rankloom.gateway.openai.body import (
     LIST,
     LISTS,
@@ -28,7 +28,9 @@ from rankloom.gateway.openai.body import (
     tag_one_or_list,
 )
 from rankloom.gateway.openai.errors import WireError
+from rankloom.gateway.openai.messages import Message
 from rankloom.gateway.openai.structured import ResponseFormat, StructuredOutputs
+from rankloom.gateway.openai.tools import FunctionTool, NamedTool, ToolChoice
 
 
 class StreamOptions(Body):
@@ -163,43 +165,6 @@ class _Common(_AnywaySo):
             raise WireError(400, "best_of: all completions that are made are answered; give n alone.", param="best_of")
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-    cache_control: dict[str, Any] | None = None
-    """Without effect: a shared beginning is found without it."""
-    prompt_cache_breakpoint: dict[str, Any] | None = None
-    """Without effect."""
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    name: Annotated[Text, Field(max_length=512)] | None = None
-    """The speaker, for chat templates that show it."""
-    id: Annotated[Text, Field(max_length=512)] | None = None
-    """Without effect."""
-    annotations: list[Any] | None = None
-    """Without effect: sources that a text was given from."""
-    cache_control: dict[str, Any] | None = None
-    """Without effect."""
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-    refusal: None = None
-    audio: None = None
-    content: Annotated[
-        Annotated[Text, Tag(TEXT)]
-        | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True), Tag(LIST)],
-        choose_either("expected a text or a list of parts of type text"),
-    ]
-    """The last key, as it may be missing for the sake of one above, whose mistake tells more."""
-
-    def as_tuple(self) -> tuple[str, str] | tuple[str, str, str]:
-        """Return (role, text) or (role, text, name) as a chat template knows them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return (role, text) if self.name is None else (role, text, self.name)
-
-
 class ChatRequest(_Common):
     """`POST /v1/chat/completions`."""
 
@@ -207,10 +172,10 @@ class ChatRequest(_Common):
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    """Without effect: no tool is called."""
+    """Whether an answer may have several calls; null: as true."""
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -232,9 +197,28 @@ class ChatRequest(_Common):
             raise WireError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         most = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
         self._check(limits, most, 1)
-        prompt = ChatPrompt(tuple(message.as_tuple() for message in self.messages))
         sampling = self._make_sampling(limits, (self.top_logprobs or 0) if self.logprobs else None)
+        prompt = self._make_prompt()
+        if prompt.must_call and (sampling.grammar or sampling.choices):
+            raise WireError(400, "A forced call can't also follow response_format.", param="tool_choice")
         return self._make_job(id, limits, tenant, (prompt,), sampling, most)
+
+    def _make_prompt(self) -> ChatPrompt:
+        """Make the conversation. Raises WireError for a choice among tools that are not given."""
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(names) != len(set(names)):
+            raise WireError(400, "tools: two of them have the same name.", param="tools")
+        must_call: tuple[str, ...] = ()
+        if isinstance(self.tool_choice, NamedTool):
+            must_call = (self.tool_choice.function.name,)
+        elif self.tool_choice == "required":
+            must_call = tuple(names)
+        if (self.tool_choice == "required" and not names) or not set(must_call) <= set(names):
+            raise WireError(400, "tool_choice: give the tools to choose from in tools.", param="tool_choice")
+        messages = tuple(message.to_template() for message in self.messages)
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        several = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+        return ChatPrompt(messages, tuple(tool.to_template() for tool in tools), must_call, several)
 
 
 def _tag_prompt(value: Any) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rankloom.engine.jobs import JobProgress
-from rankloom.engine.protocol import Delta, Likelihood, TokenLogprobs
+from rankloom.engine.protocol import CallDelta, Delta, Likelihood, TokenLogprobs
 from rankloom.engine.text_offset import TextOffset
 
 Kind = Literal["chat", "text"]
@@ -25,6 +25,8 @@ class _Completion:
     """One completion as far as it is known."""
 
     text: str = ""
+    thinking: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
     likelihoods: dict[str, list[str]] = field(default_factory=dict)
     """As OpenAI writes them, as JSON: there may be a million, which are not to be written all at once in the end."""
     finish: str | None = None
@@ -62,7 +64,13 @@ class ResponseBuilder:
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
             each.text += delta.text
-            self.length += len(delta.text)
+            each.thinking += delta.thinking
+            for call in delta.calls:
+                if call.id is not None:
+                    each.calls.append({"id": call.id, "type": "function", "function": _format_function(call)})
+                else:
+                    each.calls[call.index]["function"]["arguments"] += call.arguments
+            self.length += len(delta.text) + len(delta.thinking) + sum(len(call.arguments) for call in delta.calls)
             if self._logprobs:
                 for key, values in self._format_likelihoods(delta.logprobs, each.place).items():
                     written = [json.dumps(value) for value in values]
@@ -82,13 +90,13 @@ class ResponseBuilder:
         for index, delta in progress.deltas:
             each = self._count(progress, index, delta)
             begin, each.begun = not each.begun, True
-            if not (begin or delta.text or delta.logprobs or delta.finish):
+            if not (begin or delta.text or delta.thinking or delta.calls or delta.logprobs or delta.finish):
                 continue
             choice: dict[str, Any] = {"index": index, "logprobs": None}
             if self._logprobs:
                 choice["logprobs"] = self._format_likelihoods(delta.logprobs, each.place) | self._refusal
             if self._kind == "chat":
-                choice["delta"] = ({"role": "assistant"} if begin else {}) | {"content": delta.text}
+                choice["delta"] = ({"role": "assistant"} if begin else {}) | _format_delta(delta)
             else:
                 choice["text"] = delta.text
             yield self._make_chunk([choice | {"finish_reason": delta.finish}])
@@ -103,7 +111,10 @@ class ResponseBuilder:
         for index, each in enumerate(self._completions):
             choice: dict[str, Any] = {"index": index, "finish_reason": each.finish}
             if self._kind == "chat":
-                choice["message"] = {"role": "assistant", "content": each.text, "refusal": None}
+                content = each.text or (None if each.calls else "")
+                choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+                choice["message"] |= {"reasoning_content": each.thinking} if each.thinking else {}
+                choice["message"] |= {"tool_calls": each.calls} if each.calls else {}
             else:
                 choice["text"] = each.text
             yield (", " if index else "") + json.dumps(choice)[:-1] + ', "logprobs": '
@@ -142,6 +153,22 @@ class ResponseBuilder:
             "top_logprobs": [_name_likeliest(t) for t in tokens],
             "text_offset": [place.take(t.chosen.piece)[0] for t in tokens],
         }
+
+
+def _format_delta(delta: Delta) -> dict[str, Any]:
+    """Return what a chunk says that is new."""
+    calls = [
+        {"index": call.index, "function": _format_function(call)}
+        | ({"id": call.id, "type": "function"} if call.id is not None else {})
+        for call in delta.calls
+    ]
+    said: dict[str, Any] = {"reasoning_content": delta.thinking} if delta.thinking else {}
+    said |= {"tool_calls": calls} if calls else {}
+    return said | ({"content": delta.text} if delta.text or not said else {})
+
+
+def _format_function(call: CallDelta) -> dict[str, Any]:
+    return ({"name": call.name} if call.name is not None else {}) | {"arguments": call.arguments}
 
 
 def _decode_text(token: Likelihood) -> str:

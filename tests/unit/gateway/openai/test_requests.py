@@ -16,7 +16,9 @@ from rankloom.config.serve import LimitsConfig
 from rankloom.engine.protocol import Sampling
 from rankloom.gateway.openai.bodies import MOST_PARTS, MOST_VALUES, read
 from rankloom.gateway.openai.errors import WireError
-from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, Message, StreamOptions, TextPart
+from rankloom.gateway.openai.messages import Message, TextPart, ToolCall
+from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, StreamOptions
+from rankloom.gateway.openai.tools import FunctionTool, NamedTool
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETE = {"model": "bank", "prompt": "hi"}
@@ -27,9 +29,15 @@ KINDS = [
     (chat.ChatCompletionDeveloperMessageParam, Message),
     (chat.ChatCompletionUserMessageParam, Message),
     (chat.ChatCompletionAssistantMessageParam, Message),
+    (chat.ChatCompletionToolMessageParam, Message),
+    (chat.ChatCompletionMessageFunctionToolCallParam, ToolCall),
+    (chat.ChatCompletionFunctionToolParam, FunctionTool),
+    (chat.ChatCompletionNamedToolChoiceParam, NamedTool),
     (chat.ChatCompletionContentPartTextParam, TextPart),
     (chat.ChatCompletionStreamOptionsParam, StreamOptions),
 ]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+WRONG_CALL = CALL | {"function": {"name": "f", "arguments": "["}}
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 DONE: dict[str, list[Any]] = {
     "audio": [],
@@ -68,7 +76,7 @@ DONE: dict[str, list[Any]] = {
     "suffix": [""],
     "temperature": [0, 1.5],
     "tool_choice": ["none", "auto"],
-    "tools": [[]],
+    "tools": [[], [{"type": "function", "function": FUNCTION | {"strict": True, "description": "It flies."}}]],
     "top_p": [0, 1],
     "user": ["ann"],
     "verbosity": ["medium"],
@@ -93,8 +101,13 @@ REFUSED: dict[str, list[Any]] = {
     "store": [True],
     "stream_options": [{"include_obfuscation": True}],
     "suffix": ["."],
-    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
-    "tools": [[{"type": "function", "function": FUNCTION}]],
+    "tool_choice": [
+        "required",
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+        {"type": "custom", "custom": {"name": "f"}},
+    ],
+    "tools": [[{"type": "custom", "custom": {"name": "f"}}], [{"type": "function", "function": {"name": "a b"}}]],
     "verbosity": ["low", "high"],
     "web_search_options": [{}],
 }
@@ -131,7 +144,7 @@ def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[ChatReques
                 wanted(ours, {key: value})
             assert (caught.value.status, caught.value.param) == (400, key)
             assert re.match(rf"{key}[.:]", caught.value.message)
-            assert re.search(r"leave it out|only |; |expected |required", caught.value.message)
+            assert re.search(r"leave it out|only |; |expected |required|give |should match", caught.value.message)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +169,9 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
     for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
         body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
         (talk,) = read(ChatRequest, json.dumps(body).encode()).make_job("w", LimitsConfig()).prompts
-        assert talk.messages == (("user", "aa", "ann"), ("assistant", "yes"), ("user", "b"))  # type: ignore[union-attr]
+        said = [("user", "aa"), ("assistant", "yes"), ("user", "b")]
+        assert [(message["role"], message["content"]) for message in talk.messages] == said  # type: ignore[union-attr]
+        assert [message.get("name") for message in talk.messages] == ["ann", None, None]  # type: ignore[union-attr]
 
 
 def test_values_at_the_edge_mean_what_openai_means() -> None:
@@ -189,14 +204,18 @@ def talk(content: Any) -> dict[str, Any]:
         (
             ChatRequest,
             SAY | {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "messages.0.tool_calls: not supported; leave it out; no tool is called here; put them into a message's "
-            "content",
+            "messages.0.tool_calls.0.type: required, but not given",
         ),
         (
             ChatRequest,
-            SAY | {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
-            "messages.0.role: only 'system', 'developer', 'user' or 'assistant' (given \"tool\"); no tool is called "
-            "here; put what it returned into a user's message",
+            SAY | {"messages": [{"role": "assistant", "tool_calls": [WRONG_CALL]}]},
+            'messages.0.tool_calls.0.function.arguments: expected the text of a JSON object (given "[")',
+        ),
+        (
+            ChatRequest,
+            SAY | {"messages": [{"role": "function", "content": "x", "name": "f"}]},
+            "messages.0.role: only 'system', 'developer', 'user', 'assistant' or 'tool' (given \"function\"); give "
+            "what it returned in a message of role tool",
         ),
         (
             ChatRequest,
@@ -211,7 +230,7 @@ def talk(content: Any) -> dict[str, Any]:
         (
             ChatRequest,
             SAY | {"messages": [{"role": "tool", "content": "x"}]},
-            "messages.0.role: only 'system', 'developer', 'user' or 'assistant' (given \"tool\")",
+            "messages.0.tool_call_id: required, but not given",
         ),
         (CompletionRequest, COMPLETE | {"prompt": [1, -5]}, "prompt.1: must be greater than or equal to 0 (given -5)"),
         (CompletionRequest, COMPLETE | {"prompt": ["a", [5]]}, "prompt.1: expected a text (given a list)"),

@@ -1,0 +1,81 @@
+"""Grammars in llguidance's variant of Lark's notation: of calls of tools, and of what may come before an answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import regex_to_lark
+
+from rankloom.engine.grammar import JSON_OPTIONS
+from rankloom.engine.protocol import Grammar
+from rankloom.errors import RequestError
+
+Spell = Callable[[str], str]
+"""Returns the terms for a text: its special tokens as such, the rest in quotes."""
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """How a template writes calls: `first (begin name middle arguments end) (between ...)* last`."""
+
+    begin: str
+    middle: str
+    end: str
+    first: str = ""
+    between: str | None = None
+    """None: a turn has one call."""
+    last: str = ""
+
+
+def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: Spell, *, several: bool) -> str:
+    """Return the rule `answer` of one call of one of the tools, or of several, and the rules that it needs."""
+    more = f" ({spell(syntax.between)} call)*" if several and syntax.between is not None else ""
+    rules = [
+        f"answer: {spell(syntax.first)} call{more} {spell(syntax.last)}",
+        "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
+    ]
+    for i, function in enumerate(tool["function"] for tool in tools):
+        begin = spell(f"{syntax.begin}{function['name']}{syntax.middle}")
+        rules.append(f"call_{i}: {begin} arguments_{i} {spell(syntax.end)}")
+        rules.append(f"arguments_{i}: {_write_json(function.get('parameters') or NO_PARAMETERS)}")
+    return "\n".join(rules)
+
+
+def write_answer(grammar: Grammar) -> str:
+    """Return the rule `answer` of a schema or a regular expression. Raises RequestError where there can't be one."""
+    if grammar.kind == "regex":
+        return f"answer: /{regex_to_lark(grammar.text)}/"
+    try:
+        schema = json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema can't be honoured: {error}") from None
+    return f"answer: {_write_json({} if schema is True else schema)}"
+
+
+def make_speller(special: Mapping[str, int]) -> Spell:
+    """Return what spells texts.
+
+    Args:
+        special: the tokens, by their text, that stand for it in whole.
+    """
+    pattern = re.compile("|".join(map(re.escape, special))) if special else None
+
+    def spell(text: str) -> str:
+        terms, at = [], 0
+        for found in pattern.finditer(text) if pattern else ():
+            terms += [text[at : found.start()], special[found[0]]]
+            at = found.end()
+        terms.append(text[at:])
+        return " ".join(f"<[{term}]>" if isinstance(term, int) else json.dumps(term) for term in terms if term != "")
+
+    return spell
+
+
+def _write_json(schema: Any) -> str:
+    options = {"x-guidance": JSON_OPTIONS}
+    return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"

@@ -1,0 +1,160 @@
+"""ChatFormat: how a base's chat template writes thinking and calls of tools, in prompts and in completions.
+
+`open` turns a conversation into a prompt, the grammar that its answer follows, and a parser for the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from rankloom.engine.chat import harmony, thinking
+from rankloom.engine.chat.forced import CallSyntax, make_speller, write_answer, write_calls
+from rankloom.engine.chat.harmony import HarmonyParser
+from rankloom.engine.chat.json_calls import JsonCallParser, JsonFormat
+from rankloom.engine.chat.pieces import Parser, PlainParser
+from rankloom.engine.chat.thinking import ThinkingParser
+from rankloom.engine.prompts import Prompts
+from rankloom.engine.protocol import ChatPrompt, Grammar, OpenChat
+from rankloom.errors import RequestError
+
+ToolCallParser = Literal["hermes", "llama3_json", "mistral", "openai"]
+
+
+@dataclass(frozen=True)
+class _Calls:
+    syntax: CallSyntax
+    format: JsonFormat | None
+    """None: harmony's messages."""
+
+
+_HERMES = _Calls(
+    CallSyntax('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n"),
+    JsonFormat(("<tool_call>",), close="</tool_call>"),
+)
+_LLAMA = _Calls(
+    CallSyntax('{"name": "', '", "parameters": ', "}"),
+    JsonFormat(("<|python_tag|>",), between=" \n\t\r;", bare=True),
+)
+_MISTRAL = _Calls(
+    CallSyntax('{"name": "', '", "arguments": ', "}", first="[TOOL_CALLS] [", between=", ", last="]"),
+    JsonFormat(("[TOOL_CALLS]",), between=" \n\t\r,[]"),
+)
+_MISTRAL_NAMED = _Calls(
+    CallSyntax("[TOOL_CALLS]", "[ARGS]", "", between=""), JsonFormat(("[TOOL_CALLS]",), named="[ARGS]")
+)
+_HARMONY = _Calls(
+    CallSyntax(f"{harmony.CHANNEL}commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", ""),
+    None,
+)
+_MARKS = (
+    harmony.START, harmony.CHANNEL, harmony.CONSTRAIN, harmony.MESSAGE, harmony.END, harmony.CALL, harmony.RETURN,
+    thinking.BEGIN, thinking.END, "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]",
+    "[CALL_ID]",
+)  # fmt: skip
+
+
+class ChatFormat:
+    """The format of one base."""
+
+    def __init__(
+        self, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, parser: ToolCallParser | None, ends: Collection[int]
+    ) -> None:
+        """
+        Args:
+            parser: None: found by the template.
+            ends: tokens that end a completion.
+        """
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
+        self._prompts = prompts
+        self._calls = _choose_calls(template, parser)
+        self._thinks = thinking.BEGIN in template and thinking.END in template
+        added = {str(token): (id, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
+        known = {mark: added[mark] for mark in _MARKS if mark in added}
+        self.marks = {id for id, is_special in known.values() if is_special and id not in ends}
+        """Special tokens that parsers read in a completion's text."""
+        # llguidance takes every added token in angle brackets for a special one
+        self._spell = make_speller({mark: id for mark, (id, special) in known.items() if special or mark[0] == "<"})
+
+    def open(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
+        """Make a prompt of a conversation, and find out how its answer is read.
+
+        Args:
+            grammar: that the answer is to follow.
+
+        Raises:
+            RequestError: the template refuses the conversation or shows no tools, or no answer can follow the grammar.
+        """
+        names = [tool["function"]["name"] for tool in prompt.tools]
+        if names and self._calls is None:
+            raise RequestError(
+                "tools: the base's chat template writes no calls in a known way; set engine.tool_call_parser where it "
+                "does, or describe the tools in a message"
+            )
+        text = self._prompts.render_chat(prompt.messages, prompt.tools)
+        for name in names:
+            if name not in text:
+                raise RequestError(f"tools: the base's chat template does not show {name!r}; describe it in a message")
+        has_begun = self._thinks and text.rstrip().endswith(thinking.BEGIN)
+        grammar = self._find_grammar(prompt, grammar, has_begun=has_begun)
+        tokens = self._prompts.encode(text)
+        if not (names or self._thinks or self._calls is _HARMONY):
+            return OpenChat(tokens, grammar)
+        return OpenChat(tokens, grammar, lambda: self._make_parser(names, has_begun=has_begun))
+
+    def _make_parser(self, names: Collection[str], *, has_begun: bool) -> Parser:
+        if self._calls is _HARMONY:
+            return HarmonyParser(names)
+        calls = self._calls.format if names and self._calls is not None else None
+        parser: Parser = PlainParser() if calls is None else JsonCallParser(calls, names)
+        return ThinkingParser(parser, begun=has_begun) if self._thinks else parser
+
+    def _find_grammar(self, prompt: ChatPrompt, grammar: Grammar | None, *, has_begun: bool) -> Grammar | None:
+        """Return the grammar of the whole completion: of forced calls, or of the answer, after what comes before."""
+        if prompt.must_call:
+            assert self._calls is not None
+            forced = [tool for tool in prompt.tools if tool["function"]["name"] in prompt.must_call]
+            answer = write_calls(forced, self._calls.syntax, self._spell, several=prompt.parallel)
+            final = ""
+        elif grammar is None or grammar.kind == "grammar" or not (self._thinks or self._calls is _HARMONY):
+            return grammar  # one of the client's own is of all that comes
+        else:
+            answer, final = write_answer(grammar), f"{harmony.CHANNEL}final{harmony.MESSAGE}"
+        return Grammar(kind="lark", text="\n".join([*self._write_start(final, has_begun=has_begun), answer, ""]))
+
+    def _write_start(self, final: str, *, has_begun: bool) -> list[str]:
+        """Return the rule `start`, by which thinking may come before the rule `answer`.
+
+        Args:
+            final: what begins an answer on harmony's final channel.
+        """
+        spell = self._spell
+        if self._calls is _HARMONY:
+            begin, end = f"{harmony.CHANNEL}analysis{harmony.MESSAGE}", f"{harmony.END}{harmony.START}assistant"
+            return [f"start: thought? {spell(final)} answer", f"thought: {spell(begin)} THOUGHT {spell(end)}", _THOUGHT]
+        if not self._thinks:
+            return ["start: answer"]
+        start = "start: thought answer" if has_begun else "start: (begin thought)? answer"
+        end = spell(thinking.END)
+        thought = f"thought: THOUGHT {end} SPACE" if end.startswith("<[") else f"thought: THOUGHT_END SPACE\n{_LAZY}"
+        return [start, f"begin: {spell(thinking.BEGIN)}", thought, _THOUGHT, "SPACE: /\\n{0,2}/"]
+
+
+_THOUGHT = "THOUGHT: /(?s:.*)/"
+_LAZY = f"THOUGHT_END[lazy]: /(?s:.*)/ {thinking.END!r}".replace("'", '"')
+
+
+def _choose_calls(template: str, parser: ToolCallParser | None) -> _Calls | None:
+    """Return how a template writes calls, by its own words; None: not in a way that is known."""
+    if parser == "openai" or (parser is None and harmony.CHANNEL in template):
+        return _HARMONY
+    if parser == "mistral" or (parser is None and "[TOOL_CALLS]" in template):
+        return _MISTRAL_NAMED if "[ARGS]" in template else _MISTRAL
+    if parser == "hermes" or (parser is None and "<tool_call>" in template and "<function=" not in template):
+        return _HERMES
+    if parser == "llama3_json" or (parser is None and "<|start_header_id|>" in template and '"parameters"' in template):
+        return _LLAMA
+    return None

@@ -40,18 +40,18 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "floors": Section(gpu_training.floors, 6),
-    "bare": Section(gpu_training.bare, 18),
-    "train-135M": Section(gpu_training.train_135m, 65),
-    "serve-135M": Section(gpu_serving.serve_135m, 35),
-    "share": Section(gpu_training.share_of_bare, 40),
-    "train-1B": Section(gpu_training.train_1b, 60),
-    "serve-1B": Section(gpu_serving.serve_1b, 30),
-    "train-8B": Section(gpu_training.train_8b, 40),
-    "serve-8B": Section(gpu_serving.serve_8b, 35),
-    "study": Section(gpu_training.study, 30),
-    "processes": Section(gpu_training.processes, 65),
-    "one-in-a-graph": Section(gpu_training.one_in_a_graph, 20),
+    "floors": Section(gpu_training.floors, 4),
+    "bare": Section(gpu_training.bare, 12),
+    "share": Section(gpu_training.share_of_bare, 22),
+    "train-135M": Section(gpu_training.train_135m, 50),
+    "train-1B": Section(gpu_training.train_1b, 45),
+    "train-8B": Section(gpu_training.train_8b, 35),
+    "serve-135M": Section(gpu_serving.serve_135m, 25),
+    "serve-1B": Section(gpu_serving.serve_1b, 22),
+    "serve-8B": Section(gpu_serving.serve_8b, 28),
+    "study": Section(gpu_training.study, 25),
+    "processes": Section(gpu_training.processes, 60),
+    "one-in-a-graph": Section(gpu_training.one_in_a_graph, 15),
     "losses": Section(gpu_training.losses, 30),
 }
 

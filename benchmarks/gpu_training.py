@@ -70,7 +70,7 @@ def compare(bench: Bench, name: str, shortest: int, longest: int, batch_size: in
     cell = f"{name} {batch_size}x{shortest}" + (f"..{longest}" if longest > shortest else "")
     data = lengths(bench, shortest, longest)
     bench.reset_memory()
-    alone = bench.measure(PeftTrial(bench, name, data, batch_size).step, 8)
+    alone = bench.measure(PeftTrial(bench, name, data, batch_size).step, 4)
     bench.tell(cell=cell, **alone.row("peft"), steps=alone.num_steps, peak_gb=round(bench.peak_gb(), 2))
     for num in nums:
         if bench.left_s <= 0:
@@ -78,7 +78,7 @@ def compare(bench: Bench, name: str, shortest: int, longest: int, batch_size: in
         bench.reset_memory()
         base = random_base(bench.shape(name), bench.device, DTYPE)
         with host_on(base, data, bench.members(num), batch_size) as step:
-            fused = bench.measure(step, 10)
+            fused = bench.measure(step, 8 if longest > shortest else 5)  # different lengths take more graphs
             row = fused.row("fused") | {"steps": fused.num_steps, "peak_gb": round(bench.peak_gb(), 2)}
             bench.reach(f"{cell} K={num}", fused.tokens_per_s / alone.tokens_per_s, step, cell=cell, members=num, **row)
 
@@ -150,7 +150,7 @@ def bare(bench: Bench) -> None:
     for name in ("135M", "1B"):
         bench.reset_memory()
         step = bare_step(random_base(bench.shape(name), bench.device, DTYPE), 340 if bench.dry else BARE_TOKENS)
-        speed = bench.measure(step, 5)
+        speed = bench.measure(step, 3)
         bench.tell(bare=name, **speed.row("bare"))
         if name == "1B":
             bench.reach("bare 1B", speed.tokens_per_s, step)
@@ -167,7 +167,7 @@ def share_of_bare(bench: Bench) -> None:
             bench.reset_memory()
             base = random_base(bench.shape(name), bench.device, DTYPE)
             with host_on(base, data, bench.members(16), MEMBER_BATCH, ranks=MIXED_RANKS, method=method) as step:
-                speed = bench.measure(step, 7)
+                speed = bench.measure(step, 5)
                 share = 100 * speed.tokens_per_s / whole["bare_tokens_per_s"]
                 if name == "1B":
                     bench.reach(f"{method} share", share, step, **speed.row("fused"))
@@ -183,7 +183,7 @@ def one_in_a_graph(bench: Bench) -> None:
         bench.reset_memory()
         data = lengths(bench, shortest, longest)
         trial = PeftTrial(bench, name, data, 1)
-        speed = bench.measure(graphed(trial, int(data.train.lengths.max())), 5)
+        speed = bench.measure(graphed(trial, int(data.train.lengths.max())), 4)
         bench.tell(one_in_a_graph=name, **speed.row("graph"))
 
 

@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     """Tiles of the wide side that a program takes one after the other."""
 
 
-SHRINK, EXPAND, GRADIENTS = Tile(64, 128), Tile(64, 128), Tile(32, 128)
+SHRINK, EXPAND, GRADIENTS = Tile(128, 128), Tile(64, 128, num_stages=2, loops=4), Tile(32, 128)
 FEW, FEW_TOKENS = 2048, 16
 """Up to so many tokens, tiles have few, so that more programs share the work."""
 RANKS, FEW_RANKS = 64, 16
@@ -123,47 +123,53 @@ def _expand(
     if slot > NUM_SLOTS:
         return
     has_slot = (slot >= 0) & (slot < NUM_SLOTS)
-    n = first + tl.arange(0, TOKENS)
+    row, own = tl.where(has_slot, slot, 0).to(tl.int64), tl.load(ranks + slot, mask=has_slot, other=0)
+    factor += row * f_k
+    scale += row * width
+    if own <= FEW:
+        _expand_tiles(
+            y, h, factor, scale, bias, out, has_slot, own, first, stop, y_n, h_s, f_r, f_d, width, rank,
+            TOKENS, FEW, BLOCK, LOOPS, SUMMANDS, SCALED, BIASED, PRECISION,
+        )  # fmt: skip
+    else:
+        _expand_tiles(
+            y, h, factor, scale, bias, out, has_slot, own, first, stop, y_n, h_s, f_r, f_d, width, rank,
+            TOKENS, RANKS, BLOCK, LOOPS, SUMMANDS, SCALED, BIASED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _expand_tiles(
+    y, h, factor, scale, bias, out, has_slot, own, first, stop, y_n, h_s, f_r, f_d, width, rank,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
+    SUMMANDS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n, r = first + tl.arange(0, TOKENS), tl.arange(0, RANKS)
     here = (n < stop)[:, None]
-    own = 0
-    if has_slot:
-        own = tl.load(ranks + slot).to(tl.int32)
-    factor += slot.to(tl.int64) * f_k
-    for block in range(tl.program_id(1) * LOOPS, min((tl.program_id(1) + 1) * LOOPS, tl.cdiv(width, BLOCK))):
+    left = _sum_parts(h, n, r, here, (r < own)[None, :], h_s, rank, SUMMANDS).to(factor.dtype.element_ty)
+    begin = tl.program_id(1) * LOOPS
+    for block in range(begin, min(begin + LOOPS, tl.cdiv(width, BLOCK))):
         d = block * BLOCK + tl.arange(0, BLOCK)
         inside = (d < width)[None, :]
+        columns = factor + d.to(tl.int64)[None, :] * f_d
+        right = tl.load(columns + r[:, None] * f_r, mask=(r < own)[:, None] & inside, other=0.0)
+        total = _dot(left, right, tl.zeros((TOKENS, BLOCK), tl.float32), PRECISION)
+        for more in range(RANKS, own, RANKS):
+            q = more + tl.arange(0, RANKS)
+            known = q < own
+            again = _sum_parts(h, n, q, here, known[None, :], h_s, rank, SUMMANDS).to(factor.dtype.element_ty)
+            right = tl.load(columns + q[:, None] * f_r, mask=known[:, None] & inside, other=0.0)
+            total = _dot(again, right, total, PRECISION)
         y_at = y + n.to(tl.int64)[:, None] * y_n + d[None, :]
-        total = tl.zeros((TOKENS, BLOCK), tl.float32)
-        if own <= FEW:
-            total = _expand_ranks(
-                total, h, factor, n, d, here, inside, 0, own, h_s, f_r, f_d, rank, FEW, SUMMANDS, PRECISION
-            )
-        else:
-            for begin in range(0, own, RANKS):
-                total = _expand_ranks(
-                    total, h, factor, n, d, here, inside, begin, own, h_s, f_r, f_d, rank, RANKS, SUMMANDS, PRECISION
-                )
         if SCALED:
             total += tl.load(y_at, mask=here & inside, other=0.0).to(tl.float32)
             tl.store(y_at, total.to(y.dtype.element_ty), mask=here & inside)
             if has_slot:
-                total *= tl.load(scale + slot.to(tl.int64) * width + d, mask=d < width, other=1.0)[None, :]
+                total *= tl.load(scale + d, mask=d < width, other=1.0)[None, :]
         if BIASED:
             total += tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
         out_at = y_at if not SCALED else out + n.to(tl.int64)[:, None] * width + d[None, :]
         tl.store(out_at, total.to(out.dtype.element_ty), mask=here & inside)
-
-
-@triton.jit
-def _expand_ranks(
-    total, h, factor, n, d, here, inside, begin, own, h_s, f_r, f_d, rank,
-    RANKS: tl.constexpr, SUMMANDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    r = begin + tl.arange(0, RANKS)
-    left = _sum_parts(h, n, r, here, (r < own)[None, :], h_s, rank, SUMMANDS)
-    at = factor + r[:, None] * f_r + d.to(tl.int64)[None, :] * f_d
-    right = tl.load(at, mask=(r < own)[:, None] & inside, other=0.0)
-    return _dot(left.to(right.dtype), right, total, PRECISION)
 
 
 @triton.jit
@@ -294,7 +300,8 @@ def _dropout(
 @triton.jit
 def _dora_scale(
     across, gram, b, squares, scale, magnitude, is_dora, result, inverse,
-    width, rank, across_o, b_k, b_o, NUM_RANKS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    width, rank, across_o, b_k, b_o,
+    NUM_RANKS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, o = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width
@@ -311,7 +318,7 @@ def _dora_scale(
             at = gram + slot * rank * rank + r[:, None] * rank + q[None, :]
             square = tl.load(at, mask=(r < rank)[:, None] & (q < rank)[None, :], other=0.0)
             right = tl.load(b_rows + q[None, :], mask=inside[:, None] & (q < rank)[None, :], other=0.0).to(tl.float32)
-            own += tl.sum(tl.dot(left, square, input_precision="ieee") * right, 1)
+            own += tl.sum(tl.dot(left, square, input_precision=PRECISION) * right, 1)
     s = tl.load(scale + slot)
     total = tl.load(squares + o, mask=inside, other=1.0) + 2 * s * mixed + s * s * own
     rate = tl.where(total > 0, tl.rsqrt(tl.where(total > 0, total, 1.0)), 1.0)
@@ -399,8 +406,8 @@ def ragged_scale_backward(
 ) -> tuple[Tensor, Tensor]:
     (num_slots, width), sums_KO = scale_KO.shape, torch.empty_like(scale_KO)
     out_NO = torch.empty(dy_NO.shape, dtype=dy_NO.dtype, device=dy_NO.device)
-    _scale_backward[(num_slots + 1, triton.cdiv(width, 128))](
-        dy_NO, y_NO, scale_KO, weight_KO, bounds, out_NO, sums_KO, dy_NO.stride(0), width, num_slots, 32, 128
+    _scale_backward[(num_slots + 1, triton.cdiv(width, 64))](
+        dy_NO, y_NO, scale_KO, weight_KO, bounds, out_NO, sums_KO, dy_NO.stride(0), width, num_slots, 32, 64
     )
     return out_NO, sums_KO
 
@@ -447,6 +454,7 @@ def dora_scale(
     _dora_scale[(num_slots, triton.cdiv(width, 64))](
         across_OX, gram_KRR, b_KOR, squares_O, scale_K, magnitude_KO, is_dora_K, result_KO, inverse_KO,
         width, rank, across_OX.stride(0), b_KOR.stride(0), b_KOR.stride(1), triton.cdiv(rank, ranks), ranks, 64,
+        "ieee" if b_KOR.dtype == torch.float32 else "tf32x3",
     )  # fmt: skip
     return result_KO, inverse_KO
 

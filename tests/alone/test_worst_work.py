@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rankloom.engine.guide
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.jobs import CompletionJob, run
-from rankloom.engine.protocol import ChatPrompt, Request, Sampling
+from rankloom.engine.protocol import ChatPrompt, Grammar, Request, Sampling
 from rankloom.errors import RequestError
 from served import GREEDY, engine_on, serving
 
@@ -27,6 +29,14 @@ TRIES = 10
 CHOICES = [f"{number:03}" + "where is the parcel " * 13 for number in range(250)]  # 65,536 characters
 STOPS = tuple("a" * 254 + f"{number:02}" for number in range(16))
 HEX = os.urandom(2**20).hex()[: 2 * 2**20 - 200]
+PARTS = {str(i): {"type": "string", "maxLength": i} for i in range(20)}
+NAMES = [f"a long name {i}" for i in range(80)]
+LARGE = {"type": "object", "properties": {name: {"type": "object", "properties": PARTS} for name in NAMES}}
+COMPLEX = "start: b\nb: b b | c\nc: c c | d\nd: d d | /[a-z ]/\n"
+
+
+def follow(kind: Any, text: str) -> Sampling:
+    return Sampling(grammar=Grammar(kind=kind, text=text))
 
 
 def talk(*messages: tuple[str, str]) -> ChatPrompt:
@@ -51,6 +61,28 @@ WORST = {
         Sampling(choices=("\ufffd" * 2000, "a" + "\ufffd" * 1999), logprobs=20),
         n=16,
         max_tokens=300,
+    ),
+    "a large schema": CompletionJob(
+        "w",
+        None,
+        ("hi",),
+        follow("json", json.dumps(LARGE | {"required": NAMES})),
+        n=16,
+        max_tokens=60,
+    ),
+    "a grammar with ever more readings": CompletionJob(
+        "w", None, ("hi",), follow("grammar", "start: s\ns: a | s a | a s\na: /[a-z]/\n"), n=16, max_tokens=200
+    ),
+    "a grammar that is too complex": CompletionJob(
+        "w",
+        None,
+        ("hi",),
+        follow("grammar", COMPLEX),
+        n=16,
+        max_tokens=60,
+    ),
+    "a long expression": CompletionJob(
+        "w", None, ("hi",), follow("regex", ".*(a|b|c|d).{15}x.*(e|f).{12}"), n=16, max_tokens=200
     ),
     "stops": CompletionJob("w", None, ("hi",), Sampling(stop=STOPS, ignore_eos=True), n=16, max_tokens=40),
 }

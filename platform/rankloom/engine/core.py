@@ -86,7 +86,7 @@ class Core:
         """The most tokens of a sequence."""
         loader = EngineLoader(base, registry, self._compute_logits)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
-        self._masker = Masker(count_vocabulary(base))
+        self._masker = Masker(count_vocabulary(base), wake=lambda: post(lambda: None))
         self._deliver = deliver
         self._unsent: list[RunningSequence] = []
         """Sequences whose last token was taken, and not sent yet."""
@@ -176,7 +176,8 @@ class Core:
             if not self._reserve(sequence):
                 break
             self._reuse_prefix(sequence)
-        return schedule([self._get_state(sequence) for sequence in self._running.values()], budget)
+        ready = [sequence for sequence in self._running.values() if not self._masker.lags(sequence.constraint)]
+        return schedule([self._get_state(sequence) for sequence in ready], budget)
 
     def _compute(self, chunks: Sequence[ScheduledChunk]) -> tuple[Sequence[ScheduledChunk], StepResult | None]:
         """Run the chunks that memory suffices for; returns them, and their result; None: there are none."""

@@ -94,8 +94,8 @@ class ServingEngine(EngineFrontend):
 
     def _run(self) -> None:
         """Compute steps until the engine closes, in a thread of its own."""
-        try:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            try:
                 while not self._admission.stopping:
                     self._run_inbox()
                     worked = self._core.step()
@@ -104,11 +104,11 @@ class ServingEngine(EngineFrontend):
                     if not worked and not self._admission.stopping:
                         self._inbox.get()()
                         self._mailbox.wait_for_turn()
-        finally:  # also after a bug, so that every waiting request ends
-            self._admission.stopping = True
-            self._run_inbox()
-            self._core.close(OverloadedError(STOPPING))
-            self._mailbox.deliver()
+            finally:  # also after a bug, so that every waiting request ends
+                self._admission.stopping = True
+                self._run_inbox()
+                self._core.close(OverloadedError(STOPPING))
+                self._mailbox.deliver()
 
     def _run_inbox(self) -> None:
         while True:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.engine.protocol import Grammar
@@ -23,6 +26,8 @@ SPACE = r"( |\n {0,32})?"
 model continue in it for ever."""
 JSON_OPTIONS: Any = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 """They take precedence over a schema's own options: no keyword of it is ignored."""
+SLOW_S = 0.001
+"""CPU time of a mask above which other rows do not wait for it; the masks of most schemas take a tenth of it."""
 NAMES = {
     "json": "the JSON schema",
     "regex": "the regular expression",
@@ -42,9 +47,9 @@ class Grammars:
         """
         self._tokenizer, self._end_ids, self._vocabulary = tokenizer, sorted(end_ids), vocabulary
         self._tokens: LLTokenizer | None = None
-        # for 50,000 tokens, a mask takes 20 ms and 40 MB at the most
+        # a mask takes about 10 ms and 40 MB at the most
         self._limits = LLParserLimits(
-            initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=10_000, max_lexer_states=20_000,
+            initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=5_000, max_lexer_states=20_000,
             max_grammar_size=200_000, verbose_errors=False,
         )  # fmt: skip
 
@@ -53,8 +58,8 @@ class Grammars:
         if self._tokenizer.is_fast:
             self._tokens = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._end_ids)
 
-    def compile(self, grammar: Grammar) -> LLMatcher:
-        """Return a matcher at the start of a completion. Raises RequestError where the grammar can't be honoured."""
+    def compile(self, grammar: Grammar) -> GrammarState:
+        """Return the state at the start of a completion. Raises RequestError where the grammar can't be honoured."""
         name = NAMES[grammar.kind]
         if self._tokens is None:
             raise RequestError(f"{name} can't be honoured: the base's tokenizer is not a fast one of transformers")
@@ -67,16 +72,28 @@ class Grammars:
             if grammar.kind == "lark":  # whose text the client has not written
                 why = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", why.partition("\n")[0])
             raise RequestError(f"{name} can't be honoured: {_shorten(why)}")
-        return matcher
+        state = GrammarState(matcher)
+        state.prepare()
+        return state
 
 
 class GrammarState:
     """The position of one completion in its grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher.deep_copy()
+        self._matcher = matcher
         self._new: list[int] = []
         """Tokens that the matcher has yet to consume."""
+        self.prepared: NDArray[np.int32] | None = None
+        """The mask at this position, where it is known."""
+        self.is_slow = False
+        """Whether others would wait for its mask, so that it is prepared before a step."""
+
+    def copy(self) -> GrammarState:
+        """Return the state of another completion at the same position."""
+        copied = GrammarState(self._matcher.deep_copy())
+        copied.prepared, copied.is_slow = self.prepared, self.is_slow
+        return copied
 
     @property
     def is_over(self) -> bool:
@@ -89,15 +106,25 @@ class GrammarState:
 
     def advance(self, token: int) -> None:
         self._new.append(token)
+        self.prepared = None
 
     def take_forced(self) -> list[int]:
         return []
 
-    def catch_up(self) -> LLMatcher:
-        """Return the matcher after all tokens so far; call it and use the matcher in one thread at a time."""
+    def find_mask(self) -> NDArray[np.int32]:
+        """Return the mask after all tokens so far, in words of 32 bits. Thread-safe beside other states."""
+        if self.prepared is not None:
+            return self.prepared
+        began = time.thread_time()
         new, self._new = self._new, []
         self._matcher.consume_tokens(new)
-        return self._matcher
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        self.is_slow = time.thread_time() - began > SLOW_S
+        return mask
+
+    def prepare(self) -> None:
+        """Find the mask before it is needed."""
+        self.prepared = self.find_mask()
 
 
 def _convert(grammar: Grammar) -> str:

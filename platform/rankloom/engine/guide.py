@@ -13,7 +13,7 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 from rankloom.engine.choices import ChoiceState, build_choice_tree
-from rankloom.engine.grammar import Grammars, GrammarState
+from rankloom.engine.grammar import Grammars
 from rankloom.engine.jobs import AT_ONCE
 from rankloom.engine.masks import Constraint
 from rankloom.engine.prompts import Prompts
@@ -34,14 +34,14 @@ class Guide:
     def __init__(self, sampling: Sampling, prompts: Prompts, grammars: Grammars | None) -> None:
         """`grammars`: None: another program follows the grammars."""
         self._tree = None if sampling.choices is None else build_choice_tree(sampling.choices, prompts)
-        self._matcher = None if sampling.grammar is None or grammars is None else grammars.compile(sampling.grammar)
+        self._start = None if sampling.grammar is None or grammars is None else grammars.compile(sampling.grammar)
         self.stops = Stops(sampling.stop)
 
     def make_constraint(self) -> Constraint | None:
         """Return the constraint of one completion, at its start; None: there is none."""
         if self._tree is not None:
             return ChoiceState(self._tree)
-        return None if self._matcher is None else GrammarState(self._matcher)
+        return None if self._start is None else self._start.copy()
 
 
 class Guides:

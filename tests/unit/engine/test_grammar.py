@@ -16,8 +16,10 @@ import torch
 from fake_graph import fake_graphs
 from rankloom import kernels
 from rankloom.engine import device_predictor
+from rankloom.engine import grammar as grammar_module
 from rankloom.engine.device_predictor import DevicePredictor
 from rankloom.engine.engine import ServingEngine
+from rankloom.engine.masks import Masker
 from rankloom.engine.predictor import PlainPredictor
 from rankloom.engine.protocol import Grammar
 from rankloom.errors import RequestError
@@ -99,6 +101,19 @@ def test_free_rows_do_not_notice_constrained_ones(engine: ServingEngine, tiny_ll
         assert "".join(delta.text for delta in deltas) == text
         assert len(deltas) > 3  # as a stream
     assert mixed[14][0] in ("alpha", "beta")
+
+
+def test_sequences_that_wait_for_slow_masks_have_the_same_tokens(
+    engine: ServingEngine, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [DRAWN | {"seed": i, "grammar": follow(OBJECT)} for i in range(4)] + [{"max_tokens": 30}]
+    expected = [tokens for _, tokens, _ in complete_all(engine_on(tiny_llama, tmp_path), jobs)]
+    lagged = []
+    lags = Masker.lags
+    monkeypatch.setattr(grammar_module, "SLOW_S", -1.0)
+    monkeypatch.setattr(Masker, "lags", lambda *given: lagged.append(lags(*given)) or lagged[-1])
+    assert [tokens for _, tokens, _ in complete_all(engine, jobs)] == expected
+    assert any(lagged)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,10 @@ class GrammarState:
         return []
 
     def find_mask(self) -> NDArray[np.int32]:
-        """Return the mask after all tokens so far, in words of 32 bits. Thread-safe beside other states."""
+        """Return the mask after all tokens so far, in words of 32 bits; there may be one more than the vocabulary has.
+
+        Thread-safe beside other states.
+        """
         if self.prepared is not None:
             return self.prepared
         began = time.thread_time()

@@ -87,7 +87,7 @@ def _find(states: Sequence[Constraint], bits_GW: Bits, rows: Iterable[int]) -> N
         if isinstance(state, ChoiceState):
             set_bits(bits_GW[row], state.allowed)
         else:
-            bits_GW[row] = state.find_mask()
+            bits_GW[row] = state.find_mask()[: bits_GW.shape[1]]
 
 
 def set_bits(bits_W: Bits, tokens: Sequence[int]) -> None:

@@ -19,13 +19,15 @@ from rankloom.engine import device_predictor
 from rankloom.engine import grammar as grammar_module
 from rankloom.engine.device_predictor import DevicePredictor
 from rankloom.engine.engine import ServingEngine
+from rankloom.engine.grammar import Grammars
 from rankloom.engine.masks import Masker
 from rankloom.engine.predictor import PlainPredictor
 from rankloom.engine.protocol import Grammar
+from rankloom.engine.sampling import upload_masks
 from rankloom.errors import RequestError
 from rankloom.kernels.graphs import GraphCache
 from schemas import make_schema
-from served import completed, engine_on, serving
+from served import completed, engine_on, load, serving
 
 NUM_SCHEMAS = {"plain": 200, "device": 60}
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
@@ -114,6 +116,20 @@ def test_sequences_that_wait_for_slow_masks_have_the_same_tokens(
     monkeypatch.setattr(Masker, "lags", lambda *given: lagged.append(lags(*given)) or lagged[-1])
     assert [tokens for _, tokens, _ in complete_all(engine, jobs)] == expected
     assert any(lagged)
+
+
+@pytest.mark.parametrize("vocabulary", [416, 401, 447, 448])
+def test_masks_are_as_wide_as_the_logits(tiny_llama: Path, vocabulary: int) -> None:
+    tokenizer = load(tiny_llama).tokenizer
+    grammars = Grammars(tokenizer, [tokenizer.eos_token_id], vocabulary)
+    grammars.open()
+    masker = Masker(vocabulary, wake=lambda: None)
+    (mask,) = masker.begin([grammars.compile(follow("[0-9]", "regex"))])
+    _, (is_excluded,) = upload_masks({0: mask}, torch.zeros(1, vocabulary))
+    masker.close()
+    assert is_excluded.shape == (vocabulary,)
+    allowed = [tokenizer.decode([token]) for token in (~is_excluded).nonzero()[:, 0].tolist()]
+    assert sorted(allowed) == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 bitsandbytes' LLM.int8() rounds activations to int8 too, except in columns that hold an outlier. To find these it waits
 for the device at each layer, and a column counts for all rows of a call. So no CUDA graph could hold it, and what a row
 gets would depend on its neighbours, which are other members or other requests. Here activations keep their type, and
-each product dequantises W, as for NF4. This is more exact than LLM.int8(); what is lost is the speed of int8 products
-where there are many tokens, and W takes memory for as long as its layer computes.
+each product dequantises W, as for NF4; on a CPU it scales its result instead. This is more exact than LLM.int8(). On a
+GPU the speed of int8 products of many tokens is lost; W takes memory for as long as its layer computes.
 
 Shapes: N rows, I in, O out, B blocks of NF4 codes.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rankloom.models import onednn
@@ -90,12 +91,19 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, codes_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes_OI, scale_O1)
-        return onednn.linear(x_NI, dequantize_rows(codes_OI, scale_O1, x_NI.dtype), bias_O)
+        if x_NI.device.type != "cpu":
+            return F.linear(x_NI, dequantize_rows(codes_OI, scale_O1, x_NI.dtype), bias_O)
+        # codes are exact in any dtype, and there are fewer results than weights to scale
+        y_NO = onednn.linear(x_NI, codes_OI.to(x_NI.dtype), None) * scale_O1.T
+        return (y_NO if bias_O is None else y_NO + bias_O).to(x_NI.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         codes_OI, scale_O1 = ctx.saved_tensors
-        return onednn.multiply(dy_NO.contiguous(), dequantize_rows(codes_OI, scale_O1, dy_NO.dtype)), None, None, None
+        if dy_NO.device.type != "cpu":
+            return dy_NO @ dequantize_rows(codes_OI, scale_O1, dy_NO.dtype), None, None, None
+        scaled_NO = (dy_NO * scale_O1.T).to(dy_NO.dtype)
+        return onednn.multiply(scaled_NO, codes_OI.to(dy_NO.dtype)), None, None, None
 
 
 def merge_quantized(linears: Sequence[Any], bias_O: Tensor | None) -> Callable[[Tensor], Tensor] | None:

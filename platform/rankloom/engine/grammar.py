@@ -7,6 +7,7 @@ so does each mask. A grammar that reaches a limit fails its own request.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Collection
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rankloom.engine.protocol import Grammar
 from rankloom.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 SPACE = r"( |\n {0,32})?"
 """Between two parts of a JSON text: nothing, a space, or a line break with its indentation. Unbounded space would let a
@@ -47,6 +50,8 @@ class Grammars:
         """
         self._tokenizer, self._end_ids, self._vocabulary = tokenizer, sorted(end_ids), vocabulary
         self._tokens: LLTokenizer | None = None
+        self._reason = "it was not opened"
+        """Why there are no tokens."""
         # a mask takes about 10 ms and 40 MB at the most
         self._limits = LLParserLimits(
             initial_lexer_fuel=1_000_000, step_lexer_fuel=100_000, step_max_items=5_000, max_lexer_states=20_000,
@@ -55,14 +60,18 @@ class Grammars:
 
     def open(self) -> None:
         """Read the tokenizer's tokens, which takes up to seconds and stalls other threads: before requests come."""
-        if self._tokenizer.is_fast:
-            self._tokens = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._end_ids)
+        vocabulary = max(self._vocabulary, len(self._tokenizer))  # a model may have no logits for the last tokens
+        try:
+            self._tokens = from_tokenizer(self._tokenizer, n_vocab=vocabulary, eos_token=self._end_ids)
+        except Exception as error:  # of a kind that llguidance can't read; all else is served
+            self._reason = _shorten(str(error))
+            logger.info("no completion can follow a grammar: the tokenizer can't be read: %s", self._reason)
 
     def compile(self, grammar: Grammar) -> GrammarState:
         """Return the state at the start of a completion. Raises RequestError where the grammar can't be honoured."""
         name = NAMES[grammar.kind]
         if self._tokens is None:
-            raise RequestError(f"{name} can't be honoured: the base's tokenizer is not a fast one of transformers")
+            raise RequestError(f"{name} can't be honoured: the base's tokenizer can't be read: {self._reason}")
         try:
             matcher = LLMatcher(self._tokens, _convert(grammar), limits=self._limits, log_level=0)
         except (ValueError, RecursionError) as error:

@@ -11,7 +11,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from fake_graph import fake_graphs
 from rankloom import kernels
@@ -118,7 +120,15 @@ def test_sequences_that_wait_for_slow_masks_have_the_same_tokens(
     assert any(lagged)
 
 
-@pytest.mark.parametrize("vocabulary", [416, 401, 447, 448])
+def test_a_tokenizer_that_can_not_be_read_is_told_when_a_grammar_comes() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    grammars = Grammars(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b"), [1], 2)
+    grammars.open()
+    with pytest.raises(RequestError, match="tokenizer can't be read: can't determine decoder"):
+        grammars.compile(follow("a", "regex"))
+
+
+@pytest.mark.parametrize("vocabulary", [416, 401, 447, 448, 380])
 def test_masks_are_as_wide_as_the_logits(tiny_llama: Path, vocabulary: int) -> None:
     tokenizer = load(tiny_llama).tokenizer
     grammars = Grammars(tokenizer, [tokenizer.eos_token_id], vocabulary)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rankloom.engine.chat.reader import ChatReader
 from rankloom.engine.protocol import ChatPrompt, Delta, Engine, OpenChat, Request, Sampling
@@ -123,7 +123,8 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
 
 def _open(engine: Engine, prompt: Prompt, sampling: Sampling) -> OpenChat:
     if isinstance(prompt, ChatPrompt):
-        return engine.open_chat(prompt, sampling.grammar)
+        chat = engine.open_chat(prompt, sampling.grammar)
+        return chat if sampling.choices is None else replace(chat, make_parser=None)  # all of a choice is the answer
     return OpenChat(engine.tokenize(prompt) if isinstance(prompt, str) else list(prompt), sampling.grammar)
 
 

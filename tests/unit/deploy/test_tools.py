@@ -131,6 +131,38 @@ def test_a_named_tool_is_called_in_a_stream(clients: Clients, family: str) -> No
     assert whole.finish_reason == streamed.finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("family", list(SCRIPTS))
+def test_strict_tools_are_called_by_their_schemas_or_not_at_all(clients: Clients, family: str) -> None:
+    """The random model writes text, or calls that could not be by chance."""
+    called = 0
+    for seed in range(12):
+        answer = clients[family].chat.completions.create(
+            model="base", messages=SAY, tools=TOOLS, max_tokens=1200, seed=seed, temperature=1.2
+        )
+        (choice,) = answer.choices
+        if choice.finish_reason != "length":
+            for call in choice.message.tool_calls or ():
+                KINDS[call.function.name].model_validate_json(call.function.arguments)  # type: ignore[union-attr]
+                called += 1
+    assert called or family == "llama3"  # whose calls have no token of their own, which is rarely drawn
+
+
+@pytest.mark.parametrize("family", list(SCRIPTS))
+def test_an_answer_is_a_call_or_follows_the_schema(clients: Clients, family: str) -> None:
+    class Reply(pydantic.BaseModel):
+        text: Literal["yes", "no"]
+
+    kinds = set()
+    for seed in range(10):
+        answer = clients[family].chat.completions.parse(
+            model="base", messages=SAY, tools=TOOLS, response_format=Reply, seed=seed, temperature=1.5, max_tokens=1500
+        )
+        message = answer.choices[0].message
+        assert isinstance(message.parsed, Reply) != bool(message.tool_calls)
+        kinds.add(message.parsed is None)
+    assert len(kinds) == 2
+
+
 @pytest.mark.parametrize("family", SCRIPTS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_of_the_models_own_is_read(clients: Clients, family: str, stream: bool) -> None:
@@ -170,6 +202,14 @@ def test_a_schema_is_of_the_answer_after_the_thinking(clients: Clients, family: 
         assert isinstance(choice.message.parsed, GetWeather)
         thought += bool(getattr(choice.message, "reasoning_content", None))
     assert thought == 4 or family != "thinking"
+
+
+@pytest.mark.parametrize("family", ["thinking", "gpt_oss"])
+def test_a_choice_is_the_answer_without_thinking(clients: Clients, family: str) -> None:
+    body = {"structured_outputs": {"choice": ["alpha", "beta"]}}
+    answer = clients[family].chat.completions.create(model="base", messages=SAY, extra_body=body)
+    assert answer.choices[0].message.content in ("alpha", "beta")
+    assert getattr(answer.choices[0].message, "reasoning_content", None) is None
 
 
 @pytest.mark.parametrize(

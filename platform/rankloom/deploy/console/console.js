@@ -153,7 +153,7 @@ async function ask(model) {
       const now = performance.now();
       if (chunk.choices.length) {
         first ??= now;
-        text.textContent += chunk.choices[0].delta.content;
+        text.textContent += chunk.choices[0].delta.content ?? "";
       }
       if (chunk.usage) {
         const tokens = chunk.usage.completion_tokens;

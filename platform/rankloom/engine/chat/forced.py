@@ -33,10 +33,10 @@ class CallSyntax:
 
 
 def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: Spell, *, several: bool) -> str:
-    """Return the rule `answer` of one call of one of the tools, or of several, and the rules that it needs."""
+    """Return the rule `calls` of one call of one of the tools, or of several, and the rules that it needs."""
     more = f" ({spell(syntax.between)} call)*" if several and syntax.between is not None else ""
     rules = [
-        f"answer: {spell(syntax.first)} call{more} {spell(syntax.last)}",
+        f"calls: {spell(syntax.first)} call{more} {spell(syntax.last)}",
         "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
     ]
     for i, function in enumerate(tool["function"] for tool in tools):
@@ -46,15 +46,15 @@ def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: S
     return "\n".join(rules)
 
 
-def write_answer(grammar: Grammar) -> str:
-    """Return the rule `answer` of a schema or a regular expression. Raises RequestError where there can't be one."""
+def write_reply(grammar: Grammar) -> str:
+    """Return the rule `reply` of a schema or a regular expression. Raises RequestError where there can't be one."""
     if grammar.kind == "regex":
-        return f"answer: /{regex_to_lark(grammar.text)}/"
+        return f"reply: /{regex_to_lark(grammar.text)}/"
     try:
         schema = json.loads(grammar.text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema can't be honoured: {error}") from None
-    return f"answer: {_write_json({} if schema is True else schema)}"
+    return f"reply: {_write_json({} if schema is True else schema)}"
 
 
 def make_speller(special: Mapping[str, int]) -> Spell:

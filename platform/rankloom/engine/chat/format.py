@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.engine.chat import harmony, thinking
-from rankloom.engine.chat.forced import CallSyntax, make_speller, write_answer, write_calls
+from rankloom.engine.chat.forced import CallSyntax, make_speller, write_calls, write_reply
 from rankloom.engine.chat.harmony import HarmonyParser
 from rankloom.engine.chat.json_calls import JsonCallParser, JsonFormat
 from rankloom.engine.chat.pieces import Parser, PlainParser
@@ -113,36 +113,61 @@ class ChatFormat:
         return ThinkingParser(parser, begun=has_begun) if self._thinks else parser
 
     def _find_grammar(self, prompt: ChatPrompt, grammar: Grammar | None, *, has_begun: bool) -> Grammar | None:
-        """Return the grammar of the whole completion: of forced calls, or of the answer, after what comes before."""
-        if prompt.must_call:
-            assert self._calls is not None
-            forced = [tool for tool in prompt.tools if tool["function"]["name"] in prompt.must_call]
-            answer = write_calls(forced, self._calls.syntax, self._spell, several=prompt.parallel)
-            final = ""
-        elif grammar is None or grammar.kind == "grammar" or not (self._thinks or self._calls is _HARMONY):
-            return grammar  # one of the client's own is of all that comes
+        """Return the grammar of the whole completion: thinking, and then calls or a reply."""
+        strict = any(tool["function"].get("strict") for tool in prompt.tools)
+        if grammar is not None and grammar.kind == "grammar":
+            return grammar  # the client's own is of all that comes
+        if prompt.must_call or strict or (prompt.tools and grammar is not None):
+            rules = self._write_answer(prompt, grammar)
+        elif grammar is None or not (self._thinks or self._calls is _HARMONY):
+            return grammar
         else:
-            answer, final = write_answer(grammar), f"{harmony.CHANNEL}final{harmony.MESSAGE}"
-        return Grammar(kind="lark", text="\n".join([*self._write_start(final, has_begun=has_begun), answer, ""]))
+            rules = [f"answer: {self._write_final()} reply", write_reply(grammar)]
+        return Grammar(kind="lark", text="\n".join([*self._write_start(has_begun=has_begun), *rules, ""]))
 
-    def _write_start(self, final: str, *, has_begun: bool) -> list[str]:
-        """Return the rule `start`, by which thinking may come before the rule `answer`.
+    def _write_answer(self, prompt: ChatPrompt, grammar: Grammar | None) -> list[str]:
+        """Return the rules of an answer with calls, or perhaps of a reply instead.
 
         Args:
-            final: what begins an answer on harmony's final channel.
+            grammar: of the reply; None: any text.
         """
+        assert self._calls is not None
+        named = [tool for tool in prompt.tools if not prompt.must_call or tool["function"]["name"] in prompt.must_call]
+        calls = write_calls(named, self._calls.syntax, self._spell, several=prompt.parallel)
+        if prompt.must_call:
+            return ["answer: calls", calls]
+        final = self._write_final()
+        if grammar is not None:
+            return [f"answer: {final} reply | calls", write_reply(grammar), calls]
+        if self._calls is _HARMONY:
+            return [f"answer: {final} TEXT? | calls", _TEXT, calls]
+        if self._calls is _LLAMA:
+            return ["answer: REPLY? | calls", r"REPLY: /[^{\s](?s:.*)/", calls]
+        if not self._spell(self._calls.syntax.first or self._calls.syntax.begin).startswith("<["):
+            raise RequestError(
+                "tools: strict can't be honoured, because no token of the base begins a call; force it by tool_choice"
+            )
+        return ["answer: TEXT? calls?", _TEXT, calls]
+
+    def _write_final(self) -> str:
+        """Return the terms before a reply."""
+        return self._spell(f"{harmony.CHANNEL}final{harmony.MESSAGE}") if self._calls is _HARMONY else ""
+
+    def _write_start(self, *, has_begun: bool) -> list[str]:
+        """Return the rule `start`, by which thinking may come before the rule `answer`."""
         spell = self._spell
         if self._calls is _HARMONY:
             begin, end = f"{harmony.CHANNEL}analysis{harmony.MESSAGE}", f"{harmony.END}{harmony.START}assistant"
-            return [f"start: thought? {spell(final)} answer", f"thought: {spell(begin)} THOUGHT {spell(end)}", _THOUGHT]
+            return ["start: thought? answer", f"thought: {spell(begin)} THOUGHT {spell(end)}", _THOUGHT]
         if not self._thinks:
             return ["start: answer"]
         start = "start: thought answer" if has_begun else "start: (begin thought)? answer"
         end = spell(thinking.END)
         thought = f"thought: THOUGHT {end} SPACE" if end.startswith("<[") else f"thought: THOUGHT_END SPACE\n{_LAZY}"
-        return [start, f"begin: {spell(thinking.BEGIN)}", thought, _THOUGHT, "SPACE: /\\n{0,2}/"]
+        return [start, f"begin: {spell(thinking.BEGIN)}", thought, _THOUGHT, r"SPACE: /\n{0,2}/"]
 
 
+_TEXT = "TEXT: /(?s:.+)/"
 _THOUGHT = "THOUGHT: /(?s:.*)/"
 _LAZY = f"THOUGHT_END[lazy]: /(?s:.*)/ {thinking.END!r}".replace("'", '"')
 

@@ -25,7 +25,7 @@ class Function(Body):
     parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
     """The JSON schema of its arguments; null: it has none."""
     strict: bool | None = None
-    """Whether every call follows the schema; a forced one always does."""
+    """Whether every call follows the schema; a forced one does anyway."""
 
 
 class FunctionTool(Body):
@@ -36,7 +36,8 @@ class FunctionTool(Body):
         """Return the tool as chat templates know it."""
         function = {"name": self.function.name, "description": self.function.description or ""}
         parameters = self.function.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": function | {"parameters": parameters}}
+        strict = {"strict": True} if self.function.strict else {}
+        return {"type": "function", "function": function | {"parameters": parameters} | strict}
 
 
 class FunctionName(Body):

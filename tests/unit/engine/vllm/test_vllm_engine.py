@@ -20,7 +20,7 @@ from rankloom.adapters.probe import write_probe
 from rankloom.config.engine import VllmConfig
 from rankloom.config.model import ModelConfig
 from rankloom.engine.jobs import ReplicaLostError
-from rankloom.engine.protocol import Delta, Engine, Request, Sampling
+from rankloom.engine.protocol import Delta, Engine, Grammar, Request, Sampling
 from rankloom.engine.vllm import die_with_parent
 from rankloom.engine.vllm.engine import VllmEngine
 from rankloom.engine.vllm.server import find_vllm, list_arguments, make_completion_body
@@ -186,6 +186,15 @@ def test_vllm_is_told_whose_a_prompt_is() -> None:
     for tenant in ("0123abc", None):
         body = make_completion_body(Request("r", None, (5, 30), Sampling(seed=3), tenant), "base", frozenset())
         assert (body.get("cache_salt"), body["seed"]) == (tenant, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("json", "json"), ("regex", "regex"), ("grammar", "grammar"), ("lark", "grammar")]
+)
+def test_vllm_is_told_what_a_completion_follows(kind: Any, key: str) -> None:
+    sampling = Sampling(grammar=Grammar(kind=kind, text="{}"))
+    body = make_completion_body(Request("r", None, (5, 30), sampling), "base", frozenset())
+    assert body["structured_outputs"] == {key: "{}"}
 
 
 def test_a_server_that_ends_is_noticed(tiny_llama: Path, tmp_path: Path, python: str) -> None:

@@ -45,15 +45,9 @@ def slot_squares(stack: Tensor) -> Tensor:
 
 
 def slot_adamw(
-    data: Tensor,
-    first: Tensor,
-    second: Tensor,
-    gradient: Tensor,
-    settings_SK: Tensor,
-    shadow: Tensor | None,
-    num_ranks: int,
-    inner: int,
-) -> None:
+    data: Tensor, first: Tensor, second: Tensor, gradient: Tensor, settings_SK: Tensor, shadow: Tensor | None,
+    num_ranks: int, inner: int,
+) -> None:  # fmt: skip
     num_groups, num_slots = data.shape[:2]
     size = data[0, 0].numel()
     copy = data if shadow is None else shadow

@@ -88,15 +88,9 @@ def _combine(parts, sums, out, width: tl.constexpr, splits: tl.constexpr, block_
 
 
 def decode_attention(
-    query_RHE: Tensor,
-    key_RhE: Tensor,
-    value_RhE: Tensor,
-    keys_SThE: Tensor,
-    values_SThE: Tensor,
-    table_RP: Tensor,
-    length_R: Tensor,
-    scale: float,
-) -> Tensor:
+    query_RHE: Tensor, key_RhE: Tensor, value_RhE: Tensor, keys_SThE: Tensor, values_SThE: Tensor, table_RP: Tensor,
+    length_R: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
     query_RHE, key_RhE, value_RhE = (_with_unit_stride(x) for x in (query_RHE, key_RhE, value_RhE))
     (num_rows, num_heads, width), (_, page, num_key_heads, _) = query_RHE.shape, keys_SThE.shape
     assert page % BLOCK == 0
@@ -120,15 +114,9 @@ def decode_attention(
 
 
 def chunk_attention(
-    query_NHE: Tensor,
-    keys_SThE: Tensor,
-    values_SThE: Tensor,
-    table_RP: Tensor,
-    length_R: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-) -> Tensor:
+    query_NHE: Tensor, keys_SThE: Tensor, values_SThE: Tensor, table_RP: Tensor, length_R: Tensor, starts: Tensor,
+    longest: int, scale: float,
+) -> Tensor:  # fmt: skip
     width = query_NHE.shape[-1]
     if query_NHE.dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256:  # as flash attention asks
         return mask_chunks(query_NHE, keys_SThE, values_SThE, table_RP, length_R, starts, longest, scale)

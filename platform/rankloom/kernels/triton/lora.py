@@ -34,16 +34,9 @@ def lora_shrink(
 
 
 def lora_expand(
-    y_NO: Tensor,
-    h_SND: Tensor,
-    b_XO: Tensor,
-    vectors_VO: Tensor,
-    slots_PK4: Tensor,
-    slot_G: Tensor,
-    start_G1: Tensor,
-    block: int,
-    widths: list[int],
-) -> None:
+    y_NO: Tensor, h_SND: Tensor, b_XO: Tensor, vectors_VO: Tensor, slots_PK4: Tensor, slot_G: Tensor,
+    start_G1: Tensor, block: int, widths: list[int],
+) -> None:  # fmt: skip
     grid, rank = (len(slot_G), sum(triton.cdiv(width, OUTPUTS) for width in widths)), h_SND.shape[-1] // len(widths)
     ranks = min(max(triton.next_power_of_2(rank), RANKS), 64) if block == 1 else RANKS
     _expand[grid](

@@ -373,14 +373,9 @@ def ragged_expand(h_SNR: Tensor, factor_KRD: Tensor, bias_D: Tensor | None, rank
 
 
 def ragged_expand_scaled(
-    y_NO: Tensor,
-    h_SNR: Tensor,
-    factor_KRO: Tensor,
-    scale_KO: Tensor,
-    bias_O: Tensor | None,
-    rank_K: Tensor,
+    y_NO: Tensor, h_SNR: Tensor, factor_KRO: Tensor, scale_KO: Tensor, bias_O: Tensor | None, rank_K: Tensor,
     bounds: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     out_NO = torch.empty(y_NO.shape, dtype=y_NO.dtype, device=y_NO.device)
     _launch_expand(y_NO, h_SNR, factor_KRO, scale_KO, bias_O, out_NO, rank_K, bounds)
     return out_NO
@@ -440,14 +435,9 @@ def ragged_dropout(x_ND: Tensor, seed_K: Tensor, rate_K: Tensor, salt: int, boun
 
 
 def dora_scale(
-    weight_OI: Tensor,
-    squares_O: Tensor,
-    a_KRI: Tensor,
-    b_KOR: Tensor,
-    scale_K: Tensor,
-    magnitude_KO: Tensor,
+    weight_OI: Tensor, squares_O: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K: Tensor, magnitude_KO: Tensor,
     is_dora_K: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (num_slots, width, rank), ranks = b_KOR.shape, _ranks(b_KOR.shape[2])
     across_OX, gram_KRR = _product(weight_OI, a_KRI.flatten(0, 1).T), _product(a_KRI, a_KRI.mT)
     result_KO, inverse_KO = torch.empty_like(magnitude_KO), torch.empty_like(magnitude_KO)

@@ -17,17 +17,9 @@ def row_attention_forward(
 
 
 def row_attention_backward(
-    dresult_NHE: Tensor,
-    q_NHE: Tensor,
-    k_NGE: Tensor,
-    v_NGE: Tensor,
-    result_NHE: Tensor,
-    logs_HN: Tensor,
-    starts_B1: Tensor,
-    longest: int,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dresult_NHE: Tensor, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, result_NHE: Tensor, logs_HN: Tensor,
+    starts_B1: Tensor, longest: int, scale: float, window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     unused = torch.empty(2, dtype=torch.uint64, device=q_NHE.device)  # the state of a dropout that there is not
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         dresult_NHE, q_NHE, k_NGE, v_NGE, result_NHE, logs_HN, starts_B1, starts_B1, longest, longest, 0.0, window == 0,

@@ -65,11 +65,11 @@ class Clients:
         if family not in self._made:
             base = load(write_base(self._tiny, self._folder / family, family))
             replicas = OneEngine(base, Registry(self._folder / "registry"))
-            config = parse(ServeConfig, {"base": base.id, "limits": {"max_tokens": 1500}})
+            config = parse(ServeConfig, {"base": base.id, "limits": {"max_tokens": 1500, "timeout_s": 600}})
             gateway = Gateway(config, Registry(self._folder / "registry"), replicas)
             self._stack.callback(lambda: asyncio.run(replicas.engine.close()))
             url = self._stack.enter_context(listening(gateway))
-            self._made[family] = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            self._made[family] = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
         return self._made[family]
 
     def write_script(self, family: str, script: str) -> str:
@@ -243,7 +243,7 @@ def test_a_template_without_tools_refuses_them(tiny_llama: Path, tmp_path: Path)
         replicas = OneEngine(base, Registry(tmp_path), **settings)
         config = parse(ServeConfig, {"base": base.id})
         with listening(Gateway(config, Registry(tmp_path), replicas)) as url:
-            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
             with pytest.raises(openai.BadRequestError, match=re.escape(message)):
                 client.chat.completions.create(model="base", messages=SAY, tools=TOOLS)
         asyncio.run(replicas.engine.close())

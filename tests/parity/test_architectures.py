@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rankloom.adapters.export import merge_adapter
 from rankloom.adapters.probe import compute_last_logits
@@ -25,16 +27,19 @@ from rankloom.adapters.weights import load_adapter
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import Int8
 from rankloom.data import TaskData, load_data
+from rankloom.engine.kv_cache import NARROWEST
+from rankloom.engine.layers import find_obstacle
 from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
 from rankloom.events import Event, StepFinished
 from rankloom.models import Base, load_base, load_tokenizer
+from rankloom.planning.outline import open_outline
 from rankloom.registry import Registry
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.loop import TrainingLoop
 from rankloom.training.run import run_trial
 from rankloom.training.session import LocalSession
-from served import completed, engine_on, serving, with_peft
+from served import completed, engine_on, plain, serving
 
 CPU = torch.device("cpu")
 IDS = dict(vocab_size=400, pad_token_id=0, eos_token_id=1, bos_token_id=1)
@@ -43,6 +48,8 @@ HEADS = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddin
 GPT2 = dict(**IDS, n_embd=64, n_layer=2, n_head=4, n_positions=512)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+WINDOW = dict(**SIZE, **HEADS, head_dim=16, sliding_window=16)
+BOTH = ["sliding_attention", "full_attention"]
 FOUR = dict(SIZE, num_hidden_layers=4)
 BARE = dict(**IDS, hidden_size=64, num_hidden_layers=2)
 ALL_HEADS = dict(num_attention_heads=4, max_position_embeddings=512)
@@ -76,7 +83,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma": lambda: T.GemmaConfig(**SIZE, **HEADS, head_dim=16),
     "gemma2": lambda: T.Gemma2Config(**SIZE, **HEADS, head_dim=16, sliding_window=16),
     "gemma3": lambda: T.Gemma3Config(
-        text_config=dict(**SIZE, **HEADS, head_dim=16, sliding_window=16), vision_config=VISION, mm_tokens_per_image=4,
+        text_config=dict(**WINDOW, layer_types=BOTH), vision_config=VISION, mm_tokens_per_image=4,
         image_token_index=399, boi_token_index=397, eoi_token_index=398, **IDS,
     ),
     "gpt_oss": lambda: T.GptOssConfig(
@@ -135,23 +142,47 @@ FAST_RUNS = [
 ]  # fmt: skip
 FAST_HOSTS = ["deepseek_v3", "gpt2", "mamba"]
 FAST_LABELS = ["gpt_neo", "mpt", "qwen3_5"]
-FAST_SERVED = ["gpt2", "gpt_neo", "qwen3_5"]
-OWN_ATTENTION = "attention (is of another kind|can't be replaced)"
-NOT_SERVED = {
-    "mistral": r"\(full_attention, sliding_attention\)",
-    "gemma2": r"\(full_attention, sliding_attention\)",
-    "gemma3": r"\(sliding_attention\)",
-    "gpt_oss": r"\(full_attention, sliding_attention\)",
-    "recurrent_gemma": r"\(linear_attention, sliding_attention\)",
-    "qwen3_next": r"\(full_attention, linear_attention\)",
-    "qwen3_5": r"\(full_attention, linear_attention\)",
-    "jamba": r"\(full_attention, linear_attention\)",
-    "lfm2": r"\(conv, full_attention\)",
-    "mamba": r"\(linear_attention\)",
-    "mamba2": r"\(linear_attention\)",
-    "deepseek_v3": "keys and values of the same shape",
-} | dict.fromkeys(("stablelm", "gptj", "codegen", "bloom", "mpt", "falcon", "gpt_neo", "xglm", "bart"), OWN_ATTENTION)
-"""What the engine refuses to serve, and how it says why."""
+FAST_SERVED = ["gemma2", "gemma4_text-shared", "gpt_neo", "gpt_oss", "qwen3_5"]
+SERVED_PAGE = Path(__file__).parents[2] / "docs" / "guide" / "architectures.md"
+GEMMA_4 = dict(
+    FOUR, **HEADS, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=16,
+    layer_types=[*BOTH, *BOTH], vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
+)  # fmt: skip
+SERVED_TOO: dict[str, Callable[[], PretrainedConfig]] = {
+    "phi3-window": lambda: T.Phi3Config(**SIZE, **HEADS, sliding_window=16),
+    "qwen2-window": lambda: T.Qwen2Config(
+        **SIZE, **HEADS, use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
+    "qwen3-window": lambda: T.Qwen3Config(**WINDOW, use_sliding_window=True, max_window_layers=1),
+    "gemma3_text": lambda: T.Gemma3TextConfig(**WINDOW, layer_types=BOTH),
+    "gemma3n_text": lambda: T.Gemma3nTextConfig(
+        **dict(WINDOW, num_hidden_layers=4), layer_types=[*BOTH, *BOTH], num_kv_shared_layers=2, laurel_rank=8,
+        vocab_size_per_layer_input=400, hidden_size_per_layer_input=8, activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0],
+    ),
+    "gemma4_text": lambda: T.Gemma4TextConfig(**GEMMA_4, attention_k_eq_v=True),
+    "gemma4_text-shared": lambda: T.Gemma4TextConfig(**GEMMA_4, num_kv_shared_layers=2),
+    "olmo3": lambda: T.Olmo3Config(**SIZE, **HEADS, sliding_window=16, layer_types=BOTH),
+    "cohere2": lambda: T.Cohere2Config(**SIZE, **HEADS, sliding_window=16, layer_types=BOTH),
+    "ministral": lambda: T.MinistralConfig(**WINDOW, layer_types=BOTH),
+    "deepseek_v3-wide": lambda: T.DeepseekV3Config(
+        **SIZE, **dict(HEADS, num_key_value_heads=4), **dict(LATENT, v_head_dim=24), n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1,
+    ),
+    "llama4_text": lambda: T.Llama4TextConfig(
+        **SIZE, **HEADS, head_dim=16, intermediate_size_mlp=64, num_local_experts=4, attention_chunk_size=16
+    ),
+    "nemotron_h": lambda: T.NemotronHConfig(
+        **BARE, **HEADS, layers_block_type=["mamba", "attention"], head_dim=16, mamba_num_heads=8, mamba_head_dim=16,
+        ssm_state_size=8, n_groups=1,
+    ),
+}  # fmt: skip
+"""What the engine tells apart beside these."""
+
+
+def read_table() -> dict[str, str]:
+    """The documentation's rows, by architecture."""
+    lines = SERVED_PAGE.read_text(encoding="utf-8").splitlines()
+    return {line.split("`")[1]: line for line in lines if line.startswith("| `")}
 
 
 def cases(fast: list[Any], everything: list[Any]) -> list[Any]:
@@ -169,7 +200,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[...,
         if architecture not in made:
             folder = made[architecture] = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]())
+            model = AutoModelForCausalLM.from_config({**ARCHITECTURES, **SERVED_TOO}[architecture]())
             with torch.no_grad():  # larger than the default initialisation, so that logits and gradients tell apart
                 for parameter in model.parameters():
                     if parameter.dim() > 1:
@@ -285,21 +316,58 @@ def test_labels_by_trie_are_those_of_one_row_at_a_time(
     assert together == one_by_one
 
 
-@pytest.mark.parametrize("architecture", cases(FAST_SERVED, list(ARCHITECTURES)))
-def test_what_is_served_are_the_models_own_tokens(
-    architecture: str, tiny: Callable[[str], Path], tmp_path: Path
+def test_the_table_of_what_is_served_names_each_architecture_once() -> None:
+    lines = [line for line in SERVED_PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == sorted([*ARCHITECTURES, *SERVED_TOO])
+
+
+@pytest.mark.parametrize("architecture", cases(FAST_SERVED, [*ARCHITECTURES, *SERVED_TOO]))
+def test_what_is_served_are_transformers_own_tokens(
+    architecture: str, tiny: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     base = tiny(architecture)
-    if reason := NOT_SERVED.get(architecture):
-        with pytest.raises(ModelError, match=rf"{reason}.*engine\.type=vllm"):
+    trial = trial_of(base, rows, tmp_path, "lora")
+    outline = open_outline(trial.model, trial.quantization)
+    types = sorted({*get_layer_types_and_kwargs(outline.config.get_text_config(decoder=True))[0]})
+    obstacle = find_obstacle(outline)
+    assert (
+        read_table()[architecture]
+        == f"| `{architecture}` | {', '.join(types)} | {f'no: {obstacle}' if obstacle else 'yes'} |"
+    )
+    if obstacle:
+        with pytest.raises(ModelError, match=re.escape(f"{obstacle}; serve it with engine.type=vllm")):
             engine_on(base, tmp_path)
         return
+    run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
+    engine = engine_on(base, tmp_path / "registry", max_num_seqs=6, kv_cache_tokens=3 * NARROWEST)
     draw = random.Random(0)
-    prompts = [[draw.randrange(5, 390) for _ in range(length)] for length in (3, 40, 21)]
-    engine = engine_on(base, tmp_path)
+    prompts = [[draw.randrange(5, 390) for _ in range(length)] for length in (3, 40, NARROWEST - 6, NARROWEST - 4, 21)]
+    longer = [*prompts[1], *prompts[0]]
 
     async def work() -> list[list[int]]:
-        rows = (completed(engine, prompt, id=str(i), max_tokens=12) for i, prompt in enumerate(prompts))
-        return [tokens for _, tokens, _ in await asyncio.gather(*rows)]
+        jobs = [(prompt, ref) for prompt in prompts for ref in (None, "tiny@1")]
+        waiting = [completed(engine, prompt, ref, id=str(i), max_tokens=12) for i, (prompt, ref) in enumerate(jobs)]
+        found = [tokens for _, tokens, _ in await asyncio.gather(*waiting)]
+        last = [await completed(engine, longer, ref, id=str(ref), max_tokens=12) for ref in (None, "tiny@1")]
+        return [*found, *(tokens for _, tokens, _ in last)]
 
-    assert serving(engine, work) == [with_peft(base, None, prompt, 12) for prompt in prompts]
+    found = serving(engine, work)
+    model: Any = plain(base)
+    model.generation_config.eos_token_id = None
+    of_base = [generate(model, prompt, 12) for prompt in [*prompts, longer]]
+    adapted = load_adapter(model, tmp_path / "registry" / "tiny" / "1")
+    of_adapter = [generate(adapted, prompt, 12) for prompt in [*prompts, longer]]
+    assert (found[0::2], found[1::2]) == (of_base, of_adapter)
+    stats = engine.get_stats()
+    assert stats.preemptions > 0
+    assert stats.cached_tokens >= 2 * len(prompts[1])
+
+
+def generate(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """transformers' own greedy continuation."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+        )
+    return found[0, len(prompt) :].tolist()

@@ -24,7 +24,8 @@ from rankloom.banks.served_bank import NO_SLOT
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, count_pages
-from rankloom.engine.model_runner import PROBES, ModelRunner
+from rankloom.engine.layers import PROBES
+from rankloom.engine.model_runner import ModelRunner
 from rankloom.engine.paged_attention import PagedChunks, PagedRows
 from rankloom.engine.protocol import Sampling
 from rankloom.engine.sampling import (

@@ -5,13 +5,15 @@ sequences lie in buckets, whose widths are powers of two; one that outgrows its 
 token moves at most once per doubling. In a bucket the sequences take the first places, without gaps: a block is a view,
 never gathered. A step allocates nothing; a bucket is resized when it has no place left, within the budget of tokens.
 
-Shapes: R places of a bucket, H key and value heads, T width, E width of a head.
+Shapes: R places of a bucket, H key and value heads, T width, E width of a head, t tokens, F numbers of a token in all
+layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,21 +35,44 @@ def choose_bucket_width(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class HeadShape:
+class LayerShape:
+    """The keys and values that a layer keeps of each token."""
+
+    num_heads: int
+    key_width: int
+    value_width: int
+    source: int
+    """The layer whose keys and values it reads: itself, or an earlier one, and then it keeps none."""
+
+    @property
+    def num_numbers(self) -> int:
+        return self.num_heads * (self.key_width + self.value_width)
+
+
+@dataclass(frozen=True)
+class KvShape:
     """The keys and values that a model keeps of each token."""
 
-    num_layers: int
-    num_heads: int
-    width: int
+    layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def repeat(cls, num_layers: int, num_heads: int, width: int, dtype: torch.dtype, device: torch.device) -> KvShape:
+        """Return the shape of layers that keep as much each."""
+        return cls(tuple(LayerShape(num_heads, width, width, i) for i in range(num_layers)), dtype, device)
+
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_heads * self.width * self.dtype.itemsize
+        return sum(layer.num_numbers for layer in self.layers) * self.dtype.itemsize
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all keys and values have one shape."""
+        return len({(at.num_heads, width) for at in self.layers for width in (at.key_width, at.value_width)}) == 1
 
 
-def choose_capacity(shape: HeadShape, free: float | None, num_seqs: int, longest: int | None) -> int:
+def choose_capacity(shape: KvShape, free: float | None, num_seqs: int, longest: int | None) -> int:
     """Return the capacity, in tokens, of a cache.
 
     Args:
@@ -61,7 +86,7 @@ def choose_capacity(shape: HeadShape, free: float | None, num_seqs: int, longest
     return max(NARROWEST, min(tokens, most))
 
 
-def choose_prefix_capacity(shape: HeadShape, free: float | None) -> int:
+def choose_prefix_capacity(shape: KvShape, free: float | None) -> int:
     """Return the number of tokens of earlier sequences to keep; `free` as in `choose_capacity`."""
     if free is None:
         return CPU_PREFIX_TOKENS
@@ -81,14 +106,14 @@ def find_longest(model: PreTrainedModel) -> int | None:
 class KvBucket:
     """Sequences of up to `width` tokens in one block."""
 
-    def __init__(self, shape: HeadShape, width: int) -> None:
+    def __init__(self, shape: KvShape, width: int) -> None:
         self.width = width
         self.ids: list[str] = []
         """Request ids by place."""
         # zeros: what is masked is still multiplied, and must be finite
-        empty = torch.zeros(0, shape.num_heads, width, shape.width, dtype=shape.dtype, device=shape.device)
-        self.keys_RHTE = [empty] * shape.num_layers
-        self.values_RHTE = [empty] * shape.num_layers
+        zeros = partial(torch.zeros, dtype=shape.dtype, device=shape.device)
+        self.keys_RHTE = [zeros(0, at.num_heads, width, at.key_width) for at in shape.layers]
+        self.values_RHTE = [zeros(0, at.num_heads, width, at.value_width) for at in shape.layers]
 
     @property
     def num_places(self) -> int:
@@ -122,7 +147,7 @@ class KvCache:
     Invariant: the buckets together have places for at most `capacity` tokens.
     """
 
-    def __init__(self, shape: HeadShape, capacity: int) -> None:
+    def __init__(self, shape: KvShape, capacity: int) -> None:
         self.shape, self.capacity = shape, capacity
         self.buckets: dict[int, KvBucket] = {}
         """By width."""
@@ -184,16 +209,17 @@ class KvCache:
         del self._widths[id]
 
     def read(self, id: str, start: int, stop: int) -> Tensor:
-        """Copy a span of a sequence's keys and values: [2, L, H, t, E]."""
+        """Copy a span of a sequence's keys and values [t, F]."""
         bucket, place = self.locate(id)
-        spans = [block[place, :, start:stop] for block in bucket.list_blocks()]
-        return torch.stack(spans).unflatten(0, (2, -1))
+        return torch.cat([block[place, :, start:stop].transpose(0, 1).flatten(1) for block in bucket.list_blocks()], 1)
 
-    def write(self, id: str, start: int, values: Tensor) -> None:
+    def write(self, id: str, start: int, values_tF: Tensor) -> None:
         """Write what `read` returned, from `start`."""
         bucket, place = self.locate(id)
-        for block, span in zip(bucket.list_blocks(), values.flatten(0, 1), strict=True):
-            block[place, :, start : start + span.shape[1]] = span
+        blocks = bucket.list_blocks()
+        spans = values_tF.split([block.shape[1] * block.shape[3] for block in blocks], 1)
+        for block, span in zip(blocks, spans, strict=True):
+            block[place, :, start : start + len(span)] = span.unflatten(1, block.shape[1::2]).transpose(0, 1)
 
     def _extend(self, bucket: KvBucket) -> None:
         """Double the places, or add as many as the budget allows once other buckets have given up unused ones."""

@@ -4,7 +4,7 @@ It is cut into pages of `PAGE` tokens. A sequence has pages anywhere, as many as
 names them in order. So no sequence ever moves, memory can't run out later, and what a CUDA graph reads stays in place.
 
 Shapes: L layers, S pages in all, T tokens of a page, H key and value heads, E width of a head, P pages of a sequence,
-t tokens.
+t tokens, F numbers of a token in all layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rankloom.engine.kv_cache import NARROWEST, HeadShape
+from rankloom.engine.kv_cache import NARROWEST, KvShape
 from rankloom.errors import ConfigError
 from rankloom.models.device import free_cuda_bytes
 
@@ -27,9 +27,10 @@ NOBODYS = 0
 class KvPool:
     """The keys and values of each sequence, by request id, as `KvCache`."""
 
-    def __init__(self, shape: HeadShape, capacity: int) -> None:
+    def __init__(self, shape: KvShape, capacity: int) -> None:
         """
         Args:
+            shape: a uniform one.
             capacity: in tokens; rounded down to whole pages.
 
         Raises:
@@ -38,7 +39,9 @@ class KvPool:
         self.shape, num_pages = shape, capacity // PAGE
         self.capacity = self.size = num_pages * PAGE
         """Tokens that sequences may take now, and that there are."""
-        sizes = (2, shape.num_layers, 1 + num_pages, PAGE, shape.num_heads, shape.width)
+        assert shape.is_uniform
+        first = shape.layers[0]
+        sizes = (2, len(shape.layers), 1 + num_pages, PAGE, first.num_heads, first.key_width)
         try:
             # zeros: what is masked is still multiplied, and must be finite
             self.blocks_2LSTHE = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
@@ -91,13 +94,17 @@ class KvPool:
         self._free += reversed(self._pages.pop(id))
 
     def read(self, id: str, start: int, stop: int) -> Tensor:
-        """Copy a span of a sequence's keys and values: [2, L, H, t, E]."""
-        return self._flatten_pages().index_select(2, self._locate(id, range(start, stop))).transpose(2, 3)
+        """Copy a span of a sequence's keys and values [t, F]."""
+        found_2LtHE = self._flatten_pages().index_select(2, self._locate(id, range(start, stop)))
+        return found_2LtHE.permute(2, 0, 1, 3, 4).flatten(1)
 
-    def write(self, id: str, start: int, values: Tensor) -> None:
+    def write(self, id: str, start: int, values_tF: Tensor) -> None:
         """Write what `read` returned, from `start`."""
-        places_t = self._locate(id, range(start, start + values.shape[3]))
-        self._flatten_pages().index_copy_(2, places_t, values.transpose(2, 3))
+        pages_2LtHE = self._flatten_pages()
+        num_tokens = len(values_tF)
+        num_kinds, num_layers, _, num_heads, width = pages_2LtHE.shape
+        values_2LtHE = values_tF.view(num_tokens, num_kinds, num_layers, num_heads, width).permute(1, 2, 0, 3, 4)
+        pages_2LtHE.index_copy_(2, self._locate(id, range(start, start + num_tokens)), values_2LtHE)
 
     def _flatten_pages(self) -> Tensor:
         return self.blocks_2LSTHE.flatten(2, 3)
@@ -113,7 +120,7 @@ def count_pages(length: int) -> int:
     return -(-length // PAGE)
 
 
-def _explain_too_large(shape: HeadShape, num_tokens: int) -> str:
+def _explain_too_large(shape: KvShape, num_tokens: int) -> str:
     gib = 1 << 30
     needed, free = num_tokens * shape.bytes_per_token / gib, free_cuda_bytes(shape.device) / gib
     return (

@@ -8,17 +8,18 @@ Shapes: N tokens of all sequences, M sequences that predict, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.served_bank import AdapterShare, ServedBank, TokenOrder
 from rankloom.engine.attention import ATTENTION, AttentionLayout, SequenceChunk, lay_out
-from rankloom.engine.kv_cache import HeadShape, KvCache
+from rankloom.engine.kv_cache import KvCache
+from rankloom.engine.layers import NOT_REPLACEABLE, PROBES, explain_obstacle, find_obstacle, read_shape
 from rankloom.errors import ModelError
 
 PROBE_TOLERANCE = 1e-3
@@ -33,12 +34,18 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
         self._model = model
-        self.shape = _read_head_shape(model)
+        if obstacle := find_obstacle(model):
+            raise ModelError(explain_obstacle(model, obstacle))
         expected = [_compute_plain_logits(model, tokens) for tokens in PROBES]
-        self.bank = ServedBank(model, pack=pack)
-        self._attention_before = model.config._attn_implementation
+        self._as_it_was = ExitStack()
+        self._as_it_was.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION
-        self._check(expected)
+        with self._refuse_misfits():
+            self.shape = read_shape(model)
+        self.bank = ServedBank(model, pack=pack)
+        self._as_it_was.callback(self.bank.remove)
+        with self._refuse_misfits():
+            self._check(expected)
 
     @property
     def tolerance(self) -> float:
@@ -47,8 +54,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Restore the model as it was."""
-        self.bank.remove()
-        self._model.config._attn_implementation = self._attention_before
+        self._as_it_was.close()
 
     @torch.inference_mode()
     def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
@@ -115,41 +121,35 @@ class ModelRunner:
         return logits_1MV[0].float()
 
     def _check(self, expected: list[Tensor]) -> None:
-        """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side."""
+        """Compare with the model's own logits: prompts in two chunks, and then token by token, side by side.
+
+        Raises:
+            ModelError: they differ.
+        """
         cache = KvCache(self.shape, 1 << 20)
         names = [str(i) for i in range(len(PROBES))]
-        found: list[Tensor] = []
-        try:
-            for name, tokens in zip(names, PROBES, strict=True):
-                cache.reserve(name, len(tokens))
-                self.forward(cache, [SequenceChunk(name, None, 0, tokens[:2], predicts=True)])
-            rest = [tokens[2:-1] for tokens in PROBES]
-            self.forward(cache, [SequenceChunk(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
-            last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, PROBES, strict=True)]
-            found = list(self.forward(cache, last))
-        except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-            self.close()
-            why = str(error) if isinstance(error, ModelError) else "its attention can't be replaced by the engine's"
-            raise _explain_refusal(self._model, why) from error
-        for ours, own in zip(found, expected, strict=True):
+        for name, tokens in zip(names, PROBES, strict=True):
+            cache.reserve(name, len(tokens))
+            self.forward(cache, [SequenceChunk(name, None, 0, tokens[:2], predicts=True)])
+        rest = [tokens[2:-1] for tokens in PROBES]
+        self.forward(cache, [SequenceChunk(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
+        last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, PROBES, strict=True)]
+        for ours, own in zip(self.forward(cache, last), expected, strict=True):
             if not (ours - own).abs().max() <= self.tolerance * own.abs().max():
-                self.close()
                 differ = float((ours - own).abs().max())
-                raise _explain_refusal(
-                    self._model,
-                    f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})",
+                raise ModelError(
+                    f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})"
                 )
 
-
-PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
-"""Token ids that every vocabulary has."""
-
-
-def _explain_refusal(model: PreTrainedModel, reason: str) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} can't be served by the engine bank: {reason}; serve it with engine.type=vllm, or "
-        f"write base and adapter as one model (rankloom adapters export --format merged) and serve that elsewhere"
-    )
+    @contextmanager
+    def _refuse_misfits(self) -> Iterator[None]:
+        """Restore the model, and raise a ModelError, where the architecture does not take what happens inside."""
+        try:
+            yield
+        except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            self.close()
+            why = str(error) if isinstance(error, ModelError) else NOT_REPLACEABLE
+            raise ModelError(explain_obstacle(self._model, why)) from error
 
 
 @torch.no_grad()
@@ -157,23 +157,3 @@ def _compute_plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tens
     ids_BT = torch.tensor([tokens], device=next(model.parameters()).device)
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, -1].float()
     return logits
-
-
-@torch.no_grad()
-def _read_head_shape(model: PreTrainedModel) -> HeadShape:
-    device = next(model.parameters()).device
-    cache = DynamicCache(config=model.config)
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    model(input_ids=torch.tensor([PROBES[0]], device=device), past_key_values=cache, use_cache=True)
-    layers = cache.layers
-    types |= {"sliding_attention" for at in layers if getattr(at, "is_sliding", False)}
-    shapes = {tuple(x.shape) for at in layers if type(at) is DynamicLayer for x in (at.keys, at.values)}
-    if types != {"full_attention"} or len(shapes) != 1 or not all(type(at) is DynamicLayer for at in layers):
-        raise _explain_refusal(
-            model,
-            f"its layers ({', '.join(sorted(types))}) don't each keep all keys and values of the same shape, as this "
-            f"engine's cache does",
-        )
-    first = layers[0].keys
-    assert first is not None
-    return HeadShape(len(layers), first.shape[1], first.shape[3], first.dtype, device)

@@ -27,7 +27,7 @@ def open_predictor(
     Raises:
         ConfigError: the device has no memory for the cache.
     """
-    if kernels.use_on(runner.shape.device):
+    if kernels.use_on(runner.shape.device) and runner.shape.is_uniform:
         pool = KvPool(runner.shape, cache_tokens)
         context = min(pool.longest, longest or pool.longest)
         fast = DevicePredictor(

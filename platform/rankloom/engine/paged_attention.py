@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rankloom.engine.attention import get_layer
+from rankloom.engine.attention import AttentionTerms, get_layer
 from rankloom.engine.kv_pool import KvPool
 from rankloom.kernels.attention import chunk_attention, decode_attention
 
@@ -25,12 +25,14 @@ class PagedRows:
     """Tokens of each sequence, the new one included."""
 
     def attend(
-        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, scaling: float | None
+        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, terms: AttentionTerms
     ) -> Tensor:
         query_RHE, key_RhE, value_RhE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
-        scale = query_RHE.shape[-1] ** -0.5 if scaling is None else scaling
         pages = self.pool.get_layer(get_layer(module))
-        return decode_attention(query_RHE, key_RhE, value_RhE, *pages, self.table_RP, self.length_R, scale)
+        return decode_attention(
+            query_RHE, key_RhE, value_RhE, *pages, self.table_RP, self.length_R,
+            terms.scale, terms.window, terms.softcap, terms.sinks_H,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,9 @@ class PagedChunks:
     """The most tokens of a chunk."""
 
     def attend(
-        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, scaling: float | None
+        self, module: nn.Module, query_1HNE: Tensor, key_1HNE: Tensor, value_1HNE: Tensor, terms: AttentionTerms
     ) -> Tensor:
         query_NHE, key_NhE, value_NhE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1HNE, value_1HNE))
-        scale = query_NHE.shape[-1] ** -0.5 if scaling is None else scaling
         keys_SThE, values_SThE = self.pool.get_layer(get_layer(module))
         if self.rows is None:
             query_CHE, key_ChE, value_ChE = query_NHE, key_NhE, value_NhE
@@ -65,12 +66,13 @@ class PagedChunks:
         keys_SThE.flatten(0, 1).index_copy_(0, self.place_C, key_ChE)
         values_SThE.flatten(0, 1).index_copy_(0, self.place_C, value_ChE)
         found_CHE = chunk_attention(
-            query_CHE, keys_SThE, values_SThE, self.table_BP, self.length_B, self.starts, self.longest, scale
-        )
+            query_CHE, keys_SThE, values_SThE, self.table_BP, self.length_B, self.starts, self.longest,
+            terms.scale, terms.window, terms.softcap, terms.sinks_H,
+        )  # fmt: skip
         if self.rows is None:
             return found_CHE
         query, key, value = (x[:, :, self.token_R] for x in (query_1HNE, key_1HNE, value_1HNE))
-        found_RHE = self.rows.attend(module, query, key, value, scaling)
+        found_RHE = self.rows.attend(module, query, key, value, terms)
         result_NHE = query_NHE.new_empty(query_NHE.shape)
         result_NHE.index_copy_(0, self.token_C, found_CHE)
         return result_NHE.index_copy_(0, self.token_R, found_RHE)

@@ -4,7 +4,7 @@ It has a radix tree of tokens for each adapter version and tenant. Keys and valu
 must never find them; and a hit reveals an earlier prompt, so another tenant must not either. What two prompts share,
 such as a system prompt, is kept once. The least recently used leaves are dropped when room is needed.
 
-Shapes: L layers, H heads, t tokens of a node, E width of a head.
+Shapes: t tokens of a node, F numbers of a token in all layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORTHWHILE = 16
 @dataclass(eq=False)
 class _Node:
     tokens: tuple[int, ...]
-    values_2LHtE: Tensor | None
+    values_tF: Tensor | None
     """None: a root's."""
     parent: _Node | None
     children: dict[int, _Node] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class PrefixTree:
         self._clock = 0
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
-        """Find the longest known beginning: its length, and its keys and values [2, L, H, t, E] in pieces."""
+        """Find the longest known beginning: its length, and its keys and values [t, F] in pieces."""
         length, pieces = 0, []
         for node, common in self._follow(key, tokens):
-            assert node.values_2LHtE is not None
-            pieces.append(node.values_2LHtE[..., :common, :])
+            assert node.values_tF is not None
+            pieces.append(node.values_tF[:common])
             length += common
         return (length, pieces) if length >= WORTHWHILE else (0, [])
 
@@ -96,10 +96,10 @@ class PrefixTree:
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut a node in two; returns the upper one."""
         assert node.parent is not None
-        assert node.values_2LHtE is not None
-        upper = _Node(node.tokens[:at], node.values_2LHtE[..., :at, :].clone(), node.parent, used=node.used)
+        assert node.values_tF is not None
+        upper = _Node(node.tokens[:at], node.values_tF[:at].clone(), node.parent, used=node.used)
         node.parent.children[upper.tokens[0]] = upper
-        node.tokens, node.values_2LHtE, node.parent = node.tokens[at:], node.values_2LHtE[..., at:, :].clone(), upper
+        node.tokens, node.values_tF, node.parent = node.tokens[at:], node.values_tF[at:].clone(), upper
         upper.children[node.tokens[0]] = node
         return upper
 

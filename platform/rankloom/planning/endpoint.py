@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rankloom import kernels
 from rankloom.banks.slot_table import forecast_table_bytes
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
-from rankloom.engine.kv_cache import HeadShape, choose_capacity, choose_prefix_capacity, find_longest
-from rankloom.errors import ConfigError
+from rankloom.engine.kv_cache import KvShape, LayerShape, choose_capacity, choose_prefix_capacity, find_longest
+from rankloom.engine.layers import explain_obstacle, find_obstacle
+from rankloom.errors import ConfigError, ModelError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.models import choose_auto_dtype, resolve_dtype
 from rankloom.models.device import choose_device
@@ -38,6 +40,7 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
         config: with its base.
 
     Raises:
+        ModelError: the engine can't serve the base's architecture.
         ConfigError: what the replicas that always run hold from their start needs more memory than there is.
     """
     if isinstance(config.engine, VllmConfig) or config.base is None:
@@ -45,6 +48,8 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
     quantization = (config.quantization or NoQuantization()).type
     device = choose_device("cpu" if config.replicas.gpus == 0 else "auto")
     model = open_outline(config.base, config.quantization or NoQuantization())
+    if obstacle := find_obstacle(model):
+        raise ModelError(explain_obstacle(model, obstacle))
     available = None if os.environ.get("RAY_ADDRESS") else find_available(device, config.replicas.min)
     memory = forecast_replica(config, model, device, available)
     have = "the cluster's machines are unknown here" if available is None else f"{format_gb(available)} are free"
@@ -136,9 +141,13 @@ def forecast_replica(
     return ReplicaMemory(weights, tokens, kept, heads.bytes_per_token, adapters, num_adapters)
 
 
-def describe_heads(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> HeadShape:
+def describe_heads(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> KvShape:
     """Return what a model keeps of each token, by its config."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return HeadShape(config.num_hidden_layers, heads, width, dtype, device)
+    config = model.config.get_text_config(decoder=True)
+    types, _ = get_layer_types_and_kwargs(config)
+    layers = []
+    for i, (kind, layer) in enumerate(zip(types, config.per_layer_config, strict=True)):
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        layers.append(LayerShape(0 if kind == "dummy" else heads, width, width, i))
+    return KvShape(tuple(layers), dtype, device)

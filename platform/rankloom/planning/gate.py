@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from rankloom.config.study import is_fusable
 from rankloom.config.trial import TrialConfig
+from rankloom.engine.layers import explain_obstacle, find_obstacle
 from rankloom.errors import ConfigError
 from rankloom.evals.own_metric import MetricFunction
 from rankloom.events import OnEvent, PhaseStarted, WarningRaised
 from rankloom.planning.forecast import MethodPlan
 from rankloom.planning.heaviest import group_by_model, pick_heaviest
+from rankloom.planning.outline import open_outline
 from rankloom.planning.plan import Plan, find_smaller, plan_trials
 from rankloom.planning.words import format_plan
 from rankloom.training.memory_plan import format_gb
@@ -52,6 +54,8 @@ def announce_plan(
 ) -> None:
     """Report what trials will take, in three lines a model, and refuse those that can't fit.
 
+    A warning says where the engine can't serve what a run publishes.
+
     Of each method the trial that needs most memory is reported and checked.
     Where `RAY_ADDRESS` names a cluster, the memory of its workers is unknown here; they check it themselves.
 
@@ -64,6 +68,9 @@ def announce_plan(
     """
     is_elsewhere = bool(os.environ.get("RAY_ADDRESS"))
     for group in map(pick_heaviest, group_by_model(trials)):
+        outline = open_outline(group[0].model, group[0].quantization)
+        if obstacle := find_obstacle(outline):
+            tell(WarningRaised(explain_obstacle(outline, obstacle)))
         planned = plan_trials(group, [], name)
         for line in format_plan(planned, memory_known=not is_elsewhere):
             tell(PhaseStarted("plan", line))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PreTrainedConfig
 
 from fake_graph import fake_graphs
 from rankloom import kernels
@@ -22,6 +23,10 @@ from rankloom.errors import RegistryError
 from rankloom.kernels.graphs import GraphCache
 from served import completed, engine_on, publish, serving, write_adapter
 
+SIZE = dict(
+    vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "drawn": {"temperature": 1.0, "seed": 1},
@@ -91,6 +96,32 @@ def test_a_gpus_tokens_are_the_plain_paths(
     assert predictor.graphs.is_on
     assert predictor.graphs.num_recorded >= 1
     assert engine._core._cache.held == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZE, head_dim=16, sliding_window=16),
+        GptOssConfig(**SIZE, head_dim=16, sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_windows_caps_and_sinks_are_the_plain_paths(
+    config: PreTrainedConfig, tmp_path: Path, make_tokenizer: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data *= 4  # so that a difference shows
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    jobs: list[Any] = [([5 + i % 90 for i in range(n)], None, {}) for n in (1, 12, 40, PAGE + 5)]
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_tokens": 8 * PAGE}
+    expected = answers(engine_on(tmp_path, tmp_path / "registry", **settings), jobs)
+    request.getfixturevalue("fast")
+    engine = engine_on(tmp_path, tmp_path / "registry", **settings)
+    assert isinstance(engine._core._predictor, DevicePredictor)
+    assert [tokens for _, tokens, _ in answers(engine, jobs)] == [tokens for _, tokens, _ in expected]
 
 
 @pytest.mark.usefixtures("fast")

@@ -12,8 +12,8 @@ from rankloom.engine.kv_cache import (
     CPU_TOKENS,
     MOST_PREFIX_TOKENS,
     NARROWEST,
-    HeadShape,
     KvCache,
+    KvShape,
     choose_bucket_width,
     choose_capacity,
     choose_prefix_capacity,
@@ -23,11 +23,11 @@ from rankloom.engine.prefix import PrefixTree
 from rankloom.errors import ConfigError
 from rankloom.models.device import free_cuda_bytes
 
-SHAPE = HeadShape(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
+SHAPE = KvShape.repeat(num_layers=2, num_heads=1, width=3, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def values(length: int, seed: int) -> torch.Tensor:
-    return torch.randn(2, 2, 1, length, 3, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(length, 12, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kind", [KvCache, KvPool])
@@ -44,20 +44,20 @@ def test_rows_keep_their_values_whoever_comes_and_goes(kind: type[KvCache] | typ
         elif action == "grow" and rows:
             name = chance.choice(list(rows))
             more = values(chance.randint(1, 300), number)
-            start = rows[name].shape[-2]
-            if start + more.shape[-2] > 2048:
+            start = rows[name].shape[0]
+            if start + more.shape[0] > 2048:
                 continue
-            cache.reserve(name, start + more.shape[-2])
+            cache.reserve(name, start + more.shape[0])
             cache.write(name, start, more)
-            rows[name] = torch.cat([rows[name], more], dim=-2)
+            rows[name] = torch.cat([rows[name], more], dim=0)
         elif action == "remove" and rows:
             name = chance.choice(list(rows))
             cache.remove(name)
             del rows[name]
             assert name not in cache
         for name, expected in rows.items():
-            assert torch.equal(cache.read(name, 0, expected.shape[-2]), expected)
-        assert cache.held == sum(cache.compute_room(v.shape[-2]) for v in rows.values()) <= cache.capacity
+            assert torch.equal(cache.read(name, 0, expected.shape[0]), expected)
+        assert cache.held == sum(cache.compute_room(v.shape[0]) for v in rows.values()) <= cache.capacity
 
 
 def test_allocation_stays_within_the_capacity() -> None:
@@ -115,15 +115,15 @@ def test_shelf_width(length: int, width: int) -> None:
 
 def kept(tree: PrefixTree, key: str | None, tokens: list[int]) -> torch.Tensor:
     """Inserts tokens whose values are the tokens themselves."""
-    whole = torch.tensor(tokens, dtype=torch.float32)[None, None, None, :, None].expand(2, 2, 1, -1, 3)
-    tree.insert(key, tokens, lambda start, stop: whole[..., start:stop, :].clone())
+    whole = torch.tensor(tokens, dtype=torch.float32)[:, None].expand(-1, 12)
+    tree.insert(key, tokens, lambda start, stop: whole[start:stop].clone())
     return whole
 
 
 def found(tree: PrefixTree, key: str | None, tokens: list[int]) -> list[int]:
     length, pieces = tree.match(key, tokens)
-    assert length == sum(piece.shape[-2] for piece in pieces)
-    return [int(v) for piece in pieces for v in piece[0, 0, 0, :, 0]]
+    assert length == sum(piece.shape[0] for piece in pieces)
+    return [int(v) for piece in pieces for v in piece[:, 0]]
 
 
 def test_the_longest_common_beginning_is_found() -> None:
@@ -177,7 +177,7 @@ def test_the_cache_is_as_large_as_the_memory_beside_the_base(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20e9)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {None: part}.__getitem__)  # takes no "cuda"
-    shape = HeadShape(25, 10, 100, torch.bfloat16, torch.device("cuda"))
+    shape = KvShape.repeat(25, 10, 100, torch.bfloat16, torch.device("cuda"))
     assert shape.bytes_per_token == 100_000
     free = free_cuda_bytes(shape.device)
     assert choose_capacity(shape, free, 8, longest) == tokens

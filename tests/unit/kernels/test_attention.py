@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom import kernels
@@ -26,11 +25,29 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return dtype
 
 
-def alone(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of a sequence's last tokens [t, H, E] to all of it [L, h, E], in fp32."""
+def alone(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a sequence's last tokens [t, H, E] to all of it [L, h, E], in fp32, score by score."""
     q, k, v = (x.float().transpose(0, 1) for x in (query, keys, values))
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(0, 1)
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    t, length = q.shape[1], k.shape[1]
+    score = q @ k.mT * scale
+    if softcap:
+        score = softcap * torch.tanh(score / softcap)
+    seen = torch.ones(t, length, dtype=torch.bool).tril(length - t)
+    if window:
+        seen &= seen.triu(length - t - window + 1)
+    score = score.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        score = torch.cat([score, sinks.float()[:, None, None].expand(-1, t, 1)], -1)
+    return (score.softmax(-1)[..., :length] @ v).transpose(0, 1)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -38,9 +55,18 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decode", [attention.decode_attention, attention_triton.decode_attention])
-@pytest.mark.parametrize(("group", "width"), [(3, 16), (1, 20)])
+@pytest.mark.parametrize(
+    ("group", "width", "window", "softcap", "sunk"),
+    [(3, 16, 0, 0.0, False), (1, 20, 0, 0.0, False), (3, 16, 70, 0.5, True), (1, 20, 1, 0.0, False)],
+)
 def test_decoding_writes_a_token_and_attends_to_all(
-    decode: Callable[..., torch.Tensor], group: int, width: int, dtype: torch.dtype
+    decode: Callable[..., torch.Tensor],
+    group: int,
+    width: int,
+    window: int,
+    softcap: float,
+    sunk: bool,
+    dtype: torch.dtype,
 ) -> None:
     lengths, tables, heads = [1, 65, 64, 190], [[5, 0, 0], [1, 2, 0], [7, 0, 0], [8, 3, 4]], 2
     keys, values = (drawn(PAGES, PAGE, heads, width, dtype=dtype, seed=seed) for seed in (0, 1))
@@ -49,14 +75,14 @@ def test_decoding_writes_a_token_and_attends_to_all(
     query = drawn(group * heads, 4, width, dtype=dtype, seed=2).transpose(0, 1)
     key, value = (drawn(heads, 4, width, dtype=dtype, seed=seed).transpose(0, 1) for seed in (3, 4))
     table, length = torch.tensor(tables), torch.tensor(lengths)
-    untouched = keys.clone()
-    found = decode(query, key, value, keys, values, table, length, 0.3)
+    untouched, sinks = keys.clone(), drawn(group * heads, dtype=dtype, seed=5) if sunk else None
+    found = decode(query, key, value, keys, values, table, length, 0.3, window, softcap, sinks)
     assert (found.shape, found.dtype) == (query.shape, dtype)
     for row, (pages, n) in enumerate(zip(tables, lengths, strict=True)):
         own_keys, own_values = (x[pages].flatten(0, 1)[:n] for x in (keys, values))
         assert torch.equal(own_keys[-1], key[row])
         assert torch.equal(own_values[-1], value[row])
-        expected = alone(query[row : row + 1], own_keys, own_values, 0.3)[0]
+        expected = alone(query[row : row + 1], own_keys, own_values, 0.3, window, softcap, sinks)[0]
         torch.testing.assert_close(found[row].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     changed = (keys != untouched).flatten(1).any(1)
     changed[6] = False
@@ -76,16 +102,26 @@ def test_few_sequences_are_split_and_many_are_not(rows: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [attention.chunk_attention, attention_triton.chunk_attention])
-def test_chunks_attend_to_themselves_and_what_came_before(chunk: Callable[..., torch.Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "sunk"), [(0, 0.0, False), (5, 0.0, False), (0, 0.5, False), (20, 0.5, True)]
+)
+def test_chunks_attend_to_themselves_and_what_came_before(
+    chunk: Callable[..., torch.Tensor], window: int, softcap: float, sunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_SCORES", 3 * 4 * 128 * 7)  # so that they are computed in parts
     lengths, counts, tables = [70, 30, 65], [10, 30, 1], [[1, 2], [3, 0], [4, 5]]
     keys, values = (drawn(PAGES, PAGE, 2, 16, dtype=torch.float32, seed=seed) for seed in (0, 1))
     query = drawn(44, 4, 16, dtype=torch.float32, seed=2)  # three tokens more than the sequences have
     starts = torch.tensor([0, 10, 40, 41], dtype=torch.int32)
-    found = chunk(query, keys, values, torch.tensor(tables), torch.tensor(lengths), starts, 30, 0.3)
+    sinks = drawn(4, dtype=torch.float32, seed=3) if sunk else None
+    table, length = torch.tensor(tables), torch.tensor(lengths)
+    found = chunk(query, keys, values, table, length, starts, 30, 0.3, window, softcap, sinks)
     assert found.shape == query.shape
+    assert found.isfinite().all()
     for row, (pages, n, count) in enumerate(zip(tables, lengths, counts, strict=True)):
         own = slice(int(starts[row]), int(starts[row]) + count)
-        expected = alone(query[own], keys[pages].flatten(0, 1)[:n], values[pages].flatten(0, 1)[:n], 0.3)
+        own_keys, own_values = (x[pages].flatten(0, 1)[:n] for x in (keys, values))
+        expected = alone(query[own], own_keys, own_values, 0.3, window, softcap, sinks)
         torch.testing.assert_close(found[own], expected)
 
 
@@ -96,10 +132,14 @@ def test_chunks_in_bf16_are_torchs_own_attention() -> None:
         table, length = torch.ones(3, 2, dtype=torch.long), torch.ones(3, dtype=torch.long)
         starts = torch.ones(4, dtype=torch.int32)
         with Names() as names:
-            found = attention_triton.chunk_attention(query, pages, pages, table, length, starts, 30, 0.3)
+            found = attention_triton.chunk_attention(query, pages, pages, table, length, starts, 30, 0.3, 5)
+            sunk = attention_triton.chunk_attention(
+                query, pages, pages, table, length, starts, 30, 0.3, 5, 0.0, torch.empty(4)
+            )
+    assert (sunk.shape, sunk.dtype) == (query.shape, torch.bfloat16)
     assert (found.shape, found.dtype) == (query.shape, torch.bfloat16)
-    assert names.found["_flash_attention_forward"] == 1
-    assert names.found["index"] == 2  # keys and values
+    assert names.found["_flash_attention_forward"] == 2
+    assert names.found["index"] == 4  # keys and values
 
 
 class Names(TorchDispatchMode):

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MambaConfig
 
 import rankloom as rl
 from rankloom.cli import main
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import NoQuantization
 from rankloom.engine.kv_cache import MOST_PREFIX_TOKENS
-from rankloom.errors import ConfigError
-from rankloom.events import Event, PhaseStarted
+from rankloom.errors import ConfigError, ModelError
+from rankloom.events import Event, PhaseStarted, WarningRaised
 from rankloom.models import load_base
 from rankloom.planning import gate
 from rankloom.planning.endpoint import announce_endpoint, describe_heads, forecast_replica
@@ -199,6 +200,20 @@ def test_three_lines_come_before_a_run(tiny_llama: Path) -> None:
     lines = [event.message for event in events if isinstance(event, PhaseStarted)]
     assert [line.split()[0] for line in lines] == ["model", "memory", "time"]
     assert len(events) == 3
+
+
+def test_what_the_engine_can_not_serve_is_said_before_a_run_and_before_an_endpoint(
+    tmp_path: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    events: list[Event] = []
+    announce_plan([trial_of(tmp_path)], "t", events.append)
+    (warning,) = (event.message for event in events if isinstance(event, WarningRaised))
+    assert "MambaForCausalLM can't be served by the engine bank: it has layers of a type (linear_attention)" in warning
+    with pytest.raises(ModelError, match=r"\(linear_attention\).* serve it with engine\.type=vllm"):
+        announce_endpoint(rl.ServeConfig(base=str(tmp_path), adapters=[], replicas={"gpus": 0}), events.append)
 
 
 def test_what_can_not_fit_is_refused_with_what_to_change(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

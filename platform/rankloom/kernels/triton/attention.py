@@ -13,30 +13,36 @@ from torch import Tensor
 
 from rankloom.kernels.attention import mask_chunks
 
+LOWEST = tl.constexpr(-1e30)
+"""Below every score, and finite, so that a block of which nothing is seen adds nothing."""
 BLOCK = 64
 """Tokens that a program reads at once."""
 PROGRAMS = 256
 """Programs that occupy a GPU; sequences are split where there are fewer."""
 MOST_SPLITS = 16
+UNLIMITED = 1 << 30
+"""A window that holds every token."""
 
 
 @triton.jit
 def _attend(
-    query, key, value, keys, values, table, lengths, parts, sums, scale,
+    query, key, value, keys, values, table, lengths, parts, sums, scale, window, softcap,
     query_row, query_head, key_row, key_head, value_row, value_head, page_stride, token_stride, head_stride, table_row,
     group: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, page: tl.constexpr, splits: tl.constexpr,
-    block: tl.constexpr, block_g: tl.constexpr, block_e: tl.constexpr,
+    capped: tl.constexpr, block: tl.constexpr, block_g: tl.constexpr, block_e: tl.constexpr,
 ):  # fmt: skip
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     earlier = (tl.load(lengths + row) - 1).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(earlier, splits), block) * block
-    first = split * share
+    seen = tl.maximum(earlier + 1 - window, 0)  # the first token that is
+    begin = seen // block * block
+    share = tl.cdiv(tl.cdiv(earlier - begin, splits), block) * block
+    first = begin + split * share
     last = tl.minimum(first + share, earlier)
     g, e = tl.arange(0, block_g), tl.arange(0, block_e)
     is_query = (g[:, None] < group) & (e[None, :] < width)
     of_query = query + row * query_row + (head * group + g[:, None]) * query_head + e[None, :]
     q = tl.load(of_query, mask=is_query, other=0.0)
-    most = tl.full((block_g,), float("-inf"), tl.float32)
+    most = tl.full((block_g,), LOWEST, tl.float32)
     total = tl.zeros((block_g,), tl.float32)
     sum_ge = tl.zeros((block_g, block_e), tl.float32)
     for at in range(first, last, block):
@@ -46,7 +52,9 @@ def _attend(
         inside = (t[:, None] < last) & (e[None, :] < width)
         k = tl.load(keys + here, mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(t[None, :] < last, score, float("-inf"))
+        if capped:
+            score = _cap(score, softcap)
+        score = tl.where((t[None, :] >= seen) & (t[None, :] < last), score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         p = tl.exp(score - higher[:, None])
         decay = tl.exp(most - higher)
@@ -62,6 +70,8 @@ def _attend(
         tl.store(keys + here, k, mask=e < width)
         tl.store(values + here, v, mask=e < width)
         score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+        if capped:
+            score = _cap(score, softcap)
         higher = tl.maximum(most, score)
         p = tl.exp(score - higher)
         decay = tl.exp(most - higher)
@@ -75,13 +85,24 @@ def _attend(
 
 
 @triton.jit
-def _combine(parts, sums, out, width: tl.constexpr, splits: tl.constexpr, block_e: tl.constexpr):
+def _cap(score, softcap):
+    return softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)  # tanh
+
+
+@triton.jit
+def _combine(
+    parts, sums, sinks, out,
+    heads: tl.constexpr, width: tl.constexpr, splits: tl.constexpr, sunk: tl.constexpr, block_e: tl.constexpr,
+):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     s, e = tl.arange(0, splits), tl.arange(0, block_e)
     part = place * splits + s
     most = tl.load(sums + part * 2)
-    weight = tl.exp(most - tl.max(most, 0))
+    highest = tl.max(most, 0)
+    weight = tl.exp(most - highest)
     total = tl.sum(weight * tl.load(sums + part * 2 + 1), 0)
+    if sunk:
+        total += tl.exp(tl.load(sinks + place % heads).to(tl.float32) - highest)
     part_se = tl.load(parts + part[:, None] * width + e[None, :], mask=e[None, :] < width, other=0.0)
     found = tl.sum(weight[:, None] * part_se, 0) / total
     tl.store(out + place * width + e, found.to(out.dtype.element_ty), mask=e < width)
@@ -89,7 +110,7 @@ def _combine(parts, sums, out, width: tl.constexpr, splits: tl.constexpr, block_
 
 def decode_attention(
     query_RHE: Tensor, key_RhE: Tensor, value_RhE: Tensor, keys_SThE: Tensor, values_SThE: Tensor, table_RP: Tensor,
-    length_R: Tensor, scale: float,
+    length_R: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     query_RHE, key_RhE, value_RhE = (_with_unit_stride(x) for x in (query_RHE, key_RhE, value_RhE))
     (num_rows, num_heads, width), (_, page, num_key_heads, _) = query_RHE.shape, keys_SThE.shape
@@ -104,30 +125,40 @@ def decode_attention(
     block_e = max(16, triton.next_power_of_2(width))
     _attend[num_rows, num_key_heads, splits](
         query_RHE, key_RhE, value_RhE, keys_SThE, values_SThE, table_RP, length_R, parts, sums, scale,
-        *query_RHE.stride()[:2], *key_RhE.stride()[:2], *value_RhE.stride()[:2],
+        window or UNLIMITED, softcap, *query_RHE.stride()[:2], *key_RhE.stride()[:2], *value_RhE.stride()[:2],
         *keys_SThE.stride()[:3], table_RP.stride(0),
         group=group, heads=num_heads, width=width, page=page, splits=splits,
-        block=BLOCK, block_g=max(16, triton.next_power_of_2(group)), block_e=block_e, num_warps=4,
+        capped=softcap != 0, block=BLOCK, block_g=max(16, triton.next_power_of_2(group)), block_e=block_e, num_warps=4,
     )  # fmt: skip
-    _combine[(num_rows * num_heads,)](parts, sums, out_RHE, width=width, splits=splits, block_e=block_e, num_warps=2)
+    _combine[(num_rows * num_heads,)](
+        parts, sums, sums if sinks_H is None else sinks_H, out_RHE,
+        heads=num_heads, width=width, splits=splits, sunk=sinks_H is not None, block_e=block_e, num_warps=2,
+    )  # fmt: skip
     return out_RHE
 
 
 def chunk_attention(
     query_NHE: Tensor, keys_SThE: Tensor, values_SThE: Tensor, table_RP: Tensor, length_R: Tensor, starts: Tensor,
-    longest: int, scale: float,
+    longest: int, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     width = query_NHE.shape[-1]
-    if query_NHE.dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > 256:  # as flash attention asks
-        return mask_chunks(query_NHE, keys_SThE, values_SThE, table_RP, length_R, starts, longest, scale)
+    is_flash = query_NHE.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+    if not is_flash or softcap:
+        return mask_chunks(
+            query_NHE, keys_SThE, values_SThE, table_RP, length_R, starts, longest, scale, window, softcap, sinks_H
+        )
     num_tokens = table_RP.shape[1] * keys_SThE.shape[1]
     keys, values = (blocks[table_RP].flatten(0, 2) for blocks in (keys_SThE, values_SThE))
     starts_k = torch.arange(0, len(keys) + 1, num_tokens, dtype=torch.int32, device=query_NHE.device)
-    found: Tensor = torch.ops.aten._flash_attention_forward(
+    found: Tensor
+    found, sum_HN, *_ = torch.ops.aten._flash_attention_forward(
         _with_unit_stride(query_NHE), keys, values, starts, starts_k, longest, num_tokens, 0.0, True, False,
-        scale=scale, window_size_left=-1, window_size_right=0, seqused_k=length_R.int(),
-    )[0]  # fmt: skip
-    return found
+        scale=scale, window_size_left=window - 1, window_size_right=0, seqused_k=length_R.int(),
+    )  # fmt: skip
+    if sinks_H is None:
+        return found
+    share_NH = torch.sigmoid(sum_HN.T - sinks_H.float())  # of the softmax that keys have
+    return found * share_NH.to(found.dtype)[..., None]
 
 
 def _num_splits(num_programs: int) -> int:

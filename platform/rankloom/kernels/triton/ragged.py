@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     """Tiles of the wide side that a program takes one after the other."""
 
 
-SHRINK, EXPAND, GRADIENTS = Tile(128, 128), Tile(64, 128, num_stages=2, loops=4), Tile(32, 128)
+SHRINK, EXPAND, GRADIENTS = Tile(64, 64), Tile(64, 128, num_stages=2, loops=4), Tile(32, 128)
 FEW, FEW_TOKENS = 2048, 16
 """Up to so many tokens, tiles have few, so that more programs share the work."""
 RANKS, FEW_RANKS = 64, 16

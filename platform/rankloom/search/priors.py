@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ NOTHING = object()
 class PriorCounts:
     """How many earlier trials the searcher got, and how many were left out."""
 
-    told: int
-    skipped: dict[str, int]
+    told: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     """By reason."""
 
 

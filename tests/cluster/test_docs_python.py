@@ -55,7 +55,7 @@ def test_python_of_a_document_runs(page: Path, tiny_llama: Path, tmp_path: Path)
                 ('model="tickets@champion", messages', 'model="bank@1", messages'),
             ):
                 code = code.replace(shown, here)
-            exec(compile(code, f"{page.relative_to(REPO)}:{line}", "exec"), names)
+            exec(compile(code, f"{page.relative_to(REPO)}:{line}", "exec", dont_inherit=True), names)
 
 
 def example(name: str) -> Callable[..., Any]:

@@ -130,23 +130,13 @@ def attend_by_scores(
     sinks_H: Tensor | None,
 ) -> Tensor:
     """Return the attention [B, H, P, E] with what torch's own does not have: capped scores, and sinks."""
-    num_batch, num_heads, _, _ = query_BHPE.shape
+    num_batch, num_heads, num_positions, _ = query_BHPE.shape
     most = max(1, MOST_SCORES // (num_batch * num_heads * keys_BhLE.shape[2]))
-    parts = zip(query_BHPE.split(most, 2), seen_B1PL.split(most, 2), strict=True)
-    return torch.cat(
-        [_attend_by_scores(query, keys_BhLE, values_BhLE, seen, scale, softcap, sinks_H) for query, seen in parts], 2
-    )
-
-
-def _attend_by_scores(
-    query_BHPE: Tensor,
-    keys_BhLE: Tensor,
-    values_BhLE: Tensor,
-    seen_B1PL: Tensor,
-    scale: float,
-    softcap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
+    if num_positions > most:
+        parts = zip(query_BHPE.split(most, 2), seen_B1PL.split(most, 2), strict=True)
+        return torch.cat(
+            [attend_by_scores(query, keys_BhLE, values_BhLE, seen, scale, softcap, sinks_H) for query, seen in parts], 2
+        )
     num_key_heads, num_keys = keys_BhLE.shape[1:3]
     query_BhGPE = query_BHPE.unflatten(1, (num_key_heads, -1))
     sizes = query_BhGPE.shape[2:4]

@@ -75,16 +75,10 @@ class _Printable(logging.Formatter):
         return escape_unprintable(super().format(record), keep="\n\t")
 
 
-def _spare_collector() -> None:
-    """Spare the process that ends its last collections, which would visit every object, for a second."""
-    if "triton" not in sys.modules:  # whose bindings report what is not collected, as leaks
-        gc.freeze()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     if arguments is None:
-        atexit.register(_spare_collector)
+        atexit.register(gc.freeze)  # the process ends: its last collections would visit every object, for a second
     if logging.lastResort is not None:  # warnings may quote a record
         logging.lastResort.setFormatter(_Printable())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install

@@ -14,18 +14,30 @@ from rankloom.config.base import Frozen
 from rankloom.config.paths import IsPath
 from rankloom.errors import ConfigError
 
-_RENAMED = {
-    "rows": "max_num_seqs",
-    "waiting": "max_queue",
-    "resident": "max_cpu_loras",
-}
+
+class _AnyEngine(Frozen):
+    """What both engines have."""
+
+    renamed = {"rows": "max_num_seqs", "waiting": "max_queue", "resident": "max_cpu_loras"}
+
+    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
+    """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    """Requests that may wait for a place in the batch; more are refused with 503."""
+    split_special_tokens: bool = True
+    """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
+    tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
+    that the adapters were trained with."""
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
+    """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
+    shows."""
 
 
-class EngineConfig(Frozen):
+class EngineConfig(_AnyEngine):
     """rankloom's own engine, for every kind of adapter. Beside the base it holds keys and values of `kv_cache_tokens`
     and `prefix_cache_tokens`, and `max_cpu_loras` adapters."""
 
-    renamed = _RENAMED | {
+    renamed = _AnyEngine.renamed | {
         "step_tokens": "max_num_batched_tokens",
         "cache_tokens": "kv_cache_tokens",
         "prefix_tokens": "prefix_cache_tokens",
@@ -44,18 +56,6 @@ class EngineConfig(Frozen):
     prefix_cache_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none; null: 8192 on a CPU,
     on a GPU as many as fit in a tenth of the memory that the base leaves, at most 65536."""
-    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
-    """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
-    max_queue: Annotated[int, Field(ge=0)] = 256
-    """Requests that may wait for a place in the batch; more are refused with 503."""
-    split_special_tokens: bool = True
-    """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
-    tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
-    that the adapters were trained with."""
-
-    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
-    """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
-    shows."""
 
     pack_weights: bool = True
     """Keep a second copy of the base's linear weights in oneDNN's layout, which is faster for fp32 on AMD processors.
@@ -90,11 +90,11 @@ OURS = (
 _PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
 
 
-class VllmConfig(Frozen):
+class VllmConfig(_AnyEngine):
     """vLLM, as a server process beside each replica, from a Python environment of its own. It serves LoRA, rsLoRA and
     AdaLoRA; other adapters are refused."""
 
-    renamed = _RENAMED | {
+    renamed = _AnyEngine.renamed | {
         "adapters_at_once": "max_loras",
         "max_rank": "max_lora_rank",
         "context": "max_model_len",
@@ -108,17 +108,6 @@ class VllmConfig(Frozen):
     `$RANKLOOM_VLLM_PYTHON`."""
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     """Most sequences in one step; null: 16 on a CPU, 256 on a GPU."""
-    max_queue: Annotated[int, Field(ge=0)] = 256
-    """Requests that may wait for a place in the batch; more are refused with 503."""
-    split_special_tokens: bool = True
-    """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
-    tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
-    that the adapters were trained with."""
-    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
-    """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
-    shows."""
-    max_cpu_loras: Annotated[int, Field(ge=1)] = 64
-    """Adapters kept in memory. Another one is loaded on its first request and evicts the least recently used."""
     max_loras: Annotated[int, Field(ge=1)] = 16
     """Most adapters in one step; requests on others wait. vLLM reserves memory for all, at `max_lora_rank`."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16

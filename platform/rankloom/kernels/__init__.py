@@ -47,32 +47,35 @@ def everywhere() -> Iterator[None]:
         _everywhere = before
 
 
-def op(*, mutates: tuple[str, ...] = (), launches: int = 1) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Register the decorated function as the torch op `rankloom::<its name>` and return the op.
+def op(
+    *, name: str | None = None, mutates: tuple[str, ...] = (), launches: int = 1
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Register the decorated function as the torch op `rankloom::<name>` and return the op.
 
     The function is the reference. CUDA calls the one of its name in `rankloom.kernels.triton.<family>` with the same
     arguments. An op returns none of its arguments.
 
     Args:
+        name: of the op and of the function for CUDA; None: the decorated function's.
         mutates: names of the tensors that it changes in place.
         launches: number of kernels that a call launches on CUDA.
     """
 
     def register(reference: Callable[P, T]) -> Callable[P, T]:
-        name, family = reference.__name__, reference.__module__.rsplit(".", 1)[-1]
+        op_name, family = name or reference.__name__, reference.__module__.rsplit(".", 1)[-1]
         if launches != 1:
-            LAUNCHES[name] = launches
+            LAUNCHES[op_name] = launches
 
         def launch(*args: P.args, **kwargs: P.kwargs) -> T:
-            result: T = getattr(importlib.import_module(f"{__name__}.triton.{family}"), name)(*args, **kwargs)
+            result: T = getattr(importlib.import_module(f"{__name__}.triton.{family}"), op_name)(*args, **kwargs)
             return result
 
         # not `torch.library.custom_op`, whose calls take 70 us instead of 10, and import torch's compiler
-        _library.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
-        _library.impl(name, reference, "CPU")
-        _library.impl(name, launch, "CUDA")
-        torch.library.register_fake(f"rankloom::{name}", reference, lib=_library)  # computes shapes, without values
-        made: Callable[P, T] = getattr(torch.ops.rankloom, name).default
+        _library.define(op_name + torch.library.infer_schema(reference, mutates_args=mutates))
+        _library.impl(op_name, reference, "CPU")
+        _library.impl(op_name, launch, "CUDA")
+        torch.library.register_fake(f"rankloom::{op_name}", reference, lib=_library)  # computes shapes, without values
+        made: Callable[P, T] = getattr(torch.ops.rankloom, op_name).default
         return made
 
     return register

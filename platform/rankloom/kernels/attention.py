@@ -59,8 +59,7 @@ def decode_attention(
     return found.reshape(num_rows, num_heads, width).to(query_RHE.dtype)
 
 
-@op(launches=6)
-def chunk_attention(
+def mask_chunks(
     query_NHE: Tensor,
     keys_SThE: Tensor,
     values_SThE: Tensor,
@@ -75,29 +74,12 @@ def chunk_attention(
 ) -> Tensor:
     """Return the attention [N, H, E] of each sequence's last tokens, which are in its pages, to it up to themselves.
 
+    It computes with masks, on any device and for any type and width.
+
     Args:
         starts: int32 [R + 1]; the queries of sequence r are from `starts[r]` up to `starts[r + 1]`.
         longest: the most queries of a sequence.
     """
-    return mask_chunks(
-        query_NHE, keys_SThE, values_SThE, table_RP, length_R, starts, longest, scale, window, softcap, sinks_H
-    )
-
-
-def mask_chunks(
-    query_NHE: Tensor,
-    keys_SThE: Tensor,
-    values_SThE: Tensor,
-    table_RP: Tensor,
-    length_R: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
-    """Compute `chunk_attention` with masks, on any device and for any type and width."""
     keys_RhLE, values_RhLE, seen_RL = _read_pages(keys_SThE, values_SThE, table_RP, length_R)
     device, starts_R, count_R = query_NHE.device, starts[:-1].long(), starts.diff().long()
     offset_Q = torch.arange(longest, device=device)
@@ -118,6 +100,9 @@ def mask_chunks(
     row_N = torch.searchsorted(starts[1:].long(), token_N, right=True).clamp_max(len(starts_R) - 1)
     place_N = (token_N - starts_R[row_N]).clamp_max(longest - 1)
     return found_RHQE.transpose(1, 2)[row_N, place_N].to(query_NHE.dtype)
+
+
+chunk_attention = op(name="chunk_attention", launches=6)(mask_chunks)
 
 
 def attend_by_scores(

@@ -92,11 +92,7 @@ def run_trial(
     Raises:
         DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
     """
-    _quieten()
-    metric = load_metric(trial.eval.metric, metric)
-    _report_phase(session, "data", f"reading {trial.data.train.path}")
-    tokenizer = load_tokenizer(trial.model)
-    data = load_data(trial.data, tokenizer, retention=trial.eval.retention)
+    metric, data = _prepare(trial, session, metric)
     session.emit(DataLoaded(data.report.to_dict()))
     _report_phase(session, "model", _describe_base(trial, session))
     base = load_trial_base(trial, session.device, in_fp32=get_method_class(trial.method).trains_base)
@@ -131,10 +127,7 @@ def evaluate(
     Raises:
         DataError, ModelError, TrialError, RegistryError: what failed, for the user to read.
     """
-    _quieten()
-    metric = load_metric(trial.eval.metric, metric)
-    _report_phase(session, "data", f"reading {trial.data.train.path}")
-    data = load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
+    metric, data = _prepare(trial, session, metric)
     _report_phase(session, "model", _describe_base(trial, session))
     base = load_trial_base(trial, session.device)
     _report_phase(session, "score", "the base")
@@ -145,6 +138,16 @@ def evaluate(
         _report_phase(session, "score", f"{adapter}")
         result = measure(load_adapter(base.model, adapter), base.tokenizer, data, trial.eval, metric)
     return {"status": "done", "name": trial.name, "result": result, "base": base_measures}
+
+
+def _prepare(
+    trial: TrialConfig, session: Session, metric: MetricFunction | None
+) -> tuple[MetricFunction | None, TaskData]:
+    """Return the metric that a trial is scored by, and its rows."""
+    _quieten()
+    metric = load_metric(trial.eval.metric, metric)
+    _report_phase(session, "data", f"reading {trial.data.train.path}")
+    return metric, load_data(trial.data, load_tokenizer(trial.model), retention=trial.eval.retention)
 
 
 def _describe_base(trial: TrialConfig, session: Session) -> str:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from rankloom.hosts.host_actor import HostActor, sweep
 from rankloom.hosts.host_loop import BankShape, HostDevice
 from rankloom.hosts.membership import META
 from rankloom.hosts.reports import TrialReport
+from rankloom.training.fused.host import StepReport
 from rankloom.training.memory import read_peak_memory_bytes
 
 STUDY = {
@@ -37,16 +38,6 @@ STUDY = {
     "space": [{"seed": {"randint": [0, 99]}}],
     "hosts": {"num_slots": 2, "run_ahead": 1, "lease_s": 60},
 }
-
-
-@dataclass(frozen=True)
-class Counted:
-    name: str
-    step: int
-    loss: float
-    tokens: int
-    done: bool
-    error: str | None = None
 
 
 class CountingHost:
@@ -70,7 +61,7 @@ class CountingHost:
     def evict(self, name: str) -> None:
         del self.members[name]
 
-    def step(self, names: Collection[str]) -> list[Counted]:
+    def step(self, names: Collection[str]) -> list[StepReport]:
         time.sleep(0.002)
         self.most = max(self.most, len(self.members))
         reports = []
@@ -78,7 +69,7 @@ class CountingHost:
             member = self.members[name]
             assert member.step < member.num_steps
             member.step += 1
-            report = Counted(name, member.step, 1 / member.step, 10 * member.step, member.step == member.num_steps)
+            report = StepReport(name, member.step, 1 / member.step, 10 * member.step, member.step == member.num_steps)
             if member.seed == 7 and member.step == 5:
                 del self.members[name]
                 report = replace(report, error="training diverged at step 5")
@@ -119,7 +110,7 @@ class BrokenActor(HostActor):
 class LostHost(CountingHost):
     error: Exception
 
-    def step(self, names: Collection[str]) -> list[Counted]:
+    def step(self, names: Collection[str]) -> list[StepReport]:
         raise self.error
 
 
@@ -153,7 +144,7 @@ class OneThreadHost(CountingHost):
         self.threads.add(threading.get_ident())
         super().admit(name, trial, checkpoint)
 
-    def step(self, names: Collection[str]) -> list[Counted]:
+    def step(self, names: Collection[str]) -> list[StepReport]:
         self.threads.add(threading.get_ident())
         return super().step(names)
 

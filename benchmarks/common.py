@@ -92,24 +92,34 @@ def write_json(path: Path, figures: Any) -> None:
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 @contextmanager
-def endpoint(config: dict[str, Any]) -> Iterator[str]:
-    """Serve a deployment on a local Ray of two cores, as `rankloom serve` does, and yield its URL."""
+def endpoint(config: dict[str, Any], address: tuple[str, int] | None = None) -> Iterator[str]:
+    """Serve a deployment on a local Ray of two cores, and yield its URL at Ray Serve's proxy.
+
+    Args:
+        address: where the ingress is to listen too, as that of `rankloom serve` does on a Ray of its own.
+    """
     import ray
     from ray import serve
 
-    from rankloom.deploy.app import GRPC, build
+    from rankloom.config import parse
+    from rankloom.config.serve import ServeConfig
+    from rankloom.deploy.app import GRPC, build_application
 
     os.environ.update(GRPC)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = find_free_port()
     source = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform")}
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": source}
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(config))
+        serve.run(build_application(parse(ServeConfig, config, "serve"), address))
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()

@@ -3,10 +3,9 @@
     python benchmarks/serve_overhead.py [--base tiny|MODEL] [--requests 200]
 
 One client sends one request after the other, one token each, on a local Ray, and alternates between two ways:
-"ingress" calls the ingress at its own port (Ray Serve's direct ingress), so that the overhead is only ours: ingress,
-router and the call to a replica; "proxy" calls Ray Serve's HTTP proxy before it, as users do. The base is by default a
-random two-layer Llama, because the time of a larger one varies by more than the overhead. Prints the medians in
-milliseconds.
+"itself" is the ingress's own HTTP server, which `rankloom serve` opens on a Ray of its own; "proxy" is Ray Serve's HTTP
+proxy before it, as on a cluster. The base is by default a random two-layer Llama: the time of a larger one varies
+by more than the overhead. Prints the medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import argparse
 import asyncio
 import http.client
 import json
-import os
-import socket
 import statistics
 import tempfile
 import time
@@ -64,19 +61,15 @@ def engine_alone(base: str, count: int) -> list[float]:
 
 def over_http(base: str, count: int) -> dict[str, list[float]]:
     """Return way -> seconds per request."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ |= {
-        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    }
-    from common import endpoint  # imports Ray Serve, which reads them
+    from common import endpoint, find_free_port
 
-    seconds: dict[str, list[float]] = {"ingress": [], "proxy": []}
-    with tempfile.TemporaryDirectory() as root, endpoint({"base": base, "registry": root, "refresh_s": 60}) as url:
-        at = {"ingress": f"127.0.0.1:{port}", "proxy": url.removeprefix("http://")}
+    address = "127.0.0.1", find_free_port()
+    seconds: dict[str, list[float]] = {"itself": [], "proxy": []}
+    with (
+        tempfile.TemporaryDirectory() as root,
+        endpoint({"base": base, "registry": root, "refresh_s": 60}, address) as url,
+    ):
+        at = {"itself": f"{address[0]}:{address[1]}", "proxy": url.removeprefix("http://")}
         connections = {way: http.client.HTTPConnection(address) for way, address in at.items()}
         body: dict[str, Any] = {"model": base, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
         for _ in range(count):
@@ -102,8 +95,8 @@ def main() -> None:
         found = {"engine": alone} | over_http(base, given.requests + warm)
     medians = {way: 1e3 * statistics.median(seconds[warm:]) for way, seconds in found.items()}
     print(json.dumps({f"{way}_ms": round(ms, 2) for way, ms in medians.items()} | {"requests": given.requests}))
-    for way in ("ingress", "proxy"):
-        print(f"overhead through the {way}: {medians[way] - medians['engine']:.2f} ms")
+    for way in ("itself", "proxy"):
+        print(f"overhead asked at {way}: {medians[way] - medians['engine']:.2f} ms")
 
 
 if __name__ == "__main__":

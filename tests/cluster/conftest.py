@@ -46,12 +46,12 @@ def local_serve(local_ray: None, request: pytest.FixtureRequest) -> Iterator[str
     """Start Ray Serve, which lives on as its Ray does, and yield its URL; tests share its controller and proxy."""
     from ray import serve
 
-    from rankloom.deploy.run import _read_url, forget_last_serve
+    from rankloom.deploy.run import _make_url, _read_address, forget_last_serve
 
     forget_last_serve()
     if not serve.status().proxies:
         serve.start(http_options={"host": "127.0.0.1", "port": free_ports(1)[0]})
-    yield _read_url()
+    yield _make_url(*_read_address())
     if not is_used_next("local_serve", request):
         serve.shutdown()
 

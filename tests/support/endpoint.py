@@ -1,26 +1,26 @@
-"""An endpoint over real HTTP without Ray or a model: a gateway, the ingress, uvicorn, and `EchoEngine` behind them."""
+"""An endpoint over real HTTP without Ray or a model: a gateway, its ingress and server, with `EchoEngine` behind."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-import uvicorn
 from openai import OpenAI
 from safetensors.numpy import save_file
 
 from echo_engine import EchoEngine
 from rankloom.config import parse
 from rankloom.config.serve import ServeConfig
+from rankloom.deploy.http_server import HttpServer
 from rankloom.deploy.ingress import build_api
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError, run
 from rankloom.gateway.gateway import Gateway, Served
@@ -123,22 +123,31 @@ def endpoint(tmp_path: Path, broken: Sequence[str] = (), host: str = "127.0.0.1"
 @contextmanager
 def listening(gateway: Gateway, host: str = "127.0.0.1") -> Iterator[str]:
     """Start a gateway, serve it over HTTP at the yielded URL, and stop both."""
-    with socket.create_server((host, 0)) as opened:
-        # asyncio does this for most sockets, and uvloop, Ray Serve's loop, for all; otherwise each answer waits 40 ms
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server = uvicorn.Server(uvicorn.Config(build_api(lambda: gateway), log_level="warning", lifespan="off"))
+    started: Future[tuple[str, Callable[[], None]]] = Future()
 
-        async def serve() -> None:
-            await gateway.start()
-            await server.serve([opened])
-            await gateway.close()
+    async def serve() -> None:
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        await gateway.start()
+        server = HttpServer(build_api(lambda: gateway), host, 0)
+        server.start()
+        started.set_result((f"http://{host}:{server.port}", lambda: loop.call_soon_threadsafe(ended.set)))
+        await ended.wait()
+        await server.close()
+        await gateway.close()
 
-        thread = threading.Thread(target=asyncio.run, args=(serve(),))
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
+    def run() -> None:
         try:
-            yield f"http://{host}:{opened.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
+            asyncio.run(serve())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    url, end = started.result(20)
+    try:
+        yield url
+    finally:
+        end()
+        thread.join(20)

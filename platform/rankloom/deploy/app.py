@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from rankloom.config import dump, parse
 from rankloom.config.paths import resolve_paths
 from rankloom.config.serve import ServeConfig
+from rankloom.deploy.http_server import HttpServer
 from rankloom.deploy.ingress import build_api
 from rankloom.deploy.logs import log_with_serve
 from rankloom.deploy.replica import Replica
@@ -99,10 +100,11 @@ def _translate(error: Exception) -> Exception:
 class Ingress:
     """The process that receives HTTP requests. It imports no torch."""
 
-    def __init__(self, replicas: DeploymentHandle) -> None:
+    def __init__(self, replicas: DeploymentHandle, address: tuple[str, int] | None = None) -> None:
         log_with_serve("rankloom.gateway")
         self._replicas = RayReplicas(replicas)
         self._gateway: Gateway | None = None
+        self._server = None if address is None else HttpServer(build_api(self._wait_ready), *address)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serve calls it at the start, and when `user_config` has changed."""
@@ -111,6 +113,8 @@ class Ingress:
             gateway = Gateway(parsed, Registry(parsed.registry or get_registry_root()), self._replicas)
             await gateway.start()
             self._gateway = gateway
+            if self._server is not None:
+                self._server.start()
         else:
             await self._gateway.reconfigure(parsed)
 
@@ -120,6 +124,11 @@ class Ingress:
     def _wait_ready(self) -> Gateway:
         assert self._gateway is not None  # Serve sends no request before `reconfigure` has returned
         return self._gateway
+
+    async def finish(self) -> None:
+        """Accept no more requests at its own address, and wait for those in flight."""
+        if self._server is not None:
+            await self._server.close()
 
     async def note(self, replica: str, stats: Stats, resident: int) -> None:
         """Record what a replica reports about itself."""
@@ -132,8 +141,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     return build_application(parse(ServeConfig, args, "serve"))
 
 
-def build_application(config: ServeConfig) -> serve.Application:
+def build_application(config: ServeConfig, address: tuple[str, int] | None = None) -> serve.Application:
     """Build the application of a config.
+
+    Args:
+        address: host and port where the ingress is to listen itself; None: Serve's HTTP proxies listen for it.
 
     Raises:
         ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
@@ -169,7 +181,7 @@ def build_application(config: ServeConfig) -> serve.Application:
     ).bind({name: tree[name] for name in FOR_REPLICAS})
     return Ingress.options(  # type: ignore[attr-defined]
         user_config=tree, graceful_shutdown_timeout_s=config.limits.timeout_s
-    ).bind(held)
+    ).bind(held, address)
 
 
 def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:

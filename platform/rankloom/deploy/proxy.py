@@ -1,4 +1,4 @@
-"""What runs in Serve's own HTTP proxy, before the application; `rankloom serve` has the proxy import it."""
+"""What runs in Serve's own HTTP proxies, before the application; `rankloom serve` has them import it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,13 @@ class PlainRequestIds:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = scope.get("headers", ())
-        if any(name == b"x-request-id" and not value.isascii() for name, value in headers):
-            scope = {
-                **scope,
-                "headers": [
-                    (name, _encode_plain(value)) if name == b"x-request-id" else (name, value)
-                    for name, value in headers
-                ],
-            }
-        await self._app(scope, receive, send)
+        plain = [(name, encode_plain(value) if name == b"x-request-id" else value) for name, value in headers]
+        await self._app({**scope, "headers": plain}, receive, send)
 
 
-def _encode_plain(value: bytes) -> bytes:
-    return quote_from_bytes(value).encode()
+def encode_plain(value: bytes) -> bytes:
+    """Return a header's value in ASCII."""
+    return value if value.isascii() else quote_from_bytes(value).encode()
 
 
 def build_middlewares() -> list[Middleware]:

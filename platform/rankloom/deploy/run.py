@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -71,7 +71,8 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
         nodes = stack.enter_context(attach())
         forget_last_serve()
         url, started = _start(settings, nodes, on_event, own=own)
-        endpoint = Endpoint(url, settings, ends_serve=started and not own and not os.environ.get("RAY_ADDRESS"))
+        ends_serve = started and not own and not os.environ.get("RAY_ADDRESS")
+        endpoint = Endpoint(url, settings, listens=own, ends_serve=ends_serve)
         endpoint._held = stack.pop_all()
     return endpoint
 
@@ -79,11 +80,12 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
 class Endpoint:
     """A running endpoint, made by `serve`; leaving its `with` block closes it."""
 
-    def __init__(self, url: str, config: ServeConfig, *, ends_serve: bool) -> None:
+    def __init__(self, url: str, config: ServeConfig, *, listens: bool, ends_serve: bool) -> None:
         self.url = url
         """Where it listens, without `/v1`; the console is there too."""
         self.config = config
         """Its settings, with the base."""
+        self._listens = listens
         self._ends_serve = ends_serve
         self._held = ExitStack()
         self._open = True
@@ -113,9 +115,18 @@ class Endpoint:
         from ray import serve as ray_serve
 
         with self._held:
+            if self._listens:
+                self._finish_requests()
             ray_serve.delete(self.config.name)  # a cluster's Serve may have other applications
             if self._ends_serve and not ray_serve.status().applications:
                 ray_serve.shutdown()
+
+    def _finish_requests(self) -> None:
+        from ray import serve as ray_serve
+        from ray.exceptions import RayError
+
+        with suppress(RayError, TimeoutError):  # it ends all the same
+            ray_serve.get_app_handle(self.config.name).finish.remote().result(self.config.limits.timeout_s)
 
     def detach(self) -> None:
         """Let it run on its cluster, and disconnect from that."""
@@ -200,13 +211,17 @@ def _start(
     if own:  # a cluster may grow
         _check_room(settings, nodes)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
-    started = not ray_serve.status().proxies
+    started, address = not ray_serve.status().proxies, None
     if started:
-        port = settings.port or _find_free_port(settings.host)
-        ray_serve.start(http_options={"host": settings.host, "port": port})
+        host, port = settings.host, settings.port or _find_free_port(settings.host)
+        if own:
+            address = host, port
+            ray_serve.start(proxy_location="Disabled")
+        else:
+            ray_serve.start(http_options={"host": host, "port": port})
     tell("starting; the base is loaded first")
     try:
-        ray_serve.run(build_application(settings), name=settings.name, route_prefix="/")
+        ray_serve.run(build_application(settings, address), name=settings.name, route_prefix="/")
     except RuntimeError as error:
         reason = _find_reason(settings.name) or str(error)
         ray_serve.delete(settings.name)
@@ -217,7 +232,7 @@ def _start(
             "the cluster's own ports run what whoever reaches them sends, unless it was started with "
             "RAY_AUTH_MODE=token"
         )
-    return _read_url(), started
+    return _make_url(*(address or _read_address())), started
 
 
 def forget_last_serve() -> None:
@@ -230,13 +245,17 @@ def forget_last_serve() -> None:
     _check_cached_client_alive()
 
 
-def _read_url() -> str:
-    """Return where Serve listens, also where it ran before with another host and port than ours."""
+def _read_address() -> tuple[str, int]:
+    """Return where Serve's proxies listen, also where it ran before with another host and port than ours."""
     from ray.serve.context import _get_global_client
 
     options = _get_global_client().get_serve_details()["http_options"]
-    host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
-    return f"http://{f'[{host}]' if ':' in host else host}:{options['port']}"
+    return options["host"], options["port"]
+
+
+def _make_url(host: str, port: int) -> str:
+    host = "127.0.0.1" if host == "0.0.0.0" else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _describe_access(settings: ServeConfig) -> str:

@@ -86,6 +86,16 @@ def test_a_request_id_beyond_ascii_is_answered(shared: Endpoint) -> None:
         headers = {"x-request-id": name if isinstance(name, bytes) else name.encode()}
         answer = shared.http.post("/v1/completions", json=COMPLETE, headers=headers)  # type: ignore[arg-type]
         assert answer.status_code == 200
+        assert answer.headers["x-request-id"].isascii()
+
+
+def test_each_request_has_an_id(shared: Endpoint) -> None:
+    """Clients show it in their errors, and the log has it."""
+    given = shared.http.get("/healthz", headers={"x-request-id": "mine-7"})
+    assert given.headers.get_list("x-request-id") == ["mine-7"]
+    made = [shared.http.get("/healthz").headers["x-request-id"] for _ in range(2)]
+    assert all(made)
+    assert made[0] != made[1]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

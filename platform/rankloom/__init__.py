@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankloom.config.compare import MethodChoice as MethodChoice
     from rankloom.config.data import DataConfig as DataConfig
     from rankloom.config.data import Source as Source
+    from rankloom.config.engine import AutoEngineConfig as AutoEngineConfig
     from rankloom.config.engine import EngineConfig as EngineConfig
     from rankloom.config.engine import VllmConfig as VllmConfig
     from rankloom.config.method import AdaLoraConfig as AdaLoraConfig
@@ -109,7 +110,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "config.base": ("dump", "load"),
     "config.compare": ("CompareConfig", "MethodChoice"),
     "config.data": ("DataConfig", "Source"),
-    "config.engine": ("EngineConfig", "VllmConfig"),
+    "config.engine": ("AutoEngineConfig", "EngineConfig", "VllmConfig"),
     "config.method": ("AdaLoraConfig", "DoraConfig", "FullConfig", "GaLoreConfig", "LisaConfig", "LoraConfig"),
     "config.model": ("Int8", "ModelConfig", "Nf4"),
     "config.serve": ("AuthConfig", "CanaryConfig", "LimitsConfig", "ReplicasConfig", "RouteConfig", "ServeConfig"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig
@@ -26,6 +28,7 @@ from rankloom.engine.vllm.server import PYTHON
 from rankloom.errors import IncompatibleError, RegistryError
 from rankloom.models import load_outline, locate_folder
 from rankloom.registry import Registry
+from rankloom.registry.checks import WEIGHTS
 from served import GREEDY, load, publish, with_peft, write_adapter
 
 pytestmark = [
@@ -33,9 +36,9 @@ pytestmark = [
     pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no environment with vLLM"),
 ]
 T = TypeVar("T")
-SERVED = ["lora", "rslora", "adalora", "patterns"]
-REFUSED = ["dora", "wide", "silent"]
-RESIDENT = 4
+SERVED = ["lora", "rslora", "adalora", "patterns", "dora"]
+REFUSED = ["extracted", "wide", "silent"]
+RESIDENT = 5
 MODEL = ModelConfig(id="builtin:smollm2")
 
 
@@ -161,7 +164,7 @@ def test_a_prompt_is_computed_once(sides: Sides) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("dora", r"dora@1 has DoRA magnitudes, but .* engine.type=bank"),
+        ("extracted", r"extracted@1 has .*whole modules.*, but vLLM serves LoRA and DoRA on .* engine.type=bank"),
         ("wide", r"rank 20, above engine.max_lora_rank=16"),
         ("silent", "does nothing"),
     ],
@@ -171,6 +174,29 @@ def test_what_can_not_be_served_is_refused(sides: Sides, kind: str, reason: str)
         with pytest.raises(RegistryError, match=reason):
             sides.run(attempt)
     assert sides.run(completed(sides.vllm, sides.refs["lora"]))[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_names_of_a_wrapped_checkpoint_are_the_model_s(sides: Sides, tmp_path: Path, kind: str) -> None:
+    prompt = sides.vllm.tokenize(PROMPT)
+    write_renamed(sides.folders[kind], tmp_path / "wrapped", "model.layers", "model.language_model.layers")
+    write_renamed(sides.folders[kind], tmp_path / "other", "model.layers", "visual.layers")
+    server = sides.vllm._server
+    server.load("wrapped", tmp_path / "wrapped")
+    try:
+        sides.run(completed(sides.vllm, sides.refs[kind]))
+        assert server.get_likeliest("wrapped", prompt) == pytest.approx(server.get_likeliest(sides.refs[kind], prompt))
+    finally:
+        server.unload("wrapped")
+    with pytest.raises(RegistryError, match=r"adapter other: .* no place for \d+ .*none of them.*visual\.layers\.0\."):
+        server.load("other", tmp_path / "other")
+    assert sides.run(completed(sides.vllm, sides.refs[kind]))[1]
+
+
+def write_renamed(folder: Path, copy: Path, old: str, new: str) -> None:
+    shutil.copytree(folder, copy)
+    tensors = {name.replace(old, new): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
 
 
 def test_another_base_s_adapter_is_refused(sides: Sides, tiny_llama: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class Factors:
     b_RO: Tensor
     """Scaled already."""
     factor_O: Tensor | None
-    """DoRA's magnitudes over their norms, in fp32: they are near 1, where bf16 has steps of 0.008. None: 1."""
+    """DoRA's magnitudes over their norms, in fp32: they are near 1, where bf16 has steps of 0.008. None: 1. With
+    `fold(keep_magnitudes=True)` the magnitudes themselves."""
     shift_O: Tensor | None
     """In fp32."""
 
@@ -128,14 +129,17 @@ class ServedAdapter:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, folder: Path) -> ServedAdapter:
+def fold(model: PreTrainedModel, folder: Path, *, keep_magnitudes: bool = False) -> ServedAdapter:
     """Read a PEFT folder for a base, which is only looked at.
+
+    Args:
+        keep_magnitudes: leave DoRA's norms to whoever has the base's weights, which this one then need not have.
 
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit, or can't be folded.
     """
     config, tensors = read_adapter(model, folder)
-    reader = _Reader(model, folder, config, dict(tensors))
+    reader = _Reader(model, folder, config, dict(tensors), keep_magnitudes)
     linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
     stacks = find_adapted_experts(model, config.target_parameters)
@@ -169,6 +173,7 @@ class _Reader:
     folder: Path
     config: peft.LoraConfig
     tensors: dict[str, Tensor]
+    keep_magnitudes: bool
 
     def fold_linear(self, name: str, module: nn.Module) -> Factors:
         rank, scaling = self._get_settings(name)
@@ -179,9 +184,9 @@ class _Reader:
         if self.config.lora_bias:  # PEFT has it with LoRA alone
             shift_O = self._take(f"{name}.lora_B.bias", (num_out,)) * scaling
         if self.config.use_dora:
-            factor_O = self._take(f"{name}.lora_magnitude_vector", (num_out,)).float() / self._compute_norms(
-                module, a_RI, b_OR
-            )
+            factor_O = self._take(f"{name}.lora_magnitude_vector", (num_out,)).float()
+        if factor_O is not None and not self.keep_magnitudes:
+            factor_O = factor_O / self._compute_norms(module, a_RI, b_OR)
             bias_O = module.bias
             if isinstance(bias_O, Tensor):  # the base's own, which DoRA leaves as it is
                 shift_O = bias_O * (1 - factor_O)

@@ -194,7 +194,9 @@ def _check_demo_model() -> Iterator[Check]:
 
 
 def _check_vllm() -> Iterator[Check]:
-    """Check vLLM where an environment is named; the bank serves without it."""
+    """Check vLLM where an environment is named, and report which engine `auto` takes; the bank serves without it."""
+    from rankloom.config.engine import AutoEngineConfig
+    from rankloom.engine.vllm.choice import choose_engine
     from rankloom.engine.vllm.server import PYTHON, find_vllm
 
     if os.environ.get(PYTHON):
@@ -203,6 +205,11 @@ def _check_vllm() -> Iterator[Check]:
             yield Check("vllm", "ok", f"{found} in the environment of {python}, for engine.type=vllm")
         except RankloomError as error:
             yield Check("vllm", "warning", f"{PYTHON}: {error}")
+    with contextlib.suppress(ImportError):  # reported above
+        import torch
+
+        _, why = choose_engine(AutoEngineConfig(), on_gpu=torch.cuda.is_available())
+        yield Check("engine", "ok", f"engine.type=auto takes {why}")
 
 
 def _check_disk() -> Iterator[Check]:

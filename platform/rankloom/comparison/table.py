@@ -165,11 +165,11 @@ def add_orders(methods: Iterable[MethodResult], tests: Sequence[MethodTest], bes
 
 
 def find_servers(folder: Path, quantization: str) -> list[str]:
-    """Return what can serve a PEFT folder: rankloom and PEFT any; vLLM plain LoRA on linear layers of a plain base."""
+    """Return what can serve a PEFT folder: rankloom and PEFT any; vLLM LoRA and DoRA on linears of a plain base."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with safe_open(folder / WEIGHTS, framework="numpy") as file:
         embeds = any(".lora_embedding_" in name for name in list(file.keys()))
-    more = any(config.get(key) for key in ("use_dora", "lora_bias", "target_parameters", "modules_to_save"))
+    more = any(config.get(key) for key in ("lora_bias", "target_parameters", "modules_to_save"))
     return ["rankloom", "PEFT"] + (["vLLM"] if quantization == "none" and not embeds and not more else [])
 
 

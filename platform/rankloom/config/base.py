@@ -249,7 +249,7 @@ def _walk(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], 
     models: list[type[BaseModel]] = [cls]
     for part in map(str, loc):
         tagged = [m for m in models if _read_tag(m) == part or m.__name__ == part]
-        if tagged and not any(part in m.model_fields for m in models):
+        if tagged and (len(models) > 1 or part not in models[0].model_fields):
             models = tagged
             continue
         known = sorted({name for m in models for name in m.model_fields})

@@ -1,4 +1,4 @@
-"""Settings of a serving engine: rankloom's own, or vLLM.
+"""Settings of a serving engine: rankloom's own, vLLM, or whichever fits.
 
 Read `rankloom/engine/engine.py` and `rankloom/engine/vllm/engine.py` next.
 """
@@ -91,8 +91,8 @@ _PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp",
 
 
 class VllmConfig(_AnyEngine):
-    """vLLM, as a server process beside each replica, from a Python environment of its own. It serves LoRA, rsLoRA and
-    AdaLoRA; other adapters are refused."""
+    """vLLM, as a server process beside each replica, from a Python environment of its own. It serves LoRA, rsLoRA,
+    AdaLoRA and DoRA; other adapters are refused."""
 
     renamed = _AnyEngine.renamed | {
         "adapters_at_once": "max_loras",
@@ -113,6 +113,8 @@ class VllmConfig(_AnyEngine):
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
     """Highest rank; adapters above it are refused. Every adapter costs as much as one of this rank, so keep it
     low."""
+    dora: bool = True
+    """Serve DoRA, for which each step scales what the adapted layers give; off: refuse it, and save that time."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of prompt and completion together; null: the base's context. The KV cache must have room for it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
@@ -146,6 +148,17 @@ class VllmConfig(_AnyEngine):
         return math.prod(int(size[0]) for size in sizes if size and size[0].isdigit())
 
 
+class AutoEngineConfig(Frozen):
+    """vLLM where the replicas have a GPU, its environment is there and it can serve base and adapters; else rankloom's
+    own engine. `rankloom serve` and `rankloom doctor` say which and why."""
+
+    type: Literal["auto"] = "auto"
+    bank: EngineConfig = EngineConfig()
+    """Settings of rankloom's own engine, where that is taken."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of vLLM, where that is taken."""
+
+
 def _default_to_bank(value: Any) -> Any:
     if isinstance(value, str):
         return {"type": value}
@@ -153,8 +166,11 @@ def _default_to_bank(value: Any) -> Any:
 
 
 AnyEngineConfig = Annotated[
-    EngineConfig | VllmConfig,
+    EngineConfig | VllmConfig | AutoEngineConfig,
     Field(discriminator="type"),
-    BeforeValidator(_default_to_bank, json_schema_input_type=Literal["bank", "vllm"] | EngineConfig | VllmConfig),
+    BeforeValidator(
+        _default_to_bank,
+        json_schema_input_type=Literal["bank", "vllm", "auto"] | EngineConfig | VllmConfig | AutoEngineConfig,
+    ),
 ]
-"""`bank`, `vllm`, or a mapping with a `type`, which defaults to bank."""
+"""`bank`, `vllm`, `auto`, or a mapping with a `type`, which defaults to bank."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rankloom.config.base import Frozen
-from rankloom.config.engine import AnyEngineConfig, EngineConfig, VllmConfig
+from rankloom.config.engine import AnyEngineConfig, AutoEngineConfig, EngineConfig, VllmConfig
 from rankloom.config.model import AnyModel, Quantization
 from rankloom.config.paths import IsPath
 from rankloom.config.trial import AdapterName, Name
@@ -162,7 +162,7 @@ class ReplicasConfig(Frozen):
     """GPUs per replica; null: one idle GPU each, or an equal share if fewer than `max` are idle at deployment; without
     an idle GPU, the CPU."""
 
-    def count_gpus(self, idle: int, engine: EngineConfig | VllmConfig) -> float:
+    def count_gpus(self, idle: int, engine: EngineConfig | VllmConfig | AutoEngineConfig) -> float:
         """Return `gpus`, or the default that null stands for.
 
         Args:
@@ -170,7 +170,8 @@ class ReplicasConfig(Frozen):
         """
         if self.gpus is not None:
             return self.gpus
-        wanted = engine.num_gpus if isinstance(engine, VllmConfig) else 1
+        vllm = engine.vllm if isinstance(engine, AutoEngineConfig) else engine
+        wanted = vllm.num_gpus if isinstance(vllm, VllmConfig) else 1
         if wanted > 1:
             return wanted if idle >= wanted else 0
         return 1e4 // -(-self.max // idle) / 1e4 if idle else 0  # Ray counts ten-thousandths
@@ -221,7 +222,7 @@ class ServeConfig(Frozen):
     pinned: Annotated[list[Ref], BeforeValidator(_split_commas)] = []
     """Adapters that every replica loads at its start and never evicts; aliases are followed."""
     engine: AnyEngineConfig = EngineConfig()
-    """The engine: `bank`, rankloom's own, or `vllm`."""
+    """The engine: `bank`, rankloom's own, `vllm`, or `auto`, which takes vLLM where it can on a GPU."""
     limits: LimitsConfig = LimitsConfig()
     """Limits on one request, and on the number of requests."""
     replicas: ReplicasConfig = ReplicasConfig()

@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rankloom.config import dump, parse
+from rankloom.config.engine import AutoEngineConfig, EngineConfig, VllmConfig
 from rankloom.config.paths import resolve_paths
 from rankloom.config.serve import ServeConfig
 from rankloom.deploy.http_server import HttpServer
@@ -28,6 +29,7 @@ from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.engine.protocol import Stats
+from rankloom.engine.vllm.choice import choose_engine
 from rankloom.errors import ConfigError, OverloadedError
 from rankloom.gateway.gateway import Gateway, Served
 from rankloom.paths import get_registry_root
@@ -151,9 +153,11 @@ def build_application(config: ServeConfig, address: tuple[str, int] | None = Non
         ConfigError, AdapterNotFoundError, RegistryError: the adapters are not there, or of several bases.
     """
     config = resolve_paths(config)  # Serve's processes have a folder of their own
-    config = resolve_gpus(resolve_base(config, Registry(config.registry or get_registry_root())))
+    registry = Registry(config.registry or get_registry_root())
+    config = resolve_gpus(resolve_base(config, registry))
+    config, engine, _ = resolve_engine(config, registry, on_gpu=bool(config.replicas.gpus))
     replicas, tree = config.replicas, dump(config)
-    rows = config.engine.resolve_num_seqs(on_gpu=bool(replicas.gpus))
+    rows = engine.resolve_num_seqs(on_gpu=bool(replicas.gpus))
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         scaling = {
@@ -166,7 +170,7 @@ def build_application(config: ServeConfig, address: tuple[str, int] | None = Non
     held = serve.deployment(
         Replica,
         name="Replica",
-        max_ongoing_requests=rows + config.engine.max_queue,
+        max_ongoing_requests=rows + engine.max_queue,
         graceful_shutdown_timeout_s=config.limits.timeout_s,
         logging_config=LOGGING,
         ray_actor_options={
@@ -200,6 +204,35 @@ def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:
     if config.quantization is None:
         recorded["quantization"] = first.trial.get("quantization", first.base.quantization)
     return parse(ServeConfig, dump(config) | recorded, f"the record of {first_ref}")
+
+
+def resolve_engine(
+    config: ServeConfig, registry: Registry, *, on_gpu: bool
+) -> tuple[ServeConfig, EngineConfig | VllmConfig, str | None]:
+    """Return the config with the engine that `auto` stands for, that engine's settings, and why it is that one.
+
+    Args:
+        config: with its base.
+        on_gpu: whether the replicas have a GPU.
+    """
+    if not isinstance(config.engine, AutoEngineConfig):
+        return config, config.engine, None
+    engine, why = choose_engine(config.engine, on_gpu=on_gpu, obstacle=_find_obstacle_to_vllm(config, registry))
+    return config.model_copy(update={"engine": engine}), engine, why
+
+
+def _find_obstacle_to_vllm(config: ServeConfig, registry: Registry) -> str | None:
+    assert isinstance(config.engine, AutoEngineConfig)
+    if config.quantization is not None and config.quantization.type != "none":
+        return f"vLLM serves a base as it is stored, not with quantization {config.quantization.type}"
+    most = config.engine.vllm.max_lora_rank
+    for record in map(registry.get, [] if config.adapters == "all" else config.adapters):
+        if record.servable == "extracted":
+            return f"{record.ref} was made by {record.method}, and vLLM serves LoRA and DoRA alone"
+        rank = (record.trial.get("method") or {}).get("rank") or 0
+        if rank > most:
+            return f"{record.ref} is of rank {rank}, above engine.vllm.max_lora_rank={most}"
+    return None
 
 
 def resolve_gpus(config: ServeConfig, idle: int | None = None) -> ServeConfig:

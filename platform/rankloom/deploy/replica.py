@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from rankloom.config import parse
-from rankloom.config.engine import VllmConfig
+from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob, JobProgress, run
@@ -54,6 +54,7 @@ def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     if device.type == "cuda" and gpus < 1:
         torch.cuda.set_per_process_memory_fraction(gpus)
     base = load_base(config.base, config.quantization or NoQuantization(), device=device)
+    assert isinstance(config.engine, EngineConfig)  # `app.resolve_engine` saw to it
     return base, ServingEngine(base, registry, config.engine)
 
 

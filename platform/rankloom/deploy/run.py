@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rankloom.config import coerce
-from rankloom.config.engine import VllmConfig
+from rankloom.config.engine import AutoEngineConfig, VllmConfig
 from rankloom.config.files import is_config_file
 from rankloom.config.paths import resolve_paths
 from rankloom.config.serve import ReplicasConfig, ServeConfig
@@ -62,6 +62,8 @@ def serve(config: ServeConfig | str | Path | Mapping[str, Any], *, on_event: OnE
     settings = _resolve_settings(config)
     settings = resolve_base(settings, Registry(settings.registry or get_registry_root()))
     own = starts_ray()
+    if not os.environ.get("RAY_ADDRESS"):
+        settings = _resolve_engine(settings, on_event)
     _check(settings, own=own)
     from rankloom.planning.endpoint import announce_endpoint  # imports torch: after the checks
 
@@ -176,6 +178,23 @@ def _resolve_settings(config: ServeConfig | str | Path | Mapping[str, Any]) -> S
     return resolve_paths(settings.model_copy(update={"registry": registry}))
 
 
+def _resolve_engine(settings: ServeConfig, on_event: OnEvent) -> ServeConfig:
+    """Return the settings with an engine in the place of `auto`, and say which.
+
+    Before `replicas.gpus` is resolved, this machine's GPUs count.
+    """
+    if not isinstance(settings.engine, AutoEngineConfig):
+        return settings
+    from rankloom.deploy.app import resolve_engine
+    from rankloom.models.device import choose_device
+
+    gpus, registry = settings.replicas.gpus, Registry(settings.registry or get_registry_root())
+    on_gpu = choose_device("auto").type == "cuda" if gpus is None else gpus > 0
+    settings, _, why = resolve_engine(settings, registry, on_gpu=on_gpu)
+    on_event(PhaseStarted("plan", f"engine  {why}"))
+    return settings
+
+
 def _check(settings: ServeConfig, *, own: bool) -> None:
     """Refuse what can't work before anything starts."""
     if isinstance(settings.engine, VllmConfig) and not os.environ.get("RAY_ADDRESS"):
@@ -205,7 +224,7 @@ def _start(
 
     num_gpus, given = int(sum(node.get("GPU", 0) for node in nodes)), settings.replicas.gpus
     idle = num_gpus if own else count_idle_gpus()  # a new Ray does not know at once
-    settings = resolve_gpus(settings, idle)
+    settings = _resolve_engine(resolve_gpus(settings, idle), on_event)
     for note in explain_gpus(settings.replicas, idle, num_gpus, given=given is not None):
         tell(note)
     if own:  # a cluster may grow

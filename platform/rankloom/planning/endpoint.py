@@ -11,7 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rankloom import kernels
 from rankloom.banks.slot_table import forecast_table_bytes
-from rankloom.config.engine import EngineConfig, VllmConfig
+from rankloom.config.engine import EngineConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
 from rankloom.engine.kv_cache import KvShape, LayerShape, choose_capacity, choose_prefix_capacity, find_longest
@@ -43,7 +43,7 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
         ModelError: the engine can't serve the base's architecture.
         ConfigError: what the replicas that always run hold from their start needs more memory than there is.
     """
-    if isinstance(config.engine, VllmConfig) or config.base is None:
+    if not isinstance(config.engine, EngineConfig) or config.base is None:
         return
     quantization = (config.quantization or NoQuantization()).type
     device = choose_device("cpu" if config.replicas.gpus == 0 else "auto")

@@ -101,6 +101,7 @@ def test_doctor_finds_what_tests_need_and_names_a_broken_registry(
     assert {found[name] for name in ("python", "torch", "ray", "registry")} == {"ok"}
     told = {check["name"]: check["detail"] for check in checks}
     if not torch.cuda.is_available():
+        assert told["engine"] == "engine.type=auto takes bank, as there is no GPU"
         assert told["training"] == "fp32; a host: up to 8 slots, 8,192 tokens a step"
         assert told["serving"] == (
             "fp32; 16 sequences, 512 tokens a step; KV cache 16,384 tokens, prefixes 8,192 tokens"

@@ -34,7 +34,7 @@ def test_the_table_has_a_row_for_each_method_and_for_the_base(left: Callable) ->
     assert (dora.learning_rate, dora.adapter_bytes, dora.latency_ms) == (1e-3, 2_000_000, 5.0)
     assert dora.retention_loss == 3.0
     assert dora.adapter == "cmp-dora@1"
-    assert dora.served_by == ("rankloom", "PEFT")
+    assert dora.served_by == ("rankloom", "PEFT", "vLLM")
     assert full.served_by == ("rankloom", "PEFT", "vLLM")
     assert full.energy == 0.9
     assert full.before_extraction > full.accuracy.value

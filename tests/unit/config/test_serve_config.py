@@ -40,7 +40,8 @@ from rankloom.errors import ConfigError
         ({"routes": {"r": {"canary": {"adapter": "a", "share": 1.5}}}}, "canary.share"),
         ({"routes": {"R!": {"to": "a"}}}, "routes"),
         ({"adaptors": ["a"]}, "did you mean 'adapters'"),
-        ({"engine": "sglang"}, "engine.type: unknown type 'sglang'; allowed: 'bank', 'vllm'"),
+        ({"engine": "sglang"}, "engine.type: unknown type 'sglang'; allowed: 'bank', 'vllm', 'auto'"),
+        ({"engine": {"type": "auto", "vllm": {"max_cpu_loras": 4}}}, "engine.vllm: max_loras (16) is above"),
         ({"engine": {"type": "vllm", "kv_cache_tokens": 512}}, "engine.kv_cache_tokens: unknown key"),
         ({"engine": {"rows": 4}}, "engine.rows: unknown key; it is called 'max_num_seqs' now"),
         (
@@ -71,6 +72,8 @@ def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
         ({"gpus": 2}, 0, "bank", 2),
         ({}, 4, {"type": "vllm", "args": ["--tensor-parallel-size=2", "-pp", "2"]}, 4),
         ({}, 3, {"type": "vllm", "args": ["--tensor_parallel_size", "2", "-pp=2"]}, 0),
+        ({"max": 2}, 1, "auto", 0.5),
+        ({}, 2, {"type": "auto", "vllm": {"args": ["-tp=2"]}}, 2),
     ],
 )
 def test_replicas_have_idle_gpus_unless_told(replicas: dict[str, Any], idle: int, engine: Any, gpus: float) -> None:

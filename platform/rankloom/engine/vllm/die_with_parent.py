@@ -1,10 +1,10 @@
 """Runs a module as a program that ends with whoever started it. For any Python: it knows the standard library alone.
 
-    python -I die_with_parent.py vllm.entrypoints.openai.api_server --model ...
+    python -I die_with_parent.py FOLDER vllm.entrypoints.openai.api_server --model ...
 
-Standard input is a pipe whose other end the starter holds. When it closes, because the starter let go or was killed,
-this process is told to end; one that does not within `GRACE_S` is killed with its process group, which the starter
-makes its own.
+FOLDER is looked in for imports after all others. Standard input is a pipe whose other end the starter holds. When it
+closes, because the starter let go or was killed, this process is told to end; one that does not within `GRACE_S` is
+killed with its process group, which the starter makes its own.
 """
 
 import os
@@ -29,5 +29,6 @@ if __name__ == "__main__":
     held = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with, args=(held,), daemon=True).start()
-    sys.argv = sys.argv[1:]
+    sys.path.append(sys.argv[1])
+    sys.argv = sys.argv[2:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -2,7 +2,7 @@
 
 vLLM batches and computes. What requests mean is the same as in `engine.py`: tokens and text are made here, adapters are
 verified before requests reach them, and their residency is decided here. vLLM knows each by its exact version, and gets
-it as plain LoRA.
+it as plain LoRA or DoRA, which `plugin/` teaches it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class VllmEngine(EngineFrontend):
         on_gpu = gpus > 0 and torch.cuda.is_available()
         self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
         super().__init__(base, config, config.resolve_num_seqs(on_gpu=on_gpu), follows_grammars=False)
-        self._loader = VllmLoader(base, registry, self._server, config.max_lora_rank)
+        self._loader = VllmLoader(base, registry, self._server, config)
         self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
             config.max_cpu_loras, self._loader, self._post, self._fail_arriving
         )
@@ -242,10 +242,11 @@ class VllmAdapter:
 
 
 class VllmLoader:
-    """Fetches an adapter from the registry, checks it, converts it to plain LoRA, and has vLLM load and probe it."""
+    """Fetches an adapter from the registry, checks it, makes it plain, and has vLLM load and probe it."""
 
-    def __init__(self, base: Base, registry: Registry, server: VllmServer, max_rank: int) -> None:
-        self._base, self._registry, self._server, self._max_rank = base, registry, server, max_rank
+    def __init__(self, base: Base, registry: Registry, server: VllmServer, config: VllmConfig) -> None:
+        self._base, self._registry, self._server = base, registry, server
+        self._max_rank, self._dora = config.max_lora_rank, config.dora
         self._sent: dict[str, VllmAdapter] = {}
         self._numbers = itertools.count()
 
@@ -256,12 +257,13 @@ class VllmLoader:
         folder = self._server.scratch / f"{next(self._numbers)}"  # a new one each time: vLLM caches by path
         with TemporaryDirectory(prefix="rankloom-") as scratch, rename_in_errors(Path(scratch) / "adapter", ref):
             fetched = self._registry.fetch(record.ref, Path(scratch) / "adapter")
-            if more := list_more_than_lora(self._base.model, fetched):
+            if more := list_more_than_lora(self._base.model, fetched, allow_dora=self._dora):
+                served = "LoRA and DoRA" if self._dora else "with engine.dora=false LoRA"
                 raise RegistryError(
-                    f"{ref} has {' and '.join(more)}, but vLLM serves LoRA on linear layers alone; use "
+                    f"{ref} has {' and '.join(more)}, but vLLM serves {served} on linear layers alone; use "
                     f"engine.type=bank, or a base of its own: rankloom adapters export {ref} --format merged"
                 )
-            adapter = fold(self._base.model, fetched)
+            adapter = fold(self._base.model, fetched, keep_magnitudes=True)
             if adapter.rank > self._max_rank:
                 raise RegistryError(
                     f"{ref} is of rank {adapter.rank}, above engine.max_lora_rank={self._max_rank}; raise it"

@@ -40,6 +40,8 @@ ZERO = "zero"
 """The name there of an adapter that changes nothing. On a CPU, vLLM computes rows without an adapter with one of the
 others where they share a step (vllm-project/vllm#48421), so there every row has to have one."""
 PYTHON = "RANKLOOM_VLLM_PYTHON"
+PLUGINS = Path(__file__).with_name("plugin")
+"""What vLLM's processes import beside vLLM's own environment."""
 LIKELIEST = 20
 """Likeliest tokens that a probe compares; by default vLLM returns no more."""
 CPU_CACHE_GIB = 4.0
@@ -127,8 +129,14 @@ def make_environment(config: VllmConfig, threads: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine would take the same cores
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # see `models.load_base`
     }
-    fixed = {"OMP_NUM_THREADS": str(threads), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return defaults | ours | fixed | config.env
+    fixed = {
+        "OMP_NUM_THREADS": str(threads), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1",
+        "RANKLOOM_VLLM_DORA": "1" if config.dora else "0",
+    }  # fmt: skip
+    environment = defaults | ours | fixed | config.env
+    if plugins := environment.get("VLLM_PLUGINS"):  # the names of all that vLLM may load
+        environment["VLLM_PLUGINS"] = f"{plugins},rankloom"
+    return environment
 
 
 def make_completion_body(request: Request, model: str, ends: frozenset[int]) -> dict[str, Any]:
@@ -201,7 +209,7 @@ class VllmServer:
         )
         module = "vllm.entrypoints.openai.api_server"  # `vllm serve` does the same, but not where it is vllm-cpu
         self._process = subprocess.Popen(
-            [self._python, "-I", die_with_parent.__file__, module, *options],
+            [self._python, "-I", die_with_parent.__file__, str(PLUGINS), module, *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=make_environment(self._config, self._threads), start_new_session=True,
         )  # fmt: skip

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rankloom.adapters.probe import write_probe
 from rankloom.config.engine import VllmConfig
@@ -34,6 +36,7 @@ from rankloom.errors import (
 )
 from rankloom.models import load_outline
 from rankloom.registry import Registry
+from rankloom.registry.checks import CONFIG, WEIGHTS
 from served import load, publish, write_adapter
 from stub_vllm.vllm.entrypoints.openai.api_server import DIE, FAIL, SLOW, logprobs
 
@@ -114,10 +117,10 @@ def test_answers_become_deltas(tiny_llama: Path, tmp_path: Path, python: str) ->
 
 def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, tmp_path: Path, python: str) -> None:
     root = tmp_path / "registry"
-    ranks = {"lora": 4, "rslora": 12, "adalora": 3}  # an AdaLoRA's largest
+    ranks = {"lora": 4, "rslora": 12, "adalora": 3, "dora": 8}  # an AdaLoRA's largest
     refs = {kind: published(tiny_llama, root, tmp_path, kind, rank) for kind, rank in ranks.items()}
     refused = {
-        published(tiny_llama, root, tmp_path, "dora", 8): r"dora@1 has DoRA magnitudes.* engine\.type=bank",
+        published(tiny_llama, root, tmp_path, "extracted", 8): r"extracted@1 has .*modules.* engine\.type=bank",
         published(tiny_llama, root, tmp_path, "wide", 20): r"rank 20, above engine\.max_lora_rank=16",
         published(tiny_llama, root, tmp_path, "patterns", 7): "seven is no rank",
         published(tiny_llama, root, tmp_path, "lora", 5, "changed"): "differ by",
@@ -142,6 +145,14 @@ def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, t
             await completed(engine, (5, 30), "lora@champion")
         assert (await completed(engine, (5, 30), refs["adalora"]))[0][0] == 33
         assert engine.get_stats().adapter_failures == len(refused) + 1
+        await engine.pin(refs["dora"])
+        sent = engine._adapters.get(refs["dora"])
+        assert sent is not None
+        assert json.loads((sent.folder / CONFIG).read_text())["use_dora"]
+        plain, ours = (load_file(folder / WEIGHTS) for folder in (sent.folder, tmp_path / "dora"))
+        named = {name: tensor for name, tensor in ours.items() if "magnitude" in name}
+        assert named
+        assert all(torch.equal(plain[name], tensor) for name, tensor in named.items())
 
     serving(tiny_llama, root, python, work)
 
@@ -261,11 +272,10 @@ def test_an_environment_without_vllm_is_told(monkeypatch: pytest.MonkeyPatch, py
 @pytest.mark.parametrize("end", ["killed", "lets go"])
 def test_the_leash_ends_a_process_with_its_starter(tmp_path: Path, end: str) -> None:
     (tmp_path / "held.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
-    held = [sys.executable, die_with_parent.__file__, "held"]
+    held = [sys.executable, die_with_parent.__file__, str(tmp_path), "held"]
     starter = (
         "import subprocess, sys\n"
-        f"environment = {{'PYTHONPATH': {str(tmp_path)!r}}}\n"
-        f"subprocess.Popen({held!r}, env=environment, stdin=subprocess.PIPE, start_new_session=True)\n"
+        f"subprocess.Popen({held!r}, stdin=subprocess.PIPE, start_new_session=True)\n"
         "sys.stdin.readline()\n"
     )
     outer = subprocess.Popen([sys.executable, "-c", starter], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

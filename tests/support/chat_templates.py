@@ -24,11 +24,14 @@ class Family:
     """Further tokens that end a completion."""
     several: bool = True
     """Whether a turn may have several calls."""
+    template: str | None = None
+    """The template's name, where it is another family's."""
 
 
 _CALLS, _THINKS = ("<tool_call>", "</tool_call>"), ("<think>", "</think>")
 FAMILIES = {
     "hermes": Family("<|im_end|>", ("<|im_start|>",), _CALLS),
+    "hermes_spelt": Family("<|im_end|>", ("<|im_start|>",), template="hermes"),  # as SmolLM2
     "qwen3": Family("<|im_end|>", ("<|im_start|>",), _CALLS + _THINKS),
     "llama3": Family("<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"), several=False),
     "mistral": Family("</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]")),
@@ -39,6 +42,7 @@ FAMILIES = {
         ends=("<|call|>",),
         several=False,
     ),
+    "thinking_spelt": Family("<|im_end|>", ("<|im_start|>",), template="thinking"),
     "thinking": Family("<|im_end|>", ("<|im_start|>",), _CALLS + _THINKS),
 }
 
@@ -51,7 +55,7 @@ def write_base(tiny: Path, folder: Path, family: str) -> Path:
     special = [AddedToken(word, special=True, normalized=False) for word in ("<s>", of.end, *of.special, *of.ends)]
     tokenizer.add_tokens([*special, *(AddedToken(word, special=False, normalized=False) for word in of.plain)])
     tokenizer.bos_token, tokenizer.eos_token = "<s>", of.end
-    tokenizer.chat_template = (Path(__file__).parent / "templates" / f"{family}.jinja").read_text()
+    tokenizer.chat_template = (Path(__file__).parent / "templates" / f"{of.template or family}.jinja").read_text()
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -41,6 +41,7 @@ class Pay(pydantic.BaseModel):
 
 TOOLS: list[Any] = [openai.pydantic_function_tool(GetWeather), openai.pydantic_function_tool(Pay)]
 KINDS: dict[str, type[pydantic.BaseModel]] = {"GetWeather": GetWeather, "Pay": Pay}
+ALLOWED: dict[str, Any] = {"mode": "required", "tools": [{"type": "function", "function": {"name": "Pay"}}]}
 SAY: Any = [{"role": "user", "content": "What is the weather in Bern?"}]
 SCRIPTS = {
     "hermes": 'I look.\n<tool_call>\n{"name": "Pay", "arguments": {"cents": 5}}\n</tool_call>',
@@ -91,7 +92,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Itera
         yield Clients(tmp_path_factory.mktemp("families"), tiny_llama, stack)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "thinking"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("thinking")])
 def test_a_forced_call_comes_in_a_loop_until_it_is_answered(clients: Clients, family: str) -> None:
     chat, messages = clients[family].chat.completions, [*SAY]
     for seed in range(3):
@@ -129,6 +130,20 @@ def test_a_named_tool_is_called_in_a_stream(clients: Clients, family: str) -> No
     assert whole.message.tool_calls is not None
     assert whole.message.tool_calls[0].function.arguments == call.function.arguments  # type: ignore[union-attr]
     assert whole.finish_reason == streamed.finish_reason == "tool_calls"
+
+
+def test_only_allowed_tools_are_called(clients: Clients) -> None:
+    allowed: Any = {"type": "allowed_tools", "allowed_tools": ALLOWED}
+    asked: dict[str, Any] = {"model": "base", "messages": SAY, "tools": TOOLS}
+    for seed in range(5):
+        answer = clients["hermes"].chat.completions.create(**asked, tool_choice=allowed, seed=seed)
+        assert {call.function.name for call in answer.choices[0].message.tool_calls or ()} == {"Pay"}  # type: ignore[union-attr]
+    text = clients.write_script("hermes", SCRIPTS["hermes"].replace("Pay", "GetWeather"))
+    body = {"structured_outputs": {"grammar": text}}
+    allowed["allowed_tools"] = ALLOWED | {"mode": "auto"}
+    answer = clients["hermes"].chat.completions.create(**asked, tool_choice=allowed, extra_body=body)
+    assert answer.choices[0].message.tool_calls is None
+    assert "GetWeather" in (answer.choices[0].message.content or "")
 
 
 @pytest.mark.parametrize("family", list(SCRIPTS))
@@ -222,6 +237,11 @@ def test_a_choice_is_the_answer_without_thinking(clients: Clients, family: str) 
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},
             "a schema of the answer or of a tool can't be honoured: Unimplemented keys",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED | {"tools": []}}}, "at least 1"),
+        (
+            {"tools": TOOLS[:1], "tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED}},
+            "tool_choice: give the tools to choose from in tools",
         ),
         ({"messages": [*SAY, {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id: required, but not given"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "only in a message of role tool"),

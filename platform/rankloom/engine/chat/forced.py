@@ -16,13 +16,16 @@ from rankloom.errors import RequestError
 
 Spell = Callable[[str], str]
 """Returns the terms for a text: its special tokens as such, the rest in quotes."""
+TEXT = "TEXT: /(?s:.+)/"
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
 class CallSyntax:
-    """How a template writes calls: `first (begin name middle arguments end) (between ...)* last`."""
+    """How a template writes calls: `mark first (begin name middle arguments end) (between ...)* last`."""
 
+    mark: str
+    """What no text before calls has; empty: calls stand alone."""
     begin: str
     middle: str
     end: str
@@ -33,10 +36,14 @@ class CallSyntax:
 
 
 def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: Spell, *, several: bool) -> str:
-    """Return the rule `calls` of one call of one of the tools, or of several, and the rules that it needs."""
+    """Return the rule `calls` of one call of one of the tools, or of several, and the rules that it needs.
+
+    The rule `opened` is the same after the mark.
+    """
     more = f" ({spell(syntax.between)} call)*" if several and syntax.between is not None else ""
     rules = [
-        f"calls: {spell(syntax.first)} call{more} {spell(syntax.last)}",
+        f"calls: {spell(syntax.mark)} opened",
+        f"opened: {spell(syntax.first)} call{more} {spell(syntax.last)}",
         "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
     ]
     for i, function in enumerate(tool["function"] for tool in tools):
@@ -44,6 +51,14 @@ def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: S
         rules.append(f"call_{i}: {begin} arguments_{i} {spell(syntax.end)}")
         rules.append(f"arguments_{i}: {_write_json(function.get('parameters') or NO_PARAMETERS)}")
     return "\n".join(rules)
+
+
+def write_text_or_calls(mark: str, spell: Spell) -> str:
+    """Return the rule `answer` of text, calls, or both, and the rules that it needs beside those of `write_calls`."""
+    if spell(mark).startswith("<["):  # a token, which no text has
+        return f"answer: TEXT? calls?\n{TEXT}"
+    spelt = re.escape(mark).replace("/", r"\/")
+    return f"answer: TEXT? | before opened\nTEXT: /(?s:.+)/ & ~/(?s:.*){spelt}(?s:.*)/\nbefore[lazy]: /(?s:.*){spelt}/"
 
 
 def write_reply(grammar: Grammar) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.engine.chat import harmony, thinking
-from rankloom.engine.chat.forced import CallSyntax, make_speller, write_calls, write_reply
+from rankloom.engine.chat.forced import TEXT, CallSyntax, make_speller, write_calls, write_reply, write_text_or_calls
 from rankloom.engine.chat.harmony import HarmonyParser
 from rankloom.engine.chat.json_calls import JsonCallParser, JsonFormat
 from rankloom.engine.chat.pieces import Parser, PlainParser
@@ -32,22 +32,22 @@ class _Calls:
 
 
 _HERMES = _Calls(
-    CallSyntax('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n"),
+    CallSyntax("<tool_call>", '\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n<tool_call>"),
     JsonFormat(("<tool_call>",), close="</tool_call>"),
 )
 _LLAMA = _Calls(
-    CallSyntax('{"name": "', '", "parameters": ', "}"),
+    CallSyntax("", '{"name": "', '", "parameters": ', "}"),
     JsonFormat(("<|python_tag|>",), between=" \n\t\r;", bare=True),
 )
 _MISTRAL = _Calls(
-    CallSyntax('{"name": "', '", "arguments": ', "}", first="[TOOL_CALLS] [", between=", ", last="]"),
+    CallSyntax("[TOOL_CALLS]", '{"name": "', '", "arguments": ', "}", first=" [", between=", ", last="]"),
     JsonFormat(("[TOOL_CALLS]",), between=" \n\t\r,[]"),
 )
 _MISTRAL_NAMED = _Calls(
-    CallSyntax("[TOOL_CALLS]", "[ARGS]", "", between=""), JsonFormat(("[TOOL_CALLS]",), named="[ARGS]")
+    CallSyntax("[TOOL_CALLS]", "", "[ARGS]", "", between="[TOOL_CALLS]"), JsonFormat(("[TOOL_CALLS]",), named="[ARGS]")
 )
 _HARMONY = _Calls(
-    CallSyntax(f"{harmony.CHANNEL}commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", ""),
+    CallSyntax(harmony.CHANNEL, "commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", ""),
     None,
 )
 _MARKS = (
@@ -140,14 +140,10 @@ class ChatFormat:
         if grammar is not None:
             return [f"answer: {final} reply | calls", write_reply(grammar), calls]
         if self._calls is _HARMONY:
-            return [f"answer: {final} TEXT? | calls", _TEXT, calls]
+            return [f"answer: {final} TEXT? | calls", TEXT, calls]
         if self._calls is _LLAMA:
             return ["answer: REPLY? | calls", r"REPLY: /[^{\s](?s:.*)/", calls]
-        if not self._spell(self._calls.syntax.first or self._calls.syntax.begin).startswith("<["):
-            raise RequestError(
-                "tools: strict can't be honoured, because no token of the base begins a call; force it by tool_choice"
-            )
-        return ["answer: TEXT? calls?", _TEXT, calls]
+        return [write_text_or_calls(self._calls.syntax.mark, self._spell), calls]
 
     def _write_final(self) -> str:
         """Return the terms before a reply."""
@@ -163,13 +159,12 @@ class ChatFormat:
             return ["start: answer"]
         start = "start: thought answer" if has_begun else "start: (begin thought)? answer"
         end = spell(thinking.END)
-        thought = f"thought: THOUGHT {end} SPACE" if end.startswith("<[") else f"thought: THOUGHT_END SPACE\n{_LAZY}"
+        thought = f"thought: THOUGHT {end} SPACE" if end.startswith("<[") else f"thought: thought_end SPACE\n{_LAZY}"
         return [start, f"begin: {spell(thinking.BEGIN)}", thought, _THOUGHT, r"SPACE: /\n{0,2}/"]
 
 
-_TEXT = "TEXT: /(?s:.+)/"
 _THOUGHT = "THOUGHT: /(?s:.*)/"
-_LAZY = f"THOUGHT_END[lazy]: /(?s:.*)/ {thinking.END!r}".replace("'", '"')
+_LAZY = r"thought_end[lazy]: /(?s:.*)<\/think>/"
 
 
 def _choose_calls(template: str, parser: ToolCallParser | None) -> _Calls | None:

@@ -30,7 +30,7 @@ from rankloom.gateway.openai.body import (
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.messages import Message
 from rankloom.gateway.openai.structured import ResponseFormat, StructuredOutputs
-from rankloom.gateway.openai.tools import FunctionTool, NamedTool, ToolChoice
+from rankloom.gateway.openai.tools import FunctionTool, NamedTool, ToolChoice, choose_tools
 
 
 class StreamOptions(Body):
@@ -205,18 +205,8 @@ class ChatRequest(_Common):
 
     def _make_prompt(self) -> ChatPrompt:
         """Make the conversation. Raises WireError for a choice among tools that are not given."""
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(names) != len(set(names)):
-            raise WireError(400, "tools: two of them have the same name.", param="tools")
-        must_call: tuple[str, ...] = ()
-        if isinstance(self.tool_choice, NamedTool):
-            must_call = (self.tool_choice.function.name,)
-        elif self.tool_choice == "required":
-            must_call = tuple(names)
-        if (self.tool_choice == "required" and not names) or not set(must_call) <= set(names):
-            raise WireError(400, "tool_choice: give the tools to choose from in tools.", param="tool_choice")
+        tools, must_call = choose_tools(self.tools or (), self.tool_choice)
         messages = tuple(message.to_template() for message in self.messages)
-        tools = [] if self.tool_choice == "none" else self.tools or []
         several = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
         return ChatPrompt(messages, tuple(tool.to_template() for tool in tools), must_call, several)
 

@@ -238,7 +238,10 @@ def test_a_choice_is_the_answer_without_thinking(clients: Clients, family: str) 
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},
             "a schema of the answer or of a tool can't be honoured: Unimplemented keys",
         ),
-        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED | {"tools": []}}}, "at least 1"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED | {"tools": []}}},
+            "give the tools to choose",
+        ),
         (
             {"tools": TOOLS[:1], "tool_choice": {"type": "allowed_tools", "allowed_tools": ALLOWED}},
             "tool_choice: give the tools to choose from in tools",

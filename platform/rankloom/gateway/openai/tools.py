@@ -53,7 +53,7 @@ class NamedTool(Body):
 
 class AllowedTools(Body):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128, fail_fast=True)]
+    tools: Annotated[list[NamedTool], Field(max_length=128, fail_fast=True)]
 
 
 class AllowedToolChoice(Body):
@@ -95,7 +95,7 @@ def choose_tools(
         named, mode = [choice.function.name], "required"
     elif isinstance(choice, AllowedToolChoice):
         named, mode = [tool.function.name for tool in choice.allowed_tools.tools], choice.allowed_tools.mode
-    if (mode == "required" and not named) or not set(named) <= set(given):
+    if (not named and choice not in (None, "auto", "none")) or not set(named) <= set(given):
         raise WireError(400, "tool_choice: give the tools to choose from in tools.", param="tool_choice")
     callable_ = named if isinstance(choice, AllowedToolChoice) else [] if mode == "none" else list(given)
     return [given[name] for name in dict.fromkeys(callable_)], tuple(dict.fromkeys(named)) if mode == "required" else ()

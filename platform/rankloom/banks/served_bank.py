@@ -296,16 +296,17 @@ class ServedBank:
             y: Tensor = base(x)
             layout = self._get_layout(module)
             for adapter, span in layout.whole if layout else ():
+                x_N, y_N = _join_batch(x)[span], _join_batch(y)[span]
                 if factors := adapter.embeddings.get(name):
-                    factors.add_to(y[0, span], x[0, span])
+                    factors.add_to(y_N, x_N)
                 elif own := adapter.whole.get(name):
-                    y[0, span] = own(x[0, span])
+                    y_N.copy_(own(x_N))
             return y
 
         return forward
 
     def _make_mixture_forward(self, name: str, module: nn.Module) -> Callable[..., Any]:
-        """Return the forward of a router or of experts; all inputs and outputs are [N, .] or [1, N, .]."""
+        """Return the forward of a router or of experts; all inputs and outputs are [N, .] or [B, T, .]."""
         base = module.forward
 
         def forward(*given: Tensor) -> Any:
@@ -334,6 +335,11 @@ def _add_alone(group: LinearGroup, y: Tensor, x: Tensor, layout: _Layout) -> Non
         for adapter, span in layout.whole:
             if own := adapter.whole.get(name):
                 y_NO[span, group.get_outputs(part)] = own(x_NI[span])
+
+
+def _join_batch(x: Tensor) -> Tensor:
+    """Return a view of [B, T, ...] as [N, ...]."""
+    return x.view(-1, *x.shape[2:])
 
 
 def _drop_batch(x: Tensor) -> Tensor:

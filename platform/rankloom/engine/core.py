@@ -1,7 +1,7 @@
 """Core: the sequences that run or wait, and the step that advances all of them.
 
 `Core.step()` is the engine: it *plans* which sequences run and what is computed (`scheduler.py`), *computes* one
-forward (`model_runner.py`) and *applies* the result: a token for each sequence that predicts, its text, its end. One
+forward (`runner.py`) and *applies* the result: a token for each sequence that predicts, its text, its end. One
 thread owns a core and makes all calls; it knows no event loop. `engine.py` is around it.
 """
 
@@ -24,10 +24,9 @@ from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.frontend import count_vocabulary
 from rankloom.engine.kv_cache import KvCache, choose_bucket_width, choose_capacity, choose_prefix_capacity, find_longest
 from rankloom.engine.masks import Masker
-from rankloom.engine.model_runner import ModelRunner
-from rankloom.engine.open_predictor import open_predictor
+from rankloom.engine.open_predictor import open_predictor, open_runner
 from rankloom.engine.predictor import StepResult
-from rankloom.engine.prefix import PrefixTree
+from rankloom.engine.prefix import WORTHWHILE, PrefixTree
 from rankloom.engine.protocol import Stats
 from rankloom.engine.sampling import LARGEST, SamplingInput
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, halve, schedule
@@ -38,6 +37,9 @@ from rankloom.models.device import free_cuda_bytes, is_lost
 from rankloom.registry import Registry
 
 logger = logging.getLogger(__name__)
+
+MOST_SINGLE = 16
+"""Most tokens after a known prefix that are computed one by one, where layers can't continue otherwise."""
 
 
 @dataclass
@@ -71,14 +73,15 @@ class Core:
             ModelError: the base's architecture can't be served.
         """
         self._base = base
-        self._runner = ModelRunner(base.model, pack=config.pack_weights)
+        self._runner = open_runner(base.model, pack=config.pack_weights)
         on_gpu = base.device.type != "cpu"
         self.num_seqs = config.resolve_num_seqs(on_gpu=on_gpu)
         self._num_tokens = config.resolve_num_tokens(on_gpu=on_gpu)
         longest, shape = find_longest(base.model), self._runner.shape
         free = free_cuda_bytes(base.device) if base.device.type == "cuda" else None
         kept = config.prefix_cache_tokens
-        self._prefixes = PrefixTree(choose_prefix_capacity(shape, free) if kept is None else kept)
+        kept = choose_prefix_capacity(shape, free) if kept is None else kept
+        self._prefixes = PrefixTree(kept, shape.tokens_per_states)
         wanted = config.kv_cache_tokens or choose_capacity(shape, free, self.num_seqs, longest)
         self._cache, self._predictor = open_predictor(self._runner, wanted, longest, self.num_seqs, config)
         self.cache_tokens = self._cache.capacity
@@ -262,7 +265,7 @@ class Core:
         sequence.cached += chunk.count
         new_to_prompt = max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
         self._counters.prompt_tokens += new_to_prompt
-        if new_to_prompt and sequence.cached >= sequence.num_prompt:
+        if sequence.cached in sequence.stops or (new_to_prompt and sequence.cached >= sequence.num_prompt):
             self._keep_prefix(sequence)
 
     def _send(self) -> None:
@@ -290,7 +293,10 @@ class Core:
 
     def _get_state(self, sequence: RunningSequence, *, ready: bool = True) -> SequenceState:
         ready = ready and (sequence.request.adapter is None or self.adapters.get(sequence.request.adapter) is not None)
-        return SequenceState(sequence.request.id, sequence.arrival, len(sequence.tokens), sequence.cached, ready)
+        return SequenceState(
+            sequence.request.id, sequence.arrival, len(sequence.tokens), sequence.cached, ready,
+            sequence.stops, whole=not self._runner.continues,
+        )  # fmt: skip
 
     def _find_followers(self) -> set[RunningSequence]:
         """Find the waiting sequences that share their beginning with an earlier one that has yet to compute it.
@@ -302,7 +308,7 @@ class Core:
         leading = {sequence.beginning for sequence in self._running.values() if sequence.cached < sequence.num_prompt}
         followers = set()
         for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.arrival):
-            if sequence.beginning in leading and not self._prefixes.match(sequence.owner, sequence.tokens)[0]:
+            if sequence.beginning in leading and not self._prefixes.match(sequence.owner, sequence.tokens).length:
                 followers.add(sequence)
             elif sequence.beginning is not None:
                 leading.add(sequence.beginning)
@@ -312,19 +318,30 @@ class Core:
         return None if sequence.request.adapter is None else self.adapters.get(sequence.request.adapter)
 
     def _reuse_prefix(self, sequence: RunningSequence) -> None:
-        length, pieces = self._prefixes.match(sequence.owner, sequence.tokens[:-1])
-        for piece in pieces:
-            self._cache.write(sequence.request.id, sequence.cached, piece)
-            sequence.cached += piece.shape[-2]
+        id, last = sequence.request.id, len(sequence.tokens) - 1
+        known = self._prefixes.match(sequence.owner, sequence.tokens[:last])
+        if self._runner.continues or last - known.length < MOST_SINGLE:
+            for piece in known.pieces:
+                self._cache.write(id, sequence.cached, piece)
+                sequence.cached += piece.shape[-2]
+            if known.states:
+                self._cache.states[id] = known.states
+        if self._runner.shape.bytes_per_sequence and self._prefixes.capacity:
+            # after these there are no other chances to keep states: a sequence with the same prompt needs them before
+            # its last token, one with the same beginning where they differ
+            branches = (known.num_agreeing,) if self._runner.continues else ()
+            sequence.stops = tuple(at for at in (*branches, last) if at - sequence.cached >= WORTHWHILE)
         if not sequence.generated:  # not of a sequence that was preempted
-            sequence.num_reused = length
-            self._counters.cached_tokens += length
+            sequence.num_reused = sequence.cached
+            self._counters.cached_tokens += sequence.cached
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:
         if self._prefixes.capacity:
-            read = partial(self._cache.read, sequence.request.id)
+            id = sequence.request.id
             try:
-                self._prefixes.insert(sequence.owner, sequence.tokens[: sequence.cached], read)
+                states = tuple(state.clone() for state in self._cache.states.get(id, ()))
+                read = partial(self._cache.read, id)
+                self._prefixes.insert(sequence.owner, sequence.tokens[: sequence.cached], read, states)
             except torch.OutOfMemoryError:
                 self._prefixes.clear()
 

@@ -5,6 +5,9 @@ sequences lie in buckets, whose widths are powers of two; one that outgrows its 
 token moves at most once per doubling. In a bucket the sequences take the first places, without gaps: a block is a view,
 never gathered. A step allocates nothing; a bucket is resized when it has no place left, within the budget of tokens.
 
+Layers that keep no keys and values, such as recurrences, have `States` of each sequence instead. They never change: a
+step makes new ones, so that a prefix can keep them as they are.
+
 Shapes: R places of a bucket, H key and value heads, T width, E width of a head, t tokens, F numbers of a token in all
 layers.
 """
@@ -25,6 +28,8 @@ CPU_TOKENS, CPU_PREFIX_TOKENS = 16384, 8192
 """Capacity of a cache, and of the prefixes kept beside it, on a CPU, in tokens."""
 GPU_SHARE, GPU_PREFIX_SHARE = 0.5, 0.1
 """Their shares of the GPU memory that the base leaves; the rest is for adapters and activations."""
+States = tuple[Tensor, ...]
+"""What layers keep of one sequence as a whole, each [1, ...]."""
 MOST_PREFIX_TOKENS = 65536
 """More are not kept by default: finding the prefix to drop takes the longer, the more there are."""
 
@@ -51,11 +56,13 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class KvShape:
-    """The keys and values that a model keeps of each token."""
+    """What a model keeps of each token and of each sequence."""
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     device: torch.device
+    bytes_per_sequence: int = 0
+    """Those of its `States`."""
 
     @classmethod
     def repeat(cls, num_layers: int, num_heads: int, width: int, dtype: torch.dtype, device: torch.device) -> KvShape:
@@ -65,6 +72,25 @@ class KvShape:
     @property
     def bytes_per_token(self) -> int:
         return sum(layer.num_numbers for layer in self.layers) * self.dtype.itemsize
+
+    @property
+    def bytes_per_kept_token(self) -> int:
+        """Those of a token of a prefix; where layers keep nothing of tokens, its share of the states."""
+        return self.bytes_per_token or -(-self.bytes_per_sequence // NARROWEST)
+
+    def count_state_bytes(self, num_seqs: int) -> int:
+        """Return the most bytes of the states of sequences that run: a step has those before it and those after it."""
+        return 2 * num_seqs * self.bytes_per_sequence
+
+    @property
+    def tokens_per_states(self) -> int:
+        """Tokens of a prefix that take the memory of a sequence's states."""
+        return -(-self.bytes_per_sequence // self.bytes_per_kept_token) if self.bytes_per_sequence else 0
+
+    @property
+    def attends(self) -> bool:
+        """Whether there are keys and values."""
+        return any(layer.num_heads for layer in self.layers)
 
     @property
     def is_uniform(self) -> bool:
@@ -81,7 +107,7 @@ def choose_capacity(shape: KvShape, free: float | None, num_seqs: int, longest: 
     """
     if free is None:
         return CPU_TOKENS
-    tokens = int(GPU_SHARE * free) // shape.bytes_per_token
+    tokens = int(max(0, GPU_SHARE * free - shape.count_state_bytes(num_seqs))) // max(1, shape.bytes_per_token)
     most = num_seqs * choose_bucket_width(longest) if longest else tokens
     return max(NARROWEST, min(tokens, most))
 
@@ -90,13 +116,13 @@ def choose_prefix_capacity(shape: KvShape, free: float | None) -> int:
     """Return the number of tokens of earlier sequences to keep; `free` as in `choose_capacity`."""
     if free is None:
         return CPU_PREFIX_TOKENS
-    return min(MOST_PREFIX_TOKENS, int(GPU_PREFIX_SHARE * free) // shape.bytes_per_token)
+    return min(MOST_PREFIX_TOKENS, int(GPU_PREFIX_SHARE * free) // shape.bytes_per_kept_token)
 
 
 def find_longest(model: PreTrainedModel) -> int | None:
     """Return the most tokens that the base has positions for; None: any number."""
     shape = model.config.get_text_config()
-    known = [getattr(shape, "max_position_embeddings", None)]
+    known = [getattr(shape, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the second is MPT's
     rope = getattr(shape, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # which changes the angles of a whole step beyond this length
         known.append(rope["original_max_position_embeddings"])
@@ -142,7 +168,7 @@ class KvBucket:
 
 
 class KvCache:
-    """The keys and values of each sequence, by request id.
+    """The keys and values of each sequence, and its states, by request id.
 
     Invariant: the buckets together have places for at most `capacity` tokens.
     """
@@ -151,6 +177,8 @@ class KvCache:
         self.shape, self.capacity = shape, capacity
         self.buckets: dict[int, KvBucket] = {}
         """By width."""
+        self.states: dict[str, States] = {}
+        """Those of the sequences that have begun."""
         self._widths: dict[str, int] = {}
 
     def __contains__(self, id: str) -> bool:
@@ -193,20 +221,13 @@ class KvCache:
             old, old_place = self.locate(id)
             for target, source in zip(bucket.list_blocks(), old.list_blocks(), strict=True):
                 target[place, :, :before] = source[old_place]
-            self.remove(id)
+            self._leave_bucket(id)
         bucket.ids.append(id)
         self._widths[id] = width
 
     def remove(self, id: str) -> None:
-        """Remove a sequence; the bucket's last one takes its place."""
-        bucket, place = self.locate(id)
-        last = len(bucket.ids) - 1
-        if place != last:
-            for block in bucket.list_blocks():
-                block[place] = block[last]
-            bucket.ids[place] = bucket.ids[last]
-        bucket.ids.pop()
-        del self._widths[id]
+        self._leave_bucket(id)
+        self.states.pop(id, None)
 
     def read(self, id: str, start: int, stop: int) -> Tensor:
         """Copy a span of a sequence's keys and values [t, F]."""
@@ -220,6 +241,17 @@ class KvCache:
         spans = values_tF.split([block.shape[1] * block.shape[3] for block in blocks], 1)
         for block, span in zip(blocks, spans, strict=True):
             block[place, :, start : start + len(span)] = span.unflatten(1, block.shape[1::2]).transpose(0, 1)
+
+    def _leave_bucket(self, id: str) -> None:
+        """Free a sequence's place, which the bucket's last one takes."""
+        bucket, place = self.locate(id)
+        last = len(bucket.ids) - 1
+        if place != last:
+            for block in bucket.list_blocks():
+                block[place] = block[last]
+            bucket.ids[place] = bucket.ids[last]
+        bucket.ids.pop()
+        del self._widths[id]
 
     def _extend(self, bucket: KvBucket) -> None:
         """Double the places, or add as many as the budget allows once other buckets have given up unused ones."""

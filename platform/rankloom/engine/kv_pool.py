@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rankloom.engine.kv_cache import NARROWEST, KvShape
+from rankloom.engine.kv_cache import NARROWEST, KvShape, States
 from rankloom.errors import ConfigError
 from rankloom.models.device import free_cuda_bytes
 
@@ -47,6 +47,8 @@ class KvPool:
             self.blocks_2LSTHE = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         except torch.OutOfMemoryError:
             raise ConfigError(_explain_too_large(shape, self.size)) from None
+        self.states: dict[str, States] = {}
+        """None: what has states is served over a `KvCache`."""
         self._free = list(range(num_pages, NOBODYS, -1))
         self._pages: dict[str, list[int]] = {}
 

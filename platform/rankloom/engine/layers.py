@@ -17,8 +17,10 @@ from rankloom.engine.attention import ATTENTION, AttentionTerms, get_layer
 from rankloom.engine.kv_cache import KvShape, LayerShape
 from rankloom.errors import ModelError
 
-SERVED_TYPES = ("full_attention", "sliding_attention", "dummy")
-"""Layer types, as transformers' caches name them, that the engine has; a dummy reads an earlier layer's cache."""
+REPLACED_TYPES = {"full_attention", "sliding_attention", "dummy"}
+"""Layer types, as transformers' caches name them, that `attention.py` has; a dummy reads an earlier layer's cache."""
+SERVED_TYPES = REPLACED_TYPES | {"chunked_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Those that are served, the others as transformers computes them (`padded_cache.py`)."""
 PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
 """Token ids that every vocabulary has."""
 NOT_REPLACEABLE = "its attention can't be replaced by the engine's"
@@ -26,11 +28,16 @@ NOT_REPLACEABLE = "its attention can't be replaced by the engine's"
 
 def find_obstacle(model: PreTrainedModel) -> str | None:
     """Return why the bank engine can't serve an architecture, as far as it shows without weights; None: it can."""
-    types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    others = sorted({*types} - {*SERVED_TYPES})
-    if others:
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if others := sorted({*_list_types(model)} - SERVED_TYPES):
         return f"it has layers of a type ({', '.join(others)}) whose states this engine does not keep"
-    return None if model.is_backend_compatible() else NOT_REPLACEABLE
+    return None
+
+
+def is_replaceable(model: PreTrainedModel) -> bool:
+    """Return whether the engine's attention can take the place of the model's own, as far as it shows."""
+    return {*_list_types(model)} <= REPLACED_TYPES and model.is_backend_compatible()
 
 
 def explain_obstacle(model: PreTrainedModel, reason: str) -> str:
@@ -82,6 +89,11 @@ class _Notes:
         self.calls.append(_Call(get_layer(module), key_1HNE, value_1HNE, terms.window))
         _, num_heads, num_tokens, _ = query_1HNE.shape
         return query_1HNE.new_zeros(num_tokens, num_heads, value_1HNE.shape[-1])
+
+
+def _list_types(model: PreTrainedModel) -> list[str]:
+    types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return types
 
 
 def _list_windows(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
-from rankloom.engine.model_runner import ModelRunner
+from rankloom.engine.runner import Runner
 from rankloom.engine.sampling import LARGEST, SampledToken, SamplingInput, sample_tokens
 
 
@@ -45,7 +45,7 @@ class PlainPredictor:
 
     overlaps = False
 
-    def __init__(self, runner: ModelRunner, cache: KvCache) -> None:
+    def __init__(self, runner: Runner, cache: KvCache) -> None:
         self._runner, self._cache = runner, cache
 
     def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> StepResult:

@@ -4,6 +4,8 @@ It has a radix tree of tokens for each adapter version and tenant. Keys and valu
 must never find them; and a hit reveals an earlier prompt, so another tenant must not either. What two prompts share,
 such as a system prompt, is kept once. The least recently used leaves are dropped when room is needed.
 
+Layers with states have these after some tokens only, so a beginning is known up to the last of them.
+
 Shapes: t tokens of a node, F numbers of a token in all layers.
 """
 
@@ -13,6 +15,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from rankloom.engine.kv_cache import States
 
 WORTHWHILE = 16
 """Fewest tokens for which copying is faster than computing."""
@@ -27,53 +31,86 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
     """By first token."""
     used: int = 0
+    states: States = ()
+    """After its last token; empty: unknown."""
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """The beginning of a sequence that is known."""
+
+    length: int
+    pieces: tuple[Tensor, ...]
+    """Keys and values of its tokens [t, F]."""
+    states: States
+    """After its last token."""
+    num_agreeing: int
+    """Tokens that an earlier sequence had too; beyond `length`, they are to be computed for their states."""
 
 
 class PrefixTree:
-    """Invariant: no more than `capacity` tokens."""
+    """Invariant: no more than `capacity` tokens, where states count as `tokens_per_states`."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, tokens_per_states: int = 0) -> None:
+        """
+        Args:
+            tokens_per_states: tokens whose keys and values take the memory of a sequence's states; 0: there are none.
+        """
+        self.capacity, self.tokens_per_states = capacity, tokens_per_states
         self.num_tokens = 0
         self._roots: dict[Hashable, _Node] = {}
         self._clock = 0
 
-    def match(self, key: Hashable, tokens: Sequence[int]) -> tuple[int, list[Tensor]]:
-        """Find the longest known beginning: its length, and its keys and values [t, F] in pieces."""
-        length, pieces = 0, []
-        for node, common in self._follow(key, tokens):
-            assert node.values_tF is not None
-            pieces.append(node.values_tF[:common])
-            length += common
-        return (length, pieces) if length >= WORTHWHILE else (0, [])
+    def match(self, key: Hashable, tokens: Sequence[int]) -> PrefixMatch:
+        """Find the longest known beginning."""
+        path = list(self._follow(key, tokens))
+        known = self._cut(path)
+        length = _count(known)
+        if length < WORTHWHILE:
+            return PrefixMatch(0, (), (), _count(path))
+        pieces = tuple(node.values_tF[:common] for node, common in known if node.values_tF is not None)
+        return PrefixMatch(length, pieces, known[-1][0].states, _count(path))
 
-    def insert(self, key: Hashable, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:
+    def insert(
+        self, key: Hashable, tokens: Sequence[int], read: Callable[[int, int], Tensor], states: States = ()
+    ) -> None:
         """Keep a sequence's beginning.
 
         Args:
             read: returns a copy of the keys and values of a span of the sequence's tokens.
+            states: after these tokens.
         """
-        if len(tokens) > self.capacity:
+        if len(tokens) + self.tokens_per_states > self.capacity:
             return
         path = list(self._follow(key, tokens))
-        length = sum(common for _, common in path)
-        if len(tokens) - length < WORTHWHILE:
+        if len(tokens) - _count(self._cut(path)) < WORTHWHILE:
             return
+        length = _count(path)
         if path:
-            above, common = path[-1]
-            if common < len(above.tokens):
-                above = self._split(above, common)
+            node, common = path[-1]
+            if common < len(node.tokens):
+                node = self._split(node, common)
         else:
-            above = self._roots.setdefault(key, _Node((), None, None))
-        node = _Node(tuple(tokens[length:]), read(length, len(tokens)), above, used=self._clock)
-        above.children[node.tokens[0]] = node
-        self.num_tokens += len(node.tokens)
+            node = self._roots.setdefault(key, _Node((), None, None))
+        if length < len(tokens):
+            child = _Node(tuple(tokens[length:]), read(length, len(tokens)), node, used=self._clock)
+            node.children[child.tokens[0]] = node = child
+            self.num_tokens += len(node.tokens)
+        node.states = states
+        self.num_tokens += self.tokens_per_states
         while self.num_tokens > self.capacity:
             self._drop(min(self._list_leaves(), key=lambda leaf: leaf.used))
 
     def clear(self) -> None:
         """Drop everything."""
         self._roots, self.num_tokens = {}, 0
+
+    def _cut(self, path: list[tuple[_Node, int]]) -> list[tuple[_Node, int]]:
+        """Return the part of a way that can be continued."""
+        if not self.tokens_per_states:
+            return path
+        ends = [i for i, (node, common) in enumerate(path, 1) if node.states and common == len(node.tokens)]
+        return path[: max(ends, default=0)]
 
     def _follow(self, key: Hashable, tokens: Sequence[int]) -> Iterator[tuple[_Node, int]]:
         """Yield the nodes on the way, and how many tokens of each agree."""
@@ -112,7 +149,14 @@ class PrefixTree:
                 yield node
 
     def _drop(self, leaf: _Node) -> None:
-        assert leaf.parent is not None
-        del leaf.parent.children[leaf.tokens[0]]
-        self.num_tokens -= len(leaf.tokens)
+        above = leaf.parent
+        assert above is not None
+        del above.children[leaf.tokens[0]]
+        self.num_tokens -= len(leaf.tokens) + (self.tokens_per_states if leaf.states else 0)
+        if self.tokens_per_states and above.parent is not None and not above.children and not above.states:
+            self._drop(above)  # which can't be continued
         self._roots = {key: root for key, root in self._roots.items() if root.children}
+
+
+def _count(path: Sequence[tuple[_Node, int]]) -> int:
+    return sum(common for _, common in path)

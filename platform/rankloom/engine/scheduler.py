@@ -23,6 +23,10 @@ class SequenceState:
     """How many of these have keys and values in the cache."""
     ready: bool = True
     """Whether its adapter is loaded."""
+    stops: tuple[int, ...] = ()
+    """Numbers of tokens at which a chunk ends, as the states after them are to be kept."""
+    whole: bool = False
+    """Whether its first chunk may be as long as it is, as another one after it would be slow."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def schedule(running: Sequence[SequenceState], budget: StepBudget) -> tuple[Sche
     chunks = []
     for state in states:
         pending = state.length - state.cached
-        count = pending if pending == 1 else min(pending, left)
+        wanted = min((at for at in state.stops if at > state.cached), default=state.length) - state.cached
+        count = wanted if pending == 1 or (state.whole and state.cached == 0 and left > 0) else min(wanted, left)
         if pending > 1:
             left -= count
         if count > 0:

@@ -40,6 +40,8 @@ class RunningSequence:
         """It shares keys and values with sequences of the same tenant and adapter alone."""
         self.beginning = (self.owner, request.prompt[:SHARED_PREFIX]) if len(request.prompt) > SHARED_PREFIX else None
         """Sequences with the same beginning are computed one after the other; None: too short."""
+        self.stops: tuple[int, ...] = ()
+        """Numbers of tokens after which the states of its layers are kept for others."""
         self.num_reused = 0
         """Tokens of the prompt owner keys and values came from another sequence."""
         self.adapter: ServedAdapter | None = None

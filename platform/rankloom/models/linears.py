@@ -32,8 +32,11 @@ def find_decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether adapters can adapt a module: nn.Linear, bitsandbytes' subclasses of it, GPT-2's Conv1D."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Return whether adapters can adapt a module: nn.Linear, bitsandbytes' subclasses of it, GPT-2's Conv1D.
+
+    Llama 4's router is an nn.Linear, but returns more than its product.
+    """
+    return isinstance(module, (nn.Linear, Conv1D)) and "Router" not in type(module).__name__
 
 
 def get_linear_widths(linear: nn.Module) -> tuple[int, int]:

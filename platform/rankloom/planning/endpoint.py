@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rankloom import kernels
 from rankloom.banks.slot_table import forecast_table_bytes
 from rankloom.config.engine import EngineConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
-from rankloom.engine.kv_cache import KvShape, LayerShape, choose_capacity, choose_prefix_capacity, find_longest
+from rankloom.engine.kv_cache import KvShape, choose_capacity, choose_prefix_capacity, find_longest
 from rankloom.engine.layers import explain_obstacle, find_obstacle
+from rankloom.engine.padded_cache import forecast_shape
 from rankloom.errors import ConfigError, ModelError
 from rankloom.events import OnEvent, PhaseStarted
 from rankloom.models import choose_auto_dtype, resolve_dtype
@@ -83,10 +83,12 @@ class ReplicaMemory:
 
     weights: float
     """In bytes."""
+    shape: KvShape
+    num_seqs: int
+    """Most sequences that run."""
     cache_tokens: int | None
     """Those of the KV cache; None: unknown here, as they follow from the device's memory."""
     prefix_tokens: int | None
-    bytes_per_token: int
     adapters: float
     """In bytes, of `num_adapters` of rank `RANK` on all linears."""
     num_adapters: int
@@ -94,17 +96,18 @@ class ReplicaMemory:
     @property
     def cache(self) -> float:
         """Bytes of the KV cache; 0 where they are unknown."""
-        return (self.cache_tokens or 0) * self.bytes_per_token
+        return (self.cache_tokens or 0) * self.shape.bytes_per_token
 
     def describe(self) -> str:
         """Return its parts, for users."""
         parts = [f"weights {format_gb(self.weights)}"]
-        if self.cache_tokens:
+        if self.cache:
             parts.append(f"KV cache {format_gb(self.cache)} for {self.cache_tokens:,} tokens when full")
+        if states := self.shape.count_state_bytes(self.num_seqs):
+            parts.append(f"states {format_gb(states)} of {self.num_seqs} sequences")
         if self.prefix_tokens:
-            parts.append(
-                f"prefixes {format_gb(self.prefix_tokens * self.bytes_per_token)} for {self.prefix_tokens:,} tokens"
-            )
+            prefixes = self.prefix_tokens * self.shape.bytes_per_kept_token
+            parts.append(f"prefixes {format_gb(prefixes)} for {self.prefix_tokens:,} tokens")
         return ", ".join([*parts, f"adapters {format_gb(self.adapters)} for {self.num_adapters} of rank {RANK}"])
 
 
@@ -127,27 +130,19 @@ def forecast_replica(
         model, "all-linear", experts=False, predicted_share=0.0, quantization=quantization, dtype=dtype, device=device
     )
     weights = shape.base_bytes + (is_fast and quantization == "nf4") * MERGED * (shape.num_weights - shape.num_other)
-    heads, tokens, kept = describe_heads(model, dtype, device), engine.kv_cache_tokens, engine.prefix_cache_tokens
-    if available is not None or device.type == "cpu":
+    tokens, kept = engine.kv_cache_tokens, engine.prefix_cache_tokens
+    num_seqs = engine.resolve_num_seqs(on_gpu=device.type == "cuda")
+    try:
+        kept_shape = forecast_shape(model, dtype)
+    except RuntimeError:  # it looks at values, and an outline has none
+        kept_shape, tokens, kept = KvShape((), dtype, device), None, None
+    if kept_shape.layers and (available is not None or device.type == "cpu"):
         free = None if device.type == "cpu" else max(0.0, (available or 0.0) - weights)
-        num_seqs = engine.resolve_num_seqs(on_gpu=device.type == "cuda")
-        tokens = tokens or choose_capacity(heads, free, num_seqs, find_longest(model))
-        kept = choose_prefix_capacity(heads, free) if kept is None else kept
+        tokens = tokens or choose_capacity(kept_shape, free, num_seqs, find_longest(model))
+        kept = choose_prefix_capacity(kept_shape, free) if kept is None else kept
     num_adapters = engine.max_cpu_loras
     if is_fast:
         adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
     else:
         adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * torch.float32.itemsize
-    return ReplicaMemory(weights, tokens, kept, heads.bytes_per_token, adapters, num_adapters)
-
-
-def describe_heads(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> KvShape:
-    """Return what a model keeps of each token, by its config."""
-    config = model.config.get_text_config(decoder=True)
-    types, _ = get_layer_types_and_kwargs(config)
-    layers = []
-    for i, (kind, layer) in enumerate(zip(types, config.per_layer_config, strict=True)):
-        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        layers.append(LayerShape(0 if kind == "dummy" else heads, width, width, i))
-    return KvShape(tuple(layers), dtype, device)
+    return ReplicaMemory(weights, kept_shape, num_seqs, tokens, kept, adapters, num_adapters)

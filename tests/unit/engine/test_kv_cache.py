@@ -121,9 +121,9 @@ def kept(tree: PrefixTree, key: str | None, tokens: list[int]) -> torch.Tensor:
 
 
 def found(tree: PrefixTree, key: str | None, tokens: list[int]) -> list[int]:
-    length, pieces = tree.match(key, tokens)
-    assert length == sum(piece.shape[0] for piece in pieces)
-    return [int(v) for piece in pieces for v in piece[:, 0]]
+    known = tree.match(key, tokens)
+    assert known.length == sum(piece.shape[0] for piece in known.pieces)
+    return [int(v) for piece in known.pieces for v in piece[:, 0]]
 
 
 def test_the_longest_common_beginning_is_found() -> None:
@@ -152,6 +152,38 @@ def test_the_least_recently_used_goes_and_what_is_shared_stays_longest() -> None
         assert tree.num_tokens <= 120
     assert found(tree, None, system + [4] * 30) == system + [4] * 30
     assert found(tree, None, system + [0] * 30) == system
+
+
+def with_states(tree: PrefixTree, tokens: list[int]) -> None:
+    """Inserts tokens, and their number as the states after them."""
+    whole = torch.tensor(tokens, dtype=torch.float32)[:, None].expand(-1, 12)
+    tree.insert(None, tokens, lambda start, stop: whole[start:stop].clone(), (torch.tensor([[len(tokens)]]),))
+
+
+def test_layers_with_states_continue_where_these_are_known() -> None:
+    tree, system = PrefixTree(1000, tokens_per_states=50), list(range(100, 140))
+    with_states(tree, system + [1] * 20)
+    known = tree.match(None, system + [2] * 20)  # nothing is known of the states where the two part
+    assert (known.length, known.pieces, known.states, known.num_agreeing) == (0, (), (), 40)
+    with_states(tree, system)
+    with_states(tree, system + [2] * 20)
+    assert tree.num_tokens == 40 + 20 + 20 + 3 * 50
+    for tokens, length in ((system + [3] * 20, 40), (system + [1] * 30, 60), (system[:30], 0)):
+        known = tree.match(None, tokens)
+        assert (known.length, [int(state) for state in known.states]) == (length, [length] if length else [])
+        assert sum(len(piece) for piece in known.pieces) == length
+    with_states(tree, system + [2] * 25)  # so few tokens further, others are cheaper to compute
+    assert tree.num_tokens == 40 + 20 + 20 + 3 * 50
+
+
+def test_what_can_not_be_continued_is_dropped_with_what_followed_it() -> None:
+    tree, system = PrefixTree(200, tokens_per_states=50), list(range(100, 140))
+    with_states(tree, system + [1] * 20)
+    with_states(tree, system + [2] * 20)
+    assert tree.num_tokens == 40 + 2 * (20 + 50)
+    with_states(tree, list(range(300, 400)))
+    assert tree.num_tokens == 150
+    assert not tree.match(None, system + [1] * 20).length
 
 
 def test_what_is_short_or_too_long_is_not_kept() -> None:

@@ -66,3 +66,18 @@ def test_a_prompt_that_fits_predicts_and_leaves_room_for_the_next() -> None:
         ScheduledChunk("a", 26, 4, predicts=True),
         ScheduledChunk("b", 0, 6, predicts=False),
     )
+
+
+def test_chunks_end_where_states_are_kept() -> None:
+    def cut(cached: int) -> list[tuple[int, bool]]:
+        chunks = schedule([SequenceState("a", 0, 9, cached, stops=(4, 8))], BUDGET)
+        return [(chunk.count, chunk.predicts) for chunk in chunks]
+
+    assert [cut(0), cut(2), cut(4), cut(8)] == [[(4, False)], [(2, False)], [(4, False)], [(1, True)]]
+
+
+def test_the_first_chunk_of_what_can_not_be_continued_is_whole() -> None:
+    running = [SequenceState("a", 0, 40, whole=True), SequenceState("b", 1, 40, whole=True)]
+    assert schedule(running, BUDGET) == (ScheduledChunk("a", 0, 40, predicts=True),)  # the other one waits
+    after = [SequenceState("a", 0, 41, 40, whole=True), SequenceState("b", 1, 40, 20, whole=True)]
+    assert [chunk.count for chunk in schedule(after, BUDGET)] == [1, 9]

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV32Config, MambaConfig
 
 import rankloom as rl
 from rankloom.cli import main
 from rankloom.config import TrialConfig, parse
 from rankloom.config.model import NoQuantization
-from rankloom.engine.kv_cache import MOST_PREFIX_TOKENS
+from rankloom.engine.kv_cache import MOST_PREFIX_TOKENS, KvShape
+from rankloom.engine.padded_cache import forecast_shape
 from rankloom.errors import ConfigError, ModelError
 from rankloom.events import Event, PhaseStarted, WarningRaised
 from rankloom.models import load_base
 from rankloom.planning import gate
-from rankloom.planning.endpoint import announce_endpoint, describe_heads, forecast_replica
+from rankloom.planning.endpoint import announce_endpoint, forecast_replica
 from rankloom.planning.forecast import name_recipe
 from rankloom.planning.gate import announce_plan
 from rankloom.planning.outline import open_outline
@@ -205,15 +206,43 @@ def test_three_lines_come_before_a_run(tiny_llama: Path) -> None:
 def test_what_the_engine_can_not_serve_is_said_before_a_run_and_before_an_endpoint(
     tmp_path: Path, make_tokenizer: Callable[..., Any]
 ) -> None:
-    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
+    config = DeepseekV32Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32, index_head_dim=16,
+        index_n_heads=2,
+    )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     events: list[Event] = []
     announce_plan([trial_of(tmp_path)], "t", events.append)
     (warning,) = (event.message for event in events if isinstance(event, WarningRaised))
-    assert "MambaForCausalLM can't be served by the engine bank: it has layers of a type (linear_attention)" in warning
-    with pytest.raises(ModelError, match=r"\(linear_attention\).* serve it with engine\.type=vllm"):
+    assert "can't be served by the engine bank: it has layers of a type (indexed_attention)" in warning
+    with pytest.raises(ModelError, match=r"\(indexed_attention\).* serve it with engine\.type=vllm"):
         announce_endpoint(rl.ServeConfig(base=str(tmp_path), adapters=[], replicas={"gpus": 0}), events.append)
+
+
+def test_the_states_of_recurrent_layers_are_planned(
+    tmp_path: Path, make_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = MambaConfig(vocab_size=400, hidden_size=512, num_hidden_layers=2, state_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    events: list[Event] = []
+    announce_endpoint(rl.ServeConfig(base=str(tmp_path), adapters=[], replicas={"gpus": 0}), events.append)
+    (memory,) = (e.message for e in events if isinstance(e, PhaseStarted) and e.message.startswith("memory"))
+    of_one = 2 * 1024 * (64 + 4) * 4  # layers, channels, numbers of recurrence and convolution, bytes
+    assert f"states {format_gb(2 * 16 * of_one)} of 16 sequences" in memory
+    assert "KV cache" not in memory
+
+    def look(*_: Any) -> KvShape:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr("rankloom.planning.endpoint.forecast_shape", look)
+    announce_endpoint(rl.ServeConfig(base=str(tmp_path), adapters=[], replicas={"gpus": 0}), events.append)
+    (_, memory) = (e.message for e in events if isinstance(e, PhaseStarted) and e.message.startswith("memory"))
+    assert re.fullmatch(r"memory  each of 1 replica\(s\): weights [^,]*, adapters [^,]*; .* are free for each", memory)
 
 
 def test_what_can_not_fit_is_refused_with_what_to_change(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +332,7 @@ def test_an_endpoint_is_planned_and_refused(tiny_llama: Path, monkeypatch: pytes
     assert f"weights {format_gb(weights)}" in memory
     cache = base.model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert 10 * describe_heads(base.model, torch.float32, base.device).bytes_per_token == kept
+    assert 10 * forecast_shape(base.model, torch.float32).bytes_per_token == kept
     assert re.search(r"prefixes .* for 8,192 tokens, adapters .* for 64 of rank 16", memory)
     monkeypatch.setattr("rankloom.planning.plan.read_free_bytes", lambda _: weights / 2)
     with pytest.raises(ConfigError, match=r"base=.*: the weights take .* set quantization=nf4, replicas\.min=1"):
@@ -321,7 +350,7 @@ def test_a_replica_on_a_gpu_is_planned(quantization: str, tiny_llama: Path, monk
     announce_endpoint(config, events.append)
     assert config.base is not None
     planned = forecast_replica(config, open_outline(config.base, NoQuantization()), gpu, 1e9)
-    heads, engine = planned.bytes_per_token, config.engine
+    heads, engine = planned.shape.bytes_per_token, config.engine
     assert planned.prefix_tokens == MOST_PREFIX_TOKENS
     assert planned.cache_tokens == min(
         engine.resolve_num_seqs(on_gpu=True) * 512, int((1e9 - planned.weights) / 2) // heads

@@ -1,0 +1,121 @@
+"""PaddedRunner: forwards of the base as transformers itself makes them, for layers that `ModelRunner` can't have.
+
+The model has its own attention, masks and kind of cache (`padded_cache.py`), which is filled before each forward and
+put back after it. All sequences that decode are one batch, padded on the left; the tokens of a prompt are a batch of
+their own. Where layers can't continue a sequence by several tokens at once, because they would ignore their states of
+before (Mamba, Jamba, RecurrentGemma), those tokens come one by one; where positions count padding (BART), sequences of
+one length are a batch. What a model needs is tried out.
+
+Shapes: R sequences of a batch, P tokens that each of them gets, M sequences that predict, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankloom.engine.attention import SequenceChunk
+from rankloom.engine.kv_cache import KvCache, States
+from rankloom.engine.layers import PROBES
+from rankloom.engine.padded_cache import call, fill, make_padding_mask, open_cache, read_kept_shape, store
+from rankloom.engine.runner import Runner
+from rankloom.engine.states import StatePlace, find_states
+from rankloom.errors import ModelError
+
+
+class PaddedRunner(Runner):
+    """A `Runner` over transformers' own forward and cache."""
+
+    def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
+        """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""
+        super().__init__(model)
+        self._lock = threading.Lock()
+        """Held while states are in the model's modules."""
+        self._places: list[StatePlace] = []
+        self._pads = True
+        """Whether sequences of several lengths can be one batch."""
+        with self._refuse_misfits():
+            expected = [self._compute_plain_logits(tokens) for tokens in PROBES]
+            self._open_bank(pack=pack)
+            self._find_way(expected)
+
+    @torch.inference_mode()
+    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
+        logits: dict[str, Tensor] = {}
+        states = dict(cache.states)
+        for batch in self._divide(chunks):
+            logits |= self._compute(cache, batch, states, in_slots=in_slots)
+        cache.states = states  # all at once: a step that fails is computed again
+        after = list(logits)
+        return torch.stack(list(logits.values()))[[after.index(chunk.id) for chunk in chunks if chunk.predicts]]
+
+    def _find_way(self, expected: Sequence[Tensor]) -> None:
+        """Set which batches are computed: the first kind that gives the model's own logits.
+
+        Raises:
+            ModelError: none does.
+        """
+        ways = [(True, True), (True, False), (False, True), (False, False)]
+        if getattr(self._model.config.get_text_config(decoder=True), "attn_temperature_tuning", False):
+            ways = ways[2:]  # Llama 4 scales by the length of the cache, which shows beyond 8192 tokens
+        for i, (self._pads, self.continues) in enumerate(ways, 1):
+            try:
+                self._check(expected)
+            except (ModelError, RuntimeError):
+                if i == len(ways):
+                    raise
+            else:
+                break
+
+    def _divide(self, chunks: Sequence[SequenceChunk]) -> Iterator[list[SequenceChunk]]:
+        """Yield the batches that compute a step's chunks one after the other."""
+        rows = []
+        for chunk in chunks:
+            if chunk.start == 0 or (chunk.count > 1 and self.continues):
+                yield [chunk]
+            else:
+                rows.append(chunk)
+        for i in range(max((row.count for row in rows), default=0)):
+            now = [replace(row, start=row.start + i, tokens=row.tokens[i : i + 1]) for row in rows if i < row.count]
+            if self._pads:
+                yield now
+            else:
+                yield from ([row for row in now if row.start == start] for start in sorted({row.start for row in now}))
+
+    def _compute(
+        self, kept: KvCache, batch: Sequence[SequenceChunk], states: dict[str, States], *, in_slots: bool
+    ) -> dict[str, Tensor]:
+        """Compute chunks of one length. Returns the logits [V] after each, by id.
+
+        Args:
+            states: of each sequence that has begun, before the batch; changed to those after it.
+        """
+        route, batch = self.order([replace(chunk, predicts=True) for chunk in batch], in_slots=in_slots)
+        device, cache = self.shape.device, open_cache(self._model.config)
+        fill(cache, kept, batch)
+        ids_RP = torch.tensor([list(chunk.tokens) for chunk in batch], device=device)
+        positions_RP = torch.tensor([[*range(c.start, c.start + c.count)] for c in batch], device=device)
+        mask = make_padding_mask(batch, device) if self.shape.attends else None
+        with self._lock, self.bank.apply_route(route):
+            for i, place in enumerate(self._places):
+                begun = [states[chunk.id][i] for chunk in batch if chunk.start]
+                place.write(cache, torch.cat(begun) if begun else None)
+            logits_RV = call(self._model, cache, ids_RP, position_ids=positions_RP, attention_mask=mask)
+            after = [place.read(cache).split(1) for place in self._places]
+        store(cache, kept, batch)
+        states |= {chunk.id: tuple(state[row] for state in after) for row, chunk in enumerate(batch)}
+        return {chunk.id: logits_V for chunk, logits_V in zip(batch, logits_RV, strict=True)}
+
+    @torch.no_grad()
+    def _compute_plain_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the model's own logits [V] after a prompt, and note what its layers keep."""
+        cache, device = open_cache(self._model.config), next(self._model.parameters()).device
+        logits_1V = call(self._model, cache, torch.tensor([tokens], device=device))
+        self._places = list(find_states(self._model, cache))
+        self.shape = read_kept_shape(self._model, cache)
+        return logits_1V[0]

@@ -1,0 +1,133 @@
+"""Bases that are computed as transformers computes them: every kind of adapter in one batch, prefixes with states."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from rankloom.engine.attention import SequenceChunk
+from rankloom.engine.kv_cache import KvCache
+from rankloom.engine.padded_cache import forecast_shape
+from rankloom.engine.padded_runner import PaddedRunner
+from served import LINEARS, completed, engine_on, load, publish, serving, with_peft, write_adapter
+
+SIZE = dict(vocab_size=330, pad_token_id=0, eos_token_id=1, bos_token_id=1, hidden_size=32)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
+BASES: dict[str, Callable[[], PretrainedConfig]] = {
+    "bloom": lambda: T.BloomConfig(**SIZE, n_layer=2, n_head=4),
+    "qwen3_5": lambda: T.Qwen3_5TextConfig(
+        **SIZE, **HEADS, num_hidden_layers=4, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+    "mamba": lambda: T.MambaConfig(**SIZE, num_hidden_layers=2, state_size=8),
+    "recurrent_gemma": lambda: T.RecurrentGemmaConfig(
+        **SIZE, **HEADS, num_hidden_layers=3, head_dim=8, lru_width=32, attention_window_size=16
+    ),
+}  # fmt: skip
+TARGETS = {
+    "bloom": ["query_key_value", "dense_h_to_4h"],
+    "qwen3_5": ["q_proj", "in_proj_qkv", "out_proj", "up_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "recurrent_gemma": ["linear_x", "linear_out", "q_proj", "up_proj"],
+}
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BASES[request.param]())
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(("base", "family"), [(name, name) for name in BASES], indirect=["base"])
+def test_adapters_of_every_kind_are_served_in_one_batch(
+    base: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LINEARS, family, TARGETS[family])
+    folders: dict[str | None, Path | None] = {None: None}
+    for kind in ["lora", "dora", *(["extracted"] if family == "bloom" else [])]:  # the others hold more than layers
+        write_adapter(base, tmp_path / kind, kind, architecture=family)
+        folders[publish(tmp_path / "registry", base, kind, tmp_path / kind)] = tmp_path / kind
+    chance = random.Random(0)
+    jobs = [
+        ([chance.randrange(5, 300) for _ in range(length)], ref, length % 7 + 2)
+        for ref in folders
+        for length in (1, 2, 19, 33)
+    ]
+    engine = engine_on(base, tmp_path / "registry", max_num_batched_tokens=24)
+
+    async def work() -> list[list[int]]:
+        waiting = [completed(engine, p, ref, id=str(i), max_tokens=n) for i, (p, ref, n) in enumerate(jobs)]
+        return [tokens for _, tokens, _ in await asyncio.gather(*waiting)]
+
+    assert serving(engine, work) == [with_peft(base, folders[ref], prompt, n) for prompt, ref, n in jobs]
+
+
+@pytest.mark.parametrize("base", ["qwen3_5", "mamba"], indirect=True)
+def test_states_are_kept_where_later_requests_can_continue(base: Path, tmp_path: Path) -> None:
+    chance = random.Random(1)
+    system, *asked = [[chance.randrange(5, 300) for _ in range(length)] for length in (70, 20, 21, 22)]
+    engine = engine_on(base, tmp_path)
+    continues = engine._core._runner.continues
+
+    async def work() -> list[tuple[list[int], int]]:
+        found = []
+        prompts = [*(system + question for question in asked), system + asked[0]]
+        for i, prompt in enumerate([*prompts, "turn"]):
+            given = [*prompts[-1], *found[-1][0], 7, 8] if prompt == "turn" else prompt
+            before = engine.get_stats().cached_tokens
+            _, tokens, _ = await completed(engine, given, id=str(i), max_tokens=20)
+            assert tokens == with_peft(base, None, given, 20)
+            found.append((tokens, engine.get_stats().cached_tokens - before))
+        return found
+
+    first, second, third, again, turn = (count for _, count in serving(engine, work))
+    assert first == second == 0  # the second one shows where questions part, so the states there are kept
+    assert third == (70 if continues else 0)  # one by one, the 22 tokens after it would take longer
+    assert again == 70 + 20 - 1
+    assert turn == 70 + 20 + 20 - 1
+
+
+@pytest.mark.parametrize("base", ["qwen3_5"], indirect=True)
+def test_a_step_that_fails_in_the_middle_is_computed_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = PaddedRunner(load(base).model)
+    cache, tokens = KvCache(runner.shape, 1 << 12), list(range(5, 25))
+    for id in ("a", "b"):
+        cache.reserve(id, len(tokens))
+    runner.forward(cache, [SequenceChunk(id, None, 0, tokens[:6]) for id in ("a", "b")])
+    later = [SequenceChunk("a", None, 6, tokens[6:]), SequenceChunk("b", None, 6, tokens[6:7])]
+    compute, calls = PaddedRunner._compute, list[Any]()
+
+    def fail_once(self: PaddedRunner, *given: Any, **settings: Any) -> dict[str, torch.Tensor]:
+        calls.append(given)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return compute(self, *given, **settings)
+
+    monkeypatch.setattr(PaddedRunner, "_compute", fail_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.forward(cache, later)
+    found = runner.forward(cache, later)
+    runner.close()
+    expected = [load(base).model(torch.tensor([own])).logits[0, -1] for own in (tokens, tokens[:7])]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", list(BASES), indirect=True)
+def test_what_layers_keep_is_forecast(base: Path) -> None:
+    runner = PaddedRunner(load(base).model)
+    planned = forecast_shape(load(base).model, torch.float32)
+    assert (planned.layers, planned.bytes_per_sequence) == (runner.shape.layers, runner.shape.bytes_per_sequence)

@@ -17,7 +17,8 @@ from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.padded_cache import forecast_shape
 from rankloom.engine.padded_runner import PaddedRunner
-from served import LINEARS, completed, engine_on, load, publish, serving, with_peft, write_adapter
+from rankloom.engine.protocol import Pooling, Request, Sampling
+from served import LINEARS, collect, completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
 
 SIZE = dict(vocab_size=330, pad_token_id=0, eos_token_id=1, bos_token_id=1, hidden_size=32)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
@@ -76,6 +77,35 @@ def test_adapters_of_every_kind_are_served_in_one_batch(
     assert serving(engine, work) == [with_peft(base, folders[ref], prompt, n) for prompt, ref, n in jobs]
 
 
+@pytest.mark.parametrize("base", list(BASES), indirect=True)
+def test_prompts_are_scored_and_embedded_as_by_transformers(base: Path, tmp_path: Path) -> None:
+    chance, model = random.Random(2), plain(base)
+    prompts = [[chance.randrange(5, 300) for _ in range(length)] for length in (1, 2, 19, 33)]
+    engine, mean = engine_on(base, tmp_path, max_num_batched_tokens=24), Pooling("mean", normalize=False)
+
+    async def work() -> list[Any]:
+        scored = [completed(engine, p, id=f"s{i}", max_tokens=2, prompt_logprobs=0) for i, p in enumerate(prompts)]
+        pooled = [
+            collect(
+                engine, Request(f"p{i}", None, tuple(p), Sampling(max_tokens=0), pooling=Pooling("mean", None, False))
+            )
+            for i, p in enumerate(prompts)
+        ]
+        return list(await asyncio.gather(asyncio.gather(*scored), asyncio.gather(*pooled)))
+
+    scored, pooled = serving(engine, work)
+    for prompt, (_, tokens, deltas), (delta,) in zip(prompts, scored, pooled, strict=True):
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([prompt]), output_hidden_states=True)
+        logprobs_tV = found.logits[0].log_softmax(-1)
+        expected = [float(logprobs_tV[at, token]) for at, token in enumerate(prompt[1:])]
+        given = [each.logprob for delta in deltas for each in delta.prompt_logprobs]
+        assert given == [None, *(pytest.approx(value, abs=1e-3) for value in expected)]
+        assert tokens[0] == int(logprobs_tV[-1].argmax())
+        embedding = torch.frombuffer(bytearray(delta.embedding), dtype=torch.float32)
+        torch.testing.assert_close(embedding, found.hidden_states[-1][0].mean(0), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("base", ["qwen3_5", "mamba"], indirect=True)
 def test_states_are_kept_where_later_requests_can_continue(base: Path, tmp_path: Path) -> None:
     chance = random.Random(1)
@@ -111,7 +141,7 @@ def test_a_step_that_fails_in_the_middle_is_computed_again(base: Path, monkeypat
     later = [SequenceChunk("a", None, 6, tokens[6:]), SequenceChunk("b", None, 6, tokens[6:7])]
     compute, calls = PaddedRunner._compute, list[Any]()
 
-    def fail_once(self: PaddedRunner, *given: Any, **settings: Any) -> dict[str, torch.Tensor]:
+    def fail_once(self: PaddedRunner, *given: Any, **settings: Any) -> dict[str, Any]:
         calls.append(given)
         if len(calls) == 2:
             raise torch.OutOfMemoryError

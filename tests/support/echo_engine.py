@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator, Sequence
 
 from rankloom.engine.protocol import (
     ChatPrompt,
     Delta,
+    Echo,
     Grammar,
     Likelihood,
     OpenChat,
     Request,
     Resident,
+    SampledToken,
     Stats,
     TokenLogprobs,
 )
 from rankloom.errors import AdapterNotFoundError, OverloadedError, RegistryError, RequestError
 from schemas import make_instance
+
+
+class _BytesEcho:
+    """Follows `engine.protocol.Echo`."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._left = list(prompt)
+
+    def push(self, tokens: Sequence[SampledToken]) -> Delta:
+        del self._left[: len(tokens)]
+        found = []
+        for each in tokens:
+            top = tuple(Likelihood(token, logprob, bytes([token])) for token, logprob in each.top)
+            found.append(TokenLogprobs(Likelihood(each.token, each.logprob, bytes([each.token])), top))
+        return Delta("".join(chr(each.token) for each in tokens), logprobs=tuple(found))
+
+    def finish(self) -> Delta:
+        left, self._left = self._left, []
+        return Delta("".join(map(chr, left)))
 
 
 class EchoEngine:
@@ -43,13 +65,24 @@ class EchoEngine:
 
     async def close(self) -> None: ...
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, *, begins: bool = True) -> list[int]:
         return list(text.encode())
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        if tokens and max(tokens) > 255:
+            raise RequestError(f"tokens: {max(tokens)} is outside of the vocabulary of 256")
+        return bytes(tokens).decode("utf-8", "replace")
+
+    def name_tokens(self, tokens: Sequence[int]) -> list[str]:
+        return [chr(token) for token in tokens]
 
     def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
         if prompt.messages[-1]["role"] != "user":
             raise RequestError("The conversation must end with the user.")
         return OpenChat(self.tokenize("".join(f"{m['role']}={m['content']};" for m in prompt.messages)), grammar)
+
+    def open_echo(self, prompt: Sequence[int]) -> Echo:
+        return _BytesEcho(prompt)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         asked = request.sampling
@@ -69,6 +102,20 @@ class EchoEngine:
         if "forever" in prompt:
             text *= 1000
         out = text.encode()
+        if request.pooling is not None:
+            await asyncio.sleep(self.pace_s.get(request.adapter or "", 0))
+            numbers = [float(len(request.prompt)), float(request.prompt[0]), len(request.adapter or ""), 0.1]
+            numbers = numbers[: request.pooling.dimensions]
+            yield Delta("", finish="stop", embedding=struct.pack(f"<{len(numbers)}f", *numbers))
+            return
+        if asked.prompt_logprobs is not None:
+            scored = [SampledToken(t, -0.25, ((t, -0.25), (1, -2.0))[: asked.prompt_logprobs]) for t in request.prompt]
+            yield Delta("", prompt_logprobs=(SampledToken(request.prompt[0], None, ()), *scored[1:2]))
+            if scored[2:]:
+                yield Delta("", prompt_logprobs=tuple(scored[2:]))
+        if not asked.max_tokens:
+            yield Delta("", finish="length", cached_tokens=3)
+            return
         self.under_way.add(request.id)
         try:
             for place in range(len(out)):

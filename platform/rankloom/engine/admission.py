@@ -45,7 +45,8 @@ class Admission:
             raise RequestError("prompt: empty; give at least one token")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
             raise RequestError(f"prompt: a token is outside of the vocabulary of {self._vocabulary}")
-        if len(request.prompt) >= context:
+        completed = request.pooling is None and request.sampling.max_tokens > 0
+        if len(request.prompt) + completed > context:
             raise RequestError(
                 f"prompt: {len(request.prompt)} tokens leave no room for an answer; prompt and answer together can "
                 f"have {context}"

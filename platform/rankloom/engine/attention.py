@@ -34,7 +34,7 @@ ATTENTION = "rankloom_ragged"
 
 @dataclass(frozen=True)
 class SequenceChunk:
-    """A sequence's next tokens in a forward, and whether the token after them is predicted."""
+    """A sequence's next tokens in a forward, and what is read after them."""
 
     id: str
     adapter: ServedAdapter | None
@@ -42,6 +42,11 @@ class SequenceChunk:
     """Tokens of the sequence that are in the cache already."""
     tokens: Sequence[int]
     predicts: bool = True
+    """Whether the token after them is predicted."""
+    scored: bool = False
+    """Whether the logits after each of them are read."""
+    pooled: bool = False
+    """Whether their hidden states are read."""
 
     @property
     def count(self) -> int:

@@ -28,6 +28,7 @@ from rankloom.engine.open_predictor import open_predictor, open_runner
 from rankloom.engine.predictor import StepResult
 from rankloom.engine.prefix import WORTHWHILE, PrefixTree
 from rankloom.engine.protocol import Stats
+from rankloom.engine.runner import PromptOutputs
 from rankloom.engine.sampling import LARGEST, SamplingInput
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, halve, schedule
 from rankloom.engine.sequence import RunningSequence
@@ -187,10 +188,7 @@ class Core:
         chunks = [chunk for chunk in chunks if self._reserve(self._running[chunk.id])]
         while chunks:
             sequences = [self._running[chunk.id] for chunk in chunks]
-            batch = [
-                SequenceChunk(c.id, sequence.adapter, c.start, sequence.tokens[c.start : c.start + c.count], c.predicts)
-                for c, sequence in zip(chunks, sequences, strict=True)
-            ]
+            batch = [self._running[chunk.id].make_chunk(chunk) for chunk in chunks]
             predicting = [s for c, s in zip(chunks, sequences, strict=True) if c.predicts]
             try:
                 return chunks, self._predictor.predict(batch, self._make_inputs(predicting))
@@ -241,15 +239,14 @@ class Core:
         for chunk in chunks:
             sequence = self._running.get(chunk.id)
             if sequence is not None:  # else a stop string has ended it meanwhile
-                self._advance(sequence, chunk)
+                self._advance(sequence, chunk, result.prompts)
             if chunk.predicts:
-                predicting.append(sequence)
+                predicting.append(self._running.get(chunk.id))
         for sequence, token in zip(predicting, result.read(), strict=True):
             if sequence is None:
                 continue
             if token is None:
-                where = sequence.request.adapter or "the base"
-                self._end(sequence, RegistryError(f"{where}: gives logits that are not within {LARGEST:g}"))
+                self._end(sequence, _make_logits_error(sequence))
                 continue
             if sequence.constraint is not None and (reason := sequence.constraint.error) is not None:
                 self._end(sequence, RequestError(f"the completion can't continue in its grammar: {reason}"))
@@ -261,12 +258,17 @@ class Core:
             elif sequence.send():
                 self._end(sequence)
 
-    def _advance(self, sequence: RunningSequence, chunk: ScheduledChunk) -> None:
+    def _advance(self, sequence: RunningSequence, chunk: ScheduledChunk, prompts: PromptOutputs) -> None:
         sequence.cached += chunk.count
         new_to_prompt = max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
         self._counters.prompt_tokens += new_to_prompt
         if sequence.cached in sequence.stops or (new_to_prompt and sequence.cached >= sequence.num_prompt):
             self._keep_prefix(sequence)
+        if not sequence.read_prompt(chunk.start, prompts.logits.get(chunk.id), prompts.hidden.get(chunk.id)):
+            self._end(sequence, _make_logits_error(sequence))
+        elif sequence.cached >= sequence.num_prompt and not sequence.predicts:
+            sequence.send_end()
+            self._end(sequence)
 
     def _send(self) -> None:
         """Send the texts of the last step's tokens, and end the sequences that stop strings end."""
@@ -295,7 +297,7 @@ class Core:
         ready = ready and (sequence.request.adapter is None or self.adapters.get(sequence.request.adapter) is not None)
         return SequenceState(
             sequence.request.id, sequence.arrival, len(sequence.tokens), sequence.cached, ready,
-            sequence.stops, whole=not self._runner.continues,
+            sequence.stops, whole=not self._runner.continues, predicts=sequence.predicts, scored=sequence.is_scored,
         )  # fmt: skip
 
     def _find_followers(self) -> set[RunningSequence]:
@@ -318,6 +320,8 @@ class Core:
         return None if sequence.request.adapter is None else self.adapters.get(sequence.request.adapter)
 
     def _reuse_prefix(self, sequence: RunningSequence) -> None:
+        if sequence.is_read:
+            return
         id, last = sequence.request.id, len(sequence.tokens) - 1
         known = self._prefixes.match(sequence.owner, sequence.tokens[:last])
         if self._runner.continues or last - known.length < MOST_SINGLE:
@@ -358,6 +362,12 @@ class Core:
             cache.reserve("probe", len(tokens))
             logits_MV = self._runner.forward(cache, [SequenceChunk("probe", adapter, 0, tokens)], in_slots=False)
         return logits_MV[0].to(self._base.model.dtype)
+
+
+def _make_logits_error(sequence: RunningSequence) -> RegistryError:
+    where = sequence.request.adapter or "the base"
+    what = "an embedding that is not finite" if sequence.is_pooled else f"logits that are not within {LARGEST:g}"
+    return RegistryError(f"{where}: gives {what}")
 
 
 def _make_memory_error(sequence: RunningSequence) -> OverloadedError:

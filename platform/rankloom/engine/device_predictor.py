@@ -25,14 +25,14 @@ from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.kv_pool import NOBODYS, PAGE, KvPool, count_pages
 from rankloom.engine.layers import PROBES
-from rankloom.engine.model_runner import ModelRunner
+from rankloom.engine.model_runner import KeptTokens, ModelRunner
 from rankloom.engine.paged_attention import PagedChunks, PagedRows
-from rankloom.engine.protocol import Sampling
+from rankloom.engine.protocol import SampledToken, Sampling
+from rankloom.engine.runner import PromptOutputs
 from rankloom.engine.sampling import (
     CANDIDATES,
     COLDEST,
     LARGEST,
-    SampledToken,
     SamplingColumns,
     SamplingInput,
     compute_probabilities,
@@ -78,13 +78,13 @@ class DevicePredictor:
         of_chunks = {f"chunk_{name}": size for name, size in table.items()}
         self._tokens = StagedTensors(
             device,
-            {"ids": token, "positions": token, "token_R": row, "token_C": token, "place_C": token, "kept": row}
+            {"ids": token, "positions": token, "token_R": row, "token_C": token, "place_C": token, "kept": token}
             | {"starts": (torch.int32, (rows + 1,))} | table | of_chunks | settings,
         )  # fmt: skip
 
     @torch.inference_mode()
     def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> _DeviceResult:
-        if all(chunk.count == 1 and chunk.predicts for chunk in chunks):
+        if all(chunk.count == 1 and chunk.predicts and not chunk.scored for chunk in chunks):
             slots = self._runner.bank.find_slots([chunk.adapter for chunk in chunks])
             if slots is not None:
                 return self._decode(chunks, slots, inputs)
@@ -162,8 +162,8 @@ class DevicePredictor:
         longer = [i for i, chunk in enumerate(ordered) if chunk.count > 1]
         _fill(host["ids"], [token for chunk in ordered for token in chunk.tokens])
         _fill(host["positions"], [p for chunk in ordered for p in range(chunk.start, chunk.start + chunk.count)])
-        predicting = [i for i, chunk in enumerate(ordered) if chunk.predicts]
-        _fill(host["kept"], [stops[i] - 1 for i in predicting])
+        kept = KeptTokens.of_chunks(ordered)
+        _fill(host["kept"], kept.indices)
         _fill(host["token_R"], [starts[i] for i in singles])
         token_C = [token for i in longer for token in range(starts[i], stops[i])]
         _fill(host["token_C"], token_C)
@@ -171,10 +171,10 @@ class DevicePredictor:
         _fill(host["starts"], [0, *accumulate(ordered[i].count for i in longer)])
         self._write_rows(host, "", [ordered[i] for i in singles], len(singles))
         self._write_rows(host, "chunk_", [ordered[i] for i in longer], len(longer))
-        index_of = {chunk.id: m for m, chunk in enumerate(ordered[i] for i in predicting)}
+        index_of = {id: m for m, id in enumerate(kept.predicting)}
         order = [index_of[chunk.id] for chunk in chunks if chunk.predicts]
         by_row = dict(zip(order, inputs, strict=True))
-        _write_settings(host, [by_row[m] for m in range(len(predicting))], len(predicting))
+        _write_settings(host, [by_row[m] for m in range(len(order))], len(order))
 
         of, num_tokens = self._tokens.send(), stops[-1]
         rows = PagedRows(self._pool, of["table"][: len(singles)], of["length"][: len(singles)])
@@ -192,14 +192,16 @@ class DevicePredictor:
                 of["starts"][: len(longer) + 1],
                 max(ordered[i].count for i in longer),
             )
-        kept_M = of["kept"][: len(predicting)]
-        logits_MV = self._runner.compute(route, of["ids"][:num_tokens], of["positions"][:num_tokens], layout, kept_M)
-        if not predicting:
-            return _DeviceResult(logits_MV, logits_MV.new_empty(0), (), ())
-        columns = _make_columns(of, len(predicting))
+        kept_K = of["kept"][: len(kept.indices)]
+        ids_N, positions_N = of["ids"][:num_tokens], of["positions"][:num_tokens]
+        logits_KV, prompts = self._runner.compute_kept(route, ids_N, positions_N, layout, kept_K, kept)
+        if not order:
+            return _DeviceResult(logits_KV, logits_KV.new_empty(0), (), (), prompts)
+        logits_MV = logits_KV[list(kept.predicting.values())] if kept.scored else logits_KV
+        columns = _make_columns(of, len(order))
         tokens_M = _draw_tokens(logits_MV, columns, _choose_draw(inputs))
         tokens_M = _draw_masked_rows(logits_MV, tokens_M, columns, order, inputs)
-        return _DeviceResult(logits_MV, tokens_M, order, inputs)
+        return _DeviceResult(logits_MV, tokens_M, order, inputs, prompts)
 
     def _write_rows(self, host: dict[str, np.ndarray], prefix: str, chunks: Sequence[SequenceChunk], rows: int) -> None:
         table, length = host[f"{prefix}table"], host[f"{prefix}length"]
@@ -219,12 +221,18 @@ class _DeviceResult:
     """A `StepResult` of a step that the device may still compute."""
 
     def __init__(
-        self, logits_RV: Tensor, tokens_R: Tensor, rows_M: Sequence[int], inputs: Sequence[SamplingInput]
+        self,
+        logits_RV: Tensor,
+        tokens_R: Tensor,
+        rows_M: Sequence[int],
+        inputs: Sequence[SamplingInput],
+        prompts: PromptOutputs | None = None,
     ) -> None:
         """
         Args:
             rows_M: the row of each input.
         """
+        self.prompts = prompts or PromptOutputs()
         self._logits_RV, self._tokens_R, self._rows_M, self._inputs = logits_RV, tokens_R, rows_M, inputs
 
     @property

@@ -63,6 +63,7 @@ class ServingEngine(EngineFrontend):
         allow_pauses()
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        self._check_pooling(request.pooling)
         with self._admission.take(request, self.context):
             guide = await self._guides.make_guide(request)
             self._admission.refuse_if_stopping()  # meanwhile

@@ -12,13 +12,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from rankloom.engine.chat.reader import ChatReader
-from rankloom.engine.protocol import ChatPrompt, Delta, Engine, OpenChat, Request, Sampling
+from rankloom.engine.protocol import ChatPrompt, Delta, Echo, Engine, OpenChat, Pooling, Request, Sampling
 from rankloom.errors import RankloomError, RequestError
 
 AT_ONCE = 4096
 """Characters whose work takes a few milliseconds, so that it is done on the event loop; more, in a thread."""
 MOST = 256
 """Tokens with logprobs, or deltas, that come together; each may have twenty likeliest ones."""
+EMBEDDED_AT_ONCE = 16
+"""Prompts of a job that are embedded at a time, so that an engine's queue has room for others."""
 
 
 class ContextError(RequestError):
@@ -44,12 +46,16 @@ class CompletionJob:
     sampling: Sampling
     n: int = 1
     """Completions of each prompt."""
+    echo: bool = False
+    """Whether a completion begins with its prompt, which has logprobs where these are asked for."""
     max_tokens: int | None = None
-    """The most tokens of each completion; None: as many as fit, up to `Sampling.max_tokens`."""
+    """The most tokens of each completion, 0 for none; None: as many as fit, up to `Sampling.max_tokens`."""
     context: int | None = None
     """The most tokens of prompt and completion together, where that is less than the engine's."""
     tenant: str | None = None
     """As `Request.tenant`."""
+    pooling: Pooling | None = None
+    """Each prompt is embedded so, and nothing is generated; None: prompts are completed."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +85,26 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
     drawn: Counter[tuple[int, ...]] = Counter()
     for prompt, chat in zip(job.prompts, chats, strict=True):
         tokens = tuple(chat.tokens)
-        limited = _fit(job, len(tokens), room).model_copy(update={"grammar": chat.grammar})
+        scored = job.sampling.logprobs if job.echo else None
+        limited = _fit(job, len(tokens), room).model_copy(update={"grammar": chat.grammar, "prompt_logprobs": scored})
         for number in range(drawn[tokens], drawn[tokens] + job.n):
             id, sampling = f"{job.id}-{len(requests)}", _set_seed(limited, number)
-            request = Request(id, job.adapter, tokens, sampling, job.tenant, shows_marks=chat.make_parser is not None)
+            shows_marks = chat.make_parser is not None
+            request = Request(id, job.adapter, tokens, sampling, job.tenant, shows_marks, job.pooling)
             requests.append((request, _make_reader(prompt, chat)))
         drawn[tokens] += job.n
     total = sum(len(chat.tokens) for chat in chats)
+    places = asyncio.Semaphore(EMBEDDED_AT_ONCE if job.pooling else len(requests))
     arrived: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 
     async def follow(index: int, request: Request, reader: ChatReader | None) -> None:
         try:
-            async for delta in engine.generate(request):
-                arrived.put_nowait((index, delta if reader is None else reader.read(delta)))
+            async with places:
+                deltas = engine.generate(request)
+                if job.echo:
+                    deltas = _put_before(engine.open_echo(request.prompt), deltas)
+                async for delta in deltas:
+                    arrived.put_nowait((index, delta if reader is None else reader.read(delta)))
         except Exception as error:
             arrived.put_nowait(error)
         else:
@@ -119,6 +132,20 @@ async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _put_before(echo: Echo, deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    """Yield a prompt as deltas without tokens, and then its completion's. Threads make the texts, which take long."""
+    is_over = False
+    async for delta in deltas:
+        scored = delta.prompt_logprobs
+        for start in range(0, len(scored), MOST):
+            yield await asyncio.to_thread(echo.push, scored[start : start + MOST])
+        if not is_over and (not scored or delta.finish is not None):
+            is_over = True
+            yield await asyncio.to_thread(echo.finish)
+        if not scored or delta.finish is not None:
+            yield replace(delta, prompt_logprobs=())
 
 
 def _open(engine: Engine, prompt: Prompt, sampling: Sampling) -> OpenChat:

@@ -35,18 +35,19 @@ def open_cache(config: PreTrainedConfig) -> Cache:
     return Cache(layers=[kind(**setting) for kind, setting in zip(kinds, settings, strict=True)])
 
 
-def call(model: PreTrainedModel, cache: Cache, ids_RP: Tensor, **given: Tensor | None) -> Tensor:
-    """Return the logits [R, V], in fp32, after a batch's tokens, which follow those in the cache.
+def call(model: PreTrainedModel, cache: Cache, ids_RP: Tensor, num_kept: int = 1, **given: Tensor | None) -> Tensor:
+    """Return the logits [R, K, V], in fp32, after the last K of a batch's tokens, which follow those in the cache.
 
     Args:
+        num_kept: K.
         given: what else the model gets, if it takes it and it is there.
     """
     accepted = inspect.signature(model.forward).parameters
     name = "past_key_values" if "past_key_values" in accepted else "cache_params"
     given = {key: value for key, value in given.items() if key in accepted and value is not None}
-    found = model(input_ids=ids_RP, use_cache=True, logits_to_keep=1, **{name: cache}, **given)
-    logits_R1V: Tensor = found.logits
-    return logits_R1V[:, -1].float()
+    found = model(input_ids=ids_RP, use_cache=True, logits_to_keep=num_kept, **{name: cache}, **given)
+    logits_RKV: Tensor = found.logits
+    return logits_RKV[:, -num_kept:].float()
 
 
 def read_kept_shape(model: PreTrainedModel, cache: Cache) -> KvShape:

@@ -6,14 +6,14 @@ their own. Where layers can't continue a sequence by several tokens at once, bec
 before (Mamba, Jamba, RecurrentGemma), those tokens come one by one; where positions count padding (BART), sequences of
 one length are a batch. What a model needs is tried out.
 
-Shapes: R sequences of a batch, P tokens that each of them gets, M sequences that predict, V vocabulary.
+Shapes: R sequences of a batch, P tokens that each of them gets, K of them with logits, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,9 +23,17 @@ from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, States
 from rankloom.engine.layers import PROBES
 from rankloom.engine.padded_cache import call, fill, make_padding_mask, open_cache, read_kept_shape, store
-from rankloom.engine.runner import Runner
+from rankloom.engine.runner import PromptOutputs, Runner, StepOutputs
 from rankloom.engine.states import StatePlace, find_states
 from rankloom.errors import ModelError
+
+
+@dataclass(frozen=True)
+class _ChunkOutputs:
+    logits_KV: Tensor
+    """After its last K tokens: all of a chunk that is scored, else one."""
+    hidden_PD: Tensor
+    """Empty where nothing of the batch is pooled."""
 
 
 class PaddedRunner(Runner):
@@ -45,14 +53,19 @@ class PaddedRunner(Runner):
             self._find_way(expected)
 
     @torch.inference_mode()
-    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
-        logits: dict[str, Tensor] = {}
+    def compute_step(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> StepOutputs:
+        found: dict[str, list[_ChunkOutputs]] = {chunk.id: [] for chunk in chunks}
         states = dict(cache.states)
         for batch in self._divide(chunks):
-            logits |= self._compute(cache, batch, states, in_slots=in_slots)
+            for id, outputs in self._compute(cache, batch, states, in_slots=in_slots).items():
+                found[id].append(outputs)
         cache.states = states  # all at once: a step that fails is computed again
-        after = list(logits)
-        return torch.stack(list(logits.values()))[[after.index(chunk.id) for chunk in chunks if chunk.predicts]]
+        last = [found[chunk.id][-1].logits_KV[-1] for chunk in chunks if chunk.predicts]
+        prompts = PromptOutputs(
+            {chunk.id: torch.cat([each.logits_KV for each in found[chunk.id]]) for chunk in chunks if chunk.scored},
+            {chunk.id: torch.cat([each.hidden_PD for each in found[chunk.id]]) for chunk in chunks if chunk.pooled},
+        )
+        return StepOutputs(torch.stack(last) if last else torch.empty(0), prompts)
 
     def _find_way(self, expected: Sequence[Tensor]) -> None:
         """Set which batches are computed: the first kind that gives the model's own logits.
@@ -89,8 +102,8 @@ class PaddedRunner(Runner):
 
     def _compute(
         self, kept: KvCache, batch: Sequence[SequenceChunk], states: dict[str, States], *, in_slots: bool
-    ) -> dict[str, Tensor]:
-        """Compute chunks of one length. Returns the logits [V] after each, by id.
+    ) -> dict[str, _ChunkOutputs]:
+        """Compute chunks of one length. Returns the outputs of each, by id.
 
         Args:
             states: of each sequence that has begun, before the batch; changed to those after it.
@@ -105,17 +118,21 @@ class PaddedRunner(Runner):
             for i, place in enumerate(self._places):
                 begun = [states[chunk.id][i] for chunk in batch if chunk.start]
                 place.write(cache, torch.cat(begun) if begun else None)
-            logits_RV = call(self._model, cache, ids_RP, position_ids=positions_RP, attention_mask=mask)
+            num_kept = batch[0].count if any(chunk.scored for chunk in batch) else 1
+            with self._catch_hidden(wanted=any(chunk.pooled for chunk in batch)) as hidden:
+                logits_RKV = call(self._model, cache, ids_RP, num_kept, position_ids=positions_RP, attention_mask=mask)
             after = [place.read(cache).split(1) for place in self._places]
         store(cache, kept, batch)
         states |= {chunk.id: tuple(state[row] for state in after) for row, chunk in enumerate(batch)}
-        return {chunk.id: logits_V for chunk, logits_V in zip(batch, logits_RV, strict=True)}
+        hidden_RPD = hidden[0] if hidden else torch.empty(len(batch), 0, 0)
+        rows = zip(batch, logits_RKV, hidden_RPD, strict=True)
+        return {chunk.id: _ChunkOutputs(logits_KV, hidden_PD) for chunk, logits_KV, hidden_PD in rows}
 
     @torch.no_grad()
     def _compute_plain_logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the model's own logits [V] after a prompt, and note what its layers keep."""
         cache, device = open_cache(self._model.config), next(self._model.parameters()).device
-        logits_1V = call(self._model, cache, torch.tensor([tokens], device=device))
+        logits_11V = call(self._model, cache, torch.tensor([tokens], device=device))
         self._places = list(find_states(self._model, cache))
         self.shape = read_kept_shape(self._model, cache)
-        return logits_1V[0]
+        return logits_11V[0, 0]

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
-from rankloom.engine.runner import Runner
-from rankloom.engine.sampling import LARGEST, SampledToken, SamplingInput, sample_tokens
+from rankloom.engine.protocol import SampledToken
+from rankloom.engine.runner import PromptOutputs, Runner
+from rankloom.engine.sampling import LARGEST, SamplingInput, sample_tokens
 
 
 class StepResult(Protocol):
+    @property
+    def prompts(self) -> PromptOutputs:
+        """What was read of prompts."""
+        ...
+
     def read(self) -> list[SampledToken | None]:
         """Wait for a token for each chunk that predicts; None: its logits are not sound."""
         ...
@@ -49,17 +55,20 @@ class PlainPredictor:
         self._runner, self._cache = runner, cache
 
     def predict(self, chunks: Sequence[SequenceChunk], inputs: Sequence[SamplingInput]) -> StepResult:
-        return LogitsResult(self._runner.forward(self._cache, chunks), inputs)
+        found = self._runner.compute_step(self._cache, chunks)
+        return LogitsResult(found.logits_MV, inputs, found.prompts)
 
 
 class LogitsResult:
     """A `StepResult` from logits [M, V], of the inputs in their order."""
 
-    def __init__(self, logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> None:
-        self._logits_MV, self._inputs = logits_MV, inputs
+    def __init__(self, logits_MV: Tensor, inputs: Sequence[SamplingInput], prompts: PromptOutputs) -> None:
+        self._logits_MV, self._inputs, self.prompts = logits_MV, inputs, prompts
 
     def read(self) -> list[SampledToken | None]:
         logits_MV = self._logits_MV
+        if not self._inputs:
+            return []
         least_M, most_M = logits_MV.amin(-1), logits_MV.amax(-1)  # on a CPU 13 times as fast as aminmax
         is_sound = ((least_M > -LARGEST) & (most_M < LARGEST)).tolist()  # nan is not
         if all(is_sound):

@@ -32,6 +32,8 @@ class Prompts:
         ends = {self.turn_end, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         self.end_ids = frozenset(token for token in ends if token is not None)
         """Every token that ends a completion."""
+        self.shown_in_echo = frozenset(self._encoder.special) - frozenset(self._encoder.bos)
+        """The special tokens that a prompt's text shows: all but the one that is before every text."""
         with suppress(RequestError):  # builds the tables for special tokens in texts now, not during a request
             self.encode(self._encoder.mark(str(tokenizer.eos_token)))
 

@@ -6,7 +6,7 @@ limits; an engine knows exact versions (`name@3`), whose weights never change.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -28,8 +28,8 @@ class Grammar(Frozen):
 class Sampling(Frozen):
     """How a request's tokens are sampled; sequences of one batch may differ in it."""
 
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    """The most that are generated."""
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    """The most that are generated; 0: the prompt is computed, and nothing else."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -51,6 +51,8 @@ class Sampling(Frozen):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """The natural logarithm of each token's probability as the model gives it, before temperature, penalties and
     cuts, and of this many of the likeliest tokens; null: none."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """As `logprobs`, of the prompt's tokens; null: none."""
     choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """The completion is one of these texts, whole."""
     grammar: Grammar | None = None
@@ -72,6 +74,18 @@ class ChatPrompt:
     """Names of tools of which the answer is a call; empty: as the model likes."""
     parallel: bool = True
     """Whether an answer may have several calls."""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the last layer's hidden states of a prompt's tokens become one vector, its embedding."""
+
+    kind: Literal["mean", "last", "cls"]
+    """Their mean, the last token's or the first one's."""
+    dimensions: int | None = None
+    """Numbers that are kept, from the first; None: all."""
+    normalize: bool = True
+    """Whether what is kept is scaled to length 1."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,19 @@ class Request:
     """The id of the key that it belongs to; requests share cached prefixes within a tenant alone."""
     shows_marks: bool = False
     """Whether its text has the special tokens that a parser of chats reads."""
+    pooling: Pooling | None = None
+    """The prompt is to be embedded, so nothing is generated; None: it is to be completed."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A token as a model chose it, or as a prompt has it."""
+
+    token: int
+    logprob: float | None
+    """None: not asked for, or the first token of a prompt."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their logprobs."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,8 @@ class Likelihood:
     """A token and the natural logarithm of its probability."""
 
     token: int
-    logprob: float
+    logprob: float | None
+    """None: the first token of a prompt, which nothing predicts."""
     piece: bytes
     """The bytes that it adds to the text; they may be a part of a UTF-8 character."""
     name: str | None = None
@@ -116,7 +144,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The likelihood of a generated token, and those of the likeliest tokens at its place."""
+    """The likelihood of a token, and those of the likeliest tokens at its place."""
 
     chosen: Likelihood
     top: tuple[Likelihood, ...]
@@ -159,6 +187,22 @@ class Delta:
     """What the model thinks before its answer, where a parser of chats splits it off."""
     calls: tuple[CallDelta, ...] = ()
     """Of a chat with tools."""
+    prompt_logprobs: tuple[SampledToken, ...] = ()
+    """The prompt's next tokens, before the first generated one; `Echo` makes text of them."""
+    embedding: bytes = b""
+    """Numbers in fp32, little-endian: in the only delta of a request with `pooling`."""
+
+
+class Echo(Protocol):
+    """The text of one prompt, as the first deltas of its completion."""
+
+    def push(self, tokens: Sequence[SampledToken]) -> Delta:
+        """Add the prompt's next tokens."""
+        ...
+
+    def finish(self) -> Delta:
+        """Return the text that was held back, or the whole text where no tokens were added."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -198,7 +242,8 @@ class Stats:
 class Engine(Protocol):
     """One base with the adapters of a registry on it.
 
-    Call its methods on one event loop; `tokenize` and `open_chat`, which take longer for longer texts, on any thread.
+    Call its methods on one event loop, except those that take longer for longer texts, which any thread may call:
+    `tokenize`, `detokenize`, `name_tokens`, `open_chat` and an `Echo`.
     """
 
     @property
@@ -224,8 +269,20 @@ class Engine(Protocol):
         """Stop the engine; requests in flight get an OverloadedError. To drain, wait for them first."""
         ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of a text that begins a prompt, as in training."""
+    def tokenize(self, text: str, *, begins: bool = True) -> list[int]:
+        """Return the token ids of a text, as in training.
+
+        Args:
+            begins: it begins a prompt, so that a token comes first where the tokenizer puts one there.
+        """
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included. Raises RequestError for one that is not known."""
+        ...
+
+    def name_tokens(self, tokens: Sequence[int]) -> list[str]:
+        """Return the names of tokens in the tokenizer's vocabulary."""
         ...
 
     def open_chat(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
@@ -239,6 +296,10 @@ class Engine(Protocol):
         """
         ...
 
+    def open_echo(self, prompt: Sequence[int]) -> Echo:
+        """Return what makes text of a prompt; it shows special tokens, other than the one before every text."""
+        ...
+
     def generate(self, request: Request) -> AsyncIterator[Delta]:
         """Generate the completion as a stream. Closing the iterator, or cancelling its task, ends the request.
 
@@ -246,7 +307,7 @@ class Engine(Protocol):
 
         Raises:
             RequestError: it can't be served here: too long, an unknown token, choices that become the same tokens, a
-                grammar that can't be honoured.
+                grammar that can't be honoured, an embedding of more numbers than there are, or of an engine without.
             AdapterNotFoundError: no such version.
             RegistryError: the adapter is broken, does nothing, or needs a feature that this engine lacks.
             IncompatibleError: the adapter was tuned on another base.

@@ -4,17 +4,20 @@ There are two. `ModelRunner` (`model_runner.py`) computes all tokens of a step a
 `PaddedRunner` (`padded_runner.py`) calls the model as transformers does, for layers that the first one can't have. Both
 check once, before anything is served, that they give the model's own logits.
 
-Shapes: M sequences that predict, V vocabulary.
+Shapes: M sequences that predict, t tokens of a chunk, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankloom.banks.served_adapter import ServedAdapter
@@ -28,6 +31,25 @@ PROBE_TOLERANCE = 1e-3
 """Largest difference from the model's own logits, as a share of the largest."""
 LOOSE_TOLERANCE = 0.1
 """As much where the model does not compute in fp32."""
+
+
+@dataclass(frozen=True)
+class PromptOutputs:
+    """What a step gives for the tokens of prompts, by the ids of their chunks."""
+
+    logits: Mapping[str, Tensor] = field(default_factory=dict)
+    """After each token of the chunks that are scored [t, V], in fp32."""
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    """The last layer's, of each token of the chunks that are pooled [t, D], normed."""
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step gives."""
+
+    logits_MV: Tensor
+    """After each chunk that predicts, in the chunks' order, in fp32."""
+    prompts: PromptOutputs
 
 
 class Runner(ABC):
@@ -55,13 +77,17 @@ class Runner(ABC):
         self._as_it_was.close()
 
     @abstractmethod
-    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
-        """Return the logits [M, V], in fp32, after each chunk that predicts, in the chunks' order.
+    def compute_step(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> StepOutputs:
+        """Compute chunks.
 
         Args:
             chunks: at most one per sequence; each sequence has its place in the cache.
             in_slots: see `ServedBank.route`.
         """
+
+    def forward(self, cache: KvCache, chunks: Sequence[SequenceChunk], *, in_slots: bool = True) -> Tensor:
+        """Return the logits [M, V], in fp32, after each chunk that predicts. `compute_step` says more."""
+        return self.compute_step(cache, chunks, in_slots=in_slots).logits_MV
 
     def order(
         self, chunks: Sequence[SequenceChunk], *, in_slots: bool = True
@@ -77,6 +103,28 @@ class Runner(ABC):
         route = self.bank.route(shares, in_slots=in_slots)
         adapters = list(members)
         return route, [chunk for i in route.order for chunk in members[adapters[i]]]
+
+    @contextmanager
+    def _catch_hidden(self, *, wanted: bool) -> Iterator[list[Tensor]]:
+        """Yield a list that gets the last layer's hidden states of each forward meanwhile, where they are wanted.
+
+        Another thread may probe an adapter at the same time; its forwards do not count.
+        """
+        found: list[Tensor] = []
+        mine = get_ident()
+
+        def keep(_: nn.Module, __: object, output: Any) -> None:
+            if get_ident() == mine:
+                found.append(output[0])
+
+        if not wanted:
+            yield found
+            return
+        handle = self._model.get_decoder().register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
 
     def _open_bank(self, *, pack: bool) -> None:
         self.bank = ServedBank(self._model, pack=pack)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankloom.engine.masks import TokenMask
-from rankloom.engine.protocol import Sampling
+from rankloom.engine.protocol import SampledToken, Sampling
 from rankloom.models.staging import upload
 
 COLDEST = 1e-5
@@ -38,15 +38,6 @@ class SamplingInput:
     """In [0, 1)."""
     mask: TokenMask | None = None
     """The tokens to sample from; None: all."""
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    token: int
-    logprob: float | None
-    """None: not asked for."""
-    top: tuple[tuple[int, float], ...]
-    """The likeliest tokens and their logprobs."""
 
 
 def sample_tokens(logits_MV: Tensor, inputs: Sequence[SamplingInput]) -> list[SampledToken]:

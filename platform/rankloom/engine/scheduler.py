@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+MOST_SCORED = 512
+"""Tokens of a step whose logits are all kept: for 150,000 words these are 300 MB."""
+
 
 @dataclass(frozen=True)
 class SequenceState:
@@ -27,6 +30,10 @@ class SequenceState:
     """Numbers of tokens at which a chunk ends, as the states after them are to be kept."""
     whole: bool = False
     """Whether its first chunk may be as long as it is, as another one after it would be slow."""
+    predicts: bool = True
+    """Whether a token is sampled after its last one."""
+    scored: bool = False
+    """Whether the logits after each of its tokens are read."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +98,20 @@ def change_batch(
 def schedule(running: Sequence[SequenceState], budget: StepBudget) -> tuple[ScheduledChunk, ...]:
     """Choose the tokens that a step computes."""
     states = sorted(running, key=lambda state: state.arrival)
+    left_to_score = MOST_SCORED
     left = budget.batched_tokens - sum(state.length - state.cached == 1 for state in states)
     chunks = []
     for state in states:
         pending = state.length - state.cached
         wanted = min((at for at in state.stops if at > state.cached), default=state.length) - state.cached
         count = wanted if pending == 1 or (state.whole and state.cached == 0 and left > 0) else min(wanted, left)
+        if state.scored:
+            count = min(count, left_to_score)
+            left_to_score -= count
         if pending > 1:
             left -= count
         if count > 0:
-            chunks.append(ScheduledChunk(state.id, state.cached, count, predicts=count == pending))
+            chunks.append(ScheduledChunk(state.id, state.cached, count, predicts=state.predicts and count == pending))
     return tuple(chunks)
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import random
 from typing import Literal
 
+from torch import Tensor
+
 from rankloom.banks.served_adapter import ServedAdapter
+from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.guide import Guide
 from rankloom.engine.masks import TokenMask
-from rankloom.engine.protocol import Delta, Request
-from rankloom.engine.sampling import SampledToken, SamplingInput
+from rankloom.engine.prompt_pooler import PromptPooler
+from rankloom.engine.prompt_scorer import PromptScorer
+from rankloom.engine.protocol import Delta, Request, SampledToken
+from rankloom.engine.sampling import SamplingInput
+from rankloom.engine.scheduler import ScheduledChunk
 from rankloom.engine.stream import Stream
 from rankloom.engine.text import Decoder
 from rankloom.engine.transcript import Transcript
@@ -38,8 +44,14 @@ class RunningSequence:
         self.cached = 0
         self.owner = (request.tenant, request.adapter)
         """It shares keys and values with sequences of the same tenant and adapter alone."""
-        self.beginning = (self.owner, request.prompt[:SHARED_PREFIX]) if len(request.prompt) > SHARED_PREFIX else None
-        """Sequences with the same beginning are computed one after the other; None: too short."""
+        self.predicts = request.sampling.max_tokens > 0 and request.pooling is None
+        """False: its prompt is computed, and nothing else."""
+        most_likely = request.sampling.prompt_logprobs
+        self._scorer = None if most_likely is None else PromptScorer(request.prompt, most_likely)
+        self._pooler = None if request.pooling is None else PromptPooler(request.pooling, self.num_prompt)
+        is_shared = not self.is_read and len(request.prompt) > SHARED_PREFIX
+        self.beginning = (self.owner, request.prompt[:SHARED_PREFIX]) if is_shared else None
+        """Sequences with the same beginning are computed one after the other; None: too short, or to be read."""
         self.stops: tuple[int, ...] = ()
         """Numbers of tokens after which the states of its layers are kept for others."""
         self.num_reused = 0
@@ -48,6 +60,7 @@ class RunningSequence:
         """Set while it has a place in the batch."""
         self.arrival = -1
         self.ended = False
+        self._embedding: bytes | None = None
         self._guide = guide  # kept here, because `Guides` holds it weakly
         self.constraint = guide.make_constraint()
         """None: every token may come."""
@@ -62,6 +75,47 @@ class RunningSequence:
     @property
     def generated(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the logits after each token of its prompt are still to be read."""
+        return self._scorer is not None and not self._scorer.is_done
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether its prompt is embedded."""
+        return self._pooler is not None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its prompt's tokens are needed themselves, so that none of them may come from the cache."""
+        return self.is_scored or self.is_pooled
+
+    def make_chunk(self, chunk: ScheduledChunk) -> SequenceChunk:
+        """Return a chunk as a forward needs it."""
+        tokens = self.tokens[chunk.start : chunk.start + chunk.count]
+        return SequenceChunk(
+            chunk.id, self.adapter, chunk.start, tokens, chunk.predicts, scored=self.is_scored, pooled=self.is_pooled
+        )
+
+    def read_prompt(self, start: int, logits_tV: Tensor | None, hidden_tD: Tensor | None) -> bool:
+        """Take what a step gave for a chunk of the prompt, and send it. Returns False where it is not finite."""
+        if self._scorer is not None and logits_tV is not None:
+            scored = self._scorer.score(start, logits_tV)
+            if scored is None:
+                return False
+            self.stream.send(Delta("", prompt_logprobs=scored))
+        if self._pooler is not None and hidden_tD is not None:
+            self._pooler.pool(start, hidden_tD)
+            if self._pooler.is_done:
+                self._embedding = self._pooler.read()
+                return self._embedding is not None
+        return True
+
+    def send_end(self) -> None:
+        """Send the end of a sequence that predicts nothing."""
+        finish: Finish = "length" if self._pooler is None else "stop"
+        self.stream.send(Delta("", finish=finish, cached_tokens=self.num_reused, embedding=self._embedding or b""))
 
     def make_sampling_input(self, mask: TokenMask | None) -> SamplingInput:
         """Return what sampling its next token needs.

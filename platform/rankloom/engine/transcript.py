@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from rankloom.engine.protocol import Likelihood, TokenLogprobs
-from rankloom.engine.sampling import SampledToken
+from rankloom.engine.protocol import Likelihood, SampledToken, TokenLogprobs
 from rankloom.engine.text import Decoder, Stops, TextStream
 from rankloom.engine.text_offset import TextOffset
 
@@ -101,7 +100,6 @@ class Transcript:
             spans = list(pairwise(bounds))
             pieces = [grown[a:b].encode() for a, b in spans]
         for (each, at_start, _), piece, (start, end) in zip(self._open, pieces, spans, strict=True):
-            assert each.logprob is not None
             top = tuple(
                 self._make_likelihood(
                     token, logprob, piece if token == each.token else self._get_piece(token, at_start)
@@ -116,7 +114,7 @@ class Transcript:
     def _get_piece(self, token: int, at_start: bool) -> bytes:
         return b"" if token in self._ends else self._decoder.get_piece(token, at_start=at_start)
 
-    def _make_likelihood(self, token: int, logprob: float, piece: bytes) -> Likelihood:
+    def _make_likelihood(self, token: int, logprob: float | None, piece: bytes) -> Likelihood:
         silent = token in self._ends or self._decoder.is_special(token)
         return Likelihood(token, logprob, piece, self._decoder.get_name(token) if silent else None)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from rankloom.engine import scheduler
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, schedule
 
 BUDGET = StepBudget(num_seqs=3, cache_tokens=100, batched_tokens=10)
@@ -23,6 +26,14 @@ def test_first_come_first_served() -> None:
 def test_a_small_request_does_not_overtake_one_that_waits_for_room() -> None:
     running, (first, second) = rows(60), [SequenceState("big", 1, 60), SequenceState("small", 2, 5)]
     assert change_batch(running, [second, first], BUDGET, same).admitted == ()
+
+
+def test_a_prompt_that_is_scored_takes_a_bounded_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MOST_SCORED", 4)
+    states = [SequenceState(f"r{i}", i, 7, predicts=i > 0, scored=i < 2) for i in range(3)]
+    assert schedule(states, BUDGET) == (ScheduledChunk("r0", 0, 4, False), ScheduledChunk("r2", 0, 6, False))
+    left = [SequenceState("r0", 0, 7, 4, predicts=False, scored=True), SequenceState("r1", 1, 7, scored=True)]
+    assert schedule(left, BUDGET) == (ScheduledChunk("r0", 4, 3, False), ScheduledChunk("r1", 0, 1, False))
 
 
 def test_who_waits_for_an_adapter_holds_up_nobody() -> None:

@@ -11,8 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rankloom.engine.jobs import JobProgress
-from rankloom.engine.protocol import Delta, TokenLogprobs
-from rankloom.engine.sampling import SampledToken
+from rankloom.engine.protocol import Delta, SampledToken, TokenLogprobs
 from rankloom.engine.text import Decoder, Stops, TextStream
 from rankloom.engine.transcript import Transcript
 from rankloom.gateway.openai.responses import ResponseBuilder

@@ -31,12 +31,11 @@ from rankloom.engine.admission import STOPPING, check_ref
 from rankloom.engine.frontend import EngineFrontend, count_vocabulary
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
-from rankloom.engine.protocol import Delta, Request, Resident, Stats
-from rankloom.engine.sampling import SampledToken
+from rankloom.engine.protocol import Delta, Request, Resident, SampledToken, Stats
 from rankloom.engine.text import Stops
 from rankloom.engine.transcript import Transcript
 from rankloom.engine.vllm.server import ZERO, VllmServer, make_completion_body, parse_likelihoods
-from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError
+from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError, RequestError
 from rankloom.models import Base, find_target_linears, get_linear_widths
 from rankloom.registry import Registry
 from rankloom.registry.checks import rename_in_errors
@@ -93,6 +92,8 @@ class VllmEngine(EngineFrontend):
         allow_pauses()
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        if request.pooling is not None:
+            raise RequestError("embeddings: not with engine.type=vllm, which generates; use engine.type=bank")
         with self._admission.take(request, self.context):
             guide = await self._guides.make_guide(request)  # refuses choices that become the same tokens
             async with self._hold(request.adapter):
@@ -146,13 +147,15 @@ class VllmEngine(EngineFrontend):
         is_free = asked.choices is None and asked.grammar is None
         ends = frozenset() if asked.ignore_eos and is_free else self._prompts.end_ids
         transcript = Transcript(self._get_decoder(request), request.prompt, stops, ends)
-        last, cached = None, 0
+        last, cached, is_begun = None, 0, False
         async with aclosing(
             self._server.stream(make_completion_body(request, request.adapter or self._server.base, ends))
         ) as chunks:
             async for chunk in chunks:
                 for choice in chunk["choices"]:
-                    delta = _make_delta(choice, transcript, request.sampling.logprobs)
+                    prompt = () if is_begun else _take_prompt(choice, request)
+                    delta = replace(_make_delta(choice, transcript, asked.logprobs), prompt_logprobs=prompt)
+                    is_begun = True
                     if delta.finish is None:
                         yield delta
                     else:
@@ -206,6 +209,22 @@ class VllmEngine(EngineFrontend):
         for arrival in self._arriving.pop(ref, ()):
             if not arrival.done():
                 arrival.set_exception(error)
+
+
+def _take_prompt(choice: dict[str, Any], request: Request) -> tuple[SampledToken, ...]:
+    """Remove what the first choice of a stream has of the prompt, and return the logprobs of its tokens."""
+    asked, count = request.sampling, len(request.prompt)
+    if not asked.max_tokens:
+        choice["token_ids"] = []  # vLLM generates one
+    if asked.prompt_logprobs is None:
+        return ()
+    found = []
+    named = choice["logprobs"]
+    tops = [parse_likelihoods(top or {}) for top in named["top_logprobs"][:count]]
+    for token, logprob, top in zip(request.prompt, named["token_logprobs"], tops, strict=False):
+        found.append(SampledToken(token, logprob, tuple(top.items())[: asked.prompt_logprobs]))
+    choice["logprobs"] = {name: named[name][count:] for name in ("token_logprobs", "top_logprobs")}
+    return tuple(found)
 
 
 def _make_delta(choice: Mapping[str, Any], transcript: Transcript, num_logprobs: int | None) -> Delta:

@@ -53,8 +53,8 @@ HUNG_S = 30.0
 """Seconds without a healthy answer after which the server counts as dead."""
 LOAD_S = 300.0
 """The longest that loading an adapter may take."""
-CHUNK_BYTES = 2**23
-"""The largest event of a stream: the first one repeats the prompt."""
+CHUNK_BYTES = 2**26
+"""The largest event of a stream: the first one repeats the prompt, with its logprobs where these are asked for."""
 
 _WHICH = """
 from importlib.metadata import PackageNotFoundError, version
@@ -157,6 +157,8 @@ def make_completion_body(request: Request, model: str, ends: frozenset[int]) -> 
     }  # fmt: skip
     if asked.logprobs is not None:
         body |= {"logprobs": asked.logprobs, "return_tokens_as_token_ids": True}
+    if asked.prompt_logprobs is not None or not asked.max_tokens:
+        body["echo"] = True
     if request.tenant is not None:
         body["cache_salt"] = request.tenant
     if asked.choices is not None:

@@ -86,9 +86,7 @@ def test_prompts_are_scored_and_embedded_as_by_transformers(base: Path, tmp_path
     async def work() -> list[Any]:
         scored = [completed(engine, p, id=f"s{i}", max_tokens=2, prompt_logprobs=0) for i, p in enumerate(prompts)]
         pooled = [
-            collect(
-                engine, Request(f"p{i}", None, tuple(p), Sampling(max_tokens=0), pooling=Pooling("mean", None, False))
-            )
+            collect(engine, Request(f"p{i}", None, tuple(p), Sampling(max_tokens=0), pooling=mean))
             for i, p in enumerate(prompts)
         ]
         return list(await asyncio.gather(asyncio.gather(*scored), asyncio.gather(*pooled)))

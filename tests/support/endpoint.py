@@ -23,7 +23,9 @@ from rankloom.config.serve import ServeConfig
 from rankloom.deploy.http_server import HttpServer
 from rankloom.deploy.ingress import build_api
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError, run
-from rankloom.gateway.gateway import Gateway, Served
+from rankloom.engine.tokens import TokenizeJob, Tokens, detokenize, tokenize
+from rankloom.gateway.gateway import Gateway
+from rankloom.gateway.replicas import Served
 from rankloom.registry import Draft, Registry
 
 FINGERPRINT = "sha256:" + "0" * 64
@@ -71,6 +73,12 @@ class Replicas:
 
     async def describe(self) -> Served:
         return Served("org/base", FINGERPRINT, "none", self.engine.context)
+
+    async def tokenize(self, job: TokenizeJob) -> Tokens:
+        return await tokenize(self.engine, job)
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str:
+        return await detokenize(self.engine, tokens)
 
     async def load(self, ref: str) -> None:
         await self.engine.pin(ref)

@@ -8,7 +8,8 @@ from typing import Any
 from rankloom.config.engine import EngineConfig
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.jobs import CompletionJob, JobProgress, run
-from rankloom.gateway.gateway import Served
+from rankloom.engine.tokens import TokenizeJob, Tokens, detokenize, tokenize
+from rankloom.gateway.replicas import Served
 from rankloom.models import Base
 from rankloom.registry import Registry
 
@@ -28,6 +29,12 @@ class OneEngine:
         if not self.engine.alive:
             await self.engine.start()
         return Served(self.base.id, self.base.fingerprint, self.base.quantization, self.engine.context)
+
+    async def tokenize(self, job: TokenizeJob) -> Tokens:
+        return await tokenize(self.engine, job)
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str:
+        return await detokenize(self.engine, tokens)
 
     async def load(self, ref: str) -> None:
         await self.engine.pin(ref)

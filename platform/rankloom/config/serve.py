@@ -140,6 +140,8 @@ class LimitsConfig(Frozen):
     """Most tokens of one completion."""
     completions: Annotated[int, Field(ge=1)] = 16
     """Most completions of one request: prompts times `n`."""
+    embeddings: Annotated[int, Field(ge=1)] = 2048
+    """Most texts of one request for embeddings. They are computed a few at a time."""
     in_flight: Annotated[int, Field(ge=1)] = 512
     """Most requests running or waiting over all replicas; more get 503 with Retry-After. One key may have as many as it
     leaves free for others, so half when it is alone; more get 429."""
@@ -225,6 +227,9 @@ class ServeConfig(Frozen):
     """The engine: `bank`, rankloom's own, `vllm`, or `auto`, which takes vLLM where it can on a GPU."""
     limits: LimitsConfig = LimitsConfig()
     """Limits on one request, and on the number of requests."""
+    pooling: Literal["mean", "last", "cls"] = "mean"
+    """How `/v1/embeddings` makes one vector of the last layer's hidden states: their mean over a text's tokens, that of
+    its last token, or that of its first. Use what the base or the adapters were trained for."""
     replicas: ReplicasConfig = ReplicasConfig()
     """How many processes hold the base, and the resources of each."""
     auth: AuthConfig = AuthConfig()

@@ -29,9 +29,11 @@ from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
 from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
 from rankloom.engine.protocol import Stats
+from rankloom.engine.tokens import TokenizeJob, Tokens
 from rankloom.engine.vllm.choice import choose_engine
 from rankloom.errors import ConfigError, OverloadedError
-from rankloom.gateway.gateway import Gateway, Served
+from rankloom.gateway.gateway import Gateway
+from rankloom.gateway.replicas import Served
 from rankloom.paths import get_registry_root
 from rankloom.registry import Record, Registry
 
@@ -68,15 +70,22 @@ class RayReplicas:
             stream.cancel()
 
     async def describe(self) -> Served:
-        try:
-            served: Served = await self._handle.describe.remote()
-        except Exception as error:
-            raise _translate(error) from None
+        served: Served = await self._call("describe")
         return served
 
     async def load(self, ref: str) -> None:
+        await self._call("load", ref)
+
+    async def tokenize(self, job: TokenizeJob) -> Tokens:
+        found: Tokens = await self._call("tokenize", job)
+        return found
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str:
+        return str(await self._call("detokenize", tokens))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            await self._handle.load.remote(ref)
+            return await getattr(self._handle, method).remote(*arguments)
         except Exception as error:
             raise _translate(error) from None
 

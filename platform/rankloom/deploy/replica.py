@@ -16,8 +16,9 @@ from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob, JobProgress, run
+from rankloom.engine.tokens import TokenizeJob, Tokens, detokenize, tokenize
 from rankloom.errors import RankloomError
-from rankloom.gateway.gateway import Served
+from rankloom.gateway.replicas import Served
 from rankloom.paths import get_registry_root
 from rankloom.registry import Registry
 
@@ -89,6 +90,12 @@ class Replica:
                 yield progress
         finally:
             await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+
+    async def tokenize(self, job: TokenizeJob) -> Tokens:
+        return await tokenize(self._engine, job)
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str:
+        return await detokenize(self._engine, tokens)
 
     async def describe(self) -> Served:
         return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,54 +23,26 @@ from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, Repli
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.errors import (
     AdapterNotFoundError,
-    ConfigError,
     IncompatibleError,
     OverloadedError,
     RankloomError,
     RegistryError,
-    RequestError,
 )
+from rankloom.gateway.audit import REFUSALS, classify, format_end, format_line
 from rankloom.gateway.canary import Canaries, CanaryEnd
 from rankloom.gateway.errors import NameTakenError, NotLoadedError
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.keys import Key
-from rankloom.gateway.metrics import Metrics, Outcome, Traffic
+from rankloom.gateway.metrics import Metrics, Traffic
 from rankloom.gateway.pace import measure_token_seconds, pace_job
 from rankloom.gateway.policy import AdapterVersions, Catalogue, Decision, RoutingRequest, Target, decide_route
 from rankloom.gateway.quota import Quotas
 from rankloom.gateway.registry_view import RegistryView
+from rankloom.gateway.replicas import Replicas
 from rankloom.gateway.retries import Retries
 from rankloom.registry import Record, Registry
 
-_REFUSALS = (AdapterNotFoundError, RegistryError, IncompatibleError)
-"""Errors of a version itself: another one may still serve the request."""
-_CLIENT_ERRORS = (*_REFUSALS, ConfigError, RequestError)
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Served:
-    """The base, as the replicas describe it."""
-
-    base: str
-    fingerprint: str
-    quantization: str
-    context: int
-
-
-class Replicas(Protocol):
-    """The processes that hold the base and run jobs."""
-
-    def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
-        """Run a job, as `engine.jobs.run` does. Raises ReplicaLostError when the process dies."""
-        ...
-
-    async def describe(self) -> Served: ...
-
-    async def load(self, ref: str) -> None:
-        """Load and verify an adapter where its requests will go. Raises as `Engine.pin` does."""
-        ...
 
 
 class Collector(Protocol):
@@ -81,6 +52,7 @@ class Collector(Protocol):
 
 
 CollectorT = TypeVar("CollectorT", bound=Collector)
+AnswerT = TypeVar("AnswerT")
 
 
 class Gateway:
@@ -137,6 +109,11 @@ class Gateway:
         if config.routes != self._canaries.routes:
             self._canaries = Canaries(config.routes)
         await self.refresh()
+
+    @property
+    def context(self) -> int:
+        """The most tokens of prompt and completion together."""
+        return min(self.served.context, self.config.limits.context or self.served.context)
 
     # ---- what names mean
 
@@ -256,9 +233,9 @@ class Gateway:
             )  # fmt: skip
             try:
                 await request.open()
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 refusal = error
-                logger.warning(_format_line("refused", routing, adapter=target.ref, reason=str(error)))
+                logger.warning(format_line("refused", routing, adapter=target.ref, reason=str(error)))
                 continue
             return request
         assert refusal is not None
@@ -290,6 +267,32 @@ class Gateway:
             finally:
                 await request.aclose()
 
+    async def ask(
+        self, routing: RoutingRequest, key: Key | None, question: Callable[[Replicas], Awaitable[AnswerT]]
+    ) -> AnswerT:
+        """Ask a replica for what takes no step of its engine, and costs no tokens. Raises as `begin`."""
+        await self._decide(routing)
+        self._quotas.check_room(key, self.config.limits.in_flight)
+        begun, retries, ended_by = time.monotonic(), self._make_retries(), None
+        self._quotas.begin(key, 0, begun)
+        self.metrics.in_flight.inc()
+        try:
+            async with asyncio.timeout(self.config.limits.timeout_s):
+                while True:
+                    try:
+                        return await question(self._replicas)
+                    except ReplicaLostError as error:
+                        await retries.pause(error)
+        except BaseException as error:
+            ended_by = error
+            raise
+        finally:
+            now = time.monotonic()
+            self._quotas.end(key, 0, 0, now)
+            self.metrics.in_flight.dec()
+            facts = {"outcome": classify(ended_by), "key": key and key.id, "total_s": round(now - begun, 4)}
+            logger.info(format_line("question", routing, **facts))
+
     def _make_retries(self) -> Retries:
         return Retries(on_retry=self.metrics.retries.inc)
 
@@ -302,7 +305,7 @@ class Gateway:
 
     def _check_length(self, job: CompletionJob) -> None:
         """Refuse prompts of tokens that are too long for every replica, before they are sent."""
-        room = min(self.served.context, job.context or self.served.context)
+        room = self.context
         longest = max((len(prompt) for prompt in job.prompts if isinstance(prompt, tuple)), default=0)
         if longest > room:
             raise ContextError(
@@ -342,10 +345,10 @@ class Gateway:
             stable_took_s = time.monotonic() - begun
             candidate_s = await measure_token_seconds(await self._begin_own(candidate, pace_job(), "pace"))
         except Exception as error:
-            logger.info(_format_line("canary: not timed", None, route=route, error=type(error).__name__))
+            logger.info(format_line("canary: not timed", None, route=route, error=type(error).__name__))
             # the candidate fails at what the stable version has just done quickly; refusals count in its own requests
             is_soon = stable_took_s < self.config.limits.timeout_s / 4
-            if is_soon and not isinstance(error, (*_REFUSALS, OverloadedError, ReplicaLostError)):
+            if is_soon and not isinstance(error, (*REFUSALS, OverloadedError, ReplicaLostError)):
                 self._carry_out(self._canaries.record_failure(route, sides))
         else:
             self._carry_out(self._canaries.record_times(route, sides, (stable_s, candidate_s)))
@@ -378,27 +381,22 @@ class Gateway:
         self.metrics.in_flight.dec()
         if error is None:
             self._run_in_background(request.drain())
-        outcome = _classify(error)
-        adapter = request.target.ref or BASE
         first_s = between_s = None
         if request.first_at is not None:
             first_s = request.first_at - request.begun_at
             between_s = (now - request.first_at) / (request.tokens - 1) if request.tokens > 1 else None
         tokens = {"prompt": request.prompt_tokens, "cached": request.cached_tokens, "completion": request.tokens}
-        self.metrics.count_request(adapter, request.traffic, outcome, tokens=tokens, first_s=first_s, token_s=between_s)
-        facts = {
-            "adapter": adapter, "traffic": request.traffic, "outcome": outcome, "key": request.key and request.key.id,
-            "route": request.decision.route, "arm": request.decision.arm, "prompts": len(job.prompts), "n": job.n,
-            "prompt_tokens": request.prompt_tokens, "completion_tokens": request.tokens, "first_s": _round(first_s),
-            "total_s": _round(now - request.begun_at), "error": type(error).__name__ if error else None,
-        }  # fmt: skip
-        logger.info(_format_line("request", request.routing, **facts))
+        self.metrics.count_request(
+            request.target.ref or BASE, request.traffic, classify(error), tokens=tokens, first_s=first_s,
+            token_s=between_s,
+        )  # fmt: skip
+        logger.info(format_end(request, error, now, first_s))
         if request.traffic == "live":
             self._judge(request, error)
 
     def _judge(self, request: InFlightRequest, error: BaseException | None) -> None:
         """Count a request for its side of a canary, and have both sides timed."""
-        if error is None or isinstance(error, _REFUSALS):  # other errors may be the request's fault, or a replica's
+        if error is None or isinstance(error, REFUSALS):  # other errors may be the request's fault, or a replica's
             self._carry_out(self._canaries.count(request.decision, request.target, refused=error is not None))
         route = request.decision.route
         sides = self._canaries.to_time(route) if request.decision.arm == "canary" else None
@@ -417,7 +415,7 @@ class Gateway:
             await asyncio.to_thread(self._registry.promote, end.ref, end.alias)
         except RankloomError as error:
             logger.error(
-                _format_line("canary: the alias was not moved", None, alias=end.alias, to=end.ref, reason=str(error))
+                format_line("canary: the alias was not moved", None, alias=end.alias, to=end.ref, reason=str(error))
             )
         await self.refresh()
 
@@ -427,24 +425,7 @@ class Gateway:
         task.add_done_callback(self._tasks.discard)
 
 
-def _classify(error: BaseException | None) -> Outcome:
-    if isinstance(error, Exception):
-        return "client error" if isinstance(error, _CLIENT_ERRORS) else "server error"
-    return "ok" if error is None else "cancelled"
-
-
 def _count_most_tokens(job: CompletionJob) -> int:
     """Return the most tokens that a job's completions may have together."""
     each = job.sampling.max_tokens if job.max_tokens is None else job.max_tokens
     return len(job.prompts) * job.n * each
-
-
-def _format_line(event: str, routing: RoutingRequest | None, **facts: Any) -> str:
-    """Return a line for the log, as JSON. It never contains a prompt or a key."""
-    ids = {"id": routing.id, "request_id": routing.trace, "model": routing.model} if routing else {}
-    head = {"event": event} | ids
-    return json.dumps(head | {name: value for name, value in facts.items() if value is not None})
-
-
-def _round(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)

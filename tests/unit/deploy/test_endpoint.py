@@ -84,6 +84,42 @@ def test_completions_of_several_prompts(shared: Endpoint) -> None:
     assert client.completions.create(model="bank", prompt="x" * 50).usage.completion_tokens == 16  # type: ignore[union-attr]
 
 
+def test_a_completion_begins_with_its_prompt(shared: Endpoint) -> None:
+    client = shared.client()
+    asked: dict[str, Any] = {"model": "bank", "echo": True, "max_tokens": 2}
+    answer = client.completions.create(**asked, prompt=["hi", "you"], n=2, logprobs=1)
+    assert [c.text for c in answer.choices] == ["hiba", "hiba", "youba", "youba"]
+    logprobs = answer.choices[3].logprobs
+    assert logprobs is not None
+    assert (logprobs.tokens, logprobs.text_offset) == (list("youba"), [0, 1, 2, 3, 4])
+    assert logprobs.token_logprobs == [None, -0.25, -0.25, -0.5, -0.5]
+    assert logprobs.top_logprobs == [None, {"o": -0.25}, {"u": -0.25}, {"b": -0.5}, {"a": -0.5}]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 8)  # type: ignore[union-attr]
+    chunks = list(client.completions.create(**asked, prompt=[121, 111, 117], logprobs=1, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "youba"
+    streamed = [chunk.choices[0].logprobs.to_dict() for chunk in chunks if chunk.choices[0].logprobs]
+    for name, values in logprobs.to_dict().items():
+        assert [value for each in streamed for value in each[name]] == values  # type: ignore[attr-defined]
+    (choice,) = client.completions.create(**asked, prompt="you").choices
+    assert (choice.text, choice.logprobs) == ("youba", None)
+
+
+def test_a_prompt_alone_is_scored(shared: Endpoint) -> None:
+    client = shared.client()
+    asked: dict[str, Any] = {"model": "bank@2", "prompt": [[104, 105], [97]], "max_tokens": 0}
+    answer = client.completions.create(**asked, echo=True, logprobs=0)
+    assert [(c.text, c.finish_reason) for c in answer.choices] == [("hi", "length"), ("a", "length")]
+    assert [c.logprobs.token_logprobs for c in answer.choices] == [[None, -0.25], [None]]  # type: ignore[union-attr]
+    assert answer.choices[0].logprobs.top_logprobs == [None, {}]  # type: ignore[union-attr]
+    assert answer.usage.completion_tokens == 0  # type: ignore[union-attr]
+    assert [c.text for c in client.completions.create(**asked, echo=True).choices] == ["hi", "a"]
+    assert [c.text for c in client.completions.create(**asked).choices] == ["", ""]
+    whole = client.completions.create(model="bank", prompt=[97] * 256, max_tokens=0, echo=True)
+    assert len(whole.choices[0].text) == 256
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model="bank", prompt=[97] * 256, max_tokens=1, echo=True)
+
+
 def test_a_choice_is_constrained(shared: Endpoint) -> None:
     body = {"structured_outputs": {"choice": ["card_lost", "transfer"]}}
     answer = shared.client().chat.completions.create(**SAY, extra_body=body)  # type: ignore[call-overload]

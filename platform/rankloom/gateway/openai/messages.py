@@ -100,3 +100,6 @@ class Message(Body):
             message["tool_calls"] = [call.to_template() for call in self.tool_calls]
         others = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
         return message | {name: value for name, value in others.items() if value}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from rankloom.config.serve import LimitsConfig
 from rankloom.config.trial import Name
@@ -17,20 +17,18 @@ from rankloom.engine.jobs import CompletionJob, Prompt
 from rankloom.engine.protocol import ChatPrompt, Sampling
 from rankloom.gateway.openai.body import (
     LIST,
-    LISTS,
     TEXT,
-    TOKENS,
     Body,
     Text,
     choose_either,
     limit_keys,
     limit_length,
-    tag_one_or_list,
 )
 from rankloom.gateway.openai.errors import WireError
-from rankloom.gateway.openai.messages import Message
+from rankloom.gateway.openai.messages import Messages
+from rankloom.gateway.openai.prompts import Prompts, list_prompts
 from rankloom.gateway.openai.structured import ResponseFormat, StructuredOutputs
-from rankloom.gateway.openai.tools import FunctionTool, NamedTool, ToolChoice, choose_tools
+from rankloom.gateway.openai.tools import NamedTool, ToolChoice, Tools, choose_tools
 
 
 class StreamOptions(Body):
@@ -58,7 +56,6 @@ class _AnywaySo(Body):
     """Without effect."""
     cache_prompt: Literal[True] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0), limit_keys(0)] | None = None
-    echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     """As many as `n`: all that are made are answered."""
     suffix: Annotated[Text, Field(max_length=0)] | None = None
@@ -93,9 +90,11 @@ class _Common(_AnywaySo):
     """An adapter, `adapter@version`, `adapter@alias`, a route, or the base's id."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Completions of each prompt."""
+    echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    """Most tokens of a completion."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """0: the likeliest token alone."""
@@ -128,8 +127,8 @@ class _Common(_AnywaySo):
         max_tokens: int | None,
     ) -> CompletionJob:
         return CompletionJob(
-            id=id, adapter=None, prompts=prompts, sampling=sampling, n=self.n or 1, max_tokens=max_tokens,
-            context=limits.context, tenant=tenant,
+            id=id, adapter=None, prompts=prompts, sampling=sampling, n=self.n or 1, echo=bool(self.echo),
+            max_tokens=max_tokens, context=limits.context, tenant=tenant,
         )  # fmt: skip
 
     def _make_sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
@@ -168,11 +167,11 @@ class _Common(_AnywaySo):
 class ChatRequest(_Common):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """Whether an answer may have several calls; null: as true."""
@@ -186,6 +185,7 @@ class ChatRequest(_Common):
     moderation: None = None
     audio: None = None
     web_search_options: None = None
+    echo: Literal[False] | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
 
@@ -211,45 +211,25 @@ class ChatRequest(_Common):
         return ChatPrompt(messages, tuple(tool.to_template() for tool in tools), must_call, several)
 
 
-def _tag_prompt(value: Any) -> str | None:
-    """Return the tag of a prompt's type, by its first item."""
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, int):
-        return TOKENS
-    return LISTS if isinstance(first, list) else tag_one_or_list(value)
-
-
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-
-
 class CompletionRequest(_Common):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[
-        Annotated[Text, Tag(TEXT)]
-        | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(LIST)]
-        | Annotated[Tokens, Tag(TOKENS)]
-        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
-        Discriminator(
-            _tag_prompt,
-            custom_error_type="no_kind",
-            custom_error_message="expected a text, a list of texts, a list of token ids or a list of such lists",
-        ),
-    ]
+    prompt: Prompts
     """A text, several, or the same as token ids."""
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """Most tokens of a completion; 0: none, for the prompt's own logprobs, with `echo`."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The logprobs of each token, and of this many likeliest ones at its place."""
+    echo: bool | None = None
+    """Begin each completion with its prompt, whose tokens then have logprobs too, all but the first."""
 
     def make_job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""
-        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
-        if isinstance(prompts[0], int):
-            prompts = [prompts]
+        prompts = list_prompts(self.prompt)
         most = 16 if self.max_tokens is None else self.max_tokens
         most = min(most, limits.max_tokens) if self.max_tokens is None else most
         self._check(limits, most, len(prompts))
-        made = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
-        return self._make_job(id, limits, tenant, made, self._make_sampling(limits, self.logprobs), most)
+        return self._make_job(id, limits, tenant, prompts, self._make_sampling(limits, self.logprobs), most)
 
 
 class AdapterRequest(Body):

@@ -179,9 +179,11 @@ def _format_one(token: Likelihood) -> dict[str, Any]:
     return {"token": _decode_text(token), "logprob": token.logprob, "bytes": list(token.piece)}
 
 
-def _name_likeliest(token: TokenLogprobs) -> dict[str, float]:
+def _name_likeliest(token: TokenLogprobs) -> dict[str, float | None] | None:
     """Name the likeliest tokens by their texts, or as OpenAI does by bytes where a text is partial or not unique."""
-    found: dict[str, float] = {}
+    if token.chosen.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
     for each in token.top:
         text, spelt = _decode_text(each), "bytes:" + "".join(f"\\x{byte:02x}" for byte in each.piece)
         is_own = text not in (_decode_text(token.chosen), *found) and "\N{REPLACEMENT CHARACTER}" not in text

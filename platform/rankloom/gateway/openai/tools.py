@@ -42,6 +42,9 @@ class FunctionTool(Body):
         return {"type": "function", "function": function | {"parameters": parameters} | strict}
 
 
+Tools = Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)]
+
+
 class FunctionName(Body):
     name: Annotated[Text, Field(max_length=64)]
 

@@ -7,15 +7,17 @@ import re
 from typing import Any, get_type_hints
 
 import pytest
-from openai.types import chat, completion_create_params, shared_params
+from openai.types import EmbeddingCreateParams, chat, completion_create_params, shared_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel
 
-from rankloom.config.serve import LimitsConfig
-from rankloom.engine.protocol import Sampling
+from rankloom.config import parse
+from rankloom.config.serve import LimitsConfig, ServeConfig
+from rankloom.engine.jobs import CompletionJob
 from rankloom.gateway.openai.bodies import MOST_PARTS, MOST_VALUES, read
+from rankloom.gateway.openai.embeddings import EmbeddingRequest
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.messages import Message, TextPart, ToolCall
 from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, StreamOptions
@@ -24,9 +26,16 @@ from rankloom.gateway.openai.tools import Function, FunctionTool, NamedTool
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETE = {"model": "bank", "prompt": "hi"}
+Asked = ChatRequest | CompletionRequest | EmbeddingRequest
+START: dict[Any, dict[str, Any]] = {
+    ChatRequest: SAY,
+    CompletionRequest: COMPLETE,
+    EmbeddingRequest: {"model": "bank", "input": "hi"},
+}
 KINDS = [
     (chat_create_params.CompletionCreateParamsNonStreaming, ChatRequest),
     (completion_create_params.CompletionCreateParamsNonStreaming, CompletionRequest),
+    (EmbeddingCreateParams, EmbeddingRequest),
     (chat.ChatCompletionSystemMessageParam, Message),
     (chat.ChatCompletionDeveloperMessageParam, Message),
     (chat.ChatCompletionUserMessageParam, Message),
@@ -48,7 +57,9 @@ FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 DONE: dict[str, list[Any]] = {
     "audio": [],
     "best_of": [1],
-    "echo": [False],
+    "dimensions": [1, 256],
+    "echo": [False, True],
+    "encoding_format": ["float", "base64"],
     "frequency_penalty": [0.5],
     "function_call": ["none", "auto"],
     "functions": [[]],
@@ -90,9 +101,10 @@ DONE: dict[str, list[Any]] = {
 }
 """Values that are taken."""
 REFUSED: dict[str, list[Any]] = {
+    "dimensions": [0],
+    "encoding_format": ["int8"],
     "audio": [{"format": "wav", "voice": "alloy"}],
     "best_of": [3],
-    "echo": [True],
     "function_call": [{"name": "f"}],
     "functions": [[FUNCTION]],
     "logit_bias": [{"5": 1}],
@@ -120,9 +132,11 @@ REFUSED: dict[str, list[Any]] = {
 """Values that ask for what is not done here: they are refused by name."""
 
 
-def wanted(kind: type[ChatRequest | CompletionRequest], change: dict[str, Any]) -> Sampling:
-    start = SAY if kind is ChatRequest else COMPLETE
-    return read(kind, json.dumps(start | change).encode()).make_job("w", LimitsConfig()).sampling
+def wanted(kind: type[Asked], change: dict[str, Any]) -> CompletionJob:
+    body = read(kind, json.dumps(START[kind] | change).encode())
+    if isinstance(body, EmbeddingRequest):
+        return body.make_job("w", parse(ServeConfig, {"base": "org/base"}))
+    return body.make_job("w", LimitsConfig())
 
 
 def told(kind: type[BaseModel], body: Any) -> str:
@@ -138,9 +152,9 @@ def test_each_key_of_the_openai_package_has_an_answer(theirs: Any, ours: type[Ba
     assert set(get_type_hints(theirs)) - names == set()
 
 
-@pytest.mark.parametrize(("theirs", "ours"), KINDS[:2], ids=["chat", "text"])
-def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[ChatRequest | CompletionRequest]) -> None:
-    for key in set(get_type_hints(theirs)) - {"messages", "prompt", "logprobs", "top_logprobs"}:
+@pytest.mark.parametrize(("theirs", "ours"), KINDS[:3], ids=["chat", "text", "embeddings"])
+def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[Asked]) -> None:
+    for key in set(get_type_hints(theirs)) - {"messages", "prompt", "input", "logprobs", "top_logprobs"}:
         assert DONE[key] or REFUSED[key]
         if key != "model":
             wanted(ours, {key: None})
@@ -151,7 +165,9 @@ def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[ChatReques
                 wanted(ours, {key: value})
             assert (caught.value.status, caught.value.param) == (400, key)
             assert re.match(rf"{key}[.:]", caught.value.message)
-            assert re.search(r"leave it out|only |; |expected |required|give |should match", caught.value.message)
+            assert re.search(
+                r"leave it out|only |; |expected |required|give |should match|must be", caught.value.message
+            )
 
 
 @pytest.mark.parametrize(
@@ -182,12 +198,12 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
 
 
 def test_values_at_the_edge_mean_what_openai_means() -> None:
-    assert wanted(ChatRequest, {"top_p": 0}).top_p == pytest.approx(0, abs=1e-5)
-    seeds = [wanted(ChatRequest, {"seed": seed}).seed for seed in (-1, -2, -(2**63), 7, None)]
+    assert wanted(ChatRequest, {"top_p": 0}).sampling.top_p == pytest.approx(0, abs=1e-5)
+    seeds = [wanted(ChatRequest, {"seed": seed}).sampling.seed for seed in (-1, -2, -(2**63), 7, None)]
     assert len(set(seeds)) == 5
     assert seeds[3:] == [7, None]
-    assert wanted(ChatRequest, {"stop": ""}).stop == ()
-    assert wanted(ChatRequest, {"stop": [str(number) for number in range(17)]}).stop[16] == "16"
+    assert wanted(ChatRequest, {"stop": ""}).sampling.stop == ()
+    assert wanted(ChatRequest, {"stop": [str(number) for number in range(17)]}).sampling.stop[16] == "16"
 
 
 def talk(content: Any) -> dict[str, Any]:
@@ -245,7 +261,8 @@ def talk(content: Any) -> dict[str, Any]:
         (CompletionRequest, COMPLETE | {"prompt": [1, "a"]}, 'prompt.1: expected a whole number (given "a")'),
         (CompletionRequest, COMPLETE | {"prompt": []}, "prompt: at least 1 (given 0)"),
         (CompletionRequest, COMPLETE | {"prompt": 5}, "prompt: expected a text, a list of texts, a list of token ids"),
-        (CompletionRequest, COMPLETE | {"echo": 1}, "echo: only false (given 1); put the prompt before the answer"),
+        (CompletionRequest, COMPLETE | {"echo": 1}, "echo: expected true or false (given 1)"),
+        (ChatRequest, SAY | {"echo": True}, "echo: only false (given true); put the prompt before the answer"),
         (CompletionRequest, COMPLETE | {"temperature": "1"}, 'temperature: expected a number (given "1")'),
         (CompletionRequest, COMPLETE | {"stream": 1}, "stream: expected true or false (given 1)"),
         (CompletionRequest, COMPLETE | {"metadata": {str(n): 1 for n in range(17)}}, "metadata: at most 16 (given 17)"),

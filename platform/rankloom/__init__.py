@@ -87,8 +87,8 @@ if TYPE_CHECKING:
     from rankloom.events import read_events as read_events
     from rankloom.launch.data_check import DataCheck as DataCheck
     from rankloom.launch.data_check import check_data as check_data
-    from rankloom.launch.evaluation import evaluate as evaluate
     from rankloom.launch.results import EvaluationResult as EvaluationResult
+    from rankloom.launch.results import SuiteEvaluation as SuiteEvaluation
     from rankloom.launch.results import TrialResult as TrialResult
     from rankloom.launch.trainer import train as train
     from rankloom.planning.plan import Plan as Plan
@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from rankloom.search.results import ScoredTrial as ScoredTrial
     from rankloom.search.results import StudyResult as StudyResult
     from rankloom.search.study import tune as tune
+    from rankloom.suites.evaluate import evaluate as evaluate
 
 __version__ = "0.2.0"
 
@@ -132,8 +133,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "StudyProgress", "StudyStatus", "TrialEnded", "TrialEvaluated", "TrialStarted", "WarningRaised", "read_events",
     ),
     "launch.data_check": ("DataCheck", "check_data"),
-    "launch.evaluation": ("evaluate",),
-    "launch.results": ("EvaluationResult", "TrialResult"),
+    "launch.results": ("EvaluationResult", "SuiteEvaluation", "TrialResult"),
     "launch.trainer": ("train",),
     "planning.plan": ("Plan", "plan"),
     "registry.record": ("Record",),
@@ -142,6 +142,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "reporting.write": ("report",),
     "search.results": ("ScoredTrial", "StudyResult"),
     "search.study": ("tune",),
+    "suites.evaluate": ("evaluate",),
 }  # fmt: skip
 """Module -> the public names that it is the home of; type checkers read the imports above."""
 

@@ -66,13 +66,16 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
     Example: rankloom adapters show bank-intents@champion
     """
     from rankloom.cli.tables import print_table
-    from rankloom.registry.card import list_scorecard_rows
+    from rankloom.registry.card import list_scorecard_rows, list_suite_rows
 
     registry = _open(root)
     record = registry.get(ref)
-    aliases = registry.aliases(record.name)
+    aliases, suites = registry.aliases(record.name), registry.suites(record.ref)
     if as_json:
-        print_json(_to_plain(record) | {"aliases": [alias for alias, to in aliases.items() if to == record.version]})
+        pointing = [alias for alias, to in aliases.items() if to == record.version]
+        print_json(
+            _to_plain(record) | {"aliases": pointing, "suites": [each.model_dump(mode="json") for each in suites]}
+        )
         return
     facts = [
         ("adapter", record.ref),
@@ -90,6 +93,9 @@ def show(ref: Ref, root: Root, as_json: Json = False) -> None:
     if record.scorecard:
         typer.echo()
         print_table(("measure", "adapter", "base"), list_scorecard_rows(record.scorecard))
+    if suites:
+        typer.echo()
+        print_table(("suite", "score", ""), list_suite_rows(suites))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`evaluate`: score an adapter, or a trial's untuned base, on the trial's test rows; here or in one Ray worker."""
+"""Score an adapter, or a trial's untuned base, on the trial's test rows; here or in one Ray worker."""
 
 from __future__ import annotations
 
@@ -32,39 +32,16 @@ if TYPE_CHECKING:
     from rankloom.training.run import ScoreOutcome
 
 
-def evaluate(
+def score_subject(
     subject: str | Path | TrialConfig | Mapping[str, Any],
     *,
-    overrides: Sequence[str] = (),
-    data: Any = None,
-    metric: MetricFunction | None = None,
-    registry: str | None = None,
-    on_event: OnEvent = lambda _: None,
+    overrides: Sequence[str],
+    data: Any,
+    metric: MetricFunction | None,
+    registry: str | None,
+    on_event: OnEvent,
 ) -> EvaluationResult:
-    """Score an adapter beside its base, or a trial's untuned base, on the trial's test rows.
-
-    Args:
-        subject: An adapter of the registry (`tickets`, `tickets@3`, `tickets@champion`) or its folder; or a trial (a
-            `TrialConfig`, a dict, or the path of a YAML file), whose untuned base is scored.
-        overrides: Settings of the trial to change, such as `["data.test=new.csv", "eval.max_test_rows=500"]`.
-        data: Rows to score on, in place of the trial's: a `datasets.Dataset`, a pandas DataFrame or a list of dicts.
-        metric: A function of predictions, measured beside the loss (see `rankloom.evals.own_metric`).
-        registry: A folder or URL; None: `$RANKLOOM_REGISTRY`, else `~/rankloom/registry`.
-        on_event: Called in this thread with every event.
-
-    Returns:
-        The measures: `result` is the adapter's (None for a base alone) and `base` the base's.
-
-    Raises:
-        ConfigError: A setting is wrong, or the adapter's record does not say which rows to score on.
-        AdapterNotFoundError: The registry has no such adapter.
-
-    Examples:
-        >>> import rankloom as rl
-        >>> score = rl.evaluate("tickets@1", overrides=["eval.max_test_rows=100"])
-        >>> score.result.loss < score.base.loss
-        True
-    """
+    """Score an adapter beside its base, or a trial's untuned base, on the trial's test rows, as `rl.evaluate` says."""
     trial, adapter = resolve_subject(subject, registry or get_registry_root(), overrides, has_rows=data is not None)
     trial = use_trial_rows(trial, data, "test")
     scored = score_adapter(trial, adapter, metric=metric, registry=registry or get_registry_root(), on_event=on_event)

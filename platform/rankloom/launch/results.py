@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankloom.registry.card import list_measure_rows, list_scorecard_rows
-from rankloom.registry.scorecard import Measures, Scorecard
+from rankloom.registry.card import list_measure_rows, list_scorecard_rows, list_suite_rows
+from rankloom.registry.scorecard import Measures, Scorecard, SuiteResult
 
 
 class Result(BaseModel):
@@ -91,6 +91,27 @@ class EvaluationResult(Result):
         return render_html_table(
             self.adapter or self.name, ("", "adapter", "base"), list_measure_rows(self.result, self.base)
         )
+
+
+class SuiteEvaluation(Result):
+    """A served model's scores on tasks of other libraries."""
+
+    status: Literal["done"] = "done"
+    model: str
+    """Its name on the endpoint."""
+    adapter: str | None
+    """Its version, under which the registry has the scores; None: it is not in the registry."""
+    suites: tuple[SuiteResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def __repr__(self) -> str:
+        scores = [f"{score.task} {score.metric} {score.value:.4g}" for each in self.suites for score in each.scores]
+        return f"SuiteEvaluation({self.adapter or self.model}: {', '.join(scores)})"
+
+    def _repr_html_(self) -> str:
+        return render_html_table(self.adapter or self.model, ("", "score", ""), list_suite_rows(self.suites))
 
 
 def summarize(result: Measures, base: Measures | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from rankloom.config.printable import escape_unprintable
 from rankloom.registry.record import Record
-from rankloom.registry.scorecard import Measures, MetricValue, Proportion, Scorecard
+from rankloom.registry.scorecard import Measures, MetricValue, Proportion, Scorecard, SuiteResult
 
 _QUANTIZED = {
     "none": "",
@@ -66,6 +66,19 @@ def list_scorecard_rows(scorecard: Scorecard) -> list[tuple[str, str, str]]:
         ("training speed", f"{scorecard.tokens_per_s:.0f} tokens/s", ""),
     ]
     return rows
+
+
+def list_suite_rows(suites: Iterable[SuiteResult]) -> list[tuple[str, str, str]]:
+    """Return (task and metric, value with its standard error, library and rows) for each score."""
+    return [
+        (
+            f"{score.task}: {score.metric}",
+            f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}"),
+            f"{result.library}, {result.num_rows} rows",
+        )
+        for result in suites
+        for score in result.scores
+    ]
 
 
 def list_measure_rows(result: Measures, base: Measures | None) -> list[tuple[str, str, str]]:

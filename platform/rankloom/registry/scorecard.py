@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 
 class _Plain(BaseModel):
@@ -82,6 +82,29 @@ class Scorecard(_Plain):
     train_s: float
     tokens_per_s: float
     device: str
+
+
+class SuiteScore(_Plain):
+    """One metric of a task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+
+
+class SuiteResult(_Plain):
+    """Scores of a served adapter on a task of another library. They come after publication, so no record has them."""
+
+    suite: str
+    """Such as `lm-eval:gsm8k`."""
+    library: str
+    """Its name and version."""
+    limit: int | None = None
+    """Rows of each task at most, as asked."""
+    num_rows: int
+    at: AwareDatetime
+    scores: tuple[SuiteScore, ...]
 
 
 class MethodCost(_Plain):

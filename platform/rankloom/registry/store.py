@@ -2,6 +2,7 @@
 
     <root>/<name>/<version>/    an adapter as PEFT reads it, with record.json and README.md; it never changes
     <root>/<name>/aliases.json  every move of every alias; the last move decides where an alias points
+    <root>/<name>/suites.json   each version's scores on suites, which come after its publication
     <root>/.secret              random bytes, if an endpoint has sticky routes
 
 A ref is `name`, `name@3`, `name@latest` or `name@alias`; `name` alone means `name@champion` if that alias is set,
@@ -33,11 +34,13 @@ from rankloom.errors import AdapterNotFoundError, ConfigError, RankloomError, Re
 from rankloom.registry.card import render_model_card
 from rankloom.registry.checks import CARD, RECORD, WEIGHTS, check_contents, check_files, describe, read_folder
 from rankloom.registry.record import Draft, Record
+from rankloom.registry.scorecard import SuiteResult
 from rankloom.registry.storage import LOCK_TIMEOUT_S, LocalStorage, open_storage
 
 CHAMPION = "champion"
 LATEST = "latest"
 _ALIASES = "aliases.json"
+_SUITES = "suites.json"
 _REMOVED = "removed.json"
 _SECRET = ".secret"  # no adapter can have this name
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -60,6 +63,7 @@ class AliasMove(BaseModel):
 History = dict[str, list[AliasMove]]
 """Alias -> its moves, oldest first."""
 _History = TypeAdapter(History)
+_Suites = TypeAdapter(dict[int, tuple[SuiteResult, ...]])
 
 
 class Registry:
@@ -203,6 +207,20 @@ class Registry:
                 self._write_move(name, history, alias, "rollback", earlier[-1])
         return record
 
+    def suites(self, ref: str) -> Sequence[SuiteResult]:
+        """Return a version's latest scores on each suite."""
+        name, version = self._resolve(ref)
+        return self._read_suites(name).get(version, ())
+
+    def record_suite(self, ref: str, result: SuiteResult) -> None:
+        """Store a version's scores on a suite, in place of earlier ones."""
+        name, version = self._resolve(ref)
+        with self._translate_errors(f"store the scores of {ref}"), self._storage.lock(name):
+            stored = self._read_suites(name)
+            others = [each for each in stored.get(version, ()) if each.suite != result.suite]
+            written = _Suites.dump_json(stored | {version: (*others, result)}, indent=2)
+            self._storage.write(f"{name}/{_SUITES}", written + b"\n")
+
     def verify(self, ref: str) -> Record:
         """Check that a version has exactly the files of its record, unchanged and readable.
 
@@ -323,6 +341,18 @@ class Registry:
         if (record.name, record.version) != (name, version):
             raise RegistryError(f"{self.root}/{path} is the record of {record.ref}; a version can't be moved by hand")
         return record
+
+    def _read_suites(self, name: str) -> dict[int, tuple[SuiteResult, ...]]:
+        path = f"{name}/{_SUITES}"
+        with self._translate_errors(f"read {path}"):
+            if not self._storage.exist([path])[0]:
+                return {}
+            try:
+                return _Suites.validate_json(self._storage.read(path))
+            except ValidationError as error:
+                raise RegistryError(
+                    f"{self.root}/{path} is damaged: {_format_detail(error)}; restore or delete it"
+                ) from None
 
     def _download(self, record: Record, folder: Path) -> None:
         stored = f"{record.name}/{record.version}"

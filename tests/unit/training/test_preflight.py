@@ -21,7 +21,6 @@ from rankloom.data import load_data
 from rankloom.errors import ConfigError, DataError, IncompatibleError, ModelError, RankloomError
 from rankloom.events import Event, WarningRaised
 from rankloom.launch import cluster
-from rankloom.launch.evaluation import evaluate
 from rankloom.launch.trainer import train_trial
 from rankloom.methods import build_method
 from rankloom.methods.base import list_peft_targets
@@ -29,6 +28,7 @@ from rankloom.models import find_target_linears, load_base
 from rankloom.models.checkpoints import INDEX, WHOLE
 from rankloom.models.linears import FUSED_BY_KERNELS
 from rankloom.search.study import tune
+from rankloom.suites.evaluate import evaluate
 from rankloom.training.fused.host import TrialHost
 from rankloom.training.preflight import preflight
 

@@ -128,7 +128,7 @@ class Endpoint:
         from ray.exceptions import RayError
 
         with suppress(RayError, TimeoutError):  # it ends all the same
-            ray_serve.get_app_handle(self.config.name).finish.remote().result(self.config.limits.timeout_s)
+            ray_serve.get_app_handle(self.config.name).finish.remote().result(timeout_s=self.config.limits.timeout_s)
 
     def detach(self) -> None:
         """Let it run on its cluster, and disconnect from that."""

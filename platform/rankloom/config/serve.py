@@ -19,6 +19,7 @@ from rankloom.errors import ConfigError
 REF_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,127}(@[a-z0-9][a-z0-9._-]{0,127})?$"
 Ref = Annotated[str, Field(pattern=REF_PATTERN)]
 """`name`, `name@3`, `name@latest` or `name@alias`."""
+ORIGIN_PATTERN = r"^(\*|https?://[^/\s,*]+)$"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -196,8 +197,16 @@ class AuthConfig(Frozen):
     """Share cached prompt prefixes between keys, which saves work when they have a system prompt in common. But then
     `cached_tokens` and the time to the first token reveal to one key how other keys' prompts begin."""
 
+    cors_origins: Annotated[list[Annotated[str, Field(pattern=ORIGIN_PATTERN)]], BeforeValidator(_split_commas)] = []
+    """Origins such as `https://chat.example.com` whose pages may call the endpoint from a browser; `*`: all of them,
+    which needs `keys`. Without keys, such a page may do whatever its reader's machine may."""
+
     @model_validator(mode="after")
     def _check_keys(self) -> AuthConfig:
+        if "*" in self.cors_origins and self.keys is None:
+            raise ConfigError(
+                "cors_origins=*: any page could call the endpoint, which has no keys; set auth.keys or list the origins"
+            )
         if self.keys is not None and self.anonymous:
             raise ConfigError(f"keys={self.keys!r} and anonymous exclude each other; leave one out")
         if self.share_prefixes and self.keys is None:

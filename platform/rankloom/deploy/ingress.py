@@ -21,6 +21,7 @@ import rankloom
 from rankloom.deploy.auth import AuthMiddleware
 from rankloom.deploy.bodies import BodyRoute
 from rankloom.deploy.callers import check_admin, may_see_all
+from rankloom.deploy.cors import CorsMiddleware
 from rankloom.deploy.inference import InferenceRoutes, TokenRoutes
 from rankloom.deploy.responding import make_headers, respond_error, respond_failure, respond_json
 from rankloom.errors import RankloomError
@@ -48,6 +49,7 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
         config=lambda: get_gateway().config,
         on_refusal=lambda status: get_gateway().metrics.refused.labels(str(status)).inc(),
     )
+    api.add_middleware(CorsMiddleware, config=lambda: get_gateway().config)  # the last one added is the first
     api.add_exception_handler(RequestValidationError, _handle_invalid_path)
     api.add_exception_handler(HTTPException, _handle_http_error)
     api.add_exception_handler(Exception, _handle_failure)

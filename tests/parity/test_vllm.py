@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig
 from rankloom.engine.engine import ServingEngine
+from rankloom.engine.forward import ForwardJob, ForwardProgress
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.protocol import Delta, Engine, Request
 from rankloom.engine.vllm.engine import VllmEngine
 from rankloom.engine.vllm.server import PYTHON
-from rankloom.errors import IncompatibleError, RegistryError
+from rankloom.errors import IncompatibleError, RegistryError, RequestError
 from rankloom.models import load_outline, locate_folder
 from rankloom.registry import Registry
 from rankloom.registry.checks import WEIGHTS
@@ -140,6 +141,46 @@ def test_a_request_means_the_same_to_both(sides: Sides, sampling: dict[str, Any]
     if "logprobs" in sampling:
         assert all(t.top == () for delta in deltas for t in delta.logprobs)
         assert sum(len(delta.logprobs) for delta in deltas) == len(tokens)
+
+
+async def forwarded(engine: VllmEngine, path: str, adapter: str | None, **body: Any) -> list[ForwardProgress]:
+    return [p async for p in engine.forward(ForwardJob(f"f{next(numbers)}", adapter, path, {"model": "m", **body}))]
+
+
+def test_what_its_own_server_takes_passes_through(sides: Sides) -> None:
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"} <= sides.vllm.routes.keys()
+    assert "/v1/embeddings" not in sides.vllm.routes  # the model generates
+    chat, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+    assert {"logit_bias", "min_tokens", "chat_template_kwargs", "cache_salt"} <= set(sides.vllm.routes[chat])
+    ref, expected = sides.refs["dora"], sides.run(completed(sides.vllm, sides.refs["dora"]))[0]
+    common = {"prompt": PROMPT, "max_tokens": GREEDY.max_tokens, "temperature": 0, "ignore_eos": True}
+    (whole,) = sides.run(forwarded(sides.vllm, "/v1/completions", ref, **common, min_tokens=2))
+    assert whole.body is not None
+    assert (whole.body["choices"][0]["text"], whole.body["model"]) == (expected, "m")
+    assert (whole.num_tokens, whole.num_ends) == (GREEDY.max_tokens, 1)
+    parts = sides.run(forwarded(sides.vllm, "/v1/completions", ref, **common, stream=True))
+    assert "".join(p.body["choices"][0]["text"] for p in parts if p.body) == expected
+    assert (sum(p.num_tokens for p in parts), sum(p.num_ends for p in parts)) == (GREEDY.max_tokens, 1)
+    assert parts[-1].prompt_tokens == len(sides.vllm.tokenize(PROMPT))
+
+    found = []
+    for wanted in ("yes", "no"):
+        bias = {str(sides.vllm.tokenize(wanted)[0]): 100}
+        choice = {"structured_outputs": {"choice": ["yes", "no"]}, "logit_bias": bias}
+        (answer,) = sides.run(forwarded(sides.vllm, chat, ref, **asked, max_tokens=60, **choice))
+        assert answer.body is not None
+        found.append(answer.body["choices"][0]["message"]["content"])
+    assert found == ["yes", "no"]
+    parts = sides.run(forwarded(sides.vllm, "/v1/responses", None, input="Hi", max_output_tokens=4, stream=True))
+    assert (parts[0].event, parts[-2].event) == ("response.created", "response.completed")
+    assert sum(p.num_tokens for p in parts) == 4
+    (tokens,) = sides.run(forwarded(sides.vllm, "/tokenize", None, prompt=PROMPT, add_special_tokens=False))
+    assert tokens.body is not None
+    assert tokens.body["tokens"] == sides.vllm.tokenize(PROMPT)
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(RequestError, match="not a multimodal model"):
+        sides.run(forwarded(sides.vllm, chat, ref, messages=[{"role": "user", "content": [image]}]))
+    assert not sides.vllm._admission.open
 
 
 def test_a_seed_repeats(sides: Sides) -> None:

@@ -115,6 +115,10 @@ class VllmConfig(_AnyEngine):
     low."""
     dora: bool = True
     """Serve DoRA, for which each step scales what the adapted layers give; off: refuse it, and save that time."""
+    passthrough: Literal["extras", "all"] = "extras"
+    """Which requests vLLM's own server reads, as they came. extras: those with what rankloom's API does not have; all
+    others mean what they mean on rankloom's engine. all: every request, so that replicas have less to do, and special
+    tokens inside messages are parsed."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of prompt and completion together; null: the base's context. The KV cache must have room for it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None

@@ -27,7 +27,8 @@ from rankloom.deploy.ingress import build_api
 from rankloom.deploy.logs import log_with_serve
 from rankloom.deploy.replica import Replica
 from rankloom.deploy.router import AdapterRouter
-from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
+from rankloom.engine.forward import Job, Progress
+from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.protocol import Stats
 from rankloom.engine.tokens import TokenizeJob, Tokens
 from rankloom.engine.vllm.choice import choose_engine
@@ -59,7 +60,7 @@ class RayReplicas:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle.options(_by_reference=False)  # over gRPC, whatever the process that bound it does
 
-    async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
+    async def run(self, job: Job) -> AsyncIterator[Progress]:
         stream = self._handle.options(stream=True).run.remote(job)
         try:
             async for progress in stream:

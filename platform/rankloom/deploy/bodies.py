@@ -9,10 +9,12 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from rankloom.gateway.openai.bodies import SMALL, read
+from rankloom.gateway.openai.bodies import SMALL, BodyT, read
 from rankloom.gateway.openai.errors import WireError
+from rankloom.gateway.openai.forwarding import ForwardBody
 
 
 class _ParsedRequest(Request):
@@ -48,11 +50,23 @@ class BodyRoute(APIRoute):
                 body = await request.body()
             except ClientDisconnect:
                 raise WireError(400, "The body ended early.") from None
-            if len(body) <= SMALL:
-                parsed = read(kind, body)
-            else:
-                loop = asyncio.get_running_loop()
-                parsed = await loop.run_in_executor(request.app.state.reader, read, kind, body)
+            forwarding, path = request.app.state.forwarding, request.scope["path"]
+            parsed: BaseModel | None = None
+            if not forwarding.takes_all(path):
+                try:
+                    parsed = await _read(request, kind, body)
+                except WireError:
+                    if not forwarding.takes(path):
+                        raise
+            if parsed is None:
+                return await forwarding.respond(request, await _read(request, ForwardBody, body))
             return await handle(_ParsedRequest(request, parsed))
 
         return read_and_handle
+
+
+async def _read(request: Request, kind: type[BodyT], body: bytes) -> BodyT:
+    if len(body) <= SMALL:
+        return read(kind, body)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(request.app.state.reader, read, kind, body)

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from rankloom.config.trial import BASE
-from rankloom.deploy.callers import get_caller
+from rankloom.deploy.callers import find_tenant, get_caller, make_routing_request
 from rankloom.deploy.responding import (
     EventStream,
     make_headers,
@@ -27,9 +27,8 @@ from rankloom.engine.tokens import Tokens
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.openai.embeddings import EmbeddingBuilder, EmbeddingRequest
 from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest
-from rankloom.gateway.openai.responses import Kind, ResponseBuilder, make_response_id
+from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, format_event, make_response_id
 from rankloom.gateway.openai.token_requests import DetokenizeRequest, TokenizeRequest
-from rankloom.gateway.policy import RoutingRequest
 from rankloom.gateway.replicas import Replicas
 
 OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -57,9 +56,9 @@ class InferenceRoutes:
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         gateway, key = self._get_gateway(), get_caller(request).key
         try:
-            job = body.make_job(uuid.uuid4().hex, gateway.config, _find_tenant(gateway, request))
+            job = body.make_job(uuid.uuid4().hex, gateway.config, find_tenant(gateway, request))
             gateway.admit(key)
-            routing = _make_routing_request(request, job.id, body.model, body.user)
+            routing = make_routing_request(request, job.id, body.model, body.user)
             new_response = partial(EmbeddingBuilder, body, len(job.prompts))
             response, target = await gateway.complete(routing, job, key, new_response)
             return respond_whole(response, make_headers(target))
@@ -69,9 +68,9 @@ class InferenceRoutes:
     async def _complete(self, request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
         gateway, key = self._get_gateway(), get_caller(request).key
         try:
-            job = body.make_job(uuid.uuid4().hex, gateway.config.limits, _find_tenant(gateway, request))
+            job = body.make_job(uuid.uuid4().hex, gateway.config.limits, find_tenant(gateway, request))
             gateway.admit(key)
-            routing = _make_routing_request(request, job.id, body.model, body.user)
+            routing = make_routing_request(request, job.id, body.model, body.user)
             new_response = partial(
                 ResponseBuilder,
                 kind,
@@ -85,9 +84,16 @@ class InferenceRoutes:
             if body.stream:
                 in_flight = await gateway.begin(routing, job, key)
                 usage = bool(body.stream_options and body.stream_options.include_usage)
-                return EventStream(in_flight, stream_events(in_flight, new_response(), request, usage))
-            response, target = await gateway.complete(routing, job, key, new_response)
-            return respond_whole(response, make_headers(target))
+                response = new_response()
+                events = stream_events(
+                    in_flight,
+                    request,
+                    lambda progress: map(format_event, response.make_chunks(progress)),
+                    lambda: (format_event(response.make_usage_chunk()) if usage else b"") + DONE,
+                )
+                return EventStream(in_flight, events)
+            whole, target = await gateway.complete(routing, job, key, new_response)
+            return respond_whole(whole, make_headers(target))
         except Exception as error:
             return respond_failure(request, error, gateway)
 
@@ -127,20 +133,8 @@ class TokenRoutes:
         gateway, key = self._get_gateway(), get_caller(request).key
         try:
             gateway.admit(key)
-            routing = _make_routing_request(request, uuid.uuid4().hex, body.model or BASE)
+            routing = make_routing_request(request, uuid.uuid4().hex, body.model or BASE)
             answer = await gateway.ask(routing, key, question)
             return respond_json((await asyncio.to_thread(json.dumps, format_body(answer))).encode())
         except Exception as error:
             return respond_failure(request, error, gateway)
-
-
-def _find_tenant(gateway: Gateway, request: Request) -> str | None:
-    """Return whose cached prefixes a request may use; None: everybody's."""
-    key = get_caller(request).key
-    return None if key is None or gateway.config.auth.share_prefixes else key.id
-
-
-def _make_routing_request(request: Request, id: str, model: str, user: str | None = None) -> RoutingRequest:
-    headers = dict(request.headers.items())
-    trace = headers.get("x-request-id", "")[:128] or None
-    return RoutingRequest(model=model, id=id, user=user, headers=headers, trace=trace)

@@ -22,6 +22,7 @@ from rankloom.deploy.auth import AuthMiddleware
 from rankloom.deploy.bodies import BodyRoute
 from rankloom.deploy.callers import check_admin, may_see_all
 from rankloom.deploy.cors import CorsMiddleware
+from rankloom.deploy.forwarding import Forwarding
 from rankloom.deploy.inference import InferenceRoutes, TokenRoutes
 from rankloom.deploy.responding import make_headers, respond_error, respond_failure, respond_json
 from rankloom.errors import RankloomError
@@ -59,6 +60,8 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
     TokenRoutes(get_gateway).add_to(api)
     _ModelRoutes(get_gateway).add_to(api)
     _StatusRoutes(get_gateway).add_to(api)
+    api.state.forwarding = Forwarding(get_gateway)
+    api.state.forwarding.add_to(api)
     return api
 
 

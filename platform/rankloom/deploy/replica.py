@@ -15,7 +15,8 @@ from rankloom.config import parse
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import NoQuantization
 from rankloom.config.serve import ServeConfig
-from rankloom.engine.jobs import CompletionJob, JobProgress, run
+from rankloom.engine.forward import Forwarder, ForwardJob, Job, Progress
+from rankloom.engine.jobs import run
 from rankloom.engine.tokens import TokenizeJob, Tokens, detokenize, tokenize
 from rankloom.errors import RankloomError
 from rankloom.gateway.replicas import Served
@@ -82,14 +83,19 @@ class Replica:
         await self._pin()
         self._notes = asyncio.create_task(self._note())
 
-    async def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
-        """Run a job, as `engine.jobs.run` does."""
-        stream = run(self._engine, job)
+    async def run(self, job: Job) -> AsyncIterator[Progress]:
+        """Run a job, as `engine.jobs.run` does, or have the engine's own server do it."""
+        stream: Any = None  # an async generator
+        if isinstance(job, ForwardJob):
+            assert isinstance(self._engine, Forwarder)  # the gateway knows its routes
+            stream = self._engine.forward(job)
+        else:
+            stream = run(self._engine, job)
         try:
             async for progress in stream:
                 yield progress
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+            await stream.aclose()
 
     async def tokenize(self, job: TokenizeJob) -> Tokens:
         return await tokenize(self._engine, job)
@@ -98,7 +104,8 @@ class Replica:
         return await detokenize(self._engine, tokens)
 
     async def describe(self) -> Served:
-        return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context)
+        routes = self._engine.routes if isinstance(self._engine, Forwarder) else {}
+        return Served(self._base.id, self._base.fingerprint, self._base.quantization, self._engine.context, routes)
 
     async def gpus(self) -> float:
         """Return the GPUs that are reserved for this process."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -16,7 +16,7 @@ from rankloom.deploy.logs import SERVE
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.openai.errors import WireError, to_wire_error
-from rankloom.gateway.openai.responses import DONE, ResponseBuilder, format_event
+from rankloom.gateway.openai.responses import format_event
 from rankloom.gateway.policy import Target
 
 LARGE = 2**20
@@ -81,15 +81,22 @@ def respond_whole(response: WholeResponse, headers: dict[str, str]) -> Response:
 
 
 async def stream_events(
-    in_flight: InFlightRequest, response: ResponseBuilder, request: Request, usage: bool
+    in_flight: InFlightRequest,
+    request: Request,
+    format_events: Callable[[Any], Iterable[bytes]],
+    make_end: Callable[[], bytes],
 ) -> AsyncIterator[bytes]:
-    """Yield the events of a stream. A late error is an event too, because the status was sent long before."""
+    """Yield the events of a stream. A late error is an event too, because the status was sent long before.
+
+    Args:
+        format_events: makes the events of a job's progress.
+        make_end: makes what comes after them.
+    """
     try:
         async for progress in in_flight:
-            chunks = [format_event(chunk) for chunk in response.make_chunks(progress)]
-            if chunks:
-                yield b"".join(chunks)
-        yield (format_event(response.make_usage_chunk()) if usage else b"") + DONE
+            if events := b"".join(format_events(progress)):
+                yield events
+        yield make_end()
     except Exception as error:
         mapped = to_wire_error(error)
         if mapped.status == 500:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from rankloom.engine.forward import ForwardJob
 from rankloom.engine.jobs import CompletionJob
 from rankloom.gateway.policy import rank_replicas
 
@@ -36,4 +37,4 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
 def _read_adapter(request: PendingRequest | None) -> str | None:
     first: Any = request.args[0] if request is not None and request.args else None
-    return first.adapter if isinstance(first, CompletionJob) else first if isinstance(first, str) else None
+    return first.adapter if isinstance(first, CompletionJob | ForwardJob) else first if isinstance(first, str) else None

@@ -30,17 +30,31 @@ class Admission:
         Raises:
             RequestError: it can't be served here. OverloadedError: the engine is full, or its tenant has its share.
         """
+        with self.hold(request.id, request.adapter, request.tenant):
+            self._check_prompt(request, context)
+            yield
+
+    @contextmanager
+    def hold(self, id: str, adapter: str | None, tenant: str | None) -> Iterator[None]:
+        """Hold a place for a request whose prompt is not known here. Raises as `take`."""
         self.refuse_if_stopping()
         if len(self.open) >= self.limit:
             raise OverloadedError(f"{self.limit} requests are running or waiting already; try again later")
-        if request.tenant is not None:  # no tenant takes so many that the next one gets none
-            mine = sum(tenant == request.tenant for tenant in self.open.values())
+        if tenant is not None:  # no tenant takes so many that the next one gets none
+            mine = sum(each == tenant for each in self.open.values())
             if mine >= max(self.limit - len(self.open), AT_LEAST):
                 raise OverloadedError(f"{mine} requests of this key are running or waiting already; try again later")
-        if request.id in self.open:
-            raise RequestError(f"id: {request.id!r} is in use; give each request an id of its own")
-        if request.adapter is not None:
-            check_ref(request.adapter)
+        if id in self.open:
+            raise RequestError(f"id: {id!r} is in use; give each request an id of its own")
+        if adapter is not None:
+            check_ref(adapter)
+        self.open[id] = tenant
+        try:
+            yield
+        finally:
+            self.open.pop(id, None)
+
+    def _check_prompt(self, request: Request, context: int) -> None:
         if not request.prompt:
             raise RequestError("prompt: empty; give at least one token")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
@@ -51,11 +65,6 @@ class Admission:
                 f"prompt: {len(request.prompt)} tokens leave no room for an answer; prompt and answer together can "
                 f"have {context}"
             )
-        self.open[request.id] = request.tenant
-        try:
-            yield
-        finally:
-            self.open.pop(request.id, None)
 
     def refuse_if_stopping(self) -> None:
         if self.stopping:

@@ -57,6 +57,20 @@ class CompletionJob:
     pooling: Pooling | None = None
     """Each prompt is embedded so, and nothing is generated; None: prompts are completed."""
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that its completions may have together."""
+        return self.num_ends * (self.sampling.max_tokens if self.max_tokens is None else self.max_tokens)
+
+    @property
+    def num_ends(self) -> int:
+        """The number of completions, of which each reports its end."""
+        return self.num_prompts * self.n
+
 
 @dataclass(frozen=True)
 class JobProgress:
@@ -66,6 +80,23 @@ class JobProgress:
     """Total over all prompts; constant."""
     deltas: tuple[tuple[int, Delta], ...]
     """(completion, delta); completion `p * n + k` is the k-th of prompt p."""
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(delta.tokens) for _, delta in self.deltas)
+
+    @property
+    def num_ends(self) -> int:
+        return sum(delta.finish is not None for _, delta in self.deltas)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the first prompt, final with its end; 0: not known."""
+        return max((delta.cached_tokens for index, delta in self.deltas if index == 0), default=0)
 
 
 async def run(engine: Engine, job: CompletionJob) -> AsyncIterator[JobProgress]:

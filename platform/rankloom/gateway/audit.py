@@ -41,7 +41,7 @@ def format_end(request: InFlightRequest, error: BaseException | None, now: float
     return format_line(
         "request", request.routing, adapter=request.target.ref or BASE, traffic=request.traffic,
         outcome=classify(error), key=request.key and request.key.id, route=request.decision.route,
-        arm=request.decision.arm, prompts=len(job.prompts), n=job.n, prompt_tokens=request.prompt_tokens,
+        arm=request.decision.arm, prompts=job.num_prompts, n=job.n, prompt_tokens=request.prompt_tokens,
         completion_tokens=request.tokens, first_s=_round(first_s), total_s=_round(now - request.begun_at),
         error=type(error).__name__ if error else None,
     )  # fmt: skip

@@ -19,7 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 from rankloom.config.serve import ServeConfig
 from rankloom.config.trial import BASE
-from rankloom.engine.jobs import CompletionJob, ContextError, JobProgress, ReplicaLostError
+from rankloom.engine.forward import Job
+from rankloom.engine.jobs import ContextError, ReplicaLostError
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.errors import (
     AdapterNotFoundError,
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 class Collector(Protocol):
     """A response that is gathered until it is whole."""
 
-    def add(self, progress: JobProgress) -> None: ...
+    def add(self, progress: Any) -> None: ...
 
 
 CollectorT = TypeVar("CollectorT", bound=Collector)
@@ -207,7 +208,7 @@ class Gateway:
         self._quotas.admit(key, time.monotonic())
 
     async def begin(
-        self, routing: RoutingRequest, job: CompletionJob, key: Key | None = None, retries: Retries | None = None
+        self, routing: RoutingRequest, job: Job, key: Key | None = None, retries: Retries | None = None
     ) -> InFlightRequest:
         """Send a request to its target and wait for its first tokens.
 
@@ -242,7 +243,7 @@ class Gateway:
         raise type(refusal)(self._hide_paths(str(refusal)))
 
     async def complete(
-        self, routing: RoutingRequest, job: CompletionJob, key: Key | None, collector: Callable[[], CollectorT]
+        self, routing: RoutingRequest, job: Job, key: Key | None, collector: Callable[[], CollectorT]
     ) -> tuple[CollectorT, Target]:
         """Do a whole job, again from its start when its replica is lost, as nothing has been sent yet.
 
@@ -303,7 +304,7 @@ class Gateway:
             text = text.replace(place, "the registry")
         return text.replace(self.catalogue.base, self.catalogue.public_base)
 
-    def _check_length(self, job: CompletionJob) -> None:
+    def _check_length(self, job: Job) -> None:
         """Refuse prompts of tokens that are too long for every replica, before they are sent."""
         room = self.context
         longest = max((len(prompt) for prompt in job.prompts if isinstance(prompt, tuple)), default=0)
@@ -320,13 +321,13 @@ class Gateway:
             await self.refresh(at_most_every_s=1.0)  # it may have been published just now
             return decide_route(routing, self.catalogue)
 
-    async def _shadow(self, target: Target, job: CompletionJob) -> None:
+    async def _shadow(self, target: Target, job: Job) -> None:
         """Do a copy of a job for its metrics alone; drop the result and any error."""
         with contextlib.suppress(Exception):
             async for _ in await self._begin_own(target, job, "shadow"):
                 pass
 
-    async def _begin_own(self, target: Target, job: CompletionJob, traffic: Traffic) -> InFlightRequest:
+    async def _begin_own(self, target: Target, job: Job, traffic: Traffic) -> InFlightRequest:
         """Begin a job of the endpoint's own. Raises as `InFlightRequest.open` does."""
         request = self._make_request(
             job=job, routing=RoutingRequest(model=target.ref or BASE, id=job.id), decision=Decision((target,)),
@@ -358,7 +359,7 @@ class Gateway:
     def _make_request(
         self,
         *,
-        job: CompletionJob,
+        job: Job,
         routing: RoutingRequest,
         decision: Decision,
         target: Target,
@@ -367,7 +368,7 @@ class Gateway:
         deadline: float,
         retries: Retries,
     ) -> InFlightRequest:
-        self._quotas.begin(key, _count_most_tokens(job), time.monotonic())
+        self._quotas.begin(key, job.most_tokens, time.monotonic())
         self.metrics.in_flight.inc()
         return InFlightRequest(
             job=replace(job, adapter=target.ref), routing=routing, decision=decision, target=target, key=key,
@@ -377,7 +378,7 @@ class Gateway:
     def _finish(self, request: InFlightRequest, error: BaseException | None) -> None:
         """Measure, charge, log and judge a request that has ended."""
         now, job = time.monotonic(), request.job
-        self._quotas.end(request.key, _count_most_tokens(job), request.prompt_tokens + request.tokens, now)
+        self._quotas.end(request.key, job.most_tokens, request.prompt_tokens + request.tokens, now)
         self.metrics.in_flight.dec()
         if error is None:
             self._run_in_background(request.drain())
@@ -423,9 +424,3 @@ class Gateway:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _count_most_tokens(job: CompletionJob) -> int:
-    """Return the most tokens that a job's completions may have together."""
-    each = job.sampling.max_tokens if job.max_tokens is None else job.max_tokens
-    return len(job.prompts) * job.n * each

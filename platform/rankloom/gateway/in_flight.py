@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankloom.engine.jobs import CompletionJob, JobProgress, ReplicaLostError
+from rankloom.engine.forward import Job, Progress
+from rankloom.engine.jobs import ReplicaLostError
 from rankloom.gateway.keys import Key
 from rankloom.gateway.metrics import Traffic
 from rankloom.gateway.policy import Decision, RoutingRequest, Target
@@ -20,7 +21,7 @@ from rankloom.gateway.retries import Retries
 class InFlightRequest:
     """A job on a replica: call `open`, then iterate to the end or call `aclose`."""
 
-    job: CompletionJob
+    job: Job
     routing: RoutingRequest
     decision: Decision
     target: Target
@@ -29,7 +30,7 @@ class InFlightRequest:
     traffic: Traffic
     deadline: float
     """In seconds of `time.monotonic`."""
-    run: Callable[[CompletionJob], AsyncIterator[JobProgress]]
+    run: Callable[[Job], AsyncIterator[Progress]]
     """Does a job on some replica."""
     retries: Retries
     on_end: Callable[[InFlightRequest, BaseException | None], None]
@@ -42,14 +43,14 @@ class InFlightRequest:
     cached_tokens: int = field(init=False, default=0)
     tokens: int = field(init=False, default=0)
     """Generated so far, over all completions."""
-    _stream: AsyncIterator[JobProgress] | None = field(init=False, default=None)
-    _first: JobProgress | None = field(init=False, default=None)
+    _stream: AsyncIterator[Progress] | None = field(init=False, default=None)
+    _first: Progress | None = field(init=False, default=None)
     _unfinished: int = field(init=False)
     """Completions. The request is over with the last one; no client waits for the end of the stream, which is later."""
     _over: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._unfinished = len(self.job.prompts) * self.job.n
+        self._unfinished = self.job.num_ends
 
     async def open(self) -> None:
         """Wait for the first tokens; begin again when a replica is lost meanwhile."""
@@ -65,7 +66,7 @@ class InFlightRequest:
             await self._end(error)
             raise
 
-    async def __aiter__(self) -> AsyncIterator[JobProgress]:
+    async def __aiter__(self) -> AsyncIterator[Progress]:
         try:
             if self._first is not None:
                 yield self._first
@@ -87,20 +88,19 @@ class InFlightRequest:
         """Cancel the request, unless it has ended."""
         await self._end(asyncio.CancelledError())
 
-    async def _read_next(self) -> JobProgress | None:
+    async def _read_next(self) -> Progress | None:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.deadline - time.monotonic()):
                 assert self._stream is not None
                 progress = await anext(self._stream)
         except StopAsyncIteration:
             return None
-        self.first_at = self.first_at or time.monotonic()
+        if progress.streams:
+            self.first_at = self.first_at or time.monotonic()
         self.prompt_tokens = progress.prompt_tokens
-        for index, delta in progress.deltas:
-            self.tokens += len(delta.tokens)
-            self._unfinished -= delta.finish is not None
-            if index == 0:
-                self.cached_tokens = delta.cached_tokens
+        self.tokens += progress.num_tokens
+        self._unfinished -= progress.num_ends
+        self.cached_tokens = progress.cached_tokens or self.cached_tokens
         return progress
 
     async def _end(self, error: BaseException | None) -> None:

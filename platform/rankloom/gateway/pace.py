@@ -28,6 +28,6 @@ async def measure_token_seconds(request: InFlightRequest) -> float | None:
     counts = []
     async for progress in request:
         last = time.monotonic()
-        counts.append(sum(len(delta.tokens) for _, delta in progress.deltas))
+        counts.append(progress.num_tokens)
     later = sum(counts[1:])
     return (last - begun) / later if later else None

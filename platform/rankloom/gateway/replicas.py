@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from rankloom.engine.jobs import CompletionJob, JobProgress
+from rankloom.engine.forward import Job, Progress
 from rankloom.engine.tokens import TokenizeJob, Tokens
 
 
@@ -18,13 +18,15 @@ class Served:
     fingerprint: str
     quantization: str
     context: int
+    routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What the engine's own server may be asked (`engine.forward.Forwarder`)."""
 
 
 class Replicas(Protocol):
     """The processes that hold the base and run jobs."""
 
-    def run(self, job: CompletionJob) -> AsyncIterator[JobProgress]:
-        """Run a job, as `engine.jobs.run` does. Raises ReplicaLostError when the process dies."""
+    def run(self, job: Job) -> AsyncIterator[Progress]:
+        """Run a job, as `engine.jobs.run` or a `Forwarder` does. Raises ReplicaLostError when the process dies."""
         ...
 
     async def describe(self) -> Served: ...

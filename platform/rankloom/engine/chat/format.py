@@ -50,6 +50,10 @@ _HARMONY = _Calls(
     CallSyntax(harmony.CHANNEL, "commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", ""),
     None,
 )
+_NAMES: tuple[tuple[_Calls, ToolCallParser], ...] = (
+    (_HERMES, "hermes"), (_LLAMA, "llama3_json"), (_MISTRAL, "mistral"), (_MISTRAL_NAMED, "mistral"),
+    (_HARMONY, "openai"),
+)  # fmt: skip
 _MARKS = (
     harmony.START, harmony.CHANNEL, harmony.CONSTRAIN, harmony.MESSAGE, harmony.END, harmony.CALL, harmony.RETURN,
     thinking.BEGIN, thinking.END, "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]",
@@ -78,6 +82,11 @@ class ChatFormat:
         """Special tokens that parsers read in a completion's text."""
         # llguidance takes every added token in angle brackets for a special one
         self._spell = make_speller({mark: id for mark, (id, special) in known.items() if special or mark[0] == "<"})
+
+    @property
+    def tool_call_parser(self) -> ToolCallParser | None:
+        """How the base writes calls; None: not in a way that is known."""
+        return next((name for calls, name in _NAMES if calls is self._calls), None)
 
     def open(self, prompt: ChatPrompt, grammar: Grammar | None) -> OpenChat:
         """Make a prompt of a conversation, and find out how its answer is read.

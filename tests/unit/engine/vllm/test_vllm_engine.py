@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankloom.adapters.probe import write_probe
 from rankloom.config.engine import VllmConfig
 from rankloom.config.model import ModelConfig
 from rankloom.engine.jobs import ReplicaLostError
@@ -37,22 +36,15 @@ from rankloom.errors import (
 from rankloom.models import load_outline
 from rankloom.registry import Registry
 from rankloom.registry.checks import CONFIG, WEIGHTS
-from served import load, publish, write_adapter
-from stub_vllm.vllm.entrypoints.openai.api_server import DIE, FAIL, SLOW, logprobs
+from stub_vllm.vllm.entrypoints.openai.api_server import DIE, FAIL, SLOW
+from stubbed import make_python, publish_probed
 
 T = TypeVar("T")
-STUB = Path(__file__).parents[3] / "support" / "stub_vllm"
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
-    """An interpreter in whose environment the stand-in is installed."""
-    file = tmp_path / "python"
-    run = "import runpy, sys; sys.path.insert(0, sys.argv[1]); del sys.argv[:3]; "
-    run += "sys.argv[0] == '-c' and (print('0.99'), sys.exit()); runpy.run_path(sys.argv[0], run_name='__main__')"
-    file.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{run}" {STUB} "$@"\n')
-    file.chmod(0o755)
-    return str(file)
+    return make_python(tmp_path)
 
 
 def serving(base: Path, registry: Path, python: str, work: Callable[[VllmEngine], Awaitable[T]], **settings: Any) -> T:
@@ -80,14 +72,6 @@ async def completed(
     settings = Sampling(**{"temperature": 0, "max_tokens": 4, "ignore_eos": True} | sampling)
     deltas = [delta async for delta in engine.generate(Request(id, adapter, prompt, settings))]
     return [token for delta in deltas for token in delta.tokens], deltas
-
-
-def published(base: Path, root: Path, work: Path, kind: str, rank: int, name: str = "") -> str:
-    """An adapter whose probe says what the stand-in's model does with an adapter of that rank."""
-    folder = work / (name or kind)
-    write_adapter(base, folder, kind)
-    write_probe(folder, [7, 9], torch.tensor(logprobs(rank)), torch.tensor(logprobs(0)))
-    return publish(root, load(base), name or kind, folder, probe=False)
 
 
 def test_answers_become_deltas(tiny_llama: Path, tmp_path: Path, python: str) -> None:
@@ -118,13 +102,13 @@ def test_answers_become_deltas(tiny_llama: Path, tmp_path: Path, python: str) ->
 def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, tmp_path: Path, python: str) -> None:
     root = tmp_path / "registry"
     ranks = {"lora": 4, "rslora": 12, "adalora": 3, "dora": 8}  # an AdaLoRA's largest
-    refs = {kind: published(tiny_llama, root, tmp_path, kind, rank) for kind, rank in ranks.items()}
+    refs = {kind: publish_probed(tiny_llama, root, tmp_path, kind, rank) for kind, rank in ranks.items()}
     refused = {
-        published(tiny_llama, root, tmp_path, "extracted", 8): r"extracted@1 has .*modules.* engine\.type=bank",
-        published(tiny_llama, root, tmp_path, "wide", 20): r"rank 20, above engine\.max_lora_rank=16",
-        published(tiny_llama, root, tmp_path, "patterns", 7): "seven is no rank",
-        published(tiny_llama, root, tmp_path, "lora", 5, "changed"): "differ by",
-        published(tiny_llama, root, tmp_path, "lora", 0, "unlike"): "differ by",
+        publish_probed(tiny_llama, root, tmp_path, "extracted", 8): r"extracted@1 has .*modules.* engine\.type=bank",
+        publish_probed(tiny_llama, root, tmp_path, "wide", 20): r"rank 20, above engine\.max_lora_rank=16",
+        publish_probed(tiny_llama, root, tmp_path, "patterns", 7): "seven is no rank",
+        publish_probed(tiny_llama, root, tmp_path, "lora", 5, "changed"): "differ by",
+        publish_probed(tiny_llama, root, tmp_path, "lora", 0, "unlike"): "differ by",
     }
 
     async def work(engine: VllmEngine) -> None:
@@ -159,7 +143,7 @@ def test_adapters_are_checked_made_plain_loaded_and_unloaded(tiny_llama: Path, t
 
 def test_an_adapter_that_vllm_does_nothing_with_is_refused(tiny_llama: Path, tmp_path: Path, python: str) -> None:
     root = tmp_path / "registry"
-    ref = published(tiny_llama, root, tmp_path, "silent", 4)
+    ref = publish_probed(tiny_llama, root, tmp_path, "silent", 4)
 
     async def work(engine: VllmEngine) -> None:
         engine._server.base = ref  # as if the base answered like the adapter

@@ -64,6 +64,58 @@ class Server:
         del self.ranks[(await request.json())["lora_name"]]
         return web.Response(text="Success")
 
+    async def openapi(self, _: web.Request) -> web.Response:
+        """As vLLM writes it: a body is one schema, or one of several."""
+        keys = {
+            "Chat": "model messages stream stream_options n max_tokens max_completion_tokens logit_bias cache_salt "
+            "request_id user tools chat_template_kwargs kv_transfer_params",
+            "Completion": "model prompt stream max_tokens min_tokens n",
+            "Texts": "model input dimensions", "Messages": "model messages",
+        }  # fmt: skip
+        ref = {name: {"$ref": f"#/components/schemas/{name}"} for name in keys}
+        bodies = {
+            "/v1/chat/completions": ref["Chat"], "/v1/completions": ref["Completion"],
+            "/v1/embeddings": {"anyOf": [ref["Texts"], ref["Messages"]]}, "/v1/load_lora_adapter": ref["Texts"],
+        }  # fmt: skip
+        paths = {
+            path: {"post": {"requestBody": {"content": {"application/json": {"schema": schema}}}}}
+            for path, schema in bodies.items()
+        }
+        schemas = {name: {"properties": {key: {} for key in text.split()}} for name, text in keys.items()}
+        return web.json_response({"paths": paths, "components": {"schemas": schemas}})
+
+    async def embed(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        usage = {"prompt_tokens": 3, "total_tokens": 3, "completion_tokens": 0}
+        return web.json_response({"object": "list", "model": body["model"], "seen": body, "usage": usage})
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """Answer with what was asked; the system's message FAIL is refused, and SLOW takes its time."""
+        body = await request.json()
+        if body["model"] not in self.ranks:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        if body["messages"][0]["content"] == "FAIL":
+            return web.json_response({"error": {"message": "that is no chat"}}, status=400)
+        usage = {"prompt_tokens": 7, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}}
+        head = {"object": "chat.completion", "model": body["model"], "seen": body}
+        if not body.get("stream"):
+            return web.json_response(head | {"choices": [{"message": {"content": "hi"}}], "usage": usage})
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await answer.prepare(request)
+        self.running += 1
+        try:
+            for number in range(1, 5):
+                chunk = head | {"choices": [{"index": 0, "delta": {"content": "hi"}}]}
+                if body["stream_options"].get("continuous_usage_stats"):
+                    chunk["usage"] = usage | {"completion_tokens": number}
+                await answer.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                await asyncio.sleep(5 if body["messages"][0]["content"] == "SLOW" and number == 2 else 0)
+            await answer.write(f"data: {json.dumps(head | {'choices': [], 'usage': usage})}\n\n".encode())
+            await answer.write(b"data: [DONE]\n\n")
+        finally:
+            self.running -= 1
+        return answer
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if body["model"] not in self.ranks:
@@ -75,7 +127,7 @@ class Server:
         if not body.get("stream"):
             named = {f"token_id:{token}": logprob for token, logprob in top[: body["logprobs"]]}
             return web.json_response({"choices": [{"logprobs": {"top_logprobs": [named]}}]})
-        answer = web.StreamResponse()
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await answer.prepare(request)
         self.running += 1
         try:
@@ -117,7 +169,8 @@ def main() -> None:
     app.add_routes([
         web.get("/health", server.health), web.get("/v1/models", server.models), web.get("/metrics", server.metrics),
         web.post("/v1/completions", server.complete), web.post("/v1/load_lora_adapter", server.load),
-        web.post("/v1/unload_lora_adapter", server.unload),
+        web.post("/v1/unload_lora_adapter", server.unload), web.get("/openapi.json", server.openapi),
+        web.post("/v1/chat/completions", server.chat), web.post("/v1/embeddings", server.embed),
     ])  # fmt: skip
     web.run_app(app, path=given.uds, print=None)
 

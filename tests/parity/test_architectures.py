@@ -278,7 +278,7 @@ def test_an_int8_layer_takes_latents_of_four_dimensions(
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("architecture", cases(FAST_HOSTS, list(ARCHITECTURES)))
+@pytest.mark.parametrize("architecture", cases(FAST_HOSTS, [*ARCHITECTURES, "llama4_text", "nemotron_h"]))
 def test_members_of_a_host_are_their_dedicated_runs(
     architecture: str, tiny: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:

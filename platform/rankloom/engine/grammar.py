@@ -81,7 +81,7 @@ class Grammars:
             if grammar.kind == "lark":  # whose text the client has not written
                 why = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", why.partition("\n")[0])
             raise RequestError(f"{name} can't be honoured: {_shorten(why)}")
-        state = GrammarState(matcher)
+        state = GrammarState(matcher, self._tokens)
         state.prepare()
         return state
 
@@ -89,8 +89,8 @@ class Grammars:
 class GrammarState:
     """The position of one completion in its grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, tokens: LLTokenizer) -> None:
+        self._matcher, self._tokens = matcher, tokens
         self._new: list[int] = []
         """Tokens that the matcher has yet to consume."""
         self.prepared: NDArray[np.int32] | None = None
@@ -100,7 +100,7 @@ class GrammarState:
 
     def copy(self) -> GrammarState:
         """Return the state of another completion at the same position."""
-        copied = GrammarState(self._matcher.deep_copy())
+        copied = GrammarState(self._matcher.deep_copy(), self._tokens)
         copied.prepared, copied.is_slow = self.prepared, self.is_slow
         return copied
 
@@ -130,9 +130,26 @@ class GrammarState:
         began = time.thread_time()
         new, self._new = self._new, []
         self._matcher.consume_tokens(new)
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        mask = self._spell_out(np.frombuffer(self._matcher.compute_bitmask(), np.int32))
         self.is_slow = time.thread_time() - began > SLOW_S
         return mask
+
+    def _spell_out(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return a mask with the first piece of a text in place of an added token for it.
+
+        Where a text is forced, llguidance offers such a token, and refuses it then, for it stands for no text.
+        """
+        words = np.flatnonzero(mask)
+        bits = int(mask[words[0]]) % (1 << 32) if len(words) == 1 else 0
+        token = 32 * int(words[0]) + bits.bit_length() - 1 if bits.bit_count() == 1 else None
+        if token is None or not self._tokens.is_special_token(token) or self._matcher.validate_tokens([token]):
+            return mask
+        pieces = self._tokens.greedy_tokenize(self._matcher.compute_ff_bytes().decode(errors="ignore"))
+        if not pieces:
+            return mask  # it ends the completion
+        spelled = np.zeros_like(mask)
+        spelled.view(np.uint32)[pieces[0] // 32] = 1 << pieces[0] % 32
+        return spelled
 
     def prepare(self) -> None:
         """Find the mask before it is needed."""

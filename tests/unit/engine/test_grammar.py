@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -157,6 +159,35 @@ def test_other_grammars(engine: ServingEngine, grammar: Grammar, matched: str) -
     for text, _, deltas in complete_all(engine, jobs):
         assert deltas[-1].finish == "stop" or grammar.text == "true"
         assert re.fullmatch(matched, text)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        follow('start: "<call>" /[a-z]{1,3}/ "</call>"', "grammar"),
+        follow("x?<call>[a-z]{1,3}</call>", "regex"),
+        follow(json.dumps({"enum": ["<call>", "<call></call>"]})),
+        follow('start: <[400]> "<call>" <[401]>', "lark"),
+    ],
+    ids=lambda grammar: grammar.kind,
+)
+def test_the_text_of_an_added_token_is_spelled(
+    grammar: Grammar, special: bool, make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([tokenizers.AddedToken(text, special=special) for text in ("<call>", "</call>")])
+    grammars = Grammars(tokenizer, [1], len(tokenizer))
+    grammars.open()
+    state, tokens, chance = grammars.compile(grammar), list[int](), random.Random(0)
+    while tokens[-1:] != [1]:
+        allowed = np.flatnonzero(np.unpackbits(state.find_mask().view(np.uint8), bitorder="little"))
+        assert state.error is None
+        tokens.append(int(chance.choice(allowed)))
+        state.advance(tokens[-1])
+    text = tokenizer.decode(tokens[:-1])
+    assert re.fullmatch(r'x?<call>[a-z]{1,3}</call>|"<call>(</call>)?"|<call><call></call>', text)
+    assert {400, 401}.isdisjoint(tokens) == (grammar.kind != "lark")
 
 
 def test_a_cut_and_a_stop_string_end_a_completion(engine: ServingEngine) -> None:

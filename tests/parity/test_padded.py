@@ -13,6 +13,7 @@ import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rankloom.adapters.extract import extract_adapter
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.padded_cache import forecast_shape
@@ -53,14 +54,26 @@ def base(request: pytest.FixtureRequest, tmp_path: Path, make_tokenizer: Callabl
     return tmp_path / "base"
 
 
+def write_convolutions(base: Path, folder: Path) -> None:
+    """Write an adapter extracted from a model whose linears and convolutions changed, also those that are only read."""
+    trained = plain(base)
+    for name, parameter in trained.named_parameters():
+        if any(part in name for part in ("proj", "conv", "linear_x", "linear_out")):
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    extract_adapter(trained, base, 8, folder, "a/base")
+
+
 @pytest.mark.parametrize(("base", "family"), [(name, name) for name in BASES], indirect=["base"])
 def test_adapters_of_every_kind_are_served_in_one_batch(
     base: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LINEARS, family, TARGETS[family])
     folders: dict[str | None, Path | None] = {None: None}
-    for kind in ["lora", "dora", *(["extracted"] if family == "bloom" else [])]:  # the others hold more than layers
-        write_adapter(base, tmp_path / kind, kind, architecture=family)
+    for kind in ("lora", "dora", "extracted"):
+        if kind == "extracted" and family != "bloom":  # the others hold what no adapter can have
+            write_convolutions(base, tmp_path / kind)
+        else:
+            write_adapter(base, tmp_path / kind, kind, architecture=family)
         folders[publish(tmp_path / "registry", base, kind, tmp_path / kind)] = tmp_path / kind
     chance = random.Random(0)
     jobs = [

@@ -130,8 +130,8 @@ class ServedBank:
                 adapter.linears.update({name: own.to(torch.float32) for name, own in adapter.linears.items()})
                 self._addresses[adapter] = build_addresses(adapter, list(self._sites))
             for name in (*adapter.embeddings, *adapter.whole, *adapter.experts):
-                if name not in self._patched:
-                    module = self._model.get_submodule(name)
+                module = self._model.get_submodule(name)
+                if name not in self._patched and not isinstance(module, nn.Conv1d):  # which sees more than one token
                     other = self._make_mixture_forward if chooses_experts(module) else self._make_other_forward
                     self._patch(name, module, other(name, module))
 

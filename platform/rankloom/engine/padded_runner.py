@@ -4,7 +4,8 @@ The model has its own attention, masks and kind of cache (`padded_cache.py`), wh
 put back after it. All sequences that decode are one batch, padded on the left; the tokens of a prompt are a batch of
 their own. Where layers can't continue a sequence by several tokens at once, because they would ignore their states of
 before (Mamba, Jamba, RecurrentGemma), those tokens come one by one; where positions count padding (BART), sequences of
-one length are a batch. What a model needs is tried out.
+one length are a batch. What a model needs is tried out. An adapter with convolutions of its own, or with layers whose
+weights are read and not called, has its own batches, for which these take the place of the model's.
 
 Shapes: R sequences of a batch, P tokens that each of them gets, K of them with logits, V vocabulary, D width.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, States
 from rankloom.engine.layers import PROBES
@@ -26,6 +29,7 @@ from rankloom.engine.padded_cache import call, fill, make_padding_mask, open_cac
 from rankloom.engine.runner import PromptOutputs, Runner, StepOutputs
 from rankloom.engine.states import StatePlace, find_states
 from rankloom.errors import ModelError
+from rankloom.models import find_idle_linears
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class PaddedRunner(Runner):
         self._places: list[StatePlace] = []
         self._pads = True
         """Whether sequences of several lengths can be one batch."""
+        self._read = {name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
+        self._read |= find_idle_linears(model)
+        """Modules whose weights layers read, or call with tokens side by side: an adapter's own replace them."""
         with self._refuse_misfits():
             expected = [self._compute_plain_logits(tokens) for tokens in PROBES]
             self._open_bank(pack=pack)
@@ -87,12 +94,16 @@ class PaddedRunner(Runner):
 
     def _divide(self, chunks: Sequence[SequenceChunk]) -> Iterator[list[SequenceChunk]]:
         """Yield the batches that compute a step's chunks one after the other."""
-        rows = []
+        together: dict[ServedAdapter | None, list[SequenceChunk]] = {}
         for chunk in chunks:
             if chunk.start == 0 or (chunk.count > 1 and self.continues):
                 yield [chunk]
             else:
-                rows.append(chunk)
+                together.setdefault(chunk.adapter if self._replaces(chunk.adapter) else None, []).append(chunk)
+        for rows in together.values():
+            yield from self._divide_rows(rows)
+
+    def _divide_rows(self, rows: Sequence[SequenceChunk]) -> Iterator[list[SequenceChunk]]:
         for i in range(max((row.count for row in rows), default=0)):
             now = [replace(row, start=row.start + i, tokens=row.tokens[i : i + 1]) for row in rows if i < row.count]
             if self._pads:
@@ -114,7 +125,7 @@ class PaddedRunner(Runner):
         ids_RP = torch.tensor([list(chunk.tokens) for chunk in batch], device=device)
         positions_RP = torch.tensor([[*range(c.start, c.start + c.count)] for c in batch], device=device)
         mask = make_padding_mask(batch, device) if self.shape.attends else None
-        with self._lock, self.bank.apply_route(route):
+        with self._lock, self.bank.apply_route(route), self._replace_weights(batch[0].adapter):
             for i, place in enumerate(self._places):
                 begun = [states[chunk.id][i] for chunk in batch if chunk.start]
                 place.write(cache, torch.cat(begun) if begun else None)
@@ -127,6 +138,22 @@ class PaddedRunner(Runner):
         hidden_RPD = hidden[0] if hidden else torch.empty(len(batch), 0, 0)
         rows = zip(batch, logits_RKV, hidden_RPD, strict=True)
         return {chunk.id: _ChunkOutputs(logits_KV, hidden_PD) for chunk, logits_KV, hidden_PD in rows}
+
+    def _replaces(self, adapter: ServedAdapter | None) -> bool:
+        """Return whether an adapter has batches of its own, with its own weights in the model."""
+        return adapter is not None and not self._read.isdisjoint(adapter.whole)
+
+    @contextmanager
+    def _replace_weights(self, adapter: ServedAdapter | None) -> Iterator[None]:
+        """Put what an adapter has in place of modules that are read into the model, inside the context."""
+        whole = adapter.whole if adapter else {}
+        with ExitStack() as before:
+            for name in self._read.intersection(whole):
+                module = self._model.get_submodule(name)
+                for key, own in whole[name].named_parameters(recurse=False):
+                    before.callback(setattr, module, key, getattr(module, key))
+                    setattr(module, key, own)
+            yield
 
     @torch.no_grad()
     def _compute_plain_logits(self, tokens: Sequence[int]) -> Tensor:

@@ -55,6 +55,11 @@ def test_adapters_on_vllm_and_a_server_that_dies_is_replaced(tmp_path: Path, loc
         plain, adapted = ask(str(base)), ask("lora")
         assert plain != adapted
         assert ask("dora") not in (plain, adapted)
+        told = client.completions.with_raw_response.create(
+            model="dora", prompt="A lost card", max_tokens=8, temperature=0, extra_body={"min_tokens": 8}
+        )  # passes through
+        assert told.headers["x-rankloom-adapter"] == "dora"
+        assert (told.parse().choices[0].text, told.parse().model) == (ask("dora"), "dora")
         with pytest.raises(UnprocessableEntityError, match=r"engine\.max_lora_rank=16"):
             ask("wide")
         (old,) = vllm_servers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import distributions
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from rankloom.engine.vllm.plugin.rankloom_vllm.dora import compute_factors, scale_rows, sum_squares
 from rankloom.engine.vllm.plugin.rankloom_vllm.names import match_modules
+from rankloom.engine.vllm.plugin.rankloom_vllm.register import _read_columns, _take_magnitudes, register
 from rankloom.engine.vllm.server import PLUGINS
 
 KNOWN = [
@@ -104,6 +106,41 @@ def test_modules_that_another_process_holds_are_left_to_it() -> None:
         match_modules(["model.layers.70.self_attn.q_proj"], KNOWN, elsewhere=["language_model.model.layers.7"])
 
 
+class _Layer:
+    """As much of vLLM's layer for q, k and v as the plug-in asks for its part of the outputs, on two GPUs."""
+
+    n_slices, output_slices, tp_size = 3, (4, 2, 2), 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def slice_lora_b(self, b: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        sizes = enumerate(self.output_slices)
+        return [None if b[i] is None else b[i][self.rank * n : (self.rank + 1) * n] for i, n in sizes]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_gpu_takes_the_magnitudes_of_its_own_outputs(rank: int) -> None:
+    q, v = torch.arange(8.0), torch.arange(100.0, 104.0)
+    found = _take_magnitudes(_Layer(rank), [q, None, v])
+    expected = [*q[rank * 4 : rank * 4 + 4].tolist(), *v[rank * 2 : rank * 2 + 2].tolist()]
+    assert found[[0, 1, 2, 3, 6, 7]].tolist() == expected
+    assert found[4:6].isnan().all()  # k is a plain LoRA, of factor 1
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_weights_are_read_as_they_act(readable: bool) -> None:
+    """Quantised ones, or those that a library keeps in a layout of its own, are applied to one input at a time."""
+    weight = torch.randn(3, 5)
+    held = weight if readable else torch.empty(0)
+    method = SimpleNamespace(apply=lambda _base, x, _bias: x @ weight.T)
+    layer = SimpleNamespace(
+        base_layer=SimpleNamespace(weight=held), output_slices=(1, 2), input_size=5, device="cpu",
+        lora_config=SimpleNamespace(lora_dtype=torch.float32), _get_quant_method=lambda: method,
+    )  # fmt: skip
+    assert torch.equal(_read_columns(layer, 1, 4), weight[:, 1:4])
+
+
 def test_vllm_finds_the_plug_in_in_its_folder() -> None:
     (found,) = distributions(path=[str(PLUGINS)])
     (entry,) = found.entry_points.select(group="vllm.general_plugins")
@@ -113,8 +150,6 @@ def test_vllm_finds_the_plug_in_in_its_folder() -> None:
 def test_without_a_known_vllm_nothing_is_changed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rankloom.engine.vllm.plugin.rankloom_vllm.register import register
-
     monkeypatch.setitem(sys.modules, "vllm", None)
     register()
     assert "does not know this vLLM" in caplog.text

@@ -142,7 +142,7 @@ FAST_RUNS = [
 ]  # fmt: skip
 FAST_HOSTS = ["deepseek_v3", "gpt2", "mamba"]
 FAST_LABELS = ["gpt_neo", "mpt", "qwen3_5"]
-FAST_SERVED = ["deepseek_v32", "gemma2", "gemma4_text-shared", "gpt_neo", "gpt_oss", "jamba", "qwen3_5"]
+FAST_SERVED = ["deepseek_v32", "gemma2", "gemma4_text-shared", "gpt_neo", "gpt_oss", "qwen3_5"]
 SERVED_PAGE = Path(__file__).parents[2] / "docs" / "guide" / "architectures.md"
 GEMMA_4 = dict(
     FOUR, **HEADS, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=16,

@@ -27,9 +27,9 @@ Asked = list[tuple[list[int], str | None, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def registry(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`lora@1` and `dora@1` on the tiny Llama."""
+    """`lora@1`, `dora@1` and `extracted@1`, which changes the head too, on the tiny Llama."""
     root, work, base = tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("work"), tiny_model("llama")
-    for seed, kind in enumerate(("lora", "dora")):
+    for seed, kind in enumerate(("lora", "dora", "extracted")):
         write_adapter(base, work / kind, kind, seed=seed)
         publish(root, base, kind, work / kind)
     return root
@@ -79,7 +79,7 @@ def check(deltas: list[Delta], prompt: list[int], expected_tV: torch.Tensor, num
 def test_prompts_are_scored_in_a_mixed_batch(tiny_llama: Path, registry: Path) -> None:
     chance, asked = random.Random(0), list[Any]()
     for length in (1, 2, 40, 17, 64, 5):
-        for ref in (None, "lora@1", "dora@1"):
+        for ref in (None, "lora@1", "dora@1", "extracted@1"):
             how = [{"max_tokens": 0, "prompt_logprobs": 2}, {"max_tokens": 4, "prompt_logprobs": 0, "logprobs": 0}, {}]
             prompt = [chance.randrange(5, 300) for _ in range(length)]
             asked.append((prompt, ref, how[chance.randrange(3)]))

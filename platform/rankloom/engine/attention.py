@@ -52,6 +52,11 @@ class SequenceChunk:
     def count(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_kept(self) -> int:
+        """Tokens after which there are logits."""
+        return self.count if self.scored else int(self.predicts)
+
 
 @dataclass(frozen=True)
 class AttentionTerms:

@@ -129,9 +129,10 @@ class PaddedRunner(Runner):
             for i, place in enumerate(self._places):
                 begun = [states[chunk.id][i] for chunk in batch if chunk.start]
                 place.write(cache, torch.cat(begun) if begun else None)
-            num_kept = batch[0].count if any(chunk.scored for chunk in batch) else 1
             with self._catch_hidden(wanted=any(chunk.pooled for chunk in batch)) as hidden:
-                logits_RKV = call(self._model, cache, ids_RP, num_kept, position_ids=positions_RP, attention_mask=mask)
+                logits_RKV = call(
+                    self._model, cache, ids_RP, batch[0].num_kept, position_ids=positions_RP, attention_mask=mask
+                )
             after = [place.read(cache).split(1) for place in self._places]
         store(cache, kept, batch)
         states |= {chunk.id: tuple(state[row] for state in after) for row, chunk in enumerate(batch)}

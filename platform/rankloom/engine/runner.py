@@ -97,7 +97,7 @@ class Runner(ABC):
         for chunk in chunks:
             members.setdefault(chunk.adapter, []).append(chunk)
         shares = [
-            AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.predicts for chunk in own))
+            AdapterShare(adapter, sum(chunk.count for chunk in own), sum(chunk.num_kept for chunk in own))
             for adapter, own in members.items()
         ]
         route = self.bank.route(shares, in_slots=in_slots)

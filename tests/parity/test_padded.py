@@ -34,6 +34,12 @@ BASES: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZE, **HEADS, num_hidden_layers=3, head_dim=8, lru_width=32, attention_window_size=16
     ),
 }  # fmt: skip
+OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
+    "mamba2": lambda: T.Mamba2Config(**SIZE, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1),
+    "bart": lambda: T.BartConfig(
+        **{**SIZE, "hidden_size": 32}, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4
+    ),
+}
 TARGETS = {
     "bloom": ["query_key_value", "dense_h_to_4h"],
     "qwen3_5": ["q_proj", "in_proj_qkv", "out_proj", "up_proj"],
@@ -172,3 +178,20 @@ def test_what_layers_keep_is_forecast(base: Path) -> None:
     runner = PaddedRunner(load(base).model)
     planned = forecast_shape(load(base).model, torch.float32)
     assert (planned.layers, planned.bytes_per_sequence) == (runner.shape.layers, runner.shape.bytes_per_sequence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "continues", "pads"),
+    [("mamba", False, True), ("mamba2", True, True), ("qwen3_5", True, True), ("bloom", True, True),
+     ("recurrent_gemma", False, True), ("bart", True, False)],
+)  # fmt: skip
+def test_what_a_model_needs_is_found(family: str, continues: bool, pads: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config({**BASES, **OTHERS}[family]()).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    runner = PaddedRunner(model.to(dtype))
+    assert (runner.continues, runner._pads) == (continues, pads)
+    runner.close()

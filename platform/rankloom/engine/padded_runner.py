@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,8 @@ from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, States
 from rankloom.engine.layers import PROBES
 from rankloom.engine.padded_cache import call, fill, make_padding_mask, open_cache, read_kept_shape, store
-from rankloom.engine.runner import PromptOutputs, Runner, StepOutputs
+from rankloom.engine.runner import PROBE_TOLERANCE, PromptOutputs, Runner, StepOutputs
 from rankloom.engine.states import StatePlace, find_states
-from rankloom.errors import ModelError
 from rankloom.models import find_idle_linears
 
 
@@ -83,14 +83,18 @@ class PaddedRunner(Runner):
         ways = [(True, True), (True, False), (False, True), (False, False)]
         if getattr(self._model.config.get_text_config(decoder=True), "attn_temperature_tuning", False):
             ways = ways[2:]  # Llama 4 scales by the length of the cache, which shows beyond 8192 tokens
-        for i, (self._pads, self.continues) in enumerate(ways, 1):
+        errors = {}
+        for self._pads, self.continues in ways:
             try:
-                self._check(expected)
-            except (ModelError, RuntimeError):
-                if i == len(ways):
-                    raise
-            else:
-                break
+                errors[self._pads, self.continues] = error = self._measure(expected)
+            except RuntimeError:  # such as a shape that does not fit
+                continue
+            if error <= PROBE_TOLERANCE:
+                return
+        # a model that is not in fp32 has errors of its own in each
+        least = min(errors.values(), default=inf)
+        self._pads, self.continues = next((way for way, error in errors.items() if error <= 2 * least), ways[-1])
+        self._check(expected)
 
     def _divide(self, chunks: Sequence[SequenceChunk]) -> Iterator[list[SequenceChunk]]:
         """Yield the batches that compute a step's chunks one after the other."""

@@ -131,10 +131,14 @@ class Runner(ABC):
         self._as_it_was.callback(self.bank.remove)
 
     def _check(self, expected: Sequence[Tensor]) -> None:
-        """Compare with the model's own logits after `PROBES`: in two chunks, and then token by token, side by side.
+        """Raise a ModelError where this does not give the model's own logits."""
+        if not (error := self._measure(expected)) <= self.tolerance:
+            raise ModelError(f"its attention is of another kind than the engine's (its logits differ by {error:.1%})")
 
-        Raises:
-            ModelError: they differ.
+    def _measure(self, expected: Sequence[Tensor]) -> float:
+        """Return the largest difference from the model's own logits after `PROBES`, as a share of the largest.
+
+        They are computed in two chunks, and then token by token, side by side.
         """
         cache = KvCache(self.shape, 1 << 20)
         names = [str(i) for i in range(len(PROBES))]
@@ -144,12 +148,8 @@ class Runner(ABC):
         rest = [tokens[2:-1] for tokens in PROBES]
         self.forward(cache, [SequenceChunk(n, None, 2, r) for n, r in zip(names, rest, strict=True)])
         last = [SequenceChunk(n, None, len(t) - 1, t[-1:]) for n, t in zip(names, PROBES, strict=True)]
-        for ours, own in zip(self.forward(cache, last), expected, strict=True):
-            if not (ours - own).abs().max() <= self.tolerance * own.abs().max():
-                differ = float((ours - own).abs().max())
-                raise ModelError(
-                    f"its attention is of another kind than the engine's (its logits differ by {differ:.3g})"
-                )
+        pairs = zip(self.forward(cache, last), expected, strict=True)
+        return float(torch.stack([(ours - own).abs().max() / own.abs().max() for ours, own in pairs]).max())
 
     @contextmanager
     def _refuse_misfits(self) -> Iterator[None]:

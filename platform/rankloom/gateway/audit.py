@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rankloom.config.trial import BASE
+from rankloom.engine.forward import ForwardJob
 from rankloom.errors import AdapterNotFoundError, ConfigError, IncompatibleError, RegistryError, RequestError
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.metrics import Outcome
@@ -41,8 +42,9 @@ def format_end(request: InFlightRequest, error: BaseException | None, now: float
     return format_line(
         "request", request.routing, adapter=request.target.ref or BASE, traffic=request.traffic,
         outcome=classify(error), key=request.key and request.key.id, route=request.decision.route,
-        arm=request.decision.arm, prompts=job.num_prompts, n=job.n, prompt_tokens=request.prompt_tokens,
-        completion_tokens=request.tokens, first_s=_round(first_s), total_s=_round(now - request.begun_at),
+        arm=request.decision.arm, path=job.path if isinstance(job, ForwardJob) else None,
+        prompts=job.num_prompts, n=job.n, prompt_tokens=request.prompt_tokens, completion_tokens=request.tokens,
+        first_s=_round(first_s), total_s=_round(now - request.begun_at),
         error=type(error).__name__ if error else None,
     )  # fmt: skip
 

@@ -113,9 +113,14 @@ def test_a_body_reaches_vllm_as_it_came(shared: Any, caplog: pytest.LogCaptureFi
     while not (lines := [json.loads(r.message) for r in caplog.records if '"request"' in r.message]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert {"adapter": "lora@1", "outcome": "ok", "prompt_tokens": 7, "completion_tokens": 4, "n": 2}.items() <= lines[
-        -1
-    ].items()
+    assert {
+        "adapter": "lora@1",
+        "outcome": "ok",
+        "path": CHAT,
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "n": 2,
+    }.items() <= lines[-1].items()
     assert "What is it" not in caplog.text
     exposed = http.get("/metrics").text
     for kind, count in (("prompt", 7), ("completion", 4), ("cached", 2)):

@@ -24,7 +24,7 @@ KNOWN += ["vision_tower.layers.0.self_attn.q_proj", "lm_head"]
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_of_a_mixed_batch_are_those_of_peft(bias: bool) -> None:
-    """Slot 0 is DoRA, slot 1 a LoRA, -1 the base; 1,500 inputs are read in two parts."""
+    """Slot 0 is DoRA, slot 1 a LoRA, -1 the base; 1,500 inputs are read in three parts."""
     torch.manual_seed(0)
     linear = nn.Linear(1500, 24, bias=bias)
     config = peft.LoraConfig(r=6, lora_alpha=9, use_dora=True, target_modules=["0"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = 1024
+COLUMNS = 512
 """Inputs whose weights are read at a time."""
 
 

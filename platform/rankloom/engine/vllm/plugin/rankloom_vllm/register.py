@@ -182,11 +182,11 @@ def _write_factors_after(original: Callable[..., bool]) -> Callable[..., bool]:
                 continue
             parts = self.packed_modules.get(name, [name])
             if magnitudes.keys() & set(parts) and name not in lora.factors:
-                lora.factors[name] = _compute_layer(layer, slot, [magnitudes.get(part) for part in parts])
-            factors_O = lora.factors.get(name)
-            layer.dora_factors[slot] = 1 if factors_O is None else factors_O
+                # on the host, as an adapter's A and B are: a device's memory is counted before adapters come
+                lora.factors[name] = _compute_layer(layer, slot, [magnitudes.get(part) for part in parts]).cpu()
+            layer.dora_factors[slot].copy_(lora.factors.get(name, torch.ones(1)))
             if layer.dora_shifts is not None:
-                layer.dora_shifts[slot] = 0 if factors_O is None else _get_added_bias(layer) * (1 - factors_O)
+                layer.dora_shifts[slot].copy_(_get_added_bias(layer) * (1 - layer.dora_factors[slot]))
         return True
 
     return activate_adapter

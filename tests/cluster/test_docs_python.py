@@ -53,6 +53,7 @@ def test_python_of_a_document_runs(page: Path, tiny_llama: Path, tmp_path: Path)
                 ('"steps": 60', '"steps": 6'),
                 ('"num_trials": 4', '"num_trials": 2'),
                 ('model="tickets@champion", messages', 'model="bank@1", messages'),
+                ('model="tickets@champion", input', 'model="bank@1", input'),
             ):
                 code = code.replace(shown, here)
             exec(compile(code, f"{page.relative_to(REPO)}:{line}", "exec", dont_inherit=True), names)

@@ -15,7 +15,7 @@ from rankloom.deploy.callers import find_tenant, get_caller, make_routing_reques
 from rankloom.deploy.responding import EventStream, make_headers, respond_failure, stream_events
 from rankloom.engine.forward import PATHS
 from rankloom.gateway.gateway import Gateway
-from rankloom.gateway.openai.forwarding import ForwardBody, ForwardReply, format_forwarded, make_forward_job
+from rankloom.gateway.openai.forwarding import ForwardBody, ForwardReply, ForwardStream, make_forward_job
 from rankloom.gateway.openai.responses import DONE
 
 READ = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
@@ -59,7 +59,7 @@ class Forwarding:
             if job.body.get("stream"):
                 in_flight = await gateway.begin(routing, job, key)
                 end = b"" if path == "/v1/responses" else DONE
-                return EventStream(in_flight, stream_events(in_flight, request, format_forwarded, lambda: end))
+                return EventStream(in_flight, stream_events(in_flight, ForwardStream(end), request))
             reply, target = await gateway.complete(routing, job, key, ForwardReply)
             return JSONResponse(reply.body, headers=make_headers(target))
         except Exception as error:

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -23,11 +22,14 @@ from rankloom.deploy.responding import (
     respond_whole,
     stream_events,
 )
+from rankloom.engine.jobs import CompletionJob
 from rankloom.engine.tokens import Tokens
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.openai.embeddings import EmbeddingBuilder, EmbeddingRequest
 from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest
-from rankloom.gateway.openai.responses import DONE, Kind, ResponseBuilder, format_event, make_response_id
+from rankloom.gateway.openai.response_events import ResponseWriter
+from rankloom.gateway.openai.response_request import ResponseRequest
+from rankloom.gateway.openai.responses import Kind, ResponseBuilder, make_response_id
 from rankloom.gateway.openai.token_requests import DetokenizeRequest, TokenizeRequest
 from rankloom.gateway.replicas import Replicas
 
@@ -45,6 +47,7 @@ class InferenceRoutes:
     def add_to(self, api: FastAPI) -> None:
         api.post("/v1/chat/completions", responses=OR_EVENTS)(self.chat_completions)
         api.post("/v1/completions", responses=OR_EVENTS)(self.completions)
+        api.post("/v1/responses", responses=OR_EVENTS)(self.responses)
         api.post("/v1/embeddings")(self.embeddings)
 
     async def chat_completions(self, request: Request, body: ChatRequest) -> Response:
@@ -53,47 +56,50 @@ class InferenceRoutes:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         return await self._complete(request, "text", body)
 
+    async def responses(self, request: Request, body: ResponseRequest) -> Response:
+        """As a chat, with OpenAI's items and events. Nothing is kept: the input is the whole conversation."""
+
+        def new_writer(job: CompletionJob) -> ResponseWriter:
+            return ResponseWriter(body, job.id, int(time.time()))
+
+        return await self._answer(request, body, new_writer, stream=bool(body.stream))
+
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+        return await self._answer(request, body, lambda job: EmbeddingBuilder(body, len(job.prompts)))
+
+    async def _complete(self, request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
+        def new_builder(job: CompletionJob) -> ResponseBuilder:
+            id, count, logprobs = make_response_id(kind, job.id), len(job.prompts) * job.n, job.sampling.logprobs
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            return ResponseBuilder(
+                kind, id, body.model, int(time.time()), count, n=job.n, logprobs=logprobs is not None, usage=usage
+            )
+
+        return await self._answer(request, body, new_builder, stream=bool(body.stream))
+
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest | ResponseRequest | EmbeddingRequest,
+        new_response: Callable[[CompletionJob], Any],
+        *,
+        stream: bool = False,
+    ) -> Response:
+        """Do a request's job.
+
+        Args:
+            new_response: makes a `WholeResponse` that is a `Collector`; for a stream, a `StreamedResponse`.
+        """
         gateway, key = self._get_gateway(), get_caller(request).key
         try:
             job = body.make_job(uuid.uuid4().hex, gateway.config, find_tenant(gateway, request))
             gateway.admit(key)
             routing = make_routing_request(request, job.id, body.model, body.user)
-            new_response = partial(EmbeddingBuilder, body, len(job.prompts))
-            response, target = await gateway.complete(routing, job, key, new_response)
-            return respond_whole(response, make_headers(target))
-        except Exception as error:
-            return respond_failure(request, error, gateway)
-
-    async def _complete(self, request: Request, kind: Kind, body: ChatRequest | CompletionRequest) -> Response:
-        gateway, key = self._get_gateway(), get_caller(request).key
-        try:
-            job = body.make_job(uuid.uuid4().hex, gateway.config.limits, find_tenant(gateway, request))
-            gateway.admit(key)
-            routing = make_routing_request(request, job.id, body.model, body.user)
-            new_response = partial(
-                ResponseBuilder,
-                kind,
-                make_response_id(kind, job.id),
-                body.model,
-                int(time.time()),
-                len(job.prompts) * job.n,
-                n=job.n,
-                logprobs=job.sampling.logprobs is not None,
-            )
-            if body.stream:
+            if stream:
                 in_flight = await gateway.begin(routing, job, key)
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                response = new_response()
-                events = stream_events(
-                    in_flight,
-                    request,
-                    lambda progress: map(format_event, response.make_chunks(progress)),
-                    lambda: (format_event(response.make_usage_chunk()) if usage else b"") + DONE,
-                )
-                return EventStream(in_flight, events)
-            whole, target = await gateway.complete(routing, job, key, new_response)
-            return respond_whole(whole, make_headers(target))
+                return EventStream(in_flight, stream_events(in_flight, new_response(job), request))
+            response, target = await gateway.complete(routing, job, key, lambda: new_response(job))
+            return respond_whole(response, make_headers(target))
         except Exception as error:
             return respond_failure(request, error, gateway)
 

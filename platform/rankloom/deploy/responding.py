@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -16,7 +16,6 @@ from rankloom.deploy.logs import SERVE
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.openai.errors import WireError, to_wire_error
-from rankloom.gateway.openai.responses import format_event
 from rankloom.gateway.policy import Target
 
 LARGE = 2**20
@@ -80,28 +79,36 @@ def respond_whole(response: WholeResponse, headers: dict[str, str]) -> Response:
     return StreamingResponse(parts(), headers=headers, media_type="application/json")
 
 
-async def stream_events(
-    in_flight: InFlightRequest,
-    request: Request,
-    format_events: Callable[[Any], Iterable[bytes]],
-    make_end: Callable[[], bytes],
-) -> AsyncIterator[bytes]:
-    """Yield the events of a stream. A late error is an event too, because the status was sent long before.
+class StreamedResponse(Protocol):
+    """A response as a stream of events, in parts each of which takes a short time."""
 
-    Args:
-        format_events: makes the events of a job's progress.
-        make_end: makes what comes after them.
-    """
+    def begin(self) -> Iterator[bytes]: ...
+
+    def write(self, progress: Any) -> Iterator[bytes]: ...
+
+    def end(self) -> Iterator[bytes]: ...
+
+    def fail(self, error: WireError) -> Iterator[bytes]: ...
+
+
+async def stream_events(
+    in_flight: InFlightRequest, response: StreamedResponse, request: Request
+) -> AsyncIterator[bytes]:
+    """Yield the events of a stream. A late error is an event too, because the status was sent long before."""
     try:
+        for part in response.begin():
+            yield part
         async for progress in in_flight:
-            if events := b"".join(format_events(progress)):
-                yield events
-        yield make_end()
+            for part in response.write(progress):
+                yield part
+        for part in response.end():
+            yield part
     except Exception as error:
         mapped = to_wire_error(error)
         if mapped.status == 500:
             _log_failure(request, error)
-        yield format_event(mapped.make_body())
+        for part in response.fail(mapped):
+            yield part
 
 
 class EventStream(StreamingResponse):

@@ -98,7 +98,9 @@ class VllmEngine(EngineFrontend):
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         if request.pooling is not None:
-            raise RequestError("embeddings: not with engine.type=vllm, which generates; use engine.type=bank")
+            raise RequestError(
+                "embeddings: vLLM's server generates here; use engine.type=bank, or a pooling model: --runner=pooling"
+            )
         with self._admission.take(request, self.context):
             guide = await self._guides.make_guide(request)  # refuses choices that become the same tokens
             async with self._hold(request.adapter):

@@ -9,7 +9,9 @@ from pydantic_core import PydanticCustomError
 
 Text = str
 """Sound Unicode: what is half of a character does not get past the JSON parser."""
-TEXT, LIST, TOKENS, LISTS, OBJECT, SCHEMA = TAGS = ("<text>", "<list>", "<tokens>", "<lists>", "<object>", "<schema>")
+TEXT, LIST, TOKENS, LISTS, OBJECT, SCHEMA = ("<text>", "<list>", "<tokens>", "<lists>", "<object>", "<schema>")
+MESSAGE, CALL, OUTPUT, THOUGHT = ("<message>", "<call>", "<output>", "<thought>")
+TAGS = (TEXT, LIST, TOKENS, LISTS, OBJECT, SCHEMA, MESSAGE, CALL, OUTPUT, THOUGHT)
 """Tags of a key's types; they appear in pydantic's locations, but are not keys."""
 
 

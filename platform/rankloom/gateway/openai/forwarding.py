@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from rankloom.config.serve import LimitsConfig
 from rankloom.engine.forward import ForwardJob, ForwardProgress
 from rankloom.gateway.openai.errors import WireError
+from rankloom.gateway.openai.responses import format_event
 
 _MOST = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 """Keys for the most tokens of a completion, in the order in which one of them is set where none is given."""
@@ -94,9 +95,24 @@ class ForwardReply:
         self.body = progress.body or self.body
 
 
-def format_forwarded(progress: ForwardProgress) -> Iterator[bytes]:
-    """Yield the bytes of a stream's event."""
-    if progress.body is not None:
-        if progress.event:
-            yield f"event: {progress.event}\n".encode()
-        yield f"data: {json.dumps(progress.body, separators=(',', ':'), ensure_ascii=False)}\n\n".encode()
+class ForwardStream:
+    """A streamed answer, whose events the server has made."""
+
+    def __init__(self, end: bytes) -> None:
+        """`end`: what comes after the server's events."""
+        self._end = end
+
+    def begin(self) -> Iterator[bytes]:
+        yield from ()
+
+    def write(self, progress: ForwardProgress) -> Iterator[bytes]:
+        """Yield the bytes of an event."""
+        if progress.body is not None:
+            head = f"event: {progress.event}\n" if progress.event else ""
+            yield f"{head}data: {json.dumps(progress.body, separators=(',', ':'), ensure_ascii=False)}\n\n".encode()
+
+    def end(self) -> Iterator[bytes]:
+        yield self._end
+
+    def fail(self, error: WireError) -> Iterator[bytes]:
+        yield format_event(error.make_body())

@@ -20,7 +20,7 @@ class TextPart(Body):
     """Without effect."""
 
 
-def _check_arguments(text: str) -> str:
+def check_arguments(text: str) -> str:
     """Return a call's arguments, which templates take as an object."""
     try:
         value = json.loads(text or "{}")
@@ -33,7 +33,7 @@ def _check_arguments(text: str) -> str:
 
 class CalledFunction(Body):
     name: Annotated[Text, Field(min_length=1, max_length=64)]
-    arguments: Annotated[Text, AfterValidator(_check_arguments)]
+    arguments: Annotated[Text, AfterValidator(check_arguments)]
     """A JSON object, as text."""
 
 

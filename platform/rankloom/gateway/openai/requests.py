@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
-from rankloom.config.serve import LimitsConfig
+from rankloom.config.serve import LimitsConfig, ServeConfig
 from rankloom.config.trial import Name
 from rankloom.engine.jobs import CompletionJob, Prompt
 from rankloom.engine.protocol import ChatPrompt, Sampling
@@ -189,8 +189,9 @@ class ChatRequest(_Common):
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
 
-    def make_job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+    def make_job(self, id: str, config: ServeConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""
+        limits = config.limits
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise WireError(400, "Give max_completion_tokens or max_tokens, not both.", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
@@ -223,8 +224,9 @@ class CompletionRequest(_Common):
     echo: bool | None = None
     """Begin each completion with its prompt, whose tokens then have logprobs too, all but the first."""
 
-    def make_job(self, id: str, limits: LimitsConfig, tenant: str | None = None) -> CompletionJob:
+    def make_job(self, id: str, config: ServeConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""
+        limits = config.limits
         prompts = list_prompts(self.prompt)
         most = 16 if self.max_tokens is None else self.max_tokens
         most = min(most, limits.max_tokens) if self.max_tokens is None else most

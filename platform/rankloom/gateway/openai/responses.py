@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rankloom.engine.jobs import JobProgress
 from rankloom.engine.protocol import CallDelta, Delta, Likelihood, TokenLogprobs
 from rankloom.engine.text_offset import TextOffset
+from rankloom.gateway.openai.errors import WireError
 
 Kind = Literal["chat", "text"]
 _PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
@@ -39,18 +40,21 @@ class _Completion:
 class ResponseBuilder:
     """The response to one request, gathered or in chunks."""
 
-    def __init__(self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool) -> None:
+    def __init__(
+        self, kind: Kind, id: str, model: str, created: int, count: int, *, n: int, logprobs: bool, usage: bool = False
+    ) -> None:
         """
         Args:
             count: completions, of all prompts.
             n: completions of each prompt.
             created: seconds since 1970.
             logprobs: whether the request asks for them.
+            usage: whether a stream ends with it.
         """
         self._kind = kind
         self._head: dict[str, Any] = {"id": id, "object": _OBJECT[kind], "created": created, "model": model}
         self._completions = [_Completion() for _ in range(count)]
-        self._n = n
+        self._n, self._usage = n, usage
         self._logprobs = logprobs
         self._cached: dict[int, int] = {}
         self._refusal: dict[str, None] = {"refusal": None} if kind == "chat" else {}
@@ -101,6 +105,23 @@ class ResponseBuilder:
                 choice["text"] = delta.text
             yield self._make_chunk([choice | {"finish_reason": delta.finish}])
 
+    def begin(self) -> Iterator[bytes]:
+        """Yield the events before the first tokens: none."""
+        yield from ()
+
+    def write(self, progress: JobProgress) -> Iterator[bytes]:
+        """Yield the events of new progress."""
+        if chunks := [format_event(chunk) for chunk in self.make_chunks(progress)]:
+            yield b"".join(chunks)
+
+    def end(self) -> Iterator[bytes]:
+        """Yield the events of the end."""
+        yield (format_event(self.make_usage_chunk()) if self._usage else b"") + DONE
+
+    def fail(self, error: WireError) -> Iterator[bytes]:
+        """Yield the event of an error, whose status can't be sent any more."""
+        yield format_event(error.make_body())
+
     def make_usage_chunk(self) -> dict[str, Any]:
         """Make the last chunk of a stream with `include_usage`."""
         return self._make_chunk([]) | {"usage": self.count_usage()}
@@ -142,17 +163,18 @@ class ResponseBuilder:
 
     def _format_likelihoods(self, tokens: Sequence[TokenLogprobs], place: TextOffset) -> dict[str, list[Any]]:
         if self._kind == "chat":
-            return {
-                "content": [
-                    _format_one(t.chosen) | {"top_logprobs": [_format_one(each) for each in t.top]} for t in tokens
-                ]
-            }
+            return {"content": format_logprobs(tokens)}
         return {
             "tokens": [_decode_text(t.chosen) for t in tokens],
             "token_logprobs": [t.chosen.logprob for t in tokens],
             "top_logprobs": [_name_likeliest(t) for t in tokens],
             "text_offset": [place.take(t.chosen.piece)[0] for t in tokens],
         }
+
+
+def format_logprobs(tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """Return tokens' logprobs as chats have them."""
+    return [_format_one(t.chosen) | {"top_logprobs": [_format_one(each) for each in t.top]} for t in tokens]
 
 
 def _format_delta(delta: Delta) -> dict[str, Any]:

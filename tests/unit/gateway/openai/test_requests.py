@@ -7,35 +7,56 @@ import re
 from typing import Any, get_type_hints
 
 import pytest
-from openai.types import EmbeddingCreateParams, chat, completion_create_params, shared_params
+from openai.types import EmbeddingCreateParams, chat, completion_create_params, responses, shared_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel
 
 from rankloom.config import parse
-from rankloom.config.serve import LimitsConfig, ServeConfig
+from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob
 from rankloom.gateway.openai.bodies import MOST_PARTS, MOST_VALUES, read
 from rankloom.gateway.openai.embeddings import EmbeddingRequest
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.messages import Message, TextPart, ToolCall
 from rankloom.gateway.openai.requests import ChatRequest, CompletionRequest, StreamOptions
+from rankloom.gateway.openai.response_items import (
+    ContentPart,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    MessageItem,
+    ReasoningItem,
+)
+from rankloom.gateway.openai.response_request import (
+    FlatAllowedTools,
+    FlatSchema,
+    FlatTool,
+    FlatToolName,
+    ReasoningConfig,
+    ResponseRequest,
+    ResponseStreamOptions,
+    TextConfig,
+)
 from rankloom.gateway.openai.structured import JsonObject, JsonSchema, NamedSchema
 from rankloom.gateway.openai.tools import Function, FunctionTool, NamedTool
 
 SAY = {"model": "bank", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETE = {"model": "bank", "prompt": "hi"}
-Asked = ChatRequest | CompletionRequest | EmbeddingRequest
+CONFIG = parse(ServeConfig, {"base": "org/base"})
+Asked = ChatRequest | CompletionRequest | EmbeddingRequest | ResponseRequest
 START: dict[Any, dict[str, Any]] = {
     ChatRequest: SAY,
     CompletionRequest: COMPLETE,
     EmbeddingRequest: {"model": "bank", "input": "hi"},
+    ResponseRequest: {"model": "bank", "input": "hi"},
 }
 KINDS = [
     (chat_create_params.CompletionCreateParamsNonStreaming, ChatRequest),
     (completion_create_params.CompletionCreateParamsNonStreaming, CompletionRequest),
     (EmbeddingCreateParams, EmbeddingRequest),
+    (response_create_params.ResponseCreateParamsNonStreaming, ResponseRequest),
     (chat.ChatCompletionSystemMessageParam, Message),
     (chat.ChatCompletionDeveloperMessageParam, Message),
     (chat.ChatCompletionUserMessageParam, Message),
@@ -50,6 +71,21 @@ KINDS = [
     (response_format_json_schema.JSONSchema, NamedSchema),
     (chat.ChatCompletionContentPartTextParam, TextPart),
     (chat.ChatCompletionStreamOptionsParam, StreamOptions),
+    (response_create_params.StreamOptions, ResponseStreamOptions),
+    (responses.EasyInputMessageParam, MessageItem),
+    (responses.ResponseOutputMessageParam, MessageItem),
+    (responses.response_input_item_param.Message, MessageItem),
+    (responses.ResponseFunctionToolCallParam, FunctionCallItem),
+    (responses.response_input_item_param.FunctionCallOutput, FunctionCallOutputItem),
+    (responses.ResponseReasoningItemParam, ReasoningItem),
+    (responses.ResponseInputTextParam, ContentPart),
+    (responses.ResponseOutputTextParam, ContentPart),
+    (responses.FunctionToolParam, FlatTool),
+    (responses.ToolChoiceFunctionParam, FlatToolName),
+    (responses.ToolChoiceAllowedParam, FlatAllowedTools),
+    (responses.ResponseTextConfigParam, TextConfig),
+    (responses.ResponseFormatTextJSONSchemaConfigParam, FlatSchema),
+    (shared_params.Reasoning, ReasoningConfig),
 ]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 WRONG_CALL = CALL | {"function": {"name": "f", "arguments": "["}}
@@ -131,12 +167,42 @@ REFUSED: dict[str, list[Any]] = {
 }
 """Values that ask for what is not done here: they are refused by name."""
 
+DONE_ITEMS: dict[str, list[Any]] = {key: DONE[key] for key in (
+    "metadata", "model", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "stream", "temperature", "top_p", "user", "moderation",
+)} | {
+    "access_programs": [], "background": [False], "background_options": [], "context_management": [[]],
+    "conversation": [], "image": [],
+    "include": [[], ["message.output_text.logprobs"], ["reasoning.encrypted_content"]],
+    "instructions": ["Be brief."], "max_output_tokens": [5], "max_tool_calls": [3], "previous_response_id": [],
+    "prompt": [], "reasoning": [{}, {"effort": None, "summary": "auto"}],
+    "stream_options": [{"include_obfuscation": False}],
+    "text": [
+        {}, {"format": {"type": "text"}, "verbosity": "medium"}, {"format": {"type": "json_object"}},
+        {"format": {"type": "json_schema", "name": "a", "schema": {}, "strict": True, "description": "An A."}},
+    ],
+    "tool_choice": ["none", "auto"],
+    "tools": [[], [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]],
+    "truncation": ["disabled"],
+}  # fmt: skip
+"""Values that `/v1/responses` takes."""
+REFUSED_ITEMS: dict[str, list[Any]] = {key: REFUSED[key] for key in ("moderation", "store")} | {
+    "access_programs": [{"cyber": "standard"}], "background": [True], "background_options": [{}],
+    "context_management": [[{"type": "compaction"}]], "conversation": ["c", {"id": "c"}],
+    "image": [{"context_compression": "enabled"}], "include": [["file_search_call.results"]],
+    "max_output_tokens": [0, 5000], "previous_response_id": ["resp_1"], "prompt": [{"id": "p"}],
+    "reasoning": [{"effort": "low"}, {"summary": "detailed"}], "stream_options": [{"include_obfuscation": True}],
+    "text": [{"verbosity": "low"}, {"format": {"type": "grammar"}}],
+    "tool_choice": ["required", {"type": "function", "name": "f"}, {"type": "web_search"}],
+    "tools": [[{"type": "web_search"}], [{"type": "function", "name": "a b", "parameters": None, "strict": None}]],
+    "truncation": ["auto"],
+}  # fmt: skip
+"""Values that it refuses by name."""
+
 
 def wanted(kind: type[Asked], change: dict[str, Any]) -> CompletionJob:
     body = read(kind, json.dumps(START[kind] | change).encode())
-    if isinstance(body, EmbeddingRequest):
-        return body.make_job("w", parse(ServeConfig, {"base": "org/base"}))
-    return body.make_job("w", LimitsConfig())
+    return body.make_job("w", CONFIG)
 
 
 def told(kind: type[BaseModel], body: Any) -> str:
@@ -152,15 +218,17 @@ def test_each_key_of_the_openai_package_has_an_answer(theirs: Any, ours: type[Ba
     assert set(get_type_hints(theirs)) - names == set()
 
 
-@pytest.mark.parametrize(("theirs", "ours"), KINDS[:3], ids=["chat", "text", "embeddings"])
+@pytest.mark.parametrize(("theirs", "ours"), KINDS[:4], ids=["chat", "text", "embeddings", "responses"])
 def test_each_key_is_taken_or_refused_by_name(theirs: Any, ours: type[Asked]) -> None:
-    for key in set(get_type_hints(theirs)) - {"messages", "prompt", "input", "logprobs", "top_logprobs"}:
-        assert DONE[key] or REFUSED[key]
+    done, refused = (DONE_ITEMS, REFUSED_ITEMS) if ours is ResponseRequest else (DONE, REFUSED)
+    skipped = {"messages", "input", "logprobs", "top_logprobs"} | ({"prompt"} if ours is CompletionRequest else set())
+    for key in set(get_type_hints(theirs)) - skipped:
+        assert done[key] or refused[key]
         if key != "model":
             wanted(ours, {key: None})
-        for value in DONE[key]:
+        for value in done[key]:
             wanted(ours, {key: value})
-        for value in REFUSED.get(key, []):
+        for value in refused.get(key, []):
             with pytest.raises(WireError) as caught:
                 wanted(ours, {key: value})
             assert (caught.value.status, caught.value.param) == (400, key)
@@ -191,7 +259,7 @@ def test_an_answer_can_be_put_back_into_the_history() -> None:
     asked["content"][0]["cache_control"] = {"type": "ephemeral"}  # type: ignore[index]
     for answer in (dumped, dumped | {"annotations": [], "tool_calls": []}):
         body = SAY | {"messages": [asked, answer, {"role": "user", "content": "b", "name": None}]}
-        (talk,) = read(ChatRequest, json.dumps(body).encode()).make_job("w", LimitsConfig()).prompts
+        (talk,) = read(ChatRequest, json.dumps(body).encode()).make_job("w", CONFIG).prompts
         said = [("user", "aa"), ("assistant", "yes"), ("user", "b")]
         assert [(message["role"], message["content"]) for message in talk.messages] == said  # type: ignore[union-attr]
         assert [message.get("name") for message in talk.messages] == ["ann", None, None]  # type: ignore[union-attr]

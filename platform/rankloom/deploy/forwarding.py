@@ -18,7 +18,7 @@ from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.openai.forwarding import ForwardBody, ForwardReply, ForwardStream, make_forward_job
 from rankloom.gateway.openai.responses import DONE
 
-READ = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+READ = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 """Paths that mean the same on every engine, as far as rankloom reads their bodies."""
 
 

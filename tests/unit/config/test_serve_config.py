@@ -170,6 +170,7 @@ def test_serve_refuses_before_anything_starts(tmp_path: Path, capsys: pytest.Cap
             ([str(file), f"auth.keys={tmp_path / 'none.json'}"], 2, "make one with rankloom keys create"),
             ([str(file), "--detach"], 2, "set RAY_ADDRESS"),
             ([str(file), f"port={port}"], 2, "choose another port"),
+            ([str(file), f"port={port}", "engine=auto", "replicas.gpus=0"], 2, "engine  bank, as there is no GPU\n"),
             ([str(file), "adapters=nope"], 1, "no adapter 'nope'"),
         ):
             ended, told = run(*arguments)

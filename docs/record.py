@@ -1,7 +1,11 @@
 """Record a real study as docs/assets/tune.svg, and the console of an endpoint as docs/assets/console.png.
 
     python docs/record.py tune FOLDER       # the quickstart at a smaller size; its files go to FOLDER
-    python docs/record.py console URL       # of an endpoint that runs: rankloom serve ... registry=FOLDER/registry
+    python docs/record.py console URL       # of an endpoint that runs, and has a canary:
+
+        rankloom adapters promote bank-intents@1 --registry FOLDER/registry
+        rankloom adapters promote bank-intents@2 --registry FOLDER/registry --alias canary
+        rankloom serve shipped:serve/quickstart.yaml registry=FOLDER/registry routes.cards.canary.adapter=bank-intents
 
 The SVG plays what `rankloom tune` shows on a terminal, sped up. The picture needs Chromium and websockets.
 """
@@ -96,10 +100,11 @@ def _svg(frame: list[RenderableType], height: int, name: str) -> str:
 
 
 def picture_console(url: str) -> None:
-    """Ask the console's first two models, the base and an adapter, and take its picture."""
+    """Ask the console's first two models, the base and a route, and take its picture."""
     from browser import browser  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as scratch, browser(url, Path(scratch)) as page:
+        page.send("Emulation.setDeviceMetricsOverride", width=1280, height=1280, deviceScaleFactor=1, mobile=False)
         page.until("document.querySelectorAll('input[name=model]:checked').length == 2")
         page.value("document.getElementById('max-tokens').value = 16")
         page.value("document.getElementById('prompt').focus()")

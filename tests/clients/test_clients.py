@@ -1,7 +1,7 @@
 """Clients of OpenAI's API do their own documented examples on a real engine over HTTP; scripts beside this file.
 
-RANKLOOM_TEST_CLIENTS names Python interpreters that have the libraries, with `:` between, because some exclude each
-other, and RANKLOOM_TEST_NODE the folder with `node_modules`. A client that is in none of them is skipped.
+RANKLOOM_TEST_CLIENTS names Python interpreters that have the libraries, and RANKLOOM_TEST_NODE the folder with
+`node_modules`. A client that is in none of them is skipped.
 
 The model is tiny and random. What it must call, or write by a schema, it does; what is up to it is noise.
 """
@@ -12,9 +12,7 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ import pytest
 from chat_templates import write_base
 from endpoint import listening
 from one_engine import OneEngine
+from other_pythons import find_python
 from rankloom.config import parse
 from rankloom.config.serve import ServeConfig
 from rankloom.gateway.gateway import Gateway
@@ -55,11 +54,6 @@ def url(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[
     asyncio.run(replicas.engine.close())
 
 
-@cache
-def has(python: str, module: str) -> bool:
-    return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
-
-
 def run(command: list[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -67,11 +61,7 @@ def run(command: list[str | Path]) -> None:
 
 @pytest.mark.parametrize("script", PYTHON_CLIENTS)
 def test_a_python_client_does_its_examples(url: str, script: str) -> None:
-    pythons = [*filter(None, os.environ.get("RANKLOOM_TEST_CLIENTS", "").split(os.pathsep)), sys.executable]
-    needs = PYTHON_CLIENTS[script]
-    python = next((each for each in pythons if all(has(each, module) for module in needs)), None)
-    if python is None:
-        pytest.skip(f"no interpreter of RANKLOOM_TEST_CLIENTS has {' and '.join(needs)}")
+    python = find_python(*PYTHON_CLIENTS[script])
     run([python, Path(__file__).with_name(f"{script}.py"), url])
 
 

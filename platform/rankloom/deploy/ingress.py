@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +19,9 @@ import rankloom
 from rankloom.deploy.auth import AuthMiddleware
 from rankloom.deploy.bodies import BodyRoute
 from rankloom.deploy.callers import check_admin, may_see_all
+from rankloom.deploy.console_routes import ConsoleRoutes
 from rankloom.deploy.cors import CorsMiddleware
+from rankloom.deploy.descriptions import cache_by_catalogue, describe_model
 from rankloom.deploy.forwarding import Forwarding
 from rankloom.deploy.inference import InferenceRoutes, TokenRoutes
 from rankloom.deploy.responding import make_headers, respond_error, respond_failure, respond_json
@@ -29,9 +29,7 @@ from rankloom.errors import RankloomError
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.openai.errors import ErrorReply, WireError
 from rankloom.gateway.openai.requests import AdapterRequest
-from rankloom.registry.card import list_scorecard_rows
 
-CONSOLE = Path(__file__).parent / "console"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 ANY_ERROR: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorReply, "description": "Whatever went wrong"}}
 
@@ -60,6 +58,7 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
     TokenRoutes(get_gateway).add_to(api)
     _ModelRoutes(get_gateway).add_to(api)
     _StatusRoutes(get_gateway).add_to(api)
+    ConsoleRoutes(get_gateway).add_to(api)
     api.state.forwarding = Forwarding(get_gateway)
     api.state.forwarding.add_to(api)
     return api
@@ -70,7 +69,7 @@ class _ModelRoutes:
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
-        self._list_models = _cache_by_catalogue(_describe_model)
+        self._list_models = cache_by_catalogue(describe_model)
 
     def add_to(self, api: FastAPI) -> None:
         api.get("/v1/models")(self.models)
@@ -85,7 +84,7 @@ class _ModelRoutes:
         gateway = self._get_gateway()
         if gateway.catalogue.resolve(name) is None and name not in gateway.catalogue.routes:
             return respond_error(WireError(404, f"The model `{name[:80]}` does not exist.", code="model_not_found"))
-        return JSONResponse(_describe_model(gateway, name))
+        return JSONResponse(describe_model(gateway, name))
 
     async def load_adapter(self, request: Request, body: AdapterRequest) -> Response:
         check_admin(request)
@@ -99,19 +98,15 @@ class _ModelRoutes:
 
 
 class _StatusRoutes:
-    """Health, metrics and the console."""
+    """Health and metrics."""
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
-        self._list_cards = _cache_by_catalogue(_describe_card)
 
     def add_to(self, api: FastAPI) -> None:
         api.get("/healthz")(self.healthz)
         api.get("/readyz")(self.readyz)
         api.get("/metrics", response_class=PlainTextResponse)(self.metrics)
-        api.get("/", include_in_schema=False)(self.console)
-        api.get("/console.{kind}", include_in_schema=False)(self.console_part)
-        api.get("/console/state", include_in_schema=False)(self.console_state)
 
     async def healthz(self) -> Any:
         """This process answers."""
@@ -128,19 +123,6 @@ class _StatusRoutes:
             return respond_error(WireError(403, "This needs an admin's key.", code="admin_required"))
         return Response(await asyncio.to_thread(self._get_gateway().metrics.expose), media_type=EXPOSITION)
 
-    async def console(self) -> Response:
-        return _read_page("index.html", "text/html")
-
-    async def console_part(self, kind: Literal["js", "css"]) -> Response:
-        return _read_page(f"console.{kind}", {"js": "text/javascript", "css": "text/css"}[kind])
-
-    async def console_state(self, request: Request) -> Response:
-        gateway = self._get_gateway()
-        totals = gateway.metrics.sum_totals() if may_see_all(request) else {}
-        head = {"base": gateway.catalogue.public_base, "context": gateway.served.context} | totals
-        cards = await self._list_cards(gateway)
-        return respond_json(json.dumps(head)[:-1].encode() + b', "models": [' + cards + b"]}")
-
 
 async def _handle_invalid_path(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
@@ -155,47 +137,3 @@ async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _handle_failure(request: Request, error: Exception) -> JSONResponse:
     return respond_failure(request, error)
-
-
-def _cache_by_catalogue(describe: Callable[[Gateway, str], dict[str, Any]]) -> Callable[[Gateway], Awaitable[bytes]]:
-    """Describe all models as the items of a JSON list: in a thread, as there may be thousands, and once a catalogue."""
-    latest: tuple[Any, asyncio.Future[bytes]] | None = None
-
-    def describe_all(gateway: Gateway) -> bytes:
-        return ", ".join(json.dumps(describe(gateway, name)) for name in gateway.catalogue.list_models()).encode()
-
-    async def get(gateway: Gateway) -> bytes:
-        nonlocal latest
-        source = (gateway.catalogue, gateway.config)
-        if latest is None or latest[0][0] is not source[0] or latest[0][1] is not source[1]:
-            latest = source, asyncio.ensure_future(asyncio.to_thread(describe_all, gateway))
-        return await asyncio.shield(latest[1])
-
-    return get
-
-
-def _read_page(name: str, kind: str) -> Response:
-    policy = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
-    return Response((CONSOLE / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
-
-
-def _describe_card(gateway: Gateway, name: str) -> dict[str, Any]:
-    """Return what the console shows of a model: its exact version and its scorecard."""
-    model = _describe_model(gateway, name)
-    target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
-    record = gateway.registry_view.record(target.ref) if target and target.ref else None
-    if record is None:
-        return model | {"ref": None}
-    rows = list_scorecard_rows(record.scorecard) if record.scorecard else []
-    return model | {"ref": record.ref, "method": record.method, "created": f"{record.created:%Y-%m-%d}", "rows": rows}
-
-
-def _describe_model(gateway: Gateway, name: str) -> dict[str, Any]:
-    target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
-    entry: dict[str, Any] = {"id": name, "object": "model", "created": gateway.created, "owned_by": "rankloom"}
-    if target and target.ref:
-        entry |= {"root": target.ref, "parent": gateway.catalogue.public_base}
-        if record := gateway.registry_view.record(target.ref):
-            entry["created"] = int(record.created.timestamp())
-    return entry | {"max_model_len": gateway.context}

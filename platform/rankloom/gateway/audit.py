@@ -31,16 +31,18 @@ def format_line(event: str, routing: RoutingRequest | None, **facts: Any) -> str
     return json.dumps(head | {name: value for name, value in facts.items() if value is not None})
 
 
-def format_end(request: InFlightRequest, error: BaseException | None, now: float, first_s: float | None) -> str:
-    """Return the line of a request that has ended.
+def describe_end(
+    request: InFlightRequest, error: BaseException | None, now: float, first_s: float | None
+) -> dict[str, Any]:
+    """Return the facts of a request that has ended.
 
     Args:
         now: in seconds of `time.monotonic`.
         first_s: seconds to its first tokens.
     """
     job = request.job
-    return format_line(
-        "request", request.routing, adapter=request.target.ref or BASE, traffic=request.traffic,
+    return dict(
+        adapter=request.target.ref or BASE, traffic=request.traffic,
         outcome=classify(error), key=request.key and request.key.id, route=request.decision.route,
         arm=request.decision.arm, path=job.path if isinstance(job, ForwardJob) else None,
         prompts=job.num_prompts, n=job.n, prompt_tokens=request.prompt_tokens, completion_tokens=request.tokens,

@@ -99,6 +99,12 @@ class Canaries:
         side.errors += refused
         return self._decide(decision.route, trial)
 
+    def count_sides(self, route: str) -> tuple[CanaryCounts, CanaryCounts] | None:
+        """Return the counts of the stable version and of the candidate; None: the route has no canary to judge."""
+        trial = self._trials.get(route)
+        is_counted = trial is not None and trial.config.judge is not None
+        return (trial.stable.tally(), trial.candidate.tally()) if trial is not None and is_counted else None
+
     def to_time(self, route: str | None) -> tuple[Target, Target] | None:
         """Return the stable version and the candidate of a route's undecided canary."""
         trial = self._find_undecided(route)

@@ -12,8 +12,10 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -29,7 +31,7 @@ from rankloom.errors import (
     RankloomError,
     RegistryError,
 )
-from rankloom.gateway.audit import REFUSALS, classify, format_end, format_line
+from rankloom.gateway.audit import REFUSALS, classify, describe_end, format_line
 from rankloom.gateway.canary import Canaries, CanaryEnd
 from rankloom.gateway.errors import NameTakenError, NotLoadedError
 from rankloom.gateway.in_flight import InFlightRequest
@@ -52,6 +54,8 @@ class Collector(Protocol):
     def add(self, progress: Any) -> None: ...
 
 
+MOST_RECENT = 20
+
 CollectorT = TypeVar("CollectorT", bound=Collector)
 AnswerT = TypeVar("AnswerT")
 
@@ -63,10 +67,12 @@ class Gateway:
         self.config = config
         self.metrics = Metrics()
         self.ready = False
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MOST_RECENT)
+        """The facts of the last requests of clients, the latest first."""
         self._replicas = replicas
         self._registry = registry
         self._quotas = Quotas()
-        self._canaries = Canaries(config.routes)
+        self.canaries = Canaries(config.routes)
         self._loaded: dict[str, Target] = {}
         self._timing: set[str] = set()
         """Routes for which both sides of a canary are being timed."""
@@ -107,8 +113,8 @@ class Gateway:
     async def reconfigure(self, config: ServeConfig) -> None:
         """Change names, routes and limits; requests in flight continue."""
         self.config = config
-        if config.routes != self._canaries.routes:
-            self._canaries = Canaries(config.routes)
+        if config.routes != self.canaries.routes:
+            self.canaries = Canaries(config.routes)
         await self.refresh()
 
     @property
@@ -154,7 +160,7 @@ class Gateway:
         offered = None if self.config.adapters == "all" else tuple(self.config.adapters)
         loaded, secret = dict(self._loaded), self._secret or b""
         read = Catalogue(self.served.base, self._read, offered, self.config.routes, loaded, secret)
-        followed = self._canaries.follow(read)
+        followed = self.canaries.follow(read)
         if followed != self.catalogue:  # what is cached for a catalogue stays valid while the catalogue does
             self.catalogue = followed
 
@@ -200,6 +206,25 @@ class Gateway:
         target = self._loaded.pop(name)
         await self.refresh()
         return target
+
+    async def move_alias(self, name: str, alias: str, version: int | None, key: Key | None) -> Target:
+        """Point an alias to a version on this base; None: to the one before the last promotion.
+
+        Raises:
+            AdapterNotFoundError: this endpoint has no such version.
+            RegistryError: the alias was not moved; the message says why.
+        """
+        adapter = self.catalogue.adapters.get(name)
+        if adapter is None or version not in (None, *adapter.versions):
+            raise AdapterNotFoundError(f"This endpoint has no {name}{'' if version is None else f'@{version}'}.")
+        rollback, promote = partial(self._registry.rollback, name), partial(self._registry.promote, f"{name}@{version}")
+        try:
+            record = await asyncio.to_thread(rollback if version is None else promote, alias)
+        except RankloomError as error:
+            raise RegistryError(self._hide_paths(str(error))) from None
+        logger.warning(format_line("alias moved", None, alias=alias, to=record.ref, key=key and key.id))
+        await self.refresh()
+        return Target(record.name, record.version)
 
     # ---- a request
 
@@ -350,9 +375,9 @@ class Gateway:
             # the candidate fails at what the stable version has just done quickly; refusals count in its own requests
             is_soon = stable_took_s < self.config.limits.timeout_s / 4
             if is_soon and not isinstance(error, (*REFUSALS, OverloadedError, ReplicaLostError)):
-                self._carry_out(self._canaries.record_failure(route, sides))
+                self._carry_out(self.canaries.record_failure(route, sides))
         else:
-            self._carry_out(self._canaries.record_times(route, sides, (stable_s, candidate_s)))
+            self._carry_out(self.canaries.record_times(route, sides, (stable_s, candidate_s)))
         finally:
             self._timing.discard(route)
 
@@ -391,16 +416,18 @@ class Gateway:
             request.target.ref or BASE, request.traffic, classify(error), tokens=tokens, first_s=first_s,
             token_s=between_s,
         )  # fmt: skip
-        logger.info(format_end(request, error, now, first_s))
+        facts = describe_end(request, error, now, first_s)
+        logger.info(format_line("request", request.routing, **facts))
         if request.traffic == "live":
+            self.recent.appendleft({"model": request.routing.model, "at": time.time()} | facts)
             self._judge(request, error)
 
     def _judge(self, request: InFlightRequest, error: BaseException | None) -> None:
         """Count a request for its side of a canary, and have both sides timed."""
         if error is None or isinstance(error, REFUSALS):  # other errors may be the request's fault, or a replica's
-            self._carry_out(self._canaries.count(request.decision, request.target, refused=error is not None))
+            self._carry_out(self.canaries.count(request.decision, request.target, refused=error is not None))
         route = request.decision.route
-        sides = self._canaries.to_time(route) if request.decision.arm == "canary" else None
+        sides = self.canaries.to_time(route) if request.decision.arm == "canary" else None
         if route is None or sides is None or route in self._timing:
             return
         if self._quotas.in_flight < self.config.limits.in_flight:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import subprocess
 import time
@@ -17,6 +16,7 @@ import pydantic
 import pytest
 
 from endpoint import Endpoint, endpoint, publish
+from other_pythons import find_python
 from rankloom.gateway.keys import KeyFile
 from rankloom.gateway.retries import ATTEMPTS
 from rankloom.registry import Registry
@@ -680,9 +680,7 @@ def test_the_console_is_one_page_that_asks_nobody_else(shared: Endpoint) -> None
 
 @pytest.mark.slow
 def test_litellm_and_langchain(tmp_path: Path) -> None:
-    python = os.environ.get("RANKLOOM_TEST_CLIENTS")
-    if python is None:
-        pytest.skip("RANKLOOM_TEST_CLIENTS names no interpreter with litellm and langchain-openai")
+    python = find_python("litellm", "langchain_openai")
     script = Path(__file__).parents[2] / "support" / "other_clients.py"
     file = KeyFile(tmp_path / "keys.json")
     (good, _), (once, _) = file.create("good"), file.create("once", requests_per_minute=1)

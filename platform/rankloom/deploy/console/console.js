@@ -6,7 +6,7 @@ const element = (id) => document.getElementById(id);
 let running = [];
 let seen = null;
 let rates = [];
-let shownModels = "";
+const shown = {};
 
 function headers(more = {}) {
   const key = sessionStorage.getItem("rankloom-key");
@@ -20,9 +20,14 @@ function make(tag, text, className) {
   return made;
 }
 
-function tell(text) {
+let noticeStays = 0;
+
+/** Show a notice; one that says no failure, or one of a move, stays for some looks. */
+function tell(text, failed = true) {
   element("notice").textContent = text;
+  element("notice").classList.toggle("failed", failed);
   element("notice").hidden = !text;
+  noticeStays = text ? 10 : 0;
 }
 
 // ---- what is served
@@ -37,7 +42,7 @@ async function look() {
     const state = await answer.json();
     if (!answer.ok) throw new Error(state.error.message);
     element("key-form").hidden = true;
-    tell("");
+    if (--noticeStays < 0) tell("");
     measure(state);
     show(state);
   } catch (error) {
@@ -63,10 +68,29 @@ function measure(state) {
   element("answered").textContent = state.requests.toLocaleString();
 }
 
+/** Show a part of the state where it has changed; focus stays on the control of the same key. */
+function showPart(name, value, render) {
+  const written = JSON.stringify(value ?? null);
+  if (shown[name] === written) return;
+  shown[name] = written;
+  const key = document.activeElement?.dataset?.key;
+  render(value);
+  if (key && document.activeElement === document.body) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus();
+}
+
 function show(state) {
-  const listed = JSON.stringify(state.models);
-  if (listed === shownModels) return;
-  shownModels = listed;
+  showPart("models", [state.models, state.admin], () => showModels(state));
+  showPart("routes", [state.routes, state.admin], () => {
+    element("routes-section").hidden = !state.routes.length;
+    element("routes").replaceChildren(...state.routes.map((route) => routeCard(route, state.admin)));
+  });
+  showPart("recent", state.recent, (recent) => {
+    element("recent-section").hidden = !recent?.length;
+    element("recent").replaceChildren(...(recent ?? []).map(requestRow));
+  });
+}
+
+function showModels(state) {
   element("base").textContent = `${state.models.length} models on ${state.base}, context ${state.context}`;
   const chosen = new Set(ticked());
   element("models").replaceChildren(...state.models.map((model, i) => {
@@ -75,12 +99,136 @@ function show(state) {
     box.type = "checkbox";
     box.name = "model";
     box.value = model.id;
+    box.dataset.key = `model ${model.id}`;
     box.checked = chosen.size ? chosen.has(model.id) : i < 2;
     label.append(box, ` ${model.id}`);
     return label;
   }));
   limit();
-  element("cards").replaceChildren(...state.models.filter((model) => model.ref).map(card));
+  element("cards").replaceChildren(...state.models.filter((model) => model.ref).map((model) => {
+    const article = card(model);
+    if (state.admin && model.id === model.adapter) article.append(aliasMoves(model));
+    return article;
+  }));
+}
+
+// ---- routes, aliases and requests
+
+function routeCard(route, admin) {
+  const article = make("article");
+  const words = [route.canary && "canary", route.sticky && "sticky"].filter(Boolean).join(", ");
+  article.append(make("h3", route.name), make("p", words || "route"));
+  for (const arm of route.arms) {
+    const row = make("div", undefined, "arm");
+    const means = arm.ref === null ? "missing" : arm.ref === arm.to ? "" : ` is ${arm.ref}`;
+    const meter = make("meter");
+    meter.value = arm.share;
+    meter.setAttribute("aria-label", `share of ${arm.to}`);
+    row.append(make("span", `${arm.to}${means}`, arm.ref === null ? "failed" : ""), make("span", percent(arm.share)), meter);
+    if (arm.requests !== undefined) row.append(make("small", `${arm.requests} requests, ${arm.errors} failed`));
+    article.append(row);
+  }
+  const facts = [...route.rules, ...route.fallback.map((to) => `falls back to ${to}`)];
+  if (route.shadow) facts.push(`${percent(route.shadow.share)} copied to ${route.shadow.to}`);
+  for (const fact of facts) article.append(make("p", fact));
+  if (admin && route.canary && route.arms.length === 2) article.append(canaryMoves(route));
+  return article;
+}
+
+function canaryMoves(route) {
+  const { adapter, stable, candidate } = route.canary;
+  const [now, tried] = route.arms.map((arm) => ({ ref: arm.ref, version: Number(arm.ref?.split("@")[1]) }));
+  const moves = make("div", undefined, "moves");
+  moves.append(
+    moveButton(`promote ${route.name}`, `Promote ${tried.ref}`, "console/promote",
+      { adapter, version: tried.version, alias: stable },
+      `Send all requests of ${route.name} to ${tried.ref}?`, `${adapter}@${stable} is ${now.ref ?? "missing"} now.`),
+  );
+  if (now.ref) {
+    moves.append(
+      moveButton(`end ${route.name}`, "Roll back", "console/promote", { adapter, version: now.version, alias: candidate },
+        `End the canary of ${route.name}?`, `${tried.ref} gets no more requests; ${now.ref} gets all.`),
+    );
+  }
+  return moves;
+}
+
+function aliasMoves(model) {
+  const moves = make("div", undefined, "moves");
+  const champion = model.aliases.champion;
+  const aliases = Object.entries(model.aliases).map(([alias, version]) => `${alias} is version ${version}`);
+  moves.append(make("small", aliases.join(", ") || "no alias"));
+  const others = model.versions.filter((version) => version !== champion).reverse();
+  if (others.length) {
+    const select = make("select");
+    select.dataset.key = `version ${model.adapter}`;
+    select.setAttribute("aria-label", `version of ${model.adapter}`);
+    select.append(...others.map((version) => make("option", String(version))));
+    moves.append(select, moveButton(`promote ${model.adapter}`, "Promote", "console/promote",
+      () => ({ adapter: model.adapter, version: Number(select.value), alias: "champion" }),
+      () => `Make version ${select.value} the champion of ${model.adapter}?`,
+      `${model.adapter}@champion is ${champion === undefined ? "not set" : `version ${champion}`} now.`));
+  }
+  if (champion !== undefined) {
+    moves.append(moveButton(`roll back ${model.adapter}`, "Roll back", "console/rollback",
+      { adapter: model.adapter, alias: "champion" },
+      `Return ${model.adapter}@champion to the version before ${champion}?`, "The last promotion is undone."));
+  }
+  return moves;
+}
+
+/** A button that moves an alias once it is confirmed; `body` and `question` may be functions, called then. */
+function moveButton(key, text, path, body, question, note) {
+  const button = make("button", text);
+  const now = (value) => (typeof value === "function" ? value() : value);
+  button.type = "button";
+  button.dataset.key = key;
+  button.addEventListener("click", async () => {
+    if (!(await confirmed(now(question), note, text))) return;
+    try {
+      const answer = await fetch(path, {
+        method: "POST", headers: headers({ "content-type": "application/json" }), body: JSON.stringify(now(body)),
+      });
+      const told = await answer.json();
+      if (!answer.ok) throw new Error(told.error.message);
+      await look();
+      tell(`${told.alias} is ${told.adapter} now.`, false);
+    } catch (error) {
+      tell(`Nothing was changed: ${error.message}`);
+    }
+  });
+  return button;
+}
+
+function confirmed(question, note, text) {
+  const dialog = element("confirm");
+  element("confirm-text").textContent = question;
+  element("confirm-note").textContent = note;
+  element("confirm-yes").textContent = text;
+  dialog.returnValue = "no"; // what Esc leaves
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", function settle() {
+      if (dialog.open) return; // an earlier opening's event, which comes late
+      dialog.removeEventListener("close", settle);
+      resolve(dialog.returnValue === "yes");
+    });
+  });
+}
+
+function requestRow(request) {
+  const row = make("tr", undefined, request.outcome === "ok" ? "" : "failed");
+  const by = request.adapter + (request.arm ? ` (${request.arm})` : "");
+  const first = request.first_s === null ? "" : Math.round(1000 * request.first_s);
+  row.append(...[
+    new Date(1000 * request.at).toLocaleTimeString(), request.model, by, request.prompt_tokens,
+    request.completion_tokens, first, request.total_s.toFixed(2), request.outcome,
+  ].map((text) => make("td", String(text))));
+  return row;
+}
+
+function percent(share) {
+  return `${Number((100 * share).toFixed(1))} %`;
 }
 
 function card(model) {
@@ -126,12 +274,17 @@ async function ask(model) {
   const facts = make("p", "waiting");
   const text = make("pre");
   text.setAttribute("aria-live", "off");
+  const thoughts = make("details");
+  const thought = make("pre");
+  thoughts.append(make("summary", "Thinking"), thought);
+  const calls = [];
   article.append(make("h3", model), facts, text);
   element("answers").append(article);
   const stop = new AbortController();
   running.push(stop);
   const began = performance.now();
   let first = null;
+  let finish = null;
   try {
     const system = element("system").value.trim();
     const messages = [{ role: "user", content: element("prompt").value }];
@@ -141,7 +294,7 @@ async function ask(model) {
       headers: headers({ "content-type": "application/json" }),
       signal: stop.signal,
       body: JSON.stringify({
-        model, messages, stream: true, stream_options: { include_usage: true },
+        model, messages, ...tools(), stream: true, stream_options: { include_usage: true },
         max_tokens: Number(element("max-tokens").value), temperature: Number(element("temperature").value),
       }),
     });
@@ -153,12 +306,25 @@ async function ask(model) {
       const now = performance.now();
       if (chunk.choices.length) {
         first ??= now;
-        text.textContent += chunk.choices[0].delta.content ?? "";
+        const { delta, finish_reason } = chunk.choices[0];
+        text.textContent += delta.content ?? "";
+        if (delta.reasoning_content) {
+          if (!thought.textContent) text.before(thoughts);
+          thought.textContent += delta.reasoning_content;
+        }
+        for (const call of delta.tool_calls ?? []) {
+          calls[call.index] ??= addCall(article);
+          calls[call.index](call.function);
+        }
+        finish = finish_reason ?? finish;
       }
       if (chunk.usage) {
-        const tokens = chunk.usage.completion_tokens;
+        const { completion_tokens: tokens, prompt_tokens: prompt, prompt_tokens_details: details } = chunk.usage;
         const pace = tokens > 1 ? `, ${((1000 * (tokens - 1)) / Math.max(1, now - first)).toFixed(1)} tokens/s` : "";
-        facts.textContent = `${by}: ${tokens} tokens, first after ${Math.round(first - began)} ms${pace}`;
+        const total = ((now - began) / 1000).toFixed(2);
+        const cached = details?.cached_tokens ? `, ${details.cached_tokens} of them cached` : "";
+        facts.textContent = `${by}: ${tokens} tokens, first after ${Math.round(first - began)} ms${pace}, ` +
+          `${total} s in all; ${prompt} in the prompt${cached}; ended by ${finish}`;
       } else {
         facts.textContent = by;
       }
@@ -177,6 +343,36 @@ async function ask(model) {
     element("stop").disabled = running.length === 0;
     limit();
   }
+}
+
+/** Return a request's tools, from their text. Throws where that is no JSON. */
+function tools() {
+  const text = element("tools").value.trim();
+  if (!text) return {};
+  try {
+    return { tools: JSON.parse(text), tool_choice: element("tool-choice").value };
+  } catch (error) {
+    throw new Error(`The tools are not JSON: ${error.message}`);
+  }
+}
+
+/** Add a call of a tool to an answer, and return what takes its parts. */
+function addCall(article) {
+  const call = make("div", undefined, "call");
+  const name = make("code");
+  const args = make("pre");
+  let written = "";
+  call.append(name, args);
+  article.append(call);
+  return (part) => {
+    name.textContent += part.name ?? "";
+    written += part.arguments ?? "";
+    try {
+      args.textContent = JSON.stringify(JSON.parse(written), null, 1);
+    } catch {
+      args.textContent = written; // as far as it has come
+    }
+  };
 }
 
 async function* events(body) {

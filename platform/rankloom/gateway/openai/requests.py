@@ -241,3 +241,18 @@ class AdapterRequest(Body):
     """The model name that it gets, or had."""
     lora_path: Annotated[Text, Field(max_length=512)] | None = None
     """A ref in this endpoint's registry, such as `bank@3`; no path of a file system. null: as lora_name."""
+
+
+class PromoteRequest(Body):
+    """`POST /console/promote`: point an alias to a version."""
+
+    adapter: Name
+    version: Annotated[int, Field(ge=1)]
+    alias: Name
+
+
+class RollbackRequest(Body):
+    """`POST /console/rollback`: point an alias to its version before the last promotion."""
+
+    adapter: Name
+    alias: Name

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -63,6 +64,9 @@ class ConsoleRoutes:
 
     async def _move_alias(self, request: Request, name: str, alias: str, version: int | None) -> Response:
         check_admin(request)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise WireError(403, "Aliases are moved from the endpoint's own page alone.", code="foreign_origin")
         try:
             target = await self._get_gateway().move_alias(name, alias, version, get_caller(request).key)
         except RegistryError as error:

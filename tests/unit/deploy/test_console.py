@@ -165,6 +165,8 @@ def test_only_an_admin_sees_requests_and_moves_aliases(tmp_path: Path) -> None:
             body = {"adapter": "bank", "version": 2, "alias": "beta"}
             answer = made.post("/console/promote", body, headers=headers)
             assert (answer.status_code, answer.json().get("adapter")) == ((403, None), (200, "bank@2"))[role == "admin"]
+            elsewhere = headers | {"origin": "http://example.org"}
+            assert made.post("/console/promote", body, headers=elsewhere).status_code == 403
             missing = made.post("/console/promote", body | {"version": 9}, headers=headers)
             assert missing.status_code == (404 if role == "admin" else 403)
             with browser(f"{made.url}/", tmp_path / role) as page:

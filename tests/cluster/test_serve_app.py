@@ -179,6 +179,27 @@ def test_chat_whole_and_in_a_stream(endpoint: str) -> None:
     assert all(token.logprob <= 0 and token.top_logprobs[0].logprob == token.logprob for token in logprobs)  # greedy
 
 
+def test_prompts_are_read_and_embedded_and_responses_written(endpoint: str) -> None:
+    def post(path: str, body: dict[str, Any]) -> Any:
+        return httpx2.post(f"{endpoint}{path}", json=body, timeout=60).raise_for_status().json()
+
+    tokens = post("/tokenize", {"model": "first", "prompt": PROMPT})["tokens"]
+    assert post("/detokenize", {"tokens": tokens}) == {"prompt": PROMPT}
+    scored = client(endpoint).completions.create(model="first", prompt=[tokens], max_tokens=0, echo=True, logprobs=1)
+    assert scored.choices[0].text == PROMPT
+    assert scored.choices[0].logprobs is not None
+    assert len(scored.choices[0].logprobs.token_logprobs or ()) == len(tokens)
+    given = {name: client(endpoint).embeddings.create(model=name, input=[PROMPT] * 40) for name in ("first", "second")}
+    first, second = (each.data[0].embedding for each in given.values())
+    assert sum(value * value for value in first) == pytest.approx(1, abs=1e-3)
+    assert first != second
+    assert len(given["first"].data) == 40
+    asked: dict[str, Any] = {"model": "first", "input": PROMPT, "temperature": 0, "max_output_tokens": 12}
+    whole = client(endpoint).responses.create(**asked)
+    *_, last = client(endpoint).responses.create(**asked, stream=True)
+    assert last.response.output_text == whole.output_text  # type: ignore[union-attr]
+
+
 def test_sampling_is_reproducible_with_a_seed(endpoint: str) -> None:
     def ask(seed: int) -> list[str]:
         answer = client(endpoint).completions.create(

@@ -251,6 +251,14 @@ def test_mistakes_are_named(shared: Endpoint, change: dict[str, Any], param: str
     assert (error["param"], error["type"], message in error["message"]) == (param, "invalid_request_error", True), error
 
 
+def test_a_conversation_may_have_as_many_items_as_a_chat_has_messages(shared: Endpoint) -> None:
+    items = [{"role": "user", "content": "a"}] * 4095
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256"):
+        shared.client().responses.create(model="bank", input=items, instructions="b")  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError, match="input: at most 4095"):
+        shared.client().responses.create(model="bank", input=items + items[:1])  # type: ignore[arg-type]
+
+
 def test_errors_before_and_after_the_first_tokens(shared: Endpoint) -> None:
     client = shared.client()
     for model, kind in (("bnk", openai.NotFoundError), ("faq@1", openai.UnprocessableEntityError)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,17 @@ TEXT, LIST, TOKENS, LISTS, OBJECT, SCHEMA = ("<text>", "<list>", "<tokens>", "<l
 MESSAGE, CALL, OUTPUT, THOUGHT = ("<message>", "<call>", "<output>", "<thought>")
 TAGS = (TEXT, LIST, TOKENS, LISTS, OBJECT, SCHEMA, MESSAGE, CALL, OUTPUT, THOUGHT)
 """Tags of a key's types; they appear in pydantic's locations, but are not keys."""
+
+
+def _check_switch(value: Any) -> Any:
+    """Refuse numbers: to a Literal, 0 is False."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "expected true or false")
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_check_switch)]
+On = Annotated[Literal[True], BeforeValidator(_check_switch)]
 
 
 class Body(BaseModel):

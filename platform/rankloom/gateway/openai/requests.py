@@ -15,15 +15,7 @@ from rankloom.config.serve import LimitsConfig, ServeConfig
 from rankloom.config.trial import Name
 from rankloom.engine.jobs import CompletionJob, Prompt
 from rankloom.engine.protocol import ChatPrompt, Sampling
-from rankloom.gateway.openai.body import (
-    LIST,
-    TEXT,
-    Body,
-    Text,
-    choose_either,
-    limit_keys,
-    limit_length,
-)
+from rankloom.gateway.openai.body import LIST, TEXT, Body, Off, On, Text, choose_either, limit_keys, limit_length
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.messages import Messages
 from rankloom.gateway.openai.prompts import Prompts, list_prompts
@@ -34,8 +26,8 @@ from rankloom.gateway.openai.tools import NamedTool, ToolChoice, Tools, choose_t
 class StreamOptions(Body):
     include_usage: bool | None = None
     """Send the usage in a chunk of its own at the end."""
-    include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: Off | None = None
+    continuous_usage_stats: Off | None = None
 
 
 class _AnywaySo(Body):
@@ -43,7 +35,7 @@ class _AnywaySo(Body):
 
     metadata: Annotated[dict[str, Text | None], Field(max_length=16), limit_keys(16)] | None = None
     """Without effect."""
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Text | None = None
     """Without effect: all requests are served alike."""
     safety_identifier: Text | None = None
@@ -54,20 +46,20 @@ class _AnywaySo(Body):
     """Without effect."""
     prompt_cache_retention: Text | None = None
     """Without effect."""
-    cache_prompt: Literal[True] | None = None
+    cache_prompt: On | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0), limit_keys(0)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     """As many as `n`: all that are made are answered."""
     suffix: Annotated[Text, Field(max_length=0)] | None = None
-    use_beam_search: Literal[False] | None = None
+    use_beam_search: Off | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=0)] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
+    skip_special_tokens: On | None = None
+    spaces_between_special_tokens: On | None = None
+    include_stop_str_in_output: Off | None = None
     stop_token_ids: Annotated[list[Any], Field(max_length=0)] | None = None
     bad_words: Annotated[list[Any], Field(max_length=0)] | None = None
-    return_tokens_as_token_ids: Literal[False] | None = None
+    return_tokens_as_token_ids: Off | None = None
 
 
 _AS_THEY_ARE = (
@@ -185,9 +177,9 @@ class ChatRequest(_Common):
     moderation: None = None
     audio: None = None
     web_search_options: None = None
-    echo: Literal[False] | None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    echo: Off | None = None
+    add_generation_prompt: On | None = None
+    continue_final_message: Off | None = None
 
     def make_job(self, id: str, config: ServeConfig, tenant: str | None = None) -> CompletionJob:
         """Make a job on the base. Raises WireError where the body asks for more than the limits."""

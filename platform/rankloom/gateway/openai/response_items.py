@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from rankloom.gateway.openai.body import CALL, LIST, MESSAGE, OUTPUT, TEXT, THOUGHT, Body, Text, choose_either
+from rankloom.gateway.openai.body import CALL, LIST, MESSAGE, OUTPUT, TEXT, THOUGHT, Body, Off, Text, choose_either
 from rankloom.gateway.openai.messages import check_arguments
 
 _Id = Annotated[Text, Field(max_length=512)]
@@ -64,7 +64,7 @@ class FunctionCallItem(Body):
     status: _Status | None = None
     caller: dict[Literal["type"], Literal["direct"]] | None = None
     namespace: None = None
-    is_async: Literal[False] | None = Field(default=None, alias="async")
+    is_async: Off | None = Field(default=None, alias="async")
 
 
 class FunctionCallOutputItem(Body):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob
@@ -15,6 +15,7 @@ from rankloom.gateway.openai.body import (
     SCHEMA,
     TEXT,
     Body,
+    Off,
     Text,
     choose_either,
     limit_keys,
@@ -32,10 +33,10 @@ class FlatTool(Function):
 
     type: Literal["function"]
     allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: Off | None = None
     output_schema: dict[str, Any] | None = None
     """Without effect."""
-    is_async: Literal[False] | None = Field(default=None, alias="async")
+    is_async: Off | None = Field(default=None, alias="async")
 
     def to_chat(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
@@ -103,7 +104,7 @@ class ReasoningConfig(Body):
 
 
 class ResponseStreamOptions(Body):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponseRequest(Body):
@@ -113,7 +114,7 @@ class ResponseRequest(Body):
     """As of a chat."""
     input: Annotated[
         Annotated[Text, Tag(TEXT)]
-        | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True), Tag(LIST)],
+        | Annotated[list[Item], Field(min_length=1, max_length=4095, fail_fast=True), Tag(LIST)],
         choose_either("expected a text or a list of items"),
     ]
     """A user\'s text, or the conversation so far: messages, calls, what these returned, and thoughts."""
@@ -155,16 +156,22 @@ class ResponseRequest(Body):
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: Text | None = None
     truncation: Literal["disabled"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     previous_response_id: None = None
     conversation: None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     background_options: None = None
     context_management: Annotated[list[Any], Field(max_length=0)] | None = None
     prompt: None = None
     moderation: None = None
     image: None = None
     access_programs: None = None
+
+    _chat: ChatRequest = PrivateAttr()
+
+    def model_post_init(self, _: Any) -> None:
+        """Make the chat where the body is parsed: of a large one, in a thread."""
+        self._chat = ChatRequest.model_validate(self._to_chat())
 
     @property
     def has_logprobs(self) -> bool:
@@ -177,7 +184,7 @@ class ResponseRequest(Body):
         if self.max_output_tokens is not None and self.max_output_tokens > config.limits.max_tokens:
             message = f"max_output_tokens: {self.max_output_tokens} is above {config.limits.max_tokens}; give fewer"
             raise WireError(400, message, param="max_output_tokens")
-        return ChatRequest.model_validate(self._to_chat()).make_job(id, config, tenant)
+        return self._chat.make_job(id, config, tenant)
 
     def _to_chat(self) -> dict[str, Any]:
         given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else make_messages(self.input)

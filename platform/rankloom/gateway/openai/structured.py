@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from rankloom.engine.protocol import Grammar
-from rankloom.gateway.openai.body import OBJECT, SCHEMA, TEXT, Body, Text, limit_length
+from rankloom.gateway.openai.body import OBJECT, SCHEMA, TEXT, Body, Off, On, Text, limit_length
 from rankloom.gateway.openai.errors import WireError
 
 LONGEST = 65_536
@@ -97,12 +97,12 @@ class StructuredOutputs(Body):
     """The completion is one of these texts, whole."""
     json_text: Annotated[Any, AfterValidator(_write_schema_or_text)] = Field(default=None, alias="json")
     """A JSON schema, or its text."""
-    json_object: Literal[True] | None = None
+    json_object: On | None = None
     regex: Annotated[Text, Field(min_length=1, max_length=LONGEST_REGEX)] | None = None
     grammar: Annotated[Text, Field(min_length=1, max_length=LONGEST)] | None = None
     """In Lark's notation or GBNF."""
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Off | None = None
+    disable_additional_properties: Off | None = None
     whitespace_pattern: None = None
     structural_tag: None = None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from rankloom.engine.protocol import ChatPrompt
 from rankloom.engine.tokens import TokenizeJob
-from rankloom.gateway.openai.body import Body, Text, limit_keys
+from rankloom.gateway.openai.body import Body, Off, On, Text, limit_keys
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.messages import Messages
 from rankloom.gateway.openai.prompts import Token
@@ -30,8 +30,8 @@ class TokenizeRequest(Body):
     """Whether a prompt begins with the token that some tokenizers put there; null: it does."""
     return_token_strs: bool | None = None
     """Return the tokens' names too."""
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    add_generation_prompt: On | None = None
+    continue_final_message: Off | None = None
     chat_template: None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0), limit_keys(0)] | None = None
     mm_processor_kwargs: None = None

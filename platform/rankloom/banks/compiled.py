@@ -144,15 +144,15 @@ def _compute_part(call: Any) -> None:
     num_tokens, each = c[NUM_TOKENS], c[EACH]
     x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
     table, spans = carray(_ints_at(c[TABLE]), (c[NUM_SHARES], 5)), carray(_ints_at(c[SPANS]), (c[NUM_SHARES], 2))
-    h = np.empty((4, table[:, RANK].max() + 3), np.float32)
+    h = np.empty((4, table[:, RANK].max() + 1), np.float32)
     first = _take(call) * each
     while first < num_tokens:
         _add(x, y, table, spans, h, first, min(first + each, num_tokens))
         first = _take(call) * each
 
 
-# The kernels below take tokens by ones and fours, and ranks by fours and twos: as many sums as there are registers.
-# Where the rank is not a multiple, the last rank is computed again, and `h` is zero beyond it.
+# The kernels below take one token and read its weights row by row, as memory delivers them fastest; or four tokens and
+# two ranks at once. Where the rank is odd, the last one is computed again, and `h` is zero beyond it.
 
 
 @njit(fastmath=MATH, nogil=True)
@@ -167,7 +167,7 @@ def _add(
         if rank > 0:
             a = carray(_floats_at(table[k, A]), (rank, x.shape[1]))
             b = carray(_floats_at(table[k, B]), (rank, y.shape[1]))
-            h[:, rank : rank + 3] = 0
+            h[:, rank] = 0
             fours = start + (stop - start) // 4 * 4
             for t in range(start, fours, 4):
                 _shrink_four(x[t : t + 4], a, h)
@@ -187,27 +187,19 @@ def _add(
 
 @njit(fastmath=MATH, nogil=True)
 def _shrink_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
-    last = len(a) - 1
-    for r in range(0, len(a), 4):
-        r1, r2, r3 = min(r + 1, last), min(r + 2, last), min(r + 3, last)
-        a0, a1, a2, a3 = a[r], a[r1], a[r2], a[r3]
-        h0 = h1 = h2 = h3 = np.float32(0)
+    for r in range(len(a)):
+        row, total = a[r], np.float32(0)
         for i in range(len(x)):
-            h0 += x[i] * a0[i]
-            h1 += x[i] * a1[i]
-            h2 += x[i] * a2[i]
-            h3 += x[i] * a3[i]
-        h[r3], h[r2], h[r1], h[r] = h3, h2, h1, h0
+            total += x[i] * row[i]
+        h[r] = total
 
 
 @njit(fastmath=MATH, nogil=True)
 def _expand_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
-    last = len(b) - 1
-    for r in range(0, len(b), 4):
-        b0, b1, b2, b3 = b[r], b[min(r + 1, last)], b[min(r + 2, last)], b[min(r + 3, last)]
-        h0, h1, h2, h3 = h[r], h[r + 1], h[r + 2], h[r + 3]
+    for r in range(len(b)):
+        row, factor = b[r], h[r]
         for o in range(len(y)):
-            y[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
+            y[o] += factor * row[o]
 
 
 @njit(fastmath=MATH, nogil=True)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from rankloom import kernels
 from rankloom.config.engine import EngineConfig
 from rankloom.engine.device_predictor import DevicePredictor
+from rankloom.engine.heap import keep_freed_memory
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.kv_pool import KvPool
 from rankloom.engine.layers import is_replaceable
@@ -55,6 +56,8 @@ def open_predictor(
         )
         if _works(fast):
             return pool, fast
+    if runner.shape.device.type == "cpu":
+        keep_freed_memory()
     cache = KvCache(runner.shape, cache_tokens)
     return cache, PlainPredictor(runner, cache)
 

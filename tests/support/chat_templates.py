@@ -33,6 +33,7 @@ FAMILIES = {
     "hermes": Family("<|im_end|>", ("<|im_start|>",), _CALLS),
     "hermes_spelt": Family("<|im_end|>", ("<|im_start|>",), template="hermes"),  # as SmolLM2
     "qwen3": Family("<|im_end|>", ("<|im_start|>",), _CALLS + _THINKS),
+    "qwen3_coder": Family("<|im_end|>", ("<|im_start|>",), _CALLS),
     "llama3": Family("<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"), several=False),
     "mistral": Family("</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]")),
     "mistral_named": Family("</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")),

@@ -28,7 +28,7 @@ class _AnyEngine(Frozen):
     """Read special tokens inside chat messages as plain text, so that a message can't forge a turn; off: let the
     tokenizer parse them, as it always does in the prompt of a completion. Use the value of `data.split_special_tokens`
     that the adapters were trained with."""
-    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai"] | None = None
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "openai", "qwen3_coder"] | None = None
     """How the base writes calls of tools: Hermes and Qwen, Llama 3, Mistral, or gpt-oss; null: as its chat template
     shows."""
 

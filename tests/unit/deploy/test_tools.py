@@ -46,6 +46,8 @@ SAY: Any = [{"role": "user", "content": "What is the weather in Bern?"}]
 SCRIPTS = {
     "hermes": 'I look.\n<tool_call>\n{"name": "Pay", "arguments": {"cents": 5}}\n</tool_call>',
     "qwen3": '<think>Hm.</think>\n\nI look.\n<tool_call>\n{"name": "Pay", "arguments": {"cents": 5}}\n</tool_call>',
+    "qwen3_coder": "I look.\n<tool_call>\n<function=Pay>\n<parameter=cents>\n5\n</parameter>\n</function>\n"
+    "</tool_call>",
     "llama3": '{"name": "Pay", "parameters": {"cents": 5}}',
     "mistral": '[TOOL_CALLS] [{"name": "Pay", "arguments": {"cents": 5}}]',
     "mistral_named": '[TOOL_CALLS]Pay[ARGS]{"cents": 5}',
@@ -83,7 +85,7 @@ def test_a_forced_call_comes_in_a_loop_until_it_is_answered(clients: Clients, fa
     assert none.usage.prompt_tokens < last.usage.prompt_tokens  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral_named", "gpt_oss"])
+@pytest.mark.parametrize("family", ["hermes", "qwen3_coder", "llama3", "mistral_named", "gpt_oss"])
 def test_a_named_tool_is_called_in_a_stream(clients: Clients, family: str) -> None:
     named: Any = {"type": "function", "function": {"name": "Pay"}}
     asked: dict[str, Any] = {"model": "base", "messages": SAY, "tools": TOOLS, "tool_choice": named, "seed": 7}

@@ -33,6 +33,8 @@ class CallSyntax:
     between: str | None = None
     """None: a turn has one call."""
     last: str = ""
+    write_arguments: Callable[[str, Mapping[str, Any]], str] | None = None
+    """Returns the rule of a name for arguments of a schema; None: they are JSON."""
 
 
 def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: Spell, *, several: bool) -> str:
@@ -49,7 +51,9 @@ def write_calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, spell: S
     for i, function in enumerate(tool["function"] for tool in tools):
         begin = spell(f"{syntax.begin}{function['name']}{syntax.middle}")
         rules.append(f"call_{i}: {begin} arguments_{i} {spell(syntax.end)}")
-        rules.append(f"arguments_{i}: {_write_json(function.get('parameters') or NO_PARAMETERS)}")
+        schema = function.get("parameters") or NO_PARAMETERS
+        write = syntax.write_arguments or _write_json_rule
+        rules.append(write(f"arguments_{i}", schema))
     return "\n".join(rules)
 
 
@@ -89,6 +93,10 @@ def make_speller(special: Mapping[str, int]) -> Spell:
         return " ".join(f"<[{term}]>" if isinstance(term, int) else json.dumps(term) for term in terms if term != "")
 
     return spell
+
+
+def _write_json_rule(name: str, schema: Mapping[str, Any]) -> str:
+    return f"{name}: {_write_json(schema)}"
 
 
 def _write_json(schema: Any) -> str:

@@ -5,53 +5,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rankloom.engine.chat import harmony, thinking
+from rankloom.engine.chat import harmony, thinking, xml_calls
 from rankloom.engine.chat.forced import TEXT, CallSyntax, make_speller, write_calls, write_reply, write_text_or_calls
 from rankloom.engine.chat.harmony import HarmonyParser
 from rankloom.engine.chat.json_calls import JsonCallParser, JsonFormat
 from rankloom.engine.chat.pieces import Parser, PlainParser
 from rankloom.engine.chat.thinking import ThinkingParser
+from rankloom.engine.chat.xml_calls import XmlCallParser, write_parameters
 from rankloom.engine.prompts import Prompts
 from rankloom.engine.protocol import ChatPrompt, Grammar, OpenChat
 from rankloom.errors import RequestError
 
-ToolCallParser = Literal["hermes", "llama3_json", "mistral", "openai"]
+ToolCallParser = Literal["hermes", "llama3_json", "mistral", "openai", "qwen3_coder"]
 
 
 @dataclass(frozen=True)
 class _Calls:
     syntax: CallSyntax
-    format: JsonFormat | None
-    """None: harmony's messages."""
+    make_parser: Callable[[Mapping[str, Mapping[str, Any]]], Parser]
+    """Takes the parameters' schema of each tool."""
 
 
 _HERMES = _Calls(
     CallSyntax("<tool_call>", '\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n<tool_call>"),
-    JsonFormat(("<tool_call>",), close="</tool_call>"),
+    partial(JsonCallParser, JsonFormat(("<tool_call>",), close="</tool_call>")),
 )
 _LLAMA = _Calls(
     CallSyntax("", '{"name": "', '", "parameters": ', "}"),
-    JsonFormat(("<|python_tag|>",), between=" \n\t\r;", bare=True),
+    partial(JsonCallParser, JsonFormat(("<|python_tag|>",), between=" \n\t\r;", bare=True)),
 )
 _MISTRAL = _Calls(
     CallSyntax("[TOOL_CALLS]", '{"name": "', '", "arguments": ', "}", first=" [", between=", ", last="]"),
-    JsonFormat(("[TOOL_CALLS]",), between=" \n\t\r,[]"),
+    partial(JsonCallParser, JsonFormat(("[TOOL_CALLS]",), between=" \n\t\r,[]")),
 )
 _MISTRAL_NAMED = _Calls(
-    CallSyntax("[TOOL_CALLS]", "", "[ARGS]", "", between="[TOOL_CALLS]"), JsonFormat(("[TOOL_CALLS]",), named="[ARGS]")
+    CallSyntax("[TOOL_CALLS]", "", "[ARGS]", "", between="[TOOL_CALLS]"),
+    partial(JsonCallParser, JsonFormat(("[TOOL_CALLS]",), named="[ARGS]")),
 )
 _HARMONY = _Calls(
     CallSyntax(harmony.CHANNEL, "commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", ""),
-    None,
+    HarmonyParser,
 )
+_QWEN_CODER = _Calls(
+    CallSyntax(
+        xml_calls.OPEN, "\n<function=", ">\n", "</function>\n</tool_call>", between="\n<tool_call>",
+        write_arguments=write_parameters,
+    ),
+    XmlCallParser,
+)  # fmt: skip
 _NAMES: tuple[tuple[_Calls, ToolCallParser], ...] = (
     (_HERMES, "hermes"), (_LLAMA, "llama3_json"), (_MISTRAL, "mistral"), (_MISTRAL_NAMED, "mistral"),
+    (_QWEN_CODER, "qwen3_coder"),
     (_HARMONY, "openai"),
 )  # fmt: skip
 _MARKS = (
@@ -98,6 +109,7 @@ class ChatFormat:
             RequestError: the template refuses the conversation or shows no tools, or no answer can follow the grammar.
         """
         names = [tool["function"]["name"] for tool in prompt.tools]
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in prompt.tools}
         if names and self._calls is None:
             raise RequestError(
                 "tools: the base's chat template writes no calls in a known way; set engine.tool_call_parser where it "
@@ -112,13 +124,12 @@ class ChatFormat:
         tokens = self._prompts.encode(text)
         if not (names or self._thinks or self._calls is _HARMONY):
             return OpenChat(tokens, grammar)
-        return OpenChat(tokens, grammar, lambda: self._make_parser(names, has_begun=has_begun))
+        return OpenChat(tokens, grammar, lambda: self._make_parser(schemas, has_begun=has_begun))
 
-    def _make_parser(self, names: Collection[str], *, has_begun: bool) -> Parser:
+    def _make_parser(self, tools: Mapping[str, Mapping[str, Any]], *, has_begun: bool) -> Parser:
         if self._calls is _HARMONY:
-            return HarmonyParser(names)
-        calls = self._calls.format if names and self._calls is not None else None
-        parser: Parser = PlainParser() if calls is None else JsonCallParser(calls, names)
+            return HarmonyParser(tools)
+        parser = self._calls.make_parser(tools) if tools and self._calls is not None else PlainParser()
         return ThinkingParser(parser, begun=has_begun) if self._thinks else parser
 
     def _find_grammar(self, prompt: ChatPrompt, grammar: Grammar | None, *, has_begun: bool) -> Grammar | None:
@@ -182,7 +193,9 @@ def _choose_calls(template: str, parser: ToolCallParser | None) -> _Calls | None
         return _HARMONY
     if parser == "mistral" or (parser is None and "[TOOL_CALLS]" in template):
         return _MISTRAL_NAMED if "[ARGS]" in template else _MISTRAL
-    if parser == "hermes" or (parser is None and "<tool_call>" in template and "<function=" not in template):
+    if parser == "qwen3_coder" or (parser is None and "<tool_call>" in template and "<function=" in template):
+        return _QWEN_CODER
+    if parser == "hermes" or (parser is None and "<tool_call>" in template):
         return _HERMES
     if parser == "llama3_json" or (parser is None and "<|start_header_id|>" in template and '"parameters"' in template):
         return _LLAMA

@@ -11,6 +11,7 @@ from rankloom.engine.chat.harmony import HarmonyParser
 from rankloom.engine.chat.json_calls import JsonCallParser, JsonFormat
 from rankloom.engine.chat.pieces import CallArguments, CallBegin, Content, Parser, Piece, PlainParser, Thinking
 from rankloom.engine.chat.thinking import ThinkingParser
+from rankloom.engine.chat.xml_calls import XmlCallParser
 
 NAMES = {"get", "put"}
 UNKNOWN = '<tool_call>{"name": "no", "arguments": {}}</tool_call>'
@@ -21,9 +22,21 @@ FORMATS = {
     "named": JsonFormat(("[TOOL_CALLS]",), named="[ARGS]"),
 }
 
+CODER: dict[str, Any] = {
+    "get": {"properties": {"a": {"type": "integer"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}},
+    "put": {"properties": {"c": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"type": ["array", "boolean"]}}},
+}
+
+
+def wrap(name: str, **parameters: str) -> str:
+    written = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in parameters.items())
+    return f"<tool_call>\n<function={name}>\n{written}</function>\n</tool_call>"
+
 
 def make(kind: str) -> Parser:
     match kind:
+        case "coder":
+            return XmlCallParser(CODER)
         case "harmony":
             return HarmonyParser(NAMES)
         case "thinks":
@@ -110,6 +123,19 @@ CASES: list[tuple[str, str, list[Piece]]] = [
     ),
     ("harmony", " to=functions.put<|channel|>commentary json<|message|>{}<|call|>", call("put", "{}")),
     ("harmony", "<|channel|>final<|message|>a < b <|", content("a < b <|")),
+    ("coder", "hello <tool", content("hello <tool")),
+    ("coder", f"I will.\n\n{wrap('get', a='1', b='2')}\n", [*content("I will."), *call("get", '{"a": 1, "b": "2"}')]),
+    ("coder", wrap("get", a="many", b="null"), call("get", '{"a": "many", "b": null}')),
+    ("coder", wrap("get", b='a\n<b>"ü\n'), call("get", '{"b": "a\\n<b>\\"ü\\n"}')),
+    (
+        "coder",
+        f"{wrap('put', c='[1, {}]')}\n{wrap('put', c='True')}\nmore",
+        [*call("put", '{"c": [1, {}]}'), *call("put", '{"c": true}'), *content("\nmore")],
+    ),
+    ("coder", "<function=get>\n</function>\n</tool_call>", call("get", "{}")),
+    ("coder", f"{wrap('no', a='1')}.", content(f"{wrap('no', a='1')}.")),
+    ("coder", "<tool_call>broken", content("<tool_call>broken")),
+    ("coder", "<tool_call>\n<function=get>\n<parameter=a>\n5", call("get", "{")),
     ("harmony", "alpha", content("alpha")),
     ("thinks", "<think>\nHm.</think>\n\nYes.", [Thinking("\nHm."), *content("Yes.")]),
     ("thinks", "No <think>.", content("No <think>.")),

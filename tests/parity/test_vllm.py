@@ -143,6 +143,23 @@ def test_a_request_means_the_same_to_both(sides: Sides, sampling: dict[str, Any]
         assert sum(len(delta.logprobs) for delta in deltas) == len(tokens)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("kind", [None, "lora"])
+def test_a_prompts_logprobs_are_those_of_the_bank(sides: Sides, kind: str | None, max_tokens: int) -> None:
+    adapter = None if kind is None else sides.refs[kind]
+    asked = {"prompt_logprobs": 2, "logprobs": 2, "max_tokens": max_tokens}
+    (text, tokens, deltas), (expected, as_well, ours) = sides.on_both(
+        lambda engine: completed(engine, adapter, **asked)
+    )
+    assert (text, tokens, deltas[-1].finish) == (expected, as_well, ours[-1].finish)
+    its, mine = ([each for delta in found for each in delta.prompt_logprobs] for found in (deltas, ours))
+    assert [each.token for each in its] == [each.token for each in mine] == sides.vllm.tokenize(PROMPT)
+    assert (its[0].logprob, its[0].top) == (None, ())
+    for a, b in zip(its[1:], mine[1:], strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
+        assert [value for _, value in a.top] == pytest.approx([value for _, value in b.top], abs=2e-3)
+
+
 async def forwarded(engine: VllmEngine, path: str, adapter: str | None, **body: Any) -> list[ForwardProgress]:
     return [p async for p in engine.forward(ForwardJob(f"f{next(numbers)}", adapter, path, {"model": "m", **body}))]
 

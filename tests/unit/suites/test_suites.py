@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
 import rankloom as rl
-from endpoint import Endpoint, endpoint
+from endpoint import Endpoint, endpoint, listening
+from one_engine import OneEngine
 from rankloom.cli import main
+from rankloom.config import parse
+from rankloom.config.serve import ServeConfig
 from rankloom.events import Event
+from rankloom.gateway.gateway import Gateway
+from rankloom.registry import Registry
 from rankloom.registry.scorecard import SuiteScore
 from rankloom.suites import libraries
+from served import load, plain, publish, write_adapter
 
 RIGHT, WRONG = "bank@1|user=hi;|", "bank@2|user=hi;|"
 INSPECT_TASK = f"""
@@ -75,6 +86,54 @@ def test_a_task_of_lm_eval_is_scored_and_stored(tmp_path: Path, monkeypatch: pyt
         assert made.registry.suites("bank@1") == limited.suites
         with pytest.raises(rl.ConfigError, match="needs the model's tokenizer"):
             evaluate(made, f"lm-eval:{write_lm_eval_task(tmp_path, 'loglikelihood')}")
+
+
+@pytest.mark.slow
+def test_likelihoods_of_lm_eval_are_those_of_peft(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    write_adapter(tiny_llama, tmp_path / "first", "lora")
+    publish(tmp_path / "registry", tiny_llama, "first", tmp_path / "first")
+    model = peft.PeftModel.from_pretrained(plain(tiny_llama), tmp_path / "first").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+    def score(question: object, choice: str) -> float:
+        ids = tokenizer(f"{question} {choice}", add_special_tokens=False).input_ids
+        begin = len(tokenizer(question, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logprobs[at - 1, ids[at]]) for at in range(begin, len(ids)))
+
+    questions = ["my card was lost", "send money to", "what is", "the sun shines on", "change the pin of"]
+    choices = [["yes", "maybe"], ["a card", "a pin"], ["money", "weather"], ["lost", "friend"], ["the sun", "no one"]]
+    rows: list[Any] = [
+        {"q": question, "choices": pair, "a": 0} for question, pair in zip(questions, choices, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "likelier",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{a}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "likelier.yaml").write_text(yaml.safe_dump(task))
+    registry = Registry(tmp_path / "registry")
+    replicas = OneEngine(load(tiny_llama), registry)
+    gateway = Gateway(parse(ServeConfig, {"base": str(tiny_llama)}), registry, replicas)
+    with listening(gateway) as url:
+        suite = f"lm-eval:{tmp_path}/likelier.yaml"
+        result = rl.evaluate("first", suites=[suite], url=f"{url}/v1", registry=registry.root)
+    asyncio.run(replicas.engine.close())
+    right = [score(row["q"], row["choices"][0]) > score(row["q"], row["choices"][1]) for row in rows]
+    assert 0 < sum(right) < len(right)
+    assert result.suites[0].scores[0].value == pytest.approx(sum(right) / len(right))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
 MOST = 2 * 2**20 - 200
 
 
@@ -50,6 +51,19 @@ def worst_bodies() -> Iterator[tuple[str, str, bytes]]:
     yield "metadata", TEXT, fill_numbered('{"model":"bank","prompt":"hi","metadata":{', '"k#":1', "}}", 60_000)
     yield "logit_bias", TEXT, fill_numbered('{"model":"bank","prompt":"hi","logit_bias":{', '"#":1', "}}", 60_000)
     yield "prediction", CHAT, fill_numbered(messages + message + '],"prediction":{', '"#":[1]', "}}", 30_000)
+    given = '{"model":"bank","input":['
+    for item in ("0", "{}", '"a"', "[7]", message):
+        yield f"items {item}", RESPONSES, fill(given, item, "]}")
+        yield f"embedded {item}", EMBEDDINGS, fill(given, item, "]}")
+    yield "items that fit", RESPONSES, (given + ",".join([message] * 4095) + "]}").encode()
+    said = '{"role":"user","content":[' + ",".join(['{"type":"input_text","text":"a"}'] * 3) + "]}"
+    yield "items of parts that fit", RESPONSES, (given + ",".join([said] * 4000) + "]}").encode()
+    call = '{"type":"function_call","call_id":"1","name":"f","arguments":"{}"}'
+    yield "items of calls that fit", RESPONSES, (given + ",".join([call] * 128) + "," + message + "]}").encode()
+    yield "items of calls", RESPONSES, fill(given, call, "]}")
+    yield "embedded texts that fit", EMBEDDINGS, (given + ",".join(['"' + "a" * 300 + '"'] * 2048) + "]}").encode()
+    tokens = "[" + ",".join("7" * 100) + "]"
+    yield "embedded tokens that fit", EMBEDDINGS, (given + ",".join([tokens] * 2048) + "]}").encode()
     yield "deep lists", TEXT, fill('{"model":"bank","prompt":[', "[" * 150 + "]" * 150, "]}")
     yield "deep unknown lists", TEXT, fill('{"model":"bank","x":[', "[" * 150 + "]" * 150, "]}")
     yield "deep objects", TEXT, fill('{"model":"bank","x":[', '{"":' * 150 + "0" + "}" * 150, "]}")

@@ -28,7 +28,8 @@ from rankloom.config import TrialConfig, parse
 from rankloom.config.model import Int8
 from rankloom.data import TaskData, load_data
 from rankloom.engine.kv_cache import NARROWEST
-from rankloom.engine.layers import find_obstacle, is_replaceable
+from rankloom.engine.layers import find_obstacle
+from rankloom.engine.model_runner import ModelRunner
 from rankloom.errors import ModelError
 from rankloom.evals.labels import LabelTrie, predict_labels
 from rankloom.events import Event, StepFinished
@@ -51,6 +52,7 @@ LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_
 WINDOW = dict(**SIZE, **HEADS, head_dim=16, sliding_window=16)
 BOTH = ["sliding_attention", "full_attention"]
 FOUR = dict(SIZE, num_hidden_layers=4)
+MAMBA_2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2)
 BARE = dict(**IDS, hidden_size=64, num_hidden_layers=2)
 ALL_HEADS = dict(num_attention_heads=4, max_position_embeddings=512)
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
@@ -142,7 +144,7 @@ FAST_RUNS = [
 ]  # fmt: skip
 FAST_HOSTS = ["deepseek_v3", "gpt2", "mamba"]
 FAST_LABELS = ["gpt_neo", "mpt", "qwen3_5"]
-FAST_SERVED = ["deepseek_v32", "gemma2", "gemma4_text-shared", "gpt_neo", "gpt_oss", "qwen3_5"]
+FAST_SERVED = ["deepseek_v32", "minimax", "gemma2", "gemma4_text-shared", "gpt_neo", "gpt_oss", "qwen3_5"]
 SERVED_PAGE = Path(__file__).parents[2] / "docs" / "guide" / "architectures.md"
 GEMMA_4 = dict(
     FOUR, **HEADS, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=16,
@@ -174,6 +176,36 @@ SERVED_TOO: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "llama4_text": lambda: T.Llama4TextConfig(
         **SIZE, **HEADS, head_dim=16, intermediate_size_mlp=64, num_local_experts=4, attention_chunk_size=16
+    ),
+    "falcon_h1": lambda: T.FalconH1Config(
+        **SIZE, **HEADS, **dict(MAMBA_2, mamba_expand=1), mamba_d_ssm=128, head_dim=16
+    ),
+    "falcon_mamba": lambda: T.FalconMambaConfig(**BARE, state_size=8),
+    "bamba": lambda: T.BambaConfig(**SIZE, **HEADS, **MAMBA_2, attn_layer_indices=[1]),
+    "granitemoehybrid": lambda: T.GraniteMoeHybridConfig(
+        **SIZE, **HEADS, **MAMBA_2, layer_types=["mamba", "attention"], num_local_experts=4, num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+    "zamba2": lambda: T.Zamba2Config(
+        **SIZE, **dict(HEADS, num_key_value_heads=4), mamba_ngroups=1, n_mamba_heads=8, mamba_d_state=8,
+        mamba_headdim=16, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, adapter_rank=8,
+    ),
+    "lfm2_moe": lambda: T.Lfm2MoeConfig(
+        **SIZE, **HEADS, **MOE, layer_types=["conv", "full_attention"], num_dense_layers=1
+    ),
+    "qwen3_5_moe": lambda: T.Qwen3_5MoeTextConfig(
+        **FOUR, **HEADS, **MOE, **LINEAR, head_dim=16, shared_expert_intermediate_size=32
+    ),
+    "olmo_hybrid": lambda: T.OlmoHybridConfig(**FOUR, **HEADS),
+    "kimi_linear": lambda: T.KimiLinearConfig(
+        **SIZE, **dict(HEADS, num_key_value_heads=4), **dict(LATENT, q_lora_rank=None), num_local_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, linear_head_dim=16, linear_num_heads=4,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "nemotron": lambda: T.NemotronConfig(**SIZE, **HEADS),
+    "minimax": lambda: T.MiniMaxConfig(
+        **SIZE, **HEADS, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention"],
     ),
     "nemotron_h": lambda: T.NemotronHConfig(
         **BARE, **HEADS, layers_block_type=["mamba", "attention"], head_dim=16, mamba_num_heads=8, mamba_head_dim=16,
@@ -334,14 +366,16 @@ def test_what_is_served_are_transformers_own_tokens(
     outline = open_outline(trial.model, trial.quantization)
     types = sorted({*get_layer_types_and_kwargs(outline.config.get_text_config(decoder=True))[0]})
     obstacle = find_obstacle(outline)
-    way = f"no: {obstacle}" if obstacle else "ragged" if is_replaceable(outline) else "padded"
-    assert read_table()[architecture] == f"| `{architecture}` | {', '.join(types)} | {way} |"
+    row = f"| `{architecture}` | {', '.join(types)} | "
     if obstacle:
+        assert read_table()[architecture] == f"{row}no: {obstacle} |"
         with pytest.raises(ModelError, match=re.escape(f"{obstacle}; serve it with engine.type=vllm")):
             engine_on(base, tmp_path)
         return
     run_trial(trial, LocalSession(tmp_path / "run", device=CPU))
     engine = engine_on(base, tmp_path / "registry", max_num_seqs=6, kv_cache_tokens=3 * NARROWEST)
+    is_ragged = isinstance(engine._core._runner, ModelRunner)
+    assert read_table()[architecture] == f"{row}{'ragged' if is_ragged else 'padded'} |"
     draw = random.Random(0)
     prompts = [[draw.randrange(5, 390) for _ in range(length)] for length in (3, 40, NARROWEST - 6, NARROWEST - 4, 21)]
     longer = [*prompts[1], *prompts[0]]
@@ -362,7 +396,7 @@ def test_what_is_served_are_transformers_own_tokens(
     assert (found[0::2], found[1::2]) == (of_base, of_adapter)
     stats = engine.get_stats()
     assert stats.preemptions > 0
-    has_states = bool({"linear_attention", "conv"} & {*types})  # which are kept before a prompt's last token
+    has_states = bool({"linear_attention", "conv", "hybrid"} & {*types})  # which are kept before a prompt's last token
     assert stats.cached_tokens >= 2 * (len(prompts[1]) - has_states)
 
 

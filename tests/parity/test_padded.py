@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rankloom import kernels
 from rankloom.adapters.extract import extract_adapter
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache
@@ -29,6 +31,12 @@ BASES: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZE, **HEADS, num_hidden_layers=4, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
         linear_key_head_dim=8, linear_value_head_dim=8,
     ),
+    "kimi_linear": lambda: T.KimiLinearConfig(
+        **SIZE, **dict(HEADS, num_key_value_heads=4), num_hidden_layers=2, linear_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_heads=4, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_local_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32,
+    ),
     "mamba": lambda: T.MambaConfig(**SIZE, num_hidden_layers=2, state_size=8),
     "recurrent_gemma": lambda: T.RecurrentGemmaConfig(
         **SIZE, **HEADS, num_hidden_layers=3, head_dim=8, lru_width=32, attention_window_size=16
@@ -43,6 +51,7 @@ OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
 TARGETS = {
     "bloom": ["query_key_value", "dense_h_to_4h"],
     "qwen3_5": ["q_proj", "in_proj_qkv", "out_proj", "up_proj"],
+    "kimi_linear": ["q_proj", "kv_b_proj", "o_proj"],
     "mamba": ["in_proj", "x_proj"],
     "recurrent_gemma": ["linear_x", "linear_out", "q_proj", "up_proj"],
 }
@@ -69,9 +78,13 @@ def write_convolutions(base: Path, folder: Path) -> None:
     extract_adapter(trained, base, 8, folder, "a/base")
 
 
-@pytest.mark.parametrize(("base", "family"), [(name, name) for name in BASES], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "family", "on_gpu"),
+    [*((name, name, False) for name in BASES), ("kimi_linear", "kimi_linear", True)],
+    indirect=["base"],
+)
 def test_adapters_of_every_kind_are_served_in_one_batch(
-    base: Path, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, family: str, on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LINEARS, family, TARGETS[family])
     folders: dict[str | None, Path | None] = {None: None}
@@ -87,13 +100,16 @@ def test_adapters_of_every_kind_are_served_in_one_batch(
         for ref in folders
         for length in (1, 2, 19, 33)
     ]
-    engine = engine_on(base, tmp_path / "registry", max_num_batched_tokens=24)
+    with kernels.everywhere() if on_gpu else nullcontext():
+        engine = engine_on(base, tmp_path / "registry", max_num_batched_tokens=24)
 
     async def work() -> list[list[int]]:
         waiting = [completed(engine, p, ref, id=str(i), max_tokens=n) for i, (p, ref, n) in enumerate(jobs)]
         return [tokens for _, tokens, _ in await asyncio.gather(*waiting)]
 
-    assert serving(engine, work) == [with_peft(base, folders[ref], prompt, n) for prompt, ref, n in jobs]
+    with kernels.everywhere() if on_gpu else nullcontext():
+        found = serving(engine, work)
+    assert found == [with_peft(base, folders[ref], prompt, n) for prompt, ref, n in jobs]
 
 
 @pytest.mark.parametrize("base", list(BASES), indirect=True)

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +28,7 @@ from rankloom.banks.compiled import KernelInput, build_addresses, load_kernel
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.slot_table import SlotTable, SlotTokens
+from rankloom.errors import ModelError
 from rankloom.kernels import use_on
 from rankloom.models import chooses_experts, find_shared_inputs, get_linear_widths, is_linear
 from rankloom.models.onednn import pack
@@ -55,6 +58,8 @@ class _Layout:
     """Tokens of the adapters that also have embeddings, experts or whole modules."""
     compiled: KernelInput | None = None
     """Replaces `loose` where one call per linear computes all of its adapters."""
+    counted: tuple[tuple[ServedAdapter | None, int, int | None], ...] = ()
+    """Each adapter with its number of tokens and its slot, where there are adapters."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,24 @@ class ServedBank:
         if any(slot is not None and count for _, count, slot in counted):
             counts = [(NO_SLOT if slot is None else slot, count) for _, count, slot in counted]
             slots = SlotTokens.from_counts(counts, self._device)
-        layout = _Layout(tuple(loose), slots, tuple(whole))
+        is_adapted = loose or whole or slots
+        layout = _Layout(tuple(loose), slots, tuple(whole), counted=tuple(counted) if is_adapted else ())
         return self._compile(layout) if self.compiles else layout
+
+    def _fit(self, layout: _Layout, x: Tensor) -> _Layout:
+        """Return the layout of a linear's input [..., I], which may have several rows for each token.
+
+        Kimi Linear's latents do, as its layers expand those of the tokens before again.
+
+        Raises:
+            ModelError: the rows can't be told apart.
+        """
+        num_rows, num_tokens = x.numel() // x.shape[-1], sum(count for _, count, _ in layout.counted)
+        if not layout.counted or num_rows == num_tokens:
+            return layout
+        if len(layout.counted) > 1 and num_tokens not in accumulate(x.shape[:-1], mul):
+            raise ModelError(f"a layer of {type(self._model).__name__} gets {num_rows} rows for {num_tokens} tokens")
+        return self._lay_out([(own, count * num_rows // num_tokens, slot) for own, count, slot in layout.counted])
 
     def _compile(self, layout: _Layout) -> _Layout:
         """Return the layout with its loose adapters as compiled ones."""
@@ -229,6 +250,7 @@ class ServedBank:
             layout = self._get_layout(module)
             if layout is None:
                 return base(x)
+            layout = self._fit(layout, x)
             if layout.slots:
                 return self._compute(index, group, base, x, layout)
             y: Tensor = base(x)
@@ -250,6 +272,7 @@ class ServedBank:
             layout = self._get_layout(module)
             if layout is None:
                 return own(x)
+            layout = self._fit(layout, x)
             results: dict[int, tuple[Tensor, dict[int, Tensor]]] = self._local.results
             if index not in results or results[index][0] is not x or part not in results[index][1]:
                 y = self._compute(index, group, group.compute_base, x, layout)

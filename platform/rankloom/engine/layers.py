@@ -15,6 +15,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rankloom.engine.attention import ATTENTION, AttentionTerms, get_layer
 from rankloom.engine.kv_cache import KvShape, LayerShape
+from rankloom.engine.padded_cache import forecast_shape
 from rankloom.errors import ModelError
 
 REPLACED_TYPES = {"full_attention", "sliding_attention", "dummy"}
@@ -24,6 +25,7 @@ SERVED_TYPES = REPLACED_TYPES | {"chunked_attention", "linear_attention", "conv"
 PROBES = ((1, 3, 2, 5, 4, 7), (6, 2, 3, 1))
 """Token ids that every vocabulary has."""
 NOT_REPLACEABLE = "its attention can't be replaced by the engine's"
+NO_CACHE = "its forward does not take transformers' own kind of cache"
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:
@@ -32,6 +34,13 @@ def find_obstacle(model: PreTrainedModel) -> str | None:
         return "it has an encoder"
     if others := sorted({*_list_types(model)} - SERVED_TYPES):
         return f"it has layers of a type ({', '.join(others)}) whose states this engine does not keep"
+    if model.device.type == "meta" and not is_replaceable(model):  # with weights it is tried with these
+        try:
+            forecast_shape(model, model.dtype)
+        except RuntimeError as error:  # a ModelError, or it looks at values, which an outline has not
+            return str(error) if isinstance(error, ModelError) else None
+        except (ValueError, TypeError, AttributeError):
+            return NO_CACHE
     return None
 
 

@@ -57,6 +57,8 @@ class KeptTokens:
 class ModelRunner(Runner):
     """A `Runner` with the engine's own attention."""
 
+    misfit = NOT_REPLACEABLE
+
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """Raises ModelError where this architecture's attention can't be replaced. `pack`: see `ServedBank`."""
         super().__init__(model)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, States
-from rankloom.engine.layers import PROBES
+from rankloom.engine.layers import NO_CACHE, PROBES
 from rankloom.engine.padded_cache import call, fill, make_padding_mask, open_cache, read_kept_shape, store
 from rankloom.engine.runner import PROBE_TOLERANCE, PromptOutputs, Runner, StepOutputs
 from rankloom.engine.states import StatePlace, find_states
@@ -42,6 +42,8 @@ class _ChunkOutputs:
 
 class PaddedRunner(Runner):
     """A `Runner` over transformers' own forward and cache."""
+
+    misfit = NO_CACHE
 
     def __init__(self, model: PreTrainedModel, *, pack: bool = False) -> None:
         """Raises ModelError where this architecture can't be served. `pack`: see `ServedBank`."""

@@ -24,7 +24,7 @@ from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.served_bank import AdapterShare, ServedBank, TokenOrder
 from rankloom.engine.attention import SequenceChunk
 from rankloom.engine.kv_cache import KvCache, KvShape
-from rankloom.engine.layers import NOT_REPLACEABLE, PROBES, explain_obstacle, find_obstacle
+from rankloom.engine.layers import PROBES, explain_obstacle, find_obstacle
 from rankloom.errors import ModelError
 
 PROBE_TOLERANCE = 1e-3
@@ -55,6 +55,8 @@ class StepOutputs:
 class Runner(ABC):
     """Owns the model: until `close`, nothing else may run it."""
 
+    misfit: str
+    """What is said of a model that does not take it."""
     shape: KvShape
     bank: ServedBank
     continues = True
@@ -158,5 +160,5 @@ class Runner(ABC):
             yield
         except (ModelError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             self.close()
-            why = str(error) if isinstance(error, ModelError) else NOT_REPLACEABLE
+            why = str(error) if isinstance(error, ModelError) else self.misfit
             raise ModelError(explain_obstacle(self._model, why)) from error

@@ -17,6 +17,7 @@ from rankloom.banks import slot_table
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.kv_cache import NARROWEST, KvCache, KvShape
 from rankloom.engine.model_runner import ModelRunner
+from rankloom.engine.runner import StepOutputs
 from rankloom.errors import ModelError, OverloadedError
 from served import completed, engine_on, publish, serving, with_peft, write_adapter
 
@@ -139,17 +140,17 @@ def test_a_step_that_is_too_large_is_computed_in_parts(
     tiny_llama: Path, nothing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_on(tiny_llama, nothing)
-    forward, most = ModelRunner.forward, [2]
+    compute, most = ModelRunner.compute_step, [2]
 
-    def limited(self: ModelRunner, cache: KvCache, works: Any, **kwargs: Any) -> torch.Tensor:
+    def limited(self: ModelRunner, cache: KvCache, works: Any, **kwargs: Any) -> StepOutputs:
         if sum(len(work.tokens) for work in works) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, cache, works, **kwargs)
+        return compute(self, cache, works, **kwargs)
 
     prompts = [[5 + i, *range(40, 50)] for i in range(5)]
 
     async def work() -> None:
-        monkeypatch.setattr(ModelRunner, "forward", limited)
+        monkeypatch.setattr(ModelRunner, "compute_step", limited)
         found = await asyncio.gather(*(completed(engine, prompt, id=str(prompt)) for prompt in prompts))
         for prompt, (_, tokens, _) in zip(prompts, found, strict=True):
             assert tokens == with_peft(tiny_llama, None, prompt, 12)
@@ -247,7 +248,7 @@ def test_a_lost_device_ends_the_engine(
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_initialized", lambda: True)
             patched.setattr(torch.cuda, "synchronize", synchronize)
-            patched.setattr(ModelRunner, "forward", raising(error))
+            patched.setattr(ModelRunner, "compute_step", raising(error))
             patched.setattr(threading, "excepthook", lambda _: None)
             with pytest.raises(OverloadedError if ends else ModelError):
                 await completed(engine, [5, 6])

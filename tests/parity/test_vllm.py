@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankloom.config.engine import EngineConfig, VllmConfig
 from rankloom.config.model import ModelConfig
@@ -295,6 +296,42 @@ def test_evicted_adapters_are_unloaded_there(sides: Sides, tmp_path: Path) -> No
 
     assert sides.run(known()) == {"base", "zero", *resident}
     assert len([f for f in sides.vllm._server.scratch.iterdir() if f.is_dir() and f.name != "zero"]) == RESIDENT
+
+
+def test_dora_leaves_the_base_s_biases_as_they_are(sides: Sides, tmp_path: Path) -> None:
+    """Qwen 2 has them on q, k and v, of which vLLM makes one linear; the adapter is on q and v alone."""
+    base, root = tmp_path / "qwen", tmp_path / "registry"
+    shape = Qwen2Config(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=49152, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(shape)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=0.5 if name.endswith("bias") else 0.1)
+    model.save_pretrained(base)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sides.base / file, base)
+    refs = {}
+    for kind in ("dora", "lora"):
+        write_adapter(base, tmp_path / kind, kind, architecture="qwen")
+        refs[kind] = publish(root, load(base), kind, tmp_path / kind)
+    config = VllmConfig(max_cpu_loras=2, max_loras=2, max_model_len=128, kv_cache_gib=0.1, args=("--enforce-eager",))
+    engine = VllmEngine(load_outline(ModelConfig(id=str(base)), dtype=torch.float32), Registry(root), config, threads=1)
+
+    async def serve() -> list[list[int]]:
+        await engine.start()
+        try:
+            work = (completed(engine, ref) for ref in (None, *refs.values()))
+            return [tokens for _, tokens, _ in await asyncio.gather(*work)]
+        finally:
+            await engine.close()
+
+    prompt = engine.tokenize(PROMPT)
+    found = sides.loop.run_until_complete(serve())
+    for kind, tokens in zip((None, *refs), found, strict=True):
+        folder = None if kind is None else tmp_path / kind
+        assert tokens == with_peft(base, folder, prompt, GREEDY.max_tokens), kind
 
 
 def test_a_server_that_dies_is_noticed(sides: Sides) -> None:

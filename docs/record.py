@@ -3,6 +3,7 @@
     python docs/record.py tune FOLDER       # the quickstart at a smaller size; its files go to FOLDER
     python docs/record.py console URL       # of an endpoint that runs, and has a canary:
 
+        rankloom adapters publish FOLDER/registry/bank-intents-lora/1 --name bank-intents --registry FOLDER/registry
         rankloom adapters promote bank-intents@1 --registry FOLDER/registry
         rankloom adapters promote bank-intents@2 --registry FOLDER/registry --alias canary
         rankloom serve shipped:serve/quickstart.yaml registry=FOLDER/registry routes.cards.canary.adapter=bank-intents

@@ -125,7 +125,7 @@ function routeCard(route, admin) {
     meter.value = arm.share;
     meter.setAttribute("aria-label", `share of ${arm.to}`);
     row.append(make("span", `${arm.to}${means}`, arm.ref === null ? "failed" : ""), make("span", percent(arm.share)), meter);
-    if (arm.requests !== undefined) row.append(make("small", `${arm.requests} requests, ${arm.errors} failed`));
+    if (arm.requests !== undefined) row.append(make("small", `${arm.requests} request${arm.requests === 1 ? "" : "s"}, ${arm.errors} failed`));
     article.append(row);
   }
   const facts = [...route.rules, ...route.fallback.map((to) => `falls back to ${to}`)];

@@ -41,9 +41,11 @@ from rankloom.gateway.pace import measure_token_seconds, pace_job
 from rankloom.gateway.policy import AdapterVersions, Catalogue, Decision, RoutingRequest, Target, decide_route
 from rankloom.gateway.quota import Quotas
 from rankloom.gateway.registry_view import RegistryView
-from rankloom.gateway.replicas import Replicas
+from rankloom.gateway.replicas import Replicas, Served
 from rankloom.gateway.retries import Retries
 from rankloom.registry import Record, Registry
+
+__all__ = ["Gateway", "Replicas", "Served"]
 
 logger = logging.getLogger(__name__)
 

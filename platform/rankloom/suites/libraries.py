@@ -47,15 +47,15 @@ class Library:
     """A library of tasks."""
 
     module: str
-    package: str
-    """What pip installs."""
+    packages: str
+    """What `pip install` takes, its own package first."""
     run: Callable[[str, ServedModel, int | None], Outcome]
     """Run a task on at most this many rows of each."""
 
     @property
     def release(self) -> str:
         """Its name and version."""
-        name = re.split(r"[^\w-]", self.package)[0]
+        name = re.findall(r"[\w-]+", self.packages)[0]
         return f"{name} {version(name)}"
 
 
@@ -92,7 +92,7 @@ def parse_suite(text: str) -> Suite:
         raise ConfigError(f"suite {text!r}: give {allowed}, where TASK is a name or a file")
     known = LIBRARIES[library]
     if find_spec(known.module) is None:
-        raise ConfigError(f"suite {text!r} needs {library}: pip install '{known.package}'")
+        raise ConfigError(f"suite {text!r} needs {library}: pip install {known.packages}")
     file = Path(task.partition("@")[0]).expanduser()
     if file.suffix in (".py", ".yaml"):
         if not file.is_file():
@@ -186,6 +186,6 @@ def _find_error(score: Any) -> float | None:
 
 
 LIBRARIES = {
-    "lm-eval": Library("lm_eval", "lm-eval[api]>=0.4.13", _run_lm_eval),
-    "inspect": Library("inspect_ai", "inspect-ai>=0.3.285", _run_inspect),
+    "lm-eval": Library("lm_eval", "'lm-eval[api]>=0.4.13'", _run_lm_eval),
+    "inspect": Library("inspect_ai", "'inspect-ai>=0.3.285' openai", _run_inspect),
 }

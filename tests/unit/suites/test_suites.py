@@ -167,7 +167,7 @@ def test_the_base_has_no_place_in_the_registry(tmp_path: Path, monkeypatch: pyte
         ({"suites": ["mmlu"]}, "suite 'mmlu': give lm-eval:TASK or inspect:TASK"),
         ({"suites": ["lm-eval:"]}, "give lm-eval:TASK"),
         ({"suites": []}, "suites: name at least one"),
-        ({"suites": ["absent:x"]}, "suite 'absent:x' needs absent: pip install 'not-there'"),
+        ({"suites": ["absent:x"]}, "suite 'absent:x' needs absent: pip install not-there"),
         ({"suites": ["own:nowhere.yaml"]}, "no file 'nowhere.yaml'"),
         ({"suites": ["own:x"], "data": []}, "a suite has its own"),
         ({"suites": ["own:x"], "url": "http://127.0.0.1:1/v1", "overrides": ["a=1"]}, "a=1: an endpoint that runs"),

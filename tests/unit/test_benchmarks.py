@@ -71,7 +71,7 @@ def test_a_step_on_a_gpu_takes_few_launches_a_layer(run: Run) -> None:
     assert set(found) == {"train_lora", "train_dora", "decode_16_adapters"}
     assert 0 < found["train_lora"] <= 130
     assert found["train_lora"] < found["train_dora"] <= 200
-    assert 0 < found["decode_16_adapters"] <= 30
+    assert 0 < found["decode_16_adapters"] <= 22  # q, k, v and gate, up are a product each
 
 
 def test_the_gpus_benchmark_runs_dry_and_continues(run: Run, tmp_path: Path) -> None:

@@ -65,12 +65,11 @@ class ModelRunner(Runner):
         if not is_replaceable(model):
             raise ModelError(explain_obstacle(model, NOT_REPLACEABLE))
         expected = [_compute_plain_logits(model, tokens) for tokens in PROBES]
+        self._open_bank(pack=pack)  # it tries the model's own forward
         self._as_it_was.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION
         with self._refuse_misfits():
             self.shape = read_shape(model)
-        self._open_bank(pack=pack)
-        with self._refuse_misfits():
             self._check(expected)
 
     @torch.inference_mode()

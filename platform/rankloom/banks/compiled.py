@@ -16,7 +16,8 @@ Shapes: N tokens, S linears of the model, K adapters at work, I in, O out, R ran
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,7 @@ A, B, RANK, FACTOR, SHIFT = range(5)
 """Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, and the rank."""
 X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, TABLE, SPANS, NUM_SHARES, EACH, TAKEN = range(10)
 """Fields of a call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
+NUM_FIELDS = TAKEN + 1
 PARTS = 4
 """Chunks per thread (dynamic scheduling): a late or busy thread takes fewer."""
 MATH = {"contract", "reassoc", "nsz"}
@@ -57,27 +59,40 @@ class KernelInput:
         self._run, num_tokens, most = load_kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
         each = max(1, num_tokens // (PARTS * most))
         self._num_threads = min(most, -(-num_tokens // each))
-        self._calls_SC = np.zeros((len(table_SK5), TAKEN + 1), np.int64)
+        self._calls_SC = np.zeros((len(table_SK5), NUM_FIELDS), np.int64)
         self._calls_SC[:, NUM_IN], self._calls_SC[:, NUM_OUT] = sizes_S2.T
         self._calls_SC[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
         constants = {NUM_TOKENS: num_tokens, SPANS: spans_K2.ctypes.data, NUM_SHARES: len(spans_K2), EACH: each}
         self._calls_SC[:, list(constants)] = list(constants.values())
-        self._first, self._stride = self._calls_SC.ctypes.data, self._calls_SC.strides[0]
+        self._first, self._fields = self._calls_SC.ctypes.data, self._calls_SC.data.cast("B").cast("q")
+        self._least_S: list[int] = (num_tokens * sizes_S2[:, 0]).tolist()
 
-    def add_to(self, y_NO: Tensor, x_NI: Tensor, site: int) -> None:
-        """Change the base's result in place as each share's `Factors.add_to` would.
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, site: int) -> Tensor:
+        """Return the base's result as each share's `Factors.add_to` would change it; in fp32 it is changed in place.
 
         Args:
-            x_NI, y_NO: contiguous, in fp32, of all the spans' tokens; dimensions of 1 before N don't matter.
+            x_NI, y_NO: of all the spans' tokens, of one dtype, y contiguous; dimensions of 1 before N don't matter.
             site: the linear's place in S.
         """
-        call_C = self._calls_SC[site]
-        assert x_NI.is_contiguous()
+        if y_NO.dtype is not torch.float32:
+            return self.add_to(y_NO.float(), x_NI.float(), site).to(y_NO.dtype)
+        x_NI = x_NI.contiguous()
+        assert x_NI.dtype is torch.float32
         assert y_NO.is_contiguous()
-        assert x_NI.dtype == y_NO.dtype == torch.float32
-        assert x_NI.numel() >= call_C[NUM_TOKENS] * call_C[NUM_IN]
-        call_C[X], call_C[Y], call_C[TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
-        self._run(self._first + site * self._stride, self._num_threads)
+        assert x_NI.numel() >= self._least_S[site]
+        at = site * NUM_FIELDS
+        self._fields[at + X], self._fields[at + Y], self._fields[at + TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
+        self._run(self._first + at * 8, self._num_threads)
+        return y_NO
+
+
+def gather_factors(linears: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return them with A and B in fp32 and side by side, in one array: where numpy asks the system for large pages."""
+    pairs = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
+    memory = torch.from_numpy(np.empty(sum(part.numel() for part in pairs), np.float32))
+    places = memory.split([part.numel() for part in pairs])
+    copies = (place.view_as(part).copy_(part) for place, part in zip(places, pairs, strict=True))
+    return {name: replace(own, a_RI=next(copies), b_RO=next(copies)) for name, own in linears.items()}
 
 
 def build_addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
@@ -140,7 +155,7 @@ _take: Any = intrinsic(_take_next)
 
 def _compute_part(call: Any) -> None:
     """Compute one thread's part of a call."""
-    c = carray(call, TAKEN + 1)
+    c = carray(call, NUM_FIELDS)
     num_tokens, each = c[NUM_TOKENS], c[EACH]
     x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
     table, spans = carray(_ints_at(c[TABLE]), (c[NUM_SHARES], 5)), carray(_ints_at(c[SPANS]), (c[NUM_SHARES], 2))

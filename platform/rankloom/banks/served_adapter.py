@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,6 @@ class Factors:
             y_NO.copy_(precise_NO if self.factor_O is None else precise_NO.mul_(self.factor_O))
         if self.shift_O is not None:
             y_NO.add_(self.shift_O)
-
-    def to(self, dtype: torch.dtype) -> Factors:
-        """Return these with A and B in another dtype."""
-        return replace(self, a_RI=self.a_RI.to(dtype), b_RO=self.b_RO.to(dtype))
 
     @property
     def rank(self) -> int:

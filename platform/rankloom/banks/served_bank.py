@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.banks.compiled import KernelInput, build_addresses, load_kernel
+from rankloom.banks.compiled import KernelInput, build_addresses, gather_factors, load_kernel
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.slot_table import SlotTable, SlotTokens
@@ -132,7 +132,7 @@ class ServedBank:
         """Prepare an adapter for `route`; call once per adapter, from any thread."""
         with self._lock:
             if self.compiles:
-                adapter.linears.update({name: own.to(torch.float32) for name, own in adapter.linears.items()})
+                adapter.linears.update(gather_factors(adapter.linears))
                 self._addresses[adapter] = build_addresses(adapter, list(self._sites))
             for name in (*adapter.embeddings, *adapter.whole, *adapter.experts):
                 module = self._model.get_submodule(name)
@@ -255,9 +255,7 @@ class ServedBank:
                 return self._compute(index, group, base, x, layout)
             y: Tensor = base(x)
             if layout.compiled:
-                precise = y.float()  # y itself in fp32
-                layout.compiled.add_to(precise, x.float().contiguous(), index)
-                y = precise.to(y.dtype)
+                y = layout.compiled.add_to(y, x, index)
             _add_alone(group, y, x, layout)
             return y
 

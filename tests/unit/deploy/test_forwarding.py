@@ -221,7 +221,8 @@ def test_everything_can_pass_through_and_a_client_that_goes_ends_it(tiny_llama: 
         while gateway._quotas.in_flight or replicas.engine._admission.open:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert gateway.metrics.sum_totals()["completion_tokens"] == 4 + 2
+        # of the second answer, as many tokens as had come before the client went
+        assert gateway.metrics.sum_totals()["completion_tokens"] in (4 + 1, 4 + 2)
 
 
 def test_a_limit_of_the_context_is_not_passed_by(tiny_llama: Path, tmp_path: Path) -> None:

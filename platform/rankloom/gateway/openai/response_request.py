@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag
+from pydantic import Field, PrivateAttr, Tag
 
 from rankloom.config.serve import ServeConfig
 from rankloom.engine.jobs import CompletionJob
@@ -19,13 +19,12 @@ from rankloom.gateway.openai.body import (
     Text,
     choose_either,
     limit_keys,
-    tag_one_or_list,
 )
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.requests import ChatRequest
 from rankloom.gateway.openai.response_items import Item, make_messages
-from rankloom.gateway.openai.structured import JsonObject, NamedSchema, PlainText, StructuredOutputs, tag_format
-from rankloom.gateway.openai.tools import Function
+from rankloom.gateway.openai.structured import BY_FORMAT, JsonObject, NamedSchema, PlainText, StructuredOutputs
+from rankloom.gateway.openai.tools import BY_CHOICE, Function
 
 
 class FlatTool(Function):
@@ -54,20 +53,11 @@ class FlatAllowedTools(Body):
     tools: Annotated[list[FlatToolName], Field(max_length=128, fail_fast=True)]
 
 
-def _tag_choice(value: Any) -> str | None:
-    is_allowed = isinstance(value, dict) and value.get("type") == "allowed_tools"
-    return LIST if is_allowed else tag_one_or_list(value)
-
-
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag(TEXT)]
     | Annotated[FlatToolName, Tag(OBJECT)]
     | Annotated[FlatAllowedTools, Tag(LIST)],
-    Discriminator(
-        _tag_choice,
-        custom_error_type="no_kind",
-        custom_error_message="expected none, auto, required, a function of tools or allowed_tools",
-    ),
+    BY_CHOICE,
 ]
 
 
@@ -79,11 +69,7 @@ class FlatSchema(NamedSchema):
 
 Format = Annotated[
     Annotated[PlainText, Tag(TEXT)] | Annotated[JsonObject, Tag(OBJECT)] | Annotated[FlatSchema, Tag(SCHEMA)],
-    Discriminator(
-        tag_format,
-        custom_error_type="no_kind",
-        custom_error_message="expected an object of type text, json_object or json_schema",
-    ),
+    BY_FORMAT,
 ]
 
 

@@ -68,18 +68,21 @@ class JsonSchema(Body):
         return Grammar(kind="json", text=self.json_schema.text)
 
 
-def tag_format(value: Any) -> str | None:
+def _tag_format(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return {"text": TEXT, "json_object": OBJECT, "json_schema": SCHEMA}.get(kind) if isinstance(kind, str) else None
 
 
+BY_FORMAT = Discriminator(
+    _tag_format,
+    custom_error_type="no_kind",
+    custom_error_message="expected an object of type text, json_object or json_schema",
+)
+"""Tells the kinds of a format apart, of a chat and of a response."""
+
 ResponseFormat = Annotated[
     Annotated[PlainText, Tag(TEXT)] | Annotated[JsonObject, Tag(OBJECT)] | Annotated[JsonSchema, Tag(SCHEMA)],
-    Discriminator(
-        tag_format,
-        custom_error_type="no_kind",
-        custom_error_message="expected an object of type text, json_object or json_schema",
-    ),
+    BY_FORMAT,
 ]
 
 

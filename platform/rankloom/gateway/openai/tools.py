@@ -69,15 +69,18 @@ def _tag_choice(value: Any) -> str | None:
     return LIST if is_allowed else tag_one_or_list(value)
 
 
+BY_CHOICE = Discriminator(
+    _tag_choice,
+    custom_error_type="no_kind",
+    custom_error_message="expected none, auto, required, a function of tools or allowed_tools",
+)
+"""Tells the kinds of a `tool_choice` apart, of a chat and of a response."""
+
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag(TEXT)]
     | Annotated[NamedTool, Tag(OBJECT)]
     | Annotated[AllowedToolChoice, Tag(LIST)],
-    Discriminator(
-        _tag_choice,
-        custom_error_type="no_kind",
-        custom_error_message="expected none, auto, required, a function of tools or allowed_tools",
-    ),
+    BY_CHOICE,
 ]
 """A name forces a call of that tool, `required` of any. `allowed_tools` is as if its tools were the only ones."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rankloom.banks import compiled
-from rankloom.banks.compiled import KernelInput, build_addresses
+from rankloom.banks.compiled import KernelInput, KernelSites, build_addresses
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 SITE = "layer.q_proj"
@@ -31,8 +31,8 @@ def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifte
 def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[ServedAdapter], stops: np.ndarray) -> None:
     """The compiled way, on the second of two linears."""
     table_SK5 = np.stack([build_addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
-    sizes_S2 = np.array([(1, 1), (x_NI.shape[1], y_NO.shape[1])])
-    shares = KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sizes_S2)
+    sites = KernelSites([(1, [1]), (x_NI.shape[1], [y_NO.shape[1]])])
+    shares = KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sites)
     shares.add_to(y_NO, x_NI, 1)
 
 
@@ -72,6 +72,32 @@ def test_they_are_what_the_plain_products_are(rank: int, num_in: int, num_out: i
         counts = [chance.choice([0, 1, 2, 3, 4, 5, 11, 20]) for _ in adapters]
         num_tokens = 3 + sum(counts) + 2
         both(torch.randn(num_tokens, num_in), torch.randn(num_tokens, num_out), adapters, counts, num_base=3)
+
+
+def test_linears_that_read_one_input_are_one_call() -> None:
+    widths, counts = {"q": 31, "k": 7, "v": 12}, [1, 6, 3]
+    names = ["another", *widths]
+    adapters = [  # the second one has no q
+        ServedAdapter(
+            {
+                name: folded(rank, 40, width, scaled=name == "k", shifted=name == "v").linears[SITE]
+                for name, width in list(widths.items())[skipped:]
+            },
+            {},
+            {},
+        )
+        for rank, skipped in ((3, 0), (5, 1), (8, 0))
+    ]
+    x_NI, y_NO, stops = torch.randn(12, 40), torch.randn(12, 50), np.cumsum([1, *counts])
+    expected_NO = y_NO.clone()
+    for adapter, start, stop in zip(adapters, stops, stops[1:], strict=False):
+        for name, part_NO in zip(widths, expected_NO.split([*widths.values()], -1), strict=True):
+            if factors := adapter.linears.get(name):
+                factors.add_to(part_NO[start:stop], x_NI[start:stop])
+    table_SK5 = np.stack([build_addresses(adapter, names) for adapter in adapters], axis=1)
+    sites = KernelSites([(1, [1]), (40, [*widths.values()])])
+    KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sites).add_to(y_NO, x_NI, 1)
+    torch.testing.assert_close(y_NO, expected_NO, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from openai import OpenAI
 from transformers import AutoTokenizer
@@ -19,6 +22,14 @@ from rankloom.config.serve import ServeConfig
 from rankloom.gateway.gateway import Gateway
 from rankloom.registry import Registry
 from served import load
+
+T = TypeVar("T")
+
+
+def ask_at_once(ask: Callable[[int], T], num_seeds: int) -> list[T]:
+    """Return the answers for each seed, asked for side by side: a batch takes little longer than a row."""
+    with ThreadPoolExecutor(num_seeds) as pool:
+        return list(pool.map(ask, range(num_seeds)))
 
 
 class Clients:

@@ -1,4 +1,5 @@
-"""The products of served adapters in fp32 on a CPU, compiled by numba: one call a linear, whoever its tokens belong to.
+"""The products of served adapters in fp32 on a CPU, compiled by numba: one call for all the adapters of a forward, and
+for linears that read one input.
 
 A decoding row reads all of its adapter's weights for one token, so that memory is the limit. These kernels read the
 weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
@@ -10,7 +11,7 @@ calls have in common is laid out once (`KernelInput`): every line of Python betw
 
 Compiled once a machine, and kept in numba's cache.
 
-Shapes: N tokens, S linears of the model, K adapters at work, I in, O out, R rank.
+Shapes: N tokens, S linears of the model in G groups, K adapters at work, I in, O out of a group, R rank.
 """
 
 from __future__ import annotations
@@ -31,56 +32,75 @@ from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 A, B, RANK, FACTOR, SHIFT = range(5)
 """Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, and the rank."""
-X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, TABLE, SPANS, NUM_SHARES, EACH, TAKEN = range(10)
-"""Fields of a call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
+X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, PARTS, NUM_PARTS, SPANS, NUM_SHARES, EACH, TAKEN = range(11)
+"""Fields of a group's call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
 NUM_FIELDS = TAKEN + 1
-PARTS = 4
-"""Chunks per thread (dynamic scheduling): a late or busy thread takes fewer."""
+TABLE, START, STOP = range(3)
+"""Columns of a call's parts, its linears: the address of a table, and the linear's outputs in O."""
+CHUNKS = 4
+"""Per thread (dynamic scheduling): a late or busy thread takes fewer."""
 MATH = {"contract", "reassoc", "nsz"}
 """What the compiler may do to sums; nan and inf are preserved."""
+
+
+class KernelSites:
+    """The linears of a model, in groups that read one input."""
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """
+        Args:
+            groups: I of each group, and the outputs of its linears.
+        """
+        ends_G = np.cumsum([len(widths) for _, widths in groups])
+        self.first_parts_G = ends_G - [len(widths) for _, widths in groups]
+        self.calls_GC = np.zeros((len(groups), NUM_FIELDS), np.int64)
+        self.calls_GC[:, NUM_IN] = [num_in for num_in, _ in groups]
+        self.calls_GC[:, NUM_OUT] = [sum(widths) for _, widths in groups]
+        self.calls_GC[:, NUM_PARTS] = [len(widths) for _, widths in groups]
+        stops = [np.cumsum(widths) for _, widths in groups]
+        self.parts_S3 = np.zeros((ends_G[-1], 3), np.int64)
+        self.parts_S3[:, STOP] = np.concatenate(stops)
+        self.parts_S3[:, START] = self.parts_S3[:, STOP] - np.concatenate([widths for _, widths in groups])
 
 
 class KernelInput:
     """The adapters of a forward, and the tokens of each."""
 
     def __init__(
-        self, adapters: Sequence[ServedAdapter], table_SK5: np.ndarray, spans_K2: np.ndarray, sizes_S2: np.ndarray
+        self, adapters: Sequence[ServedAdapter], table_SK5: np.ndarray, spans_K2: np.ndarray, sites: KernelSites
     ) -> None:
         """
         Args:
-            table_SK5: the `build_addresses` of each adapter on each linear layer.
+            table_SK5: the `build_addresses` of each adapter on each linear layer, group by group.
             spans_K2: each adapter's first token, and the one after its last; ascending.
-            sizes_S2: I and O of each linear layer.
         """
         assert table_SK5.flags.c_contiguous
         assert spans_K2.flags.c_contiguous
         assert table_SK5.dtype == spans_K2.dtype == np.int64
-        self._held = adapters, table_SK5, spans_K2  # the calls have their addresses
         self._run, num_tokens, most = load_kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
-        each = max(1, num_tokens // (PARTS * most))
+        each = max(1, num_tokens // (CHUNKS * most))
         self._num_threads = min(most, -(-num_tokens // each))
-        self._calls_SC = np.zeros((len(table_SK5), NUM_FIELDS), np.int64)
-        self._calls_SC[:, NUM_IN], self._calls_SC[:, NUM_OUT] = sizes_S2.T
-        self._calls_SC[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
+        parts_S3, self._calls_GC = sites.parts_S3.copy(), sites.calls_GC.copy()
+        parts_S3[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
+        self._calls_GC[:, PARTS] = parts_S3.ctypes.data + sites.first_parts_G * parts_S3.strides[0]
         constants = {NUM_TOKENS: num_tokens, SPANS: spans_K2.ctypes.data, NUM_SHARES: len(spans_K2), EACH: each}
-        self._calls_SC[:, list(constants)] = list(constants.values())
-        self._first, self._fields = self._calls_SC.ctypes.data, self._calls_SC.data.cast("B").cast("q")
-        self._least_S: list[int] = (num_tokens * sizes_S2[:, 0]).tolist()
+        self._calls_GC[:, list(constants)] = list(constants.values())
+        self._first, self._fields = self._calls_GC.ctypes.data, self._calls_GC.data.cast("B").cast("q")
+        self._held = adapters, table_SK5, spans_K2, parts_S3  # the calls have their addresses
 
-    def add_to(self, y_NO: Tensor, x_NI: Tensor, site: int) -> Tensor:
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, group: int) -> Tensor:
         """Return the base's result as each share's `Factors.add_to` would change it; in fp32 it is changed in place.
 
         Args:
             x_NI, y_NO: of all the spans' tokens, of one dtype, y contiguous; dimensions of 1 before N don't matter.
-            site: the linear's place in S.
+            group: its place in G.
         """
         if y_NO.dtype is not torch.float32:
-            return self.add_to(y_NO.float(), x_NI.float(), site).to(y_NO.dtype)
-        x_NI = x_NI.contiguous()
+            return self.add_to(y_NO.float(), x_NI.float(), group).to(y_NO.dtype)
+        x_NI, at = x_NI.contiguous(), group * NUM_FIELDS
         assert x_NI.dtype is torch.float32
         assert y_NO.is_contiguous()
-        assert x_NI.numel() >= self._least_S[site]
-        at = site * NUM_FIELDS
+        assert x_NI.numel() >= self._fields[at + NUM_TOKENS] * self._fields[at + NUM_IN]
         self._fields[at + X], self._fields[at + Y], self._fields[at + TAKEN] = x_NI.data_ptr(), y_NO.data_ptr(), 0
         self._run(self._first + at * 8, self._num_threads)
         return y_NO
@@ -156,13 +176,22 @@ _take: Any = intrinsic(_take_next)
 def _compute_part(call: Any) -> None:
     """Compute one thread's part of a call."""
     c = carray(call, NUM_FIELDS)
-    num_tokens, each = c[NUM_TOKENS], c[EACH]
+    num_tokens, num_shares, each = c[NUM_TOKENS], c[NUM_SHARES], c[EACH]
     x, y = carray(_floats_at(c[X]), (num_tokens, c[NUM_IN])), carray(_floats_at(c[Y]), (num_tokens, c[NUM_OUT]))
-    table, spans = carray(_ints_at(c[TABLE]), (c[NUM_SHARES], 5)), carray(_ints_at(c[SPANS]), (c[NUM_SHARES], 2))
-    h = np.empty((4, table[:, RANK].max() + 1), np.float32)
+    parts, spans = carray(_ints_at(c[PARTS]), (c[NUM_PARTS], 3)), carray(_ints_at(c[SPANS]), (num_shares, 2))
+    rank = 0
+    for part in parts:
+        rank = max(rank, carray(_ints_at(part[TABLE]), (num_shares, 5))[:, RANK].max())
+    h = np.empty((4, rank + 1), np.float32)
     first = _take(call) * each
     while first < num_tokens:
-        _add(x, y, table, spans, h, first, min(first + each, num_tokens))
+        last = min(first + each, num_tokens)
+        for k in range(num_shares):
+            start, stop = max(spans[k, 0], first), min(spans[k, 1], last)
+            if start < stop:
+                for part in parts:
+                    row = carray(_ints_at(part[TABLE]), (num_shares, 5))[k]
+                    _add(x, y, part, row, h, start, stop)
         first = _take(call) * each
 
 
@@ -171,33 +200,28 @@ def _compute_part(call: Any) -> None:
 
 
 @njit(fastmath=MATH, nogil=True)
-def _add(
-    x: np.ndarray, y: np.ndarray, table: np.ndarray, spans: np.ndarray, h: np.ndarray, first: int, last: int
-) -> None:
-    """Add the adapters of the tokens from `first` up to `last`."""
-    for k in range(len(spans)):
-        start, stop, rank = max(spans[k, 0], first), min(spans[k, 1], last), table[k, RANK]
-        if start >= stop:
-            continue
-        if rank > 0:
-            a = carray(_floats_at(table[k, A]), (rank, x.shape[1]))
-            b = carray(_floats_at(table[k, B]), (rank, y.shape[1]))
-            h[:, rank] = 0
-            fours = start + (stop - start) // 4 * 4
-            for t in range(start, fours, 4):
-                _shrink_four(x[t : t + 4], a, h)
-                _expand_four(y[t : t + 4], b, h)
-            for t in range(fours, stop):
-                _shrink_one(x[t], a, h[0])
-                _expand_one(y[t], b, h[0])
-        if table[k, FACTOR] != 0:
-            factor = carray(_floats_at(table[k, FACTOR]), y.shape[1])
-            for t in range(start, stop):
-                y[t] *= factor
-        if table[k, SHIFT] != 0:
-            shift = carray(_floats_at(table[k, SHIFT]), y.shape[1])
-            for t in range(start, stop):
-                y[t] += shift
+def _add(x: np.ndarray, y: np.ndarray, part: np.ndarray, row: np.ndarray, h: np.ndarray, first: int, last: int) -> None:
+    """Add an adapter to a linear's results, of its tokens from `first` up to `last`."""
+    rank, start, stop = row[RANK], part[START], part[STOP]
+    if rank > 0:
+        a = carray(_floats_at(row[A]), (rank, x.shape[1]))
+        b = carray(_floats_at(row[B]), (rank, stop - start))
+        h[:, rank] = 0
+        fours = first + (last - first) // 4 * 4
+        for t in range(first, fours, 4):
+            _shrink_four(x[t : t + 4], a, h)
+            _expand_four(y[t, start:stop], y[t + 1, start:stop], y[t + 2, start:stop], y[t + 3, start:stop], b, h)
+        for t in range(fours, last):
+            _shrink_one(x[t], a, h[0])
+            _expand_one(y[t, start:stop], b, h[0])
+    if row[FACTOR] != 0:
+        factor = carray(_floats_at(row[FACTOR]), stop - start)
+        for t in range(first, last):
+            y[t, start:stop] *= factor
+    if row[SHIFT] != 0:
+        shift = carray(_floats_at(row[SHIFT]), stop - start)
+        for t in range(first, last):
+            y[t, start:stop] += shift
 
 
 @njit(fastmath=MATH, nogil=True)
@@ -238,8 +262,7 @@ def _shrink_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
 
 
 @njit(fastmath=MATH, nogil=True)
-def _expand_four(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
-    y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
+def _expand_four(y0: np.ndarray, y1: np.ndarray, y2: np.ndarray, y3: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
     for r in range(0, len(b), 2):
         p, q = b[r], b[min(r + 1, len(b) - 1)]
         p0, p1, p2, p3 = h[0, r], h[1, r], h[2, r], h[3, r]

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rankloom.models import get_linear_widths
+from rankloom.models import get_linear_widths, onednn
 from rankloom.models.onednn import FrozenLinear
 from rankloom.models.quantized import is_quantized, merge_quantized, merge_tensors
 
@@ -23,24 +22,18 @@ from rankloom.models.quantized import is_quantized, merge_quantized, merge_tenso
 class LinearGroup:
     """One linear, or several that read the same input."""
 
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], *, pack: bool = False) -> None:
         """
         Args:
             linears: by full name, in the order of their outputs.
+            pack: compute with a copy of their weights in the fastest layout (`onednn.pack`).
         """
         self.names = tuple(linears)
         self.modules = tuple(linears.values())
         self.widths = [get_linear_widths(module)[1] for module in self.modules]
         self.num_in = get_linear_widths(self.modules[0])[0]
-        self._forwards = [module.forward for module in self.modules]
-        self._merged = _merge(self.modules) if len(self.modules) > 1 else None
-
-    def compute_base(self, x: Tensor) -> Tensor:
-        """Return the base's results [..., O], side by side."""
-        if self._merged is not None:
-            return self._merged(x)
-        results = [forward(x) for forward in self._forwards]
-        return results[0] if len(results) == 1 else torch.cat(results, -1)
+        self.compute_base = _merge(self.modules, pack=pack) or _put_side_by_side(self.modules)
+        """Returns the base's results [..., O] for x [..., I], side by side."""
 
     def get_outputs(self, part: int) -> slice:
         """Return where a linear's outputs are in O."""
@@ -48,19 +41,30 @@ class LinearGroup:
         return slice(start, start + self.widths[part])
 
 
-def _merge(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
-    """Merge the weights, and the biases, and return the product with them; None: they are not of one known kind."""
+def _merge(modules: Sequence[nn.Module], *, pack: bool) -> Callable[[Tensor], Tensor] | None:
+    """Return one product with all weights, and biases; None: the linears' own forwards are to be used."""
     biases = [module.bias for module in modules if isinstance(module.bias, nn.Parameter)]
     if len({bias.dtype for bias in biases}) > 1 or len(biases) not in (0, len(modules)):
         return None
-    if all(map(is_quantized, modules)):
+    if len(modules) > 1 and all(map(is_quantized, modules)):
         return merge_quantized(modules, _merge_parameters(biases))
-    weights = [module.get_parameter("weight") for module in modules]
-    if any(type(module) not in (nn.Linear, FrozenLinear) for module in modules) or len({w.dtype for w in weights}) > 1:
+    if any(type(module) not in (nn.Linear, FrozenLinear) for module in modules):
         return None
+    weights = [module.get_parameter("weight") for module in modules]
+    if len({weight.dtype for weight in weights}) > 1:
+        return None
+    if len(modules) == 1:
+        return onednn.pack(weights[0].detach(), next(iter(biases), None)) if pack else None
     weight_OI, bias_O = _merge_parameters(weights), _merge_parameters(biases)
     assert weight_OI is not None
-    return lambda x: F.linear(x, weight_OI, bias_O)
+    return (onednn.pack(weight_OI, bias_O) if pack else None) or (lambda x: onednn.linear(x, weight_OI, bias_O))
+
+
+def _put_side_by_side(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    forwards = [module.forward for module in modules]
+    if len(forwards) == 1:
+        return forwards[0]
+    return lambda x: torch.cat([forward(x) for forward in forwards], -1)
 
 
 def _merge_parameters(parameters: Sequence[nn.Parameter]) -> Tensor | None:

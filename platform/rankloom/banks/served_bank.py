@@ -1,8 +1,8 @@
 """ServedBank: many served adapters on one base, with an adapter per token of a forward.
 
 Three ways give the same result. *Loose*, the reference: adapter by adapter, on views of its tokens. *Compiled*, on a
-CPU: all of a linear's adapters in one call (`compiled.py`), in fp32. *In slots*, on CUDA: the adapters' weights are in
-one table (`slot_table.py`), and two launches compute all of them, for linears that read the same input together
+CPU: all adapters in one call (`compiled.py`), in fp32. *In slots*, on CUDA: the adapters' weights are in one table
+(`slot_table.py`), and two launches compute all of them. The last two take linears that read the same input together
 (`linear_groups.py`). What a table can't hold stays loose.
 
 Shapes: N tokens sorted by adapter, I in, O out.
@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankloom.banks.compiled import KernelInput, build_addresses, gather_factors, load_kernel
+from rankloom.banks.compiled import KernelInput, KernelSites, build_addresses, gather_factors, load_kernel
 from rankloom.banks.linear_groups import LinearGroup
 from rankloom.banks.served_adapter import ServedAdapter
 from rankloom.banks.slot_table import SlotTable, SlotTokens
 from rankloom.errors import ModelError
 from rankloom.kernels import use_on
-from rankloom.models import chooses_experts, find_shared_inputs, get_linear_widths, is_linear
-from rankloom.models.onednn import pack
+from rankloom.models import chooses_experts, find_shared_inputs, is_linear
 
 NO_SLOT = -1
 """In place of a slot: the base alone."""
@@ -58,7 +57,7 @@ class _Layout:
     whole: tuple[tuple[ServedAdapter, slice], ...] = ()
     """Tokens of the adapters that also have embeddings, experts or whole modules."""
     compiled: KernelInput | None = None
-    """Replaces `loose` where one call per linear computes all of its adapters."""
+    """Replaces `loose` where one call computes all adapters."""
     counted: tuple[tuple[ServedAdapter | None, int, int | None], ...] = ()
     """Each adapter with its number of tokens and its slot, where there are adapters."""
 
@@ -91,34 +90,28 @@ class ServedBank:
         Args:
             pack: compute with copies of the base's weights in the fastest layout (`onednn.pack`).
         """
-        self._pack = pack
         self._model, self._head = model, model.get_output_embeddings()
         self._device, self._dtype = next(model.parameters()).device, model.dtype
         self._local = threading.local()
         self._patched: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = threading.Lock()
         self._addresses: WeakKeyDictionary[ServedAdapter, np.ndarray] = WeakKeyDictionary()
-        self._sites = {name: module for name, module in model.named_modules() if is_linear(module)}
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
         self._is_fast = use_on(self._device)
         self.compiles = self._device.type == "cpu" and not self._is_fast
+        together = find_shared_inputs(model) if self._is_fast or self.compiles else []
+        in_groups = {name for names in together for name in names}
+        alone = [[name] for name in linears if name not in in_groups]
+        groups = [LinearGroup({name: linears[name] for name in names}, pack=pack) for names in (*together, *alone)]
         if self.compiles:
             load_kernel()
-            self._sizes_S2 = np.array([get_linear_widths(module) for module in self._sites.values()])
-        together = find_shared_inputs(model) if self._is_fast else []
-        in_groups = {name for names in together for name in names}
-        alone = [[name] for name in self._sites if name not in in_groups]
-        groups = [LinearGroup({name: self._sites[name] for name in names}) for names in (*together, *alone)]
+            self._names = [name for group in groups for name in group.names]
+            self._sites = KernelSites([(group.num_in, group.widths) for group in groups])
         self._table = SlotTable(groups, torch.empty(0, dtype=self._dtype, device=self._device))
         self._beside: torch.cuda.Stream | None = None
         for index, group in enumerate(groups):
             for part, (name, module) in enumerate(zip(group.names, group.modules, strict=True)):
-                is_alone = len(group.names) == 1
-                forward = (
-                    self._make_linear_forward(index, group)
-                    if is_alone
-                    else self._make_member_forward(index, group, part)
-                )
-                self._patch(name, module, forward)
+                self._patch(name, module, self._make_linear_forward(index, group, part))
 
     @property
     def generation(self) -> int:
@@ -139,7 +132,7 @@ class ServedBank:
         with self._lock:
             if self.compiles:
                 adapter.linears.update(gather_factors(adapter.linears))
-                self._addresses[adapter] = build_addresses(adapter, list(self._sites))
+                self._addresses[adapter] = build_addresses(adapter, self._names)
             for name in (*adapter.embeddings, *adapter.whole, *adapter.experts):
                 module = self._model.get_submodule(name)
                 if name not in self._patched and not isinstance(module, nn.Conv1d):  # which sees more than one token
@@ -244,60 +237,43 @@ class ServedBank:
         adapters, spans = zip(*layout.loose, strict=True)
         table_SK5 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
         spans_K2 = np.array([(span.start, span.stop) for span in spans])
-        return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK5, spans_K2, self._sizes_S2))
+        return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK5, spans_K2, self._sites))
 
     def _patch(self, name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._patched[name] = (module, vars(module).get("forward"))
         module.forward = forward
 
-    def _make_linear_forward(self, index: int, group: LinearGroup) -> Callable[[Tensor], Tensor]:
-        (module,) = group.modules
-        base = (pack(module) if self._pack else None) or module.forward
-
-        def forward(x: Tensor) -> Tensor:
-            layout = self._get_layout(module)
-            if layout is None:
-                return base(x)
-            layout = self._fit(layout, x)
-            if layout.slots:
-                return self._compute(index, group, base, x, layout)
-            y: Tensor = base(x)
-            if layout.compiled:
-                y = layout.compiled.add_to(y, x, index)
-            _add_alone(group, y, x, layout)
-            return y
-
-        return forward
-
-    def _make_member_forward(self, index: int, group: LinearGroup, part: int) -> Callable[[Tensor], Tensor]:
-        """Return the forward of one of several linears: the first to be called computes them all."""
+    def _make_linear_forward(self, index: int, group: LinearGroup, part: int) -> Callable[[Tensor], Tensor]:
+        """Return the forward of one of a group's linears: the first to be called computes them all."""
         module = group.modules[part]
-        own = module.forward
+        own = module.forward if len(group.names) > 1 else group.compute_base
 
         def forward(x: Tensor) -> Tensor:
             layout = self._get_layout(module)
             if layout is None:
                 return own(x)
             layout = self._fit(layout, x)
+            if len(group.names) == 1:
+                return self._compute(index, group, x, layout)
             results: dict[int, tuple[Tensor, dict[int, Tensor]]] = self._local.results
             if index not in results or results[index][0] is not x or part not in results[index][1]:
-                y = self._compute(index, group, group.compute_base, x, layout)
+                y = self._compute(index, group, x, layout)
                 results[index] = x, dict(enumerate(y.split(group.widths, -1)))
             return results[index][1].pop(part)
 
         return forward
 
-    def _compute(
-        self, index: int, group: LinearGroup, base: Callable[[Tensor], Tensor], x: Tensor, layout: _Layout
-    ) -> Tensor:
+    def _compute(self, index: int, group: LinearGroup, x: Tensor, layout: _Layout) -> Tensor:
         """Return a group's results [..., O] with each token's adapter."""
         rows, tokens = self._table.rows.get(index), layout.slots
         if rows is None or tokens is None:
-            y = base(x)
+            y = group.compute_base(x)
+            if layout.compiled:
+                y = layout.compiled.add_to(y, x, index)
         else:
             with self._fork():
                 h_SND = self._table.shrink(rows, x.flatten(0, -2), tokens)
-            y = base(x)
+            y = group.compute_base(x)
             self._join()
             self._table.expand(rows, y.view(-1, y.shape[-1]), h_SND, tokens)
         _add_alone(group, y, x, layout)

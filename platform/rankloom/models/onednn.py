@@ -46,18 +46,12 @@ def use_onednn(model: nn.Module) -> None:
                 module.__class__ = FrozenLinear
 
 
-def pack(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return a frozen linear's forward, without a gradient, on a copy of its weight in oneDNN's layout.
+def pack(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """Return F.linear, without a gradient, with a copy of the weight in oneDNN's layout; None: it does not take this.
 
     Without the copy, each call converts the layout, which for few rows is a good part of a product's time.
-
-    Returns:
-        The function; None if oneDNN does not take this linear.
     """
-    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FrozenLinear) or not is_amd():
-        return None
-    weight_OI, bias_O = module.weight.detach(), module.bias
-    if not _fit(weight_OI[:1], weight_OI):
+    if not is_amd() or not _fit(weight_OI[:1], weight_OI):
         return None
     weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR)
     fewest = 1 if has_advantage() else FEWEST

@@ -14,10 +14,11 @@ import openai
 import pydantic
 import pytest
 from openai import OpenAI
+from openai.types.chat import ChatCompletion, ParsedChatCompletion
 
 from chat_templates import FAMILIES
 from endpoint import listening
-from family_clients import Clients
+from family_clients import Clients, ask_at_once
 from one_engine import OneEngine
 from rankloom.config import parse
 from rankloom.config.serve import ServeConfig
@@ -120,11 +121,12 @@ def test_only_allowed_tools_are_called(clients: Clients) -> None:
 @pytest.mark.parametrize("family", list(SCRIPTS))
 def test_strict_tools_are_called_by_their_schemas_or_not_at_all(clients: Clients, family: str) -> None:
     """The random model writes text, or calls that could not be by chance."""
-    called = 0
-    for seed in range(12):
-        answer = clients[family].chat.completions.create(
-            model="base", messages=SAY, tools=TOOLS, max_tokens=1200, seed=seed, temperature=1.2
-        )
+    called, chat = 0, clients[family].chat.completions
+
+    def ask(seed: int) -> ChatCompletion:
+        return chat.create(model="base", messages=SAY, tools=TOOLS, max_tokens=1200, seed=seed, temperature=1.2)
+
+    for answer in ask_at_once(ask, 12):
         (choice,) = answer.choices
         if choice.finish_reason != "length":
             for call in choice.message.tool_calls or ():
@@ -138,11 +140,14 @@ def test_an_answer_is_a_call_or_follows_the_schema(clients: Clients, family: str
     class Reply(pydantic.BaseModel):
         text: Literal["yes", "no"]
 
-    kinds = set()
-    for seed in range(10):
-        answer = clients[family].chat.completions.parse(
+    kinds, chat = set(), clients[family].chat.completions
+
+    def ask(seed: int) -> ParsedChatCompletion[Reply]:
+        return chat.parse(
             model="base", messages=SAY, tools=TOOLS, response_format=Reply, seed=seed, temperature=1.5, max_tokens=1500
         )
+
+    for answer in ask_at_once(ask, 10):
         message = answer.choices[0].message
         assert isinstance(message.parsed, Reply) != bool(message.tool_calls)
         kinds.add(message.parsed is None)
@@ -179,11 +184,12 @@ def test_only_one_call_comes_where_no_others_are_wanted(clients: Clients) -> Non
 
 @pytest.mark.parametrize("family", ["thinking", "gpt_oss", "qwen3"])
 def test_a_schema_is_of_the_answer_after_the_thinking(clients: Clients, family: str) -> None:
-    thought = 0
-    for seed in range(4):
-        answer = clients[family].chat.completions.parse(
-            model="base", messages=SAY, response_format=GetWeather, seed=seed, max_tokens=1500
-        )
+    thought, chat = 0, clients[family].chat.completions
+
+    def ask(seed: int) -> ParsedChatCompletion[GetWeather]:
+        return chat.parse(model="base", messages=SAY, response_format=GetWeather, seed=seed, max_tokens=1500)
+
+    for answer in ask_at_once(ask, 4):
         (choice,) = answer.choices
         assert isinstance(choice.message.parsed, GetWeather)
         thought += bool(getattr(choice.message, "reasoning_content", None))

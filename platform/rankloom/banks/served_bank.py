@@ -146,6 +146,15 @@ class ServedBank:
             shares: at most one per adapter, and one for the base.
             in_slots: whether to compute adapters in slots; False leaves the slots unchanged.
         """
+        if not self.compiles:
+            return self._route(shares, in_slots=in_slots)
+        last = getattr(self._local, "last", None)
+        if last is None or last[0] != shares:  # while rows decode, a step's shares are those of the step before
+            self._local.last = last = shares, self._route(shares, in_slots=in_slots)
+        order: TokenOrder = last[1]
+        return order
+
+    def _route(self, shares: Sequence[AdapterShare], *, in_slots: bool) -> TokenOrder:
         slot_of = self._hold(shares) if in_slots and self._is_fast else {}
         base = [i for i, share in enumerate(shares) if share.adapter is None]
         order = [*base, *slot_of, *sorted({*range(len(shares))}.difference(base, slot_of))]

@@ -69,9 +69,9 @@ class Replica:
     """One engine. Its adapters come from the registry by exact version."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        # idle OpenMP threads would spin on the cores that Ray's own processes and other replicas need; put to sleep
-        # between two operations, they cost a decoding step on two threads a quarter of its speed
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # idle OpenMP threads sleep after a tenth of a millisecond, for Ray's own processes and other replicas need the
+        # cores; put to sleep between two operations (PASSIVE) they cost a decoding step on two threads its speed
+        os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._config = parse(ServeConfig, config, "serve")
         self._registry = Registry(self._config.registry or get_registry_root())

@@ -53,6 +53,8 @@ def make_worker_environment(cpus: int, *, gpu: bool) -> dict[str, str]:
         # glibc gives each thread an arena, which does not return freed memory
         "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # nothing of ours compiles, and bitsandbytes' import alone would load the compiler, for two seconds
+        "TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1"),
         # as `models.load_base` sets it, for what a library runs before or beside that
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     }

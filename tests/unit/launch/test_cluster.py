@@ -68,6 +68,15 @@ def test_cudnns_attention_is_off_in_workers_and_in_vllm() -> None:
     assert vllm_environment(VllmConfig(env={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}), threads=1) != environment
 
 
+def test_torchs_compiler_stays_with_vllm_and_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    assert make_worker_environment(1, gpu=False)["TORCHDYNAMO_DISABLE"] == "1"
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    assert make_worker_environment(1, gpu=False)["TORCHDYNAMO_DISABLE"] == "0"
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # a replica's
+    assert "TORCHDYNAMO_DISABLE" not in vllm_environment(VllmConfig(), threads=1)
+
+
 def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with (

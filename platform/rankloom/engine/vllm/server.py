@@ -132,8 +132,9 @@ def list_arguments(
 
 
 def make_environment(config: VllmConfig, threads: int) -> dict[str, str]:
-    """Return this process's environment without what concerns its Python, and with vLLM's settings."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    """Return this process's environment without what concerns its Python or torch, and with vLLM's settings."""
+    not_its = ("PYTHON", "VIRTUAL_ENV", "TORCHDYNAMO")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(not_its)}
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every replica of a machine would take the same cores
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # see `models.load_base`

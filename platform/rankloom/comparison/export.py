@@ -11,7 +11,7 @@ from typing import Any
 
 from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
-from rankloom.comparison.table import build_cost_rows, build_quality_rows, build_records
+from rankloom.comparison.table import COSTS_NOTE, build_cost_rows, build_quality_rows, build_records
 from rankloom.pages.html import render
 
 
@@ -38,8 +38,7 @@ def render_markdown(result: CompareResult) -> str:
         f"{result.num_rows} test rows. Intervals of 95 % are over seeds and test rows; the measure that methods are "
         f"tested by is {result.measure_name}.",
         _render_table(build_quality_rows(result)),
-        "Memory is of tensors, in MB, with each method alone on the device. Each part is at its own most, so the parts "
-        "do not add up to the peak. Trials and seconds include the choice of the learning rate.",
+        COSTS_NOTE,
         _render_table(build_cost_rows(result)),
     ]
     if result.tests:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rankloom.comparison.results import CompareResult, Estimate, MethodResult
-from rankloom.comparison.table import build_cost_rows, build_quality_rows, format_estimate
+from rankloom.comparison.table import COSTS_NOTE, build_cost_rows, build_quality_rows, format_estimate
 from rankloom.pages.pieces import CHOSEN, COLOURS, Block, Cell, Chart, Line, Listing, Note, Page, Section, Table
 
 MEMORY = {
@@ -28,11 +28,8 @@ def make_page(result: CompareResult) -> Page:
     if drawn := _list_drawn(result):
         quality.insert(0, _draw_quality(result, drawn))
     costs: list[Block] = [
-        Note(
-            text="Measured with each method alone on the device. Each part of the memory is at its own most, so the "
-            "parts do not add up to the peak. Trials and seconds include the choice of the learning rate."
-        ),
-        _make_table("What each method costs; memory of tensors, in MB", build_cost_rows(result), names),
+        Note(text=COSTS_NOTE),
+        _make_table("What each method costs", build_cost_rows(result), names),
     ]
     if any(method.cost for method in result.methods):
         costs[:0] = [_draw_memory(result), *([_draw_trade(result, drawn)] if drawn else [])]

@@ -54,13 +54,13 @@ class MethodResult(Result):
     energy: float | None = None
     """Share of that change's squared norm that the adapter keeps, 0 to 1."""
     latency_ms: float | None = None
-    """Median over seeds of the time of one decode step at batch 1."""
+    """Median over seeds of the time of one decode step at batch 1 in PEFT, which computes DoRA's norms at each."""
     generated_tokens_per_s: float | None = None
     adapter_bytes: int | None = None
     cost: MethodCost | None = None
     """Memory by part and speed, of the method alone on the device."""
     served_by: tuple[str, ...] = ()
-    """What can serve its adapter."""
+    """What can serve its adapter; vLLM with rankloom's plug-in."""
     adapter: str | None = None
     """Its published version: the best of its seeds on the validation rows."""
     better_than: tuple[str, ...] = ()

@@ -21,6 +21,12 @@ from rankloom.search.leaderboard import TrialState
 from rankloom.search.results import ScoredTrial
 
 MB = 1e6
+COSTS_NOTE = (
+    "Memory, of tensors in MB, and tokens/s are of each method alone on the device. Each part is at its own most, so "
+    "the parts do not add up to the peak. Trials and seconds include the choice of the learning rate. The latency is "
+    "PEFT's, which computes DoRA's norms at each step; rankloom's engine computes them once."
+)
+"""What a reader has to know of the cells of `build_cost_rows`."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,8 @@ def add_orders(methods: Iterable[MethodResult], tests: Sequence[MethodTest], bes
 
 
 def find_servers(folder: Path, quantization: str) -> list[str]:
-    """Return what can serve a PEFT folder: rankloom and PEFT any; vLLM LoRA and DoRA on linears of a plain base."""
+    """Return what can serve a PEFT folder: rankloom and PEFT any; vLLM, with rankloom's plug-in, LoRA and DoRA on
+    linears of a plain base."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with safe_open(folder / WEIGHTS, framework="numpy") as file:
         embeds = any(".lora_embedding_" in name for name in list(file.keys()))

@@ -52,7 +52,8 @@ class Measures(_Plain):
     retention_loss: float | None = None
     """Loss on the retention data set, in nats per token."""
     latency_ms: float | None = None
-    """Median time of one decode step at batch 1 with a KV cache, in milliseconds per token."""
+    """Median time of one decode step at batch 1 with a KV cache, in milliseconds per token; an adapter's in PEFT, which
+    computes DoRA's norms at each."""
     generated_tokens_per_s: float | None = None
     """Throughput of greedy decoding at batch 8 with a KV cache, in tokens per second."""
 

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from rankloom.comparison.export import export
 from rankloom.comparison.page import make_page
 from rankloom.comparison.results import CompareResult
+from rankloom.comparison.table import find_servers
 from rankloom.errors import TrialError
 from rankloom.pages.html import render
 from rankloom.pages.png import write_pngs
@@ -43,6 +46,25 @@ def test_the_table_has_a_row_for_each_method_and_for_the_base(left: Callable) ->
     [base] = result.bases
     assert base.name == "base"
     assert base.accuracy.value == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "quantization", "by_vllm"),
+    [
+        ({}, "q.lora_A.weight", "none", True),
+        ({"use_dora": True}, "q.lora_magnitude_vector", "none", True),
+        ({"use_dora": True}, "q.lora_magnitude_vector", "nf4", False),
+        ({}, "embed.lora_embedding_A", "none", False),
+        ({"modules_to_save": ["norm"]}, "norm.weight", "none", False),
+        ({"target_parameters": ["experts.up"]}, "experts.lora_A.weight", "none", False),
+    ],
+)
+def test_vllm_serves_lora_and_dora_on_linears_of_a_plain_base(
+    tmp_path: Path, config: dict, tensor: str, quantization: str, by_vllm: bool
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"base_model.model.{tensor}": np.zeros((1, 2))}, tmp_path / "adapter_model.safetensors")
+    assert find_servers(tmp_path, quantization) == ["rankloom", "PEFT", *(["vLLM"] if by_vllm else [])]
 
 
 def test_a_tie_is_not_called_a_win(left: Callable) -> None:

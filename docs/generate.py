@@ -271,6 +271,7 @@ def _spelling(parameter: Any) -> str:
 def http_page() -> Iterator[str]:
     """Every path of the endpoint, with the keys of its bodies, from its own OpenAPI document."""
     from rankloom.deploy.ingress import build_api
+    from rankloom.engine.forward import PATHS
 
     document = build_api(_no_gateway).openapi()
     components = document["components"]["schemas"]
@@ -279,6 +280,9 @@ def http_page() -> Iterator[str]:
     yield "`auth.keys`, requests carry `Authorization: Bearer KEY`. The headers `x-rankloom-adapter` and"
     yield "`x-rankloom-version` of an answer name what computed it. Errors have OpenAI's shape: `error.message`,"
     yield "`error.type`, `error.param`, `error.code`.\n"
+    forwarded = ", ".join(f"`{path}`" for path in PATHS if path not in document["paths"])
+    yield f"With `engine.type=vllm`, {forwarded} [go to vLLM's own server](../guide/vllm.md), as far as it has them."
+    yield "Elsewhere they are 404. The console at `/` has paths of its own below `/console`, which may change.\n"
     bodies: dict[str, None] = {}
     for path, operations in document["paths"].items():
         for verb, operation in operations.items():

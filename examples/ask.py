@@ -20,7 +20,7 @@ def main(config: str, question: str, *overrides: str) -> dict[str, str]:
             try:
                 found = client.completions.create(model=model.id, prompt=f"{question}\n", max_tokens=16, temperature=0)
                 answers[model.id] = found.choices[0].text.strip().partition("\n")[0]
-            except APIStatusError as error:  # such as DoRA on vLLM
+            except APIStatusError as error:  # such as an extracted adapter on vLLM
                 answers[model.id] = error.message
     print(f"What each model answers to: {question}\n")
     for name, answer in answers.items():

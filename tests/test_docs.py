@@ -212,6 +212,20 @@ def test_config_reference_explains_every_setting() -> None:
     assert silent <= sections | knobs
 
 
+def test_python_reference_has_every_public_name() -> None:
+    import rankloom
+    from rankloom import errors, events
+
+    page = (REPO / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    named = {each.rpartition(".")[2] for each in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
+    assert {"errors", "events"} <= named  # whole modules
+    pages = generate.pages()
+    sections = {
+        name for path in ("config", "files") for name in re.findall(r"^### (\w+) ", pages[f"reference/{path}.md"], re.M)
+    }
+    assert sorted({*rankloom.__all__} - named - sections - vars(errors).keys() - vars(events).keys()) == []
+
+
 def test_cli_reference_has_every_command_and_option() -> None:
     page = generate.pages()["reference/cli.md"]
     found = list(generate.commands(get_command(app), "rankloom"))
@@ -222,10 +236,12 @@ def test_cli_reference_has_every_command_and_option() -> None:
 
 def test_http_reference_has_every_path() -> None:
     from rankloom.deploy.ingress import build_api
+    from rankloom.engine.forward import PATHS
 
     page = generate.pages()["reference/http.md"]
     paths = build_api(lambda: pytest.fail("no request")).openapi()["paths"]
     assert [path for path in paths if f" {path}\n" not in page] == []
+    assert [path for path in PATHS if f" {path}\n" not in page and f"`{path}`" not in page] == []
 
 
 def test_metrics_reference_has_every_series() -> None:

@@ -29,7 +29,7 @@ def create(
     name: Annotated[str, typer.Argument(help="The key's owner.")],
     file: File,
     admin: Annotated[
-        bool, typer.Option("--admin", help="Let the key also load and unload adapters, and read /metrics.")
+        bool, typer.Option("--admin", help="Let the key also load, unload and promote adapters, and read /metrics.")
     ] = False,
     requests: Annotated[int | None, typer.Option("--requests-per-minute", min=1, help="Unlimited by default.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", min=1, help="Unlimited by default.")] = None,

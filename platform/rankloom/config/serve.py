@@ -192,7 +192,8 @@ class AuthConfig(Frozen):
     keys: Annotated[str, IsPath()] | None = None
     """File written by `rankloom keys create`; with it, every request needs a key."""
     anonymous: bool = False
-    """Answer everyone who can reach the port, without keys. Only this machine may load and unload adapters."""
+    """Answer everyone who can reach the port, without keys. Only this machine may load, unload and promote
+    adapters."""
     share_prefixes: bool = False
     """Share cached prompt prefixes between keys, which saves work when they have a system prompt in common. But then
     `cached_tokens` and the time to the first token reveal to one key how other keys' prompts begin."""

@@ -195,7 +195,7 @@ class HostsConfig(Frozen):
     which compare started trials; half as many if some trials can't share a base, since each of those is a process.
     Every started trial keeps its last state on its host's disk."""
     max_hosts: Annotated[int, Field(ge=1)] | None = None
-    """Most hosts per base; null: one per GPU, or one on CPUs."""
+    """Most hosts per base; null: one per GPU, or without GPUs one per node."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0
     """Least seconds between two checkpoints of a trial: the most work lost when a host dies."""
     max_failures: Annotated[int, Field(ge=0)] = 3

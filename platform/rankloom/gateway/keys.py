@@ -39,7 +39,7 @@ class Key(BaseModel):
     name: Name
     """Its owner."""
     role: Role
-    """admin: may also load and unload adapters, and see all traffic."""
+    """admin: may also load, unload and promote adapters, and see all traffic."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None

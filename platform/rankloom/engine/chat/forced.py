@@ -25,7 +25,7 @@ class CallSyntax:
     """How a template writes calls: `mark first (begin name middle arguments end) (between ...)* last`."""
 
     mark: str
-    """What no text before calls has; empty: calls stand alone."""
+    """The mark of calls, which no text before them contains; empty: calls stand alone."""
     begin: str
     middle: str
     end: str
@@ -73,7 +73,7 @@ def write_reply(grammar: Grammar) -> str:
         schema = json.loads(grammar.text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema can't be honoured: {error}") from None
-    return f"reply: {_write_json({} if schema is True else schema)}"
+    return f"reply: {write_json({} if schema is True else schema)}"
 
 
 def make_speller(special: Mapping[str, int]) -> Spell:
@@ -95,10 +95,11 @@ def make_speller(special: Mapping[str, int]) -> Spell:
     return spell
 
 
-def _write_json_rule(name: str, schema: Mapping[str, Any]) -> str:
-    return f"{name}: {_write_json(schema)}"
-
-
-def _write_json(schema: Any) -> str:
+def write_json(schema: Any) -> str:
+    """Return the term for JSON of a schema."""
     options = {"x-guidance": JSON_OPTIONS}
     return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
+
+
+def _write_json_rule(name: str, schema: Mapping[str, Any]) -> str:
+    return f"{name}: {write_json(schema)}"

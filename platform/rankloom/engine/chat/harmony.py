@@ -30,7 +30,7 @@ class HarmonyParser:
         self._names = names
         self._text = ""
         self._body: type[Content] | type[Thinking] | type[CallArguments] | None = None
-        """What the message at hand is; None: its head has yet to come."""
+        """The kind of the current message; None: its head is not complete."""
 
     def push(self, text: str) -> list[Piece]:
         self._text += text

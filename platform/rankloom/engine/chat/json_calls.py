@@ -15,15 +15,15 @@ class JsonFormat:
     """How a template marks calls that are objects with a name and arguments."""
 
     opens: tuple[str, ...]
-    """What begins calls."""
+    """Marks that begin calls."""
     close: str | None = None
-    """What ends them; None: nothing but calls comes after the first."""
+    """The mark that ends them; None: nothing but calls comes after the first."""
     between: str = " \n\t\r"
     """Characters around calls."""
     bare: bool = False
     """Whether a completion that begins with an object may be a call."""
     named: str | None = None
-    """What stands between a call's name and its arguments, where the call is not one object."""
+    """The mark between a call's name and its arguments, where the call is not one object."""
 
 
 class JsonCallParser:
@@ -33,9 +33,9 @@ class JsonCallParser:
         self._format, self._names = format, names
         self._marks = format.opens if format.close is None else (*format.opens, format.close)
         self._text = ""
-        """What is to be read."""
+        """Text that is not read yet."""
         self._opened = ""
-        """What was read since calls began, and is content if none comes."""
+        """Text read since calls began; it is content if no call comes."""
         self._is_open, self._has_calls, self._may_be_bare = False, False, format.bare
         self._call: _Call | None = None
 
@@ -183,14 +183,15 @@ class _Call:
         """Read a call whose keys stand in another order."""
         try:
             call = json.loads(self._text, strict=False)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
-        if call.get("name") not in self._names:
+        name = call.get("name")
+        if not isinstance(name, str) or name not in self._names:
             return []
         self.is_begun = True
         arguments = call.get("arguments", call.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return [CallBegin(call["name"]), CallArguments(text)]
+        return [CallBegin(name), CallArguments(text)]
 
 
 _SIGNS = re.compile(r'[{}\[\]"\\]')

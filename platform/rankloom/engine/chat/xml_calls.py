@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from llguidance import LLMatcher
+
+from rankloom.engine.chat.forced import write_json
 from rankloom.engine.chat.pieces import CallArguments, CallBegin, Content, Piece, count_open, find_first
-from rankloom.engine.grammar import JSON_OPTIONS
 from rankloom.errors import RequestError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -44,9 +46,9 @@ class XmlCallParser:
         """`tools`: the schema of the arguments of each."""
         self._tools = tools
         self._text = ""
-        """What is to be read."""
+        """Text that is not read yet."""
         self._opened = ""
-        """What was read since a call began, and is content if none comes."""
+        """Text read since a call began; it is content if no call comes."""
         self._name: str | None = None
         """The function whose parameters come."""
         self._num_parameters = 0
@@ -126,16 +128,18 @@ class XmlCallParser:
         return True
 
 
-def _find_property(schema: Mapping[str, Any], name: str) -> Any:
+def _find_property(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the schema of an argument, with the definitions that it may name."""
-    own = schema.get("properties", {}).get(name, {})
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return own | definitions if isinstance(own, dict) else own
+    properties = schema.get("properties")
+    own = properties.get(name) if isinstance(properties, dict) else None
+    if not isinstance(own, dict):
+        own = {"not": {}} if own is False else {}
+    return own | {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
-def _read_value(text: str, schema: Any) -> Any:
+def _read_value(text: str, schema: Mapping[str, Any]) -> Any:
     """Return what a parameter's text means: JSON where its schema allows that, else the text itself."""
-    kinds = set(_list_kinds(schema, schema))
+    kinds = _list_kinds(schema)
     value: Any
     try:
         value = json.loads(text)
@@ -146,49 +150,59 @@ def _read_value(text: str, schema: Any) -> Any:
     return value if fits and not ("string" in kinds and kind != "null") else text
 
 
-def _list_kinds(schema: Any, root: Any, depth: int = 0) -> Iterator[str]:
-    """Yield the types that a schema allows; all where it does not say."""
-    if not isinstance(schema, dict) or depth > 8:
-        yield from _KINDS.values()
-    elif "$ref" in schema:
-        at = root
-        for part in str(schema["$ref"]).removeprefix("#/").split("/"):
-            at = at.get(part, {}) if isinstance(at, dict) else {}
-        yield from _list_kinds(at, root, depth + 1)
-    elif "enum" in schema or "const" in schema:
-        yield from (_KINDS[type(value)] for value in schema.get("enum", [schema.get("const")]))
-    elif "type" in schema:
-        yield from [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    elif parts := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
-        for part in parts:
-            yield from _list_kinds(part, root, depth + 1)
-    else:
-        yield from _KINDS.values()
+def _list_kinds(schema: Mapping[str, Any]) -> set[str]:
+    """Return the types that a schema allows; all where it does not say."""
+    kinds, seen, parts = set[str](), set[int](), list[Any]([schema])
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:  # else definitions that name each other would take time without end
+            continue
+        seen.add(id(part))
+        match part:
+            case {"$ref": ref}:
+                parts.append(_find_definition(schema, str(ref)))
+            case {"enum": list(values)}:
+                kinds.update(_KINDS[type(value)] for value in values)
+            case {"const": value}:
+                kinds.add(_KINDS[type(value)])
+            case {"type": str(kind)}:
+                kinds.add(kind)
+            case {"type": list(listed)}:
+                kinds.update(map(str, listed))
+            case {"anyOf": [_, *_] as more} | {"oneOf": [_, *_] as more} | {"allOf": [_, *_] as more}:
+                parts += more
+            case _:
+                kinds.update(_KINDS.values())
+    return kinds
+
+
+def _find_definition(schema: Any, ref: str) -> Any:
+    for key in ref.removeprefix("#/").split("/"):
+        schema = schema.get(key, {}) if isinstance(schema, dict) else {}
+    return schema
 
 
 def write_parameters(name: str, schema: Mapping[str, Any]) -> str:
     """Return the rule `name` of a call's parameters, and the rules that it needs.
 
     Raises:
-        RequestError: the schema has what can't be held to in this format.
+        RequestError: the schema is malformed, or has what can't be held to in this format.
     """
     if extra := schema.keys() - _NOTES - {"type", "properties", "required", "additionalProperties"}:
         raise RequestError(f"tools: {min(extra)!r} of a tool's parameters can't be honoured in this template's calls")
+    if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema))):
+        raise RequestError(f"tools: a tool's parameters can't be honoured: {error}")
     terms, rules = [], []
     for i, key in enumerate(schema.get("properties", {})):
-        value = _find_property(schema, key)
-        is_text = "string" in set(_list_kinds(value, value))
-        rule = f"{name}_{i}"
+        value, rule = _find_property(schema, key), f"{name}_{i}"
         begin = json.dumps(f"<parameter={key}>\n", ensure_ascii=False)
         terms.append(rule if key in schema.get("required", ()) else f"{rule}?")
         rules.append(f"{rule}: {begin} {rule}_value")
-        rules.append(_write_text(f"{rule}_value", key, value) if is_text else _write_json(f"{rule}_value", value))
+        if "string" in _list_kinds(value):
+            rules.append(_write_text(f"{rule}_value", key, value))
+        else:
+            rules.append(f'{rule}_value: {write_json(value)} "\\n{_PARAMETER_END}\\n"')
     return "\n".join([f"{name}: {' '.join(terms)}" if terms else f'{name}: ""', *rules])
-
-
-def _write_json(rule: str, schema: Any) -> str:
-    options = {"x-guidance": JSON_OPTIONS}
-    return f'{rule}: %json {json.dumps(schema | options)} "\\n{_PARAMETER_END}\\n"'
 
 
 def _write_text(rule: str, key: str, schema: Mapping[str, Any]) -> str:
@@ -201,7 +215,7 @@ def _write_text(rule: str, key: str, schema: Mapping[str, Any]) -> str:
     if extra := schema.keys() - _NOTES - {"type", "minLength", "maxLength", "anyOf"}:
         raise RequestError(f"tools: {min(extra)!r} of the text {key!r} can't be honoured in this template's calls")
     for part in schema.get("anyOf", ()):
-        if part.keys() - _NOTES - {"type"}:
+        if not isinstance(part, dict) or part.keys() - _NOTES - {"type"}:
             raise RequestError(f"tools: 'anyOf' of the text {key!r} can't be honoured in this template's calls")
     length = f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
     return rf"{rule}[lazy]: /(?s:.){length}\n<\/parameter>\n/"

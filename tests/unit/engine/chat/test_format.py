@@ -118,6 +118,8 @@ def test_elements_follow_their_schemas(tiny_llama: Path, tmp_path: Path, text: s
     [
         ({"note": {"type": "string", "pattern": "^a"}}, "'pattern' of the text 'note' can't be honoured"),
         ({"note": {"anyOf": [{"type": "string", "format": "date"}]}}, "'anyOf' of the text 'note'"),
+        ({"note": {"type": 5}}, "type must be a string"),
+        ({"note": False}, "'not' of the text 'note'"),
     ],
 )
 def test_what_elements_can_not_follow_is_named(change: dict[str, Any], message: str) -> None:
@@ -125,3 +127,7 @@ def test_what_elements_can_not_follow_is_named(change: dict[str, Any], message: 
         write_parameters("arguments", BOOK | {"properties": BOOK["properties"] | change})
     with pytest.raises(RequestError, match="'minProperties' of a tool's parameters"):
         write_parameters("arguments", BOOK | {"minProperties": 1})
+
+
+def test_an_element_may_be_anything() -> None:
+    assert "<parameter=note>" in write_parameters("arguments", {"properties": {"note": True}})

@@ -15,6 +15,8 @@ from rankloom.engine.chat.xml_calls import XmlCallParser
 
 NAMES = {"get", "put"}
 UNKNOWN = '<tool_call>{"name": "no", "arguments": {}}</tool_call>'
+NO_NAME = '<tool_call>{"name": ["get"], "arguments": {}}</tool_call>'
+DEEP = f'<tool_call>{{"a": {"[" * 5000}{"]" * 5000}}}</tool_call>'
 FORMATS = {
     "hermes": JsonFormat(("<tool_call>",), close="</tool_call>"),
     "llama": JsonFormat(("<|python_tag|>",), between=" \n\t\r;", bare=True),
@@ -22,9 +24,13 @@ FORMATS = {
     "named": JsonFormat(("[TOOL_CALLS]",), named="[ARGS]"),
 }
 
+LOOP = [{"$ref": "#/$defs/e"}] * 10
 CODER: dict[str, Any] = {
     "get": {"properties": {"a": {"type": "integer"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}},
-    "put": {"properties": {"c": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"type": ["array", "boolean"]}}},
+    "put": {
+        "properties": {"c": {"$ref": "#/$defs/c"}, "d": {"type": 5}, "e": {"$ref": "#/$defs/e"}},
+        "$defs": {"c": {"type": ["array", "boolean"]}, "e": {"anyOf": [*LOOP, {"type": "integer"}]}},
+    },
 }
 
 
@@ -93,6 +99,8 @@ CASES: list[tuple[str, str, list[Piece]]] = [
     ("hermes", '<tool_call>{"name": "get", "arguments": "{\\"a\\": 1}"}</tool_call>', call("get", '{"a": 1}')),
     ("hermes", '<tool_call>{"name": "get"}</tool_call>', call("get", "{}")),
     ("hermes", f"{UNKNOWN}.", content(f"{UNKNOWN}.")),
+    ("hermes", NO_NAME, content(NO_NAME)),
+    ("hermes", DEEP, content(DEEP)),
     ("hermes", "<tool_call>broken", content("<tool_call>broken")),
     ("hermes", '<tool_call>\n{"name": "get", "arguments": {"a": ', call("get", '{"a": ')),
     ("llama", '{"name": "get", "parameters": {"a": 1}}', call("get", '{"a": 1}')),
@@ -132,6 +140,7 @@ CASES: list[tuple[str, str, list[Piece]]] = [
         f"{wrap('put', c='[1, {}]')}\n{wrap('put', c='True')}\nmore",
         [*call("put", '{"c": [1, {}]}'), *call("put", '{"c": true}'), *content("\nmore")],
     ),
+    ("coder", wrap("put", d="1", e="2"), call("put", '{"d": "1", "e": 2}')),
     ("coder", "<function=get>\n</function>\n</tool_call>", call("get", "{}")),
     ("coder", f"{wrap('no', a='1')}.", content(f"{wrap('no', a='1')}.")),
     ("coder", "<tool_call>broken", content("<tool_call>broken")),

@@ -31,10 +31,6 @@ def _split_commas(value: Any) -> Any:
     return value
 
 
-def _spell_out(value: Any) -> Any:
-    return {"id": value} if isinstance(value, str) else value
-
-
 class HeaderRule(Frozen):
     """Send requests with a certain header value to an adapter of their own."""
 

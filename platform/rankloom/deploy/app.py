@@ -80,8 +80,8 @@ class RayReplicas:
         await self._call("load", ref)
 
     async def tokenize(self, job: TokenizeJob) -> Tokens:
-        found: Tokens = await self._call("tokenize", job)
-        return found
+        tokens: Tokens = await self._call("tokenize", job)
+        return tokens
 
     async def detokenize(self, tokens: tuple[int, ...]) -> str:
         return str(await self._call("detokenize", tokens))
@@ -179,7 +179,7 @@ def build_application(config: ServeConfig, address: tuple[str, int] | None = Non
                 target_ongoing_requests=replicas.target_requests,
             )
         }
-    held = serve.deployment(
+    replica = serve.deployment(
         Replica,
         name="Replica",
         max_ongoing_requests=rows + engine.max_queue,
@@ -200,7 +200,7 @@ def build_application(config: ServeConfig, address: tuple[str, int] | None = Non
         user_config=tree,
         graceful_shutdown_wait_loop_s=DRAIN_PERIOD_S,
         graceful_shutdown_timeout_s=config.limits.timeout_s,
-    ).bind(held, address)
+    ).bind(replica, address)
 
 
 def resolve_base(config: ServeConfig, registry: Registry) -> ServeConfig:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,7 +57,7 @@ class AuthMiddleware:
             scope.setdefault("state", {})["caller"] = self._authenticate(scope, headers, config)
             most = config.limits.body_bytes
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length[:20]) > most:
+            if not length.isdecimal() or int(length[:20]) > most:
                 raise _make_too_large_error(most)
         except WireError as error:
             self._on_refusal(error.status)
@@ -109,8 +108,7 @@ class _LimitedBody:
         message: MutableMapping[str, Any] = await self._receive()
         self._seen += len(message.get("body", b""))
         if self._seen > self._most:
-            error = _make_too_large_error(self._most)
-            raise HTTPException(error.status, error.message)
+            raise _make_too_large_error(self._most)
         return message
 
 

@@ -1,4 +1,4 @@
-"""Who asks: the caller that `auth.py` found, what it may see, and what decides where its request goes."""
+"""The caller that `auth.py` found: what it may see, and what decides where its request goes."""
 
 from __future__ import annotations
 

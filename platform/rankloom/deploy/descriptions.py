@@ -49,9 +49,9 @@ def describe_card(gateway: Gateway, name: str) -> dict[str, Any]:
     model = describe_model(gateway, name)
     target = gateway.catalogue.resolve(name) if name not in gateway.catalogue.routes else None
     record = gateway.registry_view.record(target.ref) if target and target.ref else None
-    if record is None:
+    adapter = gateway.catalogue.adapters.get(record.name) if record else None
+    if record is None or adapter is None:  # a loaded name outlives its version in the registry
         return model | {"ref": None}
-    adapter = gateway.catalogue.adapters[record.name]
     rows = list_scorecard_rows(record.scorecard) if record.scorecard else []
     return model | {
         "ref": record.ref,

@@ -6,13 +6,20 @@ import uuid
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from rankloom.config.engine import VllmConfig
 from rankloom.deploy.callers import find_tenant, get_caller, make_routing_request
-from rankloom.deploy.responding import EventStream, make_headers, respond_failure, stream_events
+from rankloom.deploy.responding import (
+    EventStream,
+    encode_json,
+    make_headers,
+    respond_failure,
+    respond_json,
+    stream_events,
+)
 from rankloom.engine.forward import PATHS
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.openai.forwarding import ForwardBody, ForwardReply, ForwardStream, make_forward_job
@@ -23,7 +30,7 @@ READ = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize",
 
 
 class Forwarding:
-    """What of an endpoint's requests goes on to the engine's own server."""
+    """Sends requests to the engine's own server, those that rankloom can't read or those that it is not to read."""
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
@@ -36,11 +43,11 @@ class Forwarding:
                 api.post(path, include_in_schema=False)(self._refuse)
 
     def takes(self, path: str) -> bool:
-        """Return whether requests that rankloom can't read go on."""
+        """Return whether requests that rankloom can't read are forwarded."""
         return path in self._get_gateway().served.routes
 
     def takes_all(self, path: str) -> bool:
-        """Return whether all requests go on, also those that rankloom can read."""
+        """Return whether all requests are forwarded, also those that rankloom can read."""
         engine = self._get_gateway().config.engine
         return self.takes(path) and (
             path not in READ or (isinstance(engine, VllmConfig) and engine.passthrough == "all")
@@ -50,8 +57,8 @@ class Forwarding:
         gateway, path, key = self._get_gateway(), request.scope["path"], get_caller(request).key
         try:
             job = make_forward_job(
-                path, body.model_dump(), gateway.served.routes[path], gateway.config.limits, gateway.served.context,
-                uuid.uuid4().hex, find_tenant(gateway, request),
+                path, body.model_extra or {}, gateway.served.routes[path], gateway.config.limits,
+                gateway.served.context, uuid.uuid4().hex, find_tenant(gateway, request),
             )  # fmt: skip
             gateway.admit(key)
             user = job.body.get("user")
@@ -61,7 +68,7 @@ class Forwarding:
                 end = b"" if path == "/v1/responses" else DONE
                 return EventStream(in_flight, stream_events(in_flight, ForwardStream(end), request))
             reply, target = await gateway.complete(routing, job, key, ForwardReply)
-            return JSONResponse(reply.body, headers=make_headers(target))
+            return respond_json(await encode_json(reply.body), make_headers(target))
         except Exception as error:
             return respond_failure(request, error, gateway)
 

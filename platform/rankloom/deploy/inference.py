@@ -105,7 +105,7 @@ class InferenceRoutes:
 
 
 class TokenRoutes:
-    """What becomes of texts and tokens, as vLLM's server tells it."""
+    """The tokens of texts and the text of tokens, as vLLM's server gives them."""
 
     def __init__(self, get_gateway: Callable[[], Gateway]) -> None:
         self._get_gateway = get_gateway
@@ -122,7 +122,8 @@ class TokenRoutes:
             count, context = len(tokens.ids), self._get_gateway().context
             return {"count": count, "max_model_len": context, "tokens": tokens.ids, "token_strs": names}
 
-        return await self._ask(request, body, lambda replicas: replicas.tokenize(body.make_job()), format_body)
+        job = body.make_job()
+        return await self._ask(request, body, lambda replicas: replicas.tokenize(job), format_body)
 
     async def detokenize(self, request: Request, body: DetokenizeRequest) -> Response:
         """The text of tokens."""

@@ -40,6 +40,10 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
     Args:
         get_gateway: returns the current gateway; called once requests come, never before.
     """
+
+    async def handle_failure(request: Request, error: Exception) -> JSONResponse:
+        return respond_failure(request, error, get_gateway())
+
     api = FastAPI(title="rankloom", version=rankloom.__version__, docs_url=None, redoc_url=None, responses=ANY_ERROR)
     api.router.route_class = BodyRoute
     api.state.reader = ThreadPoolExecutor(1, "bodies")  # one at a time, so that no two hold up the event loop together
@@ -51,9 +55,8 @@ def build_api(get_gateway: Callable[[], Gateway]) -> FastAPI:
     api.add_middleware(CorsMiddleware, config=lambda: get_gateway().config)  # the last one added is the first
     api.add_exception_handler(RequestValidationError, _handle_invalid_path)
     api.add_exception_handler(HTTPException, _handle_http_error)
-    api.add_exception_handler(Exception, _handle_failure)
-    api.add_exception_handler(WireError, _handle_failure)
-    api.add_exception_handler(RankloomError, _handle_failure)
+    for kind in (WireError, RankloomError, Exception):
+        api.add_exception_handler(kind, handle_failure)
     InferenceRoutes(get_gateway).add_to(api)
     TokenRoutes(get_gateway).add_to(api)
     _ModelRoutes(get_gateway).add_to(api)
@@ -133,7 +136,3 @@ async def _handle_invalid_path(_: Request, error: Exception) -> JSONResponse:
 async def _handle_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse(WireError(error.status_code, str(error.detail)).make_body(), error.status_code, error.headers)
-
-
-async def _handle_failure(request: Request, error: Exception) -> JSONResponse:
-    return respond_failure(request, error)

@@ -1,4 +1,4 @@
-"""What runs in Serve's own HTTP proxies, before the application; `rankloom serve` has them import it."""
+"""The middleware of Serve's own HTTP proxies; `rankloom serve` has them import it."""
 
 from __future__ import annotations
 

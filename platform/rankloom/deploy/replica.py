@@ -45,7 +45,7 @@ def _build(config: ServeConfig, registry: Registry, threads: int, gpus: float) -
     from rankloom.engine.vllm.engine import VllmEngine
     from rankloom.models import choose_auto_dtype, load_base, load_outline
 
-    assert config.base is not None  # `app.resolved` saw to it
+    assert config.base is not None  # `app.resolve_base` saw to it
     torch.set_num_threads(threads)
     device = torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
     if gpus and device.type == "cpu":
@@ -133,10 +133,11 @@ class Replica:
                 logger.warning("pinned %s: %s", ref, error)
                 return  # until the registry can tell, all stays
         for ref in wanted - self._pinned:
+            self._pinned.add(ref)  # first: a `load` that ends at the same time leaves it pinned
             try:
                 await self._engine.pin(ref)
-                self._pinned.add(ref)
             except RankloomError as error:
+                self._pinned.discard(ref)
                 logger.warning("pinned %s was refused: %s", ref, error)
         for ref in self._pinned - wanted:
             await self._engine.unpin(ref)

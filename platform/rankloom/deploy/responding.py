@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import traceback
@@ -16,6 +17,7 @@ from rankloom.deploy.logs import SERVE
 from rankloom.gateway.gateway import Gateway
 from rankloom.gateway.in_flight import InFlightRequest
 from rankloom.gateway.openai.errors import WireError, to_wire_error
+from rankloom.gateway.openai.responses import iter_json
 from rankloom.gateway.policy import Target
 
 LARGE = 2**20
@@ -30,18 +32,26 @@ def make_headers(target: Target) -> dict[str, str]:
     return {"x-rankloom-adapter": target.adapter or "base"} | version
 
 
-def respond_json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+def respond_json(body: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, headers=headers, media_type="application/json")
+
+
+async def encode_json(value: Any) -> bytes:
+    """Return JSON. While a large value is encoded, other requests continue."""
+    parts = []
+    for part in iter_json(value):
+        parts.append(part)
+        await asyncio.sleep(0)
+    return "".join(parts).encode()
 
 
 def respond_error(error: WireError) -> JSONResponse:
     return JSONResponse(error.make_body(), error.status, error.make_headers())
 
 
-def respond_failure(request: Request, error: Exception, gateway: Gateway | None = None) -> JSONResponse:
+def respond_failure(request: Request, error: Exception, gateway: Gateway) -> JSONResponse:
     mapped = to_wire_error(error)
-    if gateway is not None:
-        gateway.metrics.refused.labels(str(mapped.status)).inc()
+    gateway.metrics.refused.labels(str(mapped.status)).inc()
     if mapped.status == 500:
         _log_failure(request, error)
     return respond_error(mapped)

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: Ray Serve's hook around `policy.rank_replicas`."""
+"""The choice of a replica for a request: Ray Serve's hook around `policy.rank_replicas`."""
 
 from __future__ import annotations
 

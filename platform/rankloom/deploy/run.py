@@ -206,8 +206,8 @@ def _check(settings: ServeConfig, *, own: bool) -> None:
 
         KeyFile(settings.auth.keys).list()  # else every request would fail at a file that can't be read
     if own:
-        if told := open_ports():
-            raise ConfigError(told)
+        if reason := open_ports():
+            raise ConfigError(reason)
         _check_port(settings.host, settings.port)
 
 

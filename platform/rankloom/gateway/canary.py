@@ -46,7 +46,7 @@ class _Side:
 
 
 @dataclass
-class _Trial:
+class _RouteCanary:
     """One route's canary. Its counts restart when a version changes."""
 
     config: CanaryConfig
@@ -61,7 +61,7 @@ class Canaries:
 
     def __init__(self, routes: Mapping[str, RouteConfig]) -> None:
         self.routes = routes
-        self._trials = {name: _Trial(route.canary) for name, route in routes.items() if route.canary}
+        self._by_route = {name: _RouteCanary(route.canary) for name, route in routes.items() if route.canary}
         self._rolled_back: set[Target] = set()
 
     def follow(self, read: Catalogue) -> Catalogue:
@@ -69,16 +69,16 @@ class Canaries:
 
         Even where the registry is slow or not writable, their canary is over for this endpoint.
         """
-        seen = {name: find_canary_arms(trial.config, read) for name, trial in self._trials.items()}
+        seen = {name: find_canary_arms(canary.config, read) for name, canary in self._by_route.items()}
         self._rolled_back &= {candidate for _, candidate in seen.values() if candidate}
         for name, (stable, candidate) in seen.items():
-            trial = self._trials[name]
-            if (stable, candidate) != trial.arms:
-                self._trials[name] = _Trial(trial.config, (stable, candidate))
+            canary = self._by_route[name]
+            if (stable, candidate) != canary.arms:
+                self._by_route[name] = _RouteCanary(canary.config, (stable, candidate))
             if candidate in self._rolled_back and stable and stable.version is not None:
-                adapter = read.adapters[trial.config.adapter]
-                closed = AdapterVersions(adapter.versions, {**adapter.aliases, trial.config.candidate: stable.version})
-                read = replace(read, adapters={**read.adapters, trial.config.adapter: closed})
+                adapter = read.adapters[canary.config.adapter]
+                closed = AdapterVersions(adapter.versions, {**adapter.aliases, canary.config.candidate: stable.version})
+                read = replace(read, adapters={**read.adapters, canary.config.adapter: closed})
         return read
 
     def count(self, decision: Decision, target: Target, *, refused: bool) -> CanaryEnd | None:
@@ -88,67 +88,67 @@ class Canaries:
             target: the version that did the job, or refused it.
             refused: the version itself could not be served.
         """
-        trial = self._find_undecided(decision.route)
-        if trial is None or decision.arm is None:
+        canary = self._find_undecided(decision.route)
+        if canary is None or decision.arm is None:
             return None
-        stable, candidate = trial.arms
+        stable, candidate = canary.arms
         if target != (candidate if decision.arm == "canary" else stable):
             return None  # of a version that is not compared any more, or a fallback
-        side = trial.candidate if decision.arm == "canary" else trial.stable
+        side = canary.candidate if decision.arm == "canary" else canary.stable
         side.requests += 1
         side.errors += refused
-        return self._decide(decision.route, trial)
+        return self._decide(decision.route, canary)
 
     def count_sides(self, route: str) -> tuple[CanaryCounts, CanaryCounts] | None:
         """Return the counts of the stable version and of the candidate; None: the route has no canary to judge."""
-        trial = self._trials.get(route)
-        is_counted = trial is not None and trial.config.judge is not None
-        return (trial.stable.tally(), trial.candidate.tally()) if trial is not None and is_counted else None
+        canary = self._by_route.get(route)
+        is_counted = canary is not None and canary.config.judge is not None
+        return (canary.stable.tally(), canary.candidate.tally()) if canary is not None and is_counted else None
 
-    def to_time(self, route: str | None) -> tuple[Target, Target] | None:
+    def find_arms_to_time(self, route: str | None) -> tuple[Target, Target] | None:
         """Return the stable version and the candidate of a route's undecided canary."""
-        trial = self._find_undecided(route)
-        stable, candidate = trial.arms if trial else (None, None)
+        canary = self._find_undecided(route)
+        stable, candidate = canary.arms if canary else (None, None)
         return (stable, candidate) if stable and candidate else None
 
     def record_times(
         self, route: str, arms: tuple[Target, Target], token_s: Sequence[float | None]
     ) -> CanaryEnd | None:
         """Record each side's seconds per token of one job. Returns as `count` does."""
-        trial = self._find_undecided(route)
-        if trial is None or trial.arms != arms or None in token_s:
+        canary = self._find_undecided(route)
+        if canary is None or canary.arms != arms or None in token_s:
             return None
-        for side, took in zip((trial.stable, trial.candidate), token_s, strict=True):
+        for side, took in zip((canary.stable, canary.candidate), token_s, strict=True):
             side.token_s.append(took or 0.0)
-        return self._decide(route, trial)
+        return self._decide(route, canary)
 
     def record_failure(self, route: str, arms: tuple[Target, Target]) -> CanaryEnd | None:
         """Record that the candidate failed at a job that the stable version did. Returns as `count` does."""
-        trial = self._find_undecided(route)
-        if trial is None or trial.arms != arms:
+        canary = self._find_undecided(route)
+        if canary is None or canary.arms != arms:
             return None
-        trial.candidate.requests += 1
-        trial.candidate.errors += 1
-        return self._decide(route, trial)
+        canary.candidate.requests += 1
+        canary.candidate.errors += 1
+        return self._decide(route, canary)
 
-    def _find_undecided(self, route: str | None) -> _Trial | None:
+    def _find_undecided(self, route: str | None) -> _RouteCanary | None:
         """Return the route's canary if it has both sides and is not decided."""
-        trial = self._trials.get(route or "")
-        open_ = trial is not None and trial.config.judge is not None and not trial.judged
-        return trial if trial and open_ and None not in trial.arms else None
+        canary = self._by_route.get(route or "")
+        open_ = canary is not None and canary.config.judge is not None and not canary.judged
+        return canary if canary and open_ and None not in canary.arms else None
 
-    def _decide(self, route: str | None, trial: _Trial) -> CanaryEnd | None:
-        stable, candidate = trial.arms
-        assert trial.config.judge is not None
+    def _decide(self, route: str | None, canary: _RouteCanary) -> CanaryEnd | None:
+        stable, candidate = canary.arms
+        assert canary.config.judge is not None
         assert stable is not None
         assert candidate is not None  # `_find_undecided` saw to it
-        verdict = judge(trial.config.judge, trial.stable.tally(), trial.candidate.tally())
+        verdict = judge(canary.config.judge, canary.stable.tally(), canary.candidate.tally())
         if verdict.action == "wait":
             return None
-        trial.judged = True
+        canary.judged = True
         facts = {"route": route, "stable": stable.ref, "candidate": candidate.ref, "reason": verdict.reason}
         logger.warning(json.dumps({"event": f"canary: {verdict.action}"} | facts))
         if verdict.action == "promote":
-            return CanaryEnd(candidate.ref or "", trial.config.stable)
+            return CanaryEnd(candidate.ref or "", canary.config.stable)
         self._rolled_back.add(candidate)
-        return CanaryEnd(stable.ref or "", trial.config.candidate)
+        return CanaryEnd(stable.ref or "", canary.config.candidate)

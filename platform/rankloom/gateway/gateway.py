@@ -192,9 +192,9 @@ class Gateway:
                 f"{self.served.base} ({self.served.fingerprint[:20]}...)"
             )
         await self._replicas.load(record.ref)
-        self._loaded[name] = Target(record.name, record.version)
+        target = self._loaded[name] = Target(record.name, record.version)
         await self.refresh()
-        return self._loaded[name]
+        return target
 
     async def unload(self, name: str) -> Target:
         """Remove a name that `load` gave. The weights are evicted when their place is needed.
@@ -366,7 +366,6 @@ class Gateway:
 
     async def _time_sides(self, route: str, stable: Target, candidate: Target) -> None:
         """Run the same job on both sides of a canary, one after the other, and compare their pace."""
-        self._timing.add(route)
         sides, begun, stable_took_s = (stable, candidate), time.monotonic(), float("inf")
         try:
             stable_s = await measure_token_seconds(await self._begin_own(stable, pace_job(), "pace"))
@@ -429,10 +428,11 @@ class Gateway:
         if error is None or isinstance(error, REFUSALS):  # other errors may be the request's fault, or a replica's
             self._carry_out(self.canaries.count(request.decision, request.target, refused=error is not None))
         route = request.decision.route
-        sides = self.canaries.to_time(route) if request.decision.arm == "canary" else None
+        sides = self.canaries.find_arms_to_time(route) if request.decision.arm == "canary" else None
         if route is None or sides is None or route in self._timing:
             return
         if self._quotas.in_flight < self.config.limits.in_flight:
+            self._timing.add(route)  # now: another request may end before the task begins
             self._run_in_background(self._time_sides(route, *sides))
 
     def _carry_out(self, end: CanaryEnd | None) -> None:

@@ -90,7 +90,7 @@ class InFlightRequest:
 
     async def _read_next(self) -> Progress | None:
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.deadline - time.monotonic()):
+            async with asyncio.timeout(self.deadline - time.monotonic()):
                 assert self._stream is not None
                 progress = await anext(self._stream)
         except StopAsyncIteration:

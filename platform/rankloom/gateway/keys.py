@@ -147,7 +147,7 @@ def _hash(key: str) -> str:
 
 
 class TokenBucket:
-    """What a key has left of a resource: a bucket that fills in a minute.
+    """The amount of a resource that a key has left: a bucket that fills in a minute.
 
     What a request costs in tokens is known when it ends, so that the bucket may go below empty; it is then the next one
     that waits. While it lasts, what it may generate is taken off (`quota.py`), so that only one can overdraw.

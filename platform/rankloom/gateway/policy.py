@@ -19,9 +19,8 @@ from typing import Literal
 from rankloom.config.serve import REF_PATTERN, CanaryConfig, JudgeConfig, RouteConfig
 from rankloom.config.trial import BASE
 from rankloom.errors import AdapterNotFoundError
+from rankloom.registry.store import CHAMPION, LATEST
 
-CHAMPION = "champion"
-LATEST = "latest"
 MOST_TIMES = 1024
 """Measurements of a side's pace that are remembered."""
 NEAR = 32

@@ -19,7 +19,7 @@ class Served:
     quantization: str
     context: int
     routes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What the engine's own server may be asked (`engine.forward.Forwarder`)."""
+    """The paths of the engine's own server, with the keys of their bodies (`engine.forward.Forwarder`)."""
 
 
 class Replicas(Protocol):

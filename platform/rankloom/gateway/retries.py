@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rankloom.engine.jobs import ReplicaLostError
 
 ATTEMPTS = 4
-"""How often one request is begun, the first time included."""
+"""Attempts at one request, the first one included."""
 FIRST_PAUSE_S = 0.1
 """Pause before the second attempt; it doubles before each further one."""
 

@@ -301,18 +301,18 @@ class Registry:
     def _resolve(self, ref: str) -> tuple[str, int]:
         name, selector = parse_ref(ref)
         versions = self._list_existing_versions(name)
-        if selector == LATEST:
+        alias = selector or CHAMPION
+        if alias.isdigit():
+            version, subject = int(alias), f"{name} has no version {alias}"
+        elif alias == LATEST:
             return name, versions[-1]
-        aliases = {} if selector and selector.isdigit() else self.aliases(name)
-        if selector is None and CHAMPION not in aliases:
+        elif alias in (aliases := self.aliases(name)):
+            version = aliases[alias]
+            subject = f"{name}@{alias} points to version {version}, which was removed; promote another"
+        elif selector is None:
             return name, versions[-1]
-        if selector is not None and selector.isdigit():
-            version, subject = int(selector), f"{name} has no version {selector}"
-        elif (selector or CHAMPION) in aliases:
-            version = aliases[selector or CHAMPION]
-            subject = f"{name}@{selector or CHAMPION} points to version {version}, which was removed; promote another"
         else:
-            near = difflib.get_close_matches(selector or "", aliases, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(alias, aliases, n=1, cutoff=0.5)
             hint = f"did you mean {name}@{near[0]}?" if near else f"it has {_join([*aliases, LATEST])}"
             raise AdapterNotFoundError(f"{name} has no alias {selector!r}; {hint}")
         if version not in versions:
@@ -425,7 +425,7 @@ def _list_promotions_in_force(moves: list[AliasMove]) -> list[int]:
         if move.action == "promote":
             stack.append(move.version)
         else:
-            while stack and (len(stack) > 1) and stack[-1] != move.version:
+            while len(stack) > 1 and stack[-1] != move.version:
                 stack.pop()
     return stack
 

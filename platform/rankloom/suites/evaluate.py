@@ -106,6 +106,8 @@ def evaluate(
             if value is not None:
                 raise ConfigError(f"{name}: only with suites; name one, such as lm-eval:gsm8k")
         return score_subject(subject, overrides=overrides, data=data, metric=metric, registry=root, on_event=on_event)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: give at least 1, or leave it out for all rows")
     if data is not None or metric is not None:
         raise ConfigError("data and metric are for the trial's test rows; a suite has its own")
     if not isinstance(subject, str) or is_config_file(subject) or Path(subject).expanduser().is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ class ServedModel:
     url: str
     """Its base URL, with `/v1`."""
     model: str
-    key: str
+    key: str = field(repr=False)
     context: int
     """Tokens that a prompt and its completion may have."""
     tokenizer: str | None = None
@@ -48,7 +48,7 @@ class Library:
 
     module: str
     packages: str
-    """What `pip install` takes, its own package first."""
+    """The arguments of `pip install`, its own package first."""
     run: Callable[[str, ServedModel, int | None], Outcome]
     """Run a task on at most this many rows of each."""
 
@@ -104,6 +104,7 @@ def parse_suite(text: str) -> Suite:
 def _run_lm_eval(task: str, target: ServedModel, limit: int | None) -> Outcome:
     """Run a task of lm-eval's on plain prompts, as `lm_eval --model local-completions` does."""
     import lm_eval
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import check_remote_tokenizer_support
 
@@ -117,18 +118,18 @@ def _run_lm_eval(task: str, target: ServedModel, limit: int | None) -> Outcome:
                 f"suite lm-eval:{task} scores given texts, which needs the model's tokenizer: the endpoint has no "
                 f"/tokenizer_info, and the base is not on this machine"
             )
+    model = LocalCompletionsAPI(  # made here: lm-eval logs the arguments of a model that it makes, with the key
+        model=target.model,
+        base_url=f"{target.url}/completions",
+        header={"Authorization": f"Bearer {target.key}"},
+        auth_token=target.key,
+        num_concurrent=NUM_CONCURRENT,
+        max_length=target.context,
+        tokenizer=target.tokenizer,
+        tokenizer_backend=backend,
+    )
     results = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args={
-            "model": target.model,
-            "base_url": f"{target.url}/completions",
-            "header": {"Authorization": f"Bearer {target.key}"},
-            "auth_token": target.key,
-            "num_concurrent": NUM_CONCURRENT,
-            "max_length": target.context,
-            "tokenizer": target.tokenizer,
-            "tokenizer_backend": backend,
-        },
+        model=model,
         tasks=[task],
         task_manager=manager,
         limit=limit,

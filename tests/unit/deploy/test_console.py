@@ -110,9 +110,15 @@ def test_a_key_is_asked_for(tmp_path: Path) -> None:
     with endpoint(tmp_path, auth={"keys": str(file.path)}) as made, browser(f"{made.url}/", tmp_path) as page:
         page.until("document.getElementById('key').checkVisibility()")
         page.value("document.getElementById('key').focus()")
+        assert not page.value("document.getElementById('notice').checkVisibility()")
+        page.type("wrong")
+        page.press("Enter", 13)
+        page.until("document.getElementById('notice').textContent == 'Incorrect API key provided.'")
+        page.value("document.getElementById('key').focus()")
         page.type(key)
         page.press("Enter", 13)
         page.until("document.querySelectorAll('input[name=model]').length == 3")
+        page.until("document.getElementById('notice').hidden")
         assert not page.value("document.getElementById('key').checkVisibility()")
 
 

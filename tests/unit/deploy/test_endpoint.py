@@ -263,7 +263,12 @@ def test_a_body_too_large_is_not_read(tmp_path: Path) -> None:
         parts = (b'{"model": "bank", "prompt": "' + b"x" * 1000 for _ in range(3))  # chunked: no length is told
         answer = made.http.post("/v1/completions", content=parts, headers={"content-type": "application/json"})
         assert (answer.status_code, "2000 bytes" in answer.json()["error"]["message"]) == (413, True)
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert made.post("/v1/completions", b"{").status_code == 400
         assert made.post("/v1/completions", COMPLETE).status_code == 200
+        refused = made.http.get("/metrics").text
+        assert 'rankloom_refused_total{status="413"} 2.0' in refused
+        assert 'rankloom_refused_total{status="400"} 1.0' in refused
 
 
 def test_an_adapter_that_is_refused_is_told_why(shared: Endpoint) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from endpoint import Endpoint, endpoint
+from rankloom.deploy.responding import encode_json
 from rankloom.gateway.keys import KeyFile
 from rankloom.gateway.policy import AdapterVersions, Catalogue
 
@@ -117,6 +120,25 @@ def test_a_large_answer_comes_whole(shared: Endpoint, path: str) -> None:
         tops = [each["top_logprobs"] for each in told["content"]] if "chat" in path else told["top_logprobs"]
         assert len(tops) == 100
     assert answer.json()["usage"]["completion_tokens"] == 1600
+
+
+def test_others_have_their_turns_while_a_large_answer_is_encoded() -> None:
+    value, turns = {"data": [[0.5] * 1000] * 100}, 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def encode() -> bytes:
+        other = asyncio.create_task(take_turns())
+        encoded = await encode_json(value)
+        other.cancel()
+        return encoded
+
+    assert json.loads(asyncio.run(encode())) == value
+    assert turns > 5
 
 
 def test_thousands_of_models_are_listed(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_names_keys_and_limits_are_those_of_completions(tmp_path: Path, caplog: 
         caplog.set_level("INFO", logger="rankloom.gateway")
         headers = {"authorization": f"Bearer {secret}", "x-request-id": "trace-1"}
         assert made.post("/tokenize", {"prompt": "hi"}).status_code == 401
+        assert made.post("/tokenize", {}, headers=headers).status_code == 400  # does not count
         for model in ("help", "bank@1", "org/base"):
             answer = made.post("/tokenize", {"model": model, "prompt": "hi"}, headers=headers)
             assert answer.json()["tokens"] == [104, 105]

@@ -67,9 +67,13 @@ def evaluate(made: Endpoint, suite: str, model: str = "bank", limit: int | None 
 
 
 @pytest.mark.slow
-def test_a_task_of_lm_eval_is_scored_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_lm_eval_is_scored_and_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("OPENAI_API_KEY", "rl-secret")
+    caplog.set_level("INFO")
     suite = f"lm-eval:{write_lm_eval_task(tmp_path)}"
     with endpoint(tmp_path) as made:
         result = evaluate(made, suite)
@@ -77,6 +81,7 @@ def test_a_task_of_lm_eval_is_scored_and_stored(tmp_path: Path, monkeypatch: pyt
         assert (result.adapter, score.task, score.metric, score.value) == ("bank@1", "echo", "exact_match", 0.75)
         assert score.stderr == pytest.approx(0.25)
         assert result.suites[0].num_rows == 4
+        assert "rl-secret" not in caplog.text
         assert made.registry.suites("bank@1") == result.suites
         assert made.registry.suites("bank@2") == ()
         limited = evaluate(made, suite, limit=2)
@@ -174,6 +179,7 @@ def test_the_base_has_no_place_in_the_registry(tmp_path: Path, monkeypatch: pyte
         ({"suites": ["own:x"], "url": "http://127.0.0.1:1/v1"}, "http://127.0.0.1:1/v1 does not answer"),
         ({"suites": ["own:x"], "subject": "trial.yaml"}, "suites run on an adapter of the registry"),
         ({"limit": 3}, "limit: only with suites"),
+        ({"suites": ["own:x"], "limit": 0}, "limit=0: give at least 1"),
         ({"url": "http://127.0.0.1:1/v1"}, "url: only with suites"),
     ],
     ids=lambda value: str(value)[:40],

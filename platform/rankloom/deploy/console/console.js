@@ -22,12 +22,13 @@ function make(tag, text, className) {
 
 let noticeStays = 0;
 
-/** Show a notice; one that says no failure, or one of a move, stays for some looks. */
-function tell(text, failed = true) {
-  element("notice").textContent = text;
-  element("notice").classList.toggle("failed", failed);
-  element("notice").hidden = !text;
-  noticeStays = text ? 10 : 0;
+/** Show a notice, which stays until `stays` looks have succeeded. */
+function notify(text, failed = true, stays = 10) {
+  const notice = element("notice");
+  if (notice.textContent !== text) notice.textContent = text; // else it would be read aloud at every look
+  notice.classList.toggle("failed", failed);
+  notice.hidden = !text;
+  noticeStays = stays;
 }
 
 // ---- what is served
@@ -35,25 +36,25 @@ function tell(text, failed = true) {
 async function look() {
   try {
     const answer = await fetch("console/state", { headers: headers() });
-    if (answer.status === 401) {
-      element("key-form").hidden = false;
+    const state = await answer.json();
+    element("key-form").hidden = answer.status !== 401;
+    if (!answer.ok) {
+      const isFirst = answer.status === 401 && !sessionStorage.getItem("rankloom-key"); // the form says enough
+      notify(isFirst ? "" : state.error.message, true, 0);
       return;
     }
-    const state = await answer.json();
-    if (!answer.ok) throw new Error(state.error.message);
-    element("key-form").hidden = true;
-    if (--noticeStays < 0) tell("");
+    if (--noticeStays < 0) notify("");
     measure(state);
     show(state);
   } catch (error) {
-    tell(`The endpoint can't be reached: ${error.message}`);
+    notify(`The endpoint can't be reached: ${error.message}`, true, 0);
   }
 }
 
 function measure(state) {
-  const told = state.requests !== undefined; // to an admin, or where there are no keys
-  for (const id of ["figures", "trace"]) element(id).toggleAttribute("hidden", !told);
-  if (!told) return;
+  const hasTotals = state.requests !== undefined; // for an admin, or where there are no keys
+  for (const id of ["figures", "trace"]) element(id).toggleAttribute("hidden", !hasTotals);
+  if (!hasTotals) return;
   const now = performance.now();
   if (seen) {
     const rate = Math.max(0, ((state.completion_tokens - seen.tokens) * 1000) / (now - seen.at));
@@ -189,12 +190,15 @@ function moveButton(key, text, path, body, question, note) {
       const answer = await fetch(path, {
         method: "POST", headers: headers({ "content-type": "application/json" }), body: JSON.stringify(now(body)),
       });
-      const told = await answer.json();
-      if (!answer.ok) throw new Error(told.error.message);
+      const moved = await answer.json();
+      if (!answer.ok) {
+        notify(`Nothing was changed: ${moved.error.message}`);
+        return;
+      }
       await look();
-      tell(`${told.alias} is ${told.adapter} now.`, false);
+      notify(`${moved.alias} is ${moved.adapter} now.`, false);
     } catch (error) {
-      tell(`Nothing was changed: ${error.message}`);
+      notify(`The alias may have moved, as no answer came: ${error.message}`);
     }
   });
   return button;
@@ -409,5 +413,9 @@ element("key-form").addEventListener("submit", (event) => {
   element("key").value = "";
   look();
 });
-look();
-setInterval(look, 1000);
+
+async function keepLooking() {
+  await look();
+  setTimeout(keepLooking, 1000); // after the answer: a slow endpoint gets no second request meanwhile
+}
+keepLooking();

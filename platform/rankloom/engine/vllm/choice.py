@@ -1,4 +1,4 @@
-"""Which engine `engine.type=auto` takes, and why."""
+"""The choice of an engine for `engine.type=auto`."""
 
 from __future__ import annotations
 

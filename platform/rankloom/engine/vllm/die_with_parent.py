@@ -3,7 +3,7 @@
     python -I die_with_parent.py FOLDER vllm.entrypoints.openai.api_server --model ...
 
 FOLDER is looked in for imports after all others. Standard input is a pipe whose other end the starter holds. When it
-closes, because the starter let go or was killed, this process is told to end; one that does not within `GRACE_S` is
+closes, because the starter let go or was killed, this process gets SIGTERM; one that does not within `GRACE_S` is
 killed with its process group, which the starter makes its own.
 """
 

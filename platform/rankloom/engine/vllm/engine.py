@@ -156,12 +156,12 @@ class VllmEngine(EngineFrontend):
         return self._adapters.list_resident()
 
     def get_stats(self) -> Stats:
-        gauges, under_way = self._server.gauges, len(self._admission.open)
-        running = min(under_way, int(gauges.get("vllm:num_requests_running", 0)))
+        gauges, num_open = self._server.gauges, len(self._admission.open)
+        running = min(num_open, int(gauges.get("vllm:num_requests_running", 0)))
         capacity = gauges.get("cache_tokens", 0)
         return Stats(
             running=running,
-            waiting=under_way - running,
+            waiting=num_open - running,
             cache_tokens=int(capacity * gauges.get("vllm:kv_cache_usage_perc", 0)),
             cache_capacity=int(capacity),
             steps=int(gauges.get("vllm:iteration_tokens_total_count", 0)),

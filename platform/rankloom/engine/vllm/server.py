@@ -43,7 +43,7 @@ ZERO = "zero"
 others where they share a step (vllm-project/vllm#48421), so there every row has to have one."""
 PYTHON = "RANKLOOM_VLLM_PYTHON"
 PLUGINS = Path(__file__).with_name("plugin")
-"""What vLLM's processes import beside vLLM's own environment."""
+"""The folder that vLLM's processes import from, after vLLM's own environment."""
 LIKELIEST = 20
 """Likeliest tokens that a probe compares; by default vLLM returns no more."""
 CPU_CACHE_GIB = 4.0
@@ -242,7 +242,8 @@ class VllmServer:
             async with asyncio.timeout(self._config.startup_timeout_s):
                 while not await self._look():
                     if self._process.poll() is not None:
-                        raise ModelError(f"vLLM's server ended before it was ready: {self._find_reason()}")
+                        reason = await asyncio.to_thread(self._find_reason)
+                        raise ModelError(f"vLLM's server ended before it was ready: {reason}")
                     await asyncio.sleep(0.2)
                 async with self._http.get("/v1/models") as answer:
                     self.context = int((await answer.json())["data"][0]["max_model_len"])
@@ -339,7 +340,7 @@ class VllmServer:
         while self._process is not None and self._process.poll() is None:
             await asyncio.sleep(WATCH_S)
             await self._look()
-        logger.error("vLLM's server has ended: %s", self._find_reason())
+        logger.error("vLLM's server has ended: %s", await asyncio.to_thread(self._find_reason))
         await asyncio.to_thread(self._end)
 
     async def _look(self) -> bool:

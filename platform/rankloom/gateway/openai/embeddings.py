@@ -22,7 +22,7 @@ class EmbeddingRequest(Body):
     """`POST /v1/embeddings`."""
 
     model: Annotated[Text, Field(max_length=512)]
-    """As of a completion."""
+    """As in a completion."""
     input: Prompts
     """A text, several, or the same as token ids."""
     dimensions: Annotated[int, Field(ge=1, le=2**20)] | None = None

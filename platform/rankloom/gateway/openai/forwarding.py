@@ -54,6 +54,11 @@ def make_forward_job(
             400, f"This endpoint's limits.context={limits.context} holds only for requests that rankloom reads itself; "
             f"its operator can set engine.max_model_len instead."
         )  # fmt: skip
+    for key, kind, expected in (("stream", bool, "true or false"), ("stream_options", dict, "an object")):
+        if not isinstance(body.get(key), kind | None):
+            raise WireError(400, f"{key}: expected {expected}.", param=key)
+    if path == "/v1/embeddings" and (count := _count_prompts(body.get("input"))) > limits.embeddings:
+        raise WireError(400, f"input: {count} texts in one request, above {limits.embeddings}.", param="input")
     n, num_prompts = _read_count(body, "n") or 1, _count_prompts(body.get("prompt"))
     if n * num_prompts > limits.completions:
         text = f"{n * num_prompts} completions in one request, above {limits.completions}."

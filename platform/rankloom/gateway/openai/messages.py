@@ -63,11 +63,11 @@ class Message(Body):
     cache_control: dict[str, Any] | None = None
     """Without effect."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
-    """What an assistant has called."""
+    """The assistant's calls."""
     tool_call_id: Annotated[Text, Field(max_length=512)] | None = None
     """The call that a tool's message has the result of."""
     reasoning_content: Text | None = None
-    """What an assistant has thought, for chat templates that show it."""
+    """The assistant's thoughts, for chat templates that show them."""
     function_call: None = None
     refusal: None = None
     audio: None = None

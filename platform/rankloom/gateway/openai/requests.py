@@ -30,7 +30,7 @@ class StreamOptions(Body):
     continuous_usage_stats: Off | None = None
 
 
-class _AnywaySo(Body):
+class _CompatibilityKeys(Body):
     """Keys of OpenAI, vLLM and llama.cpp with the values that ask for what is done anyway, or have no effect here."""
 
     metadata: Annotated[dict[str, Text | None], Field(max_length=16), limit_keys(16)] | None = None
@@ -62,10 +62,10 @@ class _AnywaySo(Body):
     return_tokens_as_token_ids: Off | None = None
 
 
-_AS_THEY_ARE = (
+_SAMPLING_KEYS = (
     "temperature", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
 )  # fmt: skip
-"""What a request and an engine call alike."""
+"""Keys that a request and `Sampling` share."""
 _Stop = Annotated[Text, Field(max_length=256)]
 _StopList = Annotated[
     list[Annotated[_Stop, Field(min_length=1)]], Field(max_length=64, fail_fast=True), limit_length(4096)
@@ -75,8 +75,8 @@ _StopOrList = Annotated[
 ]
 
 
-class _Common(_AnywaySo):
-    """What both kinds of request have."""
+class _Common(_CompatibilityKeys):
+    """The keys of both kinds of request."""
 
     model: Annotated[Text, Field(max_length=512)]
     """An adapter, `adapter@version`, `adapter@alias`, a route, or the base's id."""
@@ -124,7 +124,7 @@ class _Common(_AnywaySo):
         )  # fmt: skip
 
     def _make_sampling(self, limits: LimitsConfig, logprobs: int | None) -> Sampling:
-        asked = {name: value for name in _AS_THEY_ARE if (value := getattr(self, name)) is not None}
+        asked = {name: value for name in _SAMPLING_KEYS if (value := getattr(self, name)) is not None}
         if self.top_p is not None:
             asked["top_p"] = max(self.top_p, 1e-6)  # no token is likelier than all others and less likely than this
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []

@@ -14,10 +14,8 @@ from rankloom.engine.jobs import JobProgress
 from rankloom.engine.protocol import CallDelta, Delta
 from rankloom.gateway.openai.errors import WireError
 from rankloom.gateway.openai.response_request import ResponseRequest
-from rankloom.gateway.openai.responses import format_logprobs
+from rankloom.gateway.openai.responses import PART, format_logprobs, iter_json
 
-PART = 2**16
-"""Characters of an event that are encoded at once."""
 _PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 Event = dict[str, Any]
 
@@ -30,7 +28,7 @@ class _Item:
     id: str
     index: int
     text: str = ""
-    """What is said or thought, or a call's arguments."""
+    """The content, the thoughts or a call's arguments."""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     call_id: str = ""
     name: str = ""
@@ -207,18 +205,7 @@ class ResponseWriter:
             yield b"\n\n"
 
     def _encode(self, value: dict[str, Any]) -> Iterator[str]:
-        """Yield JSON in parts, each of which takes a short time."""
-        if self.length < PART:
-            yield json.dumps(value)
-            return
-        pieces, length = list[str](), 0
-        for piece in json.JSONEncoder().iterencode(value):
-            pieces.append(piece)
-            length += len(piece)
-            if length >= PART:
-                yield "".join(pieces)
-                pieces, length = [], 0
-        yield "".join(pieces)
+        return iter([json.dumps(value)]) if self.length < PART else iter_json(value)
 
 
 def _describe_request(body: ResponseRequest) -> dict[str, Any]:

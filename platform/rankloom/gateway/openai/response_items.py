@@ -39,7 +39,7 @@ def _join(content: str | list[ContentPart]) -> str:
 
 
 class MessageItem(Body):
-    """What somebody has said, an answer of before included."""
+    """A message of the conversation, or an earlier answer."""
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
@@ -68,7 +68,7 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
-    """What a call has returned."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: _Id
@@ -87,7 +87,7 @@ class ReasoningPart(Body):
 
 
 class ReasoningItem(Body):
-    """What the model has thought, for chat templates that show it."""
+    """The model's thoughts, for chat templates that show them."""
 
     type: Literal["reasoning"]
     content: Annotated[list[ReasoningPart], Field(max_length=1024, fail_fast=True)] | None = None

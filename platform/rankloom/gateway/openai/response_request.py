@@ -97,13 +97,13 @@ class ResponseRequest(Body):
     """`POST /v1/responses`."""
 
     model: Annotated[Text, Field(max_length=512)]
-    """As of a chat."""
+    """As in a chat."""
     input: Annotated[
         Annotated[Text, Tag(TEXT)]
         | Annotated[list[Item], Field(min_length=1, max_length=4095, fail_fast=True), Tag(LIST)],
         choose_either("expected a text or a list of items"),
     ]
-    """A user\'s text, or the conversation so far: messages, calls, what these returned, and thoughts."""
+    """A user's text, or the conversation so far: messages, calls, what these returned, and thoughts."""
     instructions: Text | None = None
     """A system message before the input."""
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -128,9 +128,9 @@ class ResponseRequest(Body):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Not OpenAI's here: as of a chat."""
+    """Not OpenAI's here: as in a chat."""
     structured_outputs: StructuredOutputs | None = None
-    """Not OpenAI's: as of a chat."""
+    """Not OpenAI's: as in a chat."""
     user: Annotated[Text, Field(max_length=512)] | None = None
     """The end user, for sticky routes."""
     metadata: Annotated[dict[str, Text | None], Field(max_length=16), limit_keys(16)] | None = None

@@ -12,6 +12,8 @@ from rankloom.engine.protocol import CallDelta, Delta, Likelihood, TokenLogprobs
 from rankloom.engine.text_offset import TextOffset
 from rankloom.gateway.openai.errors import WireError
 
+PART = 2**16
+"""Characters of JSON that are encoded at once."""
 Kind = Literal["chat", "text"]
 _PREFIX = {"chat": "chatcmpl", "text": "cmpl"}
 _OBJECT = {"chat": "chat.completion", "text": "text_completion"}
@@ -212,6 +214,18 @@ def _name_likeliest(token: TokenLogprobs) -> dict[str, float | None] | None:
         names = [text] if each.token == token.chosen.token or is_own else []
         found[next(name for name in (*names, spelt, f"token_id:{each.token}") if name not in found)] = each.logprob
     return found
+
+
+def iter_json(value: Any) -> Iterator[str]:
+    """Yield JSON in parts, each of which takes a short time."""
+    pieces, length = list[str](), 0
+    for piece in json.JSONEncoder().iterencode(value):
+        pieces.append(piece)
+        length += len(piece)
+        if length >= PART:
+            yield "".join(pieces)
+            pieces, length = [], 0
+    yield "".join(pieces)
 
 
 def format_event(data: dict[str, Any] | str) -> bytes:

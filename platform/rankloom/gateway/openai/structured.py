@@ -22,14 +22,15 @@ def _write_schema(value: Any) -> str:
     """Return a schema's text, which its length bounds. This runs where the body is parsed."""
     if not isinstance(value, dict | bool):
         raise PydanticCustomError("no_kind", "expected a JSON schema")
-    return _check_length(json.dumps(value, separators=(",", ":")))
+    return check_length(json.dumps(value, separators=(",", ":")))
 
 
 def _write_schema_or_text(value: Any) -> str:
-    return _check_length(value) if isinstance(value, str) else _write_schema(value)
+    return check_length(value) if isinstance(value, str) else _write_schema(value)
 
 
-def _check_length(text: str) -> str:
+def check_length(text: str) -> str:
+    """Refuse a schema's text that is too long."""
     if len(text) > LONGEST:
         context = {"most": LONGEST, "length": len(text)}
         raise PydanticCustomError("long_texts", "a JSON schema of at most {most} characters, not {length}", context)

@@ -21,11 +21,11 @@ class TokenizeRequest(Body):
     """`POST /tokenize`: either a prompt or messages."""
 
     model: ModelOrBase = None
-    """As of a completion; null: the base. All of an endpoint's models have one tokenizer."""
+    """As in a completion; null: the base. All of an endpoint's models have one tokenizer."""
     prompt: Text | None = None
     messages: Messages | None = None
     tools: Tools | None = None
-    """Of a chat."""
+    """As in a chat."""
     add_special_tokens: bool | None = None
     """Whether a prompt begins with the token that some tokenizers put there; null: it does."""
     return_token_strs: bool | None = None
@@ -56,5 +56,5 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: ModelOrBase = None
-    """As of a completion; null: the base."""
+    """As in a completion; null: the base."""
     tokens: Annotated[list[Token], Field(fail_fast=True)]

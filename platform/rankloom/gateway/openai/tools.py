@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from rankloom.gateway.openai.body import LIST, OBJECT, TEXT, Body, Text, tag_one_or_list
 from rankloom.gateway.openai.errors import WireError
-from rankloom.gateway.openai.structured import LONGEST
+from rankloom.gateway.openai.structured import check_length
 
 
 def _check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
-    if (length := len(json.dumps(schema))) > LONGEST:
-        context = {"most": LONGEST, "length": length}
-        raise PydanticCustomError("long_texts", "a JSON schema of at most {most} characters, not {length}", context)
+    check_length(json.dumps(schema))
     return schema
 
 

@@ -1,11 +1,11 @@
-"""Which of vLLM's modules an adapter's names mean."""
+"""Match the names in an adapter to vLLM's modules."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
 WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model", "transformer"})
-"""What stands before a language model's layers. Checkpoints, transformers and vLLM differ in its order and number:
+"""Parts of names before a language model's layers. Checkpoints, transformers and vLLM differ in its order and number:
 `model.language_model.layers.0` and `language_model.model.layers.0` are one layer, and not `vision_tower.layers.0`."""
 
 

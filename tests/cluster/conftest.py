@@ -1,4 +1,7 @@
-"""Real local Rays, one at a time: Train's helpers attach to the wrong cluster if two run on one machine."""
+"""Real local Rays, two at a time: one for the tests that share a Serve, one for the others.
+
+Each half has its own folder for Ray, where Train's helpers look for the cluster to attach to.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,19 @@ from typing import Any
 import pytest
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "platform")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["RAY_TMPDIR"] = f"/tmp/ray-{worker}"  # not pytest's, because sockets need short paths
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that share a Serve first, then those that share a Ray: each starts once."""
+    """Put files that share a Serve first, then those that share a Ray: each starts once, in a half of its own."""
     needs: dict[Path, set[str]] = {}
     for item in items:
         needs.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
     items.sort(key=lambda item: ("local_serve" not in needs[item.path], "local_ray" not in needs[item.path]))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("serve" if "local_serve" in needs[item.path] else "ray"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,14 @@ def is_used_next(fixture: str, request: pytest.FixtureRequest) -> bool:
     """Return whether the test after the last one of this module uses a fixture too."""
     items: list[Any] = request.session.items
     last = max(number for number, item in enumerate(items) if item.path == request.path)
-    return last + 1 < len(items) and fixture in items[last + 1].fixturenames
+    following = items[last + 1 : last + 2]
+    return any(fixture in item.fixturenames and _find_half(item) == _find_half(items[last]) for item in following)
+
+
+def _find_half(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return str(mark.args[0])
 
 
 @pytest.fixture

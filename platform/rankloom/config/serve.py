@@ -235,7 +235,8 @@ class ServeConfig(Frozen):
     """Limits on one request, and on the number of requests."""
     pooling: Literal["mean", "last", "cls"] = "mean"
     """How `/v1/embeddings` makes one vector of the last layer's hidden states: their mean over a text's tokens, that of
-    its last token, or that of its first. Use what the base or the adapters were trained for."""
+    its last token, or that of its first. Use what the base or the adapters were trained for. For vLLM it is in
+    `engine.args`."""
     replicas: ReplicasConfig = ReplicasConfig()
     """How many processes hold the base, and the resources of each."""
     auth: AuthConfig = AuthConfig()
@@ -257,6 +258,10 @@ class ServeConfig(Frozen):
             raise ConfigError(
                 f"engine.type=vllm serves a base as it is stored, not with quantization {self.quantization.type}; "
                 f"use engine.type=bank"
+            )
+        if isinstance(self.engine, VllmConfig) and self.pooling != type(self).model_fields["pooling"].default:
+            raise ConfigError(
+                f"pooling={self.pooling} is a setting of engine.type=bank; for vLLM add --pooler-config to engine.args"
             )
         if self.host not in LOOPBACK and self.auth.keys is None and not self.auth.anonymous:
             raise ConfigError(

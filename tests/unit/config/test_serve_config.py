@@ -51,6 +51,10 @@ from rankloom.errors import ConfigError
         ({"engine": {"type": "vllm", "max_lora_rank": 12}}, "engine.max_lora_rank"),
         ({"engine": {"type": "vllm", "max_cpu_loras": 4}}, "max_loras (16) is above max_cpu_loras (4)"),
         ({"engine": {"type": "vllm", "args": ["--max_loras=3"]}}, "args: rankloom sets --max-loras itself"),
+        (
+            {"engine": "vllm", "pooling": "last"},
+            "pooling=last is a setting of engine.type=bank; for vLLM add --pooler-config",
+        ),
         ({"engine": "vllm", "quantization": "nf4"}, "use engine.type=bank"),
     ],
 )

@@ -78,11 +78,11 @@ def _pause_collector() -> Iterator[None]:
 
 def _print(planned: Plan) -> None:
     from rankloom.cli.tables import print_table
-    from rankloom.planning.words import format_plan
+    from rankloom.planning.words import format_count, format_plan
 
     for line in format_plan(planned):
         typer.echo(line)
-    parts = ", ".join(f"{name} {count / 1e6:,.4g} M" for name, count in planned.parameters.items())
+    parts = ", ".join(f"{name} {format_count(count)}" for name, count in planned.parameters.items())
     typer.echo(f"parts   {parts}")
     rows = planned.rows
     seen = "read" if rows.are_read else "not read here, so each counts as data.max_length tokens that all carry loss"
@@ -95,7 +95,7 @@ def _print(planned: Plan) -> None:
 
 
 def _format_row(method: MethodPlan) -> tuple[str, ...]:
-    from rankloom.planning.words import format_seconds
+    from rankloom.planning.words import format_count, format_seconds
     from rankloom.training.memory_plan import format_gb
 
     memory = method.memory
@@ -104,7 +104,7 @@ def _format_row(method: MethodPlan) -> tuple[str, ...]:
     )  # fmt: skip
     return (
         method.label,
-        f"{method.trained / 1e6:,.4g} M",
+        format_count(method.trained),
         *(format_gb(size) for size in sizes),
         {None: "", True: "yes", False: "no"}[method.fits],
         "" if method.largest_batch is None else str(method.largest_batch),

@@ -82,8 +82,8 @@ def count_full_terms(
     moments: float | None = None,
     activations: float = THROUGH_TRAINED,
 ) -> TrainedNumbers:
-    """Count the terms of a method that trains the base's own weights; by default AdamW on all but stacked experts."""
-    trained = shape.num_weights - shape.num_stacked
+    """Count the terms of a method that trains the base's own weights; by default AdamW on all of them."""
+    trained = shape.num_weights
     return TrainedNumbers(
         shape.num_weights,
         trained if gradients is None else gradients,

@@ -183,7 +183,7 @@ class GaLoreConfig(FullRankConfig):
         """Return what the method keeps in memory: moments in the projection, few gradients if layerwise."""
         projected = sum(2 * min(self.rank, *each) * max(each) for each in shape.linears)
         projections = sum(min(self.rank, *each) * min(each) for each in shape.linears)
-        other = shape.num_other - shape.num_stacked
+        other = shape.num_other  # stacked experts too train without a projection
         moments = (projected + 2 * other) / (4 if self.optimizer == "adamw8bit" else 1)
         largest = max(other, *(wide * high for wide, high in shape.linears))
         return count_full_terms(shape, gradients=largest if self.layerwise else None, moments=moments + projections)
@@ -200,9 +200,9 @@ class LisaConfig(FullRankConfig):
 
     def count_trained(self, shape: ModelShape) -> TrainedNumbers:
         """Return what the method keeps in memory: gradients and moments of the layers that train."""
-        linear = shape.num_weights - shape.num_other
+        of_layers = shape.num_weights - shape.num_other + shape.num_stacked
         share = min(1.0, self.num_layers / shape.num_layers)
-        active = shape.num_other - shape.num_stacked + linear * share
+        active = shape.num_weights - of_layers * (1 - share)
         kept = share * THROUGH_TRAINED + (1 - share) * THROUGH_FROZEN
         return count_full_terms(shape, gradients=active, moments=2 * active, activations=kept)
 

@@ -22,6 +22,7 @@ from rankloom.models import choose_auto_dtype, resolve_dtype
 from rankloom.models.device import choose_device
 from rankloom.planning.outline import count_parameters, open_outline
 from rankloom.planning.plan import find_available
+from rankloom.planning.words import format_count
 from rankloom.training.memory import describe_model
 from rankloom.training.memory_plan import format_gb
 
@@ -55,7 +56,7 @@ def announce_endpoint(config: ServeConfig, tell: OnEvent) -> None:
     have = "the cluster's machines are unknown here" if available is None else f"{format_gb(available)} are free"
     total = sum(count_parameters(model).values())
     for line in (
-        f"model   {config.base.id}: {total / 1e6:,.4g} M parameters, quantization {quantization}",
+        f"model   {config.base.id}: {format_count(total)} parameters, quantization {quantization}",
         f"memory  each of {config.replicas.min} replica(s): {memory.describe()}; {have} for each",
         f"load    {config.engine.resolve_num_seqs(on_gpu=device.type == 'cuda')} sequences at once in a replica, "
         f"{config.engine.max_cpu_loras} adapters in memory",

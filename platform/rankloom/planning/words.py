@@ -11,7 +11,7 @@ def format_plan(planned: Plan, *, memory_known: bool = True) -> list[str]:
     """Return three lines on a plan's own methods: the model, the memory of the largest, the time."""
     total = sum(planned.parameters.values())
     largest = max(planned.own, key=lambda each: each.memory.peak)
-    trained = ", ".join(f"{each.label} trains {each.trained / 1e6:.3g} M" for each in planned.own[:3])
+    trained = ", ".join(f"{each.label} trains {format_count(each.trained)}" for each in planned.own[:3])
     more = f" and {len(planned.own) - 3} more methods" if len(planned.own) > 3 else ""
     memory = largest.memory
     parts = (
@@ -19,7 +19,7 @@ def format_plan(planned: Plan, *, memory_known: bool = True) -> list[str]:
         f"{format_gb(memory.gradients)}, activations {format_gb(memory.activations)}, logits {format_gb(memory.logits)}"
     )
     return [
-        f"model   {planned.model}: {total / 1e6:,.4g} M parameters; {trained}{more}",
+        f"model   {planned.model}: {format_count(total)} parameters; {trained}{more}",
         f"memory  {largest.label}: {format_gb(memory.peak)} at the peak of a worker ({parts}); "
         + (_describe_fit(largest, planned.available) if memory_known else "the cluster's workers check what they have"),
         f"time    {_describe_time(planned, largest)}",
@@ -45,6 +45,11 @@ def _describe_time(planned: Plan, method: MethodPlan) -> str:
         f"{method.label}: about {format_seconds(method.seconds)} for {steps} steps{cost}, at "
         f"{method.speed.tokens_per_s:.3g} tokens/s by {method.speed.source}"
     )
+
+
+def format_count(parameters: float) -> str:
+    """Format a number of parameters in millions, or in billions."""
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.4g} M"
 
 
 def format_seconds(seconds: float) -> str:

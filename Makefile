@@ -15,6 +15,8 @@ READY := $(VENV)/.rankloom-ready
 # Idle OpenMP threads otherwise spin, which starves Ray's own processes on a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+# Six processes collect the tests, and pytest rewrites those of its plugins once where Python may keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
 # In a virtual environment that is not activated, Ray's workers find the tools beside their interpreter.
 export PATH := $(abspath $(BIN)):$(PATH)
 

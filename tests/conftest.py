@@ -9,6 +9,7 @@ import gc
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,24 @@ def pytest_collection_finish() -> None:
     """Spare the collector what is imported by now: runs collect at their end, and would go through all libraries."""
     gc.collect()
     gc.freeze()
+
+
+_unfreeze, _unfrozen = gc.unfreeze, threading.Event()
+
+
+def _note_unfreeze() -> None:
+    _unfreeze()
+    _unfrozen.set()
+
+
+gc.unfreeze = _note_unfreeze  # an engine that closes gives all objects back; to count the frozen ones takes 50 ms
+
+
+def pytest_runtest_setup() -> None:
+    """Spare it again what an engine of the last test gave back."""
+    if _unfrozen.is_set():
+        gc.freeze()
+        _unfrozen.clear()
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +135,9 @@ def tiny_llama(tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a test away from the user's caches and registry."""
-    monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
+def _own_home(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a test away from the user's cache and registry; rows that one test has rendered, the next one finds."""
+    monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path_factory.getbasetemp() / "rankloom-cache"))
     monkeypatch.setenv("RANKLOOM_REGISTRY", str(tmp_path / "registry"))
 
 

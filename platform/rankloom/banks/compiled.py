@@ -268,7 +268,8 @@ def _expand_four(y0: np.ndarray, y1: np.ndarray, y2: np.ndarray, y3: np.ndarray,
         p0, p1, p2, p3 = h[0, r], h[1, r], h[2, r], h[3, r]
         q0, q1, q2, q3 = h[0, r + 1], h[1, r + 1], h[2, r + 1], h[3, r + 1]
         for o in range(len(p)):
-            y0[o] += p0 * p[o] + q0 * q[o]
-            y1[o] += p1 * p[o] + q1 * q[o]
-            y2[o] += p2 * p[o] + q2 * q[o]
-            y3[o] += p3 * p[o] + q3 * q[o]
+            z0, z1, z2, z3 = y0[o], y1[o], y2[o], y3[o]  # first: rows some 4 KiB apart seem to be what was just stored
+            y0[o] = z0 + p0 * p[o] + q0 * q[o]
+            y1[o] = z1 + p1 * p[o] + q1 * q[o]
+            y2[o] = z2 + p2 * p[o] + q2 * q[o]
+            y3[o] = z3 + p3 * p[o] + q3 * q[o]

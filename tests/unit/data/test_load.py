@@ -44,6 +44,11 @@ def prompts(rows: Rows, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(row.input_ids[: row.prompt_length]) for row in rows]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
+
+
 def test_the_builtin_set_as_it_comes(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     data = load_data(DataConfig(), tokenizer)

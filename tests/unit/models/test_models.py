@@ -127,8 +127,9 @@ def test_a_revision_means_nothing_for_a_folder(tiny_llama: Path) -> None:
         load_tokenizer(ModelConfig(id=str(tiny_llama), revision="main"))
 
 
-def test_a_broken_gguf_file_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_broken_gguf_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
+    monkeypatch.setenv("RANKLOOM_CACHE", str(tmp_path / "rankloom-cache"))
     broken = tmp_path / "model.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(ModelError, match=r"model\.gguf"):

@@ -83,9 +83,8 @@ def publish(base: Base, root: Path, work: Path, num: int, rank: int) -> list[str
 class Engine:
     """rankloom's engine: concurrent requests, each with its own adapter or none."""
 
-    def __init__(self, base: Base, root: Path, refs: Sequence[str], num_rows: int, *, pack: bool) -> None:
+    def __init__(self, base: Base, root: Path, refs: Sequence[str], config: EngineConfig) -> None:
         self.refs, self.loop = refs, asyncio.new_event_loop()
-        config = EngineConfig(max_num_seqs=num_rows, prefix_cache_tokens=0, pack_weights=pack)
         self.engine = ServingEngine(base, Registry(root), config)
         self.loop.run_until_complete(self.engine.start())
         for ref in refs:
@@ -156,6 +155,7 @@ def main() -> None:
     arguments.add_argument("--at", type=int, nargs="+", default=[1, 8, 16], help="concurrent requests")
     arguments.add_argument("--without-peft", action="store_true", help="run only the engine's two sides")
     arguments.add_argument("--unpacked", action="store_true", help="run without `pack_weights`")
+    arguments.add_argument("--lora-dtype", choices=["auto", "bf16"], default="auto")
     arguments.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()
     transformers.logging.set_verbosity_error()
@@ -169,7 +169,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root, work = Path(scratch) / "registry", Path(scratch) / "work"
         refs = publish(load(), root, work, most, options.rank)
-        engine = Engine(load(), root, refs, most, pack=not options.unpacked)
+        config = EngineConfig(
+            max_num_seqs=most,
+            prefix_cache_tokens=0,
+            pack_weights=not options.unpacked,
+            lora_dtype=options.lora_dtype,
+        )
+        engine = Engine(load(), root, refs, config)
         theirs = None if options.without_peft else Peft(load().folder, [work / f"a{i}" for i in range(most)])
         for index in range(options.rounds + 1):
             for at in options.at:

@@ -41,6 +41,15 @@ CHAT_TEMPLATE = (
 )
 
 
+LONG = {"test_benchmarks.py", "test_tools.py", "test_wrong_inputs.py"}
+"""Files of more than half a minute, which start early: what is left in the end is short, and no core waits for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """Spare the collector what is imported by now: runs collect at their end, and would go through all libraries."""
     gc.collect()

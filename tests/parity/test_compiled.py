@@ -18,10 +18,18 @@ from rankloom.banks.served_adapter import Factors, ServedAdapter
 SITE = "layer.q_proj"
 
 
-def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifted: bool = False) -> ServedAdapter:
+def folded(
+    rank: int,
+    num_in: int,
+    num_out: int,
+    *,
+    scaled: bool = False,
+    shifted: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> ServedAdapter:
     factors = Factors(
-        torch.randn(rank, num_in) / num_in**0.5,
-        torch.randn(rank, num_out) / rank**0.5,
+        (torch.randn(rank, num_in) / num_in**0.5).to(dtype),
+        (torch.randn(rank, num_out) / rank**0.5).to(dtype),
         torch.rand(num_out) + 0.5 if scaled else None,
         torch.randn(num_out) if shifted else None,
     )
@@ -30,9 +38,9 @@ def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifte
 
 def add(y_NO: torch.Tensor, x_NI: torch.Tensor, adapters: list[ServedAdapter], stops: np.ndarray) -> None:
     """The compiled way, on the second of two linears."""
-    table_SK5 = np.stack([build_addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
+    table_SK6 = np.stack([build_addresses(adapter, ["another", SITE]) for adapter in adapters], axis=1)
     sites = KernelSites([(1, [1]), (x_NI.shape[1], [y_NO.shape[1]])])
-    shares = KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sites)
+    shares = KernelInput(adapters, table_SK6, np.stack([stops[:-1], stops[1:]], axis=1), sites)
     shares.add_to(y_NO, x_NI, 1)
 
 
@@ -67,7 +75,10 @@ def test_they_are_what_the_plain_products_are(rank: int, num_in: int, num_out: i
     chance = random.Random(rank)
     for _ in range(4):
         others = [1 + (rank + i) % 9 for i in range(3)]  # ranks differ from share to share
-        adapters = [folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0) for r in (rank, *others)]
+        adapters = [  # types differ too
+            folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0, dtype=dtype)
+            for r, dtype in zip((rank, *others), [torch.float32, torch.bfloat16] * 2, strict=True)
+        ]
         adapters.insert(2, ServedAdapter({}, {}, {}))  # has nothing on this linear
         counts = [chance.choice([0, 1, 2, 3, 4, 5, 11, 20]) for _ in adapters]
         num_tokens = 3 + sum(counts) + 2
@@ -94,9 +105,9 @@ def test_linears_that_read_one_input_are_one_call() -> None:
         for name, part_NO in zip(widths, expected_NO.split([*widths.values()], -1), strict=True):
             if factors := adapter.linears.get(name):
                 factors.add_to(part_NO[start:stop], x_NI[start:stop])
-    table_SK5 = np.stack([build_addresses(adapter, names) for adapter in adapters], axis=1)
+    table_SK6 = np.stack([build_addresses(adapter, names) for adapter in adapters], axis=1)
     sites = KernelSites([(1, [1]), (40, [*widths.values()])])
-    KernelInput(adapters, table_SK5, np.stack([stops[:-1], stops[1:]], axis=1), sites).add_to(y_NO, x_NI, 1)
+    KernelInput(adapters, table_SK6, np.stack([stops[:-1], stops[1:]], axis=1), sites).add_to(y_NO, x_NI, 1)
     torch.testing.assert_close(y_NO, expected_NO, atol=1e-5, rtol=1e-5)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rankloom import kernels
 from rankloom.banks.served_adapter import fold
 from rankloom.banks.served_bank import AdapterShare
 from rankloom.engine.attention import SequenceChunk
+from rankloom.engine.engine import ServingEngine
 from rankloom.engine.kv_cache import KvCache
 from rankloom.engine.model_runner import ModelRunner
+from rankloom.registry.checks import WEIGHTS
 from served import completed, engine_on, load, plain, publish, serving, with_peft, write_adapter
 
 KINDS = {
@@ -59,7 +63,10 @@ def test_a_mixed_batch_gives_what_peft_gives_one_by_one(
     assert len({tuple(with_peft(base, folder, [9, 8, 7], 8)) for folder in refs.values()}) == len(refs)
 
 
-def test_compiled_adapters_and_those_in_slots_give_what_loose_ones_give(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiled_adapters_and_those_in_slots_give_what_loose_ones_give(
+    dtype: torch.dtype | None, tiny_llama: Path, tmp_path: Path
+) -> None:
     kinds = ["lora", "rank1", "wide", "rslora", "dora", "extracted", "patterns"]
     for kind in kinds:
         write_adapter(tiny_llama, tmp_path / kind, kind)
@@ -69,7 +76,7 @@ def test_compiled_adapters_and_those_in_slots_give_what_loose_ones_give(tiny_lla
         runners.append(ModelRunner(load(tiny_llama).model))
     adapters_of = []
     for runner in runners:
-        adapters = [fold(runner._model, tmp_path / kind) for kind in kinds]
+        adapters = [fold(runner._model, tmp_path / kind, dtype=dtype) for kind in kinds]
         for adapter in adapters:
             runner.bank.admit(adapter)
         adapters_of.append([None, *adapters])
@@ -90,6 +97,26 @@ def test_compiled_adapters_and_those_in_slots_give_what_loose_ones_give(tiny_lla
             found.append(runner.forward(cache, chunks))
         for fast in found[1:]:
             torch.testing.assert_close(fast, found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_in_bf16_give_what_peft_gives_with_rounded_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    registry, folder, rounded = tmp_path / "registry", tmp_path / "a", tmp_path / "rounded"
+    write_adapter(tiny_llama, folder, "lora")  # its scaling, 2, changes no rounding
+    shutil.copytree(folder, rounded)
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: weight.bfloat16().float() for name, weight in weights.items()}, rounded / WEIGHTS)
+    ref, prompts = publish(registry, tiny_llama, "a", folder), [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [30]]
+    engines = {dtype: engine_on(tiny_llama, registry, lora_dtype=dtype) for dtype in ("auto", "bf16")}
+    sizes = {}
+    for dtype, source in {"auto": folder, "bf16": rounded}.items():
+
+        async def work(engine: ServingEngine = engines[dtype]) -> list[list[int]]:
+            texts = [completed(engine, prompt, ref, id=str(prompt), max_tokens=20) for prompt in prompts]
+            return [tokens for _, tokens, _ in await asyncio.gather(*texts)]
+
+        assert serving(engines[dtype], work) == [with_peft(tiny_llama, source, prompt, 20) for prompt in prompts]
+        sizes[dtype] = engines[dtype].list_resident()[0].bytes
+    assert sizes["auto"] == 2 * sizes["bf16"]
 
 
 def test_a_removed_bank_leaves_the_model_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 for linears that read one input.
 
 A decoding row reads all of its adapter's weights for one token, so that memory is the limit. These kernels read the
-weights where they lie, once and at their true rank, at nearly the rate of a plain sum over memory. With more tokens,
-four share what is read. `Factors.add_to` is the plain reference.
+weights where they lie, in fp32 or bf16, once and at their true rank, at nearly the rate of a plain sum over memory.
+With more tokens, four share what is read. `Factors.add_to` is the plain reference.
 
 Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: numba's own may be those
 of another pool, each one's idle threads in the other's way, or may not be called from two threads. What a forward's
@@ -30,8 +30,9 @@ from torch import Tensor
 
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
-A, B, RANK, FACTOR, SHIFT = range(5)
-"""Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, and the rank."""
+A, B, RANK, FACTOR, SHIFT, IS_BF16 = range(6)
+"""Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, its rank and its type."""
+NUM_COLUMNS = IS_BF16 + 1
 X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, PARTS, NUM_PARTS, SPANS, NUM_SHARES, EACH, TAKEN = range(11)
 """Fields of a group's call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
 NUM_FIELDS = TAKEN + 1
@@ -67,26 +68,26 @@ class KernelInput:
     """The adapters of a forward, and the tokens of each."""
 
     def __init__(
-        self, adapters: Sequence[ServedAdapter], table_SK5: np.ndarray, spans_K2: np.ndarray, sites: KernelSites
+        self, adapters: Sequence[ServedAdapter], table_SK6: np.ndarray, spans_K2: np.ndarray, sites: KernelSites
     ) -> None:
         """
         Args:
-            table_SK5: the `build_addresses` of each adapter on each linear layer, group by group.
+            table_SK6: the `build_addresses` of each adapter on each linear layer, group by group.
             spans_K2: each adapter's first token, and the one after its last; ascending.
         """
-        assert table_SK5.flags.c_contiguous
+        assert table_SK6.flags.c_contiguous
         assert spans_K2.flags.c_contiguous
-        assert table_SK5.dtype == spans_K2.dtype == np.int64
+        assert table_SK6.dtype == spans_K2.dtype == np.int64
         self._run, num_tokens, most = load_kernel(), int(spans_K2[-1, 1]), torch.get_num_threads()
         each = max(1, num_tokens // (CHUNKS * most))
         self._num_threads = min(most, -(-num_tokens // each))
         parts_S3, self._calls_GC = sites.parts_S3.copy(), sites.calls_GC.copy()
-        parts_S3[:, TABLE] = table_SK5.ctypes.data + np.arange(len(table_SK5)) * table_SK5.strides[0]
+        parts_S3[:, TABLE] = table_SK6.ctypes.data + np.arange(len(table_SK6)) * table_SK6.strides[0]
         self._calls_GC[:, PARTS] = parts_S3.ctypes.data + sites.first_parts_G * parts_S3.strides[0]
         constants = {NUM_TOKENS: num_tokens, SPANS: spans_K2.ctypes.data, NUM_SHARES: len(spans_K2), EACH: each}
         self._calls_GC[:, list(constants)] = list(constants.values())
         self._first, self._fields = self._calls_GC.ctypes.data, self._calls_GC.data.cast("B").cast("q")
-        self._held = adapters, table_SK5, spans_K2, parts_S3  # the calls have their addresses
+        self._held = adapters, table_SK6, spans_K2, parts_S3  # the calls have their addresses
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor, group: int) -> Tensor:
         """Return the base's result as each share's `Factors.add_to` would change it; in fp32 it is changed in place.
@@ -107,17 +108,23 @@ class KernelInput:
 
 
 def gather_factors(linears: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return them with A and B in fp32 and side by side, in one array: where numpy asks the system for large pages."""
+    """Return them with A and B side by side, in one array, where numpy asks the system for large pages.
+
+    They stay in bf16, if they are; all other types become fp32.
+    """
     pairs = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
-    memory = torch.from_numpy(np.empty(sum(part.numel() for part in pairs), np.float32))
+    is_bf16 = all(part.dtype is torch.bfloat16 for part in pairs)
+    memory = torch.from_numpy(np.empty(sum(part.numel() for part in pairs), np.int16 if is_bf16 else np.float32))
+    memory = memory.view(torch.bfloat16) if is_bf16 else memory
     places = memory.split([part.numel() for part in pairs])
     copies = (place.view_as(part).copy_(part) for place, part in zip(places, pairs, strict=True))
     return {name: replace(own, a_RI=next(copies), b_RO=next(copies)) for name, own in linears.items()}
 
 
 def build_addresses(adapter: ServedAdapter, sites: Sequence[str]) -> np.ndarray:
-    """Return an adapter's part of a table [S, 5], for the linears of these names."""
-    return np.array([_list_addresses(adapter.linears.get(name)) for name in sites], dtype=np.int64).reshape(-1, 5)
+    """Return an adapter's part of a table [S, 6], for the linears of these names."""
+    rows = [_list_addresses(adapter.linears.get(name)) for name in sites]
+    return np.array(rows, dtype=np.int64).reshape(-1, NUM_COLUMNS)
 
 
 @cache
@@ -139,11 +146,13 @@ def load_kernel() -> Callable[[int, int], None]:
 
 def _list_addresses(factors: Factors | None) -> list[int]:
     if factors is None:
-        return [0] * 5
+        return [0] * NUM_COLUMNS
     tensors = factors.a_RI, factors.b_RO, factors.factor_O, factors.shift_O
-    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    assert factors.a_RI.dtype == factors.b_RO.dtype
+    assert {t.dtype for t in tensors if t is not None} <= {torch.float32, factors.a_RI.dtype}
     a, b, factor, shift = (0 if t is None else t.data_ptr() for t in tensors)
-    return [a, b, factors.rank, factor, shift]
+    return [a, b, factors.rank, factor, shift, factors.a_RI.dtype is torch.bfloat16]
 
 
 def _make_cast(kind: Any) -> Any:
@@ -168,9 +177,24 @@ def _take_next(_typing: Any, _call: Any) -> Any:
     return types.int64(types.CPointer(types.int64)), generate
 
 
+def _read_weight(_typing: Any, weight: Any) -> Any:
+    """Return a weight as fp32, in numba: a uint16 has the bits of a bf16."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if weight == types.float32:
+            return arguments[0]
+        wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
+        shifted = builder.shl(wide, context.get_constant(types.uint32, 16))
+        return builder.bitcast(shifted, context.get_value_type(types.float32))
+
+    return types.float32(weight), generate
+
+
 _floats_at: Any = _make_cast(types.float32)
+_halves_at: Any = _make_cast(types.uint16)
 _ints_at: Any = _make_cast(types.int64)
 _take: Any = intrinsic(_take_next)
+_read: Any = intrinsic(_read_weight)
 
 
 def _compute_part(call: Any) -> None:
@@ -181,7 +205,7 @@ def _compute_part(call: Any) -> None:
     parts, spans = carray(_ints_at(c[PARTS]), (c[NUM_PARTS], 3)), carray(_ints_at(c[SPANS]), (num_shares, 2))
     rank = 0
     for part in parts:
-        rank = max(rank, carray(_ints_at(part[TABLE]), (num_shares, 5))[:, RANK].max())
+        rank = max(rank, carray(_ints_at(part[TABLE]), (num_shares, NUM_COLUMNS))[:, RANK].max())
     h = np.empty((4, rank + 1), np.float32)
     first = _take(call) * each
     while first < num_tokens:
@@ -190,7 +214,7 @@ def _compute_part(call: Any) -> None:
             start, stop = max(spans[k, 0], first), min(spans[k, 1], last)
             if start < stop:
                 for part in parts:
-                    row = carray(_ints_at(part[TABLE]), (num_shares, 5))[k]
+                    row = carray(_ints_at(part[TABLE]), (num_shares, NUM_COLUMNS))[k]
                     _add(x, y, part, row, h, start, stop)
         first = _take(call) * each
 
@@ -203,17 +227,13 @@ def _compute_part(call: Any) -> None:
 def _add(x: np.ndarray, y: np.ndarray, part: np.ndarray, row: np.ndarray, h: np.ndarray, first: int, last: int) -> None:
     """Add an adapter to a linear's results, of its tokens from `first` up to `last`."""
     rank, start, stop = row[RANK], part[START], part[STOP]
-    if rank > 0:
-        a = carray(_floats_at(row[A]), (rank, x.shape[1]))
-        b = carray(_floats_at(row[B]), (rank, stop - start))
-        h[:, rank] = 0
-        fours = first + (last - first) // 4 * 4
-        for t in range(first, fours, 4):
-            _shrink_four(x[t : t + 4], a, h)
-            _expand_four(y[t, start:stop], y[t + 1, start:stop], y[t + 2, start:stop], y[t + 3, start:stop], b, h)
-        for t in range(fours, last):
-            _shrink_one(x[t], a, h[0])
-            _expand_one(y[t, start:stop], b, h[0])
+    a_shape, b_shape = (rank, x.shape[1]), (rank, stop - start)
+    if rank > 0 and row[IS_BF16]:
+        a, b = carray(_halves_at(row[A]), a_shape), carray(_halves_at(row[B]), b_shape)
+        _add_product(x, y, start, stop, a, b, h, first, last)
+    elif rank > 0:
+        a, b = carray(_floats_at(row[A]), a_shape), carray(_floats_at(row[B]), b_shape)
+        _add_product(x, y, start, stop, a, b, h, first, last)
     if row[FACTOR] != 0:
         factor = carray(_floats_at(row[FACTOR]), stop - start)
         for t in range(first, last):
@@ -225,11 +245,33 @@ def _add(x: np.ndarray, y: np.ndarray, part: np.ndarray, row: np.ndarray, h: np.
 
 
 @njit(fastmath=MATH, nogil=True)
+def _add_product(
+    x: np.ndarray,
+    y: np.ndarray,
+    start: int,
+    stop: int,
+    a: np.ndarray,
+    b: np.ndarray,
+    h: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    h[:, len(a)] = 0
+    fours = first + (last - first) // 4 * 4
+    for t in range(first, fours, 4):
+        _shrink_four(x[t : t + 4], a, h)
+        _expand_four(y[t, start:stop], y[t + 1, start:stop], y[t + 2, start:stop], y[t + 3, start:stop], b, h)
+    for t in range(fours, last):
+        _shrink_one(x[t], a, h[0])
+        _expand_one(y[t, start:stop], b, h[0])
+
+
+@njit(fastmath=MATH, nogil=True)
 def _shrink_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
     for r in range(len(a)):
         row, total = a[r], np.float32(0)
         for i in range(len(x)):
-            total += x[i] * row[i]
+            total += x[i] * _read(row[i])
         h[r] = total
 
 
@@ -238,7 +280,7 @@ def _expand_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
     for r in range(len(b)):
         row, factor = b[r], h[r]
         for o in range(len(y)):
-            y[o] += factor * row[o]
+            y[o] += factor * _read(row[o])
 
 
 @njit(fastmath=MATH, nogil=True)
@@ -249,14 +291,15 @@ def _shrink_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
         p, q = a[r], a[other]
         p0 = p1 = p2 = p3 = q0 = q1 = q2 = q3 = np.float32(0)
         for i in range(len(p)):
-            p0 += x0[i] * p[i]
-            p1 += x1[i] * p[i]
-            p2 += x2[i] * p[i]
-            p3 += x3[i] * p[i]
-            q0 += x0[i] * q[i]
-            q1 += x1[i] * q[i]
-            q2 += x2[i] * q[i]
-            q3 += x3[i] * q[i]
+            u, v = _read(p[i]), _read(q[i])
+            p0 += x0[i] * u
+            p1 += x1[i] * u
+            p2 += x2[i] * u
+            p3 += x3[i] * u
+            q0 += x0[i] * v
+            q1 += x1[i] * v
+            q2 += x2[i] * v
+            q3 += x3[i] * v
         h[0, other], h[1, other], h[2, other], h[3, other] = q0, q1, q2, q3
         h[0, r], h[1, r], h[2, r], h[3, r] = p0, p1, p2, p3
 
@@ -269,7 +312,8 @@ def _expand_four(y0: np.ndarray, y1: np.ndarray, y2: np.ndarray, y3: np.ndarray,
         q0, q1, q2, q3 = h[0, r + 1], h[1, r + 1], h[2, r + 1], h[3, r + 1]
         for o in range(len(p)):
             z0, z1, z2, z3 = y0[o], y1[o], y2[o], y3[o]  # first: rows some 4 KiB apart seem to be what was just stored
-            y0[o] = z0 + p0 * p[o] + q0 * q[o]
-            y1[o] = z1 + p1 * p[o] + q1 * q[o]
-            y2[o] = z2 + p2 * p[o] + q2 * q[o]
-            y3[o] = z3 + p3 * p[o] + q3 * q[o]
+            u, v = _read(p[o]), _read(q[o])
+            y0[o] = z0 + p0 * u + q0 * v
+            y1[o] = z1 + p1 * u + q1 * v
+            y2[o] = z2 + p2 * u + q2 * v
+            y3[o] = z3 + p3 * u + q3 * v

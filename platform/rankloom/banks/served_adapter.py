@@ -43,13 +43,14 @@ class Factors:
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
-        h_NR = x_NI.to(self.a_RI.dtype) @ self.a_RI.T
-        if y_NO.dtype == self.a_RI.dtype and (self.factor_O is None or y_NO.dtype == self.factor_O.dtype):
-            y_NO.addmm_(h_NR, self.b_RO)
+        dtype = torch.promote_types(x_NI.dtype, self.a_RI.dtype)
+        h_NR, b_RO = x_NI.to(dtype) @ self.a_RI.T.to(dtype), self.b_RO.to(dtype)
+        if y_NO.dtype == dtype and (self.factor_O is None or y_NO.dtype == self.factor_O.dtype):
+            y_NO.addmm_(h_NR, b_RO)
             if self.factor_O is not None:
                 y_NO.mul_(self.factor_O)
         else:  # rounded once
-            precise_NO = y_NO + (h_NR @ self.b_RO).float()
+            precise_NO = y_NO + (h_NR @ b_RO).float()
             y_NO.copy_(precise_NO if self.factor_O is None else precise_NO.mul_(self.factor_O))
         if self.shift_O is not None:
             y_NO.add_(self.shift_O)
@@ -100,7 +101,7 @@ class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 
     linears: dict[str, Factors]
-    """A bank may replace them: by views of its table, or for a CPU in fp32."""
+    """A bank may replace them: by views of its table, or for a CPU by copies side by side."""
     embeddings: Mapping[str, EmbeddingFactors]
     whole: Mapping[str, nn.Module]
     """Modules that take the place of the base's own."""
@@ -125,17 +126,20 @@ class ServedAdapter:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, folder: Path, *, keep_magnitudes: bool = False) -> ServedAdapter:
+def fold(
+    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, keep_magnitudes: bool = False
+) -> ServedAdapter:
     """Read a PEFT folder for a base, which is only looked at.
 
     Args:
+        dtype: type to round A and B of linears to; None: that of the base's activations.
         keep_magnitudes: leave DoRA's norms to whoever has the base's weights, which this one then need not have.
 
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit, or can't be folded.
     """
     config, tensors = read_adapter(model, folder)
-    reader = _Reader(model, folder, config, dict(tensors), keep_magnitudes)
+    reader = _Reader(model, folder, config, dict(tensors), dtype or model.dtype, keep_magnitudes)
     linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
     stacks = find_adapted_experts(model, config.target_parameters)
@@ -169,6 +173,7 @@ class _Reader:
     folder: Path
     config: peft.LoraConfig
     tensors: dict[str, Tensor]
+    dtype: torch.dtype
     keep_magnitudes: bool
 
     def fold_linear(self, name: str, module: nn.Module) -> Factors:
@@ -187,8 +192,8 @@ class _Reader:
             if isinstance(bias_O, Tensor):  # the base's own, which DoRA leaves as it is
                 shift_O = bias_O * (1 - factor_O)
         return Factors(
-            self._lay_out(a_RI),
-            self._lay_out(b_OR.T),
+            self._lay_out(a_RI, self.dtype),
+            self._lay_out(b_OR.T, self.dtype),
             None if factor_O is None else self._lay_out(factor_O, torch.float32),
             None if shift_O is None else self._lay_out(shift_O, torch.float32),
         )

@@ -244,9 +244,9 @@ class ServedBank:
         if not layout.loose:
             return layout
         adapters, spans = zip(*layout.loose, strict=True)
-        table_SK5 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
+        table_SK6 = np.stack([self._addresses[adapter] for adapter in adapters], axis=1)
         spans_K2 = np.array([(span.start, span.stop) for span in spans])
-        return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK5, spans_K2, self._sites))
+        return replace(layout, loose=(), compiled=KernelInput(adapters, table_SK6, spans_K2, self._sites))
 
     def _patch(self, name: str, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._patched[name] = (module, vars(module).get("forward"))

@@ -88,7 +88,8 @@ class Core:
         self.cache_tokens = self._cache.capacity
         self.context = min(self._cache.longest, longest or self._cache.longest)
         """The most tokens of a sequence."""
-        loader = EngineLoader(base, registry, self._compute_logits)
+        dtype = torch.bfloat16 if config.lora_dtype == "bf16" else base.model.dtype
+        loader = EngineLoader(base, registry, self._compute_logits, dtype)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
         self._masker = Masker(count_vocabulary(base), wake=lambda: post(lambda: None))
         self._deliver = deliver

@@ -145,5 +145,7 @@ def forecast_replica(
     if is_fast:
         adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
     else:
-        adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * torch.float32.itemsize
+        is_bf16 = engine.lora_dtype == "bf16" or dtype is torch.bfloat16
+        value_bytes = (torch.bfloat16 if is_bf16 else torch.float32).itemsize
+        adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * value_bytes
     return ReplicaMemory(weights, kept_shape, num_seqs, tokens, kept, adapters, num_adapters)

@@ -23,8 +23,12 @@ Logits = Callable[[ServedAdapter | None, list[int]], Tensor]
 class EngineLoader:
     """Loads adapters of one base."""
 
-    def __init__(self, base: Base, registry: Registry, logits: Logits) -> None:
-        self._base, self._registry, self._logits = base, registry, logits
+    def __init__(self, base: Base, registry: Registry, logits: Logits, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: type to hold A and B of linears in.
+        """
+        self._base, self._registry, self._logits, self._dtype = base, registry, logits, dtype
 
     def load(self, ref: str) -> ServedAdapter:
         """Load and verify a version. This may take seconds.
@@ -47,11 +51,11 @@ class EngineLoader:
         raise OverloadedError(f"there is no memory to load {record.ref} now; try again later")
 
     def _verify(self, folder: Path) -> ServedAdapter:
-        adapter = fold(self._base.model, folder)
+        adapter = fold(self._base.model, folder, dtype=self._dtype)
         vocabulary = self._base.model.get_input_embeddings().weight.shape[0]
         tokens = probe_tokens(folder, vocabulary)
         found, plain = self._logits(adapter, tokens), self._logits(None, tokens)
-        check_logits(folder, found, plain, quantization=self._base.quantization)
+        check_logits(folder, found, plain, quantization=self._base.quantization, dtype=self._dtype)
         return adapter
 
     def forget(self, ref: str) -> None:

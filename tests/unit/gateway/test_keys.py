@@ -94,7 +94,7 @@ def test_what_a_request_may_generate_is_off_its_keys_minute_while_it_lasts(file:
     with pytest.raises(RateLimitedError, match=r"600 tokens a minute reached; try again in 50\.1 s") as caught:
         quotas.admit(key, 0.0)
     error = to_wire_error(caught.value)
-    assert (error.status, error.kind, error.make_headers()) == (429, "tokens", {"retry-after": "50"})
+    assert (error.status, error.kind, error.make_headers()) == (429, "tokens", {"retry-after": "51"})
     quotas.end(key, 500, 20, 0.0)
     quotas.end(key, 4096, 30, 0.0)  # what was not used is given back
     quotas.admit(key, 0.0)

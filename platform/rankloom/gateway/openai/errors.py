@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from pydantic import BaseModel
@@ -43,7 +44,7 @@ class WireError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def make_headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, ceil(self.retry_after_s)))}
 
 
 class ErrorFacts(BaseModel):

@@ -13,6 +13,7 @@ Importing this package loads neither torch nor ray: each name below is imported 
 To read the code, begin with `training/loop.py`.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ if TYPE_CHECKING:
     from rankloom.suites.evaluate import evaluate as evaluate
 
 __version__ = "0.2.0"
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import, by PEFT, advertises kernels to install
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "comparison.compare": ("compare",),

@@ -81,7 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         atexit.register(gc.freeze)  # the process ends: its last collections would visit every object, for a second
     if logging.lastResort is not None:  # warnings may quote a record
         logging.lastResort.setFormatter(_Printable())
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install
     try:
         app(args=None if arguments is None else list(arguments), prog_name="rankloom")
     except RankloomError as error:

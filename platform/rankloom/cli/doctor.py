@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -121,7 +120,6 @@ def _check_attention() -> Iterator[Check]:
 
 def _check_bitsandbytes() -> Iterator[Check]:
     """Quantise something: a library that imports may still lack this device's kernel."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises kernels to install
     try:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit

@@ -7,7 +7,6 @@ exported adapter, read back from its folder onto a fresh base.
 from __future__ import annotations
 
 import gc
-import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -294,6 +293,5 @@ def _quieten() -> None:
     """Silence libraries' progress bars and warnings, which would break the run's own display."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", module=rf"{library}\..*")

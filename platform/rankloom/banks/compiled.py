@@ -113,9 +113,9 @@ def gather_factors(linears: Mapping[str, Factors]) -> dict[str, Factors]:
     They stay in bf16, if they are; all other types become fp32.
     """
     pairs = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
-    is_bf16 = all(part.dtype is torch.bfloat16 for part in pairs)
-    memory = torch.from_numpy(np.empty(sum(part.numel() for part in pairs), np.int16 if is_bf16 else np.float32))
-    memory = memory.view(torch.bfloat16) if is_bf16 else memory
+    dtype = torch.bfloat16 if all(part.dtype is torch.bfloat16 for part in pairs) else torch.float32
+    num_bytes = sum(part.numel() for part in pairs) * dtype.itemsize
+    memory = torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype)
     places = memory.split([part.numel() for part in pairs])
     copies = (place.view_as(part).copy_(part) for place, part in zip(places, pairs, strict=True))
     return {name: replace(own, a_RI=next(copies), b_RO=next(copies)) for name, own in linears.items()}
@@ -149,8 +149,8 @@ def _list_addresses(factors: Factors | None) -> list[int]:
         return [0] * NUM_COLUMNS
     tensors = factors.a_RI, factors.b_RO, factors.factor_O, factors.shift_O
     assert all(t is None or t.is_contiguous() for t in tensors)
-    assert factors.a_RI.dtype == factors.b_RO.dtype
-    assert {t.dtype for t in tensors if t is not None} <= {torch.float32, factors.a_RI.dtype}
+    assert factors.a_RI.dtype == factors.b_RO.dtype in (torch.float32, torch.bfloat16)
+    assert all(t is None or t.dtype is torch.float32 for t in tensors[2:])
     a, b, factor, shift = (0 if t is None else t.data_ptr() for t in tensors)
     return [a, b, factors.rank, factor, shift, factors.a_RI.dtype is torch.bfloat16]
 

@@ -145,7 +145,6 @@ def forecast_replica(
     if is_fast:
         adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
     else:
-        is_bf16 = engine.lora_dtype == "bf16" or dtype is torch.bfloat16
-        value_bytes = (torch.bfloat16 if is_bf16 else torch.float32).itemsize
+        value_bytes = 2 if resolve_dtype(engine.lora_dtype, dtype) is torch.bfloat16 else 4  # as `gather_factors`
         adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * value_bytes
     return ReplicaMemory(weights, kept_shape, num_seqs, tokens, kept, adapters, num_adapters)

@@ -112,6 +112,8 @@ def gather_factors(linears: Mapping[str, Factors]) -> dict[str, Factors]:
 
     They stay in bf16, if they are; all other types become fp32.
     """
+    if not linears:  # all is on experts
+        return {}
     pairs = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
     dtype = torch.bfloat16 if all(part.dtype is torch.bfloat16 for part in pairs) else torch.float32
     num_bytes = sum(part.numel() for part in pairs) * dtype.itemsize

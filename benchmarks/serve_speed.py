@@ -1,12 +1,12 @@
 """Served tokens/s with many adapters in one batch, side by side in one process: rankloom's engine and PEFT.
 
-    python benchmarks/serve_speed.py [--rounds 3] [--tokens 24] [--rank 16] [--at 1 8 16]
+    python benchmarks/serve_speed.py [--rounds 9] [--tokens 24] [--rank 16] [--at 1 8 16]
 
 At each number of concurrent requests, each with its own adapter on all linear layers: the engine without
 adapters, the engine with them, PEFT's mixed batch (`adapter_names`) and PEFT switching adapters (`set_adapter`) request
 by request. All generate the same number of tokens for the same prompts, greedily, end to end: prompts, sampling and
 text included. The sides take turns, round by round, so that other load on the machine affects all of them; the medians
-count. No prefix is reused.
+count, and of a shared machine's rounds the more the better. No prefix is reused. OpenMP is set as in a replica.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from rankloom.adapters.probe import record_probe
 from rankloom.adapters.weights import load_adapter
 from rankloom.config.engine import EngineConfig
 from rankloom.config.model import ModelConfig, NoQuantization
+from rankloom.deploy.replica import ENVIRONMENT
 from rankloom.engine.engine import ServingEngine
 from rankloom.engine.protocol import Request, Sampling
 from rankloom.models import Base, choose_auto_dtype, load_base
@@ -83,8 +86,9 @@ def publish(base: Base, root: Path, work: Path, num: int, rank: int) -> list[str
 class Engine:
     """rankloom's engine: concurrent requests, each with its own adapter or none."""
 
-    def __init__(self, base: Base, root: Path, refs: Sequence[str], config: EngineConfig) -> None:
+    def __init__(self, base: Base, root: Path, refs: Sequence[str], num_rows: int, *, pack: bool) -> None:
         self.refs, self.loop = refs, asyncio.new_event_loop()
+        config = EngineConfig(max_num_seqs=num_rows, prefix_cache_tokens=0, pack_weights=pack)
         self.engine = ServingEngine(base, Registry(root), config)
         self.loop.run_until_complete(self.engine.start())
         for ref in refs:
@@ -149,15 +153,17 @@ def timed(work: Callable[[], int]) -> tuple[float, float]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--tokens", type=int, default=24, help="tokens to generate per request")
     arguments.add_argument("--rank", type=int, default=16)
     arguments.add_argument("--at", type=int, nargs="+", default=[1, 8, 16], help="concurrent requests")
     arguments.add_argument("--without-peft", action="store_true", help="run only the engine's two sides")
     arguments.add_argument("--unpacked", action="store_true", help="run without `pack_weights`")
-    arguments.add_argument("--lora-dtype", choices=["auto", "bf16"], default="auto")
     arguments.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = arguments.parse_args()
+    if missing := {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}:
+        # torch has read it when it was imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | missing)
     transformers.logging.set_verbosity_error()
     most = max(options.at)
     prompts = [f"Question {i}: what should I do about {TOPICS[i % 8]} at my bank?\nAnswer:" for i in range(most)]
@@ -169,13 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root, work = Path(scratch) / "registry", Path(scratch) / "work"
         refs = publish(load(), root, work, most, options.rank)
-        config = EngineConfig(
-            max_num_seqs=most,
-            prefix_cache_tokens=0,
-            pack_weights=not options.unpacked,
-            lora_dtype=options.lora_dtype,
-        )
-        engine = Engine(load(), root, refs, config)
+        engine = Engine(load(), root, refs, most, pack=not options.unpacked)
         theirs = None if options.without_peft else Peft(load().folder, [work / f"a{i}" for i in range(most)])
         for index in range(options.rounds + 1):
             for at in options.at:

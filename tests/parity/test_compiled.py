@@ -12,24 +12,17 @@ import pytest
 import torch
 
 from rankloom.banks import compiled
-from rankloom.banks.compiled import KernelInput, KernelSites, build_addresses
+from rankloom.banks.compiled import KernelInput, KernelSites, build_addresses, gather_factors
+from rankloom.banks.rounding import round_adapter
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
 SITE = "layer.q_proj"
 
 
-def folded(
-    rank: int,
-    num_in: int,
-    num_out: int,
-    *,
-    scaled: bool = False,
-    shifted: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> ServedAdapter:
+def folded(rank: int, num_in: int, num_out: int, *, scaled: bool = False, shifted: bool = False) -> ServedAdapter:
     factors = Factors(
-        (torch.randn(rank, num_in) / num_in**0.5).to(dtype),
-        (torch.randn(rank, num_out) / rank**0.5).to(dtype),
+        torch.randn(rank, num_in) / num_in**0.5,
+        torch.randn(rank, num_out) / rank**0.5,
         torch.rand(num_out) + 0.5 if scaled else None,
         torch.randn(num_out) if shifted else None,
     )
@@ -75,10 +68,8 @@ def test_they_are_what_the_plain_products_are(rank: int, num_in: int, num_out: i
     chance = random.Random(rank)
     for _ in range(4):
         others = [1 + (rank + i) % 9 for i in range(3)]  # ranks differ from share to share
-        adapters = [  # types differ too
-            folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0, dtype=dtype)
-            for r, dtype in zip((rank, *others), [torch.float32, torch.bfloat16] * 2, strict=True)
-        ]
+        adapters = [folded(r, num_in, num_out, scaled=r % 2 == 0, shifted=r % 3 == 0) for r in (rank, *others)]
+        adapters[::2] = map(round_adapter, adapters[::2])
         adapters.insert(2, ServedAdapter({}, {}, {}))  # has nothing on this linear
         counts = [chance.choice([0, 1, 2, 3, 4, 5, 11, 20]) for _ in adapters]
         num_tokens = 3 + sum(counts) + 2
@@ -109,6 +100,19 @@ def test_linears_that_read_one_input_are_one_call() -> None:
     sites = KernelSites([(1, [1]), (40, [*widths.values()])])
     KernelInput(adapters, table_SK6, np.stack([stops[:-1], stops[1:]], axis=1), sites).add_to(y_NO, x_NI, 1)
     torch.testing.assert_close(y_NO, expected_NO, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_is_gathered_as_it_is() -> None:
+    linears = {"fp32": folded(3, 7, 5), "integers": round_adapter(folded(3, 7, 5)), "another": folded(2, 4, 9)}
+    own = {name: adapter.linears[SITE] for name, adapter in linears.items()}
+    found = gather_factors(own)
+    assert {name: factors.a_RI.dtype for name, factors in found.items()} == {
+        "fp32": torch.float32, "integers": torch.int16, "another": torch.float32,
+    }  # fmt: skip
+    for name, factors in found.items():
+        for one, other in zip(factors.list_tensors(), own[name].list_tensors(), strict=True):
+            assert torch.equal(one, other)
+    assert gather_factors({}) == {}
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])

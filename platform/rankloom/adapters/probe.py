@@ -94,7 +94,7 @@ def check_probe(model: peft.PeftModel, folder: Path, *, quantization: str) -> Pr
     """
     input_ids = probe_tokens(folder, model.get_base_model().get_input_embeddings().weight.shape[0])
     adapter, base = _compute_both_logits(model, input_ids)
-    return check_logits(folder, adapter, base, quantization=quantization, dtype=adapter.dtype)
+    return check_logits(folder, adapter, base, quantization=quantization)
 
 
 def probe_tokens(folder: Path, vocabulary: int) -> list[int]:
@@ -109,11 +109,8 @@ def probe_tokens(folder: Path, vocabulary: int) -> list[int]:
     return input_ids
 
 
-def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: str, dtype: torch.dtype) -> ProbeReport:
+def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: str) -> ProbeReport:
     """Compare logits [V] after the probe's tokens, with and without the adapter, to those recorded in `folder`.
-
-    Args:
-        dtype: type of the arithmetic that gave them, or of the adapter's weights if they are less precise.
 
     Raises:
         RegistryError: the logits differ from the recorded ones, or equal the base's.
@@ -124,7 +121,7 @@ def check_logits(folder: Path, adapter: Tensor, base: Tensor, *, quantization: s
             f"{folder / PROBE}: {list(recorded.shape)} logits, but the base gives {list(adapter.shape)}"
         )
     report = ProbeReport(find_largest_difference(adapter, recorded), find_largest_difference(adapter, base))
-    _judge(folder, report, recorded, compute_tolerance(recorded, dtype, quantization=quantization))
+    _judge(folder, report, recorded, compute_tolerance(recorded, adapter.dtype, quantization=quantization))
     return report
 
 

@@ -2,8 +2,8 @@
 for linears that read one input.
 
 A decoding row reads all of its adapter's weights for one token, so that memory is the limit. These kernels read the
-weights where they lie, in fp32 or bf16, once and at their true rank, at nearly the rate of a plain sum over memory.
-With more tokens, four share what is read. `Factors.add_to` is the plain reference.
+weights where they lie, in fp32 or as the integers of `rounding.py`, once and at their true rank, at nearly the rate of
+a plain sum over memory. With more tokens, four share what is read. `Factors.add_to` is the plain reference.
 
 Tokens are computed side by side on torch's own threads, through libgomp's entry for compilers: numba's own may be those
 of another pool, each one's idle threads in the other's way, or may not be called from two threads. What a forward's
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from rankloom.banks.served_adapter import Factors, ServedAdapter
 
-A, B, RANK, FACTOR, SHIFT, IS_BF16 = range(6)
-"""Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, its rank and its type."""
-NUM_COLUMNS = IS_BF16 + 1
+A, B, SCALE, RANK, FACTOR, SHIFT = range(6)
+"""Columns of a table, for an adapter on a linear layer: addresses, 0 for what it lacks, and its rank."""
+NUM_COLUMNS = SHIFT + 1
 X, Y, NUM_IN, NUM_OUT, NUM_TOKENS, PARTS, NUM_PARTS, SPANS, NUM_SHARES, EACH, TAKEN = range(11)
 """Fields of a group's call: addresses, sizes, tokens that a thread takes at once, and a counter of the chunks taken."""
 NUM_FIELDS = TAKEN + 1
@@ -108,18 +108,15 @@ class KernelInput:
 
 
 def gather_factors(linears: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return them with A and B side by side, in one array, where numpy asks the system for large pages.
-
-    They stay in bf16, if they are; all other types become fp32.
-    """
-    if not linears:  # all is on experts
-        return {}
-    pairs = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
-    dtype = torch.bfloat16 if all(part.dtype is torch.bfloat16 for part in pairs) else torch.float32
-    num_bytes = sum(part.numel() for part in pairs) * dtype.itemsize
-    memory = torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype)
-    places = memory.split([part.numel() for part in pairs])
-    copies = (place.view_as(part).copy_(part) for place, part in zip(places, pairs, strict=True))
+    """Return them with A and B side by side, in one array: integers as they are, others in fp32."""
+    parts = [part for own in linears.values() for part in (own.a_RI, own.b_RO)]
+    dtypes = [torch.int16 if part.dtype is torch.int16 else torch.float32 for part in parts]
+    sizes = [-(-part.numel() * dtype.itemsize // 4) for part, dtype in zip(parts, dtypes, strict=True)]
+    places = torch.empty(sum(sizes)).split(sizes)  # where the system is asked for large pages
+    copies = (
+        place.view(dtype)[: part.numel()].view_as(part).copy_(part)
+        for place, dtype, part in zip(places, dtypes, parts, strict=True)
+    )
     return {name: replace(own, a_RI=next(copies), b_RO=next(copies)) for name, own in linears.items()}
 
 
@@ -149,12 +146,12 @@ def load_kernel() -> Callable[[int, int], None]:
 def _list_addresses(factors: Factors | None) -> list[int]:
     if factors is None:
         return [0] * NUM_COLUMNS
-    tensors = factors.a_RI, factors.b_RO, factors.factor_O, factors.shift_O
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    assert factors.a_RI.dtype == factors.b_RO.dtype in (torch.float32, torch.bfloat16)
-    assert all(t is None or t.dtype is torch.float32 for t in tensors[2:])
-    a, b, factor, shift = (0 if t is None else t.data_ptr() for t in tensors)
-    return [a, b, factors.rank, factor, shift, factors.a_RI.dtype is torch.bfloat16]
+    a_RI, b_RO, others = factors.a_RI, factors.b_RO, (factors.scale_R, factors.factor_O, factors.shift_O)
+    assert a_RI.dtype == b_RO.dtype == (torch.float32 if factors.scale_R is None else torch.int16)
+    assert all(t is None or t.dtype is torch.float32 for t in others)
+    assert all(t.is_contiguous() for t in factors.list_tensors())
+    a, b, scale, factor, shift = (0 if t is None else t.data_ptr() for t in (a_RI, b_RO, *others))
+    return [a, b, scale, factors.rank, factor, shift]
 
 
 def _make_cast(kind: Any) -> Any:
@@ -179,24 +176,10 @@ def _take_next(_typing: Any, _call: Any) -> Any:
     return types.int64(types.CPointer(types.int64)), generate
 
 
-def _read_weight(_typing: Any, weight: Any) -> Any:
-    """Return a weight as fp32, in numba: a uint16 has the bits of a bf16."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if weight == types.float32:
-            return arguments[0]
-        wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
-        shifted = builder.shl(wide, context.get_constant(types.uint32, 16))
-        return builder.bitcast(shifted, context.get_value_type(types.float32))
-
-    return types.float32(weight), generate
-
-
 _floats_at: Any = _make_cast(types.float32)
-_halves_at: Any = _make_cast(types.uint16)
+_shorts_at: Any = _make_cast(types.int16)
 _ints_at: Any = _make_cast(types.int64)
 _take: Any = intrinsic(_take_next)
-_read: Any = intrinsic(_read_weight)
 
 
 def _compute_part(call: Any) -> None:
@@ -230,12 +213,12 @@ def _add(x: np.ndarray, y: np.ndarray, part: np.ndarray, row: np.ndarray, h: np.
     """Add an adapter to a linear's results, of its tokens from `first` up to `last`."""
     rank, start, stop = row[RANK], part[START], part[STOP]
     a_shape, b_shape = (rank, x.shape[1]), (rank, stop - start)
-    if rank > 0 and row[IS_BF16]:
-        a, b = carray(_halves_at(row[A]), a_shape), carray(_halves_at(row[B]), b_shape)
-        _add_product(x, y, start, stop, a, b, h, first, last)
+    if rank > 0 and row[SCALE] != 0:
+        a, b = carray(_shorts_at(row[A]), a_shape), carray(_shorts_at(row[B]), b_shape)
+        _add_product(x, y, start, stop, a, b, carray(_floats_at(row[SCALE]), rank), h, first, last)
     elif rank > 0:
         a, b = carray(_floats_at(row[A]), a_shape), carray(_floats_at(row[B]), b_shape)
-        _add_product(x, y, start, stop, a, b, h, first, last)
+        _add_product(x, y, start, stop, a, b, h[0, :0], h, first, last)
     if row[FACTOR] != 0:
         factor = carray(_floats_at(row[FACTOR]), stop - start)
         for t in range(first, last):
@@ -254,17 +237,23 @@ def _add_product(
     stop: int,
     a: np.ndarray,
     b: np.ndarray,
+    scale: np.ndarray,
     h: np.ndarray,
     first: int,
     last: int,
 ) -> None:
+    """Add x A B; `scale`: of each rank, or empty."""
     h[:, len(a)] = 0
     fours = first + (last - first) // 4 * 4
     for t in range(first, fours, 4):
         _shrink_four(x[t : t + 4], a, h)
+        for r in range(len(scale)):
+            h[:, r] *= scale[r]
         _expand_four(y[t, start:stop], y[t + 1, start:stop], y[t + 2, start:stop], y[t + 3, start:stop], b, h)
     for t in range(fours, last):
         _shrink_one(x[t], a, h[0])
+        for r in range(len(scale)):
+            h[0, r] *= scale[r]
         _expand_one(y[t, start:stop], b, h[0])
 
 
@@ -273,7 +262,7 @@ def _shrink_one(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
     for r in range(len(a)):
         row, total = a[r], np.float32(0)
         for i in range(len(x)):
-            total += x[i] * _read(row[i])
+            total += x[i] * np.float32(row[i])
         h[r] = total
 
 
@@ -282,7 +271,7 @@ def _expand_one(y: np.ndarray, b: np.ndarray, h: np.ndarray) -> None:
     for r in range(len(b)):
         row, factor = b[r], h[r]
         for o in range(len(y)):
-            y[o] += factor * _read(row[o])
+            y[o] += factor * np.float32(row[o])
 
 
 @njit(fastmath=MATH, nogil=True)
@@ -293,7 +282,7 @@ def _shrink_four(x: np.ndarray, a: np.ndarray, h: np.ndarray) -> None:
         p, q = a[r], a[other]
         p0 = p1 = p2 = p3 = q0 = q1 = q2 = q3 = np.float32(0)
         for i in range(len(p)):
-            u, v = _read(p[i]), _read(q[i])
+            u, v = np.float32(p[i]), np.float32(q[i])
             p0 += x0[i] * u
             p1 += x1[i] * u
             p2 += x2[i] * u
@@ -314,7 +303,7 @@ def _expand_four(y0: np.ndarray, y1: np.ndarray, y2: np.ndarray, y3: np.ndarray,
         q0, q1, q2, q3 = h[0, r + 1], h[1, r + 1], h[2, r + 1], h[3, r + 1]
         for o in range(len(p)):
             z0, z1, z2, z3 = y0[o], y1[o], y2[o], y3[o]  # first: rows some 4 KiB apart seem to be what was just stored
-            u, v = _read(p[o]), _read(q[o])
+            u, v = np.float32(p[o]), np.float32(q[o])
             y0[o] = z0 + p0 * u + q0 * v
             y1[o] = z1 + p1 * u + q1 * v
             y2[o] = z2 + p2 * u + q2 * v

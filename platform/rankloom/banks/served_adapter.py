@@ -40,11 +40,15 @@ class Factors:
     `fold(keep_magnitudes=True)` the magnitudes themselves."""
     shift_O: Tensor | None
     """In fp32."""
+    scale_R: Tensor | None = None
+    """In fp32, what x A is multiplied by, where A and B are integers."""
 
     def add_to(self, y_NO: Tensor, x_NI: Tensor) -> None:
         """Change the base's result, of the same tokens, in place."""
-        dtype = torch.promote_types(x_NI.dtype, self.a_RI.dtype)
+        dtype = self.a_RI.dtype if self.scale_R is None else torch.float32
         h_NR, b_RO = x_NI.to(dtype) @ self.a_RI.T.to(dtype), self.b_RO.to(dtype)
+        if self.scale_R is not None:
+            h_NR *= self.scale_R
         if y_NO.dtype == dtype and (self.factor_O is None or y_NO.dtype == self.factor_O.dtype):
             y_NO.addmm_(h_NR, b_RO)
             if self.factor_O is not None:
@@ -60,7 +64,8 @@ class Factors:
         return self.a_RI.shape[0]
 
     def list_tensors(self) -> Iterator[Tensor]:
-        yield from (t for t in (self.a_RI, self.b_RO, self.factor_O, self.shift_O) if t is not None)
+        tensors = self.a_RI, self.b_RO, self.factor_O, self.shift_O, self.scale_R
+        yield from (t for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 
     linears: dict[str, Factors]
-    """A bank may replace them: by views of its table, or for a CPU by copies side by side."""
+    """A bank may replace them: by views of its table, or for a CPU by integers."""
     embeddings: Mapping[str, EmbeddingFactors]
     whole: Mapping[str, nn.Module]
     """Modules that take the place of the base's own."""
@@ -126,20 +131,17 @@ class ServedAdapter:
 
 
 @torch.no_grad()
-def fold(
-    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, keep_magnitudes: bool = False
-) -> ServedAdapter:
+def fold(model: PreTrainedModel, folder: Path, *, keep_magnitudes: bool = False) -> ServedAdapter:
     """Read a PEFT folder for a base, which is only looked at.
 
     Args:
-        dtype: type to round A and B of linears to; None: that of the base's activations.
         keep_magnitudes: leave DoRA's norms to whoever has the base's weights, which this one then need not have.
 
     Raises:
         RegistryError: what in the folder is missing, corrupt, not allowed or does not fit, or can't be folded.
     """
     config, tensors = read_adapter(model, folder)
-    reader = _Reader(model, folder, config, dict(tensors), dtype or model.dtype, keep_magnitudes)
+    reader = _Reader(model, folder, config, dict(tensors), keep_magnitudes)
     linears, embeddings, whole, experts = {}, {}, {}, {}
     ends = tuple(f".{target}" for target in config.target_modules)
     stacks = find_adapted_experts(model, config.target_parameters)
@@ -173,7 +175,6 @@ class _Reader:
     folder: Path
     config: peft.LoraConfig
     tensors: dict[str, Tensor]
-    dtype: torch.dtype
     keep_magnitudes: bool
 
     def fold_linear(self, name: str, module: nn.Module) -> Factors:
@@ -192,8 +193,8 @@ class _Reader:
             if isinstance(bias_O, Tensor):  # the base's own, which DoRA leaves as it is
                 shift_O = bias_O * (1 - factor_O)
         return Factors(
-            self._lay_out(a_RI, self.dtype),
-            self._lay_out(b_OR.T, self.dtype),
+            self._lay_out(a_RI),
+            self._lay_out(b_OR.T),
             None if factor_O is None else self._lay_out(factor_O, torch.float32),
             None if shift_O is None else self._lay_out(shift_O, torch.float32),
         )

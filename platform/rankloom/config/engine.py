@@ -57,10 +57,6 @@ class EngineConfig(_AnyEngine):
     """Tokens of earlier prompts and completions kept for requests with the same prefix; 0: none; null: 8192 on a CPU,
     on a GPU as many as fit in a tenth of the memory that the base leaves, at most 65536."""
 
-    lora_dtype: Literal["auto", "bf16"] = "auto"
-    """Type that the adapters' A and B are held in. auto: the base's, so that an adapter gives what it gave in training.
-    bf16: half the memory, and faster decoding on a CPU, which reads all of it for each token; weights are rounded to 8
-    bits, and sums are not."""
     pack_weights: bool = True
     """Keep a second copy of the base's linear weights in oneDNN's layout, which is faster for fp32 on AMD processors.
     Elsewhere no copy is made."""

@@ -65,16 +65,23 @@ def _read_reserved(kind: str, default: float) -> float:
     return float(ray.get_runtime_context().get_assigned_resources().get(kind, default))
 
 
+ENVIRONMENT = {
+    # idle OpenMP threads sleep after a tenth of a millisecond, for Ray's own processes and other replicas need the
+    # cores; put to sleep between two operations (PASSIVE) they cost a decoding step on two threads its speed
+    "OMP_WAIT_POLICY": "ACTIVE",
+    "GOMP_SPINCOUNT": "10000",
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: weights are read 5 % faster
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes' import would load the compiler
+}
+"""What a replica has in its environment, where it has nothing else, before torch is imported."""
+
+
 class Replica:
     """One engine. Its adapters come from the registry by exact version."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        # idle OpenMP threads sleep after a tenth of a millisecond, for Ray's own processes and other replicas need the
-        # cores; put to sleep between two operations (PASSIVE) they cost a decoding step on two threads its speed
-        os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages: weights are read 5 % faster
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes' import would load the compiler
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         self._config = parse(ServeConfig, config, "serve")
         self._registry = Registry(self._config.registry or get_registry_root())
         threads, gpus = max(1, int(_read_reserved("CPU", 1))), _read_reserved("GPU", 0)

@@ -33,7 +33,7 @@ from rankloom.engine.sampling import LARGEST, SamplingInput
 from rankloom.engine.scheduler import ScheduledChunk, SequenceState, StepBudget, change_batch, halve, schedule
 from rankloom.engine.sequence import RunningSequence
 from rankloom.errors import ModelError, OverloadedError, RankloomError, RegistryError, RequestError
-from rankloom.models import Base, resolve_dtype
+from rankloom.models import Base
 from rankloom.models.device import free_cuda_bytes, is_lost
 from rankloom.registry import Registry
 
@@ -88,8 +88,7 @@ class Core:
         self.cache_tokens = self._cache.capacity
         self.context = min(self._cache.longest, longest or self._cache.longest)
         """The most tokens of a sequence."""
-        lora_dtype = resolve_dtype(config.lora_dtype, base.model.dtype)
-        loader = EngineLoader(base, registry, self._compute_logits, lora_dtype)
+        loader = EngineLoader(base, registry, self._compute_logits, rounds=self._runner.bank.compiles)
         self.adapters = AdapterCache(config.max_cpu_loras, loader, post, failed=self._fail_waiting)
         self._masker = Masker(count_vocabulary(base), wake=lambda: post(lambda: None))
         self._deliver = deliver

@@ -145,6 +145,5 @@ def forecast_replica(
     if is_fast:
         adapters = forecast_table_bytes(shape.linears, num_adapters, RANK, value_bytes=dtype.itemsize)
     else:
-        value_bytes = 2 if resolve_dtype(engine.lora_dtype, dtype) is torch.bfloat16 else 4  # as `gather_factors`
-        adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * value_bytes
+        adapters = num_adapters * shape.count_adapter_numbers(RANK, dora=False) * torch.float32.itemsize
     return ReplicaMemory(weights, kept_shape, num_seqs, tokens, kept, adapters, num_adapters)

@@ -106,7 +106,7 @@ class ServedAdapter:
     """One adapter; by the full names of the base's modules."""
 
     linears: dict[str, Factors]
-    """A bank may replace them: by views of its table, or for a CPU by integers."""
+    """A bank may replace them: by views of its table, or for a CPU by copies side by side."""
     embeddings: Mapping[str, EmbeddingFactors]
     whole: Mapping[str, nn.Module]
     """Modules that take the place of the base's own."""
